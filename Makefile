@@ -1,0 +1,80 @@
+# Everything a contributor runs. The first target that needs it builds $(VENV); later runs reuse it.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+TORCH ?= torch==2.13.0
+# PyTorch's index of CPU builds, used when it can be reached. Set it to another index that serves
+# CPU builds, or to nothing (TORCH_INDEX=) to take $(TORCH) from pip's configured index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NEWEST := .venv-newest
+
+# $(call install_torch,PYTHON_OF_THE_ENVIRONMENT,REQUIREMENT): a CPU build, before anything that
+# depends on torch would pull in a CUDA build.
+define install_torch
+if [ -n "$(TORCH_INDEX)" ] && $(1) -c \
+	"import urllib.request as r; r.urlopen('$(TORCH_INDEX)/torch/', timeout=10)" 2>/dev/null; then \
+	$(1) -m pip install --quiet --upgrade --index-url "$(TORCH_INDEX)" $(2); \
+else \
+	echo "no index of CPU builds within reach: taking $(2) from pip's own index"; \
+	$(1) -m pip install --quiet --upgrade $(2); \
+fi
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-thorough test-matrix lint types bench-cpu clean
+
+help:
+	@echo "make demo           generate with a plain and a quantized cache, side by side"
+	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
+	@echo "make test-thorough  the same with many more random examples"
+	@echo "make test-matrix    the same on the newest torch and transformers"
+	@echo "make lint types     ruff and mypy as CI runs them"
+	@echo "make bench-cpu      decoding speed on this CPU, appended to benchmarks/"
+	@echo "make clean          remove environments and caches"
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@$(call install_torch,$(BIN)/python,$(TORCH))
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) install --quiet -e ".[test,dev]"
+	@touch $@
+
+demo: $(VENV)/.test
+	$(BIN)/kvq demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-thorough: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=thorough --timeout=3600
+
+test-matrix:
+	[ -x $(NEWEST)/bin/python ] || $(PYTHON) -m venv $(NEWEST)
+	@$(call install_torch,$(NEWEST)/bin/python,torch)
+	$(NEWEST)/bin/python -m pip install --quiet -e ".[test]"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade transformers
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench-cpu: $(VENV)/.test
+	$(BIN)/python benchmarks/bench_cpu.py
+
+clean:
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find kvq_compile kernels lowering tests examples benchmarks -name __pycache__ -prune \
+		-exec rm -rf {} +

@@ -1,0 +1,189 @@
+"""Attend to a quantized cache block by block, in plain torch: the CPU path.
+
+One loop reads a few pages at a time, so that the scratch stays the same however long the cache is, and
+keeps the softmax state in fp32: a running maximum, a running sum and two accumulators. Packed tokens may
+lie in a rotated basis. Rotating the query once and the packed accumulator once takes the place of
+rotating every token back, which is why packed and exact tokens accumulate apart.
+
+The lengths are read on the host, which is free on a CPU. On a GPU `attention` reads them on the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels import reference
+from kvq_compile.kernels.spec import PageLayout
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+BLOCK_TOKENS = 1024  # two fp32 scratch tiles of this many tokens stay within a core's second-level cache
+
+
+def first_slot(position: Tensor | None, start: int | None) -> int:
+    """Return the slot of the first new token.
+
+    Raises:
+        ValueError: The positions do not follow one another.
+    """
+    if position is None:
+        assert start is not None
+        return start
+    slots = position.tolist()
+    if slots != list(range(slots[0], slots[0] + len(slots))):
+        raise ValueError(f"cache positions must follow one another, got {slots}")
+    return int(slots[0])
+
+
+def append_(
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    x: Tensor,
+    start: int,
+    layout: PageLayout,
+) -> None:
+    """Append in steps of ``BLOCK_TOKENS``, so that quantizing a long prompt needs little scratch."""
+    for first in range(0, x.shape[2], BLOCK_TOKENS):
+        piece = x[:, :, first : first + BLOCK_TOKENS]
+        reference.append_(codes, params, exact, cursor, piece, start + first, layout)
+
+
+class _Softmax:
+    """Running softmax of query rows ``[B, Hkv, rows, D]`` over blocks of keys and values."""
+
+    def __init__(self, rows: Tensor, value_dim: int) -> None:
+        self.running_max = rows.new_full((*rows.shape[:3], 1), -math.inf)
+        self.running_sum = torch.zeros_like(self.running_max)
+        self.accumulators = [rows.new_zeros(*rows.shape[:3], value_dim) for _ in range(2)]
+
+    def update(self, scores: Tensor, value: Tensor, which: int) -> None:
+        """Take in scores ``[B, Hkv, rows, n]`` of values ``[B, Hkv, n, Dv]``."""
+        new_max = torch.maximum(self.running_max, scores.amax(-1, keepdim=True))
+        reference_point = new_max.clamp_min(-1e38)  # keeps rows that see nothing at weight 0, not NaN
+        weights = (scores - reference_point).exp_()
+        decay = (self.running_max - reference_point).exp_()
+        self.running_max = new_max
+        self.running_sum.mul_(decay).add_(weights.sum(-1, keepdim=True))
+        for accumulator in self.accumulators:
+            accumulator.mul_(decay)
+        self.accumulators[which] += weights @ value
+
+    def result(self, layout: PageLayout) -> Tensor:
+        """Return the attention output; the first accumulator is in the basis of the packed values."""
+        total = reference.rotate(self.accumulators[0], layout) + self.accumulators[1]
+        return total / torch.where(self.running_sum == 0, 1.0, self.running_sum)
+
+
+def _apply_mask(scores: Tensor, mask: Tensor | None, columns: Tensor | slice, shape: tuple[int, ...]) -> Tensor:
+    """Mask scores ``[B, Hkv, G * T, n]``, ``shape`` being ``B, Hkv, G, T``; ``columns`` picks the mask's."""
+    if mask is None:
+        return scores
+    mask = mask[..., columns]
+    while mask.dim() < 4:
+        mask = mask[None]
+    heads = (shape[1], shape[2]) if mask.shape[1] != 1 else (1, 1)
+    mask = mask.unflatten(1, heads)
+    scores = scores.view(*shape, -1)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.flatten(2, 3)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_parts: Parts,
+    value_parts: Parts,
+    mask: Tensor | None,
+    start: int,
+    scale: float,
+    key_layout: PageLayout,
+    value_layout: PageLayout,
+) -> Tensor:
+    """Attend to the tokens ``0 .. start - 1`` of a cache and to the new ones behind them.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        key, value: Exact new tokens, ``[B, Hkv, Tn, D]`` and ``[B, Hkv, Tn, Dv]``.
+        key_parts, value_parts: The cache before the new tokens are written.
+        mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one
+            column a slot; slots beyond its ``M`` columns are not attended to.
+        start: Slot of the first new token.
+        scale: Factor on the scores.
+        key_layout, value_layout: Layouts of the two parts.
+
+    Returns:
+        ``[B, Hq, T, Dv]`` in the dtype of ``query``.
+
+    Raises:
+        ValueError: The cache does not hold ``start`` tokens, or the mask shows a slot never written.
+    """
+    B, Hq, T, _ = query.shape
+    Hkv, new = key.shape[1], key.shape[2]
+    shape = (B, Hkv, Hq // Hkv, T)
+    visible = start + new if mask is None else min(start + new, mask.shape[-1])
+    _check_lengths(key_parts, value_parts, start, mask, start + new)
+    rows = query.reshape(B, Hkv, -1, query.shape[3]).float() * scale
+    softmax = _Softmax(rows, value.shape[3])
+
+    held = min(start, visible)
+    pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
+    packed_end = key_layout.sinks + pages * key_layout.page_size
+    rotated = reference.rotate(rows, key_layout)
+    step = max(1, BLOCK_TOKENS // key_layout.page_size)
+    for page in range(0, pages, step):
+        first = key_layout.sinks + page * key_layout.page_size
+        last = min(first + step * key_layout.page_size, packed_end, held)
+        if last <= first:
+            break
+        block = slice(page, min(page + step, pages))
+        packed_key = _dequantize_rotated(key_parts, block, key_layout)[:, :, : last - first]
+        packed_value = _dequantize_rotated(value_parts, block, value_layout)[:, :, : last - first]
+        scores = rotated @ packed_key.transpose(-2, -1)
+        softmax.update(_apply_mask(scores, mask, slice(first, last), shape), packed_value, 0)
+
+    slots = torch.cat(
+        [
+            torch.arange(0, min(key_layout.sinks, held)),
+            torch.arange(packed_end, max(packed_end, held)),
+            torch.arange(start, max(start, visible)),
+        ]
+    )
+    exact_key = _exact_tokens(key_parts[2], key, slots, start, key_layout)
+    exact_value = _exact_tokens(value_parts[2], value, slots, start, value_layout)
+    if len(slots):
+        softmax.update(_apply_mask(rows @ exact_key.transpose(-2, -1), mask, slots, shape), exact_value, 1)
+    return softmax.result(value_layout).reshape(B, Hq, T, -1).to(query.dtype)
+
+
+def _check_lengths(
+    key_parts: Parts, value_parts: Parts, start: int, mask: Tensor | None, end: int
+) -> None:
+    for parts in (key_parts, value_parts):
+        if int(parts[3][0]) < start:
+            raise ValueError(f"position must start at or before the {int(parts[3][0])} tokens held, got {start}")
+    if mask is not None and mask.shape[-1] > end:
+        hidden = mask[..., end:]
+        if bool((hidden if hidden.dtype == torch.bool else hidden > torch.finfo(hidden.dtype).min).any()):
+            raise ValueError(f"mask must hide the slots that hold no token, from {end} on")
+
+
+def _dequantize_rotated(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
+    """Return pages as tokens ``[B, H, n, D]`` (fp32) in the basis in which they were coded."""
+    codes = reference.unpack(parts[0][:, :, pages], layout)
+    scale, zero = parts[1][:, :, pages].float().unbind(-1)
+    grouped = reference.to_groups(codes, layout).float()
+    tokens = grouped.mul_(scale[..., None]).add_(zero[..., None])
+    return reference.from_groups(tokens, layout).flatten(2, 3)
+
+
+def _exact_tokens(exact: Tensor, new: Tensor, slots: Tensor, start: int, layout: PageLayout) -> Tensor:
+    """Return the tokens of ``slots``, ascending, from the exact rows and, from ``start`` on, from ``new``."""
+    held = slots[slots < start]
+    token = torch.where(held < layout.sinks, held, layout.sinks + (held - layout.sinks) % layout.ring)
+    return torch.cat([exact[:, :, token], new[:, :, : len(slots) - len(held)]], 2).float()

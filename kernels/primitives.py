@@ -1,0 +1,249 @@
+"""Triton helpers that more than one kernel uses: packed rows, group parameters, rotation, softmax.
+
+A packed row is planar (`PageLayout`): field ``f`` of unit ``u`` holds code ``f * units + u``. The helpers
+work on tiles whose sides are powers of two. Where the units of a row are not, they are padded, and column
+``f * UNITS_PAD + u`` of a tile then stands for code ``f * units + u``; `row_index` does that arithmetic.
+
+Two ways lead from units to codes. The portable one shifts and masks, and runs everywhere, in the
+interpreter too. On NVIDIA hardware one logic instruction puts a field of two neighbouring units under the
+exponent of a power of two ``2**k``, which reads as the fp16 pair ``2**k + code``; one exact subtraction
+leaves the codes. The fields of a unit then sit in the same lanes, so joining them moves no data.
+"""
+
+import triton
+import triton.language as tl
+
+HIDDEN = tl.constexpr(-1.0e38)  # scores below this count as hidden; far from where exp2 has an effect
+
+
+# --- rows of packed units ---------------------------------------------------------------------------
+
+
+@triton.jit
+def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr):
+    """Return the code that a tile's column stands for, and whether it exists, in rows of ``LENGTH``."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    UNITS: tl.constexpr = LENGTH * WIDTH // 16
+    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
+    unit = column % UNITS_PAD
+    return (column // UNITS_PAD) * UNITS + unit, unit < UNITS
+
+
+@triton.jit
+def load_rows(codes, row, row_exists, LENGTH: tl.constexpr, BITS: tl.constexpr):
+    """Load the units of rows of ``LENGTH`` codes: those of the low plane, and of the high one at 3 bits.
+
+    Units of the high plane hold 16 codes, those of the low one 8. They are brought to the low plane's
+    shape: bit ``2 f`` of the result belongs to field ``f`` of the low unit in the same place.
+    """
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    UNITS: tl.constexpr = LENGTH * WIDTH // 16
+    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
+    STRIDE: tl.constexpr = LENGTH * BITS // 16
+    unit = tl.arange(0, UNITS_PAD)
+    exists = row_exists[:, None] & (unit < UNITS)[None, :]
+    if UNITS_PAD == UNITS and row.shape[0] * BITS > 0:
+        low = tl.load(codes + row[:, None] * STRIDE + unit[None, :], mask=row_exists[:, None], other=0)
+    else:
+        low = tl.load(codes + row[:, None] * STRIDE + unit[None, :], mask=exists, other=0)
+    high = low
+    if BITS == 3:
+        HALF: tl.constexpr = UNITS // 2
+        if UNITS_PAD == UNITS:
+            half_unit = tl.arange(0, HALF)
+            high = tl.load(
+                codes + row[:, None] * STRIDE + UNITS + half_unit[None, :], mask=row_exists[:, None], other=0
+            )
+            high = tl.reshape(tl.permute(tl.join(high, high >> 1), (0, 2, 1)), (row.shape[0], UNITS))
+        else:
+            second = (unit >= HALF).to(tl.int32)
+            where = UNITS + unit - second * HALF
+            high = tl.load(codes + row[:, None] * STRIDE + where[None, :], mask=exists, other=0)
+            high = high >> second[None, :].to(tl.uint16)
+    return low, high
+
+
+@triton.jit
+def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the codes ``[rows, columns]`` of units from `load_rows`, as numbers of type ``DTYPE``."""
+    ROWS: tl.constexpr = low.shape[0]
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    FIELDS: tl.constexpr = 16 // WIDTH
+    COLUMNS: tl.constexpr = FIELDS * low.shape[1]
+    if FAST:
+        if BITS == 8:
+            a, b = _fields_8(low)
+            codes = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, COLUMNS))
+        elif BITS == 4:
+            a, b, c, d = _fields_4(low)
+            codes = _join_4(a, b, c, d, ROWS, COLUMNS)
+        elif BITS == 3:
+            a, b, c, d, e, f, g, h = _fields_3(low, high)
+            codes = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS)
+        elif BITS == 2:
+            a, b, c, d, e, f, g, h = _fields_2(low)
+            codes = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS)
+        else:
+            a, b, c, d, e, f, g, h = _fields_2(low & 0x5555)
+            even = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS // 2)
+            a, b, c, d, e, f, g, h = _fields_2((low >> 1) & 0x5555)
+            odd = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS // 2)
+            both = tl.reshape(tl.join(even, odd), (ROWS, 8, COLUMNS // 16, 2))
+            codes = tl.reshape(tl.permute(both, (0, 1, 3, 2)), (ROWS, COLUMNS))
+    else:
+        shift = (tl.arange(0, FIELDS) * WIDTH)[None, :, None]
+        fields = (low.to(tl.int32)[:, None, :] >> shift) & ((1 << WIDTH) - 1)
+        if BITS == 3:
+            fields += ((high.to(tl.int32)[:, None, :] >> shift) & 1) << 2
+        codes = tl.reshape(fields, (ROWS, COLUMNS))
+    return codes.to(DTYPE)
+
+
+@triton.jit
+def _fields_2(w):
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 l, r, ma, mb, mc, x;
+        mov.b32 ma, 0x54005400; mov.b32 mb, 0x4C004C00; mov.b32 mc, 0x44004400;
+        shl.b32 l, $8, 6; shr.u32 r, $8, 6;
+        lop3.b32 x, l,  0x00C000C0, mb, 0xEA; sub.f16x2 $0, x, mb;
+        lop3.b32 x, l,  0x03000300, mc, 0xEA; sub.f16x2 $1, x, mc;
+        lop3.b32 x, $8, 0x00300030, ma, 0xEA; sub.f16x2 $2, x, ma;
+        lop3.b32 x, $8, 0x00C000C0, mb, 0xEA; sub.f16x2 $3, x, mb;
+        lop3.b32 x, $8, 0x03000300, mc, 0xEA; sub.f16x2 $4, x, mc;
+        lop3.b32 x, r,  0x00300030, ma, 0xEA; sub.f16x2 $5, x, ma;
+        lop3.b32 x, r,  0x00C000C0, mb, 0xEA; sub.f16x2 $6, x, mb;
+        lop3.b32 x, r,  0x03000300, mc, 0xEA; sub.f16x2 $7, x, mc; }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+        args=[w],
+        dtype=(tl.float16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _fields_3(w, high):
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 w0, w4, w7, h0, h1, h4, h7, ma, mb, mc, x;
+        mov.b32 ma, 0x5C005C00; mov.b32 mb, 0x54005400; mov.b32 mc, 0x4C004C00;
+        shl.b32 w0, $8, 4; shr.u32 w4, $8, 6; shr.u32 w7, $8, 10;
+        shl.b32 h0, $9, 6; shl.b32 h1, $9, 2; shr.u32 h4, $9, 4; shr.u32 h7, $9, 8;
+        lop3.b32 x, w0, 0x00300030, mb, 0xEA; lop3.b32 x, h0, 0x00400040, x, 0xEA; sub.f16x2 $0, x, mb;
+        lop3.b32 x, $8, 0x000C000C, ma, 0xEA; lop3.b32 x, h1, 0x00100010, x, 0xEA; sub.f16x2 $1, x, ma;
+        lop3.b32 x, $8, 0x00300030, mb, 0xEA; lop3.b32 x, h1, 0x00400040, x, 0xEA; sub.f16x2 $2, x, mb;
+        lop3.b32 x, $8, 0x00C000C0, mc, 0xEA; lop3.b32 x, h1, 0x01000100, x, 0xEA; sub.f16x2 $3, x, mc;
+        lop3.b32 x, w4, 0x000C000C, ma, 0xEA; lop3.b32 x, h4, 0x00100010, x, 0xEA; sub.f16x2 $4, x, ma;
+        lop3.b32 x, w4, 0x00300030, mb, 0xEA; lop3.b32 x, h4, 0x00400040, x, 0xEA; sub.f16x2 $5, x, mb;
+        lop3.b32 x, w4, 0x00C000C0, mc, 0xEA; lop3.b32 x, h4, 0x01000100, x, 0xEA; sub.f16x2 $6, x, mc;
+        lop3.b32 x, w7, 0x00300030, mb, 0xEA; lop3.b32 x, h7, 0x00400040, x, 0xEA; sub.f16x2 $7, x, mb; }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        args=[w, high],
+        dtype=(tl.float16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _fields_4(w):
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, ma, mb, x; mov.b32 ma, 0x64006400; mov.b32 mb, 0x54005400;
+        shr.u32 a, $4, 8;
+        lop3.b32 x, $4, 0x000F000F, ma, 0xEA; sub.f16x2 $0, x, ma;
+        lop3.b32 x, $4, 0x00F000F0, mb, 0xEA; sub.f16x2 $1, x, mb;
+        lop3.b32 x, a,  0x000F000F, ma, 0xEA; sub.f16x2 $2, x, ma;
+        lop3.b32 x, a,  0x00F000F0, mb, 0xEA; sub.f16x2 $3, x, mb; }""",
+        "=&r,=&r,=&r,=&r,r",
+        args=[w],
+        dtype=(tl.float16,) * 4,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _fields_8(w):
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, ma, x; mov.b32 ma, 0x64006400;
+        shr.u32 a, $2, 8;
+        lop3.b32 x, $2, 0x00FF00FF, ma, 0xEA; sub.f16x2 $0, x, ma;
+        lop3.b32 x, a,  0x00FF00FF, ma, 0xEA; sub.f16x2 $1, x, ma; }""",
+        "=&r,=&r,r",
+        args=[w],
+        dtype=(tl.float16,) * 2,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _join_4(a, b, c, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    pairs = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(tl.permute(pairs, (0, 2, 3, 1)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _join_8(a, b, c, d, e, f, g, h, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (ROWS, COLUMNS))
+
+
+# --- group parameters -------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_params(word):
+    """Return ``scale, zero`` (fp16) of parameters loaded as 32-bit words."""
+    bits = word.to(tl.uint32, bitcast=True)
+    scale = (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale, (bits >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def join_params(scale, zero):
+    """Undo `split_params`."""
+    low = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (low | (zero.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+
+
+# --- rotation ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def hadamard(x, LENGTH: tl.constexpr):
+    """Apply `reference.hadamard` of size ``LENGTH`` to the rows of ``x`` ``[rows, padded LENGTH]``, fp32.
+
+    Each step replaces the lowest digit of the index by sum and difference and makes it the highest one,
+    so as many steps as there are digits leave the order as it was.
+    """
+    BLOCK: tl.constexpr = LENGTH & -LENGTH
+    ROWS: tl.constexpr = x.shape[0] * x.shape[1] // BLOCK
+    y = tl.reshape(x, (ROWS, BLOCK))
+    width = BLOCK
+    while width > 1:
+        a, b = tl.split(tl.reshape(y, (ROWS, BLOCK // 2, 2)))
+        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, BLOCK))
+        width = width // 2
+    return tl.reshape(y, (x.shape[0], x.shape[1])) * (BLOCK**-0.5)
+
+
+# --- softmax ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def softmax_update(scores, running_max, BIAS: tl.constexpr):
+    """Take scores ``[keys, columns]`` in units of log 2 into a running maximum ``[columns]``.
+
+    Returns:
+        The weights ``2 ** (scores - maximum + BIAS)``, the factor by which sums so far shrink, the new
+        maximum. A column that has seen nothing keeps maximum ``-inf`` and weights 0, never NaN.
+    """
+    new_max = tl.maximum(running_max, tl.max(scores, 0))
+    point = tl.maximum(new_max, HIDDEN)
+    decay = tl.exp2(running_max - point)
+    return tl.exp2(scores - (point - BIAS)[None, :]), decay, new_max

@@ -1,0 +1,253 @@
+"""The specification: quantize, pack, append, read and attend in plain torch.
+
+Every kernel is held to this file, packed bits exactly and attention at the low-precision error of the
+same computation. Nothing here is fast, and no kernel imports it.
+
+**The quantizer.** A group with smallest and largest finite element ``lo`` and ``hi`` (shrunk about their
+midpoint by ``clip``) stores
+
+    zero  = lo rounded down to fp16
+    scale = (hi - zero) / levels rounded up to fp16
+    code  = floor((x - zero) / scale + 1/2), clamped to 0 .. levels
+
+so that ``code * scale + zero`` covers ``[lo, hi]`` whatever fp16 did to the parameters, and is off by at
+most half a step inside it. A constant group that fp16 can represent has scale 0 and is exact. The
+parameters are rounded first and the codes computed with the rounded ones. All arithmetic is fp32 with
+one rounding an operation, in this order, which is what makes codes equal bit by bit across devices.
+
+**Elements that are not finite** take no part in ``lo`` and ``hi``, so they never widen another element's
+step; an infinity is stored as the nearer end of its group's range and a NaN as the code nearest to zero.
+The call that wrote such a token attends to it exactly, so its damage shows there.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.spec import UNIT_BITS, PageLayout
+
+FP16_MAX = 65504.0
+
+
+def round_down_fp16(x: Tensor) -> Tensor:
+    """Return the largest fp16 number that is not above ``x`` (fp32, within the range of fp16)."""
+    half = x.half()
+    bits = half.view(torch.int16)
+    below = torch.where(half > 0, bits - 1, bits + 1).view(torch.float16)
+    return torch.where(half.float() > x, below, half)
+
+
+def round_up_fp16(x: Tensor) -> Tensor:
+    """Return the smallest fp16 number that is not below ``x`` (fp32, not negative)."""
+    half = x.half()
+    above = (half.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(half.float() < x, above, half)
+
+
+@lru_cache(maxsize=32)
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """Return the orthonormal, symmetric Hadamard matrix ``[size, size]``, fp32.
+
+    Where ``size`` is no power of two the matrix is block diagonal, with blocks of the largest power of
+    two that divides it.
+    """
+    block = size & -size
+    matrix = torch.ones(1, 1, device=device)
+    while matrix.shape[0] < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
+
+
+def rotate(x: Tensor, layout: PageLayout) -> Tensor:
+    """Apply the layout's transform, which is its own inverse, to the last dimension of ``x`` (fp32)."""
+    return x @ hadamard(layout.head_dim, x.device) if layout.transform == "hadamard" else x
+
+
+def to_groups(x: Tensor, layout: PageLayout) -> Tensor:
+    """View pages ``[..., N, D]`` so that the elements of a group lie along the last dimension.
+
+    Returns ``[..., groups, members, group_size]`` in the order of the parameters.
+    """
+    if layout.grouping == "token":
+        return x.unflatten(-1, (-1, layout.group_size)).transpose(-3, -2)
+    return x.unflatten(-2, (-1, layout.group_size)).transpose(-2, -1)
+
+
+def from_groups(grouped: Tensor, layout: PageLayout) -> Tensor:
+    """Undo `to_groups`."""
+    if layout.grouping == "token":
+        return grouped.transpose(-3, -2).flatten(-2)
+    return grouped.transpose(-2, -1).flatten(-3, -2)
+
+
+def quantize_pages(x: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+    """Quantize whole pages.
+
+    Args:
+        x: Pages of tokens, ``[..., N, D]``, any float dtype.
+        layout: Where the groups lie and how wide a code is.
+
+    Returns:
+        Codes ``[..., N, D]`` (int32) and parameters ``[..., groups, members, 2]`` (fp16).
+    """
+    x = to_groups(rotate(x.float(), layout), layout)
+    finite = x.isfinite()
+    bounded = x.clamp(-FP16_MAX, FP16_MAX)
+    any_finite = finite.any(-1)
+    lo = torch.where(any_finite, bounded.masked_fill(~finite, math.inf).amin(-1), 0.0)
+    hi = torch.where(any_finite, bounded.masked_fill(~finite, -math.inf).amax(-1), 0.0)
+    if layout.clip < 1.0:
+        margin = (hi - lo) * ((1.0 - layout.clip) / 2.0)
+        lo, hi = lo + margin, hi - margin
+    zero = round_down_fp16(lo)
+    scale = round_up_fp16((hi - zero.float()) / layout.levels)
+    step = torch.where(scale > 0, scale.float(), 1.0)[..., None]
+    codes = ((torch.nan_to_num(bounded, nan=0.0) - zero.float()[..., None]) / step + 0.5).floor()
+    codes = codes.clamp(0, layout.levels) * (scale > 0)[..., None]
+    return from_groups(codes.int(), layout), torch.stack([scale, zero], -1)
+
+
+def dequantize_pages(codes: Tensor, params: Tensor, layout: PageLayout) -> Tensor:
+    """Return the pages ``[..., N, D]`` (fp32) that codes and parameters of `quantize_pages` stand for."""
+    scale, zero = params.float().unbind(-1)
+    grouped = to_groups(codes, layout).float() * scale[..., None] + zero[..., None]
+    return rotate(from_groups(grouped, layout), layout)
+
+
+def pack(codes: Tensor, layout: PageLayout) -> Tensor:
+    """Pack codes ``[..., N, D]`` into units ``[..., rows, units]`` (int16), as `PageLayout` says."""
+    rows = codes if layout.role == "key" else codes.transpose(-2, -1)
+    planes, shift = [], 0
+    for width in layout.planes:
+        plane = (rows >> shift) & ((1 << width) - 1)
+        fields = plane.unflatten(-1, (UNIT_BITS // width, -1))
+        shifts = torch.arange(0, UNIT_BITS, width, device=codes.device)[:, None]
+        planes.append((fields << shifts).sum(-2))
+        shift += width
+    words = torch.cat(planes, -1)
+    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+
+
+def unpack(units: Tensor, layout: PageLayout) -> Tensor:
+    """Undo `pack`: units ``[..., rows, units]`` to codes ``[..., N, D]`` (int32)."""
+    codes, first, shift = torch.zeros((), dtype=torch.int32, device=units.device), 0, 0
+    for width in layout.planes:
+        count = layout.row_length * width // UNIT_BITS
+        words = units[..., None, first : first + count].int()
+        shifts = torch.arange(0, UNIT_BITS, width, device=units.device, dtype=torch.int32)[:, None]
+        codes = codes + ((((words >> shifts) & ((1 << width) - 1)) << shift).flatten(-2))
+        first, shift = first + count, shift + width
+    return codes if layout.role == "key" else codes.transpose(-2, -1)
+
+
+def dequantize_packed(codes: Tensor, params: Tensor, layout: PageLayout) -> Tensor:
+    """Return packed pages ``[B, H, P, ...]`` as tokens ``[B, H, P * N, D]`` (fp32)."""
+    return dequantize_pages(unpack(codes, layout), params, layout).flatten(-3, -2)
+
+
+def exact_row_index(first: int, last: int, layout: PageLayout, device: torch.device) -> Tensor:
+    """Return the rows of ``exact`` that hold the tokens ``first .. last - 1``, ``[last - first]``."""
+    token = torch.arange(first, last, device=device)
+    return torch.where(token < layout.sinks, token, layout.sinks + (token - layout.sinks) % layout.ring)
+
+
+def read(
+    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: PageLayout
+) -> Tensor:
+    """Return slots ``0 .. length - 1`` as ``[B, H, length, D]`` in the dtype of ``exact``.
+
+    Slots that hold no token are zero.
+    """
+    size, length = length, min(length, int(cursor[0]))
+    pages = int(cursor[1])
+    first_recent = layout.sinks + pages * layout.page_size
+    sinks = exact[:, :, : min(length, layout.sinks)]
+    packed = dequantize_packed(codes[:, :, :pages], params[:, :, :pages], layout)
+    packed = packed[:, :, : max(0, length - layout.sinks)].to(exact.dtype)
+    recent = exact[:, :, exact_row_index(first_recent, max(first_recent, length), layout, exact.device)]
+    empty = exact.new_zeros(*exact.shape[:2], size - length, exact.shape[3])
+    return torch.cat([sinks, packed, recent, empty], 2)
+
+
+def truncate_(
+    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: PageLayout
+) -> None:
+    """Forget the tokens from ``length`` on, in place.
+
+    A page that is cut open goes back to the ring as the values it was read as; it is quantized anew when
+    it fills again. Forgetting no more than ``window`` tokens never cuts a page.
+    """
+    pages = min(int(cursor[1]), max(0, length - layout.sinks) // layout.page_size)
+    if pages < int(cursor[1]):
+        first = layout.sinks + pages * layout.page_size
+        page = dequantize_packed(codes[:, :, pages : pages + 1], params[:, :, pages : pages + 1], layout)
+        exact[:, :, exact_row_index(first, length, layout, exact.device)] = page[
+            :, :, : length - first
+        ].to(exact.dtype)
+    cursor[0], cursor[1] = length, pages
+
+
+def append_(
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    x: Tensor,
+    start: int,
+    layout: PageLayout,
+) -> None:
+    """Write new tokens at ``start`` and quantize the pages that they complete, in place.
+
+    Args:
+        codes, params, exact, cursor: The cache, as `PageLayout` describes it.
+        x: New tokens, ``[B, H, T, D]``.
+        start: Slot of the first new token; tokens held from there on are forgotten first.
+        layout: The cache's layout.
+
+    Raises:
+        ValueError: ``start`` would leave a gap, or the new tokens do not fit.
+    """
+    held, tokens = int(cursor[0]), x.shape[2]
+    if not 0 <= start <= held:
+        raise ValueError(f"position must start at or before the {held} tokens held, got {start}")
+    old, new = int(cursor[1]), layout.pages_at(start + tokens)
+    if new > codes.shape[2]:
+        raise ValueError(f"the cache must have room for {new} pages, got {codes.shape[2]}")
+    if start < held:
+        truncate_(codes, params, exact, cursor, start, layout)
+        old = int(cursor[1])
+    new = max(old, new)
+    first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
+    if new > old:
+        waiting = exact[:, :, exact_row_index(first, max(first, min(start, last)), layout, x.device)]
+        leaving = torch.cat([waiting, x[:, :, max(0, first - start) : max(0, last - start)]], 2)
+        page_codes, page_params = quantize_pages(leaving.unflatten(2, (-1, layout.page_size)), layout)
+        codes[:, :, old:new], params[:, :, old:new] = pack(page_codes, layout), page_params
+    sinks = max(0, min(layout.sinks - start, tokens))
+    exact[:, :, start : start + sinks] = x[:, :, :sinks].to(exact.dtype)
+    kept = max(sinks, min(tokens, last - start))
+    exact[:, :, exact_row_index(start + kept, start + tokens, layout, x.device)] = x[:, :, kept:].to(
+        exact.dtype
+    )
+    cursor[0], cursor[1] = start + tokens, new
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend in the dtype of the arguments: ``[B, Hq, T, D]`` against ``[B, Hkv, S, D]``.
+
+    Query head ``h`` reads KV head ``h // (Hq / Hkv)``. ``mask`` is boolean (True: attend) or additive,
+    and broadcasts to ``[B, Hq, T, S]``. A query that may attend to nothing gives zeros.
+    """
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    scores = query @ key.transpose(-2, -1) * scale
+    if mask is not None:
+        bias = torch.zeros_like(scores).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+        scores = scores + bias
+    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(-1e38)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) / torch.where(total == 0, 1, total)

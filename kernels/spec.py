@@ -1,0 +1,241 @@
+"""Describe a quantized cache as data: which tokens stay exact, how the others are coded, where each bit lies.
+
+A cache holds the tokens ``0 .. length - 1`` of one key or value tensor in three regions::
+
+    | sinks |      packed pages of page_size tokens      |  recent: window .. window + page_size - 1  |
+      exact              quantized once                                    exact
+
+A token enters the exact ring of recent rows and is quantized once, together with its page, when
+``page_size`` tokens have left the window. Where a token is kept follows from the length alone, so a
+prompt written at once, in chunks or token by token gives the same bytes.
+
+`TensorSpec` and `CacheSpec` are what a user chooses. `PageLayout` is what an op needs: one tensor's spec
+bound to its role and head dimension, with every derived size, and a one-line text form that can stand in
+a graph as a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Literal
+
+Grouping = Literal["token", "channel"]
+Role = Literal["key", "value"]
+Transform = Literal["none", "hadamard"]
+
+UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # code width -> widths of its bit planes, low bits first
+PAGE_SIZES = (32, 64, 128, 256)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Say how the packed tokens of one tensor, keys or values, are coded.
+
+    A group of numbers shares an fp16 scale and zero point; a code ``c`` stands for ``c * scale + zero``.
+
+    Args:
+        bits: Width of a code: 1, 2, 3, 4 or 8.
+        grouping: ``"token"``: a group is ``group_size`` neighbouring channels of one token.
+            ``"channel"``: a group is one channel of ``group_size`` neighbouring tokens.
+        group_size: Numbers per group; ``None`` takes the whole head dimension (token) or page (channel).
+        clip: Fraction of a group's range, about its midpoint, that the codes span; in (0, 1].
+        transform: Rotation of the head dimension before coding, undone on reading.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    bits: int = 4
+    grouping: Grouping = "token"
+    group_size: int | None = None
+    clip: float = 1.0
+    transform: Transform = "none"
+
+    def __post_init__(self) -> None:
+        _check(self.bits in PLANES, f"bits must be one of {sorted(PLANES)}, got {self.bits}")
+        _check(
+            self.grouping in ("token", "channel"),
+            f'grouping must be "token" or "channel", got {self.grouping!r}',
+        )
+        _check(
+            self.group_size is None or self.group_size > 0,
+            f"group_size must be positive, got {self.group_size}",
+        )
+        _check(0.0 < self.clip <= 1.0, f"clip must be in (0, 1], got {self.clip}")
+        _check(
+            self.transform in ("none", "hadamard"),
+            f'transform must be "none" or "hadamard", got {self.transform!r}',
+        )
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Say how a whole cache is kept: exact regions, a `TensorSpec` for keys and one for values, overrides.
+
+    Args:
+        key, value: How packed keys and values are coded.
+        sinks: First tokens that stay exact for ever.
+        window: Most recent tokens that are always exact; up to ``page_size - 1`` more wait for their page.
+        page_size: Tokens quantized at once: 32, 64, 128 or 256.
+        layers: ``(layer index, CacheSpec or None)`` pairs that replace this spec for single layers, in
+            the order in which the model runs its attentions; ``None`` leaves the layer in 16 bit.
+        method: Name under which reports show this spec.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    key: TensorSpec = field(default_factory=TensorSpec)
+    value: TensorSpec = field(default_factory=TensorSpec)
+    sinks: int = 5
+    window: int = 128
+    page_size: int = 128
+    layers: tuple[tuple[int, CacheSpec | None], ...] = ()
+    method: str = "custom"
+
+    def __post_init__(self) -> None:
+        _check(self.sinks >= 0, f"sinks must be 0 or more, got {self.sinks}")
+        _check(self.window >= 0, f"window must be 0 or more, got {self.window}")
+        _check(self.page_size in PAGE_SIZES, f"page_size must be one of {PAGE_SIZES}, got {self.page_size}")
+
+    def for_layer(self, layer: int) -> CacheSpec | None:
+        """Return the spec of one layer; ``None`` says that it stays in 16 bit."""
+        for index, override in self.layers:
+            if index == layer:
+                return override
+        return replace(self, layers=()) if self.layers else self
+
+    def layout(self, role: Role, head_dim: int) -> PageLayout:
+        """Bind this spec to the keys or values of heads of ``head_dim`` channels.
+
+        Raises:
+            ValueError: ``head_dim`` cannot be packed or grouped as the spec says.
+        """
+        spec = self.key if role == "key" else self.value
+        whole = head_dim if spec.grouping == "token" else self.page_size
+        return PageLayout(
+            role=role,
+            bits=spec.bits,
+            grouping=spec.grouping,
+            group_size=spec.group_size or whole,
+            clip=spec.clip,
+            transform=spec.transform,
+            sinks=self.sinks,
+            window=self.window,
+            page_size=self.page_size,
+            head_dim=head_dim,
+        )
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Fix the place of every bit of one packed tensor.
+
+    With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N = page_size`` tokens and ``D = head_dim``::
+
+        codes   int16    [B, H, P, rows, units]   keys: rows are tokens; values: rows are channels
+        params  float16  [B, H, P, groups, members, 2]   (scale, zero) of each group
+        exact   model's  [B, H, exact_rows, D]    sinks, then a ring of the recent tokens
+        cursor  int32    [2]                      tokens held, pages packed
+
+    ``groups, members`` is ``D / group_size, N`` when groups lie inside a token and ``N / group_size, D``
+    when they lie inside a channel. A row of ``L`` codes is planar: field ``f`` of unit ``u`` holds the
+    code of index ``f * (units of the plane) + u``, so that all fields of a unit shift out into
+    contiguous runs. A width that is no power of two is split into planes that lie one after another in
+    the row (3 bits: a plane of the low two, a plane of the high one).
+    """
+
+    role: Role
+    bits: int
+    grouping: Grouping
+    group_size: int
+    clip: float
+    transform: Transform
+    sinks: int
+    window: int
+    page_size: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        divided = self.head_dim if self.grouping == "token" else self.page_size
+        what = "head_dim" if self.grouping == "token" else "page_size"
+        _check(
+            divided % self.group_size == 0,
+            f"{what} must be a multiple of group_size={self.group_size}, got {divided}",
+        )
+        _check(
+            all(self.row_length * width % UNIT_BITS == 0 for width in self.planes),
+            f"head_dim must be a multiple of {UNIT_BITS // min(self.planes)} for {self.bits}-bit keys, "
+            f"got {self.head_dim}",
+        )
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths in bits of the planes that a code is split into, low bits first."""
+        return PLANES[self.bits]
+
+    @property
+    def levels(self) -> int:
+        """Steps between the lowest and the highest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of packed units in a page."""
+        return self.page_size if self.role == "key" else self.head_dim
+
+    @property
+    def row_length(self) -> int:
+        """Codes in a row."""
+        return self.head_dim if self.role == "key" else self.page_size
+
+    @property
+    def units(self) -> int:
+        """16-bit units in a row."""
+        return self.row_length * self.bits // UNIT_BITS
+
+    @property
+    def params_shape(self) -> tuple[int, int]:
+        """``groups, members`` of one page's parameters."""
+        if self.grouping == "token":
+            return self.head_dim // self.group_size, self.page_size
+        return self.page_size // self.group_size, self.head_dim
+
+    @property
+    def ring(self) -> int:
+        """Rows of the ring of recent tokens."""
+        return self.window + self.page_size
+
+    @property
+    def exact_rows(self) -> int:
+        """Exact rows kept: sinks and ring."""
+        return self.sinks + self.ring
+
+    def pages_at(self, length: int) -> int:
+        """Return how many pages ``length`` appended tokens have filled."""
+        return max(0, (length - self.sinks - self.window) // self.page_size)
+
+    def exact_row(self, token: int) -> int:
+        """Return the row of ``exact`` that holds ``token`` while it is not packed."""
+        return token if token < self.sinks else self.sinks + (token - self.sinks) % self.ring
+
+    @property
+    def token(self) -> str:
+        """One-line text form, the inverse of `PageLayout.parse`."""
+        return ",".join(str(getattr(self, f.name)) for f in fields(self))
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def parse(token: str) -> PageLayout:
+        """Rebuild a layout from its `token`."""
+        kinds = {"bits": int, "group_size": int, "clip": float, "sinks": int, "window": int}
+        kinds |= {"page_size": int, "head_dim": int}
+        values = zip(fields(PageLayout), token.split(","), strict=True)
+        return PageLayout(**{f.name: kinds.get(f.name, str)(text) for f, text in values})

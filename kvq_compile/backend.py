@@ -1,0 +1,142 @@
+"""The ``kvq`` backend of ``torch.compile``: rewrite the captured graph, hand the rest to Inductor."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.config import Config, make_config
+from kvq_compile.convert import become
+from kvq_compile.errors import KVQError, KVQWarning
+from kvq_compile.history import GraphReport, record
+from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.lowering.pipeline import Conversion, Lowered, lower
+
+logger = logging.getLogger("kvq_compile")
+
+Compiled = Callable[..., Any]
+
+
+def kvq(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **rest: Any,
+) -> Compiled:
+    """Compile one captured graph so that the caches it keeps are quantized.
+
+    Called by ``torch.compile(..., backend="kvq")``, which finds it as an entry point.
+
+    Args:
+        gm: The captured graph.
+        example_inputs: Arguments of the call that is being compiled.
+        mode: As for ``torch.compile``; handed on to Inductor.
+        options: See `kvq_compile.config.make_config`.
+
+    Raises:
+        ValueError: An option is unknown or out of range.
+        KVQError: ``strict`` is set and an attention that keeps a cache could not be rewritten.
+    """
+    return compile_graph(gm, example_inputs, make_config(options), mode)
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None = None
+) -> Compiled:
+    """Lower one graph, report on it and return the callable that Dynamo will run."""
+    lowered = lower(gm, example_inputs, config.spec)
+    record(GraphReport(tuple(lowered.reports), config.spec))
+    _tell(lowered, config)
+    if lowered.conversions:
+        return _run_once_then_convert(gm, lowered, example_inputs, config, mode)
+    inner = _compile_inner(lowered.module, lowered.inputs, config, mode)
+    return _around(inner, lowered)
+
+
+def _tell(lowered: Lowered, config: Config) -> None:
+    """Log what became of each attention; warn about those that keep a cache in 16 bit."""
+    for site in lowered.reports:
+        logger.info("attention %d (%s) %s: %s", site.layer, site.source, site.outcome, site.detail)
+    refused = [site for site in lowered.reports if site.outcome == "left alone" and not site.expected]
+    if not refused:
+        return
+    reasons = "; ".join(sorted({site.detail for site in refused}))
+    text = f"{len(refused)} of {len(lowered.reports)} attentions were left as they are: {reasons}"
+    if config.strict:
+        raise KVQError(text)
+    warnings.warn(text, KVQWarning, stacklevel=2)
+
+
+def _compile_inner(module: fx.GraphModule, inputs: list[Any], config: Config, mode: str | None) -> Compiled:
+    if config.inner == "eager":
+        return module.forward
+    if config.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(module, inputs)  # type: ignore[no-any-return]
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **config.inductor}
+    return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def _around(inner: Compiled, lowered: Lowered) -> Compiled:
+    """Wrap the inner callable: caches are unwrapped on the way in and wrapped on the way out."""
+    if not lowered.unwrapped and all(type(plan).__name__ == "Plain" for plan in lowered.outputs):
+        return inner
+
+    def call(*args: Any) -> list[Any]:
+        for index, tokens in lowered.appended.items():
+            args[index].claim(tokens(args))
+        results = inner(*lowered.flatten(args))
+        return [plan.build(results, args) for plan in lowered.outputs]
+
+    return call
+
+
+def _run_once_then_convert(
+    gm: fx.GraphModule, lowered: Lowered, example_inputs: Sequence[Any], config: Config, mode: str | None
+) -> Compiled:
+    """Run the graph as captured and quantize its 16-bit buffers afterwards.
+
+    Each buffer meets this graph once, and then is no longer what it was compiled for, so compiling it
+    would cost more than it brings. Where a buffer cannot be converted the captured graph is compiled
+    after all.
+    """
+    compiled: list[Compiled] = []
+
+    def call(*args: Any) -> list[Any]:
+        if compiled:
+            return compiled[0](*args)  # type: ignore[no-any-return]
+        results = lowered.module(*lowered.flatten(args))
+        try:
+            for conversion in lowered.conversions:
+                _convert(conversion, args, results)
+        except RuntimeError as reason:
+            text = f"a 16-bit cache was left as it is: {reason}; pass it to kvq_compile.quantize_cache_"
+            if config.strict:
+                raise KVQError(text) from reason
+            warnings.warn(text, KVQWarning, stacklevel=2)
+            compiled.append(_compile_inner(gm, list(example_inputs), config, mode))
+        return [plan.build(results, args) for plan in lowered.outputs]
+
+    return call
+
+
+def _convert(conversion: Conversion, args: Sequence[Any], results: Sequence[Any]) -> None:
+    buffer: Tensor = args[conversion.argument]
+    if conversion.end is not None:
+        held = conversion.end(args)
+    else:
+        assert conversion.position is not None
+        held = int(results[conversion.position][-1]) + 1
+    with torch.no_grad():
+        become(buffer, QuantizedKV.from_dense(buffer, conversion.layout, kind="static", length=held))

@@ -1,0 +1,43 @@
+"""Turn a 16-bit cache tensor into a quantized one in place: same object, less memory."""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.cache import QuantizedKV
+
+
+def become(tensor: Tensor, quantized: QuantizedKV) -> None:
+    """Make ``tensor`` the quantized cache; every reference to the object sees it, its storage is freed.
+
+    ``torch.utils.swap_tensors`` would do, but it refuses tensors that anyone refers to weakly, and
+    Dynamo's fake-tensor converter refers weakly to every input it has seen. Such references stay right:
+    they name the object, which stays the same.
+
+    Raises:
+        RuntimeError: The tensor shares its storage, so its memory would not be freed and a write through
+            the other tensor would be lost; or this torch cannot swap it. Nothing has changed then.
+    """
+    if type(tensor) is not Tensor:
+        raise RuntimeError(f"the buffer must be a plain tensor, got {type(tensor).__name__}")
+    if tensor._is_view() or _shares_storage(tensor):
+        raise RuntimeError("the buffer must not share its storage with another tensor")
+    torch._C._swap_tensor_impl(tensor, quantized)
+    tensor.__class__, quantized.__class__ = quantized.__class__, tensor.__class__  # type: ignore[assignment]
+    mine, theirs = dict(tensor.__dict__), dict(quantized.__dict__)
+    tensor.__dict__.clear()
+    quantized.__dict__.clear()
+    tensor.__dict__.update(theirs)
+    quantized.__dict__.update(mine)
+    assert isinstance(tensor, QuantizedKV)
+    tensor._lineage.add(tensor)
+
+
+def _shares_storage(tensor: Tensor) -> bool:
+    storage = tensor.untyped_storage()
+    users = torch._C._storage_Use_Count(storage._cdata)
+    return bool(users > 2)  # the tensor and the storage object at hand
+
+

@@ -1,0 +1,357 @@
+"""Measure what a quantized cache costs in quality: the protocol behind every figure we quote.
+
+A text is cut into windows. Of each, the first ``prefill`` tokens enter an empty cache in one call;
+that call attends exactly, whatever the method, and is not scored. The other tokens follow in chunks
+of ``chunk`` through the compiled model and its cache, each chunk reading a history that has
+been quantized by then. The prediction made at each of these tokens is scored against the token that
+comes next in the text (teacher forcing), so a window of 2048 needs 2049 tokens and scores 1536.
+
+Every method sees the same chunks of the same windows as the *plain* cache, which holds what the
+model computes in the model's dtype. Windows are the outer loop: the plain logits of one window
+are kept while the methods are held against them, and no longer.
+
+Speed is chunk length over the *median* time of a chunk. Compilation happens in the first calls and
+therefore does not count.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import math
+import statistics
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+Advance = Callable[[int], None]
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its options, as ``options=`` of the backend takes them.
+
+    Args:
+        label: What tables call it.
+        options: The backend's options; ``None`` is the plain cache, ``{}`` the backend's default.
+    """
+
+    label: str
+    options: Mapping[str, object] | None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Lengths, in tokens, and the number of windows."""
+
+    window: int = 2048
+    prefill: int = 512
+    chunk: int = 64
+    windows: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prefill < self.window:
+            raise ValueError(
+                f"prefill must be between 1 and window - 1 = {self.window - 1}, got {self.prefill}"
+            )
+        if self.chunk < 1 or self.windows < 1:
+            raise ValueError(
+                f"chunk and windows must be 1 or more, got {self.chunk} and {self.windows}"
+            )
+
+    @property
+    def scored(self) -> int:
+        """Tokens scored in one window."""
+        return self.window - self.prefill
+
+    def cut(self, ids: Sequence[int]) -> list[Tensor]:
+        """Return the windows of a text, each ``[window + 1]``: the last token is only a target."""
+        needed = self.window * self.windows + 1
+        if len(ids) < needed:
+            raise ValueError(
+                f"{self.windows} windows of {self.window} tokens need a text of {needed} tokens, "
+                f"got {len(ids)}; pass fewer or shorter windows"
+            )
+        starts = range(0, self.window * self.windows, self.window)
+        return [torch.tensor(ids[start : start + self.window + 1]) for start in starts]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the table; ``difference`` in percent, ``kl`` in nats, ``top1`` in percent."""
+
+    method: str
+    effective_bits: float
+    perplexity: float
+    difference: float
+    kl: float
+    top1: float
+    bytes: int
+    tokens_per_second: float
+    recall: dict[int, float] = field(default_factory=dict)
+
+
+def parse_value(text: str) -> object:
+    """Return ``text`` as the bool, None, int or float it spells, else as it is."""
+    words: dict[str, object] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_method(text: str) -> Method:
+    """Read ``name`` or ``name:option=value,option=value``.
+
+    >>> parse_method("kivi:key_bits=2,group_size=32").options
+    {'method': 'kivi', 'key_bits': 2, 'group_size': 32}
+
+    Raises:
+        ValueError: An option lacks its ``=``, or the method or an option is unknown.
+    """
+    from kvq_compile.methods import make_spec
+
+    if text == PLAIN:
+        return Method(PLAIN, None)
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"method option must read option=value, got {item!r} in {text!r}")
+        options[key.strip()] = parse_value(value.strip())
+    make_spec(name, **options)
+    return Method(text, {"method": name, **options})
+
+
+def cache_tensors(cache: DynamicCache) -> Iterator[Tensor]:
+    """Yield the key and value tensor of every layer that has been used."""
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if tensor is not None:
+                yield tensor
+
+
+def plain_bytes(cache: DynamicCache) -> int:
+    """Return the bytes of the storages behind a plain cache."""
+    storages = {t.untyped_storage().data_ptr(): t for t in cache_tensors(cache)}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def held(cache: DynamicCache, method: Method) -> tuple[int, float, dict[str, int]]:
+    """Return the bytes a cache holds, its effective bits and its bytes by part.
+
+    Raises:
+        RuntimeError: ``method`` should have quantized the cache and did not.
+    """
+    import kvq_compile
+
+    if method.options is None:
+        total = plain_bytes(cache)
+        width = max((t.element_size() * 8 for t in cache_tensors(cache)), default=0)
+        return total, float(width), {"keys and values": total}
+    if not any(isinstance(t, kvq_compile.QuantizedKV) for t in cache_tensors(cache)):
+        raise RuntimeError(
+            f"no layer of the cache was quantized by {method.label}; `kvq explain` tells why"
+        )
+    report = kvq_compile.report(cache)
+    return report.bytes, float(report.effective_bits), dict(report.parts)
+
+
+class Runner:
+    """One model under one method, fed piece by piece with the cache of one text.
+
+    Several runners share a model. Each compiles a function of its own around it, so nothing is
+    left behind on the model and they do not count against each other's limit of recompilations.
+
+    Args:
+        model: A decoder of transformers, in evaluation mode.
+        method: What its cache becomes.
+        compile_plain: Whether the plain cache runs through Inductor, as the others do, or eagerly.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: Method, compile_plain: bool = True) -> None:
+        self.model = model
+        self.method = method
+        self.seconds: list[float] = []
+        self.cache: DynamicCache = None
+        # transformers computes the logits of a whole prompt unless it is told not to.
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._call = self._compile(compile_plain)
+
+    def _compile(self, compile_plain: bool) -> Callable[..., Tensor]:
+        model = self.model
+
+        def call(ids: Tensor, cache: DynamicCache, **extra: int) -> Tensor:
+            logits: Tensor = model(ids, past_key_values=cache, use_cache=True, **extra).logits
+            return logits
+
+        # Dynamo keeps its compiled code by code object: every runner needs one of its own.
+        own = types.FunctionType(
+            call.__code__.replace(), call.__globals__, f"call_{self.method.label}", None,
+            call.__closure__,
+        )  # fmt: skip
+        if self.method.options is not None:
+            return torch.compile(own, backend="kvq", options=dict(self.method.options))
+        return torch.compile(own) if compile_plain else own
+
+    def start(self) -> None:
+        """Begin a text with an empty cache."""
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    def feed(self, ids: Tensor, timed: bool = False) -> Tensor:
+        """Append tokens ``[T]`` to the cache and return their logits ``[T, V]``."""
+        began = time.perf_counter()
+        with torch.no_grad():
+            logits = self._call(ids.to(self.model.device)[None], self.cache)[0]
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        if timed:
+            self.seconds.append((time.perf_counter() - began) / len(ids))
+        return logits
+
+    def prefill(self, ids: Tensor) -> None:
+        """Append a prompt ``[T]`` and drop its logits."""
+        with torch.no_grad():
+            self._call(ids.to(self.model.device)[None], self.cache, **self._last_only)
+
+    def score_window(self, window: Tensor, protocol: Protocol) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the logits ``[T, V]`` of each chunk of a window with their targets ``[T]``."""
+        self.start()
+        self.prefill(window[: protocol.prefill])
+        for start in range(protocol.prefill, protocol.window, protocol.chunk):
+            stop = min(start + protocol.chunk, protocol.window)
+            logits = self.feed(window[start:stop], timed=stop - start == protocol.chunk)
+            yield logits, window[start + 1 : stop + 1].to(logits.device)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second in the median chunk; NaN before there was one."""
+        return 1 / statistics.median(self.seconds) if self.seconds else math.nan
+
+
+@dataclass
+class Sums:
+    """Running sums over the scored tokens of one method."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def add(self, logits: Tensor, plain: Tensor, targets: Tensor) -> None:
+        """Add one chunk: logits and plain logits ``[T, V]``, targets ``[T]``."""
+        log_q = logits.float().log_softmax(-1)
+        log_p = plain.float().log_softmax(-1)
+        self.tokens += len(targets)
+        self.loss -= float(log_q.gather(-1, targets[:, None]).double().sum())
+        self.kl += float((log_p.exp() * (log_p - log_q)).double().sum())
+        self.agreed += int((logits.argmax(-1) == plain.argmax(-1)).sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean loss."""
+        return math.exp(self.loss / self.tokens)
+
+
+def make_runners(
+    model: PreTrainedModel, methods: Sequence[Method], compile_plain: bool = True
+) -> list[Runner]:
+    """Return a runner for the plain cache and one for each method, in this order."""
+    plain = Method(PLAIN, None)
+    wanted = [plain, *(method for method in methods if method.options is not None)]
+    return [Runner(model, method, compile_plain) for method in wanted]
+
+
+def evaluate(
+    runners: Sequence[Runner],
+    ids: Sequence[int],
+    protocol: Protocol | None = None,
+    advance: Advance = lambda chunks: None,
+) -> list[Score]:
+    """Return the score of each runner on a text; the first must be the plain one.
+
+    Args:
+        runners: As `make_runners` returns them.
+        ids: The text, at least ``windows * window + 1`` tokens.
+        protocol: Lengths; the default is the one our tables are made with.
+        advance: Called after each chunk with the number of chunks done, for a progress bar.
+    """
+    protocol = protocol or Protocol()
+    sums = [Sums() for _ in runners]
+    sizes: list[tuple[int, float, dict[str, int]]] = []
+    for window in protocol.cut(ids):
+        plain: list[Tensor] = []
+        sizes = []
+        for runner, total in zip(runners, sums, strict=True):
+            is_plain = runner is runners[0]
+            for index, (logits, targets) in enumerate(runner.score_window(window, protocol)):
+                if is_plain:
+                    plain.append(logits)
+                total.add(logits, plain[index], targets)
+                advance(1)
+            sizes.append(held(runner.cache, runner.method))
+            runner.cache = None
+    base = sums[0].perplexity
+    return [
+        Score(
+            method=runner.method.label,
+            effective_bits=bits,
+            perplexity=total.perplexity,
+            difference=100 * (total.perplexity / base - 1),
+            kl=total.kl / total.tokens,
+            top1=100 * total.agreed / total.tokens,
+            bytes=size,
+            tokens_per_second=runner.tokens_per_second,
+        )
+        for runner, total, (size, bits, _) in zip(runners, sums, sizes, strict=True)
+    ]
+
+
+def chunks_to_do(protocol: Protocol, runners: Sequence[Runner]) -> int:
+    """Return how often `evaluate` will call ``advance(1)``."""
+    return protocol.windows * len(runners) * math.ceil(protocol.scored / protocol.chunk)
+
+
+def flat_row(score: Score) -> dict[str, object]:
+    """Return a score as one flat row, a column for each recall length."""
+    row: dict[str, object] = asdict(score)
+    row.pop("recall")
+    return row | {f"recall_{length}": percent for length, percent in score.recall.items()}
+
+
+def write_results(scores: Sequence[Score], out: Path, about: Mapping[str, object]) -> list[Path]:
+    """Write ``eval.csv`` and ``eval.json`` to the folder ``out`` and return both paths.
+
+    Args:
+        scores: The rows.
+        out: Created when missing.
+        about: What the rows were measured on: model, text, protocol, versions, hardware.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [flat_row(score) for score in scores]
+    table, document = out / "eval.csv", out / "eval.json"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    document.write_text(json.dumps({"about": dict(about), "scores": rows}, indent=2) + "\n")
+    return [table, document]

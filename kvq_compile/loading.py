@@ -1,0 +1,90 @@
+"""Load a decoder, its tokenizer and a text for the command line.
+
+transformers is imported inside the functions: ``kvq --help`` must be quick, and the rest of the
+package works without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DEMO_MODEL = EXAMPLES / "models" / "kvq-tiny-2.6m"
+DEMO_TEXT = EXAMPLES / "text" / "demo.txt"
+
+
+def require_transformers() -> None:
+    """Raise ImportError that names the extra to install when transformers is missing."""
+    try:
+        import transformers  # noqa: F401  (only its presence matters)
+    except ImportError as error:
+        raise ImportError(
+            "this command loads models with transformers, which is not installed; "
+            "pip install kvq-compile[transformers]"
+        ) from error
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called ``name``; ``"auto"`` is CUDA where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype called ``name``, ``None`` for the checkpoint's own.
+
+    ``"auto"`` keeps the checkpoint's dtype on a GPU and takes float32 on a CPU, where 16-bit
+    matrix products are slow and their rounding differs from one processor to the next.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+    return dtype
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, ready for inference, and its tokenizer.
+
+    Args:
+        name: A folder or an id on the Hugging Face hub.
+        dtype: As `pick_dtype` takes it.
+        device: As `pick_device` takes it.
+
+    Raises:
+        ImportError: transformers is missing.
+        OSError: ``name`` is neither a folder with a model nor an id that can be reached.
+    """
+    require_transformers()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the command line shows its own
+    place = pick_device(device)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=pick_dtype(dtype, place) or "auto")
+    return model.to(place).eval(), tokenizer
+
+
+def encode_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[int]:
+    """Return the token ids of a UTF-8 text file, without special tokens."""
+    text = path.read_text(encoding="utf-8")
+    # verbose=False: a text longer than the model's context is cut into windows later.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def longest_context(model: PreTrainedModel) -> int | None:
+    """Return how many tokens the model can attend over, ``None`` when its config does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None

@@ -1,0 +1,215 @@
+"""Find every softmax attention of a graph, whatever wrote it.
+
+The walk starts at what cannot be spelled in many ways, the ``scaled_dot_product_attention`` call or the
+softmax, and goes outward along named steps::
+
+    scores = matmul(query, key.transpose(-2, -1))
+    scores = scores * scale            # or / scale, or neither
+    scores = scores + mask             # or masked_fill(hidden, -inf), or where(seen, scores, -inf), or neither
+    weights = softmax(scores, -1)      # then casts, and dropout that does nothing
+    output = matmul(weights, value)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvq_compile.lowering.graph import (
+    argument,
+    calls,
+    is_number,
+    shape_of,
+    sizes_argument,
+    target_name,
+    value_of,
+)
+from kvq_compile.lowering.sites import Attention, Refusal
+
+MATMUL = ("matmul", "bmm")
+CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
+
+
+def find_attentions(graph: fx.Graph) -> list[Attention | tuple[fx.Node, Refusal]]:
+    """Return the attentions in order of execution; where one cannot be read, its node and the reason."""
+    found: list[Attention | tuple[fx.Node, Refusal]] = []
+    for node in calls(graph, "scaled_dot_product_attention", "softmax", "flex_attention"):
+        try:
+            attention = _READERS[target_name(node)](node)
+        except Refusal as reason:
+            found.append((node, reason))
+        else:
+            if attention is not None:
+                found.append(attention)
+    return found
+
+
+def _read_sdpa(node: fx.Node) -> Attention:
+    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    if argument(node, 4, "dropout_p", 0.0) != 0.0:
+        raise Refusal("attention drops weights at random; call model.eval() first")
+    scale = argument(node, 6, "scale")
+    shape = shape_of(query)
+    assert shape is not None
+    if isinstance(scale, fx.Node):
+        raise Refusal("the scale of the scores is computed in the graph")
+    return Attention(
+        output=node,
+        query=query,
+        key=key,
+        value=value,
+        mask=argument(node, 3, "attn_mask"),
+        scale=1 / math.sqrt(shape[-1]) if scale is None else float(scale),
+        causal=bool(argument(node, 5, "is_causal", False)),
+        grouped=bool(argument(node, 7, "enable_gqa", False)),
+    )
+
+
+def _read_flex(node: fx.Node) -> Attention:
+    raise Refusal("flex_attention is not rewritten; use scaled_dot_product_attention")
+
+
+def _read_softmax(node: fx.Node) -> Attention | None:
+    """Read an attention written out as products; ``None`` where the softmax is no attention at all."""
+    output, weights = _follow_to_product(node)
+    if output is None:
+        return None
+    dim = argument(node, 1, "dim")
+    shape = shape_of(node)
+    if shape is None or len(shape) != 4:
+        return None
+    if dim not in (-1, 3):
+        raise Refusal(f"softmax runs over dimension {dim}, not over the tokens")
+    scores, mask, hides = _split_mask(node.args[0])
+    scores, scale = _split_scale(scores)
+    if target_name(scores) not in MATMUL:
+        raise Refusal(f"the scores pass through {target_name(scores) or scores} before the softmax")
+    key = _untransposed(scores.args[1])
+    if len(scores.users) > 1 or any(len(n.users) > 1 for n in _between(scores, node)):
+        raise Refusal("the scores are used outside attention")
+    if len(node.users) > 1 or any(len(n.users) > 1 for n in _between(node, weights)):
+        raise Refusal("the attention weights are used outside attention (output_attentions?)")
+    return Attention(output, scores.args[0], key, output.args[1], mask, scale, False, False, hides)
+
+
+def _follow_to_product(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """Walk from a softmax to the product with the values; return that and the weights entering it."""
+    weights = softmax
+    while True:
+        for user in weights.users:
+            if target_name(user) in MATMUL and user.args[0] is weights:
+                return user, weights
+        steps = [user for user in weights.users if target_name(user) in (*CASTS, "dropout")]
+        if not steps:
+            return None, weights
+        weights = steps[0]
+        if target_name(weights) == "dropout" and _drops(weights):
+            raise Refusal("attention drops weights at random; call model.eval() first")
+
+
+def _drops(node: fx.Node) -> bool:
+    p, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", True)
+    return bool(training) and p != 0.0
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """Return the nodes on the chain from ``first``, excluded, to ``last``, included unless it is first."""
+    chain: list[fx.Node] = []
+    node = last
+    while node is not first:
+        chain.append(node)
+        inputs = [n for n in node.all_input_nodes if _depends(n, first)]
+        node = inputs[0]
+    return [n for n in chain if n is not last]
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    seen, stack = set(), [node]
+    for _ in range(64):
+        if not stack:
+            return False
+        current = stack.pop()
+        if current is on:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _split_mask(scores: Any) -> tuple[Any, fx.Node | None, bool]:
+    """Return the scores before masking, the mask, and whether it marks what is hidden."""
+    scores = _through_casts(scores)
+    name = target_name(scores)
+    if name in ("add", "add_", "iadd"):
+        for this, other in ((0, 1), (1, 0)):
+            if _is_scores(scores.args[this]) and isinstance(scores.args[other], fx.Node):
+                if argument(scores, 2, "alpha", 1) != 1:
+                    raise Refusal("the mask is added with a factor")
+                return scores.args[this], scores.args[other], False
+    if name in ("masked_fill", "masked_fill_"):
+        _check_fill(argument(scores, 2, "value"), scores)
+        return scores.args[0], argument(scores, 1, "mask"), True
+    if name == "where" and _is_scores(scores.args[1]):
+        _check_fill(scores.args[2], scores)
+        return scores.args[1], scores.args[0], False
+    return scores, None, False
+
+
+def _check_fill(fill: Any, scores: fx.Node) -> None:
+    lowest = torch.finfo(value_of(scores).dtype).min
+    if not is_number(fill) or fill > lowest:
+        raise Refusal(f"hidden scores are set to {fill}, which does not hide them")
+
+
+def _is_scores(node: Any) -> bool:
+    name = target_name(_through_casts(node))
+    if name in ("mul", "div", "truediv", "imul", "mul_", "div_"):
+        return any(_is_scores(arg) for arg in _through_casts(node).args[:2])
+    return name in MATMUL
+
+
+def _split_scale(scores: Any) -> tuple[Any, float]:
+    """Return the bare product and the factor on it."""
+    scores = _through_casts(scores)
+    factor = 1.0
+    while (name := target_name(scores)) in ("mul", "div", "truediv", "imul", "mul_", "div_"):
+        left, right = scores.args[:2]
+        if is_number(left):
+            left, right = right, left
+        if not is_number(right):
+            raise Refusal("the scale of the scores is computed in the graph")
+        factor = factor / right if "div" in name else factor * right
+        scores = _through_casts(left)
+    return scores, factor
+
+
+def _through_casts(node: Any) -> Any:
+    while target_name(node) in ("float", "contiguous") or (
+        target_name(node) in ("to", "type") and not isinstance(value_of(node).dtype, type(None))
+        and value_of(node).dtype in (torch.float32, value_of(node.args[0]).dtype)
+    ):
+        node = node.args[0]
+    return node
+
+
+def _untransposed(node: Any) -> fx.Node:
+    """Return ``key`` from the ``[B, H, D, S]`` operand of the product."""
+    name = target_name(node)
+    if name in ("transpose", "swapaxes", "swapdims") and {d % 4 for d in node.args[1:3]} == {2, 3}:
+        return node.args[0]
+    if name == "permute" and tuple(sizes_argument(node)) in ((0, 1, 3, 2), (0, 1, -1, -2)):
+        return node.args[0]
+    if name == "getattr" and node.args[1] == "mT":
+        return node.args[0]
+    raise Refusal(f"the keys reach the product through {name or node}, not through a transpose")
+
+
+_READERS = {
+    "scaled_dot_product_attention": _read_sdpa,
+    "softmax": _read_softmax,
+    "flex_attention": _read_flex,
+}

@@ -1,0 +1,143 @@
+"""Rewrite each site: attention onto the quantized cache, the write onto quantize-on-write."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache import page_capacity
+from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.lowering.graph import insert_call, shape_of, value_of
+from kvq_compile.lowering.sites import AttentionSite, Life, State
+from kvq_compile.lowering.unwrap_caches import CacheInput
+
+
+def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, CacheInput]) -> None:
+    """Let one attention read its quantized history and its own tokens in one op.
+
+    Before:  keys = cat([past_keys, key], 2); values = cat([past_values, value], 2)   # or index_copy_
+             output = scaled_dot_product_attention(query, repeat(keys), repeat(values), mask)
+    After:   output = kvq.attend(query, key, value, *past_keys, *past_values, mask)
+             kvq.append_(*past_keys, key); kvq.append_(*past_values, value)
+    Because: decoding reads every cached byte once a token, so its time falls with the bytes.
+
+    Leaves alone: attention whose keys and values are all of this call (`Life.FRESH`, `Life.GROWN_PLAIN`,
+    `Life.BUFFER_PLAIN`): there is no quantized history yet, and it attends exactly as captured.
+    """
+    attention, key, value = site.attention, site.key, site.value
+    if key.life not in (Life.GROWN, Life.BUFFER):
+        return
+    assert key.past is not None and value.past is not None
+    key_cache, value_cache = caches[key.past], caches[value.past]
+    position, start = _first_slot(key, key_cache)
+    with graph.inserting_before(attention.output):
+        arguments = (
+            *(attention.query, key.new, value.new, *key_cache.parts, *value_cache.parts),
+            *(_mask(graph, site, key_cache), position, start, attention.scale),
+            *(key_cache.layout.token, value_cache.layout.token),
+        )
+        fused = insert_call(graph, ops.attend, arguments, value_of(attention.output))
+        for state, cache in ((key, key_cache), (value, value_cache)):
+            insert_call(graph, ops.append_, (*cache.parts, state.new, position, start, cache.layout.token))
+            if state.write is not None:
+                _erase_write(graph, state)
+    fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
+    attention.output.replace_all_uses_with(fused)
+    graph.erase_node(attention.output)
+
+
+def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Fill a cache that the call allocates without ever allocating it in 16 bit.
+
+    Before:  keys = zeros([B, H, S, D]); keys.index_copy_(2, position, key); ...
+             output = scaled_dot_product_attention(query, keys, values, mask)
+    After:   output = scaled_dot_product_attention(query, key, value, mask[..., :T])
+             keys = kvq.quantize(key[:, :, :0], pages); kvq.append_(*keys, key, position); ...
+    Because: all that attention can see are the call's own tokens, and the 16-bit cache is what we avoid.
+
+    Returns:
+        The parts that stand for each allocation.
+    """
+    attention = site.attention
+    made: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    with graph.inserting_before(attention.output):
+        mask = attention.mask
+        if mask is not None:
+            if attention.mask_hides:
+                mask = insert_call(graph, operator.invert, (mask,))
+            own = slice(None, _size(graph, site.key.new))
+            mask = insert_call(graph, operator.getitem, (mask, (..., own)))
+        exact = graph.call_function(
+            torch.nn.functional.scaled_dot_product_attention,
+            (attention.query, site.key.new, site.value.new),
+            {
+                "attn_mask": mask,
+                "is_causal": attention.causal,
+                "scale": attention.scale,
+                "enable_gqa": True,
+            },
+        )
+        exact.meta.update(attention.output.meta)
+        for state, layout in site.states():
+            assert state.past is not None
+            made[state.past] = _allocate(graph, state, layout)
+            _erase_write(graph, state)
+    attention.output.replace_all_uses_with(exact)
+    graph.erase_node(attention.output)
+    return made
+
+
+def _allocate(graph: fx.Graph, state: State, layout: PageLayout) -> tuple[fx.Node, ...]:
+    slots = (shape_of(state.past) or (0, 0, 0))[2]
+    nothing = insert_call(graph, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0))))
+    made = insert_call(graph, ops.quantize, (nothing, page_capacity(slots, layout, "static"), layout.token))
+    parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
+    position, start = (state.position, None) if _is_tensor(state.position) else (None, state.position)
+    insert_call(graph, ops.append_, (*parts, state.new, position, start, layout.token))
+    return parts
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
+
+
+def _first_slot(state: State, cache: CacheInput) -> tuple[Any, Any]:
+    """Return the ``position`` and ``start`` arguments of the ops for one state."""
+    if state.life is Life.GROWN:
+        return None, cache.length
+    return (state.position, None) if _is_tensor(state.position) else (None, state.position)
+
+
+def _erase_write(graph: fx.Graph, state: State) -> None:
+    assert state.write is not None
+    state.write.replace_all_uses_with(state.past)  # an in-place write returns what it wrote into
+    graph.erase_node(state.write)
+
+
+def _mask(graph: fx.Graph, site: AttentionSite, cache: CacheInput) -> Any:
+    """Return the mask over slots: the model's own, or its causal flag spelled out.
+
+    Without either, every slot that attention reads holds a token: `find_sites` has made sure.
+    """
+    attention, key = site.attention, site.key
+    if attention.mask is not None:
+        return insert_call(graph, operator.invert, (attention.mask,)) if attention.mask_hides else attention.mask
+    if not attention.causal:
+        return None
+    rows, new = _size(graph, attention.query), _size(graph, key.new)
+    if key.life is Life.GROWN:
+        columns = insert_call(graph, operator.add, (cache.length, new))
+    else:
+        columns = (shape_of(key.base) or (0, 0, 0))[2] if key.slots is None else key.slots
+    device = value_of(attention.query).device
+    seen = graph.call_function(torch.ones, (rows, columns), {"dtype": torch.bool, "device": device})
+    return graph.call_method("tril", (seen,))
+
+
+def _size(graph: fx.Graph, node: fx.Node) -> Any:
+    size = (shape_of(node) or (0, 0, 0))[2]
+    return size if isinstance(size, int) else graph.call_method("size", (node, 2))

@@ -1,0 +1,95 @@
+"""Small questions about FX nodes, asked by every pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+FULL = slice(None)
+
+
+def value_of(node: Any) -> Any:
+    """Return the fake tensor or number that a node stands for; other arguments stand for themselves."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def shape_of(node: Any) -> tuple[Any, ...] | None:
+    """Return a node's shape, or ``None`` where it is no tensor."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def same(a: Any, b: Any) -> bool:
+    """Say whether two sizes are equal for every input that the graph serves."""
+    return bool(statically_known_true(a == b))
+
+
+def target_name(node: Any) -> str:
+    """Return the plain name of what a call node calls: ``"matmul"``, ``"index_copy_"``."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def calls(graph: fx.Graph, *names: str) -> Iterator[fx.Node]:
+    """Yield the nodes that call something of these names, in order."""
+    return (node for node in graph.nodes if target_name(node) in names)
+
+
+def is_number(x: Any) -> bool:
+    """Say whether an argument is a Python number."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def sizes_argument(node: fx.Node) -> tuple[Any, ...]:
+    """Return the sizes that ``x.reshape(sizes)`` or ``x.reshape(*sizes)`` was called with."""
+    rest = node.args[1:]
+    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
+
+
+def getitem_index(node: fx.Node) -> tuple[Any, ...] | None:
+    """Return the index of a subscript node with its ellipsis spelled out, else ``None``."""
+    if target_name(node) != "getitem" or node.target is not operator.getitem:
+        return None
+    shape = shape_of(node.args[0])
+    if shape is None:
+        return None
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    used = sum(i is not None and i is not Ellipsis for i in index)
+    if Ellipsis in [i for i in index if not isinstance(i, fx.Node)]:
+        at = next(k for k, i in enumerate(index) if i is Ellipsis)
+        index = (*index[:at], *[FULL] * (len(shape) - used), *index[at + 1 :])
+    return (*index, *[FULL] * (len(shape) - sum(i is not None for i in index)))
+
+
+def is_full(index: Any, size: Any = None) -> bool:
+    """Say whether an index takes a whole dimension of ``size``."""
+    if not isinstance(index, slice) or index.step not in (None, 1):
+        return False
+    if index.start is not None and not same(value_of(index.start), 0):
+        return False
+    return index.stop is None or (size is not None and same(value_of(index.stop), size))
+
+
+def insert_call(
+    graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], value: Any = None
+) -> fx.Node:
+    """Insert a call at the graph's insert point and say what it stands for."""
+    node = graph.call_function(target, args)
+    node.meta["example_value"] = value
+    return node
+
+
+def order_of(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return each node's place in the graph."""
+    return {node: place for place, node in enumerate(graph.nodes)}

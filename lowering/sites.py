@@ -1,0 +1,120 @@
+"""What the finders find: an attention, the cache tensors it reads, and why one was left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import fx
+
+from kvq_compile.kernels.spec import PageLayout
+
+
+class Refusal(Exception):
+    """A reason to leave a site as it is; its text is what `explain` shows."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One softmax attention: an SDPA call, or matmul, scale, mask, softmax, matmul.
+
+    Attributes:
+        output: Node of the result, ``[B, Hq, T, Dv]``.
+        query, key, value: Its operands as they reach the products, ``key`` not transposed.
+        mask: Boolean (True: attend) or additive mask, or ``None``.
+        scale: Factor on the scores.
+        causal: Whether query ``i`` sees slots up to ``i`` only, counted from slot 0.
+        grouped: Whether query heads share KV heads without a repeat in the graph.
+        mask_hides: Whether a boolean ``mask`` marks what is hidden instead of what is seen.
+    """
+
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    scale: float
+    causal: bool
+    grouped: bool
+    mask_hides: bool = False
+
+
+class Life(Enum):
+    """How a cache tensor enters a graph and leaves it."""
+
+    FRESH = "built in this call and returned"
+    GROWN_PLAIN = "16-bit tensor grown by cat"
+    GROWN = "quantized tensor grown by cat"
+    ALLOCATED = "allocated in this call, written and returned"
+    BUFFER_PLAIN = "16-bit buffer written in place"
+    BUFFER = "quantized buffer written in place"
+
+
+@dataclass(frozen=True)
+class State:
+    """The cache tensor behind the key or the value of an attention.
+
+    Attributes:
+        life: How it enters and leaves the graph.
+        base: The node that attention reads, before heads are repeated or slots are cut off.
+        new: The call's own tokens, ``[B, Hkv, T, D]``.
+        past: Placeholder or allocation that held the earlier tokens, if any.
+        write: The node that writes ``new`` into ``past``, where that is a write in place.
+        position: Slots of the new tokens, a node; or their first slot, a number.
+        repeats: Query heads for one KV head, as repeated in the graph.
+        slots: How many leading slots attention reads; ``None`` for all.
+    """
+
+    life: Life
+    base: fx.Node
+    new: fx.Node
+    past: fx.Node | None = None
+    write: fx.Node | None = None
+    position: Any = None
+    repeats: Any = 1
+    slots: Any = None
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention together with the key and value state that it reads; ready to be rewritten.
+
+    Attributes:
+        layer: Its number in the order of execution.
+        attention: The attention.
+        key, value: Its cache tensors.
+        key_layout, value_layout: What they are quantized to.
+    """
+
+    layer: int
+    attention: Attention
+    key: State
+    value: State
+    key_layout: PageLayout
+    value_layout: PageLayout
+
+    def states(self) -> tuple[tuple[State, PageLayout], tuple[State, PageLayout]]:
+        """Return keys and values, each with its layout."""
+        return (self.key, self.key_layout), (self.value, self.value_layout)
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one attention.
+
+    Attributes:
+        layer: Its number in the order of execution.
+        node: Name of its output node.
+        source: Line of the model's source that called it, where known.
+        outcome: ``"rewritten"`` or ``"left alone"``.
+        detail: What it became, or the reason why it was left alone.
+        expected: Whether a reason is one that needs no warning (no cache kept, or the user's option).
+    """
+
+    layer: int
+    node: str
+    source: str
+    outcome: str
+    detail: str
+    expected: bool = False

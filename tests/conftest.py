@@ -1,0 +1,41 @@
+"""Settings that must hold before any test module is imported."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Keeps `import kernels` meaning Hugging Face's package: transformers looks for it by that name.
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the workers are the parallelism
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when kernels are imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# One example may compile a model, so neither a deadline nor a slow generator is a fault.
+_COMMON = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("dev", max_examples=20, **_COMMON)
+settings.register_profile("ci", max_examples=20, derandomize=True, database=None, **_COMMON)
+settings.register_profile("thorough", max_examples=500, **_COMMON)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Start and leave with no compiled code, so that graph counts are the test's own."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,107 @@
+"""The package installs under one name, imports in one direction and imports little."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP = sorted((ROOT / "kvq_compile").glob("*.py"))
+LOWERING = sorted((ROOT / "lowering").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+
+
+def run_python(code: str) -> str:
+    """Run ``code`` in a fresh interpreter outside the checkout and return what it prints."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield the full name of everything ``path`` imports, at the top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_inside(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def test_the_name_kernels_is_left_to_hugging_face() -> None:
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or "site-packages" in spec.origin
+    origin = run_python(
+        "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
+    )
+    assert origin == "None" or "site-packages" in origin
+
+
+@pytest.mark.parametrize("folder", ["kernels", "lowering"])
+def test_linked_folders_have_no_init_file(folder: str) -> None:
+    assert (ROOT / "kvq_compile" / folder).resolve() == ROOT / folder
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_importing_the_package_leaves_triton_and_transformers_alone() -> None:
+    code = (
+        "import sys, json, kvq_compile;"
+        "print(json.dumps([m for m in ('triton', 'transformers', 'typer') if m in sys.modules]))"
+    )
+    assert json.loads(run_python(code)) == []
+
+
+def test_the_backend_is_known_to_torch_before_the_package_is_imported() -> None:
+    code = (
+        "import sys, torch;"
+        "names = torch._dynamo.list_backends();"
+        "assert 'kvq_compile' not in sys.modules;"
+        "print('kvq' in names)"
+    )
+    assert run_python(code) == "True"
+
+
+def test_the_backend_is_registered_once() -> None:
+    """An entry point and a decorator together make torch raise 'duplicate name'."""
+    found = entry_points(group="torch_dynamo_backends", name="kvq")
+    assert {point.value for point in found} == {"kvq_compile.backend:kvq"}
+    code = (
+        "from torch._dynamo.backends.registry import lookup_backend;"
+        "first = lookup_backend('kvq'); import kvq_compile.backend as b;"
+        "print(lookup_backend('kvq') is first, first is b.kvq)"
+    )
+    assert run_python(code) == "True True"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_import_nothing_above_them(path: Path) -> None:
+    ours = [name for name in imported_names(path) if is_inside(name, "kvq_compile")]
+    assert all(is_inside(name, "kvq_compile.kernels") for name in ours), ours
+    assert not [name for name in imported_names(path) if is_inside(name, "kernels", "lowering")]
+
+
+@pytest.mark.parametrize("path", LOWERING, ids=lambda path: path.name)
+def test_lowering_imports_kernels_only_and_never_triton(path: Path) -> None:
+    names = list(imported_names(path))
+    ours = [name for name in names if is_inside(name, "kvq_compile")]
+    assert all(is_inside(name, "kvq_compile.kernels", "kvq_compile.lowering") for name in ours), (
+        ours
+    )
+    assert not [name for name in names if is_inside(name, "triton", "kernels", "lowering")]
+
+
+@pytest.mark.parametrize("path", TOP, ids=lambda path: path.name)
+def test_the_public_layer_never_imports_triton(path: Path) -> None:
+    names = list(imported_names(path))
+    assert not [name for name in names if is_inside(name, "triton", "kernels", "lowering")]
