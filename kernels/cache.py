@@ -36,8 +36,6 @@ from kvq_compile.kernels.spec import PageLayout
 Kind = Literal["grown", "static"]
 aten = torch.ops.aten
 
-MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache enters a graph
-
 
 class _Lineage:
     """The views of one memory, and how many tokens the longest of them has written."""
@@ -112,7 +110,7 @@ class QuantizedKV(Tensor):
         """
         tokens = x.shape[2] if length is None else length
         slots = x.shape[2] if kind == "static" else tokens
-        parts = ops.quantize(x[:, :, :tokens], page_capacity(slots, layout, kind), layout.token)
+        parts = ops.quantize(x[:, :, :tokens], slots, kind == "grown", layout.token)
         return cls(*parts, layout, kind, slots)
 
     @property
@@ -152,7 +150,7 @@ class QuantizedKV(Tensor):
                 self._grow(tokens)
 
     def _grow(self, tokens: int) -> None:
-        capacity = page_capacity(self.shape[2] + tokens, self.page_layout, "grown")
+        capacity = ops.page_capacity(self.shape[2] + tokens, True, self.page_layout)
         for name in ("codes", "params"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
@@ -251,16 +249,6 @@ class QuantizedKV(Tensor):
         ):
             raise NotImplementedError(f"{func} cannot write into a QuantizedKV; write to its dequantize() instead")
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
-
-
-def page_capacity(slots: Any, layout: PageLayout, kind: Kind) -> Any:
-    """Return the pages to allocate for ``slots``: what they need, and an eighth more if the cache grows."""
-    pages = (slots - layout.sinks - layout.window) // layout.page_size
-    if isinstance(pages, torch.SymInt):
-        pages = torch.sym_max(0, pages)
-        return torch.sym_max(MIN_PAGES, pages + pages // 8 + 2)
-    pages = max(0, pages)
-    return max(MIN_PAGES, pages if kind == "static" else pages + pages // 8 + 2)
 
 
 def rebuild(

@@ -16,13 +16,16 @@ from torch import Tensor
 from kvq_compile.kernels.spec import PageLayout
 
 PARTS = ("codes", "params", "exact", "cursor")
+MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache enters a graph
 
 _SCHEMAS = (
-    # Quantize x as the first tokens of a new cache with room for `capacity` pages.
-    "quantize(Tensor x, SymInt capacity, str layout) -> (Tensor, Tensor, Tensor, Tensor)",
-    # Write x behind the tokens held, quantizing the pages that fill up.
+    # Quantize x as the first tokens of a new cache for `slots` tokens, with spare room if it grows.
+    "quantize(Tensor x, SymInt slots, bool grows, str layout) -> (Tensor, Tensor, Tensor, Tensor)",
+    # Write x behind the tokens held, quantizing the pages that fill up. `after`, the result of the attention
+    # that still reads the cache as it was, only orders the two: without it Inductor may run that attention
+    # later, and then has to copy the whole cache first.
     "append_(Tensor(a!) codes, Tensor(b!) params, Tensor(c!) exact, Tensor(d!) cursor, Tensor x, "
-    "Tensor? position, SymInt? start, str layout) -> ()",
+    "Tensor? position, SymInt? start, str layout, Tensor? after=None) -> ()",
     # Attend to the tokens before `start` of a cache and to the exact new ones; writes nothing.
     "attend(Tensor query, Tensor key, Tensor value, "
     "Tensor key_codes, Tensor key_params, Tensor key_exact, Tensor key_cursor, "
@@ -48,8 +51,15 @@ def new_parts(
     return codes, params, exact, like.new_zeros(2, dtype=torch.int32)
 
 
-def _quantize(x: Tensor, capacity: int, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = new_parts(x, capacity, PageLayout.parse(layout))
+def page_capacity(slots: int | torch.SymInt, grows: bool, layout: PageLayout) -> int | torch.SymInt:
+    """Return the pages to allocate for ``slots`` tokens: what they fill, an eighth more if the cache grows."""
+    pages = torch.sym_max(0, (slots - layout.sinks - layout.window) // layout.page_size)
+    return torch.sym_max(MIN_PAGES, pages + pages // 8 + 2 if grows else pages)
+
+
+def _quantize(x: Tensor, slots: int, grows: bool, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    page_layout = PageLayout.parse(layout)
+    parts = new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
     append_(*parts, x, None, 0, layout)
     return parts
 
@@ -63,6 +73,7 @@ def _append_cpu(
     position: Tensor | None,
     start: int | None,
     layout: str,
+    after: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import blocked
 
@@ -79,6 +90,7 @@ def _append_cuda(
     position: Tensor | None,
     start: int | None,
     layout: str,
+    after: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import quantize_kv
 
@@ -174,8 +186,9 @@ _library.impl("attend", _attend_cuda, "CUDA")
 
 
 @torch.library.register_fake("kvq::quantize", lib=_library)
-def _(x: Tensor, capacity: int, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return new_parts(x, capacity, PageLayout.parse(layout))
+def _(x: Tensor, slots: int, grows: bool, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    page_layout = PageLayout.parse(layout)
+    return new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
 
 
 @torch.library.register_fake("kvq::append_", lib=_library)

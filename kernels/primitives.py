@@ -30,36 +30,33 @@ def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(codes, row, row_exists, LENGTH: tl.constexpr, BITS: tl.constexpr):
+def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
     """Load the units of rows of ``LENGTH`` codes: those of the low plane, and of the high one at 3 bits.
 
-    Units of the high plane hold 16 codes, those of the low one 8. They are brought to the low plane's
-    shape: bit ``2 f`` of the result belongs to field ``f`` of the low unit in the same place.
+    Rows from ``ROWS`` on do not exist and give zeros. Units of the high plane hold 16 codes, those of the
+    low one 8. They are brought to the low plane's shape: bit ``2 f`` of the result belongs to field ``f``
+    of the low unit in the same place.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     UNITS: tl.constexpr = LENGTH * WIDTH // 16
     UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
-    STRIDE: tl.constexpr = LENGTH * BITS // 16
+    HALF: tl.constexpr = UNITS // 2
     unit = tl.arange(0, UNITS_PAD)
-    exists = row_exists[:, None] & (unit < UNITS)[None, :]
-    if UNITS_PAD == UNITS and row.shape[0] * BITS > 0:
-        low = tl.load(codes + row[:, None] * STRIDE + unit[None, :], mask=row_exists[:, None], other=0)
+    first = codes + row[:, None] * (LENGTH * BITS // 16)
+    if UNITS_PAD == UNITS and row.shape[0] == ROWS:
+        low = tl.load(first + unit[None, :])
     else:
-        low = tl.load(codes + row[:, None] * STRIDE + unit[None, :], mask=exists, other=0)
+        exists = (row < ROWS)[:, None] & (unit < UNITS)[None, :]
+        low = tl.load(first + unit[None, :], mask=exists, other=0)
     high = low
     if BITS == 3:
-        HALF: tl.constexpr = UNITS // 2
-        if UNITS_PAD == UNITS:
-            half_unit = tl.arange(0, HALF)
-            high = tl.load(
-                codes + row[:, None] * STRIDE + UNITS + half_unit[None, :], mask=row_exists[:, None], other=0
-            )
-            high = tl.reshape(tl.permute(tl.join(high, high >> 1), (0, 2, 1)), (row.shape[0], UNITS))
+        second = unit // HALF  # not past 1: the units of a row are an even number or padding
+        where = UNITS + unit - second * HALF
+        if UNITS_PAD == UNITS and row.shape[0] == ROWS:
+            high = tl.load(first + where[None, :]) >> second[None, :].to(tl.uint16)
         else:
-            second = (unit >= HALF).to(tl.int32)
-            where = UNITS + unit - second * HALF
-            high = tl.load(codes + row[:, None] * STRIDE + where[None, :], mask=exists, other=0)
-            high = high >> second[None, :].to(tl.uint16)
+            exists = (row < ROWS)[:, None] & (unit < UNITS)[None, :]
+            high = tl.load(first + where[None, :], mask=exists, other=0) >> second[None, :].to(tl.uint16)
     return low, high
 
 
@@ -73,30 +70,29 @@ def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.con
     if FAST:
         if BITS == 8:
             a, b = _fields_8(low)
-            codes = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, COLUMNS))
+            codes = tl.permute(tl.join(a, b), (0, 2, 1))
         elif BITS == 4:
             a, b, c, d = _fields_4(low)
-            codes = _join_4(a, b, c, d, ROWS, COLUMNS)
+            codes = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (0, 2, 3, 1))
         elif BITS == 3:
             a, b, c, d, e, f, g, h = _fields_3(low, high)
-            codes = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS)
+            codes = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
         elif BITS == 2:
             a, b, c, d, e, f, g, h = _fields_2(low)
-            codes = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS)
+            codes = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
         else:
             a, b, c, d, e, f, g, h = _fields_2(low & 0x5555)
-            even = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS // 2)
+            even = _join_8(a, b, c, d, e, f, g, h)
             a, b, c, d, e, f, g, h = _fields_2((low >> 1) & 0x5555)
-            odd = _join_8(a, b, c, d, e, f, g, h, ROWS, COLUMNS // 2)
-            both = tl.reshape(tl.join(even, odd), (ROWS, 8, COLUMNS // 16, 2))
-            codes = tl.reshape(tl.permute(both, (0, 1, 3, 2)), (ROWS, COLUMNS))
+            odd = _join_8(a, b, c, d, e, f, g, h)
+            codes = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 5, 1))
     else:
         shift = (tl.arange(0, FIELDS) * WIDTH)[None, :, None]
         fields = (low.to(tl.int32)[:, None, :] >> shift) & ((1 << WIDTH) - 1)
         if BITS == 3:
             fields += ((high.to(tl.int32)[:, None, :] >> shift) & 1) << 2
-        codes = tl.reshape(fields, (ROWS, COLUMNS))
-    return codes.to(DTYPE)
+        codes = fields
+    return tl.reshape(codes, (ROWS, COLUMNS)).to(DTYPE)
 
 
 @triton.jit
@@ -181,16 +177,10 @@ def _fields_8(w):
 
 
 @triton.jit
-def _join_4(a, b, c, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    pairs = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(tl.permute(pairs, (0, 2, 3, 1)), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _join_8(a, b, c, d, e, f, g, h, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _join_8(a, b, c, d, e, f, g, h):
+    """Return the eight fields along three new last axes, the highest digit of their number first."""
     even = tl.join(tl.join(a, e), tl.join(c, g))
-    odd = tl.join(tl.join(b, f), tl.join(d, h))
-    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (ROWS, COLUMNS))
+    return tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))
 
 
 # --- group parameters -------------------------------------------------------------------------------
@@ -211,7 +201,32 @@ def join_params(scale, zero):
     return (low | (zero.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
 
 
+@triton.jit
+def scale_codes(codes, scale, zero, FAST: tl.constexpr):
+    """Return ``codes * scale + zero`` in the dtype of ``codes``."""
+    if FAST:  # written out, or pairs of scales are put together anew for every pair of codes
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            args=[codes, scale, zero],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return codes * scale.to(codes.dtype) + zero.to(codes.dtype)
+
+
 # --- rotation ---------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def _digits(size):
+    return size.bit_length() - 1
+
+
+@triton.constexpr_function
+def _inverse_root(size):
+    return size**-0.5
 
 
 @triton.jit
@@ -224,12 +239,10 @@ def hadamard(x, LENGTH: tl.constexpr):
     BLOCK: tl.constexpr = LENGTH & -LENGTH
     ROWS: tl.constexpr = x.shape[0] * x.shape[1] // BLOCK
     y = tl.reshape(x, (ROWS, BLOCK))
-    width = BLOCK
-    while width > 1:
+    for _ in tl.static_range(_digits(BLOCK)):
         a, b = tl.split(tl.reshape(y, (ROWS, BLOCK // 2, 2)))
         y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, BLOCK))
-        width = width // 2
-    return tl.reshape(y, (x.shape[0], x.shape[1])) * (BLOCK**-0.5)
+    return tl.reshape(y, (x.shape[0], x.shape[1])) * _inverse_root(BLOCK)
 
 
 # --- softmax ----------------------------------------------------------------------------------------

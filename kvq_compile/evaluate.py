@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvq_compile.config import make_config
+
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
@@ -48,7 +50,7 @@ class Method:
     """
 
     label: str
-    options: Mapping[str, object] | None
+    options: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,6 @@ def parse_method(text: str) -> Method:
     Raises:
         ValueError: An option lacks its ``=``, or the method or an option is unknown.
     """
-    from kvq_compile.methods import make_spec
-
     if text == PLAIN:
         return Method(PLAIN, None)
     name, _, rest = text.partition(":")
@@ -135,8 +135,9 @@ def parse_method(text: str) -> Method:
         if not equals:
             raise ValueError(f"method option must read option=value, got {item!r} in {text!r}")
         options[key.strip()] = parse_value(value.strip())
-    make_spec(name, **options)
-    return Method(text, {"method": name, **options})
+    options = {"method": name, **options}
+    make_config(options)
+    return Method(text, options)
 
 
 def cache_tensors(cache: DynamicCache) -> Iterator[Tensor]:

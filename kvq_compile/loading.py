@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEMO_MODEL = EXAMPLES / "models" / "kvq-tiny-2.6m"
 DEMO_TEXT = EXAMPLES / "text" / "demo.txt"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def example(path: Path) -> Path:
+    """Return ``path``, a file or folder of the repository's examples.
+
+    Raises:
+        FileNotFoundError: The package was installed without the repository around it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.name} lies in the repository's examples, which are not installed with the "
+            "package; pass --model and --text"
+        )
+    return path
 
 
 def require_transformers() -> None:
@@ -45,10 +60,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
-    return dtype
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def load_model(

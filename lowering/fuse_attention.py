@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.cache import page_capacity
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
 from kvq_compile.lowering.sites import AttentionSite, Life, State
@@ -22,7 +21,7 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
     Before:  keys = cat([past_keys, key], 2); values = cat([past_values, value], 2)   # or index_copy_
              output = scaled_dot_product_attention(query, repeat(keys), repeat(values), mask)
     After:   output = kvq.attend(query, key, value, *past_keys, *past_values, mask)
-             kvq.append_(*past_keys, key); kvq.append_(*past_values, value)
+             kvq.append_(*past_keys, key, after=output); kvq.append_(*past_values, value, after=output)
     Because: decoding reads every cached byte once a token, so its time falls with the bytes.
 
     Leaves alone: attention whose keys and values are all of this call (`Life.FRESH`, `Life.GROWN_PLAIN`,
@@ -42,7 +41,7 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
         )
         fused = insert_call(graph, ops.attend, arguments, value_of(attention.output))
         for state, cache in ((key, key_cache), (value, value_cache)):
-            insert_call(graph, ops.append_, (*cache.parts, state.new, position, start, cache.layout.token))
+            insert_call(graph, ops.append_, (*cache.parts, state.new, position, start, cache.layout.token, fused))
             if state.write is not None:
                 _erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -94,7 +93,7 @@ def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, 
 def _allocate(graph: fx.Graph, state: State, layout: PageLayout) -> tuple[fx.Node, ...]:
     slots = (shape_of(state.past) or (0, 0, 0))[2]
     nothing = insert_call(graph, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0))))
-    made = insert_call(graph, ops.quantize, (nothing, page_capacity(slots, layout, "static"), layout.token))
+    made = insert_call(graph, ops.quantize, (nothing, slots, False, layout.token))
     parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
     position, start = (state.position, None) if _is_tensor(state.position) else (None, state.position)
     insert_call(graph, ops.append_, (*parts, state.new, position, start, layout.token))

@@ -105,7 +105,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     conversions = _plan_conversions(graph, sites, arguments, sizes)
     _drop_dead(graph)
     appended = {plan.argument: plan.tokens for plan in outputs if isinstance(plan, Extended)}
-    unwrapped = {arguments[node]: isinstance(cache.length, fx.Node) for node, cache in caches.items()}
+    unwrapped = {arguments[node]: cache.owns_length for node, cache in caches.items()}
     dequantize_reads(graph, caches)  # last: what is left are reads that no pass claimed
     graph.lint()
     module.recompile()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.cache import Kind, QuantizedKV, page_capacity
+from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.lowering.graph import insert_call, shape_of
 from kvq_compile.lowering.sites import AttentionSite, Life, State
@@ -126,10 +126,6 @@ def _plan(
 
 
 def _quantize(graph: fx.Graph, x: fx.Node, length: Any, layout: PageLayout) -> tuple[fx.Node, ...]:
-    if not isinstance(length, int):
-        length = insert_call(graph, operator.getitem, (graph.call_method("size", (x,)), 2), length)
-        capacity = insert_call(graph, page_capacity, (length, layout, "grown"))
-    else:
-        capacity = page_capacity(length, layout, "grown")
-    quantized = insert_call(graph, ops.quantize, (x, capacity, layout.token))
+    slots = length if isinstance(length, int) else graph.call_method("size", (x, 2))
+    quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token))
     return tuple(insert_call(graph, operator.getitem, (quantized, i)) for i in range(len(ops.PARTS)))

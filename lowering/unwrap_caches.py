@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import AttrSource
+from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
 
 from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.ops import PARTS
@@ -22,11 +22,13 @@ class CacheInput:
     Attributes:
         parts: Placeholders of its four parts.
         length: Placeholder of its length, or the length where it is constant.
+        owns_length: Whether that placeholder was made for this cache.
         layout: Its layout.
     """
 
     parts: tuple[fx.Node, ...]
     length: Any
+    owns_length: bool
     layout: PageLayout
 
 
@@ -46,12 +48,25 @@ def unwrap_caches(graph: fx.Graph) -> dict[fx.Node, CacheInput]:
             continue
         with graph.inserting_before(node):
             parts = tuple(_part(graph, node, cache, name) for name in PARTS)
-            length: Any = cache.shape[2]
-            if isinstance(length, torch.SymInt):
-                length = graph.placeholder(f"{node.name}_length")
-                length.meta["example_value"] = cache.shape[2]
-        inputs[node] = CacheInput(parts, length, cache.page_layout)
+            length, owned = _length(graph, node, cache)
+        inputs[node] = CacheInput(parts, length, owned, cache.page_layout)
     return inputs
+
+
+def _length(graph: fx.Graph, node: fx.Node, cache: QuantizedKV) -> tuple[Any, bool]:
+    """Return the cache's length, a number or a placeholder, and whether that placeholder is new."""
+    length: Any = cache.shape[2]
+    if not isinstance(length, torch.SymInt):
+        return length, False
+    for other in graph.find_nodes(op="placeholder"):
+        value = value_of(other)
+        if isinstance(value, torch.SymInt) and value.node.expr == length.node.expr:
+            return other, False
+    made = graph.placeholder(f"{node.name}_length")
+    made.meta["example_value"] = length
+    if hasattr(node, "_dynamo_source"):
+        made._dynamo_source = TensorPropertySource(node._dynamo_source, TensorProperty.SIZE, 2)  # type: ignore[attr-defined]
+    return made, True
 
 
 def _part(graph: fx.Graph, node: fx.Node, cache: QuantizedKV, name: str) -> fx.Node:

@@ -54,6 +54,12 @@ def test_linked_folders_have_no_init_file(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
 
+def test_the_installed_package_is_an_ordinary_one() -> None:
+    """Regression: installed before it had an `__init__.py`, it was found as a bare namespace."""
+    origin = run_python("import kvq_compile; print(kvq_compile.__file__)")
+    assert origin.endswith("kvq_compile/__init__.py")
+
+
 def test_importing_the_package_leaves_triton_and_transformers_alone() -> None:
     code = (
         "import sys, json, kvq_compile;"
