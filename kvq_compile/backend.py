@@ -12,14 +12,18 @@ from torch import Tensor, fx
 
 from kvq_compile.config import Config, make_config
 from kvq_compile.convert import become
+from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, record
 from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.lowering.pipeline import Conversion, Lowered, lower
+from kvq_compile.lowering.quantize_outputs import Plain
 
 logger = logging.getLogger("kvq_compile")
 
 Compiled = Callable[..., Any]
+
+watch_generate()
 
 
 def kvq(
@@ -90,7 +94,7 @@ def _compile_inner(module: fx.GraphModule, inputs: list[Any], config: Config, mo
 
 def _around(inner: Compiled, lowered: Lowered) -> Compiled:
     """Wrap the inner callable: caches are unwrapped on the way in and wrapped on the way out."""
-    if not lowered.unwrapped and all(type(plan).__name__ == "Plain" for plan in lowered.outputs):
+    if not lowered.unwrapped and all(isinstance(plan, Plain) for plan in lowered.outputs):
         return inner
 
     def call(*args: Any) -> list[Any]:

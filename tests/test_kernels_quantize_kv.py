@@ -14,6 +14,11 @@ from kvq_compile.kernels import quantize_kv, reference
 from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 
+pytestmark = [  # of numpy, from Triton's interpreter
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"
 # The interpreter truncates where fp32 becomes bf16, which reopening a page does.

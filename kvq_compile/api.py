@@ -1,0 +1,136 @@
+"""The calls a user makes beside ``torch.compile``: decorate, explain, quantize a cache by hand."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from kvq_compile.backend import kvq
+from kvq_compile.bounds import error_bound
+from kvq_compile.config import make_config
+from kvq_compile.convert import become
+from kvq_compile.errors import KVQError
+from kvq_compile.history import GraphReport, watching
+from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.report import cache_tensors
+
+T = TypeVar("T")
+
+
+def compile(target: T | None = None, /, *, mode: str | None = None, **options: Any) -> Any:
+    """Compile a function, a module or a module class onto quantized caches.
+
+    >>> @kvq_compile.compile(method="int4")
+    ... def step(query, key, value, past_keys, past_values): ...
+
+    Args:
+        target: What to compile; without it, a decorator is returned. Of a module its ``forward`` is
+            compiled in place, so that methods such as ``generate`` go through it; of a class, that of
+            every instance.
+        mode: As for ``torch.compile``.
+        **options: As in ``torch.compile(options=...)``: ``method`` and its options.
+
+    Raises:
+        ValueError: An option is unknown or out of range.
+        TypeError: ``target`` cannot be compiled.
+    """
+    make_config(options)
+    if target is None:
+        return functools.partial(compile, mode=mode, **options)
+    backend = functools.partial(kvq, mode=mode, options=options)
+    if isinstance(target, torch.nn.Module):
+        target.compile(backend=backend)
+        return target
+    if isinstance(target, type) and issubclass(target, torch.nn.Module):
+        target.forward = torch.compile(target.forward, backend=backend)  # type: ignore[method-assign]
+        return target
+    if callable(target):
+        return torch.compile(target, backend=backend)
+    raise TypeError(f"target must be a function, a module or a module class, got {type(target).__name__}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What became of every attention of the graphs that a call compiled.
+
+    Attributes:
+        graphs: The graphs, in the order in which they were compiled.
+        result: What the call returned.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    result: Any
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for number, graph in enumerate(self.graphs):
+            rewritten = sum(site.outcome == "rewritten" for site in graph.sites)
+            lines.append(f"graph {number}: {len(graph.sites)} attentions, {rewritten} rewritten ({graph.spec.method})")
+            for site in graph.sites:
+                lines.append(f"  attention {site.layer:3d}  {site.outcome}: {site.detail}")
+                if site.source:
+                    lines.append(f"                 at {site.source}")
+        if self.graphs:
+            lines.append(f"error of a packed layer's attention output, at most: {error_bound(self.graphs[0].spec).evalf(3)}")
+        return "\n".join(lines) or "nothing was compiled: the call went around the compiled code"
+
+
+def explain(
+    function: Callable[..., Any], /, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Explanation:
+    """Call a function or module once under the backend and say what became of each attention.
+
+    The call is made for real, caches it is given included; the graphs run without Inductor.
+
+    Args:
+        function: What to explain; a module, its ``forward``, or a function.
+        *args: Its arguments.
+        options: Options of the backend.
+        **kwargs: Its keyword arguments.
+    """
+    backend = functools.partial(kvq, options={**(options or {}), "inner": "eager"})
+    forward = function.forward if isinstance(function, torch.nn.Module) else function
+    with watching() as graphs, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a warning would say is in the explanation
+        result = torch.compile(forward, backend=backend)(*args, **kwargs)
+    return Explanation(tuple(graphs), result)
+
+
+def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **options: Any) -> Any:
+    """Quantize the 16-bit tensors of a cache in place, freeing their storage.
+
+    Args:
+        cache_or_module: A transformers cache, or any nesting of tensors `report` understands; key and
+            value tensors must alternate.
+        method: A method's name or a `CacheSpec`.
+        **options: The method's options; ``length``, the tokens held, for caches of fixed size.
+
+    Returns:
+        What was passed in.
+
+    Raises:
+        KVQError: A tensor cannot be converted; earlier ones have been.
+    """
+    from kvq_compile.methods import make_spec
+
+    length = options.pop("length", None)
+    spec = method if isinstance(method, CacheSpec) else make_spec(method, **options)
+    for index, (name, tensor) in enumerate(cache_tensors(cache_or_module)):
+        layer_spec = spec.for_layer(index // 2)
+        if isinstance(tensor, QuantizedKV) or layer_spec is None:
+            continue
+        layout = layer_spec.layout("key" if index % 2 == 0 else "value", int(tensor.shape[3]))
+        kind = "grown" if length is None else "static"
+        with torch.no_grad():
+            quantized = QuantizedKV.from_dense(tensor, layout, kind=kind, length=length)  # type: ignore[arg-type]
+        try:
+            become(tensor, quantized)
+        except RuntimeError as reason:
+            raise KVQError(f"{name} cannot be quantized in place: {reason}") from reason
+    return cache_or_module

@@ -1,0 +1,162 @@
+"""Count what a cache holds, from its storages: bytes by part, effective bits, what 16 bit would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.ops import PARTS
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One key or value tensor of a cache.
+
+    Attributes:
+        name: Where it was found.
+        shape: ``[B, H, S, D]``.
+        held: Tokens it holds.
+        parts: Bytes of each part; an unquantized tensor has the one part ``"plain"``.
+        kept_exact: Tokens among ``held`` that are exact.
+        packed_bits: Bits per number of a packed token; ``None`` where nothing is packed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    held: int
+    parts: dict[str, int]
+    kept_exact: int
+    packed_bits: float | None = None
+
+    @property
+    def elements(self) -> int:
+        """Numbers that the tensor stands for: those of the tokens held."""
+        B, H, _, D = self.shape
+        return B * H * self.held * D
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds.
+
+    Attributes:
+        tensors: Its key and value tensors, in the order in which they were found.
+    """
+
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part, over all tensors."""
+        names = (*PARTS, PLAIN)
+        total = {name: sum(tensor.parts.get(name, 0) for tensor in self.tensors) for name in names}
+        return {name: size for name, size in total.items() if size}
+
+    @property
+    def bytes(self) -> int:
+        """All bytes held, spare room included."""
+        return sum(self.parts.values())
+
+    @property
+    def elements(self) -> int:
+        """Numbers that the cache stands for."""
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held by the longest tensor."""
+        return max((tensor.held for tensor in self.tensors), default=0)
+
+    @property
+    def layers(self) -> int:
+        """Pairs of key and value tensors."""
+        return len(self.tensors) // 2
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the same tokens at 16 bit."""
+        return 2 * self.elements
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits held per number, all parts and spare room counted."""
+        return 8 * self.bytes / self.elements if self.elements else 0.0
+
+    @property
+    def packed_bits(self) -> float:
+        """Bits per number of packed tokens: codes, scales and zero points, spare room left out."""
+        widths = [tensor.packed_bits for tensor in self.tensors if tensor.packed_bits is not None]
+        return sum(widths) / len(widths) if widths else 16.0
+
+    def __str__(self) -> str:
+        rows = [f"  {name:8s} {size:>14,d} bytes" for name, size in self.parts.items()]
+        ratio = self.dense_bytes / self.bytes if self.bytes else 0.0
+        head = f"{self.layers} layers, {self.tokens:,d} tokens: {self.bytes:,d} bytes, "
+        head += f"{self.effective_bits:.2f} bits a number ({ratio:.2f} times less than 16 bit)"
+        return "\n".join([head, *rows])
+
+
+def report(cache_or_module: Any) -> Report:
+    """Return what a cache holds.
+
+    Args:
+        cache_or_module: A transformers cache, a module whose buffers are caches, a tensor, or any nesting
+            of tuples, lists and dictionaries of these.
+
+    Raises:
+        TypeError: Nothing in it looks like a key or value tensor ``[B, H, S, D]``.
+    """
+    tensors = tuple(_tensor_report(name, tensor) for name, tensor in cache_tensors(cache_or_module))
+    if not tensors:
+        raise TypeError(
+            f"cache_or_module must hold key and value tensors [B, H, S, D], got {type(cache_or_module).__name__}"
+        )
+    return Report(tensors)
+
+
+def _tensor_report(name: str, tensor: Tensor) -> TensorReport:
+    shape = tuple(int(size) for size in tensor.shape)
+    if not isinstance(tensor, QuantizedKV):
+        return TensorReport(name, shape, shape[2], {PLAIN: tensor.untyped_storage().nbytes()}, shape[2])
+    held = tensor.held()
+    layout = tensor.page_layout
+    packed = min(int(tensor.cursor[1]) * layout.page_size, held)
+    page = tensor.codes[:1, :1, :1], tensor.params[:1, :1, :1]
+    page_bits = 8 * sum(part.numel() * part.element_size() for part in page)
+    width = page_bits / (layout.page_size * layout.head_dim)
+    return TensorReport(name, shape, held, tensor.part_bytes(), held - packed, width)
+
+
+def cache_tensors(holder: Any, name: str = "cache") -> Iterator[tuple[str, Tensor]]:
+    """Yield the key and value tensors of a cache, each once, with a name for each."""
+    seen: set[int] = set()
+    for path, tensor in _walk(holder, name, 0):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield path, tensor
+
+
+def _walk(holder: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(holder, Tensor):
+        if isinstance(holder, QuantizedKV) or (holder.dim() == 4 and holder.is_floating_point()):
+            yield name, holder
+    elif isinstance(holder, torch.nn.Module):
+        for path, buffer in holder.named_buffers():
+            yield from _walk(buffer, path, depth + 1)
+    elif isinstance(holder, dict):
+        for key, item in holder.items():
+            yield from _walk(item, f"{name}[{key!r}]", depth + 1)
+    elif isinstance(holder, (list, tuple)):
+        for index, item in enumerate(holder):
+            yield from _walk(item, f"{name}[{index}]", depth + 1)
+    elif hasattr(holder, "__dict__") and depth < 4:
+        for attribute in ("layers", "self_attention_cache", "cross_attention_cache", "keys", "values"):
+            if attribute in vars(holder):
+                yield from _walk(vars(holder)[attribute], f"{name}.{attribute}", depth + 1)
