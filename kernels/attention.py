@@ -47,7 +47,7 @@ from kvq_compile.kernels.spec import PageLayout
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
-MAX_COLUMNS = 64
+MAX_COLUMNS = 32  # more queries than that spill
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 4  # what fits at 128 registers a thread and 128 threads
 WEIGHT_BIAS = tl.constexpr(12.0)
@@ -89,17 +89,18 @@ def _dequantize_keys(
         scale, zero = split_params(word)
         grouped = tl.reshape(codes, (PAGE // GROUP, GROUP, COLUMNS))
         x = scale_codes(grouped, scale[:, None, :], zero[:, None, :], FAST)
-        return tl.reshape(x, (PAGE, COLUMNS))
-    token = tl.arange(0, PAGE)
-    if COLUMNS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
+    elif COLUMNS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
+        token = tl.arange(0, PAGE)
         group = tl.arange(0, HEAD_DIM // GROUP)
         scale, zero = split_params(tl.load(params + group[None, :] * PAGE + token[:, None]))
         grouped = tl.reshape(codes, (PAGE, HEAD_DIM // GROUP, GROUP))
         x = scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
-        return tl.reshape(x, (PAGE, COLUMNS))
-    where = params + (channel // GROUP)[None, :] * PAGE + token[:, None]
-    scale, zero = split_params(tl.load(where, mask=channel_ok[None, :], other=0))
-    return scale_codes(codes, scale, zero, FAST)
+    else:
+        token = tl.arange(0, PAGE)
+        where = params + (channel // GROUP)[None, :] * PAGE + token[:, None]
+        scale, zero = split_params(tl.load(where, mask=channel_ok[None, :], other=0))
+        x = scale_codes(codes, scale, zero, FAST)
+    return tl.reshape(x, (PAGE, COLUMNS))
 
 
 @triton.jit
@@ -117,16 +118,16 @@ def _dequantize_values(
         scale, zero = split_params(tl.load(where, mask=(channel < HEAD_DIM)[:, None], other=0))
         grouped = tl.reshape(codes, (ROWS, PAGE // GROUP, GROUP))
         x = scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
-        return tl.reshape(x, (ROWS, PAGE))
-    if ROWS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
+    elif ROWS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
         group = tl.arange(0, HEAD_DIM // GROUP)
         scale, zero = split_params(tl.load(params + group[:, None] * PAGE + token[None, :]))
         grouped = tl.reshape(codes, (HEAD_DIM // GROUP, GROUP, PAGE))
         x = scale_codes(grouped, scale[:, None, :], zero[:, None, :], FAST)
-        return tl.reshape(x, (ROWS, PAGE))
-    where = params + (channel // GROUP)[:, None] * PAGE + token[None, :]
-    scale, zero = split_params(tl.load(where, mask=(channel < HEAD_DIM)[:, None], other=0))
-    return scale_codes(codes, scale, zero, FAST)
+    else:
+        where = params + (channel // GROUP)[:, None] * PAGE + token[None, :]
+        scale, zero = split_params(tl.load(where, mask=(channel < HEAD_DIM)[:, None], other=0))
+        x = scale_codes(codes, scale, zero, FAST)
+    return tl.reshape(x, (ROWS, PAGE))
 
 
 @triton.jit
@@ -473,9 +474,10 @@ def attend(
         VALUE_GROUP=value_layout.group_size, SINKS=key_layout.sinks, WINDOW=key_layout.window, PAGE=page,
         BLOCK_Q=block_q, BLOCK_N=BLOCK_EXACT, MASK_KIND=kind,
         MASK_SHARED=kind > 0 and strides[1] == 0 and (T == 1 or strides[2] == 0),
-        FAST=not full and not torch.version.hip, DTYPE=tl.float32 if full else tl.float16,
-        EXACT_DTYPE=tl.float32 if full else exact_dtype, PRECISION="ieee",
-        num_warps=8 if full or block_q > 16 or page * padded > 128 * 128 else 4, num_stages=2,
+        FAST=query.is_cuda and not torch.version.hip, DTYPE=tl.float32 if full else tl.float16,
+        EXACT_DTYPE=tl.float32 if full else exact_dtype, PRECISION="tf32x3" if query.is_cuda else "ieee",
+        num_warps=8 if full or block_q > 16 or page * padded > 128 * 128 else 4,
+        num_stages=1 if full or page * padded > 256 * 128 else 2,
     )  # fmt: skip
     out = query.new_empty(B, Hq, T, Dv)
     join_kernel[(B * Hq * T,)](

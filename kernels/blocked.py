@@ -1,9 +1,10 @@
-"""Attend to a quantized cache block by block, in plain torch: the CPU path.
+"""Attend to a quantized cache block by block: the CPU path.
 
-One loop reads a few pages at a time, so that the scratch stays the same however long the cache is, and
-keeps the softmax state in fp32: a running maximum, a running sum and two accumulators. Packed tokens may
-lie in a rotated basis. Rotating the query once and the packed accumulator once takes the place of
-rotating every token back, which is why packed and exact tokens accumulate apart.
+A few query rows, as in decoding, read all pages in one call of `cpu_pages`. Many rows, as in a chunk of a
+prompt, go through blocks of pages unpacked to fp32 and matrix products, so that the scratch stays the same
+however long the cache is. Both keep the softmax state in fp32: a running maximum, a running sum and two
+accumulators. Packed tokens may lie in a rotated basis. Rotating the query once and the packed accumulator
+once takes the place of rotating every token back, which is why packed and exact tokens accumulate apart.
 
 The lengths are read on the host, which is free on a CPU. On a GPU `attention` reads them on the device.
 """
@@ -15,12 +16,14 @@ import math
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels import reference
+from kvq_compile.kernels import cpu_pages, reference
 from kvq_compile.kernels.spec import PageLayout
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
-BLOCK_TOKENS = 1024  # two fp32 scratch tiles of this many tokens stay within a core's second-level cache
+APPEND_TOKENS = 1024  # new tokens quantized at once
+SCRATCH_NUMBERS = 1 << 19  # fp32 numbers of keys, and of values, unpacked at once: two megabytes each
+FEW_ROWS = 16  # query rows of a KV head up to which unpacking costs more than the products
 
 
 def first_slot(position: Tensor | None, start: int | None) -> int:
@@ -47,9 +50,9 @@ def append_(
     start: int,
     layout: PageLayout,
 ) -> None:
-    """Append in steps of ``BLOCK_TOKENS``, so that quantizing a long prompt needs little scratch."""
-    for first in range(0, x.shape[2], BLOCK_TOKENS):
-        piece = x[:, :, first : first + BLOCK_TOKENS]
+    """Append in steps, so that quantizing a long prompt needs little scratch."""
+    for first in range(0, x.shape[2], APPEND_TOKENS):
+        piece = x[:, :, first : first + APPEND_TOKENS]
         reference.append_(codes, params, exact, cursor, piece, start + first, layout)
 
 
@@ -72,6 +75,13 @@ class _Softmax:
         for accumulator in self.accumulators:
             accumulator.mul_(decay)
         self.accumulators[which] += weights @ value
+
+    def join(self, accumulators: Tensor, maxima: Tensor, sums: Tensor) -> None:
+        """Take in the packed part as splits ``[splits, B, Hkv, rows, Dv]`` with their maxima and sums."""
+        self.running_max = maxima.amax(0)
+        weights = (maxima - self.running_max.clamp_min(-1e38)).exp_()
+        self.running_sum = (sums * weights).sum(0)
+        self.accumulators[0] = (accumulators * weights).sum(0)
 
     def result(self, layout: PageLayout) -> Tensor:
         """Return the attention output; the first accumulator is in the basis of the packed values."""
@@ -134,18 +144,13 @@ def attend(
     held = min(start, visible)
     pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
     packed_end = key_layout.sinks + pages * key_layout.page_size
-    rotated = reference.rotate(rows, key_layout)
-    step = max(1, BLOCK_TOKENS // key_layout.page_size)
-    for page in range(0, pages, step):
-        first = key_layout.sinks + page * key_layout.page_size
-        last = min(first + step * key_layout.page_size, packed_end, held)
-        if last <= first:
-            break
-        block = slice(page, min(page + step, pages))
-        packed_key = _dequantize_rotated(key_parts, block, key_layout)[:, :, : last - first]
-        packed_value = _dequantize_rotated(value_parts, block, value_layout)[:, :, : last - first]
-        scores = rotated @ packed_key.transpose(-2, -1)
-        softmax.update(_apply_mask(scores, mask, slice(first, last), shape), packed_value, 0)
+    if pages and held > key_layout.sinks:
+        packed_rows = reference.rotate(rows, key_layout)
+        arguments = (key_parts, value_parts, mask, pages, held, shape, key_layout, value_layout)
+        if rows.shape[2] <= FEW_ROWS and cpu_pages.is_available():
+            _read_pages(softmax, packed_rows, *arguments)
+        else:
+            _read_blocks(softmax, packed_rows, *arguments)
 
     slots = torch.cat(
         [
@@ -161,6 +166,53 @@ def attend(
     return softmax.result(value_layout).reshape(B, Hq, T, -1).to(query.dtype)
 
 
+def _read_pages(
+    softmax: _Softmax,
+    rows: Tensor,
+    key_parts: Parts,
+    value_parts: Parts,
+    mask: Tensor | None,
+    pages: int,
+    held: int,
+    shape: tuple[int, int, int, int],
+    key_layout: PageLayout,
+    value_layout: PageLayout,
+) -> None:
+    """Let `cpu_pages` attend to the packed tokens below ``held``."""
+    visible = min(held - key_layout.sinks, pages * key_layout.page_size)
+    bias = None
+    if mask is not None:
+        columns = slice(key_layout.sinks, key_layout.sinks + visible)
+        bias = _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, columns, shape)
+    softmax.join(*cpu_pages.attend(rows.contiguous(), key_parts, value_parts, bias, pages, visible, key_layout, value_layout))
+
+
+def _read_blocks(
+    softmax: _Softmax,
+    rows: Tensor,
+    key_parts: Parts,
+    value_parts: Parts,
+    mask: Tensor | None,
+    pages: int,
+    held: int,
+    shape: tuple[int, int, int, int],
+    key_layout: PageLayout,
+    value_layout: PageLayout,
+) -> None:
+    """Attend to the packed tokens below ``held`` in blocks of pages unpacked to fp32."""
+    step = max(1, SCRATCH_NUMBERS // (shape[0] * shape[1] * key_layout.page_size * key_layout.head_dim))
+    unpack = cpu_pages.unpack if cpu_pages.is_available() else _unpack
+    for page in range(0, pages, step):
+        block = slice(page, min(page + step, pages))
+        first = key_layout.sinks + block.start * key_layout.page_size
+        last = min(key_layout.sinks + block.stop * key_layout.page_size, held)
+        if last <= first:
+            break
+        key = unpack(key_parts, block, key_layout)[:, :, : last - first]
+        scores = _apply_mask(rows @ key.transpose(-2, -1), mask, slice(first, last), shape)
+        softmax.update(scores, unpack(value_parts, block, value_layout)[:, :, : last - first], 0)
+
+
 def _check_lengths(
     key_parts: Parts, value_parts: Parts, start: int, mask: Tensor | None, end: int
 ) -> None:
@@ -173,7 +225,7 @@ def _check_lengths(
             raise ValueError(f"mask must hide the slots that hold no token, from {end} on")
 
 
-def _dequantize_rotated(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
+def _unpack(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
     """Return pages as tokens ``[B, H, n, D]`` (fp32) in the basis in which they were coded."""
     codes = reference.unpack(parts[0][:, :, pages], layout)
     scale, zero = parts[1][:, :, pages].float().unbind(-1)

@@ -7,10 +7,12 @@ parts of `PageLayout`. Operations that a cache performs act on the packed form:
 - operations along the batch (``index_select``, indexing, ``repeat_interleave``: beam search) gather parts;
 - truncation, ``clone``, ``deepcopy``, ``to``, pickling keep the packed form;
 - everything else reads: the tokens are dequantized into an ordinary tensor, which is correct and slow.
-  A write that is not listed raises, since it would be lost in such a copy.
+  A write that is not listed raises, since it would be lost in such a copy; so does a write into a view,
+  such as ``cache[:, :, 3:5].zero_()``, outside compiled code (`ReadOnlyTokens`).
 
 **Two kinds.** A *grown* cache has exactly as many slots as tokens, and ``cat`` returns a longer view of the
-same memory; capacity grows in pages. A *static* cache has a fixed number of slots.
+same memory; capacity grows in pages. A *static* cache has a fixed number of slots. Tokens are written one
+behind another: a write at an earlier slot forgets what lies behind it, and those slots read as zero.
 
 **Views of one memory.** Views of different length share their parts, and each is a prefix of the longest.
 Appending to a view that is not the longest alive copies first, so that what a longer view holds is never
@@ -28,13 +30,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.spec import PageLayout
 
 Kind = Literal["grown", "static"]
-aten = torch.ops.aten
+GROWS_BY_CAT = "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
 
 
 class _Lineage:
@@ -70,6 +71,8 @@ class QuantizedKV(Tensor):
     cursor: Tensor
     page_layout: PageLayout
     kind: Kind
+    _lineage: _Lineage
+    _is_slice_copy = False  # stands for a view along the batch, which packed memory cannot give
 
     @staticmethod
     def __new__(
@@ -85,9 +88,7 @@ class QuantizedKV(Tensor):
     ) -> QuantizedKV:
         B, H, _, D = exact.shape
         shape = (B, H, length, D)
-        self: QuantizedKV = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=exact.dtype, device=exact.device
-        )
+        self: QuantizedKV = Tensor._make_wrapper_subclass(cls, shape, dtype=exact.dtype, device=exact.device)
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
         if not isinstance(cursor, FakeTensor):
@@ -197,30 +198,28 @@ class QuantizedKV(Tensor):
             f"dtype={self.dtype}, device={self.device})"
         )
 
+    def repeat_interleave(self, repeats: Any, dim: Any = None, *, output_size: Any = None) -> Tensor:
+        """Repeat as a tensor does; along the batch the result stays quantized."""
+        if dim not in (0, -4):
+            return super().repeat_interleave(repeats, dim, output_size=output_size)
+        return self._map_batch(lambda part: part.repeat_interleave(repeats, 0, output_size=output_size))
+
+    def __copy__(self) -> QuantizedKV:
+        return self._view(self.shape[2])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
         copy: QuantizedKV = memo.setdefault(id(self), self.clone_packed())
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return rebuild, (*self.parts, self.page_layout.token, self.kind, int(self.shape[2]))
+        # Loaded views would not know of each other, so that each takes memory of its own.
+        owner = self.clone_packed() if self._lineage.others(self) else self
+        return rebuild, (*owner.parts, self.page_layout.token, self.kind, int(self.shape[2]))
 
     def __setitem__(self, index: Any, x: Any) -> None:
-        index = index if isinstance(index, tuple) else (index,)
-        full = slice(None)
-        if len(index) not in (3, 4) or any(i != full for i in (*index[:2], *index[3:])):
-            raise NotImplementedError(
-                f"a QuantizedKV can be assigned along its tokens only, as cache[:, :, positions] = x, got {index}"
-            )
-        slots, start, position = index[2], None, None
-        if isinstance(slots, slice):
-            if slots.step not in (None, 1):
-                raise NotImplementedError(f"slot slices must have step 1, got {slots}")
-            start = slots.start or 0
-        elif isinstance(slots, Tensor) and slots.dtype in (torch.int64, torch.int32) and slots.dim() == 1:
-            position = slots
-        else:
-            raise NotImplementedError(f"slots must be a slice or a vector of positions, got {slots!r}")
-        _write(self, x, position, start)
+        from kvq_compile.kernels.cache_operations import assign  # which imports this file
+
+        assign(self, index, x)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return list(ops.PARTS), (self.page_layout, self.kind)
@@ -236,23 +235,19 @@ class QuantizedKV(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            result = handler(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if func._schema.is_mutable and any(
-            isinstance(value, QuantizedKV)
-            for value, argument in zip(args, func._schema.arguments, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ):
-            raise NotImplementedError(f"{func} cannot write into a QuantizedKV; write to its dequantize() instead")
-        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+        from kvq_compile.kernels.cache_operations import dispatch  # which imports this file
+
+        return dispatch(func, args, kwargs or {})
 
 
 def rebuild(
-    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, layout: str, kind: Kind, length: int
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    layout: str,
+    kind: Kind,
+    length: int,
 ) -> QuantizedKV:
     """Wrap unpickled parts."""
     lineage = _Lineage(int(cursor[0]))
@@ -260,159 +255,3 @@ def rebuild(
 
 
 torch.serialization.add_safe_globals([rebuild])
-
-
-def _dense(x: Any) -> Any:
-    return x.dequantize() if isinstance(x, QuantizedKV) else x
-
-
-def _dim(x: QuantizedKV, dim: int) -> int:
-    return dim % x.dim()
-
-
-def _write(cache: QuantizedKV, x: Tensor, position: Tensor | None, start: int | None) -> None:
-    if cache.kind == "grown":
-        raise NotImplementedError("a grown QuantizedKV takes new tokens by torch.cat, not by assignment")
-    count = x.shape[2] if position is None else position.shape[0]
-    shape = (*cache.shape[:2], count, cache.shape[3])
-    ops.append_(*cache.parts, _dense(x).expand(shape), position, start, cache.page_layout.token)
-
-
-def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
-    tensors = [t for t in tensors if not (t.dim() == 1 and t.shape[0] == 0)]
-    first = tensors[0]
-    if not isinstance(first, QuantizedKV):
-        return NotImplemented
-    if len(tensors) == 1:
-        return first._view(first.shape[2])
-    if _dim(first, dim) == 0 and all(
-        isinstance(t, QuantizedKV) and t.page_layout == first.page_layout and t.shape[2] == first.shape[2] for t in tensors
-    ):
-        parts = [torch.cat([getattr(t, name) for t in tensors]) for name in ops.PARTS[:3]] if _aligned(tensors) else None
-        if parts is None:
-            return NotImplemented
-        return QuantizedKV(*parts, first.cursor.clone(), first.page_layout, first.kind, first.shape[2])
-    if _dim(first, dim) != 2 or first.kind != "grown":
-        return NotImplemented
-    new = torch.cat([_dense(t) for t in tensors[1:]], 2)
-    if not isinstance(first.cursor, FakeTensor):
-        first.claim(new.shape[2])
-    ops.append_(*first.parts, new.to(first.dtype), None, first.shape[2], first.page_layout.token)
-    return first.extended(new.shape[2])
-
-
-def _aligned(caches: list[Any]) -> bool:
-    """Say whether caches agree in everything but their sequences, so that batches may be joined."""
-    if any(isinstance(cache.cursor, FakeTensor) for cache in caches):
-        return False
-    first = caches[0]
-    return all(
-        torch.equal(cache.cursor, first.cursor) and cache.codes.shape[2] == first.codes.shape[2] for cache in caches
-    )
-
-
-def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    size = x.shape[_dim(x, dim)]
-    start, end = _bound(start, 0, size), _bound(end, size, size)
-    if step != 1:
-        return NotImplemented
-    if _same(start, 0) and _same(end, size):
-        return x._view(x.shape[2])
-    if _dim(x, dim) == 0:
-        return x._map_batch(lambda part: part[start:end].clone())
-    if _dim(x, dim) == 2 and _same(start, 0) and x.kind == "grown":
-        return x._view(end)
-    return NotImplemented
-
-
-def _bound(value: Any, default: Any, size: Any) -> Any:
-    if value is None:
-        return default
-    if _is_known(value < 0):
-        value = value + size
-    return size if _is_known(value > size) else value
-
-
-def _is_known(condition: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(condition))
-
-
-def _same(a: Any, b: Any) -> bool:
-    return _is_known(a == b)
-
-
-def _index(x: QuantizedKV, indices: list[Tensor | None]) -> Any:
-    if not isinstance(x, QuantizedKV) or any(i is not None for i in indices[1:]):
-        return NotImplemented
-    return x._map_batch(lambda part: part[indices[0]]) if indices[0].dim() == 1 else NotImplemented  # type: ignore[union-attr]
-
-
-def _index_select(x: QuantizedKV, dim: int, index: Tensor) -> Any:
-    if not isinstance(x, QuantizedKV) or _dim(x, dim) != 0:
-        return NotImplemented
-    return x._map_batch(lambda part: part.index_select(0, index))
-
-
-def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> QuantizedKV:
-    if not isinstance(x, QuantizedKV) or _dim(x, dim) != 2:
-        raise NotImplementedError("index_copy_ writes a QuantizedKV along its tokens (dimension 2) only")
-    _write(x, source, index, None)
-    return x
-
-
-def _index_put(x: QuantizedKV, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
-    if not isinstance(x, QuantizedKV) or len(indices) != 3 or indices[0] is not None or indices[1] is not None:
-        return NotImplemented
-    if accumulate or indices[2] is None:
-        return NotImplemented
-    _write(x, values, indices[2], None)
-    return x
-
-
-def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
-    if not isinstance(x, QuantizedKV):
-        return NotImplemented
-    if isinstance(source, QuantizedKV) and source.page_layout == x.page_layout and source.kind == x.kind:
-        for mine, theirs in zip(x.parts, source.parts, strict=True):
-            mine.copy_(theirs, non_blocking)
-        return x
-    _write(x, source, None, 0)
-    return x
-
-
-def _zero(x: QuantizedKV) -> QuantizedKV:
-    x.cursor.zero_()
-    if not isinstance(x.cursor, FakeTensor):
-        x._lineage.held = 0
-    return x
-
-
-def _clone(x: QuantizedKV, *, memory_format: Any = None) -> QuantizedKV:
-    return x.clone_packed()
-
-
-def _to_copy(x: QuantizedKV, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **rest: Any) -> Any:
-    def move(part: Tensor) -> Tensor:
-        kind = dtype if part is x.exact else None
-        moved = part.to(device=device, dtype=kind, non_blocking=non_blocking, copy=True)
-        return moved
-
-    return x._map(move)
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: lambda x: x._view(x.shape[2]),
-    aten.alias.default: lambda x: x._view(x.shape[2]),
-    aten.cat.default: _cat,
-    aten.slice.Tensor: _slice,
-    aten.index.Tensor: _index,
-    aten.index_select.default: _index_select,
-    aten.index_copy_.default: _index_copy,
-    aten.index_put_.default: _index_put,
-    aten.copy_.default: _copy,
-    aten.zero_.default: _zero,
-    aten.clone.default: _clone,
-    aten._to_copy.default: _to_copy,
-}

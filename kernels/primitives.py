@@ -204,7 +204,7 @@ def join_params(scale, zero):
 @triton.jit
 def scale_codes(codes, scale, zero, FAST: tl.constexpr):
     """Return ``codes * scale + zero`` in the dtype of ``codes``."""
-    if FAST:  # written out, or pairs of scales are put together anew for every pair of codes
+    if FAST and codes.dtype == tl.float16:  # written out, or pairs of scales are put together anew for every pair of codes
         return tl.inline_asm_elementwise(
             "fma.rn.f16x2 $0, $1, $2, $3;",
             "=r,r,r,r",

@@ -103,8 +103,10 @@ def _params_index(
     token, channel, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr
 ):
     if CHANNEL:
-        return (token // GROUP) * HEAD_DIM + channel
-    return (channel // GROUP) * PAGE + token
+        index = (token // GROUP) * HEAD_DIM + channel
+    else:
+        index = (channel // GROUP) * PAGE + token
+    return index
 
 
 @triton.jit
@@ -142,6 +144,59 @@ def _reopen(
 
 
 @triton.jit
+def _rotate_page(
+    x, exact, scratch, stride, first, start, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr,
+    RING: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the page's tokens, rotated, to fp32 scratch."""
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    ROWS: tl.constexpr = min(PAGE, max(1, TILE // BLOCK_D))
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    for block in range(0, PAGE, ROWS):
+        token = block + tl.arange(0, ROWS)[:, None]
+        exists = (token < PAGE) & (channel < HEAD_DIM)
+        y = _read_tokens(x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING)
+        tl.store(scratch + token * HEAD_DIM + channel, hadamard(y, HEAD_DIM), mask=exists)
+
+
+@triton.jit
+def _pack_plane(
+    codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
+    KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr,
+    SINKS: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write one bit plane of a page, in tiles in which the fields of a unit lie along one axis."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    LENGTH: tl.constexpr = HEAD_DIM if KEY else PAGE
+    ALL_ROWS: tl.constexpr = PAGE if KEY else HEAD_DIM
+    UNITS: tl.constexpr = LENGTH * WIDTH // 16
+    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
+    BLOCK: tl.constexpr = min(
+        triton.next_power_of_2(ALL_ROWS), max(1, TILE // triton.next_power_of_2(LENGTH))
+    )
+    field = tl.arange(0, 16 // WIDTH)[None, :, None]
+    unit = tl.arange(0, UNITS_PAD)[None, None, :]
+    for block in range(0, ALL_ROWS, BLOCK):
+        row = block + tl.arange(0, BLOCK)[:, None, None]
+        exists = (row < ALL_ROWS) & (unit < UNITS) & (field >= 0)
+        index = field * UNITS + unit
+        token = row if KEY else index
+        channel = index if KEY else row
+        if ROTATE:
+            y = tl.load(scratch + token * HEAD_DIM + channel, mask=exists, other=0.0)
+        else:
+            y = _read_tokens(x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING)
+        where = _params_index(token, channel, HEAD_DIM, PAGE, CHANNEL, GROUP)
+        code = _encode(y, tl.load(params + where, mask=exists, other=0), LEVELS)
+        words = tl.sum(((code >> (2 * PLANE)) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
+        row = block + tl.arange(0, BLOCK)[:, None]
+        unit_2d = tl.arange(0, UNITS_PAD)[None, :]
+        where = row * (LENGTH * BITS // 16) + PLANE * (LENGTH // 8) + unit_2d
+        tl.store(codes + where, words.to(tl.uint16), mask=(row < ALL_ROWS) & (unit_2d < UNITS))
+
+
+@triton.jit
 def _quantize_page(
     codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
     KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, MARGIN: tl.constexpr,
@@ -149,20 +204,13 @@ def _quantize_page(
 ):  # fmt: skip
     """Quantize and pack the page of tokens from ``first`` on."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
     if ROTATE:
-        ROWS: tl.constexpr = min(PAGE, max(1, TILE // BLOCK_D))
-        channel = tl.arange(0, BLOCK_D)[None, :]
-        for block in range(0, PAGE, ROWS):
-            token = block + tl.arange(0, ROWS)[:, None]
-            exists = (token < PAGE) & (channel < HEAD_DIM)
-            y = _read_tokens(x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING)
-            tl.store(scratch + token * HEAD_DIM + channel, hadamard(y, HEAD_DIM), mask=exists)
+        _rotate_page(x, exact, scratch, stride, first, start, HEAD_DIM, SINKS, RING, PAGE, TILE)
         tl.debug_barrier()
 
     # Parameters: tiles in which a group lies along one axis.
     if CHANNEL:
-        CHANNELS: tl.constexpr = min(BLOCK_D, max(1, TILE // GROUP))
+        CHANNELS: tl.constexpr = min(triton.next_power_of_2(HEAD_DIM), max(1, TILE // GROUP))
         blocks: tl.constexpr = triton.cdiv(HEAD_DIM, CHANNELS)
         for block in range(0, PAGE // GROUP * blocks):
             token = block // blocks * GROUP + tl.arange(0, GROUP)[:, None]
@@ -199,37 +247,11 @@ def _quantize_page(
             tl.store(params + where, word, mask=(token < PAGE) & (group < HEAD_DIM // GROUP))
     tl.debug_barrier()
 
-    # Codes: tiles in which the fields of a unit lie along one axis.
-    LENGTH: tl.constexpr = HEAD_DIM if KEY else PAGE
-    ALL_ROWS: tl.constexpr = PAGE if KEY else HEAD_DIM
-    BLOCK: tl.constexpr = min(
-        triton.next_power_of_2(ALL_ROWS), max(1, TILE // triton.next_power_of_2(LENGTH))
-    )
     for plane in tl.static_range(2 if BITS == 3 else 1):
-        WIDTH: tl.constexpr = (2 - plane) if BITS == 3 else BITS
-        UNITS: tl.constexpr = LENGTH * WIDTH // 16
-        UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
-        field = tl.arange(0, 16 // WIDTH)[None, :, None]
-        unit = tl.arange(0, UNITS_PAD)[None, None, :]
-        for block in range(0, ALL_ROWS, BLOCK):
-            row = block + tl.arange(0, BLOCK)[:, None, None]
-            exists = (row < ALL_ROWS) & (unit < UNITS) & (field >= 0)
-            index = field * UNITS + unit
-            token = row if KEY else index
-            channel = index if KEY else row
-            if ROTATE:
-                y = tl.load(scratch + token * HEAD_DIM + channel, mask=exists, other=0.0)
-            else:
-                y = _read_tokens(
-                    x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING
-                )
-            where = _params_index(token, channel, HEAD_DIM, PAGE, CHANNEL, GROUP)
-            code = _encode(y, tl.load(params + where, mask=exists, other=0), LEVELS)
-            words = tl.sum(((code >> (2 * plane)) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
-            row = block + tl.arange(0, BLOCK)[:, None]
-            unit_2d = tl.arange(0, UNITS_PAD)[None, :]
-            where = row * (LENGTH * BITS // 16) + plane * (LENGTH // 8) + unit_2d
-            tl.store(codes + where, words.to(tl.uint16), mask=(row < ALL_ROWS) & (unit_2d < UNITS))
+        _pack_plane(
+            codes, params, exact, x, scratch, stride, first, start, HEAD_DIM, BITS, KEY, CHANNEL, GROUP,
+            ROTATE, SINKS, RING, PAGE, TILE, plane, 2 - plane if BITS == 3 else BITS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -254,7 +276,7 @@ def _write_rows(
 
 @triton.jit(do_not_specialize=["start"])
 def append_kernel(
-    codes, params, exact, cursor, x, scratch, position, start, tokens, capacity, heads,
+    codes, parameters, exact, cursor, x, scratch, position, start, tokens, capacity, heads,
     stride_b, stride_h, stride_t, HAS_POSITION: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
     KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, MARGIN: tl.constexpr,
     ROTATE: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
@@ -273,17 +295,17 @@ def append_kernel(
     exact += head.to(tl.int64) * ((SINKS + RING) * HEAD_DIM)
     slot = head.to(tl.int64) * capacity + old + page
     codes += slot * (PAGE * HEAD_DIM * BITS // 16)
-    params += slot * (PAGE * HEAD_DIM // GROUP)
+    parameters += slot * (PAGE * HEAD_DIM // GROUP)
     scratch += (head.to(tl.int64) * tl.num_programs(1) + page) * (PAGE * HEAD_DIM)
     first = SINKS + (old + page) * PAGE
     if ok & cut & (page == 0):
         _reopen(
-            codes, params, exact, first, start, HEAD_DIM, BITS, KEY, CHANNEL, GROUP, ROTATE,
+            codes, parameters, exact, first, start, HEAD_DIM, BITS, KEY, CHANNEL, GROUP, ROTATE,
             SINKS, RING, PAGE, ROWS,
         )  # fmt: skip
     if ok & (old + page < new):
         _quantize_page(
-            codes, params, exact, x, scratch, stride_t, first, start, HEAD_DIM, BITS, KEY, CHANNEL,
+            codes, parameters, exact, x, scratch, stride_t, first, start, HEAD_DIM, BITS, KEY, CHANNEL,
             GROUP, MARGIN, ROTATE, SINKS, RING, PAGE, TILE,
         )  # fmt: skip
         tl.debug_barrier()

@@ -7,7 +7,7 @@ same computation. Nothing here is fast, and no kernel imports it.
 midpoint by ``clip``) stores
 
     zero  = lo rounded down to fp16
-    scale = (hi - zero) / levels rounded up to fp16
+    scale = (hi - zero) / levels rounded up to fp16, at most the largest fp16 number
     code  = floor((x - zero) / scale + 1/2), clamped to 0 .. levels
 
 so that ``code * scale + zero`` covers ``[lo, hi]`` whatever fp16 did to the parameters, and is off by at
@@ -104,7 +104,7 @@ def quantize_pages(x: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
         margin = (hi - lo) * ((1.0 - layout.clip) / 2.0)
         lo, hi = lo + margin, hi - margin
     zero = round_down_fp16(lo)
-    scale = round_up_fp16((hi - zero.float()) / layout.levels)
+    scale = round_up_fp16(((hi - zero.float()) / layout.levels).clamp_max(FP16_MAX))
     step = torch.where(scale > 0, scale.float(), 1.0)[..., None]
     codes = ((torch.nan_to_num(bounded, nan=0.0) - zero.float()[..., None]) / step + 0.5).floor()
     codes = codes.clamp(0, layout.levels) * (scale > 0)[..., None]
@@ -185,9 +185,9 @@ def truncate_(
     if pages < int(cursor[1]):
         first = layout.sinks + pages * layout.page_size
         page = dequantize_packed(codes[:, :, pages : pages + 1], params[:, :, pages : pages + 1], layout)
-        exact[:, :, exact_row_index(first, length, layout, exact.device)] = page[
-            :, :, : length - first
-        ].to(exact.dtype)
+        exact[:, :, exact_row_index(first, length, layout, exact.device)] = page[:, :, : length - first].to(
+            exact.dtype
+        )
     cursor[0], cursor[1] = length, pages
 
 

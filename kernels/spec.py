@@ -24,9 +24,23 @@ Grouping = Literal["token", "channel"]
 Role = Literal["key", "value"]
 Transform = Literal["none", "hadamard"]
 
-UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # code width -> widths of its bit planes, low bits first
+UNIT_BITS = (
+    16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
+)
+PLANES = {
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    8: (8,),
+}  # code width -> widths of its bit planes, low bits first
 PAGE_SIZES = (32, 64, 128, 256)
+
+
+def _check_integers(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def _check(ok: bool, message: str) -> None:
@@ -49,6 +63,7 @@ class TensorSpec:
         transform: Rotation of the head dimension before coding, undone on reading.
 
     Raises:
+        TypeError: A number of bits or channels is not an integer.
         ValueError: An argument is out of its range.
     """
 
@@ -59,6 +74,7 @@ class TensorSpec:
     transform: Transform = "none"
 
     def __post_init__(self) -> None:
+        _check_integers(bits=self.bits, group_size=1 if self.group_size is None else self.group_size)
         _check(self.bits in PLANES, f"bits must be one of {sorted(PLANES)}, got {self.bits}")
         _check(
             self.grouping in ("token", "channel"),
@@ -89,6 +105,7 @@ class CacheSpec:
         method: Name under which reports show this spec.
 
     Raises:
+        TypeError: A number of tokens is not an integer.
         ValueError: An argument is out of its range.
     """
 
@@ -101,6 +118,7 @@ class CacheSpec:
     method: str = "custom"
 
     def __post_init__(self) -> None:
+        _check_integers(sinks=self.sinks, window=self.window, page_size=self.page_size)
         _check(self.sinks >= 0, f"sinks must be 0 or more, got {self.sinks}")
         _check(self.window >= 0, f"window must be 0 or more, got {self.window}")
         _check(self.page_size in PAGE_SIZES, f"page_size must be one of {PAGE_SIZES}, got {self.page_size}")

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from kvq_compile.backend import kvq
 from kvq_compile.bounds import error_bound
 from kvq_compile.config import make_config
-from kvq_compile.convert import become
+from kvq_compile.convert import become, check_can_become_quantized
 from kvq_compile.errors import KVQError
 from kvq_compile.history import GraphReport, watching
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.kernels.cache import Kind, QuantizedKV
+from kvq_compile.kernels.spec import CacheSpec, PageLayout
+from kvq_compile.methods import make_spec
 from kvq_compile.report import cache_tensors
 
 T = TypeVar("T")
@@ -115,22 +117,23 @@ def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **op
         What was passed in.
 
     Raises:
-        KVQError: A tensor cannot be converted; earlier ones have been.
+        KVQError: A tensor cannot be converted in place. None has been then.
+        ValueError: The method, an option, or a head dimension that it cannot serve.
     """
-    from kvq_compile.methods import make_spec
-
     length = options.pop("length", None)
+    kind: Kind = "grown" if length is None else "static"
     spec = method if isinstance(method, CacheSpec) else make_spec(method, **options)
+    planned: list[tuple[Tensor, PageLayout]] = []
     for index, (name, tensor) in enumerate(cache_tensors(cache_or_module)):
         layer_spec = spec.for_layer(index // 2)
         if isinstance(tensor, QuantizedKV) or layer_spec is None:
             continue
-        layout = layer_spec.layout("key" if index % 2 == 0 else "value", int(tensor.shape[3]))
-        kind = "grown" if length is None else "static"
-        with torch.no_grad():
-            quantized = QuantizedKV.from_dense(tensor, layout, kind=kind, length=length)  # type: ignore[arg-type]
         try:
-            become(tensor, quantized)
+            check_can_become_quantized(tensor)
         except RuntimeError as reason:
             raise KVQError(f"{name} cannot be quantized in place: {reason}") from reason
+        planned.append((tensor, layer_spec.layout("key" if index % 2 == 0 else "value", int(tensor.shape[3]))))
+    for tensor, layout in planned:
+        with torch.no_grad():
+            become(tensor, QuantizedKV.from_dense(tensor, layout, kind=kind, length=length))
     return cache_or_module

@@ -7,16 +7,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from kvq_compile.config import Config, make_config
-from kvq_compile.convert import become
+from kvq_compile.convert import convert
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, record
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.lowering.pipeline import Conversion, Lowered, lower
+from kvq_compile.lowering.pipeline import Lowered, lower
 from kvq_compile.lowering.quantize_outputs import Plain
 
 logger = logging.getLogger("kvq_compile")
@@ -59,9 +57,8 @@ def compile_graph(
     record(GraphReport(tuple(lowered.reports), config.spec))
     _tell(lowered, config)
     if lowered.conversions:
-        return _run_once_then_convert(gm, lowered, example_inputs, config, mode)
-    inner = _compile_inner(lowered.module, lowered.inputs, config, mode)
-    return _around(inner, lowered)
+        return _run_once_then_convert(lowered, config, mode)
+    return _around(_compile_inner(lowered.module, lowered.flatten(example_inputs), config, mode), lowered)
 
 
 def _tell(lowered: Lowered, config: Config) -> None:
@@ -96,51 +93,36 @@ def _around(inner: Compiled, lowered: Lowered) -> Compiled:
     """Wrap the inner callable: caches are unwrapped on the way in and wrapped on the way out."""
     if not lowered.unwrapped and all(isinstance(plan, Plain) for plan in lowered.outputs):
         return inner
-
-    def call(*args: Any) -> list[Any]:
-        for index, tokens in lowered.appended.items():
-            args[index].claim(tokens(args))
-        results = inner(*lowered.flatten(args))
-        return [plan.build(results, args) for plan in lowered.outputs]
-
-    return call
+    return lambda *args: _call(inner, lowered, args)
 
 
-def _run_once_then_convert(
-    gm: fx.GraphModule, lowered: Lowered, example_inputs: Sequence[Any], config: Config, mode: str | None
-) -> Compiled:
+def _call(inner: Compiled, lowered: Lowered, args: Sequence[Any]) -> list[Any]:
+    lowered.claim(args)
+    results = inner(*lowered.flatten(args))
+    return [plan.build(results, args) for plan in lowered.outputs]
+
+
+def _run_once_then_convert(lowered: Lowered, config: Config, mode: str | None) -> Compiled:
     """Run the graph as captured and quantize its 16-bit buffers afterwards.
 
     Each buffer meets this graph once, and then is no longer what it was compiled for, so compiling it
-    would cost more than it brings. Where a buffer cannot be converted the captured graph is compiled
+    would cost more than it brings. Where a buffer cannot be converted none is, and the graph is compiled
     after all.
     """
     compiled: list[Compiled] = []
 
     def call(*args: Any) -> list[Any]:
+        outputs = _call(compiled[0] if compiled else lowered.module.forward, lowered, args)
         if compiled:
-            return compiled[0](*args)  # type: ignore[no-any-return]
-        results = lowered.module(*lowered.flatten(args))
+            return outputs[: lowered.returned]
         try:
-            for conversion in lowered.conversions:
-                _convert(conversion, args, results)
+            convert(lowered.conversions, args, outputs)
         except RuntimeError as reason:
-            text = f"a 16-bit cache was left as it is: {reason}; pass it to kvq_compile.quantize_cache_"
+            text = f"a 16-bit cache was left as it is: {reason}"
             if config.strict:
                 raise KVQError(text) from reason
             warnings.warn(text, KVQWarning, stacklevel=2)
-            compiled.append(_compile_inner(gm, list(example_inputs), config, mode))
-        return [plan.build(results, args) for plan in lowered.outputs]
+            compiled.append(_compile_inner(lowered.module, lowered.flatten(args), config, mode))
+        return outputs[: lowered.returned]
 
     return call
-
-
-def _convert(conversion: Conversion, args: Sequence[Any], results: Sequence[Any]) -> None:
-    buffer: Tensor = args[conversion.argument]
-    if conversion.end is not None:
-        held = conversion.end(args)
-    else:
-        assert conversion.position is not None
-        held = int(results[conversion.position][-1]) + 1
-    with torch.no_grad():
-        become(buffer, QuantizedKV.from_dense(buffer, conversion.layout, kind="static", length=held))

@@ -15,14 +15,24 @@ weights ``w = softmax(s)``; let ``k'_i``, ``v'_i`` be what the cache stands for.
 
 Together ``|o' - o| <= e_v + R * tanh(d / 2)``.
 
-**The element errors.** A group whose finite elements span ``r`` is clipped to ``c r`` and coded in steps of
-``c r / (2^b - 1)``. Inside the clipped range the error is half a step, outside at most ``(1 - c) r / 2`` plus
-half a step, so ``e = r (c / (2^b - 1) + (1 - c)) / 2``; a clip of 1 leaves half a step. Rounding the
-parameters to fp16 widens the range by at most one unit in the last place of ``zero`` and the step by one of
-``scale``: a factor ``1 + 2^-9`` and an offset of ``2^-10`` times the largest magnitude cover both.
+**The element errors.** A group whose finite elements span ``r`` and reach ``M`` in magnitude is clipped to
+``c r`` and coded in ``L = 2^b - 1`` steps. Rounding ``zero`` down to fp16 widens the range by less than a unit
+in its last place, ``2^-10 M`` or, among subnormal numbers, ``2^-24``; rounding the scale up adds as much to it:
 
-A rotated group is coded in the rotated basis. The rotation keeps the norm, so step 1 needs ``sqrt(D) e_k``
-as before; one channel of the values collects the errors of all, hence a factor ``sqrt(block)`` on ``e_v``.
+    step <= (c r + 2^-10 M + 2^-24) / L * (1 + 2^-9) + 2^-24
+
+where half of the factor's ``2^-9`` is left for codes that fp32 rounds to the wrong neighbour, at most ``2^-13``
+of a step beyond the middle. Inside the clipped range an element is off by at most half a step, beyond an end of
+it by that or by its distance from the end; fp32 adds ``2^-20 M`` on the way in and out:
+
+    e = max(step, (1 - c) r) / 2 + 2^-20 M
+
+A rotated group is coded in the rotated basis. The rotation keeps the norm, so step 1 of the argument needs
+``sqrt(D) e_k`` as before; one channel of the values collects the errors of all, hence a factor ``sqrt(D)`` on
+``e_v``. An fp32 product with ``D`` terms, each way, adds at most ``2^-23 D^(3/2) M``.
+
+**What it leaves out.** Elements beyond the range of fp16, or not finite, are stored as something else and have
+no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
 """
 
 from __future__ import annotations
@@ -51,18 +61,25 @@ def element_error(spec: TensorSpec, spread: sympy.Expr, largest: sympy.Expr) -> 
     """
     levels = 2**spec.bits - 1
     clip = sympy.Rational(str(spec.clip))
-    widened = spread * (1 + sympy.Rational(1, 2**9)) + largest * sympy.Rational(1, 2**10) + sympy.Rational(1, 2**23)
-    return widened * (clip / levels + (1 - clip)) / 2
+    ulp = sympy.Rational(1, 2**10)
+    least = sympy.Rational(1, 2**24)
+    step = (clip * spread + ulp * largest + least) / levels * (1 + 2 * ulp) + least
+    widest = step if 1 - clip <= clip / levels else sympy.Max(step, (1 - clip) * spread)
+    error = widest / 2 + largest * ulp**2
+    if spec.transform == "hadamard":
+        error += largest * HEAD_DIM ** sympy.Rational(3, 2) / 2**23
+    return error
 
 
 def error_bound(spec: CacheSpec) -> sympy.Expr:
     """Return a bound on the error of each element of an attention's output.
 
     The bound compares attention over the quantized cache with attention over the exact one, both in exact
-    arithmetic. Its symbols, all over the packed tokens that a query may attend to: ``query_norm`` (Euclidean),
-    ``scale``, ``head_dim``; ``key_range`` and ``value_range``, the largest range of a quantization group, and
-    ``key_max`` and ``value_max``, the largest magnitude, in the basis in which they are coded; and
-    ``value_spread``, the largest range of one channel of the values over all tokens attended to.
+    arithmetic. Its symbols, all over the packed tokens that a query may attend to: ``query_norm``
+    (Euclidean), ``scale``, ``head_dim``; ``key_range`` and ``value_range``, the largest range of a
+    quantization group, and ``key_max`` and ``value_max``, the largest magnitude, in the basis in which they
+    are coded; and ``value_spread``, the largest range of one channel of the values over all tokens attended
+    to. `testing.bound_for` evaluates it on tensors.
     """
     key_error = element_error(spec.key, KEY_RANGE, KEY_MAX)
     value_error = element_error(spec.value, VALUE_RANGE, VALUE_MAX)

@@ -54,7 +54,8 @@ DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's.",
+        help="auto, checkpoint, float32, bfloat16 or float16; auto is float32 on a CPU, "
+        "else the checkpoint's.",
     ),
 ]
 DeviceOption = Annotated[
@@ -79,10 +80,10 @@ def demo(
     text: TextOption = None,
     method: MethodOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64,
-    prompt: Annotated[int, typer.Option(help="Tokens of the text to start from.", min=1)] = 1024,
+    prompt: Annotated[int, typer.Option(help="Tokens of the text to start from.", min=1)] = 1536,
     windows: Annotated[int, typer.Option(help="Windows scored, at most.", min=1)] = 2,
     plain: PlainOption = "compiled",
-    dtype: DtypeOption = "auto",
+    dtype: DtypeOption = "checkpoint",
     device: DeviceOption = "auto",
 ) -> None:
     """Generate with a plain and with a quantized cache, side by side."""
@@ -309,7 +310,7 @@ def show_comparison(result: Comparison, plain: str) -> None:
         console.print(Panel(escape(run.text), title=escape(title), title_align="left"))
     first, second = result.plain, result.quantized
     console.print(f"The first {result.agreed} of {first.tokens} tokens are the same.\n")
-    console.print(comparison_table(first, second, result.cached_tokens))
+    console.print(comparison_table(first, second))
     base, other = result.scores
     console.print(
         f"Perplexity on the text: {base.perplexity:.3f} plain, {other.perplexity:.3f} "
@@ -320,21 +321,21 @@ def show_comparison(result: Comparison, plain: str) -> None:
     )
 
 
-def comparison_table(first: Generation, second: Generation, cached: int) -> Table:
-    """Return bytes by part, effective bits and speed of two generations, side by side."""
-    table = Table(title=f"cache after {cached} tokens", title_justify="left")
+def comparison_table(*runs: Generation) -> Table:
+    """Return bytes by part, effective bits and speed of generations, side by side."""
+    tokens = runs[0].cache.tokens
+    table = Table(title=f"cache after {tokens} tokens", title_justify="left")
     table.add_column("")
-    for run in (first, second):
+    for run in runs:
         table.add_column(escape(run.method), justify="right")
-    for part in dict.fromkeys([*first.parts, *second.parts]):
-        cells = [
-            readable_bytes(run.parts[part]) if part in run.parts else "" for run in (first, second)
-        ]
-        table.add_row(part, *cells)
+    for part in dict.fromkeys(part for run in runs for part in run.cache.parts):
+        sizes = [run.cache.parts.get(part) for run in runs]
+        table.add_row(part, *("" if size is None else readable_bytes(size) for size in sizes))
     table.add_section()
-    table.add_row("bytes", *(readable_bytes(run.bytes) for run in (first, second)))
-    table.add_row("effective bits", *(f"{run.effective_bits:.2f}" for run in (first, second)))
-    table.add_row("tokens/s", *(f"{run.tokens_per_second:.1f}" for run in (first, second)))
+    table.add_row("bytes", *(readable_bytes(run.cache.bytes) for run in runs))
+    table.add_row("at 16 bit", *(readable_bytes(run.cache.dense_bytes) for run in runs))
+    table.add_row("effective bits", *(f"{run.cache.effective_bits:.2f}" for run in runs))
+    table.add_row("tokens/s", *(f"{run.tokens_per_second:.1f}" for run in runs))
     return table
 
 

@@ -1,12 +1,48 @@
-"""Turn a 16-bit cache tensor into a quantized one in place: same object, less memory."""
+"""Turn 16-bit cache tensors into quantized ones in place: same objects, less memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.lowering.plan_conversions import Conversion
+
+
+def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Quantize the buffers that a call has written, or none of them.
+
+    Args:
+        conversions: Which arguments to quantize, and how.
+        args: The arguments of the call.
+        outputs: What it returned, the slots that the conversions ask for included.
+
+    Raises:
+        RuntimeError: One of them cannot be converted in place. Nothing has changed then.
+    """
+    for conversion in conversions:
+        check_can_become_quantized(args[conversion.argument])
+    for conversion in conversions:
+        buffer, held = args[conversion.argument], conversion.held(args, outputs)
+        with torch.no_grad():
+            quantized = QuantizedKV.from_dense(buffer, conversion.layout, kind="static", length=held)
+        become(buffer, quantized)
+
+
+def check_can_become_quantized(tensor: Tensor) -> None:
+    """Make sure that `become` can convert a tensor.
+
+    Raises:
+        RuntimeError: The tensor shares its storage, so its memory would not be freed and a write through
+            the other tensor would be lost; or it is no plain tensor.
+    """
+    if type(tensor) is not Tensor:
+        raise RuntimeError(f"the buffer must be a plain tensor, got {type(tensor).__name__}")
+    if tensor._is_view() or _shares_storage(tensor):
+        raise RuntimeError("the buffer must not share its storage with another tensor")
 
 
 def become(tensor: Tensor, quantized: QuantizedKV) -> None:
@@ -17,13 +53,9 @@ def become(tensor: Tensor, quantized: QuantizedKV) -> None:
     they name the object, which stays the same.
 
     Raises:
-        RuntimeError: The tensor shares its storage, so its memory would not be freed and a write through
-            the other tensor would be lost; or this torch cannot swap it. Nothing has changed then.
+        RuntimeError: See `check_can_become_quantized`. Nothing has changed then.
     """
-    if type(tensor) is not Tensor:
-        raise RuntimeError(f"the buffer must be a plain tensor, got {type(tensor).__name__}")
-    if tensor._is_view() or _shares_storage(tensor):
-        raise RuntimeError("the buffer must not share its storage with another tensor")
+    check_can_become_quantized(tensor)
     torch._C._swap_tensor_impl(tensor, quantized)
     tensor.__class__, quantized.__class__ = quantized.__class__, tensor.__class__  # type: ignore[assignment]
     mine, theirs = dict(tensor.__dict__), dict(quantized.__dict__)
@@ -39,5 +71,3 @@ def _shares_storage(tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
     users = torch._C._storage_Use_Count(storage._cdata)
     return bool(users > 2)  # the tensor and the storage object at hand
-
-

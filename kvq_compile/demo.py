@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from kvq_compile.evaluate import (
     make_runners,
 )
 from kvq_compile.loading import longest_context
+from kvq_compile.report import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,9 +41,7 @@ class Generation:
     method: str
     text: str
     tokens: int
-    parts: Mapping[str, int]
-    bytes: int
-    effective_bits: float
+    cache: Report
     tokens_per_second: float
 
 
@@ -53,7 +52,6 @@ class Comparison:
     plain: Generation
     quantized: Generation
     agreed: int
-    cached_tokens: int
     scores: Sequence[Score]
 
 
@@ -111,10 +109,9 @@ def generate(
             streamer=clock,
         )
     new: list[int] = output[0, prompt.shape[1] :].tolist()
-    total, bits, parts = held(cache, method)
+    found = held(cache, method)
     text = tokenizer.decode(new)
-    speed = clock.tokens_per_second
-    return Generation(method.label, text, len(new), parts, total, bits, speed), new
+    return Generation(method.label, text, len(new), found, clock.tokens_per_second), new
 
 
 def protocol_for(model: PreTrainedModel, tokens: int, windows: int) -> Protocol:
@@ -135,7 +132,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
     method: Method,
-    prompt_tokens: int = 1024,
+    prompt_tokens: int = 1536,
     new_tokens: int = 64,
     windows: int = 2,
     compile_plain: bool = True,
@@ -174,4 +171,4 @@ def compare(
     agreed = next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b), len(first)
     )
-    return Comparison(plain, quantized, agreed, prompt_tokens + new_tokens - 1, scores)
+    return Comparison(plain, quantized, agreed, scores)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.config import make_config
+from kvq_compile.report import Report, report
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -140,38 +141,18 @@ def parse_method(text: str) -> Method:
     return Method(text, options)
 
 
-def cache_tensors(cache: DynamicCache) -> Iterator[Tensor]:
-    """Yield the key and value tensor of every layer that has been used."""
-    for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if tensor is not None:
-                yield tensor
-
-
-def plain_bytes(cache: DynamicCache) -> int:
-    """Return the bytes of the storages behind a plain cache."""
-    storages = {t.untyped_storage().data_ptr(): t for t in cache_tensors(cache)}
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-
-
-def held(cache: DynamicCache, method: Method) -> tuple[int, float, dict[str, int]]:
-    """Return the bytes a cache holds, its effective bits and its bytes by part.
+def held(cache: DynamicCache, method: Method) -> Report:
+    """Return what a cache holds.
 
     Raises:
         RuntimeError: ``method`` should have quantized the cache and did not.
     """
-    import kvq_compile
-
-    if method.options is None:
-        total = plain_bytes(cache)
-        width = max((t.element_size() * 8 for t in cache_tensors(cache)), default=0)
-        return total, float(width), {"keys and values": total}
-    if not any(isinstance(t, kvq_compile.QuantizedKV) for t in cache_tensors(cache)):
+    found = report(cache)
+    if method.options is not None and not any(t.packed_bits for t in found.tensors):
         raise RuntimeError(
             f"no layer of the cache was quantized by {method.label}; `kvq explain` tells why"
         )
-    report = kvq_compile.report(cache)
-    return report.bytes, float(report.effective_bits), dict(report.parts)
+    return found
 
 
 class Runner:
@@ -298,10 +279,10 @@ def evaluate(
     """
     protocol = protocol or Protocol()
     sums = [Sums() for _ in runners]
-    sizes: list[tuple[int, float, dict[str, int]]] = []
+    reports: list[Report] = []
     for window in protocol.cut(ids):
         plain: list[Tensor] = []
-        sizes = []
+        reports = []
         for runner, total in zip(runners, sums, strict=True):
             is_plain = runner is runners[0]
             for index, (logits, targets) in enumerate(runner.score_window(window, protocol)):
@@ -309,21 +290,21 @@ def evaluate(
                     plain.append(logits)
                 total.add(logits, plain[index], targets)
                 advance(1)
-            sizes.append(held(runner.cache, runner.method))
+            reports.append(held(runner.cache, runner.method))
             runner.cache = None
     base = sums[0].perplexity
     return [
         Score(
             method=runner.method.label,
-            effective_bits=bits,
+            effective_bits=found.effective_bits,
             perplexity=total.perplexity,
             difference=100 * (total.perplexity / base - 1),
             kl=total.kl / total.tokens,
             top1=100 * total.agreed / total.tokens,
-            bytes=size,
+            bytes=found.bytes,
             tokens_per_second=runner.tokens_per_second,
         )
-        for runner, total, (size, bits, _) in zip(runners, sums, sizes, strict=True)
+        for runner, total, found in zip(runners, sums, reports, strict=True)
     ]
 
 

@@ -58,10 +58,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
     ``"auto"`` keeps the checkpoint's dtype on a GPU and takes float32 on a CPU, where 16-bit
     matrix products are slow and their rounding differs from one processor to the next.
     """
+    if name == "checkpoint":
+        return None
     if name == "auto":
         return torch.float32 if device.type == "cpu" else None
     if name not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype must be auto, checkpoint, {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
 
 

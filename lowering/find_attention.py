@@ -30,6 +30,7 @@ from kvq_compile.lowering.graph import (
 from kvq_compile.lowering.sites import Attention, Refusal
 
 MATMUL = ("matmul", "bmm")
+SCALINGS = ("mul", "div", "truediv", "mul_", "div_", "imul", "itruediv", "multiply", "divide")
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
 
 
@@ -51,11 +52,13 @@ def _read_sdpa(node: fx.Node) -> Attention:
     query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     if argument(node, 4, "dropout_p", 0.0) != 0.0:
         raise Refusal("attention drops weights at random; call model.eval() first")
-    scale = argument(node, 6, "scale")
+    scale, causal = argument(node, 6, "scale"), argument(node, 5, "is_causal", False)
     shape = shape_of(query)
     assert shape is not None
     if isinstance(scale, fx.Node):
         raise Refusal("the scale of the scores is computed in the graph")
+    if not isinstance(causal, bool):
+        raise Refusal("the causal flag is computed in the graph")
     return Attention(
         output=node,
         query=query,
@@ -63,7 +66,7 @@ def _read_sdpa(node: fx.Node) -> Attention:
         value=value,
         mask=argument(node, 3, "attn_mask"),
         scale=1 / math.sqrt(shape[-1]) if scale is None else float(scale),
-        causal=bool(argument(node, 5, "is_causal", False)),
+        causal=causal,
         grouped=bool(argument(node, 7, "enable_gqa", False)),
     )
 
@@ -80,19 +83,20 @@ def _read_softmax(node: fx.Node) -> Attention | None:
     dim = argument(node, 1, "dim")
     shape = shape_of(node)
     if shape is None or len(shape) != 4:
-        return None
+        raise Refusal(f"attention written as products must be over [B, H, T, S], got {shape}")
     if dim not in (-1, 3):
         raise Refusal(f"softmax runs over dimension {dim}, not over the tokens")
-    scores, mask, hides = _split_mask(node.args[0])
+    scores, mask, hides = _split_mask(argument(node, 0, "input"))
     scores, scale = _split_scale(scores)
     if target_name(scores) not in MATMUL:
         raise Refusal(f"the scores pass through {target_name(scores) or scores} before the softmax")
-    key = _untransposed(scores.args[1])
+    query, transposed = _factors(scores)
+    key = _untransposed(transposed)
     if len(scores.users) > 1 or any(len(n.users) > 1 for n in _between(scores, node)):
         raise Refusal("the scores are used outside attention")
     if len(node.users) > 1 or any(len(n.users) > 1 for n in _between(node, weights)):
         raise Refusal("the attention weights are used outside attention (output_attentions?)")
-    return Attention(output, scores.args[0], key, output.args[1], mask, scale, False, False, hides)
+    return Attention(output, query, key, _factors(output)[1], mask, scale, False, False, hides)
 
 
 def _follow_to_product(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node]:
@@ -100,14 +104,21 @@ def _follow_to_product(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     weights = softmax
     while True:
         for user in weights.users:
-            if target_name(user) in MATMUL and user.args[0] is weights:
+            if target_name(user) in MATMUL and _factors(user)[0] is weights:
                 return user, weights
+            if target_name(user) in ("einsum", "baddbmm"):
+                raise Refusal(f"the weights meet the values in {target_name(user)}; write matmul")
         steps = [user for user in weights.users if target_name(user) in (*CASTS, "dropout")]
         if not steps:
             return None, weights
         weights = steps[0]
         if target_name(weights) == "dropout" and _drops(weights):
             raise Refusal("attention drops weights at random; call model.eval() first")
+
+
+def _factors(product: fx.Node) -> tuple[Any, Any]:
+    """Return the two operands of a product."""
+    return argument(product, 0, "input"), argument(product, 1, "other", argument(product, 1, "mat2"))
 
 
 def _drops(node: fx.Node) -> bool:
@@ -149,6 +160,8 @@ def _split_mask(scores: Any) -> tuple[Any, fx.Node | None, bool]:
             if _is_scores(scores.args[this]) and isinstance(scores.args[other], fx.Node):
                 if argument(scores, 2, "alpha", 1) != 1:
                     raise Refusal("the mask is added with a factor")
+                if not value_of(scores.args[other]).is_floating_point():
+                    raise Refusal("a mask that is not floating is added to the scores")
                 return scores.args[this], scores.args[other], False
     if name in ("masked_fill", "masked_fill_"):
         _check_fill(argument(scores, 2, "value"), scores)
@@ -167,7 +180,7 @@ def _check_fill(fill: Any, scores: fx.Node) -> None:
 
 def _is_scores(node: Any) -> bool:
     name = target_name(_through_casts(node))
-    if name in ("mul", "div", "truediv", "imul", "mul_", "div_"):
+    if name in SCALINGS:
         return any(_is_scores(arg) for arg in _through_casts(node).args[:2])
     return name in MATMUL
 
@@ -176,7 +189,7 @@ def _split_scale(scores: Any) -> tuple[Any, float]:
     """Return the bare product and the factor on it."""
     scores = _through_casts(scores)
     factor = 1.0
-    while (name := target_name(scores)) in ("mul", "div", "truediv", "imul", "mul_", "div_"):
+    while (name := target_name(scores)) in SCALINGS:
         left, right = scores.args[:2]
         if is_number(left):
             left, right = right, left
@@ -188,10 +201,10 @@ def _split_scale(scores: Any) -> tuple[Any, float]:
 
 
 def _through_casts(node: Any) -> Any:
-    while target_name(node) in ("float", "contiguous") or (
-        target_name(node) in ("to", "type") and not isinstance(value_of(node).dtype, type(None))
-        and value_of(node).dtype in (torch.float32, value_of(node.args[0]).dtype)
-    ):
+    """Walk back along casts that lose nothing."""
+    while target_name(node) in ("float", "contiguous", "to", "type"):
+        if value_of(node).dtype not in (torch.float32, value_of(node.args[0]).dtype):
+            return node
         node = node.args[0]
     return node
 

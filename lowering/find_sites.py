@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from kvq_compile.kernels.spec import CacheSpec, PageLayout
+from kvq_compile.lowering.check_sites import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find_attention import find_attentions
-from kvq_compile.lowering.find_state import NO_CACHE, find_state
-from kvq_compile.lowering.graph import same, shape_of, value_of
+from kvq_compile.lowering.find_state import find_state
+from kvq_compile.lowering.graph import shape_of, value_of
 from kvq_compile.lowering.sites import Attention, AttentionSite, Life, Refusal, SiteReport, State
+from kvq_compile.lowering.sizes import SizeReader
+from kvq_compile.lowering.why_not_kept import NO_CACHE
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BY_OPTION = "left in 16 bit by the option layers"
 
 
-def find_sites(graph: fx.Graph, spec: CacheSpec) -> tuple[list[AttentionSite], list[SiteReport]]:
-    """Return the sites that can be rewritten under ``spec`` and a report of each that cannot."""
+def find_sites(graph: fx.Graph, spec: CacheSpec, sizes: SizeReader) -> tuple[list[AttentionSite], list[SiteReport]]:
+    """Return the sites that can be rewritten under ``spec`` and a report of each that cannot.
+
+    Args:
+        graph: The graph.
+        spec: What caches are quantized to.
+        sizes: Reads lengths from the arguments of a call.
+
+    Raises:
+        ValueError: A cache is quantized to something else than ``spec``.
+    """
     outputs = set(next(iter(reversed(graph.nodes))).all_input_nodes)
     sites: list[AttentionSite] = []
     refused: list[SiteReport] = []
+    taken: set[fx.Node] = set()
     for layer, found in enumerate(find_attentions(graph)):
         node = found.output if isinstance(found, Attention) else found[0]
         try:
             if not isinstance(found, Attention):
                 raise found[1]
-            sites.append(_site(layer, found, outputs, spec))
+            site = _site(layer, found, outputs, spec)
+            _check_graph(site, graph, sizes, taken)
         except Refusal as reason:
-            text = str(reason)
-            refused.append(
-                SiteReport(layer, node.name, source_line(node), "left alone", text, text in (NO_CACHE, BY_OPTION))
-            )
+            refused.append(left_alone(layer, node, str(reason)))
+        else:
+            sites.append(site)
+            taken.update(state.base for state, _ in site.states())
     return sites, refused
+
+
+def left_alone(layer: int, node: fx.Node, reason: str) -> SiteReport:
+    """Return the report of a site that stays as it is."""
+    return SiteReport(layer, node.name, source_line(node), "left alone", reason, reason in (NO_CACHE, BY_OPTION))
 
 
 def _site(layer: int, attention: Attention, outputs: set[fx.Node], spec: CacheSpec) -> AttentionSite:
@@ -40,10 +57,9 @@ def _site(layer: int, attention: Attention, outputs: set[fx.Node], spec: CacheSp
     layer_spec = spec.for_layer(layer)
     if layer_spec is None:
         raise Refusal(BY_OPTION)
-    if key.life is not value.life:
-        raise Refusal(f"keys are {key.life.value}, values {value.life.value}")
-    _check_tensors(attention, key, value)
-    _check_slots(attention, key, value)
+    check_pair(key, value)
+    check_tensors(attention, key, value)
+    check_mask(attention, key)
     try:
         key_layout = layer_spec.layout("key", int(value_of(key.base).shape[3]))
         value_layout = layer_spec.layout("value", int(value_of(value.base).shape[3]))
@@ -63,40 +79,23 @@ def _check_layout(held: PageLayout, wanted: PageLayout) -> None:
         )
 
 
-def _check_tensors(attention: Attention, key: State, value: State) -> None:
-    query = value_of(attention.query)
-    if query.dim() != 4:
-        raise Refusal(f"the query must be [B, Hq, T, D], got {tuple(query.shape)}")
-    if query.dtype not in DTYPES:
-        raise Refusal(f"dtype {query.dtype} is not supported; use float16, bfloat16 or float32")
-    if query.device.type not in ("cpu", "cuda"):
-        raise Refusal(f"device {query.device.type} is not supported; use cpu or cuda")
-    if same(query.shape[2], 0):
-        raise Refusal("the call has no tokens")
-    if value_of(key.base).dtype != query.dtype or value_of(value.base).dtype != query.dtype:
-        raise Refusal("query, keys and values must have one dtype")
-    for state in (key, value):
-        heads = (shape_of(state.base) or (0, 0))[1]
-        matches = same(heads * state.repeats, query.shape[1])
-        if not matches and not (attention.grouped and state.repeats == 1 and query.shape[1] % heads == 0):
-            raise Refusal(f"{query.shape[1]} query heads do not match {heads} KV heads repeated {state.repeats} times")
+def _check_graph(site: AttentionSite, graph: fx.Graph, sizes: SizeReader, taken: set[fx.Node]) -> None:
+    """Make sure that the rest of the graph lets the site be rewritten."""
+    states = (site.key, site.value)
+    if taken & {state.base for state in states}:
+        raise Refusal("another attention has taken over the same cache")
+    check_order(site.attention, states, list(graph.nodes))
+    for state in states:
+        for length in _lengths(state):
+            sizes.size(length)  # raises where the arguments of a call do not tell
 
 
-def _check_slots(attention: Attention, key: State, value: State) -> None:
-    """Make sure that slots without a token cannot be seen, and that keys and values move together."""
-    if key.life not in (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN):
-        return
-    if key.position is not value.position and not same(value_of(key.position), value_of(value.position)):
-        raise Refusal("keys and values are written at different slots")
-    if key.slots is not value.slots and not same(value_of(key.slots), value_of(value.slots)):
-        raise Refusal("different numbers of slots are read from keys and values")
-    if attention.mask is not None or attention.causal:
-        return
-    tokens = (shape_of(key.new) or (0, 0, 0))[2]
-    position = value_of(key.position)
-    first = 0 if key.life is Life.ALLOCATED else position
-    if key.slots is None or isinstance(first, torch.Tensor) or not same(value_of(key.slots), first + tokens):
-        raise Refusal("attention reads slots that hold no token: there is no mask")
+def _lengths(state: State) -> list[object]:
+    """Return the sizes that the callable around the graph has to know."""
+    tokens, slots = (shape_of(node)[2] for node in (state.new, state.base))  # type: ignore[index]
+    first = value_of(state.position)
+    ends = [first + tokens] if state.life is Life.BUFFER_PLAIN and not hasattr(first, "dim") else []
+    return [tokens, *ends] if state.life is Life.GROWN else [slots, *ends]
 
 
 def source_line(node: fx.Node) -> str:

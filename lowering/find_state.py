@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.lowering.find_writes import read_write, writes_of
 from kvq_compile.lowering.graph import (
     argument,
     getitem_index,
@@ -27,11 +27,12 @@ from kvq_compile.lowering.graph import (
     sizes_argument,
     target_name,
     value_of,
+    writes_in_place,
 )
 from kvq_compile.lowering.sites import Life, Refusal, State
+from kvq_compile.lowering.why_not_kept import NO_CACHE, why_not_kept
 
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")
-NO_CACHE = "keys and values are not kept after the call"
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,11 @@ def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
         raise Refusal(f"keys and values must be [B, H, S, D], got {shape}")
     if target_name(base) in ("cat", "concat"):
         return _grown(read, outputs)
-    if is_write(base) or base.op == "placeholder" or target_name(base) in ALLOCATIONS:
+    if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
         return _written(read, outputs)
     if base in outputs:
         return State(Life.FRESH, base, base, repeats=read.repeats, slots=read.slots)
-    raise Refusal(_why_not_kept(base, outputs))
-
-
-def _why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
-    for user in base.users:
-        if user in outputs and target_name(user) == "getitem":
-            return "only a part of the keys and values is kept (sliding window); left in 16 bit"
-    return NO_CACHE
+    raise Refusal(why_not_kept(base, outputs))
 
 
 def _peel(node: fx.Node) -> _Read:
@@ -84,7 +78,7 @@ def _peel(node: fx.Node) -> _Read:
             repeats = repeats * times
         elif name == "contiguous" or (name == "to" and value_of(node).dtype == value_of(node.args[0]).dtype):
             node = node.args[0]
-        elif name == "getitem" and (cut := _prefix_of(node)) is not None:
+        elif name == "getitem" and slots is None and (cut := _prefix_of(node)) is not None:
             slots, node = cut, node.args[0]
         else:
             return _Read(node, repeats, slots)
@@ -93,13 +87,14 @@ def _peel(node: fx.Node) -> _Read:
 def _repeat_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
     """Return the tensor whose heads ``node`` repeats next to one another, and how often."""
     name = target_name(node)
-    if name == "repeat_interleave" and argument(node, 2, "dim") == 1:
+    if name == "repeat_interleave" and argument(node, 2, "dim") in (1, -3):
         times = argument(node, 1, "repeats")
         return (node.args[0], times) if isinstance(times, int) else None
     if name == "expand":
         source, shape = shape_of(node.args[0]), shape_of(node)
-        if source and shape and len(source) == len(shape) == 4 and same(source[1], 1) and same(source[0], shape[0]):
-            return node.args[0], shape[1]
+        if source and shape and len(source) == len(shape) == 4 and same(source[1], 1):
+            widened = not all(same(source[dim], shape[dim]) for dim in (0, 2, 3))
+            return None if widened else (node.args[0], shape[1])
     if name in ("reshape", "view", "flatten") and target_name(node.args[0]) == "expand":
         expand = node.args[0]
         wide, inner, shape = shape_of(expand), shape_of(expand.args[0]), shape_of(node)
@@ -142,14 +137,16 @@ def _grown(read: _Read, outputs: set[fx.Node]) -> State:
     if read.slots is not None:
         raise Refusal("attention reads only a part of the grown cache")
     if cat not in outputs:
-        raise Refusal(_why_not_kept(cat, outputs))
+        raise Refusal(why_not_kept(cat, outputs))
     if len(tensors) == 1:
         return State(Life.FRESH, cat, cat, repeats=read.repeats)
     past, *new = tensors
-    if len(new) != 1:
-        raise Refusal("more than one tensor is joined to the cache")
+    if any(isinstance(value_of(tensor), QuantizedKV) for tensor in new):
+        raise Refusal("new tokens are joined in front of the cache")
     if past.op != "placeholder":
         return State(Life.FRESH, cat, cat, repeats=read.repeats)
+    if len(new) != 1:
+        raise Refusal("more than one tensor is joined to the cache")
     if isinstance(value_of(past), QuantizedKV):
         if value_of(past).kind != "grown":
             raise Refusal("a quantized buffer of fixed size is grown by cat")
@@ -163,73 +160,34 @@ def _is_empty(node: Any) -> bool:
 
 
 def _written(read: _Read, outputs: set[fx.Node]) -> State:
-    past = read.base.args[0] if is_write(read.base) else read.base
-    writes = [user for user in past.users if is_write(user) and user.args[0] is past]
+    past = read.base
+    writes = writes_of(past)
     if not writes:
-        raise Refusal("attention reads a cache that this call does not write" if past.op == "placeholder" else NO_CACHE)
+        raise Refusal(_why_not_written(past, outputs))
     if len(writes) > 1:
         raise Refusal("the cache is written more than once in a call")
     position, new = read_write(writes[0])
     quantized = isinstance(value_of(past), QuantizedKV)
+    if quantized and value_of(past).kind != "static":
+        raise Refusal("a quantized cache that grows by cat is written in place")
     if past.op != "placeholder":
         if past not in outputs:
-            raise Refusal(NO_CACHE)
+            raise Refusal(why_not_kept(past, outputs))
         life = Life.ALLOCATED
     else:
         life = Life.BUFFER if quantized else Life.BUFFER_PLAIN
-    _check_read_once(past, writes[0])
+    readers = [user for user in past.users if user is not writes[0] and not _is_dead(user)]
+    if len([user for user in readers if user.op != "output"]) > 1:
+        raise Refusal("the cache is read outside attention in the same call")
     return State(life, past, new, past, writes[0], position, read.repeats, read.slots)
 
 
-def _check_read_once(past: fx.Node, write: fx.Node) -> None:
-    """Make sure that nobody but the attention sees the cache: its write moves behind the attention."""
-    readers = [user for user in (*past.users, *write.users) if user is not write and not _is_dead(user)]
-    if len([user for user in readers if user.op != "output"]) > 1:
-        raise Refusal("the cache is read outside attention in the same call")
+def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:
+    reason = why_not_kept(past, outputs)
+    if reason != NO_CACHE or past.op != "placeholder":
+        return reason
+    return "attention reads a cache that this call does not write"
 
 
 def _is_dead(node: fx.Node) -> bool:
-    return not node.users and node.op != "output" and not is_write(node)
-
-
-def is_write(node: fx.Node) -> bool:
-    """Say whether a node writes into its first argument as a cache update does."""
-    return target_name(node) in ("index_copy_", "setitem", "index_put_")
-
-
-def read_write(node: fx.Node) -> tuple[Any, fx.Node]:
-    """Return the slots (a node of positions, or the first slot) and the tokens of a cache write.
-
-    Raises:
-        Refusal: It writes something else than whole tokens, one behind the other.
-    """
-    if target_name(node) == "index_copy_":
-        if argument(node, 1, "dim") not in (2, -2):
-            raise Refusal("the cache is written along another dimension than 2")
-        return argument(node, 2, "index"), argument(node, 3, "source")
-    index: Any = node.args[1]
-    shape = shape_of(node.args[0])
-    index = tuple(index) if isinstance(index, (tuple, list)) else (index,)
-    assert shape is not None
-    if target_name(node) == "index_put_":
-        index = tuple(slice(None) if i is None else i for i in index)
-    if len(index) not in (3, 4) or not all(is_full(index[i], shape[i]) for i in range(len(index)) if i != 2):
-        raise Refusal("the cache is written at something else than whole tokens")
-    slots, new = index[2], node.args[2]
-    if not isinstance(new, fx.Node) or len(shape_of(new) or ()) != 4:
-        raise Refusal("the cache is written with something else than [B, H, T, D]")
-    if isinstance(slots, slice):
-        if slots.step not in (None, 1):
-            raise Refusal("the cache is written with gaps")
-        return (0 if slots.start is None else slots.start), new
-    value = value_of(slots)
-    if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype not in (torch.int64, torch.int32):
-        raise Refusal("the slots written are no vector of positions")
-    return slots, new
-
-
-def writes_of(placeholder: fx.Node) -> list[fx.Node]:
-    """Return the nodes that write into a placeholder."""
-    return [user for user in placeholder.users if is_write(user) and user.args[0] is placeholder]
-
-
+    return not node.users and node.op != "output" and not writes_in_place(node)

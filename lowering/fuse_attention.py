@@ -11,8 +11,10 @@ from torch import fx
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
-from kvq_compile.lowering.sites import AttentionSite, Life, State
+from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
 from kvq_compile.lowering.unwrap_caches import CacheInput
+
+NOT_HIDDEN = "the attention mask must hide the slots of a cache that hold no token"
 
 
 def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, CacheInput]) -> None:
@@ -32,16 +34,17 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
         return
     assert key.past is not None and value.past is not None
     key_cache, value_cache = caches[key.past], caches[value.past]
-    position, start = _first_slot(key, key_cache)
+    first = _first_slot(key, key_cache)
     with graph.inserting_before(attention.output):
         arguments = (
             *(attention.query, key.new, value.new, *key_cache.parts, *value_cache.parts),
-            *(_mask(graph, site, key_cache), position, start, attention.scale),
+            *(_mask(graph, site, key_cache), *first, attention.scale),
             *(key_cache.layout.token, value_cache.layout.token),
         )
         fused = insert_call(graph, ops.attend, arguments, value_of(attention.output))
         for state, cache in ((key, key_cache), (value, value_cache)):
-            insert_call(graph, ops.append_, (*cache.parts, state.new, position, start, cache.layout.token, fused))
+            first = _first_slot(state, cache)
+            insert_call(graph, ops.append_, (*cache.parts, state.new, *first, cache.layout.token, fused))
             if state.write is not None:
                 _erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -64,17 +67,11 @@ def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, 
     attention = site.attention
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
     with graph.inserting_before(attention.output):
-        mask = attention.mask
-        if mask is not None:
-            if attention.mask_hides:
-                mask = insert_call(graph, operator.invert, (mask,))
-            own = slice(None, _size(graph, site.key.new))
-            mask = insert_call(graph, operator.getitem, (mask, (..., own)))
         exact = graph.call_function(
             torch.nn.functional.scaled_dot_product_attention,
             (attention.query, site.key.new, site.value.new),
             {
-                "attn_mask": mask,
+                "attn_mask": _own_mask(graph, site),
                 "is_causal": attention.causal,
                 "scale": attention.scale,
                 "enable_gqa": True,
@@ -88,6 +85,32 @@ def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, 
     attention.output.replace_all_uses_with(exact)
     graph.erase_node(attention.output)
     return made
+
+
+def _own_mask(graph: fx.Graph, site: AttentionSite) -> Any:
+    """Return the mask over the call's own tokens; the call fails if it shows a slot behind them."""
+    mask = _seen(graph, site.attention)
+    if mask is None:
+        return None
+    tokens = _size(graph, site.key.new)
+    own = insert_call(graph, operator.getitem, (mask, (..., slice(None, tokens))))
+    rest = insert_call(graph, operator.getitem, (mask, (..., slice(tokens, None))))
+    dtype = value_of(site.attention.query).dtype
+    mask_dtype = value_of(site.attention.mask).dtype
+    if mask_dtype == torch.bool:
+        hidden = graph.call_method("logical_not", (rest,))
+    else:
+        hidden = graph.call_function(operator.le, (rest, torch.finfo(mask_dtype).min))
+        own = graph.call_method("to", (own, dtype))
+    graph.call_function(torch._assert_async, (graph.call_method("all", (hidden,)), NOT_HIDDEN))
+    return own
+
+
+def _seen(graph: fx.Graph, attention: Attention) -> Any:
+    """Return the model's mask, turned over if it marks what is hidden."""
+    if attention.mask is None or not attention.mask_hides:
+        return attention.mask
+    return insert_call(graph, operator.invert, (attention.mask,))
 
 
 def _allocate(graph: fx.Graph, state: State, layout: PageLayout) -> tuple[fx.Node, ...]:
@@ -124,7 +147,7 @@ def _mask(graph: fx.Graph, site: AttentionSite, cache: CacheInput) -> Any:
     """
     attention, key = site.attention, site.key
     if attention.mask is not None:
-        return insert_call(graph, operator.invert, (attention.mask,)) if attention.mask_hides else attention.mask
+        return _seen(graph, attention)
     if not attention.causal:
         return None
     rows, new = _size(graph, attention.query), _size(graph, key.new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 FULL = slice(None)
+VIEWS = (
+    *("getitem", "view", "view_as", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "transpose"),
+    *("permute", "narrow", "flatten", "unflatten", "detach", "alias", "contiguous", "to", "getattr", "select"),
+)
 
 
 def value_of(node: Any) -> Any:
@@ -93,3 +97,38 @@ def insert_call(
 def order_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """Return each node's place in the graph."""
     return {node: place for place, node in enumerate(graph.nodes)}
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Say whether a node changes something that exists already, so that it has to stay where it is."""
+    if node.is_impure():
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = getattr(node.target, "__name__", "")
+    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or name in _IN_PLACE_OPERATORS
+
+
+def root_of(node: Any) -> Any:
+    """Return the tensor whose memory ``node`` may share: the start of its chain of views and in-place writes."""
+    while isinstance(node, fx.Node) and node.args and (target_name(node) in VIEWS or _returns_its_input(node)):
+        node = node.args[0]
+    return node
+
+
+def _returns_its_input(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and writes_in_place(node) and not node.is_impure()
+
+
+def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the tensors whose memory some of ``nodes`` may write into."""
+    writers = [node for node in nodes if node.op in ("call_function", "call_method") and writes_in_place(node)]
+    return {root for node in writers if node.args for root in (root_of(node.args[0]),) if isinstance(root, fx.Node)}
+
+
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor")

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvq_compile.kernels.spec import CacheSpec, PageLayout
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.dequantize_reads import dequantize_reads
-from kvq_compile.lowering.find_sites import find_sites, source_line
+from kvq_compile.lowering.drop_dead import drop_dead
+from kvq_compile.lowering.extend_refused import extend_refused
+from kvq_compile.lowering.find_sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.fuse_attention import attend_to_new_tokens, fuse_attention
-from kvq_compile.lowering.graph import shape_of, value_of
+from kvq_compile.lowering.plan_conversions import Conversion, plan_conversions
 from kvq_compile.lowering.quantize_outputs import Extended, Output, quantize_outputs
 from kvq_compile.lowering.sites import AttentionSite, Life, SiteReport
 from kvq_compile.lowering.sizes import Size, SizeReader
+from kvq_compile.lowering.unchain_writes import unchain_writes
 from kvq_compile.lowering.unwrap_caches import unwrap_caches
 
 RECORDING_GRADIENTS = (
@@ -25,43 +28,42 @@ RECORDING_GRADIENTS = (
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """A 16-bit buffer to convert once the call has run.
-
-    Attributes:
-        argument: Its place among the arguments.
-        position: Number of the graph output that holds the slots just written, or ``None``.
-        end: Tokens held after the call, where that is known from the arguments.
-        layout: What to convert to.
-    """
-
-    argument: int
-    position: int | None
-    end: Size | None
-    layout: PageLayout
-
-
-@dataclass(frozen=True)
 class Lowered:
     """A rewritten graph and how to call it.
 
     Attributes:
         module: The graph to hand to the inner compiler; no tensor subclass goes in or comes out.
-        inputs: Example inputs of that graph.
-        outputs: How each value that the captured graph returned is made from what ``module`` returns.
+        outputs: How each value that the captured graph returned is made from what ``module`` returns; behind
+            them, the slots that ``conversions`` ask for.
+        returned: How many values the captured graph returned.
         conversions: 16-bit buffers to convert after a call.
         appended: Places of the grown caches among the arguments, and how many tokens a call adds.
+        pairs: Places of grown keys and of the values that belong to them.
         unwrapped: Places of the quantized caches; ``True`` where the length is an input of its own.
         reports: What became of each attention.
     """
 
     module: fx.GraphModule
-    inputs: list[Any]
     outputs: list[Output]
+    returned: int
     conversions: list[Conversion]
     appended: dict[int, Size]
+    pairs: list[tuple[int, int]]
     unwrapped: dict[int, bool]
     reports: list[SiteReport]
+
+    def claim(self, args: Sequence[Any]) -> None:
+        """Make room for the call's tokens in the grown caches.
+
+        Raises:
+            ValueError: The keys and the values of a layer hold different numbers of tokens.
+        """
+        for key, value in self.pairs:
+            if args[key].shape[2] != args[value].shape[2]:
+                lengths = f"{int(args[key].shape[2])} keys and {int(args[value].shape[2])} values"
+                raise ValueError(f"keys and values of a cache must hold equally many tokens, got {lengths}")
+        for index, tokens in self.appended.items():
+            args[index].claim(tokens(args))
 
     def flatten(self, args: Sequence[Any]) -> list[Any]:
         """Return the arguments of ``module`` for the arguments of the captured graph."""
@@ -89,32 +91,42 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     graph = module.graph
     arguments = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     sizes = SizeReader(list(arguments))
-    sites, reports = find_sites(graph, spec)
+    unchain_writes(graph)  # first: the finders know a cache by one node
+    sites, reports = find_sites(graph, spec, sizes)
     if _records_gradients(example_inputs):
-        reports += [_left(site, RECORDING_GRADIENTS) for site in sites]
+        reports += [left_alone(site.layer, site.attention.output, RECORDING_GRADIENTS) for site in sites]
         sites = []
 
-    caches = unwrap_caches(graph)  # first: the passes below speak of parts
+    caches = unwrap_caches(graph)  # before the rewriting: it speaks of parts
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    returned = len(next(iter(reversed(graph.nodes))).args[0])
+    conversions = plan_conversions(graph, sites, arguments, sizes)
     for site in sites:
         if site.key.life is Life.ALLOCATED:
             made |= attend_to_new_tokens(graph, site)
         else:
             fuse_attention(graph, site, caches)
-    outputs = quantize_outputs(graph, sites, made, arguments, sizes)  # after it: cat nodes have lost a reader
-    conversions = _plan_conversions(graph, sites, arguments, sizes)
-    _drop_dead(graph)
+    states = [(state, layout) for site in sites for state, layout in site.states()]
+    refused = extend_refused(graph, caches, [state for state, _ in states], sizes)
+    states += [(state, caches[state.past].layout) for state in refused if state.past is not None]
+    outputs = quantize_outputs(graph, states, made, arguments, sizes)  # after it: cat nodes have lost a reader
+    drop_dead(graph)
     appended = {plan.argument: plan.tokens for plan in outputs if isinstance(plan, Extended)}
     unwrapped = {arguments[node]: cache.owns_length for node, cache in caches.items()}
     dequantize_reads(graph, caches)  # last: what is left are reads that no pass claimed
     graph.lint()
     module.recompile()
     reports += [_rewritten(site) for site in sites]
-    lowered = Lowered(
-        module, [], outputs, conversions, appended, unwrapped, sorted(reports, key=lambda report: report.layer)
+    return Lowered(
+        module=module,
+        outputs=outputs,
+        returned=returned,
+        conversions=conversions,
+        appended=appended,
+        pairs=_pairs(sites, arguments),
+        unwrapped=unwrapped,
+        reports=sorted(reports, key=lambda report: report.layer),
     )
-    lowered.inputs.extend(lowered.flatten(example_inputs))
-    return lowered
 
 
 def _copy(gm: fx.GraphModule, placeholders: list[fx.Node]) -> fx.GraphModule:
@@ -138,56 +150,9 @@ def _records_gradients(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
-def _plan_conversions(
-    graph: fx.Graph,
-    sites: Sequence[AttentionSite],
-    arguments: dict[fx.Node, int],
-    sizes: SizeReader,
-) -> list[Conversion]:
-    """Return the slots that 16-bit buffers were written at, for their conversion after the call."""
-    output = next(iter(reversed(graph.nodes)))
-    extra: list[fx.Node] = []
-    conversions: list[Conversion] = []
-    for site in sites:
-        for state, layout in site.states():
-            if state.life is not Life.BUFFER_PLAIN:
-                continue
-            assert state.past is not None
-            if isinstance(value_of(state.position), Tensor):
-                if state.position not in extra:
-                    extra.append(state.position)
-                index = len(output.args[0]) + extra.index(state.position)
-                conversions.append(Conversion(arguments[state.past], index, None, layout))
-            else:
-                end = value_of(state.position) + (shape_of(state.new) or (0, 0, 0))[2]
-                conversions.append(Conversion(arguments[state.past], None, sizes.size(end), layout))
-    output.args = ((*output.args[0], *extra),)
-    return conversions
-
-
-def _drop_dead(graph: fx.Graph) -> None:
-    """Erase what the rewriting left without users; writes have none and stay."""
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "call_method") and not node.users and not _writes(node):
-            graph.erase_node(node)
-
-
-def _writes(node: fx.Node) -> bool:
-    if node.is_impure():
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = getattr(node.target, "__name__", "")
-    return name == "setitem" or name.endswith("_") or "inplace" in node.kwargs or "out" in node.kwargs
-
-
-def _left(site: AttentionSite, reason: str) -> SiteReport:
-    output = site.attention.output
-    return SiteReport(site.layer, output.name, source_line(output), "left alone", reason)
+def _pairs(sites: Sequence[AttentionSite], arguments: dict[fx.Node, int]) -> list[tuple[int, int]]:
+    grown = [(site.key.past, site.value.past) for site in sites if site.key.life is Life.GROWN]
+    return [(arguments[key], arguments[value]) for key, value in grown if key is not None and value is not None]
 
 
 def _rewritten(site: AttentionSite) -> SiteReport:

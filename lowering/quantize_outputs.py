@@ -12,8 +12,8 @@ from torch import fx
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.spec import PageLayout
-from kvq_compile.lowering.graph import insert_call, shape_of
-from kvq_compile.lowering.sites import AttentionSite, Life, State
+from kvq_compile.lowering.graph import insert_call, shape_of, value_of
+from kvq_compile.lowering.sites import Life, State
 from kvq_compile.lowering.sizes import Size, SizeReader
 
 
@@ -56,12 +56,24 @@ class Extended:
         return cache.extended(self.tokens(args))
 
 
-Output = Plain | Made | Extended
+@dataclass(frozen=True)
+class Given:
+    """Return argument number ``argument`` itself, a cache that was written in place or not at all."""
+
+    argument: int
+
+    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+        """Return the argument."""
+        cache: QuantizedKV = args[self.argument]
+        return cache
+
+
+Output = Plain | Made | Extended | Given
 
 
 def quantize_outputs(
     graph: fx.Graph,
-    sites: Sequence[AttentionSite],
+    states: Sequence[tuple[State, PageLayout]],
     made: dict[fx.Node, tuple[fx.Node, ...]],
     arguments: dict[fx.Node, int],
     sizes: SizeReader,
@@ -74,7 +86,7 @@ def quantize_outputs(
 
     Args:
         graph: The graph, attention already rewritten.
-        sites: Its sites.
+        states: The caches of its sites, each with its layout.
         made: Parts that stand for caches allocated in the graph (`attend_to_new_tokens`).
         arguments: Place of each original placeholder among the arguments of a call.
         sizes: Reads lengths from the arguments.
@@ -83,46 +95,58 @@ def quantize_outputs(
         One plan for each value that the captured graph returned.
     """
     output = next(iter(reversed(graph.nodes)))
-    states: dict[Any, tuple[State, PageLayout]] = {}
-    for site in sites:
-        for state, layout in site.states():
-            states[state.past if state.life is Life.ALLOCATED else state.base] = (state, layout)
-    flat: list[Any] = []
+    planner = _Planner(graph, output, {state.base: (state, layout) for state, layout in states}, made, arguments, sizes)
     plans: dict[Any, Output] = {}
     order: list[Output] = []
     for returned in output.args[0]:
         if returned not in plans or not isinstance(returned, fx.Node):
-            plans[returned] = _plan(graph, output, returned, states, made, arguments, sizes, flat)
+            plans[returned] = planner.plan(returned)
         order.append(plans[returned])
-    output.args = (tuple(flat),)
+    output.args = (tuple(planner.flat),)
     return order
 
 
-def _plan(
-    graph: fx.Graph,
-    output: fx.Node,
-    returned: Any,
-    states: dict[Any, tuple[State, PageLayout]],
-    made: dict[fx.Node, tuple[fx.Node, ...]],
-    arguments: dict[fx.Node, int],
-    sizes: SizeReader,
-    flat: list[Any],
-) -> Output:
-    state, layout = states.get(returned, (None, None)) if isinstance(returned, fx.Node) else (None, None)
-    if state is not None and state.life is Life.GROWN:
-        return Extended(arguments[state.past], sizes.size(shape_of(state.new)[2]))  # type: ignore[index]
-    if layout is None or state is None or state.life not in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
-        flat.append(returned)
-        return Plain(len(flat) - 1)
-    shape = shape_of(returned)
-    assert shape is not None
-    kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
-    parts = made.get(returned)
-    if parts is None:
-        with graph.inserting_before(output):
-            parts = _quantize(graph, returned, shape[2], layout)
-    flat.extend(parts)
-    return Made(len(flat) - len(parts), layout, kind, sizes.size(shape[2]))
+class _Planner:
+    """Plan one output after the other; ``flat`` collects what the rewritten graph returns."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        output: fx.Node,
+        states: dict[fx.Node, tuple[State, PageLayout]],
+        made: dict[fx.Node, tuple[fx.Node, ...]],
+        arguments: dict[fx.Node, int],
+        sizes: SizeReader,
+    ) -> None:
+        self.graph, self.output, self.states, self.made = graph, output, states, made
+        self.arguments, self.sizes = arguments, sizes
+        self.flat: list[Any] = []
+
+    def plan(self, returned: Any) -> Output:
+        """Return how the captured graph's output ``returned`` is made."""
+        if isinstance(returned, fx.Node) and isinstance(value_of(returned), QuantizedKV) and returned in self.arguments:
+            return Given(self.arguments[returned])
+        if not isinstance(returned, fx.Node) or returned not in self.states:
+            self.flat.append(returned)
+            return Plain(len(self.flat) - 1)
+        state, layout = self.states[returned]
+        if state.life is Life.GROWN:
+            assert state.past is not None
+            return Extended(self.arguments[state.past], self.sizes.size((shape_of(state.new) or ())[2]))
+        if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
+            return self._made(returned, state, layout)
+        self.flat.append(returned)
+        return Plain(len(self.flat) - 1)
+
+    def _made(self, returned: fx.Node, state: State, layout: PageLayout) -> Made:
+        length = (shape_of(returned) or ())[2]
+        parts = self.made.get(returned)
+        if parts is None:
+            with self.graph.inserting_before(self.output):
+                parts = _quantize(self.graph, returned, length, layout)
+        self.flat.extend(parts)
+        kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
+        return Made(len(self.flat) - len(parts), layout, kind, self.sizes.size(length))
 
 
 def _quantize(graph: fx.Graph, x: fx.Node, length: Any, layout: PageLayout) -> tuple[fx.Node, ...]:

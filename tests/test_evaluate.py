@@ -215,6 +215,7 @@ def test_a_quantized_model_recalls(tiny, ids) -> None:
 def test_the_dtype_is_full_precision_on_a_cpu_and_the_checkpoints_elsewhere() -> None:
     assert pick_dtype("auto", torch.device("cpu")) is torch.float32
     assert pick_dtype("auto", torch.device("cuda")) is None
+    assert pick_dtype("checkpoint", torch.device("cpu")) is None
     assert pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     with pytest.raises(ValueError, match="dtype must be"):
         pick_dtype("int4", torch.device("cpu"))

@@ -1,0 +1,107 @@
+"""Make sure that a site means after the rewriting what it meant before; refuse it where that is not certain.
+
+The rewriting moves a write behind the attention that reads it, lets attention take the call's own tokens
+from where they were computed, and lets slots without a token go unread. Each check below guards one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from kvq_compile.lowering.graph import changed_roots, root_of, same, shape_of, value_of
+from kvq_compile.lowering.sites import Attention, Life, Refusal, State
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
+
+
+def check_tensors(attention: Attention, key: State, value: State) -> None:
+    """Make sure that the kernels know the dtype, the device and the shapes.
+
+    Raises:
+        Refusal: They do not.
+    """
+    query = value_of(attention.query)
+    if query.dim() != 4:
+        raise Refusal(f"the query must be [B, Hq, T, D], got {tuple(query.shape)}")
+    if query.dtype not in DTYPES:
+        raise Refusal(f"dtype {query.dtype} is not supported; use float16, bfloat16 or float32")
+    if query.device.type not in ("cpu", "cuda"):
+        raise Refusal(f"device {query.device.type} is not supported; use cpu or cuda")
+    if same(query.shape[2], 0):
+        raise Refusal("the call has no tokens")
+    if any(value_of(node).dtype != query.dtype for state in (key, value) for node in (state.base, state.new)):
+        raise Refusal("query, keys and values must have one dtype")
+    for state in (key, value):
+        heads = (shape_of(state.base) or (0, 0))[1]
+        shared = attention.grouped or same(heads, 1)  # one head is broadcast even where nothing says so
+        matches = same(heads * state.repeats, query.shape[1])
+        if not matches and not (shared and state.repeats == 1 and same(query.shape[1] % heads, 0)):
+            raise Refusal(f"{query.shape[1]} query heads do not match {heads} KV heads repeated {state.repeats} times")
+
+
+def check_pair(key: State, value: State) -> None:
+    """Make sure that keys and values are two caches that move together.
+
+    Raises:
+        Refusal: They are not.
+    """
+    if key.life is not value.life:
+        raise Refusal(f"keys are {key.life.value}, values {value.life.value}")
+    if key.base is value.base or (key.past is not None and key.past is value.past):
+        raise Refusal("keys and values are one tensor")
+    if key.life not in _SLOTTED:
+        return
+    if key.position is not value.position and not same(value_of(key.position), value_of(value.position)):
+        raise Refusal("keys and values are written at different slots")
+    if key.slots is not value.slots and not same(value_of(key.slots), value_of(value.slots)):
+        raise Refusal("different numbers of slots are read from keys and values")
+
+
+def check_mask(attention: Attention, key: State) -> None:
+    """Make sure that slots without a token cannot be seen, and that the mask has a column for each slot.
+
+    Raises:
+        Refusal: That is not certain.
+    """
+    mask = value_of(attention.mask)
+    if isinstance(mask, torch.Tensor):
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise Refusal(f"the mask must be boolean or floating, got {mask.dtype}")
+        if mask.requires_grad and torch.is_grad_enabled():
+            raise Refusal("the mask is trained")
+        if mask.dim() == 0 or same(mask.shape[-1], 1):
+            raise Refusal("one column of the mask stands for all slots")
+    if key.life not in _SLOTTED or mask is not None or attention.causal:
+        return
+    tokens = (shape_of(key.new) or (0, 0, 0))[2]
+    first = 0 if key.life is Life.ALLOCATED else value_of(key.position)
+    if key.slots is None or isinstance(first, torch.Tensor) or not same(value_of(key.slots), first + tokens):
+        raise Refusal("attention reads slots that hold no token: there is no mask")
+
+
+def check_order(attention: Attention, states: Sequence[State], order: Sequence[fx.Node]) -> None:
+    """Make sure that a write can move behind the attention.
+
+    Args:
+        attention: The attention.
+        states: Its keys and values.
+        order: The nodes of the graph in the order in which they run.
+
+    Raises:
+        Refusal: The cache is read before it is written, or what is written changes in between.
+    """
+    place = {node: number for number, node in enumerate(order)}
+    for state in states:
+        if state.life not in (*_SLOTTED, Life.GROWN):
+            continue
+        write = state.base if state.write is None else state.write
+        if state.write is not None and any(place[user] < place[write] for user in state.base.users if user.users):
+            raise Refusal("the cache is read before it is written")
+        between = order[place[write] + 1 : place[attention.output]]
+        needed = {root_of(node) for node in (state.new, state.position) if isinstance(node, fx.Node)}
+        if needed & changed_roots(between):
+            raise Refusal("what is written changes between the write and the attention")

@@ -1,0 +1,81 @@
+"""Read the writes that a model makes into a cache tensor of fixed size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from kvq_compile.lowering.graph import argument, is_full, same, shape_of, target_name, value_of
+from kvq_compile.lowering.sites import Refusal
+
+WRITES = ("index_copy_", "setitem", "index_put_")
+
+
+def is_write(node: fx.Node) -> bool:
+    """Say whether a node writes into its first argument as a cache update does."""
+    return target_name(node) in WRITES
+
+
+def writes_of(cache: fx.Node) -> list[fx.Node]:
+    """Return the nodes that write into a cache tensor."""
+    return [user for user in cache.users if is_write(user) and user.args[0] is cache]
+
+
+def read_write(node: fx.Node) -> tuple[Any, fx.Node]:
+    """Return the slots (a node of positions, or the first slot) and the tokens of a cache write.
+
+    Raises:
+        Refusal: It writes something else than whole tokens, one behind the other.
+    """
+    slots, new = _index_copy(node) if target_name(node) == "index_copy_" else _assignment(node)
+    shape, cache = shape_of(new), shape_of(node.args[0])
+    if cache is None or shape is None or len(cache) != 4 or len(shape) != 4:
+        raise Refusal("the cache is written with something else than [B, H, T, D]")
+    if not all(same(shape[dim], cache[dim]) for dim in (0, 1, 3)):
+        raise Refusal("the cache is written with less than whole tokens of every sequence")
+    if isinstance(slots, slice):
+        return _first_slot(slots, cache[2], shape[2]), new
+    value = value_of(slots)
+    if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype not in (torch.int64, torch.int32):
+        raise Refusal("the slots written are no vector of positions")
+    if statically_known_true(value.shape[0] != shape[2]):
+        raise Refusal("one token is written into several slots")
+    return slots, new
+
+
+def _index_copy(node: fx.Node) -> tuple[Any, Any]:
+    if argument(node, 1, "dim") not in (2, -2):
+        raise Refusal("the cache is written along another dimension than 2")
+    return argument(node, 2, "index"), argument(node, 3, "source")
+
+
+def _assignment(node: fx.Node) -> tuple[Any, Any]:
+    """Return the slots and the tokens of ``cache[:, :, slots] = new``."""
+    index: Any = argument(node, 1, "indices")
+    index = tuple(index) if isinstance(index, (tuple, list)) else (index,)
+    shape = shape_of(node.args[0]) or ()
+    if target_name(node) == "index_put_":
+        index = tuple(slice(None) if i is None else i for i in index)
+        if argument(node, 3, "accumulate", False):
+            raise Refusal("the cache is added to instead of written")
+    if len(index) not in (3, 4) or len(index) > len(shape):
+        raise Refusal("the cache is written at something else than whole tokens")
+    if not all(is_full(index[i], shape[i]) for i in range(len(index)) if i != 2):
+        raise Refusal("the cache is written at something else than whole tokens")
+    return index[2], argument(node, 2, "values")
+
+
+def _first_slot(slots: slice, size: Any, tokens: Any) -> Any:
+    """Return the first slot of a slice that takes ``tokens`` slots of ``size``."""
+    if slots.step not in (None, 1):
+        raise Refusal("the cache is written with gaps")
+    start = 0 if slots.start is None else slots.start
+    stop = size if slots.stop is None else slots.stop
+    if any(statically_known_true(value_of(bound) < 0) for bound in (start, stop)):
+        raise Refusal("the cache is written at slots counted from its end")
+    if statically_known_true(value_of(stop) - value_of(start) != tokens):
+        raise Refusal("one token is written into several slots")
+    return start

@@ -1,0 +1,502 @@
+"""What is not recognised for certain is left alone: right numbers, a reason that names the obstacle, no crash."""
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvq_compile import KVQWarning, QuantizedKV, quantize_cache_
+from kvq_compile.history import watching
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+EXACT = {"method": "int8", "sinks": 1, "window": 256, "page_size": 32, "inner": "eager"}
+SLOTS = 64
+
+
+def tokens(number: int, heads: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 100 * number)
+    return torch.randn(2, heads, number, 16, generator=generator).to(dtype)
+
+
+def compile_(step, **options):
+    return torch.compile(step, backend="kvq", options=EXACT | options)
+
+
+def assert_left_alone(step, arguments, reason: str, warns: bool = True) -> list:
+    """Run a step compiled and not, on arguments made anew each time; compare, and check what is said."""
+    with torch.no_grad():
+        expected = step(*arguments())
+        given = arguments()
+        with watching() as graphs:
+            if warns:
+                with pytest.warns(KVQWarning, match=reason):
+                    outputs = compile_(step)(*given)
+            else:
+                outputs = compile_(step)(*given)
+    sites = [site for graph in graphs for site in graph.sites]
+    assert sites
+    assert all(site.outcome == "left alone" for site in sites)
+    assert any(reason in site.detail for site in sites)
+    torch.testing.assert_close(dense(outputs), dense(expected), rtol=1e-4, atol=1e-5)
+    return given
+
+
+def dense(x):
+    if isinstance(x, (tuple, list)):
+        return [dense(item) for item in x]
+    return x.dequantize() if isinstance(x, QuantizedKV) else x
+
+
+def grown(length: int = 40, new: int = 2, quantized: bool = False, dtype: torch.dtype = torch.float32):
+    """Return a function that makes query, key, value, keys, values for a step that grows its cache."""
+
+    def make():
+        caches = [tokens(length, seed=3, dtype=dtype), tokens(length, seed=4, dtype=dtype)]
+        if quantized:
+            quantize_cache_(caches, **{k: v for k, v in EXACT.items() if k != "inner"})
+        return [tokens(new, seed=s, dtype=dtype) for s in range(3)] + caches
+
+    return make
+
+
+def buffers(first: int = 0, new: int = 5, quantized: bool = False):
+    """Return a function that makes query, key, value, keys, values, position, mask for a step that writes."""
+
+    def make():
+        caches = [torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)]
+        for seed, cache in enumerate(caches):
+            cache[:, :, :first] = tokens(first, seed=seed) if first else 0
+        if quantized:
+            quantize_cache_(caches, **{k: v for k, v in EXACT.items() if k != "inner"}, length=first)
+        position = torch.arange(first, first + new)
+        mask = torch.arange(SLOTS)[None] <= position[:, None]
+        return [*(tokens(new, seed=s) for s in range(3)), *caches, position, mask]
+
+    return make
+
+
+def join(keys, values, key, value):
+    return torch.cat([keys, key], 2), torch.cat([values, value], 2)
+
+
+# Attention that is not the one the ops compute ------------------------------------------------------------------
+
+
+def test_softmax_over_another_dimension_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return torch.softmax(query @ keys.transpose(2, 3), 2) @ values, keys, values
+
+    assert_left_alone(step, grown(), "softmax runs over dimension 2, not over the tokens")
+
+
+def test_attention_weights_that_are_returned_are_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        weights = torch.softmax(query @ keys.transpose(2, 3), -1)
+        return weights @ values, weights, keys, values
+
+    assert_left_alone(step, grown(), "the attention weights are used outside attention")
+
+
+def test_scores_that_are_returned_are_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        scores = query @ keys.transpose(2, 3)
+        return torch.softmax(scores, -1) @ values, scores, keys, values
+
+    assert_left_alone(step, grown(), "the scores are used outside attention")
+
+
+def test_active_dropout_is_left_alone() -> None:
+    def by_flag(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(query, keys, values, dropout_p=1e-9), keys, values
+
+    def written_out(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        weights = torch.nn.functional.dropout(torch.softmax(query @ keys.mT, -1), 1e-9, training=True)
+        return weights @ values, keys, values
+
+    for step in (by_flag, written_out):
+        assert_left_alone(step, grown(), "attention drops weights at random; call model.eval() first")
+
+
+def test_a_soft_cap_on_the_scores_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        scores = 5.0 * torch.tanh(query @ keys.transpose(2, 3) / 5.0)
+        return torch.softmax(scores, -1) @ values, keys, values
+
+    assert_left_alone(step, grown(), "the scores pass through tanh before the softmax")
+
+
+def test_a_scale_computed_in_the_graph_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return torch.softmax(query @ keys.transpose(2, 3) * query.mean(), -1) @ values, keys, values
+
+    assert_left_alone(step, grown(), "the scale of the scores is computed in the graph")
+
+
+def test_a_mask_that_only_lowers_scores_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        scores = (query @ keys.transpose(2, 3)).masked_fill(query[..., :1] > 0, -2.0)
+        return torch.softmax(scores, -1) @ values, keys, values
+
+    assert_left_alone(step, grown(), "hidden scores are set to -2.0, which does not hide them")
+
+
+def test_a_boolean_mask_that_is_added_is_left_alone() -> None:
+    """Regression: True was taken for "attend" although adding it adds one."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        hidden = torch.arange(keys.shape[2]) < 7
+        return torch.softmax(query @ keys.transpose(2, 3) + hidden, -1) @ values, keys, values
+
+    assert_left_alone(step, grown(), "a mask that is not floating is added to the scores")
+
+
+def test_one_mask_column_for_all_slots_is_left_alone() -> None:
+    """Regression: a mask of width 1 was read as the mask of slot 0."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(query, keys, values, attn_mask=torch.zeros(query.shape[2], 1)), keys, values
+
+    assert_left_alone(step, grown(), "one column of the mask stands for all slots")
+
+
+def test_einsum_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        weights = torch.softmax(torch.einsum("bhtd,bhsd->bhts", query, keys), -1)
+        return torch.einsum("bhts,bhsd->bhtd", weights, values), keys, values
+
+    assert_left_alone(step, grown(), "the weights meet the values in einsum")
+
+
+def test_attention_over_three_dimensions_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        weights = torch.softmax(torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT), -1)
+        return torch.bmm(weights, values.flatten(0, 1)), keys, values
+
+    assert_left_alone(step, grown(), "attention written as products must be over [B, H, T, S]")
+
+
+def test_flex_attention_is_left_alone() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return flex_attention(query, keys, values), keys, values
+
+    assert_left_alone(step, grown(), "flex_attention is not rewritten")
+
+
+def test_a_softmax_that_is_no_attention_is_not_mentioned() -> None:
+    def step(query, key):
+        return torch.softmax(query, -1) * key
+
+    with watching() as graphs:
+        compile_(step)(tokens(3), tokens(3))
+    assert [graph.sites for graph in graphs] == [()]
+
+
+def test_double_precision_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(query, keys, values), keys, values
+
+    assert_left_alone(step, grown(dtype=torch.float64), "dtype torch.float64 is not supported")
+
+
+# Caches that are kept in another way ----------------------------------------------------------------------------
+
+
+def test_no_cache_is_left_alone_without_a_warning() -> None:
+    def step(query, key, value):
+        return sdpa(query, key * 2, value * 2, is_causal=True)
+
+    assert_left_alone(step, lambda: grown()()[:3], "keys and values are not kept after the call", warns=False)
+
+
+def test_heads_repeated_in_tile_order_are_left_alone() -> None:
+    """Regression: this was reported as a call that keeps no cache, which warns nobody."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        query = torch.cat([query, query], 1)
+        return sdpa(query, keys.repeat(1, 2, 1, 1), values.repeat(1, 2, 1, 1)), keys, values
+
+    assert_left_alone(step, grown(), "the cache reaches attention through repeat")
+
+
+def test_a_cache_with_tokens_before_heads_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys = torch.cat([keys, key.transpose(1, 2)], 1)
+        values = torch.cat([values, value.transpose(1, 2)], 1)
+        return sdpa(query, keys.transpose(1, 2), values.transpose(1, 2)), keys, values
+
+    def arguments():
+        query, key, value, keys, values = grown()()
+        return query, key, value, keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+
+    assert_left_alone(step, arguments, "the cache reaches attention through transpose")
+
+
+def test_keys_rotated_after_they_are_read_are_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        angle = torch.arange(keys.shape[2])[:, None] / 10
+        return sdpa(query, keys * angle.cos() + keys.flip(-1) * angle.sin(), values), keys, values
+
+    assert_left_alone(step, grown(), "the cache reaches attention through add")
+
+
+def test_keys_and_values_returned_in_one_stack_are_left_alone() -> None:
+    def step(query, key, value, past):
+        keys, values = join(past[0], past[1], key, value)
+        return sdpa(query, keys, values), torch.stack((keys, values))
+
+    def arguments():
+        query, key, value, keys, values = grown()()
+        return query, key, value, torch.stack((keys, values))
+
+    assert_left_alone(step, arguments, "keys and values are returned through stack, not as they are")
+
+
+def test_a_sliding_window_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(query, keys, values), keys[:, :, -8:], values[:, :, -8:]
+
+    assert_left_alone(step, grown(), "only a part of the keys and values is kept")
+
+
+def test_keys_and_values_in_one_tensor_are_left_alone() -> None:
+    """Regression: the shared tensor came back quantized as values and was refused as keys in the next call."""
+
+    def step(query, key, keys):
+        keys = torch.cat([keys, key], 2)
+        return sdpa(query, keys, keys), keys
+
+    assert_left_alone(step, lambda: [tokens(2), tokens(2, seed=1), tokens(40)], "keys and values are one tensor")
+
+
+def test_a_cache_that_a_second_attention_reads_is_left_to_the_first() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(sdpa(query, keys, values), keys, values), keys, values
+
+    with torch.no_grad(), pytest.warns(KVQWarning, match="another attention has taken over the same cache"):
+        compiled = compile_(step)
+        state, plain = grown()()[3:], grown()()[3:]
+        for new in (2, 1, 1, 3):
+            arguments = [tokens(new, seed=seed) for seed in range(3)]
+            output, *state = compiled(*arguments, *state)
+            expected, *plain = step(*arguments, *plain)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+            assert all(isinstance(cache, QuantizedKV) for cache in state)
+
+
+def test_a_buffer_without_a_mask_is_left_alone() -> None:
+    def step(query, key, value, keys, values, position, mask):
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return sdpa(query, keys, values)
+
+    given = assert_left_alone(step, buffers(), "attention reads slots that hold no token: there is no mask")
+    assert type(given[3]) is torch.Tensor
+
+
+def write_twice(keys, position, key):
+    keys.index_copy_(2, position, key)
+    keys.index_copy_(2, position, key)
+
+
+def write_channels(keys, position, key):
+    keys[:, :, position, :8] = key[..., :8]
+
+
+def write_one_sequence(keys, position, key):
+    keys[:1, :, position] = key[:1]
+
+
+def write_with_gaps(keys, position, key):
+    keys[:, :, : 2 * key.shape[2] : 2] = key
+
+
+def write_one_token_everywhere(keys, position, key):
+    keys[:, :, :5] = key[:, :, :1]
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (write_twice, "the cache is written more than once in a call"),
+        (write_channels, "the cache is written at something else than whole tokens"),
+        (write_one_sequence, "the cache is written at something else than whole tokens"),
+        (write_with_gaps, "the cache is written with gaps"),
+        (write_one_token_everywhere, "one token is written into several slots"),
+    ],
+)
+def test_a_write_of_something_else_than_whole_tokens_is_left_alone(write, reason) -> None:
+    def step(query, key, value, keys, values, position, mask):
+        write(keys, position, key)
+        write(values, position, value)
+        return sdpa(query, keys, values, attn_mask=mask)
+
+    given = assert_left_alone(step, buffers(), reason)
+    assert type(given[3]) is torch.Tensor
+
+
+def test_a_buffer_that_is_read_elsewhere_is_left_alone() -> None:
+    def step(query, key, value, keys, values, position, mask):
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return sdpa(query, keys, values, attn_mask=mask) + keys.mean()
+
+    assert_left_alone(step, buffers(), "the cache is read outside attention in the same call")
+
+
+def test_a_buffer_read_before_it_is_written_is_left_alone() -> None:
+    """Regression: attention was shown the new tokens although it had read the cache before they were written."""
+
+    def step(query, key, value, keys, values, position, mask):
+        output = sdpa(query, keys, values, attn_mask=mask)
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return output
+
+    assert_left_alone(step, buffers(first=4, new=1), "the cache is read before it is written")
+
+
+def test_tokens_changed_after_they_are_written_are_left_alone() -> None:
+    """Regression: the write moves behind the attention and took the changed tokens along."""
+
+    def step(query, key, value, keys, values, position, mask):
+        key = key * 1
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        key.mul_(2)
+        position.add_(1)
+        return sdpa(query, keys, values, attn_mask=mask)
+
+    assert_left_alone(step, buffers(), "what is written changes between the write and the attention")
+
+
+# Refused although the cache is quantized: read as ordinary tensors, kept quantized -------------------------------
+
+
+def test_a_refused_attention_over_a_grown_cache_is_right_and_keeps_it_quantized() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return torch.softmax(torch.tanh(query @ keys.transpose(2, 3)), -1) @ values, keys, values
+
+    compiled, state, plain = compile_(step), grown(quantized=True)()[3:], grown()()[3:]
+    with torch.no_grad(), pytest.warns(KVQWarning, match="tanh"):
+        for new in (2, 1, 1, 3):
+            arguments = [tokens(new, seed=seed) for seed in range(3)]
+            output, *state = compiled(*arguments, *state)
+            expected, *plain = step(*arguments, *plain)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+            assert all(isinstance(cache, QuantizedKV) for cache in state)
+
+
+def test_a_refused_attention_over_a_buffer_is_right() -> None:
+    def step(query, key, value, keys, values, position, mask):
+        keys = keys.index_copy_(2, position, key)
+        values = values.index_copy_(2, position, value)
+        return sdpa(query, keys, values, attn_mask=mask) + keys.mean(), keys
+
+    given = assert_left_alone(step, buffers(4, quantized=True), "the cache is read outside attention")
+    assert isinstance(given[3], QuantizedKV)
+    assert given[3].held() == 9
+
+
+def test_a_quantized_cache_may_pass_through() -> None:
+    """Regression: a cache that a call hands back unchanged crashed the backend."""
+
+    def step(keys, x):
+        return keys, x + keys.sum()
+
+    keys = grown(quantized=True)()[3]
+    same, total = compile_(step)(keys, torch.zeros(()))
+    assert isinstance(same, QuantizedKV)
+    torch.testing.assert_close(same.dequantize(), keys.dequantize())
+    torch.testing.assert_close(total, keys.dequantize().sum())
+
+
+def test_a_quantized_buffer_can_be_emptied_in_the_graph() -> None:
+    def step(keys, x):
+        keys.zero_()
+        return x + 1
+
+    keys = buffers(4, quantized=True)()[3]
+    compile_(step)(keys, torch.zeros(()))
+    assert keys.held() == 0
+
+
+def test_a_write_that_a_quantized_buffer_cannot_take_is_an_error_and_not_lost() -> None:
+    """Regression: a write into a view went into a copy."""
+
+    def step(keys, x):
+        keys[:, :, 1:2].copy_(x)
+        return x + 1
+
+    with pytest.raises(BackendCompilerFailed, match="cannot write into a quantized cache"):
+        compile_(step)(buffers(4, quantized=True)()[3], tokens(1))
+
+
+def test_keys_and_values_of_different_length_are_an_error() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(query, keys, values), keys, values
+
+    compiled = compile_(step)
+    for new in (2, 1, 1):
+        compiled(*grown(40 + new, new, quantized=True)())
+    query, key, value, keys, _ = grown(quantized=True)()
+    with pytest.raises((ValueError, RuntimeError), match="equally many tokens|must match|Expected"):
+        compiled(query, key, value, keys, grown(45, quantized=True)()[4])
+
+
+# Options ----------------------------------------------------------------------------------------------------------
+
+
+def soft_capped(query, key, value, keys, values):
+    keys, values = join(keys, values, key, value)
+    return torch.softmax(torch.tanh(query @ keys.transpose(2, 3)), -1) @ values, keys, values
+
+
+def test_strict_makes_a_refusal_an_error() -> None:
+    with pytest.raises(BackendCompilerFailed, match="KVQError: 1 of 1 attentions were left as they are: .*tanh"):
+        compile_(soft_capped, strict=True)(*grown()())
+
+
+def test_strict_accepts_what_keeps_no_cache() -> None:
+    def step(query, key, value):
+        return sdpa(query, key + 1, value + 1)
+
+    compile_(step, strict=True)(*grown()()[:3])
+
+
+def test_a_layer_left_out_by_option_stays_in_16_bit() -> None:
+    def step(query, key, value, keys, values, other_keys, other_values):
+        keys, values = join(keys, values, key, value)
+        other_keys, other_values = join(other_keys, other_values, key, value)
+        output = sdpa(sdpa(query, keys, values), other_keys, other_values)
+        return output, keys, values, other_keys, other_values
+
+    with torch.no_grad(), watching() as graphs:
+        arguments = [*grown()(), *grown()()[3:]]
+        outputs = compile_(step, layers={1: None}, strict=True)(*arguments)
+    assert [type(x).__name__ for x in outputs[1:]] == ["QuantizedKV", "QuantizedKV", "Tensor", "Tensor"]
+    assert [site.outcome for site in graphs[0].sites] == ["rewritten", "left alone"]
+    assert graphs[0].sites[1].detail == "left in 16 bit by the option layers"
+    torch.testing.assert_close(dense(outputs), dense(step(*arguments)), rtol=1e-4, atol=1e-5)
