@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from types import EllipsisType
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvq_compile.kernels import ops
+from kvq_compile.kernels.read_only import read_only
 from kvq_compile.kernels.spec import PageLayout
 
 Kind = Literal["grown", "static"]
@@ -215,6 +217,14 @@ class QuantizedKV(Tensor):
         # Loaded views would not know of each other, so that each takes memory of its own.
         owner = self.clone_packed() if self._lineage.others(self) else self
         return rebuild, (*owner.parts, self.page_layout.token, self.kind, int(self.shape[2]))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        read = super().__getitem__(index)
+        if type(read) is not Tensor or isinstance(self.cursor, FakeTensor):
+            return read
+        places = index if isinstance(index, tuple) else (index,)
+        is_view = all(i is None or isinstance(i, (int, slice, EllipsisType)) for i in places)
+        return read_only(read) if is_view else read
 
     def __setitem__(self, index: Any, x: Any) -> None:
         from kvq_compile.kernels.cache_operations import assign  # which imports this file

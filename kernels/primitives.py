@@ -50,13 +50,13 @@ def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.con
         low = tl.load(first + unit[None, :], mask=exists, other=0)
     high = low
     if BITS == 3:
-        second = unit // HALF  # not past 1: the units of a row are an even number or padding
-        where = UNITS + unit - second * HALF
-        if UNITS_PAD == UNITS and row.shape[0] == ROWS:
-            high = tl.load(first + where[None, :]) >> second[None, :].to(tl.uint16)
-        else:
-            exists = (row < ROWS)[:, None] & (unit < UNITS)[None, :]
-            high = tl.load(first + where[None, :], mask=exists, other=0) >> second[None, :].to(tl.uint16)
+        # Two loads, because a shift by a computed amount would keep the compiler from changing the layout
+        # here, where it costs little, instead of behind the unpacking.
+        where = first + UNITS + (unit % HALF)[None, :]
+        exists = (row < ROWS)[:, None] & (unit < HALF)[None, :]
+        high = tl.load(where, mask=exists, other=0)
+        exists = (row < ROWS)[:, None] & ((unit >= HALF) & (unit < UNITS))[None, :]
+        high |= tl.load(where, mask=exists, other=0) >> 1
     return low, high
 
 
@@ -81,10 +81,9 @@ def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.con
             a, b, c, d, e, f, g, h = _fields_2(low)
             codes = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
         else:
-            a, b, c, d, e, f, g, h = _fields_2(low & 0x5555)
-            even = _join_8(a, b, c, d, e, f, g, h)
-            a, b, c, d, e, f, g, h = _fields_2((low >> 1) & 0x5555)
-            odd = _join_8(a, b, c, d, e, f, g, h)
+            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _fields_1(low)
+            even = _join_8(a, c, e, g, i, k, n, p)
+            odd = _join_8(b, d, f, h, j, m, o, q)
             codes = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 5, 1))
     else:
         shift = (tl.arange(0, FIELDS) * WIDTH)[None, :, None]
@@ -93,6 +92,35 @@ def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.con
             fields += ((high.to(tl.int32)[:, None, :] >> shift) & 1) << 2
         codes = fields
     return tl.reshape(codes, (ROWS, COLUMNS)).to(DTYPE)
+
+
+@triton.jit
+def _fields_1(w):
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 m, r, x; shr.u32 r, $16, 8;
+        mov.b32 m, 0x64006400; lop3.b32 x, $16, 0x00010001, m, 0xEA; sub.f16x2 $0, x, m;
+        mov.b32 m, 0x60006000; lop3.b32 x, $16, 0x00020002, m, 0xEA; sub.f16x2 $1, x, m;
+        mov.b32 m, 0x5C005C00; lop3.b32 x, $16, 0x00040004, m, 0xEA; sub.f16x2 $2, x, m;
+        mov.b32 m, 0x58005800; lop3.b32 x, $16, 0x00080008, m, 0xEA; sub.f16x2 $3, x, m;
+        mov.b32 m, 0x54005400; lop3.b32 x, $16, 0x00100010, m, 0xEA; sub.f16x2 $4, x, m;
+        mov.b32 m, 0x50005000; lop3.b32 x, $16, 0x00200020, m, 0xEA; sub.f16x2 $5, x, m;
+        mov.b32 m, 0x4C004C00; lop3.b32 x, $16, 0x00400040, m, 0xEA; sub.f16x2 $6, x, m;
+        mov.b32 m, 0x48004800; lop3.b32 x, $16, 0x00800080, m, 0xEA; sub.f16x2 $7, x, m;
+        mov.b32 m, 0x44004400; lop3.b32 x, $16, 0x01000100, m, 0xEA; sub.f16x2 $8, x, m;
+        mov.b32 m, 0x40004000; lop3.b32 x, $16, 0x02000200, m, 0xEA; sub.f16x2 $9, x, m;
+        mov.b32 m, 0x5C005C00; lop3.b32 x, r, 0x00040004, m, 0xEA; sub.f16x2 $10, x, m;
+        mov.b32 m, 0x58005800; lop3.b32 x, r, 0x00080008, m, 0xEA; sub.f16x2 $11, x, m;
+        mov.b32 m, 0x54005400; lop3.b32 x, r, 0x00100010, m, 0xEA; sub.f16x2 $12, x, m;
+        mov.b32 m, 0x50005000; lop3.b32 x, r, 0x00200020, m, 0xEA; sub.f16x2 $13, x, m;
+        mov.b32 m, 0x4C004C00; lop3.b32 x, r, 0x00400040, m, 0xEA; sub.f16x2 $14, x, m;
+        mov.b32 m, 0x48004800; lop3.b32 x, r, 0x00800080, m, 0xEA; sub.f16x2 $15, x, m; }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+        args=[w],
+        dtype=(tl.float16,) * 16,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit

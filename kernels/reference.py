@@ -182,12 +182,11 @@ def truncate_(
     it fills again. Forgetting no more than ``window`` tokens never cuts a page.
     """
     pages = min(int(cursor[1]), max(0, length - layout.sinks) // layout.page_size)
-    if pages < int(cursor[1]):
-        first = layout.sinks + pages * layout.page_size
-        page = dequantize_packed(codes[:, :, pages : pages + 1], params[:, :, pages : pages + 1], layout)
-        exact[:, :, exact_row_index(first, length, layout, exact.device)] = page[:, :, : length - first].to(
-            exact.dtype
-        )
+    first = layout.sinks + pages * layout.page_size
+    if pages < int(cursor[1]) and first < length:
+        cut = slice(pages, pages + 1)
+        page = dequantize_packed(codes[:, :, cut], params[:, :, cut], layout)[:, :, : length - first]
+        exact[:, :, exact_row_index(first, length, layout, exact.device)] = page.to(exact.dtype)
     cursor[0], cursor[1] = length, pages
 
 
@@ -248,6 +247,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if mask is not None:
         bias = torch.zeros_like(scores).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
         scores = scores + bias
-    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(-1e38)).exp()
+    least = max(-1e38, torch.finfo(scores.dtype).min)
+    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(least)).exp()
     total = weights.sum(-1, keepdim=True)
     return (weights @ value) / torch.where(total == 0, 1, total)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -282,10 +283,10 @@ def readable_bytes(count: int) -> str:
 
 def show_scores(scores: Sequence[Score], title: str | None = None) -> None:
     """Print the table of `kvq eval`."""
-    table = Table(title=title)
-    table.add_column("method", no_wrap=True)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold", min_width=16)
     lengths = list(scores[0].recall)
-    heads = ("bits", "perplexity", "difference", "KL", "top-1", "bytes", "tokens/s")
+    heads = ("bits", "perplexity", "diff", "KL", "top-1", "bytes", "tokens/s")
     for head in (*heads, *(f"recall {length}" for length in lengths)):
         table.add_column(head, justify="right", no_wrap=True)
     for score in scores:
@@ -300,7 +301,8 @@ def show_scores(scores: Sequence[Score], title: str | None = None) -> None:
             f"{score.tokens_per_second:.0f}",
             *(f"{score.recall[length]:.1f} %" for length in lengths),
         )
-    console.print(table)
+    # In a narrow terminal a line that wraps is better than a figure that is cut off.
+    Console(width=max(console.width, 110)).print(table)
 
 
 def show_comparison(result: Comparison, plain: str) -> None:

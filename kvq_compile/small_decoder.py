@@ -105,7 +105,7 @@ class Decoder(nn.Module):
             output = nn.functional.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
             x = x + output.transpose(1, 2).flatten(2) @ getattr(self, f"merge_{layer}")
             present.append((keys, values))
-            seen.append((q, k, v, output))
+            seen.append((q, k.clone(), v.clone(), output))  # the keys themselves come back quantized
         return x, present if self.kind == "grown" else None, seen
 
     def mask(self, start: int, tokens: int) -> Tensor | None:

@@ -1,0 +1,192 @@
+"""Every attention of every supported model is rewritten, and the model still says what it said."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import DynamicCache, StaticCache
+
+from kvq_compile import KVQWarning, QuantizedKV
+from kvq_compile.history import watching
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+# Small enough that a page is packed within the first call, so that later calls read packed tokens.
+OPTIONS = {"method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"}
+CHUNKS = (40, 1, 1, 6)
+# One step of an 8-bit code is 1/255 of a group's range; two layers of a random model keep logits within this
+# fraction of their largest. A wrong mask, slot or head changes them by about their own size.
+TOLERANCE = 0.01
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+SHARED = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+CONFIGS = {
+    "Llama": lambda **more: transformers.LlamaConfig(**SHARED | more),
+    "Qwen2": lambda **more: transformers.Qwen2Config(**SHARED | more),
+    "Qwen3": lambda **more: transformers.Qwen3Config(**SHARED | more),
+    "Mistral": lambda **more: transformers.MistralConfig(**SHARED | {"sliding_window": None} | more),
+    "GPT2": lambda num_hidden_layers=1: transformers.GPT2Config(
+        vocab_size=64, n_embd=64, n_layer=num_hidden_layers, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=None
+    ),
+}
+
+
+def make_model(name: str, attention: str = "sdpa", num_hidden_layers: int = 1, **more) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = CONFIGS[name](num_hidden_layers=num_hidden_layers, **more)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def make_cache(kind: str, model: torch.nn.Module):
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=64)
+
+
+@torch.no_grad()
+def feed(forward, cache, chunks=CHUNKS, batch: int = 2) -> torch.Tensor:
+    """Return the logits of a text fed in chunks."""
+    ids = torch.randint(0, 64, (batch, sum(chunks)), generator=torch.Generator().manual_seed(1))
+    return torch.cat([forward(part, past_key_values=cache).logits for part in ids.split(chunks, 1)], 1)
+
+
+def cache_tensors(cache) -> list[torch.Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def assert_close_to(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def assert_all_rewritten(graphs, layers: int) -> None:
+    assert graphs
+    for graph in graphs:
+        assert [site.outcome for site in graph.sites] == ["rewritten"] * layers, graph.sites
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_attention_of_a_transformers_model_is_rewritten(name, attention, kind) -> None:
+    layers = 2 if (name, attention) == ("Llama", "sdpa") else 1
+    model = make_model(name, attention, layers)
+    expected = feed(model, make_cache(kind, model))
+    cache = make_cache(kind, model)
+    with watching() as graphs:
+        logits = feed(torch.compile(model.forward, backend="kvq", options=OPTIONS), cache)
+    assert_all_rewritten(graphs, layers)
+    assert_close_to(logits, expected)
+    assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
+    assert all(int(tensor.cursor[1]) == 1 for tensor in cache_tensors(cache))  # one page is packed
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_sliding_window_is_refused_by_name_and_stays_right(kind) -> None:
+    model = make_model("Mistral", sliding_window=16)
+    expected = feed(model, make_cache(kind, model))
+    with watching() as graphs, pytest.warns(KVQWarning, match="sliding window"):
+        logits = feed(torch.compile(model.forward, backend="kvq", options=OPTIONS), make_cache(kind, model))
+    assert all(site.outcome == "left alone" for graph in graphs for site in graph.sites)
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_cache_that_the_model_makes_itself_comes_back_quantized() -> None:
+    model = make_model("Llama")
+    ids = torch.randint(0, 64, (2, 40))
+    with watching() as graphs, torch.no_grad():
+        forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
+        first = forward(ids, use_cache=True)
+        second = forward(ids[:, :3], past_key_values=first.past_key_values)
+        expected = model(torch.cat([ids, ids[:, :3]], 1)).logits
+    assert_all_rewritten(graphs, 1)
+    assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(second.past_key_values))
+    assert_close_to(torch.cat([first.logits, second.logits], 1), expected)
+
+
+def test_half_precision_and_inductor_change_nothing() -> None:
+    model = make_model("Llama").to(torch.bfloat16)
+    expected = feed(model, make_cache("dynamic", model))
+    cache = make_cache("dynamic", model)
+    options = {name: value for name, value in OPTIONS.items() if name != "inner"}
+    with watching() as graphs:
+        logits = feed(torch.compile(model.forward, backend="kvq", options=options), cache)
+    assert_all_rewritten(graphs, 1)
+    # Eight bits of mantissa at each of a dozen roundings outweigh the 8-bit codes.
+    assert (logits - expected).abs().max() <= 12 * 2**-8 * expected.abs().max()
+
+
+# Models that are not transformers' -------------------------------------------------------------------------------
+
+
+def load_example(name: str):
+    """Import an example by its path: examples are scripts, not a package."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled_twin(module: torch.nn.Module) -> torch.nn.Module:
+    module.compile(backend="kvq", options=OPTIONS)
+    return module
+
+
+@torch.no_grad()
+def test_buffers_of_the_module_written_by_index_become_quantized() -> None:
+    example = load_example("gpt_fast_style")
+    plain, compiled = example.make_model(), compiled_twin(example.make_model())
+    ids = torch.randint(0, 64, (1, sum(CHUNKS)))
+    with watching() as graphs:
+        first = 0
+        for part in ids.split(CHUNKS, 1):
+            position = torch.arange(first, first + part.shape[1])
+            assert_close_to(compiled(part, position), plain(part, position))
+            first += part.shape[1]
+    assert_all_rewritten(graphs, len(compiled.layers))
+    for layer in compiled.layers:
+        assert isinstance(layer.attention.k_cache, QuantizedKV)
+        assert isinstance(layer.attention.v_cache, QuantizedKV)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@torch.no_grad()
+def test_tuples_grown_by_cat_become_quantized(flash) -> None:
+    example = load_example("nanogpt_style")
+    plain, compiled = example.make_model(flash=flash), compiled_twin(example.make_model(flash=flash))
+    ids = torch.randint(0, 64, (2, sum(CHUNKS)))
+    mine = theirs = None
+    with watching() as graphs:
+        for part in ids.split(CHUNKS, 1):
+            logits, mine = compiled(part, mine)
+            expected, theirs = plain(part, theirs)
+            assert_close_to(logits, expected)
+    assert_all_rewritten(graphs, len(compiled.blocks))
+    assert all(isinstance(tensor, QuantizedKV) for pair in mine for tensor in pair)
+
+
+@torch.no_grad()
+def test_a_decorated_function_keeps_its_cache_quantized() -> None:
+    example = load_example("decorated_function")
+    mine = theirs = (torch.empty(0), torch.empty(0))
+    with watching() as graphs:
+        for number, new in enumerate(CHUNKS):
+            query, key, value = torch.randn(3, 2, 4, new, 16, generator=torch.Generator().manual_seed(number))
+            output, *mine = example.attend(query, key, value, *mine)
+            expected, *theirs = example.attend.__wrapped__(query, key, value, *theirs)
+            assert_close_to(output, expected)
+    assert_all_rewritten(graphs, 1)
+    assert all(isinstance(tensor, QuantizedKV) for tensor in mine)
