@@ -65,7 +65,7 @@ def _write(runners: list[Runner], model: str, context: int) -> None:
     plain = runners[0].tokens_per_second
     rows = []
     for runner in runners:
-        size, bits, _ = held(runner.cache, runner.method)
+        found = held(runner.cache, runner.method)
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
@@ -78,11 +78,11 @@ def _write(runners: list[Runner], model: str, context: int) -> None:
                 "method": runner.method.label,
                 "tokens_per_second": round(runner.tokens_per_second, 2),
                 "times_plain": round(runner.tokens_per_second / plain, 2),
-                "bytes": size,
-                "effective_bits": round(bits, 2),
+                "bytes": found.bytes,
+                "effective_bits": round(found.effective_bits, 2),
             }
         )
-        print(f"{runner.method.label:12s} {rows[-1]['tokens_per_second']:8.2f} tokens/s  {rows[-1]['times_plain']:5.2f} x plain  {size:12,d} bytes")
+        print(f"{runner.method.label:12s} {rows[-1]['tokens_per_second']:8.2f} tokens/s  {rows[-1]['times_plain']:5.2f} x plain  {found.bytes:12,d} bytes")
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:

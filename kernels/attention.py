@@ -12,7 +12,8 @@ fp16, whose 11 bits hold codes and dequantized values better than bf16 does. Whe
 the same for all its channels they are folded into its score, ``scale * (q . code) + zero * sum(q)``, in
 fp32; elsewhere numbers are dequantized in registers. Weights are kept ``2 ** 12`` times too large until the
 end, so that the fp16 weights of a long flat softmax do not underflow. Exact tokens are multiplied in the
-model's own dtype. All sums are fp32. Models in fp32, and the interpreter, use fp32 throughout.
+model's own dtype. All sums are fp32. Models in fp32, and the interpreter, use fp32 throughout, except that
+fp32 tiles of packed tokens of more than 128 x 128 numbers would not fit a processor and stay fp16.
 
 Which pages there are is read from the cursors on the device; the grid follows from capacity, window and
 batch alone, so a captured graph serves all lengths and nothing waits for the device. If a cache holds fewer
@@ -462,7 +463,7 @@ def attend(
     lse = query.new_empty(B * Hq * T, splits, dtype=torch.float32)
     full = query.dtype == torch.float32 or not query.is_cuda
     exact_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
-    padded = triton.next_power_of_2(max(D, Dv))
+    large = page * triton.next_power_of_2(max(D, Dv)) > 128 * 128
     attend_kernel[(B * Hkv, tiles, splits)](
         query, rotated, key, value, key_parts[0].view(torch.uint16), key_parts[1].view(torch.int32),
         *key_parts[2:], value_parts[0].view(torch.uint16), value_parts[1].view(torch.int32),
@@ -472,12 +473,12 @@ def attend(
         KEY_CHANNEL=key_layout.grouping == "channel", KEY_GROUP=key_layout.group_size, VALUE_DIM=Dv,
         VALUE_BITS=value_layout.bits, VALUE_CHANNEL=value_layout.grouping == "channel",
         VALUE_GROUP=value_layout.group_size, SINKS=key_layout.sinks, WINDOW=key_layout.window, PAGE=page,
-        BLOCK_Q=block_q, BLOCK_N=BLOCK_EXACT, MASK_KIND=kind,
+        BLOCK_Q=block_q, BLOCK_N=BLOCK_EXACT // 2 if full else BLOCK_EXACT, MASK_KIND=kind,
         MASK_SHARED=kind > 0 and strides[1] == 0 and (T == 1 or strides[2] == 0),
-        FAST=query.is_cuda and not torch.version.hip, DTYPE=tl.float32 if full else tl.float16,
+        FAST=query.is_cuda and not torch.version.hip, DTYPE=tl.float32 if full and not (large and query.is_cuda) else tl.float16,
         EXACT_DTYPE=tl.float32 if full else exact_dtype, PRECISION="tf32x3" if query.is_cuda else "ieee",
-        num_warps=8 if full or block_q > 16 or page * padded > 128 * 128 else 4,
-        num_stages=1 if full or page * padded > 256 * 128 else 2,
+        num_warps=8 if full or block_q > 16 or large else 4,
+        num_stages=1 if full or page * max(D, Dv) > 256 * 128 else 2,
     )  # fmt: skip
     out = query.new_empty(B, Hq, T, Dv)
     join_kernel[(B * Hq * T,)](

@@ -1,12 +1,18 @@
 """Quantize the key-value cache of any decoder by ``torch.compile(model, backend="kvq")``."""
 
-from kvq_compile.api import Explanation, compile, explain, quantize_cache_
-from kvq_compile.bounds import error_bound
-from kvq_compile.errors import KVQError, KVQWarning
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
-from kvq_compile.methods import make_spec
-from kvq_compile.report import Report, report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvq_compile.api import Explanation, compile, explain, quantize_cache_
+    from kvq_compile.bounds import error_bound
+    from kvq_compile.errors import KVQError, KVQWarning
+    from kvq_compile.kernels.cache import QuantizedKV
+    from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+    from kvq_compile.methods import make_spec
+    from kvq_compile.report import Report, report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +30,23 @@ __all__ = [
     "quantize_cache_",
     "report",
 ]
+
+# Imported when first used: torch's compiler takes seconds, which `kvq --help` need not wait for.
+_HOMES = {
+    "api": ("Explanation", "compile", "explain", "quantize_cache_"),
+    "bounds": ("error_bound",),
+    "errors": ("KVQError", "KVQWarning"),
+    "kernels.cache": ("QuantizedKV",),
+    "kernels.spec": ("CacheSpec", "TensorSpec"),
+    "methods": ("make_spec",),
+    "report": ("Report", "report"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"kvq_compile.{home}"), name)
+            globals()[name] = value  # the function `report`, not the module of that name
+            return value
+    raise AttributeError(f"module 'kvq_compile' has no attribute {name!r}")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch._dynamo.eval_frame import OptimizedModule
-
 from kvq_compile.errors import KVQWarning
 
 ADVICE = (
@@ -21,11 +19,13 @@ ADVICE = (
 
 def watch_generate() -> None:
     """Make ``generate`` of a kvq-compiled `OptimizedModule` warn; every other lookup stays as it is."""
+    from torch._dynamo.eval_frame import OptimizedModule  # here: it imports Triton
+
     original = OptimizedModule.__getattr__
     if getattr(original, "_kvq_watches", False):
         return
 
-    def lookup(self: OptimizedModule, name: str) -> Any:
+    def lookup(self: Any, name: str) -> Any:
         if name == "generate" and _is_ours(self):
             warnings.warn(ADVICE, KVQWarning, stacklevel=2)
         return original(self, name)
@@ -34,7 +34,7 @@ def watch_generate() -> None:
     OptimizedModule.__getattr__ = lookup  # type: ignore[method-assign]
 
 
-def _is_ours(module: OptimizedModule) -> bool:
+def _is_ours(module: Any) -> bool:
     from kvq_compile.backend import kvq
 
     wrapped: Any = getattr(module.__dict__.get("dynamo_ctx"), "callback", None)

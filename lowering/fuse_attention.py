@@ -36,6 +36,7 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
     key_cache, value_cache = caches[key.past], caches[value.past]
     first = _first_slot(key, key_cache)
     with graph.inserting_before(attention.output):
+        _check_room(graph, key)
         arguments = (
             *(attention.query, key.new, value.new, *key_cache.parts, *value_cache.parts),
             *(_mask(graph, site, key_cache), *first, attention.scale),
@@ -67,6 +68,7 @@ def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, 
     attention = site.attention
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
     with graph.inserting_before(attention.output):
+        _check_room(graph, site.key)
         exact = graph.call_function(
             torch.nn.functional.scaled_dot_product_attention,
             (attention.query, site.key.new, site.value.new),
@@ -85,6 +87,16 @@ def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, 
     attention.output.replace_all_uses_with(exact)
     graph.erase_node(attention.output)
     return made
+
+
+def _check_room(graph: fx.Graph, state: State) -> None:
+    """Let the call fail if it writes behind the last slot, as the write that is replaced did."""
+    if state.life is Life.GROWN or not _is_tensor(state.position):
+        return  # a cache that grows has room; a slice was checked against the buffer when it was captured
+    last = insert_call(graph, operator.getitem, (state.position, -1))
+    slots = (shape_of(state.past) or ())[2]
+    inside = graph.call_function(operator.lt, (last, slots if isinstance(slots, int) else _size(graph, state.past)))
+    graph.call_function(torch._assert_async, (inside, f"the cache has {slots} slots and no room for the new tokens"))
 
 
 def _own_mask(graph: fx.Graph, site: AttentionSite) -> Any:
@@ -160,6 +172,6 @@ def _mask(graph: fx.Graph, site: AttentionSite, cache: CacheInput) -> Any:
     return graph.call_method("tril", (seen,))
 
 
-def _size(graph: fx.Graph, node: fx.Node) -> Any:
+def _size(graph: fx.Graph, node: Any) -> Any:
     size = (shape_of(node) or (0, 0, 0))[2]
     return size if isinstance(size, int) else graph.call_method("size", (node, 2))

@@ -4,6 +4,8 @@ Kernels run natively where there is a GPU and in Triton's interpreter elsewhere.
 on the CPU: division of a tensor by a number is not the same operation on the two devices.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -133,6 +135,8 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
     for _ in range(data.draw(st.integers(1, 6))):
         value = data.draw(st.sampled_from(SPECIAL + NOT_FINITE) | st.floats(width=32))
         first, last = sorted(data.draw(st.tuples(st.integers(0, x.numel()), st.integers(0, x.numel()))))
+        if layout.bits == 1 and math.isfinite(value):
+            value = max(-3e4, min(value, 3e4))  # a range that fp16 cannot hold as one step has no code
         x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
     caches.append(x, 0, True)
     caches.assert_equal()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 # Small enough that a page is packed within the first call, so that later calls read packed tokens.
 OPTIONS = {"method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"}
-CHUNKS = (40, 1, 1, 6)
+CHUNKS = (40, 1, 6)
 # One step of an 8-bit code is 1/255 of a group's range; two layers of a random model keep logits within this
 # fraction of their largest. A wrong mask, slot or head changes them by about their own size.
 TOLERANCE = 0.01
@@ -119,11 +119,11 @@ def test_a_cache_that_the_model_makes_itself_comes_back_quantized() -> None:
 
 def test_half_precision_and_inductor_change_nothing() -> None:
     model = make_model("Llama").to(torch.bfloat16)
-    expected = feed(model, make_cache("dynamic", model))
+    expected = feed(model, make_cache("dynamic", model), (40, 1))
     cache = make_cache("dynamic", model)
     options = {name: value for name, value in OPTIONS.items() if name != "inner"}
     with watching() as graphs:
-        logits = feed(torch.compile(model.forward, backend="kvq", options=options), cache)
+        logits = feed(torch.compile(model.forward, backend="kvq", options=options), cache, (40, 1))
     assert_all_rewritten(graphs, 1)
     # Eight bits of mantissa at each of a dozen roundings outweigh the 8-bit codes.
     assert (logits - expected).abs().max() <= 12 * 2**-8 * expected.abs().max()

@@ -1,0 +1,279 @@
+"""What cannot be served is refused by name or is an error that names it, and nothing is lost."""
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvq_compile import KVQError, KVQWarning, QuantizedKV, make_spec, quantize_cache_
+from kvq_compile.config import make_config
+from kvq_compile.history import watching
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+OPTIONS = {"method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"}
+SPEC = {name: value for name, value in OPTIONS.items() if name != "inner"}
+SLOTS = 64
+
+
+def tokens(number: int, seed: int = 0, head_dim: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 100 * number)
+    return torch.randn(2, 2, number, head_dim, generator=generator).to(dtype)
+
+
+def attend(query, key, value, keys, values):
+    keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    return sdpa(query, keys, values), keys, values
+
+
+def fill(query, key, value, keys, values, position):
+    keys[:, :, position] = key
+    values[:, :, position] = value
+    return sdpa(query, keys, values, attn_mask=torch.arange(keys.shape[2])[None] <= position[:, None])
+
+
+def compile_(step, **options):
+    return torch.compile(step, backend="kvq", options=OPTIONS | options)
+
+
+# Options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "imt4"}, ValueError, "got 'imt4'; did you mean 'int4'?"),
+        ({"method": "kivi", "group_sise": 32}, ValueError, "got 'group_sise'; did you mean 'group_size'?"),
+        ({"methd": "int4"}, ValueError, "got 'methd'; did you mean 'method'?"),
+        ({"key_bits": 5}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 5"),
+        ({"value_bits": 16}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 16"),
+        ({"key_bits": 0}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 0"),
+        ({"group_size": 0}, ValueError, "group_size must be positive, got 0"),
+        ({"clip": 1.5}, ValueError, "clip must be in (0, 1], got 1.5"),
+        ({"transform": "hadamrd"}, ValueError, "transform must be"),
+        ({"window": -1}, ValueError, "window must be 0 or more, got -1"),
+        ({"sinks": -1}, ValueError, "sinks must be 0 or more, got -1"),
+        ({"page_size": 100}, ValueError, "page_size must be one of (32, 64, 128, 256), got 100"),
+        ({"key_bits": "4"}, TypeError, "key_bits must be a whole number, got '4'"),
+        ({"window": 4.5}, TypeError, "window must be a whole number, got 4.5"),
+        ({"clip": "1"}, TypeError, "clip must be a number, got '1'"),
+        ({"layers": {0: 4}}, ValueError, "layers must map numbers to a method"),
+        ({"layers": [None]}, TypeError, "layers must be a dictionary, got [None]"),
+        ({"layers": {0: {"method": "int8", "layers": {}}}}, ValueError, "layers must map numbers to a method"),
+        ({"layers": {-1: None}}, ValueError, "layers must be numbered from 0, got -1"),
+        ({"strict": 1}, TypeError, "strict must be a bool, got 1"),
+        ({"inner": "tvm"}, ValueError, "inner must be one of inductor, eager, aot_eager, got 'tvm'"),
+        ({"inductor": 3}, TypeError, "inductor must be a dictionary"),
+        ({"method": 4}, TypeError, "method must be a name, got 4"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(options, error, message) -> None:
+    with pytest.raises(error) as caught:
+        make_config(options)
+    assert message in str(caught.value)
+
+
+def test_an_error_in_the_options_reaches_the_user_of_torch_compile() -> None:
+    with pytest.raises(BackendCompilerFailed, match="got 'int5'; did you mean 'int4'|got 'int5'; did you mean"):
+        torch.compile(attend, backend="kvq", options={"method": "int5"})(*[tokens(2)] * 5)
+
+
+def test_a_group_that_does_not_divide_the_head_is_refused_by_name() -> None:
+    with torch.no_grad(), pytest.warns(KVQWarning, match="head_dim must be a multiple of group_size=32, got 48"):
+        output, keys, _ = compile_(attend, group_size=32)(*[tokens(2, head_dim=48)] * 5)
+    assert type(keys) is torch.Tensor
+    torch.testing.assert_close(output, attend(*[tokens(2, head_dim=48)] * 5)[0])
+
+
+# Values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("method", [{"method": "int4"}, {"method": "kivi", "bits": 4}])
+@torch.no_grad()
+def test_a_token_that_is_not_finite_does_not_poison_the_others(poison, method) -> None:
+    step, (keys, values) = compile_(attend, **method), (tokens(60, 1), tokens(60, 2))
+    clean_keys, clean_values = keys.clone(), values.clone()
+    keys[0, 0, 20, 3] = values[0, 1, 30, 5] = poison
+    query = tokens(1)
+    _, keys, values = step(query, tokens(1, 3), tokens(1, 4), keys, values)
+    for cache, clean, token in ((keys, clean_keys, 20), (values, clean_values, 30)):
+        error = (cache.dequantize()[:, :, :60] - clean).abs()
+        error[0, :, token] = 0
+        spread = clean.max() - clean.min()
+        assert error.isfinite().all()
+        if abs(poison) != 1e30:  # a finite value, however large, is data and widens its group
+            assert error.max() <= spread / 15
+    assert keys.dequantize().isfinite().all()
+
+
+@torch.no_grad()
+def test_a_call_without_tokens_changes_nothing() -> None:
+    step = compile_(attend)
+    _, keys, values = step(*[tokens(40)] * 5)
+    before = keys.dequantize()
+    with pytest.warns(KVQWarning, match="the call has no tokens"):
+        output, keys, values = step(*[tokens(1)[:, :, :0]] * 3, keys, values)
+    assert output.shape == (2, 2, 0, 16)
+    assert keys.shape[2] == values.shape[2] == 80
+    torch.testing.assert_close(keys.dequantize()[:, :, :80], before)
+
+
+# Buffers of fixed size ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("too_many", [1, 8])
+@torch.no_grad()
+def test_more_tokens_than_slots_are_an_error_and_write_nothing(too_many, inner) -> None:
+    """Regression: the packed form has room to spare, and took tokens that the buffer had no slot for."""
+    step, keys, values = compile_(fill, inner=inner), torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)
+    for first, last in ((0, 40), (40, 60)):
+        new = tokens(last - first)
+        step(new, new, new, keys, values, torch.arange(first, last))
+    before = keys.dequantize()
+    new = tokens(4 + too_many)
+    with pytest.raises((RuntimeError, AssertionError), match="no room for the new tokens"):
+        step(new, new, new, keys, values, torch.arange(60, 64 + too_many))
+    assert keys.held() == 60
+    torch.testing.assert_close(keys.dequantize(), before)
+
+
+@torch.no_grad()
+def test_positions_with_a_gap_are_an_error() -> None:
+    step, keys, values = compile_(fill), torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)
+    for first, last in ((0, 8), (8, 12)):
+        new = tokens(last - first)
+        step(new, new, new, keys, values, torch.arange(first, last))
+    with pytest.raises(ValueError, match="position must start at or before the 12 tokens held, got 20"):
+        step(*[tokens(4)] * 3, keys, values, torch.arange(20, 24))
+
+
+@torch.no_grad()
+def test_buffers_that_share_memory_stay_as_they_are_both_of_them() -> None:
+    """Regression: the keys were converted before the values turned out to be impossible."""
+
+    def make():
+        keys, memory = torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, 2, SLOTS, 16)
+        return keys, memory[0]
+
+    step, (keys, values), plain = compile_(fill), make(), make()
+    for number, (first, last) in enumerate(((0, 8), (8, 9), (9, 12))):
+        new = [tokens(last - first, seed) for seed in range(3)]
+        if number == 0:
+            with pytest.warns(KVQWarning, match="must not share its storage"):
+                output = step(*new, keys, values, torch.arange(first, last))
+        else:
+            output = step(*new, keys, values, torch.arange(first, last))
+        torch.testing.assert_close(output, fill(*new, *plain, torch.arange(first, last)))
+        assert type(keys) is type(values) is torch.Tensor
+        step = compile_(fill) if number == 9 else step
+    with pytest.raises(KVQError, match="must not share its storage"):
+        compile_(fill, strict=True)(*[tokens(4)] * 3, keys, values, torch.arange(4))
+    assert type(keys) is torch.Tensor
+
+
+def test_quantizing_by_hand_converts_all_or_none() -> None:
+    caches = [tokens(40), torch.zeros(2, 2, 2, 40, 16)[0]]
+    with pytest.raises(KVQError, match="must not share its storage"):
+        quantize_cache_(caches, **SPEC)
+    assert [type(cache) for cache in caches] == [torch.Tensor, torch.Tensor]
+
+
+# Modes --------------------------------------------------------------------------------------------------------------
+
+
+class Decoder(torch.nn.Module):
+    """Two layers, each with a cache of its own and, if asked, a graph break between them."""
+
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = torch.nn.ModuleList(torch.nn.Linear(16, 48) for _ in range(2))
+        self.breaks = breaks
+
+    def forward(self, x, past):
+        grown = []
+        for index, project in enumerate(self.project):
+            if index and self.breaks:
+                torch._dynamo.graph_break()
+            query, key, value = project(x).chunk(3, -1)
+            attended, *pair = attend(query, key, value, *past[index])
+            x = x + attended
+            grown.append(pair)
+        return x, grown
+
+
+EMPTY = [(torch.empty(0), torch.empty(0))] * 2
+
+
+def test_recording_gradients_is_refused_with_a_reason_and_training_works() -> None:
+    model = Decoder().train()
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS)
+    with pytest.warns(KVQWarning, match=r"gradients are being recorded.*run under torch.no_grad"):
+        output, grown = compiled(tokens(40), EMPTY)
+    assert type(grown[0][0]) is torch.Tensor
+    output.sum().backward()
+    gradient = model.project[0].weight.grad.clone()
+    model.zero_grad()
+    model(tokens(40), EMPTY)[0].sum().backward()
+    torch.testing.assert_close(gradient, model.project[0].weight.grad)
+
+
+def test_a_quantized_cache_is_read_right_while_gradients_are_recorded() -> None:
+    model = Decoder()
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS)
+    with torch.no_grad():
+        _, grown = compiled(tokens(40), EMPTY)
+    with pytest.warns(KVQWarning, match="gradients are being recorded"):
+        output, grown = compiled(tokens(3), grown)
+    output.sum().backward()
+    assert isinstance(grown[0][0], QuantizedKV)
+    expected, _ = model(tokens(3), model(tokens(40), EMPTY)[1])
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_without_gradients_works(mode) -> None:
+    with mode(), watching() as graphs:
+        compiled = torch.compile(Decoder(), backend="kvq", options=OPTIONS)
+        _, grown = compiled(tokens(40), EMPTY)
+        output, grown = compiled(tokens(3), grown)
+        expected, _ = Decoder()(tokens(3), Decoder()(tokens(40), EMPTY)[1])
+        step, keys, values = compile_(fill), torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)
+        for first, last in ((0, 40), (40, 41)):
+            step(*[tokens(last - first)] * 3, keys, values, torch.arange(first, last))
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+    assert all(isinstance(tensor, QuantizedKV) for tensor in (*grown[0], *grown[1], keys, values))
+    assert all(site.outcome == "rewritten" for graph in graphs for site in graph.sites)
+
+
+@torch.no_grad()
+def test_a_graph_break_in_the_middle_of_the_model_costs_nothing_but_a_graph() -> None:
+    model = Decoder(breaks=True)
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS)
+    past, plain = EMPTY, EMPTY
+    with watching() as graphs:
+        for new in (40, 1, 3):
+            output, past = compiled(tokens(new), past)
+            expected, plain = model(tokens(new), plain)
+            torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+    assert all(isinstance(tensor, QuantizedKV) for pair in past for tensor in pair)
+    assert all(len(graph.sites) == 1 and graph.sites[0].outcome == "rewritten" for graph in graphs)
+
+
+def test_a_device_without_kernels_is_refused_by_name() -> None:
+    arguments = [tokens(2).to("meta")] * 5
+    with torch.no_grad(), pytest.warns(KVQWarning, match="device meta is not supported; use cpu or cuda"):
+        output, keys, _ = compile_(attend)(*arguments)
+    assert output.device.type == "meta"
+    assert type(keys) is torch.Tensor
+
+
+@torch.no_grad()
+def test_a_cache_from_another_method_is_an_error_that_names_both() -> None:
+    caches = quantize_cache_([tokens(40), tokens(40, 1)], make_spec("int4", sinks=1, window=4, page_size=32))
+    with pytest.raises(BackendCompilerFailed, match=r"must be quantized as this model is compiled.*bits=8.*bits=4"):
+        compile_(attend)(*[tokens(1)] * 3, *caches)
+    assert all(isinstance(cache, QuantizedKV) for cache in caches)
+    assert caches[0].shape[2] == 40
