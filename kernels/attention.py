@@ -24,8 +24,8 @@ rotation of values to the joined accumulator follows from its linearity.
 """
 
 import math
-import os
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
 MAX_COLUMNS = 32  # more queries than that spill
 MAX_SPLITS = 64
-PROGRAMS_PER_PROCESSOR = 4  # what fits at 128 registers a thread and 128 threads
+PROGRAMS_PER_PROCESSOR = 3  # measured best on an H100
 WEIGHT_BIAS = tl.constexpr(12.0)
 LOG2_E = 1.4426950408889634
 
@@ -387,10 +387,44 @@ def _processors(device: torch.device) -> int:
 
 
 def _count_splits(programs: int, pages: int, exact_tokens: int, device: torch.device) -> tuple[int, int]:
-    """Return into how many shares exact tokens and pages are split, ``programs`` each being needed."""
-    wanted = PROGRAMS_PER_PROCESSOR * _processors(device) // programs
-    page_splits = max(1, min(wanted, pages, MAX_SPLITS))
-    return max(1, min(triton.cdiv(exact_tokens, BLOCK_EXACT), max(wanted, 1), MAX_SPLITS)), page_splits
+    """Return into how many shares exact tokens and pages are split, ``programs`` each being needed.
+
+    Pages are split no more than it takes to keep the processors evenly busy.
+    """
+    resident = PROGRAMS_PER_PROCESSOR * _processors(device)
+    waves = [programs * splits / resident for splits in range(1, max(1, min(pages, MAX_SPLITS)) + 1)]
+    busy = [wave / math.ceil(wave) for wave in waves]
+    page_splits = 1 + next(i for i, share in enumerate(busy) if share >= 0.97 * max(busy))
+    return min(triton.cdiv(exact_tokens, BLOCK_EXACT), max(1, 2 * resident // programs)), page_splits
+
+
+def launch_constants(
+    key_layout: PageLayout, value_layout: PageLayout, shared: int, tokens: int, dtype: torch.dtype,
+    platform: Literal["cuda", "hip", "interpreter"],
+) -> tuple[dict[str, object], dict[str, int]]:  # fmt: skip
+    """Return the constants of `attend_kernel` that follow from layouts and shape, and its launch options."""
+    D, Dv, page = key_layout.head_dim, value_layout.head_dim, key_layout.page_size
+    columns = triton.next_power_of_2(shared * tokens)
+    block_q = min(MAX_COLUMNS, max(16 if platform == "hip" else 8, columns))
+    full = dtype == torch.float32 or platform == "interpreter"
+    even = D & (D - 1) == 0 and Dv & (Dv - 1) == 0
+    large = page * triton.next_power_of_2(max(D, Dv)) > 128 * 128
+    exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
+    constants = {
+        "SHARED_BY": shared, "KEY_DIM": D, "KEY_BITS": key_layout.bits,
+        "KEY_CHANNEL": key_layout.grouping == "channel", "KEY_GROUP": key_layout.group_size,
+        "VALUE_DIM": Dv, "VALUE_BITS": value_layout.bits,
+        "VALUE_CHANNEL": value_layout.grouping == "channel", "VALUE_GROUP": value_layout.group_size,
+        "SINKS": key_layout.sinks, "WINDOW": key_layout.window, "PAGE": page, "BLOCK_Q": block_q,
+        "BLOCK_N": BLOCK_EXACT // 2 if full else BLOCK_EXACT, "FAST": platform == "cuda",
+        "DTYPE": tl.float32 if full and (platform == "interpreter" or not large) else tl.float16,
+        "EXACT_DTYPE": tl.float32 if full else exact,
+        "PRECISION": "tf32x3" if platform == "cuda" else "ieee",
+    }  # fmt: skip
+    one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
+    return constants, {
+        "num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": 1 if one_stage else 2
+    }  # fmt: skip
 
 
 def _attend_new(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -443,9 +477,9 @@ def attend(
     B, Hq, T, D = query.shape
     Hkv, new, Dv = key.shape[1], key.shape[2], value.shape[3]
     shared, capacity = Hq // Hkv, key_parts[0].shape[2]
-    page = key_layout.page_size
-    block_q = min(MAX_COLUMNS, max(16 if torch.version.hip else 8, triton.next_power_of_2(shared * T)))
-    tiles = triton.cdiv(shared * T, block_q)
+    platform = ("hip" if torch.version.hip else "cuda") if query.is_cuda else "interpreter"
+    constants, options = launch_constants(key_layout, value_layout, shared, T, query.dtype, platform)
+    tiles = triton.cdiv(shared * T, constants["BLOCK_Q"])
     exact, packed = _count_splits(B * Hkv * tiles, capacity, key_layout.exact_rows + new, query.device)
     splits = exact + packed
 
@@ -461,24 +495,13 @@ def attend(
         rotate_kernel[(B * Hq * T,)](query, rotated, Hq, T, *query.stride()[:3], HEAD_DIM=D)
     partial = query.new_empty(B * Hq * T, splits, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, splits, dtype=torch.float32)
-    full = query.dtype == torch.float32 or not query.is_cuda
-    exact_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
-    large = page * triton.next_power_of_2(max(D, Dv)) > 128 * 128
     attend_kernel[(B * Hkv, tiles, splits)](
         query, rotated, key, value, key_parts[0].view(torch.uint16), key_parts[1].view(torch.int32),
         *key_parts[2:], value_parts[0].view(torch.uint16), value_parts[1].view(torch.int32),
         *value_parts[2:], mask, position, partial, lse, scale * LOG2_E, start or 0, Hkv, T, new, capacity,
         exact, width, *query.stride()[:3], *rotated.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        *strides, HAS_POSITION=position is not None, SHARED_BY=shared, KEY_DIM=D, KEY_BITS=key_layout.bits,
-        KEY_CHANNEL=key_layout.grouping == "channel", KEY_GROUP=key_layout.group_size, VALUE_DIM=Dv,
-        VALUE_BITS=value_layout.bits, VALUE_CHANNEL=value_layout.grouping == "channel",
-        VALUE_GROUP=value_layout.group_size, SINKS=key_layout.sinks, WINDOW=key_layout.window, PAGE=page,
-        BLOCK_Q=block_q, BLOCK_N=BLOCK_EXACT // 2 if full else BLOCK_EXACT, MASK_KIND=kind,
-        MASK_SHARED=kind > 0 and strides[1] == 0 and (T == 1 or strides[2] == 0),
-        FAST=query.is_cuda and not torch.version.hip, DTYPE=tl.float32 if full and not (large and query.is_cuda) else tl.float16,
-        EXACT_DTYPE=tl.float32 if full else exact_dtype, PRECISION="tf32x3" if query.is_cuda else "ieee",
-        num_warps=8 if full or block_q > 16 or large else 4,
-        num_stages=1 if full or page * max(D, Dv) > 256 * 128 else 2,
+        *strides, HAS_POSITION=position is not None, MASK_KIND=kind,
+        MASK_SHARED=kind > 0 and strides[1] == 0 and (T == 1 or strides[2] == 0), **constants, **options,
     )  # fmt: skip
     out = query.new_empty(B, Hq, T, Dv)
     join_kernel[(B * Hq * T,)](

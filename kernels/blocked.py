@@ -1,6 +1,6 @@
 """Attend to a quantized cache block by block: the CPU path.
 
-A few query rows, as in decoding, read all pages in one call of `cpu_pages`. Many rows, as in a chunk of a
+A few query rows, as in decoding, read the whole cache in one call of `cpu_pages`. Many rows, as in a chunk of a
 prompt, go through blocks of pages unpacked to fp32 and matrix products, so that the scratch stays the same
 however long the cache is. Both keep the softmax state in fp32: a running maximum, a running sum and two
 accumulators. Packed tokens may lie in a rotated basis. Rotating the query once and the packed accumulator
@@ -76,13 +76,6 @@ class _Softmax:
             accumulator.mul_(decay)
         self.accumulators[which] += weights @ value
 
-    def join(self, accumulators: Tensor, maxima: Tensor, sums: Tensor) -> None:
-        """Take in the packed part as splits ``[splits, B, Hkv, rows, Dv]`` with their maxima and sums."""
-        self.running_max = maxima.amax(0)
-        weights = (maxima - self.running_max.clamp_min(-1e38)).exp_()
-        self.running_sum = (sums * weights).sum(0)
-        self.accumulators[0] = (accumulators * weights).sum(0)
-
     def result(self, layout: PageLayout) -> Tensor:
         """Return the attention output; the first accumulator is in the basis of the packed values."""
         total = reference.rotate(self.accumulators[0], layout) + self.accumulators[1]
@@ -139,52 +132,29 @@ def attend(
     visible = start + new if mask is None else min(start + new, mask.shape[-1])
     _check_lengths(key_parts, value_parts, start, mask, start + new)
     rows = query.reshape(B, Hkv, -1, query.shape[3]).float() * scale
-    softmax = _Softmax(rows, value.shape[3])
 
-    held = min(start, visible)
-    pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
-    packed_end = key_layout.sinks + pages * key_layout.page_size
-    if pages and held > key_layout.sinks:
-        packed_rows = reference.rotate(rows, key_layout)
-        arguments = (key_parts, value_parts, mask, pages, held, shape, key_layout, value_layout)
-        if rows.shape[2] <= FEW_ROWS and cpu_pages.is_available():
-            _read_pages(softmax, packed_rows, *arguments)
-        else:
-            _read_blocks(softmax, packed_rows, *arguments)
-
-    slots = torch.cat(
-        [
-            torch.arange(0, min(key_layout.sinks, held)),
-            torch.arange(packed_end, max(packed_end, held)),
-            torch.arange(start, max(start, visible)),
-        ]
-    )
-    exact_key = _exact_tokens(key_parts[2], key, slots, start, key_layout)
-    exact_value = _exact_tokens(value_parts[2], value, slots, start, value_layout)
-    if len(slots):
-        softmax.update(_apply_mask(rows @ exact_key.transpose(-2, -1), mask, slots, shape), exact_value, 1)
-    return softmax.result(value_layout).reshape(B, Hq, T, -1).to(query.dtype)
-
-
-def _read_pages(
-    softmax: _Softmax,
-    rows: Tensor,
-    key_parts: Parts,
-    value_parts: Parts,
-    mask: Tensor | None,
-    pages: int,
-    held: int,
-    shape: tuple[int, int, int, int],
-    key_layout: PageLayout,
-    value_layout: PageLayout,
-) -> None:
-    """Let `cpu_pages` attend to the packed tokens below ``held``."""
-    visible = min(held - key_layout.sinks, pages * key_layout.page_size)
-    bias = None
-    if mask is not None:
-        columns = slice(key_layout.sinks, key_layout.sinks + visible)
-        bias = _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, columns, shape)
-    softmax.join(*cpu_pages.attend(rows.contiguous(), key_parts, value_parts, bias, pages, visible, key_layout, value_layout))
+    rotated = reference.rotate(rows, key_layout)
+    if rows.shape[2] <= FEW_ROWS and cpu_pages.is_available():
+        bias = None if mask is None else _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, slice(visible), shape)
+        tokens = (key.to(key_parts[2].dtype), value.to(value_parts[2].dtype))
+        where = (bias, start, visible, key_layout, value_layout)
+        packed, exact = cpu_pages.attend(rows, rotated, *tokens, key_parts, value_parts, *where)
+        output = reference.rotate(packed, value_layout) + exact
+    else:
+        softmax = _Softmax(rows, value.shape[3])
+        held = min(start, visible)
+        pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
+        _read_blocks(softmax, rotated, key_parts, value_parts, mask, pages, held, shape, key_layout, value_layout)
+        packed_end = key_layout.sinks + pages * key_layout.page_size
+        runs = ((0, min(key_layout.sinks, held)), (packed_end, held), (start, visible))
+        slots = torch.cat([torch.arange(first, max(first, last)) for first, last in runs])
+        exact_key = _exact_tokens(key_parts[2], key, slots, start, key_layout)
+        exact_value = _exact_tokens(value_parts[2], value, slots, start, value_layout)
+        if len(slots):
+            scores = _apply_mask(rows @ exact_key.transpose(-2, -1), mask, slots, shape)
+            softmax.update(scores, exact_value, 1)
+        output = softmax.result(value_layout)
+    return output.reshape(B, Hq, T, -1).to(query.dtype)
 
 
 def _read_blocks(

@@ -1,4 +1,4 @@
-// Read packed pages on a CPU: unpack them to fp32, or attend to them with a few query rows.
+// Read a quantized cache on a CPU: unpack pages to fp32, or attend to a whole cache with a few query rows.
 //
 // The layout is PageLayout's (spec.py). A page is unpacked row by row into a tile that stays in the first
 // or second cache level, so a packed byte crosses the memory bus once and an unpacked number never does.
@@ -40,16 +40,29 @@ struct Packed {
   int32_t along_rows;  // whether a group lies along a row (else across group_size rows)
 };
 
+// Exact rows of one tensor: sinks and ring of the cache, and the call's new tokens, in the model's dtype.
+struct Exact {
+  const void* held;
+  const void* fresh;
+  int64_t held_stride[2];   // between sequences and heads; rows are contiguous
+  int64_t fresh_stride[3];  // between sequences, heads and tokens
+};
+
 struct Attend {
   Packed key, value;
-  const float* query;     // [batch, heads, query_rows, key head_dim], scaled
+  Exact exact_key, exact_value;
+  const float* query;     // [batch, heads, query_rows, key head_dim], scaled, in the basis of exact keys
+  const float* rotated;   // the same in the basis of packed keys
   const float* bias;      // added to the scores, or null: [batch, heads, query_rows, slots] by strides
   int64_t bias_stride[4];
-  float* accumulator;     // [batch, heads, splits, query_rows, value head_dim]
-  float* running_max;     // [batch, heads, splits, query_rows]
+  float* accumulator;     // [batch, heads, splits + 1, query_rows, value head_dim]
+  float* running_max;     // [batch, heads, splits + 1, query_rows]
   float* running_sum;     // the same
+  float* packed_out;      // [batch, heads, query_rows, value head_dim], in the basis of packed values
+  float* exact_out;       // the same, in the basis of exact values
   int32_t batch, heads, query_rows, pages, page_size, splits;
-  int64_t visible;        // tokens of the pages that may be seen, counted from the first
+  int32_t sinks, ring, dtype;  // dtype of exact rows: 0 fp32, 1 bf16, 2 fp16
+  int64_t held, start, visible;  // slots of the cache that may be seen, first new slot, end of what may be seen
 };
 
 }  // extern "C"
@@ -155,37 +168,127 @@ void online_softmax(float* scores, int n, float& running_max, float& running_sum
   running_max = new_max;
 }
 
-void attend_split(const Attend& a, int64_t b, int64_t h, int split, float* scratch) {
-  const int dim = a.key.row_length, value_dim = a.value.rows, N = a.page_size, Q = a.query_rows;
-  const int64_t place = ((b * a.heads + h) * a.splits + split) * Q;
-  const float* query = a.query + (b * a.heads + h) * Q * dim;
-  float* accumulator = a.accumulator + place * value_dim;
-  float* tile = scratch;
-  float* scores = tile + static_cast<int64_t>(N) * (dim > value_dim ? dim : value_dim);
-  float* scale = scores + static_cast<int64_t>(Q) * N;
-  float* zero = scale + (dim > N ? dim : N);
-  std::memset(accumulator, 0, sizeof(float) * Q * value_dim);
-  for (int q = 0; q < Q; ++q) a.running_max[place + q] = -INFINITY, a.running_sum[place + q] = 0;
+// One split of one KV head: its scratch, and where its softmax state lies.
+struct Split {
+  const Attend& a;
+  int64_t b, h;
+  float *tile, *scores, *scale, *zero;
+  float *accumulator, *running_max, *running_sum;
+  int dim, value_dim;
 
+  Split(const Attend& args, int64_t sequence, int64_t head, int split, float* scratch)
+      : a(args), b(sequence), h(head), dim(args.key.row_length), value_dim(args.value.rows) {
+    const int64_t place = ((b * a.heads + h) * (a.splits + 1) + split) * a.query_rows;
+    tile = scratch;
+    scores = tile + static_cast<int64_t>(a.page_size) * (dim > value_dim ? dim : value_dim);
+    scale = scores + static_cast<int64_t>(a.query_rows) * a.page_size;
+    zero = scale + (dim > a.page_size ? dim : a.page_size);
+    accumulator = a.accumulator + place * value_dim;
+    running_max = a.running_max + place;
+    running_sum = a.running_sum + place;
+    std::memset(accumulator, 0, sizeof(float) * a.query_rows * value_dim);
+    for (int q = 0; q < a.query_rows; ++q) running_max[q] = -INFINITY, running_sum[q] = 0;
+  }
+
+  // Score the first n keys of the tile, slots first_slot .. first_slot + n - 1, and turn scores into weights.
+  void weigh_tile(const float* query, int n, int64_t first_slot) {
+    const int N = a.page_size;
+    query += (b * a.heads + h) * a.query_rows * dim;
+    for (int i = 0; i < n; ++i) dot_rows<false>(query, dim, tile + static_cast<int64_t>(i) * dim, dim, a.query_rows, scores + i, N);
+    for (int q = 0; q < a.query_rows; ++q) {
+      float* row = scores + static_cast<int64_t>(q) * N;
+      if (a.bias) {
+        const float* bias = a.bias + b * a.bias_stride[0] + h * a.bias_stride[1] + q * a.bias_stride[2] + first_slot * a.bias_stride[3];
+        for (int i = 0; i < n; ++i) row[i] += bias[i * a.bias_stride[3]];
+      }
+      for (int i = n; i < N; ++i) row[i] = -INFINITY;
+      online_softmax(row, N, running_max[q], running_sum[q], accumulator + static_cast<int64_t>(q) * value_dim, value_dim);
+    }
+  }
+};
+
+void attend_packed(const Attend& a, int64_t b, int64_t h, int split, float* scratch) {
+  Split s(a, b, h, split, scratch);
+  const int N = a.page_size;
   const int64_t first = static_cast<int64_t>(a.pages) * split / a.splits;
   const int64_t last = static_cast<int64_t>(a.pages) * (split + 1) / a.splits;
   for (int64_t page = first; page < last; ++page) {
-    const int64_t left = a.visible - page * N;
+    const int64_t slot = a.sinks + page * N, left = a.held - slot;
     if (left <= 0) break;
-    const int seen = left < N ? static_cast<int>(left) : N;
-    unpack_page(a.key, b, h, page, tile, scale, zero);
-    for (int n = 0; n < seen; ++n) dot_rows<false>(query, dim, tile + static_cast<int64_t>(n) * dim, dim, Q, scores + n, N);
-    for (int q = 0; q < Q; ++q) {
-      float* row = scores + static_cast<int64_t>(q) * N;
-      if (a.bias) {
-        const float* bias = a.bias + b * a.bias_stride[0] + h * a.bias_stride[1] + q * a.bias_stride[2] + page * N * a.bias_stride[3];
-        for (int n = 0; n < seen; ++n) row[n] += bias[n * a.bias_stride[3]];
-      }
-      for (int n = seen; n < N; ++n) row[n] = -INFINITY;
-      online_softmax(row, N, a.running_max[place + q], a.running_sum[place + q], accumulator + static_cast<int64_t>(q) * value_dim, value_dim);
+    unpack_page(a.key, b, h, page, s.tile, s.scale, s.zero);
+    s.weigh_tile(a.rotated, left < N ? static_cast<int>(left) : N, slot);
+    unpack_page(a.value, b, h, page, s.tile, s.scale, s.zero);
+    for (int d = 0; d < s.value_dim; ++d) dot_rows<true>(s.scores, N, s.tile + static_cast<int64_t>(d) * N, N, a.query_rows, s.accumulator + d, s.value_dim);
+  }
+}
+
+void to_float(const void* from, int64_t offset, int dtype, int n, float* out) {
+  if (dtype == 0) {
+    std::memcpy(out, static_cast<const float*>(from) + offset, sizeof(float) * n);
+    return;
+  }
+  const uint16_t* bits = static_cast<const uint16_t*>(from) + offset;
+  if (dtype == 1) {
+    for (int i = 0; i < n; ++i) {
+      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+      std::memcpy(out + i, &wide, sizeof wide);
     }
-    unpack_page(a.value, b, h, page, tile, scale, zero);
-    for (int d = 0; d < value_dim; ++d) dot_rows<true>(scores, N, tile + static_cast<int64_t>(d) * N, N, Q, accumulator + d, value_dim);
+  } else {
+    for (int i = 0; i < n; ++i) out[i] = from_half(bits[i]);
+  }
+}
+
+void load_exact(const Attend& a, const Exact& t, int64_t b, int64_t h, int64_t slot, int dim, float* out) {
+  if (slot >= a.start) {
+    to_float(t.fresh, b * t.fresh_stride[0] + h * t.fresh_stride[1] + (slot - a.start) * t.fresh_stride[2], a.dtype, dim, out);
+    return;
+  }
+  const int64_t row = slot < a.sinks ? slot : a.sinks + (slot - a.sinks) % a.ring;
+  to_float(t.held, b * t.held_stride[0] + h * t.held_stride[1] + row * dim, a.dtype, dim, out);
+}
+
+// Sinks, recent tokens and new ones: three runs of slots, a tile at a time.
+void attend_exact(const Attend& a, int64_t b, int64_t h, float* scratch) {
+  Split s(a, b, h, a.splits, scratch);
+  const int64_t packed_end = a.sinks + static_cast<int64_t>(a.pages) * a.page_size;
+  const int64_t runs[3][2] = {{0, a.held < a.sinks ? a.held : a.sinks}, {packed_end, a.held}, {a.start, a.visible}};
+  for (const auto& run : runs) {
+    for (int64_t slot = run[0]; slot < run[1]; slot += a.page_size) {
+      const int n = static_cast<int>(run[1] - slot < a.page_size ? run[1] - slot : a.page_size);
+      for (int i = 0; i < n; ++i) load_exact(a, a.exact_key, b, h, slot + i, s.dim, s.tile + static_cast<int64_t>(i) * s.dim);
+      s.weigh_tile(a.query, n, slot);
+      for (int i = 0; i < n; ++i) load_exact(a, a.exact_value, b, h, slot + i, s.value_dim, s.tile + static_cast<int64_t>(i) * s.value_dim);
+      for (int q = 0; q < a.query_rows; ++q) {
+        float* out = s.accumulator + static_cast<int64_t>(q) * s.value_dim;
+        for (int i = 0; i < n; ++i) {
+          const float weight = s.scores[static_cast<int64_t>(q) * a.page_size + i];
+          const float* value = s.tile + static_cast<int64_t>(i) * s.value_dim;
+#pragma omp simd
+          for (int d = 0; d < s.value_dim; ++d) out[d] += weight * value[d];
+        }
+      }
+    }
+  }
+}
+
+// Join the splits of one query row by their maxima, and divide by the sum of all weights.
+void join_splits(const Attend& a, int64_t head, int q) {
+  const int dim = a.value.rows;
+  const int64_t Q = a.query_rows, first = head * (a.splits + 1) * Q + q;
+  float top = -1e38f, total = 0;  // a row that sees nothing: all weights 0
+  for (int s = 0; s <= a.splits; ++s) top = a.running_max[first + s * Q] > top ? a.running_max[first + s * Q] : top;
+  for (int s = 0; s <= a.splits; ++s) total += std::exp(a.running_max[first + s * Q] - top) * a.running_sum[first + s * Q];
+  const float inverse = total == 0 ? 1.0f : 1.0f / total;
+  float* packed = a.packed_out + (head * Q + q) * dim;
+  float* exact = a.exact_out + (head * Q + q) * dim;
+  std::memset(packed, 0, sizeof(float) * dim);
+  for (int s = 0; s <= a.splits; ++s) {
+    const float weight = std::exp(a.running_max[first + s * Q] - top) * inverse;
+    const float* part = a.accumulator + (first + s * Q) * dim;
+    if (s < a.splits)
+      for (int d = 0; d < dim; ++d) packed[d] += weight * part[d];
+    else
+      for (int d = 0; d < dim; ++d) exact[d] = weight * part[d];
   }
 }
 
@@ -193,17 +296,26 @@ void attend_split(const Attend& a, int64_t b, int64_t h, int split, float* scrat
 
 extern "C" {
 
-// Attend to all pages; the splits' results are left to the caller to join.
-void kvq_attend_pages(const Attend* a, int threads) {
+// Attend to the whole cache and the new tokens. Splits of the packed part, then one for the exact part, are
+// worked on in any order and joined at the end.
+void kvq_attend(const Attend* a, int threads) {
   const int64_t dim = a->key.row_length > a->value.rows ? a->key.row_length : a->value.rows;
   const int64_t wide = dim > a->page_size ? dim : a->page_size;
-  const int64_t work = static_cast<int64_t>(a->batch) * a->heads * a->splits;
+  const int64_t heads = static_cast<int64_t>(a->batch) * a->heads, parts = a->splits + 1;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> scratch(a->page_size * (dim + a->query_rows) + 2 * wide);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < work; ++i)
-      attend_split(*a, i / a->splits / a->heads, i / a->splits % a->heads, static_cast<int>(i % a->splits), scratch.data());
+    for (int64_t i = 0; i < heads * parts; ++i) {
+      const int64_t head = i / parts;
+      const int split = static_cast<int>(i % parts);
+      if (split < a->splits)
+        attend_packed(*a, head / a->heads, head % a->heads, split, scratch.data());
+      else
+        attend_exact(*a, head / a->heads, head % a->heads, scratch.data());
+    }
+#pragma omp for
+    for (int64_t i = 0; i < heads * a->query_rows; ++i) join_splits(*a, i / a->query_rows, static_cast<int>(i % a->query_rows));
   }
 }
 

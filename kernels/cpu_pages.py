@@ -1,4 +1,4 @@
-"""Build, load and call ``cpu_pages.cpp``: packed pages read at the speed of a CPU's memory.
+"""Build, load and call ``cpu_pages.cpp``: a quantized cache read at the speed of a CPU's memory.
 
 PyTorch's own CPU compiler needs a C++ compiler too, so needing one asks for nothing new. The file is built
 once for a machine, in about two seconds, and kept in a cache directory; it has a plain C interface, so that
@@ -29,6 +29,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 # Sums may be taken in any order; infinities and NaN keep their meaning, which -ffast-math would take away.
 FLAGS += ("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 BUILD_SECONDS = 120
+PARALLEL_FROM = 1 << 16  # packed numbers from which waking other threads pays
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -47,23 +49,33 @@ class _Packed(ctypes.Structure):
     )
 
 
+class _Exact(ctypes.Structure):
+    _fields_ = (
+        ("held", ctypes.c_void_p),
+        ("fresh", ctypes.c_void_p),
+        ("held_stride", ctypes.c_int64 * 2),
+        ("fresh_stride", ctypes.c_int64 * 3),
+    )
+
+
 class _Attend(ctypes.Structure):
     _fields_ = (
         ("key", _Packed),
         ("value", _Packed),
+        ("exact_key", _Exact),
+        ("exact_value", _Exact),
         ("query", ctypes.c_void_p),
+        ("rotated", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("bias_stride", ctypes.c_int64 * 4),
         ("accumulator", ctypes.c_void_p),
         ("running_max", ctypes.c_void_p),
         ("running_sum", ctypes.c_void_p),
-        ("batch", ctypes.c_int32),
-        ("heads", ctypes.c_int32),
-        ("query_rows", ctypes.c_int32),
-        ("pages", ctypes.c_int32),
-        ("page_size", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-        ("visible", ctypes.c_int64),
+        ("packed_out", ctypes.c_void_p),
+        ("exact_out", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "query_rows", "pages", "page_size", "splits")),
+        *((name, ctypes.c_int32) for name in ("sinks", "ring", "dtype")),
+        *((name, ctypes.c_int64) for name in ("held", "start", "visible")),
     )
 
 
@@ -142,46 +154,70 @@ def unpack(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
 
 def attend(
     query: Tensor,
+    rotated: Tensor,
+    key: Tensor,
+    value: Tensor,
     key_parts: Parts,
     value_parts: Parts,
     bias: Tensor | None,
-    pages: int,
+    start: int,
     visible: int,
     key_layout: PageLayout,
     value_layout: PageLayout,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend to the first ``visible`` tokens of the first ``pages`` pages.
+) -> tuple[Tensor, Tensor]:
+    """Attend to a cache and the new tokens behind it.
 
     Args:
-        query: Scaled rows in the basis of the packed keys, ``[B, Hkv, rows, D]``, fp32, contiguous.
+        query: Scaled query rows, ``[B, Hkv, rows, D]``, fp32, contiguous.
+        rotated: The same in the basis of the packed keys.
+        key, value: New tokens, ``[B, Hkv, T, D]``, in the dtype of the exact rows.
         key_parts, value_parts: The cache.
         bias: Added to the scores, ``[B, Hkv, rows, >= visible]``, fp32, any strides, or ``None``.
-        pages: Pages to read, at least one.
-        visible: Tokens of them that may be seen.
+        start: Slot of the first new token.
+        visible: End of the slots that may be seen.
         key_layout, value_layout: The layouts.
 
     Returns:
-        Softmax state of each split: accumulators ``[splits, B, Hkv, rows, Dv]``, maxima and sums
-        ``[splits, B, Hkv, rows, 1]``.
+        The output ``[B, Hkv, rows, Dv]``, fp32, as two summands: what packed values gave, in their basis, and
+        what exact ones gave.
     """
     B, H, rows, _ = query.shape
-    threads = torch.get_num_threads()
-    splits = max(1, min(pages, 4 * threads // (B * H)))
-    accumulator = torch.empty(B, H, splits, rows, value_layout.head_dim)
-    running_max, running_sum = torch.empty(B, H, splits, rows), torch.empty(B, H, splits, rows)
+    pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
+    work = B * H * pages * key_layout.page_size * key_layout.head_dim
+    threads = torch.get_num_threads() if work > PARALLEL_FROM else 1
+    splits = min(pages, -(-4 * threads // (B * H))) if threads > 1 else min(pages, 1)
+    state = torch.empty(B, H, splits + 1, rows, value_layout.head_dim + 2)  # accumulators, maxima and sums
+    count = B * H * (splits + 1) * rows
+    address = state.data_ptr()
+    out = torch.empty(2, B, H, rows, value_layout.head_dim)
+    key, value = _with_contiguous_rows(key), _with_contiguous_rows(value)
     call = _Attend(
-        _packed(key_parts, key_layout),
-        _packed(value_parts, value_layout),
-        query.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        *(_packed(key_parts, key_layout), _packed(value_parts, value_layout)),
+        *(_exact(key_parts[2], key), _exact(value_parts[2], value)),
+        *(query.data_ptr(), rotated.data_ptr(), None if bias is None else bias.data_ptr()),
         (ctypes.c_int64 * 4)(*(bias.stride() if bias is not None else (0, 0, 0, 0))),
-        accumulator.data_ptr(),
-        running_max.data_ptr(),
-        running_sum.data_ptr(),
-        *(B, H, rows, pages, key_layout.page_size, splits, visible),
+        address,
+        address + 4 * count * value_layout.head_dim,
+        address + 4 * count * (value_layout.head_dim + 1),
+        *(out[0].data_ptr(), out[1].data_ptr()),
+        *(B, H, rows, pages, key_layout.page_size, splits),
+        *(key_layout.sinks, key_layout.ring, DTYPES.index(key_parts[2].dtype)),
+        *(min(start, visible), start, visible),
     )
     library = _library()
     assert library is not None
-    library.kvq_attend_pages(ctypes.byref(call), threads)
-    state = (accumulator, running_max[..., None], running_sum[..., None])
-    return tuple(part.movedim(2, 0) for part in state)  # type: ignore[return-value]
+    library.kvq_attend(ctypes.byref(call), threads)
+    return out[0], out[1]
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _exact(held: Tensor, fresh: Tensor) -> _Exact:
+    return _Exact(
+        held.data_ptr(),
+        fresh.data_ptr(),
+        (ctypes.c_int64 * 2)(*held.stride()[:2]),
+        (ctypes.c_int64 * 3)(*fresh.stride()[:3]),
+    )

@@ -48,7 +48,7 @@ def make_config(options: Mapping[str, Any] | None = None) -> Config:
     if not isinstance(inductor, Mapping):
         raise TypeError(f"inductor must be a dictionary of Inductor's settings, got {inductor!r}")
     method = rest.pop("method", DEFAULT)
-    if method in METHODS:
+    if isinstance(method, str) and method in METHODS:
         known = ("method", *method_options(method), "layers", "strict", "inner", "inductor")
         for name in rest:
             if name not in known:

@@ -26,7 +26,7 @@ def _uniform(
     page_size: int = 128,
 ) -> CacheSpec:
     def tensor(width: int | None) -> TensorSpec:
-        return TensorSpec(width or bits, "token", group_size, clip, transform)
+        return TensorSpec(bits if width is None else width, "token", group_size, clip, transform)
 
     return CacheSpec(tensor(key_bits), tensor(value_bits), sinks, window, page_size)
 
@@ -66,8 +66,8 @@ def kivi(
 
     Source: KIVI (arXiv 2402.02750), groups of 32, 128 recent tokens exact; the exact sinks are ours.
     """
-    key = TensorSpec(key_bits or bits, "channel", group_size, clip)
-    value = TensorSpec(value_bits or bits, "token", group_size, clip)
+    key = TensorSpec(bits if key_bits is None else key_bits, "channel", group_size, clip)
+    value = TensorSpec(bits if value_bits is None else value_bits, "token", group_size, clip)
     return CacheSpec(key, value, sinks, window, page_size)
 
 
@@ -87,7 +87,10 @@ def make_spec(method: str = DEFAULT, *, layers: Mapping[int, Any] | None = None,
 
     Raises:
         ValueError: The name, an option or a value is unknown or out of range.
+        TypeError: A value has the wrong type.
     """
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name, got {method!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}{nearest(method, METHODS)}")
     known = method_options(method)
@@ -95,8 +98,7 @@ def make_spec(method: str = DEFAULT, *, layers: Mapping[int, Any] | None = None,
         if name not in known:
             raise ValueError(f"options of {method} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}")
     spec = METHODS[method](**options)
-    overrides = tuple((int(index), _override(choice)) for index, choice in sorted((layers or {}).items()))
-    return replace(spec, method=method, layers=overrides)
+    return replace(spec, method=method, layers=_overrides({} if layers is None else layers))
 
 
 def method_options(method: str) -> tuple[str, ...]:
@@ -110,6 +112,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"``, or nothing where no known name is like ``name``."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _overrides(layers: Mapping[int, Any]) -> tuple[tuple[int, CacheSpec | None], ...]:
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers must be a dictionary, got {layers!r}")
+    for index in layers:
+        if not isinstance(index, int) or index < 0:
+            raise ValueError(f"layers must be numbered from 0, got {index!r}")
+    return tuple((index, _override(choice)) for index, choice in sorted(layers.items()))
 
 
 def _override(choice: Any) -> CacheSpec | None:

@@ -176,11 +176,13 @@ def test_explain_lists_every_attention_and_what_it_became() -> None:
 def test_the_backend_is_found_by_name_without_an_import() -> None:
     program = """
 import sys, torch
-step = torch.compile(lambda k, v: (torch.nn.functional.scaled_dot_product_attention(k, k + 1, v + 1), k + 1, v + 1),
-                     backend="kvq", options={"inner": "eager"})
+def step(q, k, v):
+    k, v = k + 1, v + 1
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v), k, v
+step = torch.compile(step, backend="kvq", options={"inner": "eager"})
 assert "kvq" in torch._dynamo.list_backends()
 x = torch.randn(1, 2, 4, 16)
-print(type(step(x, x)[1]).__name__)
+print(type(step(x, x, x)[1]).__name__)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "QuantizedKV", done.stderr

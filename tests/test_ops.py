@@ -1,0 +1,199 @@
+"""Every operator says of itself what it does: schema, shapes, mutations, and what a compiler may assume."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.testing import DTYPES, lengths, page_layouts
+
+NAMES = ("append_", "attend", "dequantize", "quantize")
+SPECS = {
+    "int4": CacheSpec(TensorSpec(4), TensorSpec(4), 2, 5, 32),
+    "int3": CacheSpec(TensorSpec(3, group_size=16), TensorSpec(1), 0, 0, 32),
+    "kivi": CacheSpec(TensorSpec(2, "channel", 16), TensorSpec(2, "token", 16), 2, 5, 32),
+    "rotated": CacheSpec(*[TensorSpec(8, transform="hadamard", clip=0.9)] * 2, 2, 5, 32),
+}
+
+
+def case(name: str, dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
+    """Return caches of 80 tokens, one new token and layouts."""
+    spec = SPECS[name]
+    generator = torch.Generator().manual_seed(0)
+    layouts = [spec.layout(role, head_dim) for role in ("key", "value")]
+    x = torch.randn(2, 2, 81, head_dim, generator=generator).to(dtype)
+    parts = [ops.quantize(x[:, :, :80], 80, True, layout.token) for layout in layouts]
+    query = torch.randn(2, 4, 1, head_dim, generator=generator).to(dtype)
+    return {"x": x, "new": x[:, :, 80:].contiguous(), "query": query, "parts": parts, "layouts": layouts}
+
+
+def attend_args(at: dict[str, Any], position: Any, start: Any, mask: Tensor | None = None) -> tuple[Any, ...]:
+    key, value = at["parts"]
+    tokens = [layout.token for layout in at["layouts"]]
+    return (at["query"], at["new"], at["new"], *key, *value, mask, position, start, 0.125, *tokens)
+
+
+# Declarations
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize("slot", ["position", "start"])
+def test_operators_keep_their_declarations(name: str, dtype: torch.dtype, slot: str) -> None:
+    at = case(name, dtype)
+    where = (torch.tensor([80]), None) if slot == "position" else (None, 80)
+    mask = torch.ones(2, 1, 1, 81, dtype=torch.bool) if slot == "position" else None
+    torch.library.opcheck(ops.attend, attend_args(at, *where, mask))
+    for parts, layout in zip(at["parts"], at["layouts"], strict=True):
+        grows = slot == "start"
+        torch.library.opcheck(ops.quantize, (at["x"], 81 if grows else 200, grows, layout.token))
+        torch.library.opcheck(ops.dequantize, (*parts, 83, layout.token))
+        torch.library.opcheck(ops.append_, (*parts, at["new"], *where, layout.token))
+        torch.library.opcheck(ops.append_, (*parts, at["new"], *where, layout.token, at["query"]))
+
+
+def test_every_operator_is_registered_once() -> None:
+    """Importing the package, the backend and the operators again must not define them again."""
+    code = (
+        "import importlib, torch, kvq_compile, kvq_compile.backend\n"
+        "from kvq_compile.kernels import ops\n"
+        "assert importlib.import_module('kvq_compile.kernels.ops') is ops\n"
+        "names = sorted(s.name.split('::')[1] for s in torch._C._jit_get_all_schemas() if s.name[:5] == 'kvq::')\n"
+        "print(*names)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert tuple(done.stdout.split()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_operator_with_an_underscore_mutates(name: str) -> None:
+    schema = getattr(torch.ops.kvq, name).default._schema
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert written == (list(ops.PARTS) if name.endswith("_") else [])
+    assert schema.is_mutable == name.endswith("_")
+
+
+@given(st.data(), st.sampled_from(DTYPES), st.booleans())
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(
+    data: st.DataObject, dtype: torch.dtype, grows: bool
+) -> None:
+    key, value = data.draw(page_layouts(role="key")), data.draw(page_layouts(role="value"))
+    held = data.draw(lengths(key))
+    slots = held + (0 if grows else data.draw(st.integers(0, 400)))
+    heads, rows = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+
+    def run() -> list[Tensor]:
+        def tokens(count: int, dim: int, groups: int = 1) -> Tensor:
+            return torch.zeros(2, heads * groups, count, dim, dtype=dtype)
+
+        pair = key, value_like(key, value)
+        parts = [ops.quantize(tokens(held, at.head_dim), slots, grows, at.token) for at in pair]
+        query = tokens(rows, key.head_dim, 3)
+        new = [tokens(rows, at.head_dim) for at in pair]
+        output = ops.attend(
+            query, *new, *parts[0], *parts[1], None, None, held, 1.0, *(p.token for p in pair)
+        )
+        read = ops.dequantize(*parts[0], held + 2, key.token)
+        return [*parts[0], *parts[1], output, read]
+
+    with FakeTensorMode():
+        fake = run()
+    for mine, theirs in zip(fake, run(), strict=True):
+        assert (mine.shape, mine.dtype, mine.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+
+
+def value_like(key: PageLayout, value: PageLayout) -> PageLayout:
+    """Return the layout of values whose tokens lie where those of the keys do."""
+    spec = TensorSpec(value.bits, "token", None, value.clip, value.transform)
+    return CacheSpec(spec, spec, key.sinks, key.window, key.page_size).layout("value", value.head_dim)
+
+
+# What Inductor makes of them
+
+
+def step(after: bool, position: bool) -> Callable[..., Tensor]:
+    """Return one layer's step: attend, then append."""
+    layouts = [layout.token for layout in case("int4", torch.float32)["layouts"]]
+
+    def attend_then_append(
+        query: Tensor, new: Tensor, where: Tensor | None, start: int | None, *parts: Tensor
+    ) -> Tensor:
+        output = ops.attend(query, new, new, *parts, None, where, start, 0.125, *layouts)
+        for cache, layout in ((parts[:4], layouts[0]), (parts[4:], layouts[1])):
+            ops.append_(*cache, new, where, start, layout, output if after else None)
+        return output * 2
+
+    return attend_then_append
+
+
+def copies_of_codes(after: bool, position: bool) -> int:
+    """Compile a step and count the buffers of the shape of the codes that its code allocates."""
+    at = case("int4", torch.float32)
+    where = (torch.tensor([80]), None) if position else (None, 80)
+    parts = (*at["parts"][0], *at["parts"][1])
+    expected = step(after, position)(at["query"], at["new"], *where, *[p.clone() for p in parts])
+    torch._dynamo.reset()
+    compiled = torch.compile(step(after, position), fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        output, code = run_and_get_code(compiled, at["query"], at["new"], *where, *parts)
+    torch.testing.assert_close(output, expected)
+    assert parts[3].tolist() == parts[7].tolist() == [81, 2]
+    shapes = {tuple(part.shape) for part in parts if part.dtype == torch.int16}
+    return sum(text.count(f"empty_strided_cpu({shape}") for text in code for shape in shapes)
+
+
+@pytest.mark.parametrize("position", [True, False])
+def test_inductor_appends_behind_an_attention_without_copying_the_cache(
+    position: bool, fresh_dynamo: None
+) -> None:
+    """Regression: nothing ordered the write behind the attention, so Inductor saved the cache for it first."""
+    assert copies_of_codes(True, position) == 0
+
+
+def test_the_count_of_copies_sees_a_copy(fresh_dynamo: None) -> None:
+    """Whatever the parts are copied for: the measurement above must be able to fail."""
+    at = case("int4", torch.float32)
+    layout = at["layouts"][0].token
+
+    def append_to_a_copy(new: Tensor, *parts: Tensor) -> Tensor:
+        copy = [part + 0 for part in parts]
+        ops.append_(*copy, new, None, 80, layout)
+        return copy[0]
+
+    compiled = torch.compile(append_to_a_copy, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        _, code = run_and_get_code(compiled, at["new"], *at["parts"][0])
+    shape = tuple(at["parts"][0][0].shape)
+    assert sum(text.count(f"empty_strided_cpu({shape}") for text in code) >= 1
+
+
+# What they refuse
+
+
+@pytest.mark.parametrize("start", [-1, 82])
+def test_a_write_that_would_leave_a_gap_is_refused_and_changes_nothing(start: int) -> None:
+    at = case("int4", torch.float32)
+    before = [part.clone() for part in at["parts"][0]]
+    with pytest.raises(ValueError, match="position must start at or before the 80 tokens held"):
+        ops.append_(*at["parts"][0], at["new"], None, start, at["layouts"][0].token)
+    assert all(map(torch.equal, at["parts"][0], before))
+
+
+def test_attention_to_tokens_that_the_cache_does_not_hold_is_refused() -> None:
+    at = case("int4", torch.float32)
+    with pytest.raises(ValueError, match="position must start at or before the 80 tokens held, got 81"):
+        ops.attend(*attend_args(at, None, 81))
+    seen = torch.ones(1, 1, 1, 90, dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask must hide the slots that hold no token, from 81 on"):
+        ops.attend(*attend_args(at, None, 80, seen))
