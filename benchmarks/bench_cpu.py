@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", action="append", default=None)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,9 +1,11 @@
-"""Time one decoding step over a quantized cache against bf16 attention, and check its error, on a GPU.
+"""Time one decoding step over a quantized cache against bf16 attention, and check its error, on a
+GPU.
 
-Both sides are replayed from CUDA graphs with the L2 cache flushed between runs. Shapes are those of an
-8-billion-parameter Llama layer: 32 query heads, 8 KV heads of 128 channels. ``append`` is the cost of
-writing one token's keys and values; ``flush`` the same when it fills a page in every sequence, which
-happens once in ``page_size`` steps.
+Both sides are replayed from CUDA graphs with the L2 cache flushed between runs. Shapes are those of
+an 8-billion-parameter Llama layer: 32 query heads, 8 KV heads of 128 channels. ``append`` is the
+cost of writing one token's keys and values; ``flush`` the same when it fills a page in every
+sequence, which happens once in ``page_size`` steps; both include two small copies that put the
+cursors back.
 
     python benchmarks/gpu_decode.py [--out results.csv] [--quick]
 """
@@ -50,7 +52,8 @@ def microseconds(step: Callable[[], object]) -> float:
 
 
 def filled(batch: int, length: int, layout: PageLayout) -> Parts:
-    """Return a cache of ``length`` random tokens: random codes, with parameters as of normal numbers."""
+    """Return a cache of ``length`` random tokens: random codes, with parameters as of normal
+    numbers."""
     pages = layout.pages_at(length)
     like = torch.empty(batch, KV_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     codes, params, exact, cursor = new_parts(like, pages + 1, layout)
@@ -104,38 +107,52 @@ def measure(name: str, batch: int, length: int, bf16: float, check: bool) -> dic
             part[3].copy_(state)
             quantize_kv.append_(*part, x, slot, None, layout)
 
-    error, plain = relative_errors(attend, query, new, parts, layouts, length) if check else (None, None)
+    error, plain = (
+        relative_errors(attend, query, new, parts, layouts, length) if check else (None, None)
+    )
     time = microseconds(attend)
     held = sum(t.numel() * t.element_size() for part in parts for t in part[:2])
     row = {"method": name, "batch": batch, "context": length, "bf16_us": bf16, "us": time}
-    row |= {"speedup": bf16 / time, "packed_gbps": held / time / 1e3, "error": error, "bf16_error": plain}
+    row |= {
+        "speedup": bf16 / time,
+        "packed_gbps": held / time / 1e3,
+        "error": error,
+        "bf16_error": plain,
+    }
     row["append_us"] = microseconds(lambda: append(position, cursor))
     row["flush_us"] = microseconds(lambda: append(last, full))
     return row
+
+
+def plain_attention(batch: int, length: int) -> Callable[[], Tensor]:
+    """Return one step of bf16 attention over ``length`` tokens."""
+    query = tokens(batch, HEADS)
+    shape = batch, KV_HEADS, length, HEAD_DIM
+    key, value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
 
 def environment() -> dict[str, str]:
     """Return what a timing depends on."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "commit": commit or "unknown"}  # fmt: skip
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"gpu": torch.cuda.get_device_name()} | versions | {"commit": commit or "unknown"}
 
 
 def main() -> None:
     """Measure, print a table, write it as CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_decode.csv")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "gpu_decode.csv"
+    )
     parser.add_argument("--quick", action="store_true", help="two shapes only")
     arguments = parser.parse_args()
     rows = []
     for batch, kilo in SHAPES[:2] if arguments.quick else SHAPES:
         length = 1024 * kilo
-        query = tokens(batch, HEADS)
-        key = torch.randn(batch, KV_HEADS, length, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-        value = torch.randn_like(key)
-        bf16 = microseconds(lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True))  # noqa: B023
-        del key, value
+        bf16 = microseconds(plain_attention(batch, length))
+        torch.cuda.empty_cache()
         for name in SPECS:
             rows.append(measure(name, batch, length, bf16, check=kilo <= 32 and batch == 1))
             torch.cuda.empty_cache()
@@ -148,10 +165,15 @@ def main() -> None:
             writer.writerow(shown | environment())
     print(", ".join(environment().values()))
     for row in rows:
-        error = "" if row["error"] is None else f"error {row['error']:.1e} (bf16 {row['bf16_error']:.1e})"
+        error = (
+            ""
+            if row["error"] is None
+            else f"error {row['error']:.1e} (bf16 {row['bf16_error']:.1e})"
+        )
         print(
-            f"{row['batch']:3} x {row['context'] // 1024:4}k {row['method']:9} bf16 {row['bf16_us']:7.1f} us"
-            f"  {row['us']:7.1f} us  {row['speedup']:5.2f}x  {row['packed_gbps']:5.0f} GB/s"
+            f"{row['batch']:3} x {row['context'] // 1024:4}k {row['method']:9}"
+            f" bf16 {row['bf16_us']:7.1f} us  {row['us']:7.1f} us"
+            f"  {row['speedup']:5.2f}x  {row['packed_gbps']:5.0f} GB/s"
             f"  append {row['append_us']:5.1f} us  flush {row['flush_us']:6.1f} us  {error}"
         )
 

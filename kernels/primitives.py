@@ -1,27 +1,32 @@
 """Triton helpers that more than one kernel uses: packed rows, group parameters, rotation, softmax.
 
-A packed row is planar (`PageLayout`): field ``f`` of unit ``u`` holds code ``f * units + u``. The helpers
-work on tiles whose sides are powers of two. Where the units of a row are not, they are padded, and column
-``f * UNITS_PAD + u`` of a tile then stands for code ``f * units + u``; `row_index` does that arithmetic.
+A packed row is planar (`PageLayout`): field ``f`` of unit ``u`` holds code ``f * units + u``. The
+helpers work on tiles whose sides are powers of two. Where the units of a row are not, they are
+padded, and column ``f * UNITS_PAD + u`` of a tile then stands for code ``f * units + u``;
+`row_index` does that arithmetic.
 
 Two ways lead from units to codes. The portable one shifts and masks, and runs everywhere, in the
-interpreter too. On NVIDIA hardware one logic instruction puts a field of two neighbouring units under the
-exponent of a power of two ``2**k``, which reads as the fp16 pair ``2**k + code``; one exact subtraction
-leaves the codes. The fields of a unit then sit in the same lanes, so joining them moves no data.
+interpreter too. On NVIDIA hardware one logic instruction puts a field of two neighbouring units
+under the exponent of a power of two ``2**k``, which reads as the fp16 pair ``2**k + code``; one
+exact subtraction leaves the codes. The fields of a unit then sit in the same lanes, so joining them
+moves no data.
 """
 
 import triton
 import triton.language as tl
 
-HIDDEN = tl.constexpr(-1.0e38)  # scores below this count as hidden; far from where exp2 has an effect
+HIDDEN = tl.constexpr(
+    -1.0e38
+)  # scores below this count as hidden; far from where exp2 has an effect
 
 
-# --- rows of packed units ---------------------------------------------------------------------------
+# --- rows of packed units -------------------------------------------------------------------------
 
 
 @triton.jit
 def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr):
-    """Return the code that a tile's column stands for, and whether it exists, in rows of ``LENGTH``."""
+    """Return the code that a tile's column stands for, and whether it exists, in rows of
+    ``LENGTH``."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     UNITS: tl.constexpr = LENGTH * WIDTH // 16
     UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
@@ -31,11 +36,12 @@ def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
-    """Load the units of rows of ``LENGTH`` codes: those of the low plane, and of the high one at 3 bits.
+    """Load the units of rows of ``LENGTH`` codes: those of the low plane, and of the high one at 3
+    bits.
 
-    Rows from ``ROWS`` on do not exist and give zeros. Units of the high plane hold 16 codes, those of the
-    low one 8. They are brought to the low plane's shape: bit ``2 f`` of the result belongs to field ``f``
-    of the low unit in the same place.
+    Rows from ``ROWS`` on do not exist and give zeros. Units of the high plane hold 16 codes, those
+    of the low one 8. They are brought to the low plane's shape: bit ``2 f`` of the result belongs
+    to field ``f`` of the low unit in the same place.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     UNITS: tl.constexpr = LENGTH * WIDTH // 16
@@ -50,8 +56,8 @@ def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.con
         low = tl.load(first + unit[None, :], mask=exists, other=0)
     high = low
     if BITS == 3:
-        # Two loads, because a shift by a computed amount would keep the compiler from changing the layout
-        # here, where it costs little, instead of behind the unpacking.
+        # Two loads, because a shift by a computed amount would keep the compiler from changing the
+        # layout here, where it costs little, instead of behind the unpacking.
         where = first + UNITS + (unit % HALF)[None, :]
         exists = (row < ROWS)[:, None] & (unit < HALF)[None, :]
         high = tl.load(where, mask=exists, other=0)
@@ -62,7 +68,7 @@ def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.con
 
 @triton.jit
 def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the codes ``[rows, columns]`` of units from `load_rows`, as numbers of type ``DTYPE``."""
+    """Return the codes ``[rows, columns]`` of units from `load_rows` as ``DTYPE``."""
     ROWS: tl.constexpr = low.shape[0]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     FIELDS: tl.constexpr = 16 // WIDTH
@@ -154,14 +160,22 @@ def _fields_3(w, high):
         mov.b32 ma, 0x5C005C00; mov.b32 mb, 0x54005400; mov.b32 mc, 0x4C004C00;
         shl.b32 w0, $8, 4; shr.u32 w4, $8, 6; shr.u32 w7, $8, 10;
         shl.b32 h0, $9, 6; shl.b32 h1, $9, 2; shr.u32 h4, $9, 4; shr.u32 h7, $9, 8;
-        lop3.b32 x, w0, 0x00300030, mb, 0xEA; lop3.b32 x, h0, 0x00400040, x, 0xEA; sub.f16x2 $0, x, mb;
-        lop3.b32 x, $8, 0x000C000C, ma, 0xEA; lop3.b32 x, h1, 0x00100010, x, 0xEA; sub.f16x2 $1, x, ma;
-        lop3.b32 x, $8, 0x00300030, mb, 0xEA; lop3.b32 x, h1, 0x00400040, x, 0xEA; sub.f16x2 $2, x, mb;
-        lop3.b32 x, $8, 0x00C000C0, mc, 0xEA; lop3.b32 x, h1, 0x01000100, x, 0xEA; sub.f16x2 $3, x, mc;
-        lop3.b32 x, w4, 0x000C000C, ma, 0xEA; lop3.b32 x, h4, 0x00100010, x, 0xEA; sub.f16x2 $4, x, ma;
-        lop3.b32 x, w4, 0x00300030, mb, 0xEA; lop3.b32 x, h4, 0x00400040, x, 0xEA; sub.f16x2 $5, x, mb;
-        lop3.b32 x, w4, 0x00C000C0, mc, 0xEA; lop3.b32 x, h4, 0x01000100, x, 0xEA; sub.f16x2 $6, x, mc;
-        lop3.b32 x, w7, 0x00300030, mb, 0xEA; lop3.b32 x, h7, 0x00400040, x, 0xEA; sub.f16x2 $7, x, mb; }""",
+        lop3.b32 x, w0, 0x00300030, mb, 0xEA;
+            lop3.b32 x, h0, 0x00400040, x, 0xEA; sub.f16x2 $0, x, mb;
+        lop3.b32 x, $8, 0x000C000C, ma, 0xEA;
+            lop3.b32 x, h1, 0x00100010, x, 0xEA; sub.f16x2 $1, x, ma;
+        lop3.b32 x, $8, 0x00300030, mb, 0xEA;
+            lop3.b32 x, h1, 0x00400040, x, 0xEA; sub.f16x2 $2, x, mb;
+        lop3.b32 x, $8, 0x00C000C0, mc, 0xEA;
+            lop3.b32 x, h1, 0x01000100, x, 0xEA; sub.f16x2 $3, x, mc;
+        lop3.b32 x, w4, 0x000C000C, ma, 0xEA;
+            lop3.b32 x, h4, 0x00100010, x, 0xEA; sub.f16x2 $4, x, ma;
+        lop3.b32 x, w4, 0x00300030, mb, 0xEA;
+            lop3.b32 x, h4, 0x00400040, x, 0xEA; sub.f16x2 $5, x, mb;
+        lop3.b32 x, w4, 0x00C000C0, mc, 0xEA;
+            lop3.b32 x, h4, 0x01000100, x, 0xEA; sub.f16x2 $6, x, mc;
+        lop3.b32 x, w7, 0x00300030, mb, 0xEA;
+            lop3.b32 x, h7, 0x00400040, x, 0xEA; sub.f16x2 $7, x, mb; }""",
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
         args=[w, high],
         dtype=(tl.float16,) * 8,
@@ -206,12 +220,12 @@ def _fields_8(w):
 
 @triton.jit
 def _join_8(a, b, c, d, e, f, g, h):
-    """Return the eight fields along three new last axes, the highest digit of their number first."""
+    """Return eight fields along three new last axes, the highest digit of their number first."""
     even = tl.join(tl.join(a, e), tl.join(c, g))
     return tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))
 
 
-# --- group parameters -------------------------------------------------------------------------------
+# --- group parameters -----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -232,7 +246,9 @@ def join_params(scale, zero):
 @triton.jit
 def scale_codes(codes, scale, zero, FAST: tl.constexpr):
     """Return ``codes * scale + zero`` in the dtype of ``codes``."""
-    if FAST and codes.dtype == tl.float16:  # written out, or pairs of scales are put together anew for every pair of codes
+    if (
+        FAST and codes.dtype == tl.float16
+    ):  # written out, or pairs of scales are put together anew for every pair of codes
         return tl.inline_asm_elementwise(
             "fma.rn.f16x2 $0, $1, $2, $3;",
             "=r,r,r,r",
@@ -244,7 +260,65 @@ def scale_codes(codes, scale, zero, FAST: tl.constexpr):
     return codes * scale.to(codes.dtype) + zero.to(codes.dtype)
 
 
-# --- rotation ---------------------------------------------------------------------------------------
+@triton.jit
+def dequantize_keys(
+    params, codes, channel, channel_ok, HEAD_DIM: tl.constexpr, CHANNEL: tl.constexpr,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Return ``codes * scale + zero`` for codes ``[PAGE, columns]``."""
+    COLUMNS: tl.constexpr = codes.shape[1]
+    if CHANNEL:
+        group = tl.arange(0, PAGE // GROUP)
+        where = params + group[:, None] * HEAD_DIM + channel[None, :]
+        if COLUMNS == HEAD_DIM:
+            word = tl.load(where)
+        else:
+            word = tl.load(where, mask=channel_ok[None, :], other=0)
+        scale, zero = split_params(word)
+        grouped = tl.reshape(codes, (PAGE // GROUP, GROUP, COLUMNS))
+        x = scale_codes(grouped, scale[:, None, :], zero[:, None, :], FAST)
+    elif COLUMNS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
+        token = tl.arange(0, PAGE)
+        group = tl.arange(0, HEAD_DIM // GROUP)
+        scale, zero = split_params(tl.load(params + group[None, :] * PAGE + token[:, None]))
+        grouped = tl.reshape(codes, (PAGE, HEAD_DIM // GROUP, GROUP))
+        x = scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
+    else:
+        token = tl.arange(0, PAGE)
+        where = params + (channel // GROUP)[None, :] * PAGE + token[:, None]
+        scale, zero = split_params(tl.load(where, mask=channel_ok[None, :], other=0))
+        x = scale_codes(codes, scale, zero, FAST)
+    return tl.reshape(x, (PAGE, COLUMNS))
+
+
+@triton.jit
+def dequantize_values(
+    params, codes, HEAD_DIM: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
+    PAGE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Return ``codes * scale + zero`` for codes ``[channels, PAGE]``."""
+    ROWS: tl.constexpr = codes.shape[0]
+    channel = tl.arange(0, ROWS)
+    token = tl.arange(0, PAGE)
+    if CHANNEL:
+        group = tl.arange(0, PAGE // GROUP)
+        where = params + group[None, :] * HEAD_DIM + channel[:, None]
+        scale, zero = split_params(tl.load(where, mask=(channel < HEAD_DIM)[:, None], other=0))
+        grouped = tl.reshape(codes, (ROWS, PAGE // GROUP, GROUP))
+        x = scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
+    elif ROWS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
+        group = tl.arange(0, HEAD_DIM // GROUP)
+        scale, zero = split_params(tl.load(params + group[:, None] * PAGE + token[None, :]))
+        grouped = tl.reshape(codes, (HEAD_DIM // GROUP, GROUP, PAGE))
+        x = scale_codes(grouped, scale[:, None, :], zero[:, None, :], FAST)
+    else:
+        where = params + (channel // GROUP)[:, None] * PAGE + token[None, :]
+        scale, zero = split_params(tl.load(where, mask=(channel < HEAD_DIM)[:, None], other=0))
+        x = scale_codes(codes, scale, zero, FAST)
+    return tl.reshape(x, (ROWS, PAGE))
+
+
+# --- rotation -------------------------------------------------------------------------------------
 
 
 @triton.constexpr_function
@@ -259,10 +333,11 @@ def _inverse_root(size):
 
 @triton.jit
 def hadamard(x, LENGTH: tl.constexpr):
-    """Apply `reference.hadamard` of size ``LENGTH`` to the rows of ``x`` ``[rows, padded LENGTH]``, fp32.
+    """Apply `reference.hadamard` of size ``LENGTH`` to the rows of ``x`` ``[rows, padded LENGTH]``,
+    fp32.
 
-    Each step replaces the lowest digit of the index by sum and difference and makes it the highest one,
-    so as many steps as there are digits leave the order as it was.
+    Each step replaces the lowest digit of the index by sum and difference and makes it the highest
+    one, so as many steps as there are digits leave the order as it was.
     """
     BLOCK: tl.constexpr = LENGTH & -LENGTH
     ROWS: tl.constexpr = x.shape[0] * x.shape[1] // BLOCK
@@ -273,7 +348,25 @@ def hadamard(x, LENGTH: tl.constexpr):
     return tl.reshape(y, (x.shape[0], x.shape[1])) * _inverse_root(BLOCK)
 
 
-# --- softmax ----------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_mask(
+    mask, rows, row_ok, slot, stride, width, KIND: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """Return the additive form, in units of log 2, of mask columns ``slot`` for query ``rows``."""
+    inside = slot < width
+    if SHARED:  # one row for all columns
+        where = mask + slot.to(tl.int64)[:, None] * stride
+        ok = inside[:, None]
+    else:
+        where = mask + rows[None, :] + slot.to(tl.int64)[:, None] * stride
+        ok = inside[:, None] & row_ok[None, :]
+    if KIND == 1:
+        return tl.where(tl.load(where, mask=ok, other=0) != 0, 0.0, float("-inf"))
+    bias = tl.load(where, mask=ok, other=0.0).to(tl.float32)
+    return tl.maximum(bias, 2 * HIDDEN) * 1.4426950408889634  # stays finite, and hidden
 
 
 @triton.jit
@@ -281,7 +374,8 @@ def softmax_update(scores, running_max, BIAS: tl.constexpr):
     """Take scores ``[keys, columns]`` in units of log 2 into a running maximum ``[columns]``.
 
     Returns:
-        The weights ``2 ** (scores - maximum + BIAS)``, the factor by which sums so far shrink, the new
+        The weights ``2 ** (scores - maximum + BIAS)``, the factor by which sums so far shrink, the
+        new
         maximum. A column that has seen nothing keeps maximum ``-inf`` and weights 0, never NaN.
     """
     new_max = tl.maximum(running_max, tl.max(scores, 0))

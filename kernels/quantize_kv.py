@@ -1,21 +1,23 @@
 """Quantize on write: put new tokens into a cache and pack the pages that fill up, in Triton.
 
-Mirrors `reference.append_`, in its order: a page that truncation cut open goes back to the ring, full
-pages are quantized from ring and new tokens, then the new tokens that stay exact overwrite ring rows, and
-the cursor moves last. One program owns a page of one KV head, so nothing is written twice.
+Mirrors `reference.append_`, in its order: a page that truncation cut open goes back to the ring,
+full pages are quantized from ring and new tokens, then the new tokens that stay exact overwrite
+ring rows, and the cursor moves last. One program owns a page of one KV head, so nothing is written
+twice.
 
-A page is read twice, in the shape in which its groups lie and then in the shape in which its units lie.
-That keeps tiles small for any head dimension and grouping, and the second reading hits a cache. Rotated
-pages go through fp32 scratch between the two.
+A page is read twice, in the shape in which its groups lie and then in the shape in which its units
+lie. That keeps tiles small for any head dimension and grouping, and the second reading hits a
+cache. Rotated pages go through fp32 scratch between the two.
 
-Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor by
-counting arrivals in the upper bits of the page count, which every program reads through a mask and the
-last one clears: no memory besides the cursor, no order between programs. More tokens take three launches.
+Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor
+by counting arrivals in the upper bits of the page count, which every program reads through a mask
+and the last one clears: no memory besides the cursor, no order between programs. More tokens take
+three launches.
 
-Where tokens go follows from lengths on the device, and the host never waits for them. It checks what it
-knows: the room for pages, when `start` is an integer. What it cannot know is guarded: a write that would
-leave a gap or does not fit is left out as a whole, cursor included, so that attention at the next
-position finds tokens missing and gives NaN.
+Where tokens go follows from lengths on the device, and the host never waits for them. It checks
+what it knows: the room for pages, when `start` is an integer. What it cannot know is guarded: a
+write that would leave a gap or does not fit is left out as a whole, cursor included, so that
+attention at the next position finds tokens missing and gives NaN.
 """
 
 import torch
@@ -38,7 +40,8 @@ def _plan(
     cursor, position, start, tokens, capacity, HAS_POSITION: tl.constexpr, SINKS: tl.constexpr,
     WINDOW: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Return ``start``, pages kept, whether the page behind them is cut open, pages after, validity."""
+    """Return ``start``, pages kept, whether the page behind them is cut open, pages after,
+    validity."""
     held = tl.load(cursor)
     pages = tl.load(cursor + 1) % ARRIVAL
     if HAS_POSITION:
@@ -66,7 +69,7 @@ def _group_params(x, exists, AXIS: tl.constexpr, LEVELS: tl.constexpr, MARGIN: t
     below = tl.where(zero > 0, bits - 1, bits + 1).to(tl.int16).to(tl.float16, bitcast=True)
     zero = tl.where(zero.to(tl.float32) > lo, below, zero)
     step = hi - zero.to(tl.float32)
-    step = tl.div_rn(step, tl.full(step.shape, LEVELS, tl.float32))
+    step = tl.minimum(tl.div_rn(step, tl.full(step.shape, LEVELS, tl.float32)), FP16_MAX)
     scale = step.to(tl.float16)  # rounded up
     above = (scale.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
     scale = tl.where(scale.to(tl.float32) < step, above, scale)
@@ -85,8 +88,8 @@ def _encode(x, word, LEVELS: tl.constexpr):
 
 @triton.jit
 def _read_tokens(
-    x, exact, stride, first, start, token, channel, exists,
-    HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    x, exact, stride, first, start, token, channel, exists, HEAD_DIM: tl.constexpr,
+    SINKS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Return channels of the page's tokens ``first + token`` from ring or new tokens, fp32."""
     slot = first + token
@@ -100,7 +103,12 @@ def _read_tokens(
 
 @triton.jit
 def _params_index(
-    token, channel, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr
+    token,
+    channel,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     if CHANNEL:
         index = (token // GROUP) * HEAD_DIM + channel
@@ -111,9 +119,9 @@ def _params_index(
 
 @triton.jit
 def _reopen(
-    codes, params, exact, first, start, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, KEY: tl.constexpr,
-    CHANNEL: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr, SINKS: tl.constexpr,
-    RING: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    codes, params, exact, first, start, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
+    KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr,
+    SINKS: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Put the tokens before ``start`` of a page back into the ring, as they were read."""
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -131,7 +139,9 @@ def _reopen(
         code = code & ((1 << WIDTH) - 1)
         if BITS == 3:
             where = row * (LENGTH * BITS // 16) + UNITS + index % (UNITS // 2)
-            high = tl.load(codes + where, mask=exists, other=0).to(tl.int32) >> (index // (UNITS // 2))
+            high = tl.load(codes + where, mask=exists, other=0).to(tl.int32) >> (
+                index // (UNITS // 2)
+            )
             code += (high & 1) << 2
         where = _params_index(token, channel, HEAD_DIM, PAGE, CHANNEL, GROUP)
         scale, zero = split_params(tl.load(params + where, mask=exists, other=0))
@@ -155,16 +165,18 @@ def _rotate_page(
     for block in range(0, PAGE, ROWS):
         token = block + tl.arange(0, ROWS)[:, None]
         exists = (token < PAGE) & (channel < HEAD_DIM)
-        y = _read_tokens(x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING)
+        y = _read_tokens(
+            x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING
+        )
         tl.store(scratch + token * HEAD_DIM + channel, hadamard(y, HEAD_DIM), mask=exists)
 
 
 @triton.jit
 def _pack_plane(
-    codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
-    KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr,
-    SINKS: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PLANE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr, KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
+    ROTATE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write one bit plane of a page, in tiles in which the fields of a unit lie along one axis."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -186,7 +198,9 @@ def _pack_plane(
         if ROTATE:
             y = tl.load(scratch + token * HEAD_DIM + channel, mask=exists, other=0.0)
         else:
-            y = _read_tokens(x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING)
+            y = _read_tokens(
+                x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING
+            )
         where = _params_index(token, channel, HEAD_DIM, PAGE, CHANNEL, GROUP)
         code = _encode(y, tl.load(params + where, mask=exists, other=0), LEVELS)
         words = tl.sum(((code >> (2 * PLANE)) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
@@ -198,9 +212,10 @@ def _pack_plane(
 
 @triton.jit
 def _quantize_page(
-    codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
-    KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, MARGIN: tl.constexpr,
-    ROTATE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr, KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
+    MARGIN: tl.constexpr, ROTATE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Quantize and pack the page of tokens from ``first`` on."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -224,7 +239,9 @@ def _quantize_page(
                 )
             member = block % blocks * CHANNELS + tl.arange(0, CHANNELS)
             where = block // blocks * HEAD_DIM + member
-            tl.store(params + where, _group_params(y, exists, 0, LEVELS, MARGIN), mask=member < HEAD_DIM)
+            tl.store(
+                params + where, _group_params(y, exists, 0, LEVELS, MARGIN), mask=member < HEAD_DIM
+            )
     else:
         GROUPS: tl.constexpr = triton.next_power_of_2(HEAD_DIM // GROUP)
         GROUP_PAD: tl.constexpr = triton.next_power_of_2(GROUP)
@@ -236,11 +253,13 @@ def _quantize_page(
             channel = group[:, :, None] * GROUP + inside
             exists = (token[:, :, None] < PAGE) & (inside < GROUP) & (channel < HEAD_DIM)
             if ROTATE:
-                y = tl.load(scratch + token[:, :, None] * HEAD_DIM + channel, mask=exists, other=0.0)
+                y = tl.load(
+                    scratch + token[:, :, None] * HEAD_DIM + channel, mask=exists, other=0.0
+                )
             else:
                 y = _read_tokens(
-                    x, exact, stride, first, start, token[:, :, None], channel, exists,
-                    HEAD_DIM, SINKS, RING,
+                    x, exact, stride, first, start, token[:, :, None], channel, exists, HEAD_DIM,
+                    SINKS, RING,
                 )  # fmt: skip
             where = group * PAGE + token
             word = _group_params(y, exists, 2, LEVELS, MARGIN)
@@ -249,8 +268,8 @@ def _quantize_page(
 
     for plane in tl.static_range(2 if BITS == 3 else 1):
         _pack_plane(
-            codes, params, exact, x, scratch, stride, first, start, HEAD_DIM, BITS, KEY, CHANNEL, GROUP,
-            ROTATE, SINKS, RING, PAGE, TILE, plane, 2 - plane if BITS == 3 else BITS,
+            codes, params, exact, x, scratch, stride, first, start, HEAD_DIM, BITS, KEY, CHANNEL,
+            GROUP, ROTATE, SINKS, RING, PAGE, TILE, plane, 2 - plane if BITS == 3 else BITS,
         )  # fmt: skip
 
 
@@ -277,12 +296,13 @@ def _write_rows(
 @triton.jit(do_not_specialize=["start"])
 def append_kernel(
     codes, parameters, exact, cursor, x, scratch, position, start, tokens, capacity, heads,
-    stride_b, stride_h, stride_t, HAS_POSITION: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
-    KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, MARGIN: tl.constexpr,
-    ROTATE: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    stride_b, stride_h, stride_t, HAS_POSITION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr, KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
+    MARGIN: tl.constexpr, ROTATE: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor too.
+    """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor
+    too.
 
     Grid: (B * Hkv, pages that ``tokens`` can fill).
     """
@@ -305,15 +325,25 @@ def append_kernel(
         )  # fmt: skip
     if ok & (old + page < new):
         _quantize_page(
-            codes, parameters, exact, x, scratch, stride_t, first, start, HEAD_DIM, BITS, KEY, CHANNEL,
-            GROUP, MARGIN, ROTATE, SINKS, RING, PAGE, TILE,
+            codes, parameters, exact, x, scratch, stride_t, first, start, HEAD_DIM, BITS, KEY,
+            CHANNEL, GROUP, MARGIN, ROTATE, SINKS, RING, PAGE, TILE,
         )  # fmt: skip
         tl.debug_barrier()
     if WHOLE:
         if ok:
             for row in range(0, tokens, ROWS):
                 _write_rows(
-                    exact, x, stride_t, row, start, tokens, SINKS + new * PAGE, HEAD_DIM, SINKS, RING, ROWS
+                    exact,
+                    x,
+                    stride_t,
+                    row,
+                    start,
+                    tokens,
+                    SINKS + new * PAGE,
+                    HEAD_DIM,
+                    SINKS,
+                    RING,
+                    ROWS,
                 )
         tl.debug_barrier()
         word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
@@ -343,7 +373,17 @@ def rows_kernel(
         exact += head.to(tl.int64) * ((SINKS + RING) * HEAD_DIM)
         last = SINKS + new * PAGE
         _write_rows(
-            exact, x, stride_t, tl.program_id(1) * ROWS, start, tokens, last, HEAD_DIM, SINKS, RING, ROWS
+            exact,
+            x,
+            stride_t,
+            tl.program_id(1) * ROWS,
+            start,
+            tokens,
+            last,
+            HEAD_DIM,
+            SINKS,
+            RING,
+            ROWS,
         )
 
 
@@ -375,7 +415,8 @@ def append_(
     start: int | None,
     layout: PageLayout,
 ) -> None:
-    """Write new tokens at ``start`` or ``position[0]`` and quantize the pages that they complete, in place.
+    """Write new tokens at ``start`` or ``position[0]`` and quantize the pages that they complete,
+    in place.
 
     Args:
         codes, params, exact, cursor: The cache, as `PageLayout` describes it, contiguous.
@@ -403,12 +444,15 @@ def append_(
     regions["HAS_POSITION"] = position is not None
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
     rotate = layout.transform == "hadamard"
-    scratch = x.new_empty(B, H, pages, layout.page_size, head_dim, dtype=torch.float32) if rotate else x
+    scratch = (
+        x.new_empty(B, H, pages, layout.page_size, head_dim, dtype=torch.float32) if rotate else x
+    )
     append_kernel[(B * H, pages)](
         codes.view(torch.uint16), params.view(torch.int32), exact, cursor, x, scratch, *where, H,
         *x.stride()[:3], HEAD_DIM=head_dim, BITS=layout.bits, KEY=layout.role == "key",
-        CHANNEL=layout.grouping == "channel", GROUP=layout.group_size, MARGIN=(1.0 - layout.clip) / 2.0,
-        ROTATE=rotate, ROWS=rows, TILE=TILE, WHOLE=whole, enable_fp_fusion=False, **regions,
+        CHANNEL=layout.grouping == "channel", GROUP=layout.group_size,
+        MARGIN=(1.0 - layout.clip) / 2.0, ROTATE=rotate, ROWS=rows, TILE=TILE, WHOLE=whole,
+        enable_fp_fusion=False, **regions,
     )  # fmt: skip
     if not whole:
         blocks = triton.cdiv(min(tokens, layout.exact_rows), rows)

@@ -23,7 +23,8 @@ class TensorReport:
         name: Where it was found.
         shape: ``[B, H, S, D]``.
         held: Tokens it holds.
-        parts: Bytes of each part; an unquantized tensor has the one part ``"plain"``.
+        parts: Bytes of each part; an unquantized tensor has the one part ``"plain"``. Memory that tensors
+            share counts for the first of them.
         kept_exact: Tokens among ``held`` that are exact.
         packed_bits: Bits per number of a packed token; ``None`` where nothing is packed.
     """
@@ -113,25 +114,36 @@ def report(cache_or_module: Any) -> Report:
     Raises:
         TypeError: Nothing in it looks like a key or value tensor ``[B, H, S, D]``.
     """
-    tensors = tuple(_tensor_report(name, tensor) for name, tensor in cache_tensors(cache_or_module))
+    counted: set[int] = set()
+    tensors = tuple(_tensor_report(name, tensor, counted) for name, tensor in cache_tensors(cache_or_module))
     if not tensors:
         raise TypeError(
-            f"cache_or_module must hold key and value tensors [B, H, S, D], got {type(cache_or_module).__name__}"
+            "cache_or_module must hold key and value tensors [B, H, S, D], "
+            f"got {type(cache_or_module).__name__}"
         )
     return Report(tensors)
 
 
-def _tensor_report(name: str, tensor: Tensor) -> TensorReport:
+def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport:
+    """Report on one tensor; storages in ``counted`` are another's, those of the tensor join them."""
     shape = tuple(int(size) for size in tensor.shape)
     if not isinstance(tensor, QuantizedKV):
-        return TensorReport(name, shape, shape[2], {PLAIN: tensor.untyped_storage().nbytes()}, shape[2])
-    held = tensor.held()
-    layout = tensor.page_layout
-    packed = min(int(tensor.cursor[1]) * layout.page_size, held)
+        return TensorReport(name, shape, shape[2], {PLAIN: _bytes_once(tensor, counted)}, shape[2])
+    held, layout = tensor.held(), tensor.page_layout
+    packed = max(0, min(int(tensor.cursor[1]) * layout.page_size, held - layout.sinks))
     page = tensor.codes[:1, :1, :1], tensor.params[:1, :1, :1]
     page_bits = 8 * sum(part.numel() * part.element_size() for part in page)
     width = page_bits / (layout.page_size * layout.head_dim)
-    return TensorReport(name, shape, held, tensor.part_bytes(), held - packed, width)
+    parts = {part: _bytes_once(getattr(tensor, part), counted) for part in PARTS}
+    return TensorReport(name, shape, held, parts, held - packed, width)
+
+
+def _bytes_once(tensor: Tensor, counted: set[int]) -> int:
+    storage = tensor.untyped_storage()
+    if storage._cdata in counted:
+        return 0
+    counted.add(storage._cdata)
+    return storage.nbytes()
 
 
 def cache_tensors(holder: Any, name: str = "cache") -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,5 @@
-"""Fused attention is as exact as the same computation in the model's dtype, whatever the cache looks like.
+"""Fused attention is as exact as the same computation in the model's dtype, whatever the cache
+looks like.
 
 Kernels run natively where there is a GPU and in Triton's interpreter, in fp32, elsewhere.
 """
@@ -37,7 +38,9 @@ def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> TensorSpec:
     return TensorSpec(draw(st.sampled_from([1, 2, 3, 4, 8])), grouping, size, 1.0, transform)
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     """Attend in the dtype of the arguments; a row that sees nothing gives zeros."""
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
@@ -54,8 +57,8 @@ class Site:
     """One attention: a filled cache, queries and new tokens."""
 
     def __init__(
-        self, spec: CacheSpec, dims: tuple[int, int], heads: tuple[int, int], lengths: tuple[int, int, int],
-        dtype: torch.dtype, batch: int = 2,
+        self, spec: CacheSpec, dims: tuple[int, int], heads: tuple[int, int],
+        lengths: tuple[int, int, int], dtype: torch.dtype, batch: int = 2,
     ) -> None:  # fmt: skip
         (kv_heads, shared), (self.start, new, extra) = heads, lengths
         generator = torch.Generator().manual_seed(0)
@@ -65,7 +68,10 @@ class Site:
             return x.to(dtype).transpose(1, 2)
 
         self.spec, self.scale = spec, dims[0] ** -0.5
-        self.key_layout, self.value_layout = spec.layout("key", dims[0]), spec.layout("value", dims[1])
+        self.key_layout, self.value_layout = (
+            spec.layout("key", dims[0]),
+            spec.layout("value", dims[1]),
+        )
         held = self.start + extra
         capacity = self.key_layout.pages_at(held) + 1
         self.key_parts = self.fill(random(kv_heads, held, dims[0]), capacity, self.key_layout)
@@ -80,12 +86,16 @@ class Site:
             reference.append_(*parts, x, 0, layout)
         return parts
 
-    def attend(self, mask: Tensor | None, by_position: bool = True, start: int | None = None) -> Tensor:
+    def attend(
+        self, mask: Tensor | None, by_position: bool = True, start: int | None = None
+    ) -> Tensor:
         """Run the kernels, where they run."""
         tensors = [t.to(DEVICE) for t in (self.query, self.key, self.value)]
         parts = [tuple(p.to(DEVICE) for p in parts) for parts in (self.key_parts, self.value_parts)]
         start = self.start if start is None else start
-        position = torch.arange(start, start + self.key.shape[2], device=DEVICE) if by_position else None
+        position = (
+            torch.arange(start, start + self.key.shape[2], device=DEVICE) if by_position else None
+        )
         if mask is not None:  # keep the strides of an expanded mask
             mask = mask.to(DEVICE) if NATIVE else mask
         return attention.attend(
@@ -98,8 +108,9 @@ class Site:
         end = self.start + self.key.shape[2]
         tokens = []
         for new, parts, layout in (
-            (self.key, self.key_parts, self.key_layout), (self.value, self.value_parts, self.value_layout),
-        ):  # fmt: skip
+            (self.key, self.key_parts, self.key_layout),
+            (self.value, self.value_parts, self.value_layout),
+        ):
             codes, params, exact, cursor = parts
             held = reference.read(codes, params, exact.float(), cursor, self.start, layout)
             tokens.append(torch.cat([held, new.float()], 2).to(dtype))
@@ -110,7 +121,8 @@ class Site:
         return softmax_attention(self.query.to(dtype), key, value, mask, self.scale)
 
     def assert_low_precision_error(self, actual: Tensor, mask: Tensor | None) -> None:
-        """Assert that the error is a small multiple of that of the same computation in the query's dtype.
+        """Assert that the error is a small multiple of that of the same computation in the query's
+        dtype.
 
         The second term is the rounding of the result, for the cases in which the plain computation
         happens to be exact; the third is what folding a scale and a zero point costs in fp32, where
@@ -139,7 +151,11 @@ def sites(draw: st.DrawFn) -> Site:
     specs = draw(tensor_specs(dims[0], page)), draw(tensor_specs(dims[1], page))
     spec = CacheSpec(*specs, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
     boundary = spec.sinks + spec.window + page
-    start = draw(st.sampled_from([1, 2, boundary - 1, boundary, boundary + 1, boundary + page, boundary + 50]))
+    start = draw(
+        st.sampled_from(
+            [1, 2, boundary - 1, boundary, boundary + 1, boundary + page, boundary + 50]
+        )
+    )
     lengths = start, draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([0, 0, 1, 30]))
     heads = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3, 4, 7]))
     return Site(spec, dims, heads, lengths, draw(st.sampled_from(DTYPES)))
@@ -150,8 +166,8 @@ def random_mask(site: Site, kind: str, width: int) -> Tensor:
     batch, heads, new, _ = site.query.shape
     shape = {
         "one row": (width,), "tokens": (new, width), "batch": (batch, 1, new, width),
-        "heads": (heads, new, width), "all": (batch, heads, new, width), "additive": (batch, 1, new, width),
-        "lowest": (1, 1, new, width),
+        "heads": (heads, new, width), "all": (batch, heads, new, width),
+        "additive": (batch, 1, new, width), "lowest": (1, 1, new, width),
     }[kind]  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     seen = torch.rand(shape, generator=generator) < 0.6
@@ -160,7 +176,9 @@ def random_mask(site: Site, kind: str, width: int) -> Tensor:
         bias = torch.randn(shape, generator=generator).to(site.query.dtype)
         return bias.masked_fill(~seen, -math.inf).expand(batch, heads, new, width)
     if kind == "lowest":
-        lowest = torch.finfo(torch.bfloat16 if site.query.dtype == torch.float16 else site.query.dtype).min
+        lowest = torch.finfo(
+            torch.bfloat16 if site.query.dtype == torch.float16 else site.query.dtype
+        ).min
         return torch.zeros(shape).masked_fill(~seen, lowest)
     return seen
 
@@ -191,8 +209,8 @@ def test_the_kernel_agrees_with_the_cpu_path() -> None:
     site = plain_site(dtype=torch.float32)
     mask = random_mask(site, "heads", 142)
     expected = blocked.attend(
-        site.query, site.key, site.value, site.key_parts, site.value_parts, mask, site.start, site.scale,
-        site.key_layout, site.value_layout,
+        site.query, site.key, site.value, site.key_parts, site.value_parts, mask, site.start,
+        site.scale, site.key_layout, site.value_layout,
     )  # fmt: skip
     torch.testing.assert_close(site.attend(mask), expected, rtol=1e-5, atol=1e-5)
 
@@ -203,7 +221,9 @@ def test_a_row_that_sees_nothing_gives_zeros(kind: str) -> None:
     seen = torch.ones(2, 1, 2, 142, dtype=torch.bool)
     seen[1, 0, 1] = False
     hidden = -math.inf if kind == "-inf" else torch.finfo(torch.float32).min
-    out = site.attend(seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, hidden))
+    out = site.attend(
+        seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, hidden)
+    )
     assert bool((out[1, :, 1] == 0).all())
     assert bool((out[0] != 0).all())
     assert bool((out[1, :, 0] != 0).all())

@@ -1,6 +1,7 @@
 """The decoding kernel compiles ahead of time and keeps its state in registers, no GPU needed.
 
-This file also is the program that compiles: a process that runs kernels in Triton's interpreter cannot.
+This file also is the program that compiles: a process that runs kernels in Triton's interpreter
+cannot.
 """
 
 import json
@@ -46,7 +47,13 @@ def compile_case(name: str) -> dict[str, int]:
     constants, options = launch_constants(*layouts, 4, 1, torch.bfloat16, "cuda")
     constants |= {"HAS_POSITION": True, "MASK_KIND": 0, "MASK_SHARED": False, "tokens": 1, "m_s": 1}
     types = {"codes": "*u16", "params": "*i32", "cursor": "*i32", "mask": "*u8", "position": "*i64"}
-    types |= {"partial": "*fp32", "lse": "*fp32", "query": "*bf16", "key": "*bf16", "value": "*bf16"}
+    types |= {
+        "partial": "*fp32",
+        "lse": "*fp32",
+        "query": "*bf16",
+        "key": "*bf16",
+        "value": "*bf16",
+    }
     signature, attributes = {}, {}
     for index, argument in enumerate(attend_kernel.arg_names):
         kind = types.get(argument) or types.get(argument.rsplit("_", 1)[-1], "i32")
@@ -56,7 +63,9 @@ def compile_case(name: str) -> dict[str, int]:
         signature[argument] = "constexpr" if argument in constants else kind
         if kind.startswith("*") or argument.endswith(("_b", "_h", "_t")):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=attend_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(
+        fn=attend_kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -73,14 +82,21 @@ def compiled() -> dict[str, dict[str, int]]:
         pytest.skip("this build of triton brings no cuobjdump")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd="/", capture_output=True, text=True, timeout=500
+        [sys.executable, __file__],
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decoding_keeps_its_state_in_registers(compiled: dict[str, dict[str, int]], name: str) -> None:
+def test_decoding_keeps_its_state_in_registers(
+    compiled: dict[str, dict[str, int]], name: str
+) -> None:
     assert compiled[name]["stack"] == 0
 
 

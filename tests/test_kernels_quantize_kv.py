@@ -1,10 +1,9 @@
 """Quantize-on-write leaves the bytes of the reference, however tokens arrive.
 
-Kernels run natively where there is a GPU and in Triton's interpreter elsewhere. The reference always runs
-on the CPU: division of a tensor by a number is not the same operation on the two devices.
+Kernels run natively where there is a GPU and in Triton's interpreter elsewhere. The reference
+always runs on the CPU: division of a tensor by a number is not the same operation on the two
+devices.
 """
-
-import math
 
 import pytest
 import torch
@@ -58,7 +57,11 @@ def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int
     """Return tokens of two sequences with two heads, laid out as a projection leaves them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, tokens, 2, layout.head_dim, generator=generator)
-    return (x * torch.rand(2, 1, 2, layout.head_dim, generator=generator) * 4).to(dtype).transpose(1, 2)
+    return (
+        (x * torch.rand(2, 1, 2, layout.head_dim, generator=generator) * 4)
+        .to(dtype)
+        .transpose(1, 2)
+    )
 
 
 class Caches:
@@ -66,7 +69,9 @@ class Caches:
 
     def __init__(self, layout: PageLayout, dtype: torch.dtype) -> None:
         self.layout = layout
-        self.expected = new_parts(torch.zeros(2, 2, 1, layout.head_dim, dtype=dtype), CAPACITY, layout)
+        self.expected = new_parts(
+            torch.zeros(2, 2, 1, layout.head_dim, dtype=dtype), CAPACITY, layout
+        )
         self.actual = tuple(part.to(DEVICE) for part in self.expected)
 
     def append(self, x: Tensor, start: int, by_position: bool) -> None:
@@ -82,7 +87,12 @@ class Caches:
         first = self.layout.sinks + pages * self.layout.page_size
         rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
         sinks = torch.arange(min(length, self.layout.sinks))
-        return codes[:, :, :pages], params[:, :, :pages], exact[:, :, torch.cat([sinks, rows])], cursor
+        return (
+            codes[:, :, :pages],
+            params[:, :, :pages],
+            exact[:, :, torch.cat([sinks, rows])],
+            cursor,
+        )
 
     def assert_equal(self) -> None:
         names = ("codes", "params", "exact", "cursor")
@@ -95,7 +105,9 @@ class Caches:
 
 @EXAMPLES
 @given(st.data())
-def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(data: st.DataObject) -> None:
+def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
+    data: st.DataObject,
+) -> None:
     layout = data.draw(layouts())
     dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
     caches, start = Caches(layout, dtype), 0
@@ -110,13 +122,15 @@ def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(da
 
 @EXAMPLES
 @given(st.data())
-def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(data: st.DataObject) -> None:
+def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
+    data: st.DataObject,
+) -> None:
     layout = data.draw(layouts())
     dtype = data.draw(st.sampled_from(REOPENING_DTYPES))
     caches = Caches(layout, dtype)
     full = layout.sinks + layout.window + 2 * layout.page_size + data.draw(st.integers(0, 9))
     caches.append(random_tokens(layout, full, dtype, 0), 0, True)
-    start = data.draw(st.integers(layout.sinks, full))
+    start = data.draw(st.integers(0, full))
     tokens = data.draw(lengths(layout))
     caches.append(random_tokens(layout, tokens, dtype, 1), start, data.draw(st.booleans()))
     caches.assert_equal()
@@ -134,9 +148,9 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
     x = random_tokens(layout, tokens, torch.float32, 0).contiguous()
     for _ in range(data.draw(st.integers(1, 6))):
         value = data.draw(st.sampled_from(SPECIAL + NOT_FINITE) | st.floats(width=32))
-        first, last = sorted(data.draw(st.tuples(st.integers(0, x.numel()), st.integers(0, x.numel()))))
-        if layout.bits == 1 and math.isfinite(value):
-            value = max(-3e4, min(value, 3e4))  # a range that fp16 cannot hold as one step has no code
+        first, last = sorted(
+            data.draw(st.tuples(st.integers(0, x.numel()), st.integers(0, x.numel())))
+        )
         x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
     caches.append(x, 0, True)
     caches.assert_equal()
@@ -145,17 +159,18 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
 @EXAMPLES
 @given(st.data())
 def test_rotated_tokens_are_read_within_one_step_of_the_reference(data: st.DataObject) -> None:
-    """The rotation may round differently, which moves a number at the edge of a code by one code."""
+    """The rotation may round differently, which moves a number at the edge of a code by one."""
     layout = data.draw(layouts(transform="hadamard"))
     caches = Caches(layout, torch.float32)
     full = layout.sinks + layout.window + 2 * layout.page_size
     caches.append(random_tokens(layout, full, torch.float32, 0), 0, True)
-    start = data.draw(st.integers(layout.sinks, full))
+    start = data.draw(st.integers(0, full))
     caches.append(random_tokens(layout, 3, torch.float32, 1), start, True)
     torch.testing.assert_close(caches.actual[3].cpu(), caches.expected[3])
     pages = int(caches.expected[3][1])
     code_units = [
-        reference.unpack(parts[0][:, :, :pages].cpu(), layout) for parts in (caches.expected, caches.actual)
+        reference.unpack(parts[0][:, :, :pages].cpu(), layout)
+        for parts in (caches.expected, caches.actual)
     ]
     if pages:
         assert int((code_units[0] - code_units[1]).abs().max()) <= 1
@@ -171,7 +186,9 @@ def test_rotated_tokens_are_read_within_one_step_of_the_reference(data: st.DataO
     assert float((values[0] - values[1]).abs().max()) <= step
 
 
-def test_many_heads_take_more_launches_and_leave_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_heads_take_more_launches_and_leave_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(quantize_kv, "MAX_ARRIVALS", 3)
     layout = CacheSpec(sinks=2, window=5, page_size=32).layout("key", 64)
     caches = Caches(layout, torch.float16)

@@ -46,8 +46,15 @@ def attend_args(at: dict[str, Any], position: Any, start: Any, mask: Tensor | No
 # Declarations
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("int4", torch.float16),
+        ("int3", torch.bfloat16),
+        ("kivi", torch.float32),
+        ("rotated", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("slot", ["position", "start"])
 def test_operators_keep_their_declarations(name: str, dtype: torch.dtype, slot: str) -> None:
     at = case(name, dtype)
@@ -68,8 +75,8 @@ def test_every_operator_is_registered_once() -> None:
         "import importlib, torch, kvq_compile, kvq_compile.backend\n"
         "from kvq_compile.kernels import ops\n"
         "assert importlib.import_module('kvq_compile.kernels.ops') is ops\n"
-        "names = sorted(s.name.split('::')[1] for s in torch._C._jit_get_all_schemas() if s.name[:5] == 'kvq::')\n"
-        "print(*names)\n"
+        "names = [schema.name for schema in torch._C._jit_get_all_schemas()]\n"
+        "print(*sorted(name[5:] for name in names if name.startswith('kvq::')))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd="/")
     assert done.returncode == 0, done.stderr
@@ -157,7 +164,7 @@ def copies_of_codes(after: bool, position: bool) -> int:
 def test_inductor_appends_behind_an_attention_without_copying_the_cache(
     position: bool, fresh_dynamo: None
 ) -> None:
-    """Regression: nothing ordered the write behind the attention, so Inductor saved the cache for it first."""
+    """`after` orders the write behind the attention. torch 2.13 keeps that order here without it, too."""
     assert copies_of_codes(True, position) == 0
 
 

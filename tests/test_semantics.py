@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 # tokens as soon as it leaves a window of 4: logits may be off by what 8-bit codes cost.
 EXACT = {"method": "int8", "sinks": 1, "window": 256, "page_size": 32, "inner": "eager"}
 PACKED = EXACT | {"window": 4}
-TOLERANCE = 0.01  # of the largest logit; see test_models
+# 8-bit codes move the logits of this model by half a percent of the largest; a wrong mask or slot by a third of it.
+TOLERANCE = 0.015
 
 
 def make_model(heads: int = 4, kv_heads: int = 2, layers: int = 1, seed: int = 0) -> torch.nn.Module:
@@ -31,7 +32,7 @@ def make_model(heads: int = 4, kv_heads: int = 2, layers: int = 1, seed: int = 0
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=512,
-        initializer_range=0.2,
+        initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
@@ -68,8 +69,8 @@ def tensors(cache) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+def assert_close(logits: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    assert float((logits - expected).abs().max() / expected.abs().max()) <= tolerance
 
 
 def assert_quantized(cache) -> None:
@@ -129,9 +130,7 @@ def test_a_padded_row_sees_what_it_sees_alone(options, make_cache) -> None:
         logits.append(compiled(ids[:, part], past_key_values=cache, **arguments).logits)
     assert_quantized(cache)
     for row, p, mine in zip(rows, pad, torch.cat(logits, 1), strict=True):
-        alone = plain(row[None]).logits[0]
-        tolerance = TOLERANCE if options is PACKED else 1e-5
-        assert (mine[p:] - alone).abs().max() <= tolerance * alone.abs().max()
+        assert_close(mine[p:], plain(row[None]).logits[0], TOLERANCE if options is PACKED else 1e-5)
 
 
 # Ways to generate ---------------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ def test_at_once_one_by_one_and_rolled_back_agree() -> None:
     assert_close(feed(compiled, ids, (56,), at_once)[:, -1], expected)
     assert_close(feed(compiled, ids, (38, *[1] * 18), one_by_one)[:, -1], expected)
     feed(compiled, torch.cat([ids[:, :48], wrong], 1), (48, 8), redone)
-    redone.crop(48)
+    redone.crop(-8)
     assert_close(feed(compiled, ids[:, 48:], (1, 7), redone)[:, -1], expected)
     for cache in (one_by_one, redone):
         for mine, theirs in zip(tensors(cache), tensors(at_once), strict=True):
@@ -197,7 +196,7 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(kept) -> None:
     mine, theirs = dynamic(compiled), dynamic(plain)
     for model, cache in ((compiled, mine), (plain, theirs)):
         feed(model, text(60), (56, 4), cache)
-        cache.crop(kept)
+        cache.crop(kept - 60)
     assert mine.get_seq_length() == kept
     assert_close(feed(compiled, text(6, seed=7), (1, 5), mine), feed(plain, text(6, seed=7), (1, 5), theirs))
     assert_quantized(mine)
