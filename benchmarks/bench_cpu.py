@@ -26,7 +26,9 @@ RESULTS = Path(__file__).parent / "results" / "cpu_decode.csv"
 
 def main() -> None:
     """Measure and append."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(DEMO_MODEL))
     parser.add_argument("--text", default=str(DEMO_TEXT))
     parser.add_argument("--context", type=int, default=1500)
@@ -51,7 +53,9 @@ def main() -> None:
     for runner in runners:
         runner.start()
         runner.prefill(ids[: options.context])
-        for token in ids[options.context : options.context + 4]:  # compiles: first step, then dynamic
+        for token in ids[
+            options.context : options.context + 4
+        ]:  # compiles: first step, then dynamic
             runner.feed(token[None])
     first = options.context + 4
     for round_number in range(options.rounds):
@@ -63,7 +67,9 @@ def main() -> None:
 
 
 def _write(runners: list[Runner], model: str, context: int) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     plain = runners[0].tokens_per_second
     rows = []
     for runner in runners:
@@ -84,7 +90,9 @@ def _write(runners: list[Runner], model: str, context: int) -> None:
                 "effective_bits": round(found.effective_bits, 2),
             }
         )
-        print(f"{runner.method.label:12s} {rows[-1]['tokens_per_second']:8.2f} tokens/s  {rows[-1]['times_plain']:5.2f} x plain  {found.bytes:12,d} bytes")
+        print(
+            f"{runner.method.label:12s} {rows[-1]['tokens_per_second']:8.2f} tokens/s  {rows[-1]['times_plain']:5.2f} x plain  {found.bytes:12,d} bytes"
+        )
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
@@ -100,7 +108,10 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import kvq_compile
 
 
 @kvq_compile.compile(method="int8", sinks=1, window=4, page_size=32, inner="eager")
-def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to the past and to the new tokens ``[B, H, T, D]``; return the output and the grown cache.
 
     An empty past is a tensor without elements of one dimension, which ``torch.cat`` skips.

@@ -19,8 +19,12 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
-        self.register_buffer("k_cache", torch.zeros(1, kv_heads, slots, self.head_dim), persistent=False)
-        self.register_buffer("v_cache", torch.zeros(1, kv_heads, slots, self.head_dim), persistent=False)
+        self.register_buffer(
+            "k_cache", torch.zeros(1, kv_heads, slots, self.head_dim), persistent=False
+        )
+        self.register_buffer(
+            "v_cache", torch.zeros(1, kv_heads, slots, self.head_dim), persistent=False
+        )
 
     def forward(self, x: Tensor, mask: Tensor, input_pos: Tensor) -> Tensor:
         """Attend to the cache, the tokens ``x`` ``[B, T, dim]`` included."""
@@ -46,7 +50,9 @@ class Layer(nn.Module):
     def __init__(self, dim: int, heads: int, kv_heads: int, slots: int) -> None:
         super().__init__()
         self.attention = Attention(dim, heads, kv_heads, slots)
-        self.feed_forward = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim)
+        )
         self.norms = nn.ModuleList(nn.RMSNorm(dim) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor, input_pos: Tensor) -> Tensor:
@@ -59,14 +65,22 @@ class Transformer(nn.Module):
     """Embedding, layers, output; learned positions."""
 
     def __init__(
-        self, vocabulary: int = 64, dim: int = 64, heads: int = 4, kv_heads: int = 2, layers: int = 2, slots: int = 128
+        self,
+        vocabulary: int = 64,
+        dim: int = 64,
+        heads: int = 4,
+        kv_heads: int = 2,
+        layers: int = 2,
+        slots: int = 128,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, dim)
         self.positions = nn.Embedding(slots, dim)
         self.layers = nn.ModuleList(Layer(dim, heads, kv_heads, slots) for _ in range(layers))
         self.output = nn.Linear(dim, vocabulary, bias=False)
-        self.register_buffer("causal_mask", torch.tril(torch.ones(slots, slots, dtype=torch.bool)), persistent=False)
+        self.register_buffer(
+            "causal_mask", torch.tril(torch.ones(slots, slots, dtype=torch.bool)), persistent=False
+        )
 
     def forward(self, ids: Tensor, input_pos: Tensor) -> Tensor:
         """Return logits of the tokens ``ids`` ``[B, T]`` at the positions ``input_pos`` ``[T]``."""

@@ -24,12 +24,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width)
         self.c_proj = nn.Linear(width, width)
         self.attn_dropout = nn.Dropout(0.1)
-        self.register_buffer("bias", torch.tril(torch.ones(block_size, block_size))[None, None], persistent=False)
+        self.register_buffer(
+            "bias", torch.tril(torch.ones(block_size, block_size))[None, None], persistent=False
+        )
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the output and the grown keys and values ``[B, H, S, D]``."""
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        q, k, v = (
+            y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2)
+        )
         if past is not None:
             k = torch.cat((past[0], k), dim=-2)
             v = torch.cat((past[1], v), dim=-2)
@@ -52,9 +58,13 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = CausalSelfAttention(width, heads, block_size, flash)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the stream after this block, and its cache."""
         y, past = self.attn(self.ln_1(x), past)
         x = x + y
@@ -65,7 +75,13 @@ class GPT(nn.Module):
     """Embedding, blocks, output."""
 
     def __init__(
-        self, vocabulary: int = 64, width: int = 64, heads: int = 4, blocks: int = 2, block_size: int = 128, flash: bool = True
+        self,
+        vocabulary: int = 64,
+        width: int = 64,
+        heads: int = 4,
+        blocks: int = 2,
+        block_size: int = 128,
+        flash: bool = True,
     ) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(block_size, width)

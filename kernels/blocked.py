@@ -22,7 +22,10 @@ from kvq_compile.kernels.spec import PageLayout
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 APPEND_TOKENS = 1024  # new tokens quantized at once
-SCRATCH_NUMBERS = 1 << 19  # fp32 numbers of keys, and of values, unpacked at once: two megabytes each
+SCRATCH_NUMBERS = (
+    1 << 19
+)  # fp32 numbers of keys, and of values, unpacked at once: two megabytes each
+HIDES = -1e4  # an additive mask of this or less leaves a token no weight
 FEW_ROWS = 16  # query rows of a KV head up to which unpacking costs more than the products
 
 
@@ -67,7 +70,9 @@ class _Softmax:
     def update(self, scores: Tensor, value: Tensor, which: int) -> None:
         """Take in scores ``[B, Hkv, rows, n]`` of values ``[B, Hkv, n, Dv]``."""
         new_max = torch.maximum(self.running_max, scores.amax(-1, keepdim=True))
-        reference_point = new_max.clamp_min(-1e38)  # keeps rows that see nothing at weight 0, not NaN
+        reference_point = new_max.clamp_min(
+            -1e38
+        )  # keeps rows that see nothing at weight 0, not NaN
         weights = (scores - reference_point).exp_()
         decay = (self.running_max - reference_point).exp_()
         self.running_max = new_max
@@ -82,7 +87,9 @@ class _Softmax:
         return total / torch.where(self.running_sum == 0, 1.0, self.running_sum)
 
 
-def _apply_mask(scores: Tensor, mask: Tensor | None, columns: Tensor | slice, shape: tuple[int, ...]) -> Tensor:
+def _apply_mask(
+    scores: Tensor, mask: Tensor | None, columns: Tensor | slice, shape: tuple[int, ...]
+) -> Tensor:
     """Mask scores ``[B, Hkv, G * T, n]``, ``shape`` being ``B, Hkv, G, T``; ``columns`` picks the mask's."""
     if mask is None:
         return scores
@@ -92,7 +99,9 @@ def _apply_mask(scores: Tensor, mask: Tensor | None, columns: Tensor | slice, sh
     heads = (shape[1], shape[2]) if mask.shape[1] != 1 else (1, 1)
     mask = mask.unflatten(1, heads)
     scores = scores.view(*shape, -1)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
+    scores = (
+        scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
+    )
     return scores.flatten(2, 3)
 
 
@@ -131,11 +140,14 @@ def attend(
     shape = (B, Hkv, Hq // Hkv, T)
     visible = start + new if mask is None else min(start + new, mask.shape[-1])
     _check_lengths(key_parts, value_parts, start, mask, start + new)
-    rows = query.reshape(B, Hkv, -1, query.shape[3]).float() * scale
-
+    rows = (query.reshape(B, Hkv, -1, query.shape[3]).float() * scale).contiguous()
     rotated = reference.rotate(rows, key_layout)
     if rows.shape[2] <= FEW_ROWS and cpu_pages.is_available():
-        bias = None if mask is None else _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, slice(visible), shape)
+        bias = (
+            None
+            if mask is None
+            else _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, slice(visible), shape)
+        )
         tokens = (key.to(key_parts[2].dtype), value.to(value_parts[2].dtype))
         where = (bias, start, visible, key_layout, value_layout)
         packed, exact = cpu_pages.attend(rows, rotated, *tokens, key_parts, value_parts, *where)
@@ -144,7 +156,18 @@ def attend(
         softmax = _Softmax(rows, value.shape[3])
         held = min(start, visible)
         pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
-        _read_blocks(softmax, rotated, key_parts, value_parts, mask, pages, held, shape, key_layout, value_layout)
+        _read_blocks(
+            softmax,
+            rotated,
+            key_parts,
+            value_parts,
+            mask,
+            pages,
+            held,
+            shape,
+            key_layout,
+            value_layout,
+        )
         packed_end = key_layout.sinks + pages * key_layout.page_size
         runs = ((0, min(key_layout.sinks, held)), (packed_end, held), (start, visible))
         slots = torch.cat([torch.arange(first, max(first, last)) for first, last in runs])
@@ -170,7 +193,9 @@ def _read_blocks(
     value_layout: PageLayout,
 ) -> None:
     """Attend to the packed tokens below ``held`` in blocks of pages unpacked to fp32."""
-    step = max(1, SCRATCH_NUMBERS // (shape[0] * shape[1] * key_layout.page_size * key_layout.head_dim))
+    step = max(
+        1, SCRATCH_NUMBERS // (shape[0] * shape[1] * key_layout.page_size * key_layout.head_dim)
+    )
     unpack = cpu_pages.unpack if cpu_pages.is_available() else _unpack
     for page in range(0, pages, step):
         block = slice(page, min(page + step, pages))
@@ -188,10 +213,12 @@ def _check_lengths(
 ) -> None:
     for parts in (key_parts, value_parts):
         if int(parts[3][0]) < start:
-            raise ValueError(f"position must start at or before the {int(parts[3][0])} tokens held, got {start}")
+            raise ValueError(
+                f"position must start at or before the {int(parts[3][0])} tokens held, got {start}"
+            )
     if mask is not None and mask.shape[-1] > end:
-        hidden = mask[..., end:]
-        if bool((hidden if hidden.dtype == torch.bool else hidden > torch.finfo(hidden.dtype).min).any()):
+        rest = mask[..., end:]
+        if bool((rest if rest.dtype == torch.bool else rest > HIDES).any()):
             raise ValueError(f"mask must hide the slots that hold no token, from {end} on")
 
 
@@ -204,8 +231,12 @@ def _unpack(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
     return reference.from_groups(tokens, layout).flatten(2, 3)
 
 
-def _exact_tokens(exact: Tensor, new: Tensor, slots: Tensor, start: int, layout: PageLayout) -> Tensor:
+def _exact_tokens(
+    exact: Tensor, new: Tensor, slots: Tensor, start: int, layout: PageLayout
+) -> Tensor:
     """Return the tokens of ``slots``, ascending, from the exact rows and, from ``start`` on, from ``new``."""
     held = slots[slots < start]
-    token = torch.where(held < layout.sinks, held, layout.sinks + (held - layout.sinks) % layout.ring)
+    token = torch.where(
+        held < layout.sinks, held, layout.sinks + (held - layout.sinks) % layout.ring
+    )
     return torch.cat([exact[:, :, token], new[:, :, : len(slots) - len(held)]], 2).float()

@@ -37,7 +37,9 @@ from kvq_compile.kernels.read_only import read_only
 from kvq_compile.kernels.spec import PageLayout
 
 Kind = Literal["grown", "static"]
-GROWS_BY_CAT = "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
+GROWS_BY_CAT = (
+    "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
+)
 
 
 class _Lineage:
@@ -90,7 +92,9 @@ class QuantizedKV(Tensor):
     ) -> QuantizedKV:
         B, H, _, D = exact.shape
         shape = (B, H, length, D)
-        self: QuantizedKV = Tensor._make_wrapper_subclass(cls, shape, dtype=exact.dtype, device=exact.device)
+        self: QuantizedKV = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=exact.dtype, device=exact.device
+        )
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
         if not isinstance(cursor, FakeTensor):
@@ -185,7 +189,9 @@ class QuantizedKV(Tensor):
         lineage = None
         if not isinstance(self.cursor, FakeTensor):
             lineage = _Lineage(self._lineage.held)
-        return QuantizedKV(*map(change, self.parts), self.page_layout, self.kind, self.shape[2], lineage)
+        return QuantizedKV(
+            *map(change, self.parts), self.page_layout, self.kind, self.shape[2], lineage
+        )
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
         return self._map(lambda part: part.clone() if part is self.cursor else change(part))
@@ -200,11 +206,15 @@ class QuantizedKV(Tensor):
             f"dtype={self.dtype}, device={self.device})"
         )
 
-    def repeat_interleave(self, repeats: Any, dim: Any = None, *, output_size: Any = None) -> Tensor:
+    def repeat_interleave(
+        self, repeats: Any, dim: Any = None, *, output_size: Any = None
+    ) -> Tensor:
         """Repeat as a tensor does; along the batch the result stays quantized."""
         if dim not in (0, -4):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
-        return self._map_batch(lambda part: part.repeat_interleave(repeats, 0, output_size=output_size))
+        return self._map_batch(
+            lambda part: part.repeat_interleave(repeats, 0, output_size=output_size)
+        )
 
     def __copy__(self) -> QuantizedKV:
         return self._view(self.shape[2])
@@ -261,7 +271,9 @@ def rebuild(
 ) -> QuantizedKV:
     """Wrap unpickled parts."""
     lineage = _Lineage(int(cursor[0]))
-    return QuantizedKV(codes, params, exact, cursor, PageLayout.parse(layout), kind, length, lineage)
+    return QuantizedKV(
+        codes, params, exact, cursor, PageLayout.parse(layout), kind, length, lineage
+    )
 
 
 torch.serialization.add_safe_globals([rebuild])

@@ -19,7 +19,9 @@ from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.read_only import read_only
 
 aten = torch.ops.aten
-GROWS_BY_CAT = "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
+GROWS_BY_CAT = (
+    "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
+)
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -54,7 +56,9 @@ def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
         else:
             start, stop, _ = slots.indices(cache.shape[2])
             _write(cache, x, None, start, max(0, stop - start))
-    elif isinstance(slots, Tensor) and slots.dtype in (torch.int64, torch.int32) and slots.dim() == 1:
+    elif (
+        isinstance(slots, Tensor) and slots.dtype in (torch.int64, torch.int32) and slots.dim() == 1
+    ):
         _write(cache, x, slots, None, slots.shape[0])
     elif isinstance(slots, int) and not isinstance(slots, bool):
         x = x.unsqueeze(-2) if isinstance(x, Tensor) and x.dim() else x
@@ -134,7 +138,9 @@ def _check_writable(cache: QuantizedKV) -> None:
         )
 
 
-def _check_slots(cache: QuantizedKV, position: Tensor | None, start: int | None, count: int) -> None:
+def _check_slots(
+    cache: QuantizedKV, position: Tensor | None, start: int | None, count: int
+) -> None:
     slots = cache.shape[2]
     if position is not None and position.device.type != "cpu":
         torch._assert_async(position[-1] < slots)  # the host does not wait for the positions
@@ -154,7 +160,9 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     if len(tensors) == 1:
         return first._view(first.shape[2]) if first.kind == "grown" else first.clone_packed()
     if _dim(first, dim) == 0 and all(
-        isinstance(t, QuantizedKV) and t.page_layout == first.page_layout and t.shape[2] == first.shape[2]
+        isinstance(t, QuantizedKV)
+        and t.page_layout == first.page_layout
+        and t.shape[2] == first.shape[2]
         for t in tensors
     ):
         parts = (
@@ -164,7 +172,9 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         )
         if parts is None:
             return NotImplemented
-        return QuantizedKV(*parts, first.cursor.clone(), first.page_layout, first.kind, first.shape[2])
+        return QuantizedKV(
+            *parts, first.cursor.clone(), first.page_layout, first.kind, first.shape[2]
+        )
     if _dim(first, dim) != 2 or first.kind != "grown":
         return NotImplemented
     new = torch.cat([_dense(t) for t in tensors[1:]], 2)
@@ -242,7 +252,9 @@ def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:
     return x
 
 
-def _index_put(x: QuantizedKV, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+def _index_put(
+    x: QuantizedKV, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Any:
     if (
         not isinstance(x, QuantizedKV)
         or len(indices) != 3

@@ -73,7 +73,10 @@ class _Attend(ctypes.Structure):
         ("running_sum", ctypes.c_void_p),
         ("packed_out", ctypes.c_void_p),
         ("exact_out", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "query_rows", "pages", "page_size", "splits")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("batch", "heads", "query_rows", "pages", "page_size", "splits")
+        ),
         *((name, ctypes.c_int32) for name in ("sinks", "ring", "dtype")),
         *((name, ctypes.c_int64) for name in ("held", "start", "visible")),
     )
@@ -122,7 +125,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return next(
+        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
+    )
 
 
 def _packed(parts: Parts, layout: PageLayout) -> _Packed:
@@ -148,7 +153,9 @@ def unpack(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
     library = _library()
     assert library is not None
     packed = _packed((codes, params, *parts[2:]), layout)
-    library.kvq_unpack_pages(ctypes.byref(packed), B, H, P, ctypes.c_void_p(out.data_ptr()), torch.get_num_threads())
+    library.kvq_unpack_pages(
+        ctypes.byref(packed), B, H, P, ctypes.c_void_p(out.data_ptr()), torch.get_num_threads()
+    )
     return (out if layout.role == "key" else out.transpose(-1, -2)).flatten(2, 3)
 
 
@@ -186,7 +193,9 @@ def attend(
     work = B * H * pages * key_layout.page_size * key_layout.head_dim
     threads = torch.get_num_threads() if work > PARALLEL_FROM else 1
     splits = min(pages, -(-4 * threads // (B * H))) if threads > 1 else min(pages, 1)
-    state = torch.empty(B, H, splits + 1, rows, value_layout.head_dim + 2)  # accumulators, maxima and sums
+    state = torch.empty(
+        B, H, splits + 1, rows, value_layout.head_dim + 2
+    )  # accumulators, maxima and sums
     count = B * H * (splits + 1) * rows
     address = state.data_ptr()
     out = torch.empty(2, B, H, rows, value_layout.head_dim)

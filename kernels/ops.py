@@ -57,7 +57,9 @@ def page_capacity(slots: int | torch.SymInt, grows: bool, layout: PageLayout) ->
     return torch.sym_max(MIN_PAGES, pages + pages // 8 + 2 if grows else pages)
 
 
-def _quantize(x: Tensor, slots: int, grows: bool, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize(
+    x: Tensor, slots: int, grows: bool, layout: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     page_layout = PageLayout.parse(layout)
     parts = new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
     append_(*parts, x, None, 0, layout)
@@ -203,7 +205,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
 
 
 @torch.library.register_fake("kvq::dequantize", lib=_library)
-def _(codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: str) -> Tensor:
+def _(
+    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: str
+) -> Tensor:
     del codes, params, cursor, layout
     return exact.new_empty(*exact.shape[:2], length, exact.shape[3])
 

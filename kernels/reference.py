@@ -152,7 +152,9 @@ def dequantize_packed(codes: Tensor, params: Tensor, layout: PageLayout) -> Tens
 def exact_row_index(first: int, last: int, layout: PageLayout, device: torch.device) -> Tensor:
     """Return the rows of ``exact`` that hold the tokens ``first .. last - 1``, ``[last - first]``."""
     token = torch.arange(first, last, device=device)
-    return torch.where(token < layout.sinks, token, layout.sinks + (token - layout.sinks) % layout.ring)
+    return torch.where(
+        token < layout.sinks, token, layout.sinks + (token - layout.sinks) % layout.ring
+    )
 
 
 def read(
@@ -168,7 +170,9 @@ def read(
     sinks = exact[:, :, : min(length, layout.sinks)]
     packed = dequantize_packed(codes[:, :, :pages], params[:, :, :pages], layout)
     packed = packed[:, :, : max(0, length - layout.sinks)].to(exact.dtype)
-    recent = exact[:, :, exact_row_index(first_recent, max(first_recent, length), layout, exact.device)]
+    recent = exact[
+        :, :, exact_row_index(first_recent, max(first_recent, length), layout, exact.device)
+    ]
     empty = exact.new_zeros(*exact.shape[:2], size - length, exact.shape[3])
     return torch.cat([sinks, packed, recent, empty], 2)
 
@@ -185,7 +189,9 @@ def truncate_(
     first = layout.sinks + pages * layout.page_size
     if pages < int(cursor[1]) and first < length:
         cut = slice(pages, pages + 1)
-        page = dequantize_packed(codes[:, :, cut], params[:, :, cut], layout)[:, :, : length - first]
+        page = dequantize_packed(codes[:, :, cut], params[:, :, cut], layout)[
+            :, :, : length - first
+        ]
         exact[:, :, exact_row_index(first, length, layout, exact.device)] = page.to(exact.dtype)
     cursor[0], cursor[1] = length, pages
 
@@ -222,20 +228,26 @@ def append_(
     new = max(old, new)
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
     if new > old:
-        waiting = exact[:, :, exact_row_index(first, max(first, min(start, last)), layout, x.device)]
+        waiting = exact[
+            :, :, exact_row_index(first, max(first, min(start, last)), layout, x.device)
+        ]
         leaving = torch.cat([waiting, x[:, :, max(0, first - start) : max(0, last - start)]], 2)
-        page_codes, page_params = quantize_pages(leaving.unflatten(2, (-1, layout.page_size)), layout)
+        page_codes, page_params = quantize_pages(
+            leaving.unflatten(2, (-1, layout.page_size)), layout
+        )
         codes[:, :, old:new], params[:, :, old:new] = pack(page_codes, layout), page_params
     sinks = max(0, min(layout.sinks - start, tokens))
     exact[:, :, start : start + sinks] = x[:, :, :sinks].to(exact.dtype)
     kept = max(sinks, min(tokens, last - start))
-    exact[:, :, exact_row_index(start + kept, start + tokens, layout, x.device)] = x[:, :, kept:].to(
-        exact.dtype
-    )
+    exact[:, :, exact_row_index(start + kept, start + tokens, layout, x.device)] = x[
+        :, :, kept:
+    ].to(exact.dtype)
     cursor[0], cursor[1] = start + tokens, new
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     """Attend in the dtype of the arguments: ``[B, Hq, T, D]`` against ``[B, Hkv, S, D]``.
 
     Query head ``h`` reads KV head ``h // (Hq / Hkv)``. ``mask`` is boolean (True: attend) or additive,
@@ -245,7 +257,11 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     scores = query @ key.transpose(-2, -1) * scale
     if mask is not None:
-        bias = torch.zeros_like(scores).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+        bias = (
+            torch.zeros_like(scores).masked_fill(~mask, -math.inf)
+            if mask.dtype == torch.bool
+            else mask
+        )
         scores = scores + bias
     least = max(-1e38, torch.finfo(scores.dtype).min)
     weights = (scores - scores.amax(-1, keepdim=True).clamp_min(least)).exp()

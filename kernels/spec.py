@@ -24,9 +24,7 @@ Grouping = Literal["token", "channel"]
 Role = Literal["key", "value"]
 Transform = Literal["none", "hadamard"]
 
-UNIT_BITS = (
-    16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
-)
+UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 PLANES = {
     1: (1,),
     2: (2,),
@@ -74,7 +72,9 @@ class TensorSpec:
     transform: Transform = "none"
 
     def __post_init__(self) -> None:
-        _check_integers(bits=self.bits, group_size=1 if self.group_size is None else self.group_size)
+        _check_integers(
+            bits=self.bits, group_size=1 if self.group_size is None else self.group_size
+        )
         _check(self.bits in PLANES, f"bits must be one of {sorted(PLANES)}, got {self.bits}")
         _check(
             self.grouping in ("token", "channel"),
@@ -121,7 +121,10 @@ class CacheSpec:
         _check_integers(sinks=self.sinks, window=self.window, page_size=self.page_size)
         _check(self.sinks >= 0, f"sinks must be 0 or more, got {self.sinks}")
         _check(self.window >= 0, f"window must be 0 or more, got {self.window}")
-        _check(self.page_size in PAGE_SIZES, f"page_size must be one of {PAGE_SIZES}, got {self.page_size}")
+        _check(
+            self.page_size in PAGE_SIZES,
+            f"page_size must be one of {PAGE_SIZES}, got {self.page_size}",
+        )
 
     def for_layer(self, layer: int) -> CacheSpec | None:
         """Return the spec of one layer; ``None`` says that it stays in 16 bit."""

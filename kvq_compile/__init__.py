@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvq_compile.kernels.cache import QuantizedKV
     from kvq_compile.kernels.spec import CacheSpec, TensorSpec
     from kvq_compile.methods import make_spec
-    from kvq_compile.report import Report, report
+    from kvq_compile.accounting import Report, report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,7 +39,7 @@ _HOMES = {
     "kernels.cache": ("QuantizedKV",),
     "kernels.spec": ("CacheSpec", "TensorSpec"),
     "methods": ("make_spec",),
-    "report": ("Report", "report"),
+    "accounting": ("Report", "report"),
 }
 
 
@@ -47,6 +47,6 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(importlib.import_module(f"kvq_compile.{home}"), name)
-            globals()[name] = value  # the function `report`, not the module of that name
+            globals()[name] = value
             return value
     raise AttributeError(f"module 'kvq_compile' has no attribute {name!r}")

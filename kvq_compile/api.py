@@ -20,7 +20,7 @@ from kvq_compile.history import GraphReport, watching
 from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.spec import CacheSpec, PageLayout
 from kvq_compile.methods import make_spec
-from kvq_compile.report import cache_tensors
+from kvq_compile.accounting import cache_tensors
 
 T = TypeVar("T")
 
@@ -54,7 +54,9 @@ def compile(target: T | None = None, /, *, mode: str | None = None, **options: A
         return target
     if callable(target):
         return torch.compile(target, backend=backend)
-    raise TypeError(f"target must be a function, a module or a module class, got {type(target).__name__}")
+    raise TypeError(
+        f"target must be a function, a module or a module class, got {type(target).__name__}"
+    )
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,26 @@ class Explanation:
         lines: list[str] = []
         for number, graph in enumerate(self.graphs):
             rewritten = sum(site.outcome == "rewritten" for site in graph.sites)
-            lines.append(f"graph {number}: {len(graph.sites)} attentions, {rewritten} rewritten ({graph.spec.method})")
+            lines.append(
+                f"graph {number}: {len(graph.sites)} attentions, {rewritten} rewritten ({graph.spec.method})"
+            )
             for site in graph.sites:
                 lines.append(f"  attention {site.layer:3d}  {site.outcome}: {site.detail}")
                 if site.source:
                     lines.append(f"                 at {site.source}")
         if self.graphs:
-            lines.append(f"error of a packed layer's attention output, at most: {error_bound(self.graphs[0].spec).evalf(3)}")
+            lines.append(
+                f"error of a packed layer's attention output, at most: {error_bound(self.graphs[0].spec).evalf(3)}"
+            )
         return "\n".join(lines) or "nothing was compiled: the call went around the compiled code"
 
 
 def explain(
-    function: Callable[..., Any], /, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    /,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Explanation:
     """Call a function or module once under the backend and say what became of each attention.
 
@@ -132,7 +142,9 @@ def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **op
             check_can_become_quantized(tensor)
         except RuntimeError as reason:
             raise KVQError(f"{name} cannot be quantized in place: {reason}") from reason
-        planned.append((tensor, layer_spec.layout("key" if index % 2 == 0 else "value", int(tensor.shape[3]))))
+        planned.append(
+            (tensor, layer_spec.layout("key" if index % 2 == 0 else "value", int(tensor.shape[3])))
+        )
     for tensor, layout in planned:
         with torch.no_grad():
             become(tensor, QuantizedKV.from_dense(tensor, layout, kind=kind, length=length))

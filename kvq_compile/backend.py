@@ -58,14 +58,18 @@ def compile_graph(
     _tell(lowered, config)
     if lowered.conversions:
         return _run_once_then_convert(lowered, config, mode)
-    return _around(_compile_inner(lowered.module, lowered.flatten(example_inputs), config, mode), lowered)
+    return _around(
+        _compile_inner(lowered.module, lowered.flatten(example_inputs), config, mode), lowered
+    )
 
 
 def _tell(lowered: Lowered, config: Config) -> None:
     """Log what became of each attention; warn about those that keep a cache in 16 bit."""
     for site in lowered.reports:
         logger.info("attention %d (%s) %s: %s", site.layer, site.source, site.outcome, site.detail)
-    refused = [site for site in lowered.reports if site.outcome == "left alone" and not site.expected]
+    refused = [
+        site for site in lowered.reports if site.outcome == "left alone" and not site.expected
+    ]
     if not refused:
         return
     reasons = "; ".join(sorted({site.detail for site in refused}))
@@ -75,7 +79,9 @@ def _tell(lowered: Lowered, config: Config) -> None:
     warnings.warn(text, KVQWarning, stacklevel=2)
 
 
-def _compile_inner(module: fx.GraphModule, inputs: list[Any], config: Config, mode: str | None) -> Compiled:
+def _compile_inner(
+    module: fx.GraphModule, inputs: list[Any], config: Config, mode: str | None
+) -> Compiled:
     if config.inner == "eager":
         return module.forward
     if config.inner == "aot_eager":

@@ -31,8 +31,8 @@ A rotated group is coded in the rotated basis. The rotation keeps the norm, so s
 ``sqrt(D) e_k`` as before; one channel of the values collects the errors of all, hence a factor ``sqrt(D)`` on
 ``e_v``. An fp32 product with ``D`` terms, each way, adds at most ``2^-23 D^(3/2) M``.
 
-**What it leaves out.** Elements beyond the range of fp16, or not finite, are stored as something else and have
-no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
+**What it leaves out.** Elements beyond the range of fp16, or not finite, are stored as something else and
+have no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
 """
 
 from __future__ import annotations

@@ -40,7 +40,11 @@ def make_config(options: Mapping[str, Any] | None = None) -> Config:
         TypeError: An option has the wrong type.
     """
     rest = dict(options or {})
-    strict, inner, inductor = rest.pop("strict", False), rest.pop("inner", "inductor"), rest.pop("inductor", {})
+    strict, inner, inductor = (
+        rest.pop("strict", False),
+        rest.pop("inner", "inductor"),
+        rest.pop("inductor", {}),
+    )
     if not isinstance(strict, bool):
         raise TypeError(f"strict must be a bool, got {strict!r}")
     if inner not in INNER:
@@ -52,5 +56,7 @@ def make_config(options: Mapping[str, Any] | None = None) -> Config:
         known = ("method", *method_options(method), "layers", "strict", "inner", "inductor")
         for name in rest:
             if name not in known:
-                raise ValueError(f"option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+                raise ValueError(
+                    f"option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+                )
     return Config(make_spec(method, **rest), strict, inner, dict(inductor))

@@ -28,7 +28,9 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Seq
     for conversion in conversions:
         buffer, held = args[conversion.argument], conversion.held(args, outputs)
         with torch.no_grad():
-            quantized = QuantizedKV.from_dense(buffer, conversion.layout, kind="static", length=held)
+            quantized = QuantizedKV.from_dense(
+                buffer, conversion.layout, kind="static", length=held
+            )
         become(buffer, quantized)
 
 

@@ -26,7 +26,7 @@ from kvq_compile.evaluate import (
     make_runners,
 )
 from kvq_compile.loading import longest_context
-from kvq_compile.report import Report
+from kvq_compile.accounting import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -39,5 +39,7 @@ def _is_ours(module: Any) -> bool:
 
     wrapped: Any = getattr(module.__dict__.get("dynamo_ctx"), "callback", None)
     while wrapped is not None and wrapped is not kvq:  # PyTorch wraps a backend several times over
-        wrapped = getattr(wrapped, "_torchdynamo_orig_backend", None) or getattr(wrapped, "compiler_fn", None)
+        wrapped = getattr(wrapped, "_torchdynamo_orig_backend", None) or getattr(
+            wrapped, "compiler_fn", None
+        )
     return wrapped is kvq

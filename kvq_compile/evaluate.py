@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.config import make_config
-from kvq_compile.report import Report, report
+from kvq_compile.accounting import Report, report
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

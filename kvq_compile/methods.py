@@ -76,7 +76,9 @@ METHODS: dict[str, Callable[..., CacheSpec]] = {
 }
 
 
-def make_spec(method: str = DEFAULT, *, layers: Mapping[int, Any] | None = None, **options: Any) -> CacheSpec:
+def make_spec(
+    method: str = DEFAULT, *, layers: Mapping[int, Any] | None = None, **options: Any
+) -> CacheSpec:
     """Return the `CacheSpec` of a method.
 
     Args:
@@ -92,11 +94,15 @@ def make_spec(method: str = DEFAULT, *, layers: Mapping[int, Any] | None = None,
     if not isinstance(method, str):
         raise TypeError(f"method must be a name, got {method!r}")
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}{nearest(method, METHODS)}")
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, got {method!r}{nearest(method, METHODS)}"
+        )
     known = method_options(method)
     for name in options:
         if name not in known:
-            raise ValueError(f"options of {method} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}")
+            raise ValueError(
+                f"options of {method} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}"
+            )
     spec = METHODS[method](**options)
     return replace(spec, method=method, layers=_overrides({} if layers is None else layers))
 

@@ -76,7 +76,9 @@ class Decoder(nn.Module):
             for name, (rows, columns) in zip(("project", "merge"), sizes, strict=True):
                 weight = torch.randn(rows, columns, generator=generator) * rows**-0.5
                 self.register_buffer(f"{name}_{layer}", weight.to(dtype))
-        self.inputs = torch.randn(len(padding), sum(chunks), self.width, generator=generator).to(dtype)
+        self.inputs = torch.randn(len(padding), sum(chunks), self.width, generator=generator).to(
+            dtype
+        )
         if kind == "static":
             for layer in range(layers):
                 for name in ("keys", "values"):
@@ -84,7 +86,17 @@ class Decoder(nn.Module):
                     self.register_buffer(f"{name}_{layer}", empty)
 
     def __repr__(self) -> str:
-        names = ("layers", "heads", "head_dim", "dtype", "kind", "chunks", "padding", "mask_kind", "options")
+        names = (
+            "layers",
+            "heads",
+            "head_dim",
+            "dtype",
+            "kind",
+            "chunks",
+            "padding",
+            "mask_kind",
+            "options",
+        )
         return f"Decoder({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
     def forward(self, x: Tensor, mask: Tensor | None, position: Tensor, past: Any) -> Any:
@@ -92,7 +104,11 @@ class Decoder(nn.Module):
         present, seen = [], []
         for layer in range(self.layers):
             query, kv = self.heads
-            split = (x @ getattr(self, f"project_{layer}")).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            split = (
+                (x @ getattr(self, f"project_{layer}"))
+                .unflatten(-1, (-1, self.head_dim))
+                .transpose(1, 2)
+            )
             q, k, v = split.split((query, kv, kv), 1)
             if self.kind == "static":
                 keys, values = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
@@ -102,10 +118,14 @@ class Decoder(nn.Module):
                 keys, values = k, v
             else:
                 keys, values = torch.cat([past[layer][0], k], 2), torch.cat([past[layer][1], v], 2)
-            output = nn.functional.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+            output = nn.functional.scaled_dot_product_attention(
+                q, keys, values, mask, enable_gqa=True
+            )
             x = x + output.transpose(1, 2).flatten(2) @ getattr(self, f"merge_{layer}")
             present.append((keys, values))
-            seen.append((q, k.clone(), v.clone(), output))  # the keys themselves come back quantized
+            seen.append(
+                (q, k.clone(), v.clone(), output)
+            )  # the keys themselves come back quantized
         return x, present if self.kind == "grown" else None, seen
 
     def mask(self, start: int, tokens: int) -> Tensor | None:
@@ -133,7 +153,9 @@ class Decoder(nn.Module):
             mask, position = self.mask(start, tokens), torch.arange(start, start + tokens)
             caches = [self._caches(layer, past) for layer in range(self.layers)]
             with torch.no_grad():
-                _, past, seen = compiled(self.inputs[:, start : start + tokens], mask, position, past)
+                _, past, seen = compiled(
+                    self.inputs[:, start : start + tokens], mask, position, past
+                )
             for layer, (q, k, v, output) in enumerate(seen):
                 for i, new in enumerate((k, v)):
                     history[layer][i] = torch.cat([history[layer][i], new], 2) if start else new

@@ -44,7 +44,13 @@ SPECIAL = (0.0, -0.0, 3e-8, -3e-8, 7e-6, 6.1e-5, -6.1e-5, 1.0, -3.0, 2048.5, 655
 
 
 def rounding_bound(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, bias: float = 0.0, rotated: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    bias: float = 0.0,
+    rotated: bool = False,
 ) -> float:
     """Bound the error of attention computed in fp32, in any order, and rounded to the dtype of ``query``.
 
@@ -71,7 +77,13 @@ def rounding_bound(
 
 
 def rounding_error(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, rotated: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    rotated: bool = False,
 ) -> float:
     """Return how far attention may be from fp64 for rounding alone: the measured and the derived part.
 
@@ -215,7 +227,9 @@ def assert_decodes_like(
     """
     __tracebackhide__ = True
     exact, dtype = deepcopy(model).double(), next(model.parameters()).dtype
-    compiled = torch.compile(model.forward, backend="kvq", options={"strict": True, **(options or {})})
+    compiled = torch.compile(
+        model.forward, backend="kvq", options={"strict": True, **(options or {})}
+    )
     half = input_ids.shape[1] // 2
     pieces = [input_ids[:, :half], *input_ids[:, half:].split(chunk, 1)]
     cache: Any = None
@@ -223,7 +237,10 @@ def assert_decodes_like(
         for piece in pieces:
             plain = [_plain_cache(cache, kind) for kind in (dtype, torch.float64)]
             got = compiled(input_ids=piece, past_key_values=cache, use_cache=True)
-            same = [m(input_ids=piece, past_key_values=c) for m, c in zip((model, exact), plain, strict=True)]
+            same = [
+                m(input_ids=piece, past_key_values=c)
+                for m, c in zip((model, exact), plain, strict=True)
+            ]
             expected, wanted = same[0].logits.double(), same[1].logits
             layers = len(got.past_key_values.layers)
             unit = torch.finfo(dtype).eps * float(wanted.abs().max()) * layers
@@ -245,7 +262,9 @@ def _plain_cache(cache: Any, dtype: torch.dtype) -> Any:
     return plain
 
 
-def _attention64(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attention64(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.double()
     return reference.softmax_attention(query.double(), key.double(), value.double(), mask, scale)
@@ -253,7 +272,9 @@ def _attention64(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 
 def _assert_close(output: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
     __tracebackhide__ = True
-    assert output.shape == exact.shape, f"shape={list(output.shape)}, but must be {list(exact.shape)}"
+    assert output.shape == exact.shape, (
+        f"shape={list(output.shape)}, but must be {list(exact.shape)}"
+    )
     error = float((output.double() - exact).abs().max()) if output.numel() else 0.0
     assert error <= tolerance, f"error={error:.4g}, but must be at most {tolerance:.4g} ({what})"
 
@@ -262,7 +283,9 @@ def _assert_close(output: Tensor, exact: Tensor, tolerance: float, what: str) ->
 
 
 @st.composite
-def tensor_specs(draw: st.DrawFn, head_dim: int, page_size: int, transform: bool = True) -> TensorSpec:
+def tensor_specs(
+    draw: st.DrawFn, head_dim: int, page_size: int, transform: bool = True
+) -> TensorSpec:
     """Draw how one tensor is coded, in groups that divide ``head_dim`` or ``page_size``."""
     groupings: tuple[Grouping, ...] = ("token", "channel")
     transforms: tuple[Transform, ...] = ("none", "hadamard") if transform else ("none",)
@@ -315,7 +338,10 @@ def kv_tensors(
     """Draw tokens ``shape``: channels and tokens of different size, some elements set to nasty numbers."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     x = torch.randn(shape, generator=generator)
-    x = x * (torch.rand(shape[-1], generator=generator) * 4 + draw(st.sampled_from((0.0, 0.0, 5.0, 300.0))))
+    x = x * (
+        torch.rand(shape[-1], generator=generator) * 4
+        + draw(st.sampled_from((0.0, 0.0, 5.0, 300.0)))
+    )
     x = x + torch.randn(shape[-1], generator=generator) * draw(st.sampled_from((0.0, 0.0, 3.0)))
     numbers = st.sampled_from(SPECIAL) | st.floats(-65504.0, 65504.0, width=16)
     if not finite:
@@ -351,7 +377,9 @@ def masks(draw: st.DrawFn, batch: int, heads: int, tokens: int, slots: int) -> T
     if kind == "bool":
         return seen
     bias = torch.randn(seen.shape, generator=generator) * draw(st.sampled_from((0.0, 2.0)))
-    return bias.masked_fill(~seen, draw(st.sampled_from((-math.inf, torch.finfo(torch.float32).min))))
+    return bias.masked_fill(
+        ~seen, draw(st.sampled_from((-math.inf, torch.finfo(torch.float32).min)))
+    )
 
 
 @st.composite
@@ -371,7 +399,9 @@ def decoders(draw: st.DrawFn) -> Decoder:
     if options["method"] != "kivi" and draw(st.booleans()):
         options["transform"] = "hadamard"
     options["group_size"] = draw(st.sampled_from([g for g in (8, 16, 32) if head_dim % g == 0]))
-    options["key_bits"], options["value_bits"] = draw(st.sampled_from(((None, None), (4, 2), (1, 8))))
+    options["key_bits"], options["value_bits"] = draw(
+        st.sampled_from(((None, None), (4, 2), (1, 8)))
+    )
     options |= {
         "sinks": draw(st.integers(0, 5)),
         "window": draw(st.sampled_from((0, 7, 32))),

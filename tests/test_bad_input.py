@@ -16,7 +16,9 @@ SPEC = {name: value for name, value in OPTIONS.items() if name != "inner"}
 SLOTS = 64
 
 
-def tokens(number: int, seed: int = 0, head_dim: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def tokens(
+    number: int, seed: int = 0, head_dim: int = 16, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 100 * number)
     return torch.randn(2, 2, number, head_dim, generator=generator).to(dtype)
 
@@ -34,7 +36,9 @@ def attend(query, key, value, keys, values):
 def fill(query, key, value, keys, values, position):
     keys[:, :, position] = key
     values[:, :, position] = value
-    return sdpa(query, keys, values, attn_mask=torch.arange(keys.shape[2])[None] <= position[:, None])
+    return sdpa(
+        query, keys, values, attn_mask=torch.arange(keys.shape[2])[None] <= position[:, None]
+    )
 
 
 def compile_(step, **options):
@@ -48,7 +52,11 @@ def compile_(step, **options):
     ("options", "error", "message"),
     [
         ({"method": "imt4"}, ValueError, "got 'imt4'; did you mean 'int4'?"),
-        ({"method": "kivi", "group_sise": 32}, ValueError, "got 'group_sise'; did you mean 'group_size'?"),
+        (
+            {"method": "kivi", "group_sise": 32},
+            ValueError,
+            "got 'group_sise'; did you mean 'group_size'?",
+        ),
         ({"methd": "int4"}, ValueError, "got 'methd'; did you mean 'method'?"),
         ({"key_bits": 5}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 5"),
         ({"value_bits": 16}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 16"),
@@ -63,10 +71,18 @@ def compile_(step, **options):
         ({"window": 4.5}, TypeError, "window must be an integer, got 4.5"),
         ({"layers": {0: 4}}, ValueError, "layers must map numbers to a method"),
         ({"layers": [None]}, TypeError, "layers must be a dictionary, got [None]"),
-        ({"layers": {0: {"method": "int8", "layers": {}}}}, ValueError, "layers must map numbers to a method"),
+        (
+            {"layers": {0: {"method": "int8", "layers": {}}}},
+            ValueError,
+            "layers must map numbers to a method",
+        ),
         ({"layers": {-1: None}}, ValueError, "layers must be numbered from 0, got -1"),
         ({"strict": 1}, TypeError, "strict must be a bool, got 1"),
-        ({"inner": "tvm"}, ValueError, "inner must be one of inductor, eager, aot_eager, got 'tvm'"),
+        (
+            {"inner": "tvm"},
+            ValueError,
+            "inner must be one of inductor, eager, aot_eager, got 'tvm'",
+        ),
         ({"inductor": 3}, TypeError, "inductor must be a dictionary"),
         ({"method": 4}, TypeError, "method must be a name, got 4"),
     ],
@@ -78,12 +94,17 @@ def test_an_option_that_makes_no_sense_is_named(options, error, message) -> None
 
 
 def test_an_error_in_the_options_reaches_the_user_of_torch_compile() -> None:
-    with pytest.raises(BackendCompilerFailed, match="got 'int5'; did you mean 'int4'|got 'int5'; did you mean"):
+    with pytest.raises(
+        BackendCompilerFailed, match="got 'int5'; did you mean 'int4'|got 'int5'; did you mean"
+    ):
         torch.compile(attend, backend="kvq", options={"method": "int5"})(*new(2))
 
 
 def test_a_group_that_does_not_divide_the_head_is_refused_by_name() -> None:
-    with torch.no_grad(), pytest.warns(KVQWarning, match="head_dim must be a multiple of group_size=32, got 48"):
+    with (
+        torch.no_grad(),
+        pytest.warns(KVQWarning, match="head_dim must be a multiple of group_size=32, got 48"),
+    ):
         output, keys, _ = compile_(attend, group_size=32)(*new(2, head_dim=48))
     assert type(keys) is torch.Tensor
     torch.testing.assert_close(output, attend(*new(2, head_dim=48))[0])
@@ -93,7 +114,9 @@ def test_a_group_that_does_not_divide_the_head_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
-@pytest.mark.parametrize("method", [{"method": "int4"}, {"method": "kivi", "bits": 4, "group_size": 16}])
+@pytest.mark.parametrize(
+    "method", [{"method": "int4"}, {"method": "kivi", "bits": 4, "group_size": 16}]
+)
 @torch.no_grad()
 def test_a_token_that_is_not_finite_does_not_poison_the_others(poison, method) -> None:
     step, (keys, values) = compile_(attend, **method), (tokens(60, 1), tokens(60, 2))
@@ -131,7 +154,11 @@ def test_a_call_without_tokens_changes_nothing() -> None:
 @torch.no_grad()
 def test_more_tokens_than_slots_are_an_error_and_write_nothing(too_many, inner) -> None:
     """Regression: the packed form has room to spare, and took tokens that the buffer had no slot for."""
-    step, keys, values = compile_(fill, inner=inner), torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)
+    step, keys, values = (
+        compile_(fill, inner=inner),
+        torch.zeros(2, 2, SLOTS, 16),
+        torch.zeros(2, 2, SLOTS, 16),
+    )
     for first, last in ((0, 40), (40, 60)):
         step(*new(last - first, 3), keys, values, torch.arange(first, last))
     before = keys.dequantize()
@@ -146,7 +173,9 @@ def test_positions_with_a_gap_are_an_error() -> None:
     step, keys, values = compile_(fill), torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)
     for first, last in ((0, 8), (8, 12)):
         step(*new(last - first, 3), keys, values, torch.arange(first, last))
-    with pytest.raises(ValueError, match="position must start at or before the 12 tokens held, got 20"):
+    with pytest.raises(
+        ValueError, match="position must start at or before the 12 tokens held, got 20"
+    ):
         step(*new(4, 3), keys, values, torch.arange(20, 24))
 
 
@@ -237,7 +266,11 @@ def test_inference_without_gradients_works(mode) -> None:
         _, grown = compiled(tokens(40), EMPTY)
         output, grown = compiled(tokens(3), grown)
         expected, _ = Decoder()(tokens(3), Decoder()(tokens(40), EMPTY)[1])
-        step, keys, values = compile_(fill), torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)
+        step, keys, values = (
+            compile_(fill),
+            torch.zeros(2, 2, SLOTS, 16),
+            torch.zeros(2, 2, SLOTS, 16),
+        )
         for first, last in ((0, 40), (40, 41)):
             step(*new(last - first, 3), keys, values, torch.arange(first, last))
     torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
@@ -261,7 +294,10 @@ def test_a_graph_break_in_the_middle_of_the_model_costs_nothing_but_a_graph() ->
 
 def test_a_device_without_kernels_is_refused_by_name() -> None:
     arguments = [x.to("meta") for x in new(2)]
-    with torch.no_grad(), pytest.warns(KVQWarning, match="device meta is not supported; use cpu or cuda"):
+    with (
+        torch.no_grad(),
+        pytest.warns(KVQWarning, match="device meta is not supported; use cpu or cuda"),
+    ):
         output, keys, _ = compile_(attend)(*arguments)
     assert output.device.type == "meta"
     assert type(keys) is torch.Tensor
@@ -269,8 +305,12 @@ def test_a_device_without_kernels_is_refused_by_name() -> None:
 
 @torch.no_grad()
 def test_a_cache_from_another_method_is_an_error_that_names_both() -> None:
-    caches = quantize_cache_([tokens(40), tokens(40, 1)], make_spec("int4", sinks=1, window=4, page_size=32))
-    with pytest.raises(BackendCompilerFailed, match=r"must be quantized as this model is compiled.*bits=8.*bits=4"):
+    caches = quantize_cache_(
+        [tokens(40), tokens(40, 1)], make_spec("int4", sinks=1, window=4, page_size=32)
+    )
+    with pytest.raises(
+        BackendCompilerFailed, match=r"must be quantized as this model is compiled.*bits=8.*bits=4"
+    ):
         compile_(attend)(*new(1, 3), *caches)
     assert all(isinstance(cache, QuantizedKV) for cache in caches)
     assert caches[0].shape[2] == 40

@@ -66,7 +66,9 @@ def coded_pages(draw: st.DrawFn) -> tuple[Tensor, PageLayout]:
     layout = draw(page_layouts())
     x = draw(kv_tensors((1, layout.page_size, layout.head_dim)))
     if layout.transform == "hadamard":
-        x = x / 16  # a rotated number may be sqrt(head_dim) times as large, and must stay within fp16
+        x = (
+            x / 16
+        )  # a rotated number may be sqrt(head_dim) times as large, and must stay within fp16
     return x, layout
 
 
@@ -75,7 +77,9 @@ def coded_pages(draw: st.DrawFn) -> tuple[Tensor, PageLayout]:
 def test_a_stored_element_is_off_by_at_most_its_bound(case: tuple[Tensor, PageLayout]) -> None:
     """Regression: the bound took the step of tiny groups, which is subnormal in fp16, for exact."""
     x, layout = case
-    spec = TensorSpec(layout.bits, layout.grouping, layout.group_size, layout.clip, layout.transform)
+    spec = TensorSpec(
+        layout.bits, layout.grouping, layout.group_size, layout.clip, layout.transform
+    )
     rotated = x.double()
     if layout.transform == "hadamard":
         rotated = rotated @ reference.hadamard(layout.head_dim, x.device).double()
@@ -85,37 +89,58 @@ def test_a_stored_element_is_off_by_at_most_its_bound(case: tuple[Tensor, PageLa
     stored = reference.to_groups(codes, layout) * scale[..., None] + zero[..., None]
     spread = float((groups.amax(-1) - groups.amin(-1)).max())
     limit = bounds.element_error(spec, sympy.Float(spread), sympy.Float(float(groups.abs().max())))
-    assert float((stored - groups).abs().max()) <= float(limit.subs(bounds.HEAD_DIM, layout.head_dim))
+    assert float((stored - groups).abs().max()) <= float(
+        limit.subs(bounds.HEAD_DIM, layout.head_dim)
+    )
 
 
 @given(st.integers(0, 2**16), st.integers(2, 9), st.floats(1e-3, 20))
-def test_weights_move_by_at_most_the_hyperbolic_tangent(seed: int, count: int, shift: float) -> None:
+def test_weights_move_by_at_most_the_hyperbolic_tangent(
+    seed: int, count: int, shift: float
+) -> None:
     """Scores that move by at most ``d`` move the weights by at most ``2 tanh(d / 2)`` in sum."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(count, generator=generator, dtype=torch.float64) * 3
-    moved = torch.rand(count, generator=generator, dtype=torch.float64).mul(2).sub(1).mul(3).clamp(-1, 1)
+    moved = (
+        torch.rand(count, generator=generator, dtype=torch.float64)
+        .mul(2)
+        .sub(1)
+        .mul(3)
+        .clamp(-1, 1)
+    )
     change = ((scores + shift * moved).softmax(0) - scores.softmax(0)).abs().sum()
     assert float(change) <= 2 * math.tanh(shift / 2) + 1e-12
 
 
 @given(st.floats(1e-3, 20))
 def test_weights_can_move_by_the_hyperbolic_tangent(shift: float) -> None:
-    share = torch.tensor([1 / (1 + math.exp(shift)), 1 / (1 + math.exp(-shift))], dtype=torch.float64)
+    share = torch.tensor(
+        [1 / (1 + math.exp(shift)), 1 / (1 + math.exp(-shift))], dtype=torch.float64
+    )
     moved = (share.log() + torch.tensor([shift, -shift], dtype=torch.float64)).softmax(0)
     assert float((moved - share).abs().sum()) == pytest.approx(2 * math.tanh(shift / 2))
 
 
-@given(st.lists(st.floats(0, 1e4), min_size=7, max_size=7), st.sampled_from(["key", "value", "both"]))
+@given(
+    st.lists(st.floats(0, 1e4), min_size=7, max_size=7), st.sampled_from(["key", "value", "both"])
+)
 def test_more_bits_bound_the_error_more_closely(values: list[float], which: str) -> None:
     at = numbers(values)
     found = []
     for bits in (1, 2, 3, 4, 8):
-        key, value = (TensorSpec(bits if which in (role, "both") else 4) for role in ("key", "value"))
+        key, value = (
+            TensorSpec(bits if which in (role, "both") else 4) for role in ("key", "value")
+        )
         found.append(float(error_bound(CacheSpec(key, value)).evalf(subs=at)))
     assert found == sorted(found, reverse=True)
 
 
-@given(st.lists(st.floats(0, 1e3), min_size=7, max_size=7), st.integers(0, 6), st.floats(1, 1e3), st.data())
+@given(
+    st.lists(st.floats(0, 1e3), min_size=7, max_size=7),
+    st.integers(0, 6),
+    st.floats(1, 1e3),
+    st.data(),
+)
 def test_the_bound_grows_with_everything_it_depends_on(
     values: list[float], which: int, factor: float, data: st.DataObject
 ) -> None:
@@ -143,16 +168,24 @@ class Case:
         D, Dv = draw(st.sampled_from([(d, d) for d in HEAD_DIMS] + [(64, 128), (128, 64)]))
         self.spec = draw(specs(min(D, Dv)))
         layouts = self.spec.layout("key", D), self.spec.layout("value", Dv)
-        batch, kv, shared = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 3]))
+        batch, kv, shared = (
+            draw(st.integers(1, 2)),
+            draw(st.integers(1, 2)),
+            draw(st.sampled_from([1, 3])),
+        )
         self.held, new = draw(lengths(layouts[0])), draw(st.sampled_from([1, 1, 2, 5]))
         later = draw(st.integers(0, 70)) if rewinds else 0
         size = 2.0 ** draw(st.sampled_from([-6, -3, 0]))
-        limit = 65504 / (16 if "hadamard" in (self.spec.key.transform, self.spec.value.transform) else 1)
+        limit = 65504 / (
+            16 if "hadamard" in (self.spec.key.transform, self.spec.value.transform) else 1
+        )
         tokens = self.held + max(new, later)
+        strided = draw(st.booleans())  # as a projection leaves its heads
 
         def drawn(heads: int, count: int, dim: int) -> Tensor:
             x = draw(kv_tensors((batch, heads, count, dim), torch.float32)) * size
-            return x.clamp(-limit, limit).to(dtype)
+            x = x.clamp(-limit, limit).to(dtype)
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x
 
         self.query = drawn(kv * shared, new, D).clamp(-100, 100)
         key, value = drawn(kv, tokens, D), drawn(kv, tokens, Dv)
@@ -164,7 +197,10 @@ class Case:
         self.caches = caches[0][:, :, : self.held], caches[1][:, :, : self.held]
         self.mask = draw(masks(batch, kv * shared, new, self.held + new))
         self.scale = draw(st.sampled_from([D**-0.5, 1.0, 0.01]))
-        self.layouts, self.new = layouts, (self.key[:, :, self.held :], self.value[:, :, self.held :])
+        self.layouts, self.new = (
+            layouts,
+            (self.key[:, :, self.held :], self.value[:, :, self.held :]),
+        )
 
     def attend(self) -> Tensor:
         return blocked.attend(
@@ -189,7 +225,9 @@ def test_fp64_attention_over_the_dequantized_cache_is_within_the_bound(data: st.
     ]
     exact = [x.double() for x in (case.query, case.key, case.value)]
     mask = case.mask if case.mask is None or case.mask.dtype == torch.bool else case.mask.double()
-    got, expected = (reference.softmax_attention(exact[0], *kv, mask, case.scale) for kv in (read, exact[1:]))
+    got, expected = (
+        reference.softmax_attention(exact[0], *kv, mask, case.scale) for kv in (read, exact[1:])
+    )
     bound = bound_for(case.spec, *exact, scale=case.scale, held=case.held)
     rounding = 1e-12 * float(exact[2].abs().max()) * max(1.0, float(exact[0].norm(dim=-1).max()))
     assert float((got - expected).abs().max()) <= bound * (1 + 1e-9) + rounding
@@ -203,11 +241,26 @@ def test_attention_is_that_over_the_dequantized_tokens(
     case = Case(data, dtype, rewinds)
     output = case.attend()
     assert output.dtype == dtype
-    assert_matches_dequantized(output, case.query, *case.new, case.caches, mask=case.mask, scale=case.scale)
+    assert_matches_dequantized(
+        output, case.query, *case.new, case.caches, mask=case.mask, scale=case.scale
+    )
+
+
+def test_attention_does_not_depend_on_strides() -> None:
+    """Regression: the CPU kernel read queries whose heads lie side by side as if they were contiguous."""
+    spec = CacheSpec(TensorSpec(4), TensorSpec(4), 0, 0, 32)
+    layouts = spec.layout("key", 64), spec.layout("value", 64)
+    x = torch.randn(5, 1, 2, 3, 64, generator=torch.Generator().manual_seed(0))
+    caches = [QuantizedKV.from_dense(x[i], layouts[i]).parts for i in range(2)]
+    strided = x.transpose(2, 3).contiguous().transpose(2, 3)
+    outputs = [blocked.attend(*at[2:], *caches, None, 3, 0.125, *layouts) for at in (x, strided)]
+    torch.testing.assert_close(*outputs)
 
 
 @given(st.data(), st.integers(1, 40))
-def test_columns_of_slots_that_hold_no_token_are_not_attended_to(data: st.DataObject, more: int) -> None:
+def test_columns_of_slots_that_hold_no_token_are_not_attended_to(
+    data: st.DataObject, more: int
+) -> None:
     case = Case(data, torch.float32)
     assume(case.mask is not None)
     expected = case.attend()
@@ -282,14 +335,18 @@ def check(decoder: Decoder, **options: Any) -> int:
         held = call.held if call.caches is not None else 0
         seen = call.query, call.key, call.value
         assert_matches_dequantized(call.output, *seen, call.caches, mask=call.mask)
-        assert_within_bound(call.output, call.query, *call.history, decoder.spec, held=held, mask=call.mask)
+        assert_within_bound(
+            call.output, call.query, *call.history, decoder.spec, held=held, mask=call.mask
+        )
         packed += bool(call.caches is not None and int(call.caches[0].cursor[1]))
     return packed
 
 
 @given(decoders())
 @FEWER
-def test_a_rewritten_graph_attends_to_the_dequantized_tokens_within_the_bound(decoder: Decoder) -> None:
+def test_a_rewritten_graph_attends_to_the_dequantized_tokens_within_the_bound(
+    decoder: Decoder,
+) -> None:
     check(decoder, inner="eager")
 
 
@@ -343,7 +400,9 @@ def test_the_assertions_refuse_an_output_that_is_off() -> None:
     layouts = spec.layout("key", 64), spec.layout("value", 64)
     caches = tuple(QuantizedKV.from_dense(key[:, :, :39], layout) for layout in layouts)
     new = key[:, :, 39:]
-    output = blocked.attend(new, new, new, caches[0].parts, caches[1].parts, None, 39, 0.125, *layouts)
+    output = blocked.attend(
+        new, new, new, caches[0].parts, caches[1].parts, None, 39, 0.125, *layouts
+    )
     bound = bound_for(spec, new, key, key, scale=0.125, held=39)
     assert_matches_dequantized(output, new, new, new, caches)
     assert_within_bound(output, new, key, key, spec, held=39)

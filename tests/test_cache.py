@@ -48,7 +48,12 @@ def used(cache: QuantizedKV) -> list[Tensor]:
     first = layout.sinks + pages * layout.page_size
     rows = reference.exact_row_index(first, max(first, length), layout, cache.device)
     rows = torch.cat([torch.arange(min(length, layout.sinks)), rows])
-    return [cache.codes[:, :, :pages], cache.params[:, :, :pages], cache.exact[:, :, rows], cache.cursor]
+    return [
+        cache.codes[:, :, :pages],
+        cache.params[:, :, :pages],
+        cache.exact[:, :, rows],
+        cache.cursor,
+    ]
 
 
 def assert_same_bytes(one: QuantizedKV, other: QuantizedKV) -> None:
@@ -128,7 +133,9 @@ def test_appending_to_an_older_view_copies_and_changes_no_other() -> None:
 
 
 @given(st.integers(1, 200), st.integers(0, 5), st.integers(1, 70))
-def test_undoing_up_to_a_window_and_redoing_leaves_the_same_bytes(count: int, undone: int, more: int) -> None:
+def test_undoing_up_to_a_window_and_redoing_leaves_the_same_bytes(
+    count: int, undone: int, more: int
+) -> None:
     x = tokens(count + more)
     once = QuantizedKV.from_dense(x, LAYOUT)
     cache = QuantizedKV.from_dense(x[:, :, :count], LAYOUT)
@@ -187,7 +194,11 @@ class Views(RuleBasedStateMachine):
             return self.keep(view[0][index, ...], view[1][index, ...])
         return self.keep(view[0].index_select(0, index), view[1].index_select(0, index))
 
-    @rule(target=views, view=views, how=st.sampled_from(["clone", "copy", "deepcopy", "pickle", "save"]))
+    @rule(
+        target=views,
+        view=views,
+        how=st.sampled_from(["clone", "copy", "deepcopy", "pickle", "save"]),
+    )
     def copy(self, view: Any, how: str) -> Any:
         return self.keep(COPIES[how](view[0]), view[1].clone())
 
@@ -234,7 +245,9 @@ TestViews.settings = settings(stateful_step_count=15)
 
 @pytest.mark.parametrize("how", sorted(COPIES))
 @pytest.mark.parametrize("make", [lambda: grown(90), lambda: static(100, 90)])
-def test_a_copy_has_the_bytes_and_kind_of_its_original(how: str, make: Callable[[], QuantizedKV]) -> None:
+def test_a_copy_has_the_bytes_and_kind_of_its_original(
+    how: str, make: Callable[[], QuantizedKV]
+) -> None:
     cache = make()
     other = COPIES[how](cache)
     assert type(other) is QuantizedKV
@@ -441,7 +454,9 @@ def test_more_tokens_than_a_static_cache_has_slots_are_refused_and_nothing_chang
 ) -> None:
     """Regression: the room of the last page was written to, slots or not."""
     cache, before = static(100, 95), static(100, 95)
-    with pytest.raises((ValueError, RuntimeError), match=r"slots of the cache|must match|expanded size"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"slots of the cache|must match|expanded size"
+    ):
         write(cache, tokens(10, 1))
     assert_same_bytes(cache, before)
 
@@ -587,7 +602,11 @@ def test_a_tensor_that_becomes_quantized_frees_its_storage_and_stays_the_same_ob
     module = torch.nn.Module()
     module.register_buffer("keys", tokens(100))
     tensor = module.keys
-    storage, reference_, identity = StorageWeakRef(tensor.untyped_storage()), weakref.ref(tensor), id(tensor)
+    storage, reference_, identity = (
+        StorageWeakRef(tensor.untyped_storage()),
+        weakref.ref(tensor),
+        id(tensor),
+    )
     become(tensor, QuantizedKV.from_dense(tensor, LAYOUT, kind="static", length=90))
     gc.collect()
     assert storage.expired()
@@ -603,7 +622,9 @@ def test_a_tensor_whose_storage_is_shared_is_left_as_it_is() -> None:
     alias = tensor.view_as(tensor)
     for shared in (tensor, alias, torch.nn.Parameter(tokens(100))):
         kind = type(shared)
-        with pytest.raises(RuntimeError, match=r"must not share its storage|must be a plain tensor"):
+        with pytest.raises(
+            RuntimeError, match=r"must not share its storage|must be a plain tensor"
+        ):
             become(shared, static(100, 90))
         assert type(shared) is kind
         assert torch.equal(shared, tokens(100))

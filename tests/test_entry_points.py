@@ -43,7 +43,11 @@ def generate(model, prompt: torch.Tensor = PROMPT, **options):
 
 
 def assert_quantized(cache) -> None:
-    assert all(isinstance(tensor, QuantizedKV) for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert all(
+        isinstance(tensor, QuantizedKV)
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+    )
 
 
 def test_a_model_compiled_in_place_generates_in_three_graphs() -> None:
@@ -89,7 +93,9 @@ def test_transformers_own_compilation_quantizes_the_static_cache_it_filled() -> 
     model = make_model()
     expected = generate(make_model()).sequences
     compile_config = CompileConfig(backend="kvq", mode=None, options=OPTIONS)
-    compile_config._compile_all_devices = True  # transformers compiles on a GPU only, unless it is told
+    compile_config._compile_all_devices = (
+        True  # transformers compiles on a GPU only, unless it is told
+    )
     with watching() as graphs:
         result = generate(model, cache_implementation="static", compile_config=compile_config)
     assert len(graphs) == 2  # the call that converts the buffers, and all others
@@ -101,7 +107,9 @@ def test_mode_reaches_inductor_and_is_no_error() -> None:
     def step(x):
         return x + 1
 
-    torch.testing.assert_close(torch.compile(step, backend="kvq", mode="default")(torch.ones(2)), torch.full((2,), 2.0))
+    torch.testing.assert_close(
+        torch.compile(step, backend="kvq", mode="default")(torch.ones(2)), torch.full((2,), 2.0)
+    )
 
 
 def attend(query, key, value, keys, values):
@@ -148,13 +156,18 @@ def test_a_function_a_module_and_a_class_are_compiled(make) -> None:
 
 
 def test_what_cannot_be_compiled_is_named() -> None:
-    with pytest.raises(TypeError, match="target must be a function, a module or a module class, got int"):
+    with pytest.raises(
+        TypeError, match="target must be a function, a module or a module class, got int"
+    ):
         kvq_compile.compile(3)
 
 
 def test_generate_of_a_wrapped_model_warns_with_the_line_to_write() -> None:
     model = torch.compile(make_model(), backend="kvq", options=OPTIONS)
-    with watching() as graphs, pytest.warns(KVQWarning, match=r'write model\.compile\(backend="kvq"\)'):
+    with (
+        watching() as graphs,
+        pytest.warns(KVQWarning, match=r'write model\.compile\(backend="kvq"\)'),
+    ):
         generate(model)
     assert not graphs  # which is what the warning is about
 
@@ -166,8 +179,13 @@ def test_generate_of_a_model_wrapped_for_another_backend_is_not_our_business() -
 def test_explain_lists_every_attention_and_what_it_became() -> None:
     model = make_model()
     with torch.no_grad():
-        explanation = kvq_compile.explain(model, PROMPT, past_key_values=DynamicCache(config=model.config))
-    assert "attention   0  rewritten: attends exactly to its own tokens, returns them quantized" in str(explanation)
+        explanation = kvq_compile.explain(
+            model, PROMPT, past_key_values=DynamicCache(config=model.config)
+        )
+    assert (
+        "attention   0  rewritten: attends exactly to its own tokens, returns them quantized"
+        in str(explanation)
+    )
     assert "sdpa_attention.py" in str(explanation)
     explanation = kvq_compile.explain(model, PROMPT, use_cache=False)
     assert "left alone" in str(explanation)
@@ -184,5 +202,7 @@ assert "kvq" in torch._dynamo.list_backends()
 x = torch.randn(1, 2, 4, 16)
 print(type(step(x, x, x)[1]).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "QuantizedKV", done.stderr

@@ -49,7 +49,9 @@ def count(graph) -> Counter:
 
 
 def tokens(number: int, heads: int = 2, seed: int = 0, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, heads, number, 16, generator=torch.Generator().manual_seed(seed + 100 * number))
+    return torch.randn(
+        batch, heads, number, 16, generator=torch.Generator().manual_seed(seed + 100 * number)
+    )
 
 
 def causal_mask(first: int, new: int, slots: int) -> torch.Tensor:
@@ -65,7 +67,9 @@ def as_products(query, key, value, mask=None, scale=0.25):
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if mask is not None:
         scores = scores + mask
-    return torch.matmul(torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)
+    return torch.matmul(
+        torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value
+    )
 
 
 @torch.no_grad()
@@ -74,7 +78,11 @@ def grow(step, lengths=(1, 1, 3), query_heads=4, heads=2, masked=False):
     keys, values, outputs = tokens(40, heads), tokens(40, heads, seed=1), []
     for new in lengths:
         mask = (causal_mask(keys.shape[2], new, keys.shape[2] + new),) if masked else ()
-        query, key, value = tokens(new, query_heads, 2), tokens(new, heads, 3), tokens(new, heads, 4)
+        query, key, value = (
+            tokens(new, query_heads, 2),
+            tokens(new, heads, 3),
+            tokens(new, heads, 4),
+        )
         output, keys, values = step(query, key, value, keys, values, *mask)
         outputs.append(output)
     return outputs, (keys, values)
@@ -87,7 +95,11 @@ def fill(step, lengths=(5, 1, 1, 3), query_heads=4, heads=2):
     outputs, first = [], 0
     for new in lengths:
         position, mask = torch.arange(first, first + new), causal_mask(first, new, SLOTS)
-        query, key, value = tokens(new, query_heads, 2), tokens(new, heads, 3), tokens(new, heads, 4)
+        query, key, value = (
+            tokens(new, query_heads, 2),
+            tokens(new, heads, 3),
+            tokens(new, heads, 4),
+        )
         outputs.append(step(query, key, value, keys, values, position, mask))
         first += new
     return outputs, (keys, values)
@@ -100,7 +112,9 @@ def assert_same(feed, step, recorder, **options) -> None:
         torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
     for cache, wanted in zip(caches, plain, strict=True):
         assert isinstance(cache, QuantizedKV)
-        torch.testing.assert_close(cache.dequantize()[:, :, : cache.held()], wanted[:, :, : cache.held()])
+        torch.testing.assert_close(
+            cache.dequantize()[:, :, : cache.held()], wanted[:, :, : cache.held()]
+        )
 
 
 # Grown caches --------------------------------------------------------------------------------------------------
@@ -118,7 +132,11 @@ def grown_repeated(query, key, value, keys, values):
 
 def grown_interleaved(query, key, value, keys, values):
     keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
-    return sdpa(query, keys.repeat_interleave(2, 1), torch.repeat_interleave(values, 2, dim=1)), keys, values
+    return (
+        sdpa(query, keys.repeat_interleave(2, 1), torch.repeat_interleave(values, 2, dim=1)),
+        keys,
+        values,
+    )
 
 
 def grown_products(query, key, value, keys, values):
@@ -147,7 +165,13 @@ def test_a_cache_grown_by_cat_is_attended_to_quantized(step) -> None:
     assert recorder.before[-1]["cat"] == 2
     assert recorder.last["attend"] == 1
     assert recorder.last["append_"] == 2
-    assert not recorder.last.keys() & {"cat", "softmax", "scaled_dot_product_attention", "dequantize", "matmul"}
+    assert not recorder.last.keys() & {
+        "cat",
+        "softmax",
+        "scaled_dot_product_attention",
+        "dequantize",
+        "matmul",
+    }
 
 
 def test_a_causal_flag_counts_from_the_first_slot_as_pytorch_does() -> None:
@@ -215,7 +239,13 @@ def test_a_mask_goes_into_the_op(attention) -> None:
     recorder = Recorder()
     assert_same(grow, step, recorder, lengths=(2, 1, 1, 3), masked=True)
     assert recorder.last["attend"] == 1
-    assert not recorder.last.keys() & {"cat", "softmax", "scaled_dot_product_attention", "dequantize", "matmul"}
+    assert not recorder.last.keys() & {
+        "cat",
+        "softmax",
+        "scaled_dot_product_attention",
+        "dequantize",
+        "matmul",
+    }
 
 
 def test_dropout_that_does_nothing_is_seen_through() -> None:
@@ -262,7 +292,9 @@ def buffer_assigned(query, key, value, keys, values, position, mask):
 def buffer_assigned_fully(query, key, value, keys, values, position, mask):
     keys[:, :, position, :] = key
     values[..., position, :] = value
-    return as_products(query, repeat_kv(keys, 2), repeat_kv(values, 2), torch.where(mask, 0.0, HIDDEN))
+    return as_products(
+        query, repeat_kv(keys, 2), repeat_kv(values, 2), torch.where(mask, 0.0, HIDDEN)
+    )
 
 
 @pytest.mark.parametrize("step", [buffer_index_copy, buffer_chained, buffer_assigned])
@@ -280,7 +312,9 @@ def test_only_the_slots_read_are_masked() -> None:
     def step(query, key, value, keys, values, position, mask, end: int):
         keys[:, :, position] = key
         values[:, :, position] = value
-        return sdpa(query, keys[:, :, :end], values[:, :, :end], attn_mask=mask[:, :end], enable_gqa=True)
+        return sdpa(
+            query, keys[:, :, :end], values[:, :, :end], attn_mask=mask[:, :end], enable_gqa=True
+        )
 
     def at(query, key, value, keys, values, position, mask):
         return compiled(query, key, value, keys, values, position, mask, int(position[-1]) + 1)
@@ -341,7 +375,13 @@ def allocate(query, key, value, position, mask):
 
 def test_a_cache_allocated_in_the_call_is_never_allocated_in_16_bit() -> None:
     recorder = Recorder()
-    arguments = tokens(7, 4, 2), tokens(7), tokens(7, seed=1), torch.arange(7), causal_mask(0, 7, SLOTS)
+    arguments = (
+        tokens(7, 4, 2),
+        tokens(7),
+        tokens(7, seed=1),
+        torch.arange(7),
+        causal_mask(0, 7, SLOTS),
+    )
     expected, *plain = allocate(*arguments)
     output, *caches = torch.compile(allocate, backend=recorder)(*arguments)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
@@ -373,6 +413,8 @@ def test_keys_of_a_first_call_are_returned_quantized() -> None:
         assert isinstance(keys, QuantizedKV)
         assert isinstance(values, QuantizedKV)
         assert keys.shape == (2, 2, length, 16)
-        torch.testing.assert_close(output, first(tokens(length, 4), tokens(length), tokens(length))[0])
+        torch.testing.assert_close(
+            output, first(tokens(length, 4), tokens(length), tokens(length))[0]
+        )
     assert recorder.last["quantize"] == 2
     assert len(recorder.after) == 2

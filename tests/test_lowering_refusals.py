@@ -17,7 +17,9 @@ EXACT = {"method": "int8", "sinks": 1, "window": 256, "page_size": 32, "inner": 
 SLOTS = 64
 
 
-def tokens(number: int, heads: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def tokens(
+    number: int, heads: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 100 * number)
     return torch.randn(2, heads, number, 16, generator=generator).to(dtype)
 
@@ -51,7 +53,9 @@ def dense(x):
     return x.dequantize() if isinstance(x, QuantizedKV) else x
 
 
-def grown(length: int = 40, new: int = 2, quantized: bool = False, dtype: torch.dtype = torch.float32):
+def grown(
+    length: int = 40, new: int = 2, quantized: bool = False, dtype: torch.dtype = torch.float32
+):
     """Return a function that makes query, key, value, keys, values for a step that grows its cache."""
 
     def make():
@@ -71,7 +75,9 @@ def buffers(first: int = 0, new: int = 5, quantized: bool = False):
         for seed, cache in enumerate(caches):
             cache[:, :, :first] = tokens(first, seed=seed) if first else 0
         if quantized:
-            quantize_cache_(caches, **{k: v for k, v in EXACT.items() if k != "inner"}, length=first)
+            quantize_cache_(
+                caches, **{k: v for k, v in EXACT.items() if k != "inner"}, length=first
+            )
         position = torch.arange(first, first + new)
         mask = torch.arange(SLOTS)[None] <= position[:, None]
         return [*(tokens(new, seed=s) for s in range(3)), *caches, position, mask]
@@ -119,11 +125,15 @@ def test_active_dropout_is_left_alone() -> None:
 
     def written_out(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
-        weights = torch.nn.functional.dropout(torch.softmax(query @ keys.mT, -1), 1e-9, training=True)
+        weights = torch.nn.functional.dropout(
+            torch.softmax(query @ keys.mT, -1), 1e-9, training=True
+        )
         return weights @ values, keys, values
 
     for step in (by_flag, written_out):
-        assert_left_alone(step, grown(), "attention drops weights at random; call model.eval() first")
+        assert_left_alone(
+            step, grown(), "attention drops weights at random; call model.eval() first"
+        )
 
 
 def test_a_soft_cap_on_the_scores_is_left_alone() -> None:
@@ -200,7 +210,9 @@ def test_flex_attention_is_left_alone() -> None:
 
     details = []
 
-    def backend(gm, inputs):  # flex_attention runs under Inductor only, so the graph is not run here
+    def backend(
+        gm, inputs
+    ):  # flex_attention runs under Inductor only, so the graph is not run here
         details.extend(site.detail for site in lower(gm, inputs, make_spec()).reports)
         return lambda *args: args[:3]
 
@@ -232,7 +244,9 @@ def test_no_cache_is_left_alone_without_a_warning() -> None:
     def step(query, key, value):
         return sdpa(query, key * 2, value * 2, is_causal=True)
 
-    assert_left_alone(step, lambda: grown()()[:3], "keys and values are not kept after the call", warns=False)
+    assert_left_alone(
+        step, lambda: grown()()[:3], "keys and values are not kept after the call", warns=False
+    )
 
 
 def test_heads_repeated_in_tile_order_are_left_alone() -> None:
@@ -254,7 +268,13 @@ def test_a_cache_with_tokens_before_heads_is_left_alone() -> None:
 
     def arguments():
         query, key, value, keys, values = grown()()
-        return query, key, value, keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+        return (
+            query,
+            key,
+            value,
+            keys.transpose(1, 2).contiguous(),
+            values.transpose(1, 2).contiguous(),
+        )
 
     assert_left_alone(step, arguments, "the cache reaches attention through transpose")
 
@@ -277,7 +297,9 @@ def test_keys_and_values_returned_in_one_stack_are_left_alone() -> None:
         query, key, value, keys, values = grown()()
         return query, key, value, torch.stack((keys, values))
 
-    assert_left_alone(step, arguments, "keys and values are returned through stack, not as they are")
+    assert_left_alone(
+        step, arguments, "keys and values are returned through stack, not as they are"
+    )
 
 
 def test_a_sliding_window_is_left_alone() -> None:
@@ -295,7 +317,9 @@ def test_keys_and_values_in_one_tensor_are_left_alone() -> None:
         keys = torch.cat([keys, key], 2)
         return sdpa(query, keys, keys), keys
 
-    assert_left_alone(step, lambda: [tokens(2), tokens(2, seed=1), tokens(40)], "keys and values are one tensor")
+    assert_left_alone(
+        step, lambda: [tokens(2), tokens(2, seed=1), tokens(40)], "keys and values are one tensor"
+    )
 
 
 def test_a_cache_that_a_second_attention_reads_is_left_to_the_first() -> None:
@@ -303,7 +327,10 @@ def test_a_cache_that_a_second_attention_reads_is_left_to_the_first() -> None:
         keys, values = join(keys, values, key, value)
         return sdpa(sdpa(query, keys, values), keys, values), keys, values
 
-    with torch.no_grad(), pytest.warns(KVQWarning, match="another attention has taken over the same cache"):
+    with (
+        torch.no_grad(),
+        pytest.warns(KVQWarning, match="another attention has taken over the same cache"),
+    ):
         compiled = compile_(step)
         state, plain = grown()()[3:], grown()()[3:]
         for new in (2, 1, 1, 3):
@@ -320,7 +347,9 @@ def test_a_buffer_without_a_mask_is_left_alone() -> None:
         values.index_copy_(2, position, value)
         return sdpa(query, keys, values)
 
-    given = assert_left_alone(step, buffers(), "attention reads slots that hold no token: there is no mask")
+    given = assert_left_alone(
+        step, buffers(), "attention reads slots that hold no token: there is no mask"
+    )
     assert type(given[3]) is torch.Tensor
 
 
@@ -397,7 +426,9 @@ def test_tokens_changed_after_they_are_written_are_left_alone() -> None:
         position.add_(1)
         return sdpa(query, keys, values, attn_mask=mask)
 
-    assert_left_alone(step, buffers(), "what is written changes between the write and the attention")
+    assert_left_alone(
+        step, buffers(), "what is written changes between the write and the attention"
+    )
 
 
 # Refused although the cache is quantized: read as ordinary tensors, kept quantized -------------------------------
@@ -424,7 +455,9 @@ def test_a_refused_attention_over_a_buffer_is_right() -> None:
         values = values.index_copy_(2, position, value)
         return sdpa(query, keys, values, attn_mask=mask) + keys.mean(), keys
 
-    given = assert_left_alone(step, buffers(4, quantized=True), "the cache is read outside attention")
+    given = assert_left_alone(
+        step, buffers(4, quantized=True), "the cache is read outside attention"
+    )
     assert isinstance(given[3], QuantizedKV)
     assert given[3].held() == 9
 
@@ -485,7 +518,9 @@ def soft_capped(query, key, value, keys, values):
 
 
 def test_strict_makes_a_refusal_an_error() -> None:
-    with pytest.raises(BackendCompilerFailed, match="KVQError: 1 of 1 attentions were left as they are: .*tanh"):
+    with pytest.raises(
+        BackendCompilerFailed, match="KVQError: 1 of 1 attentions were left as they are: .*tanh"
+    ):
         compile_(soft_capped, strict=True)(*grown()())
 
 
@@ -506,7 +541,12 @@ def test_a_layer_left_out_by_option_stays_in_16_bit() -> None:
     with torch.no_grad(), watching() as graphs:
         arguments = [*grown()(), *grown()()[3:]]
         outputs = compile_(step, layers={1: None}, strict=True)(*arguments)
-    assert [type(x).__name__ for x in outputs[1:]] == ["QuantizedKV", "QuantizedKV", "Tensor", "Tensor"]
+    assert [type(x).__name__ for x in outputs[1:]] == [
+        "QuantizedKV",
+        "QuantizedKV",
+        "Tensor",
+        "Tensor",
+    ]
     assert [site.outcome for site in graphs[0].sites] == ["rewritten", "left alone"]
     assert graphs[0].sites[1].detail == "left in 16 bit by the option layers"
     torch.testing.assert_close(dense(outputs), dense(step(*arguments)), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,14 @@ from kvq_compile import QuantizedKV, report
 from kvq_compile.small_decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-OPTIONS = {"method": "int4", "sinks": 2, "window": 7, "page_size": 32, "inner": "eager", "strict": True}
+OPTIONS = {
+    "method": "int4",
+    "sinks": 2,
+    "window": 7,
+    "page_size": 32,
+    "inner": "eager",
+    "strict": True,
+}
 PROMPT, MORE = 120, 6
 
 
@@ -55,7 +62,9 @@ def histories(tokens: int) -> list[tuple[int, ...]]:
 def assert_counted_from_storages(caches: list[Any]) -> None:
     storages = {part.untyped_storage()._cdata: part for cache in caches for part in cache.parts}
     size = sum(part.untyped_storage().nbytes() for part in storages.values())
-    numbers = sum(cache.shape[0] * cache.shape[1] * cache.held() * cache.shape[3] for cache in caches)
+    numbers = sum(
+        cache.shape[0] * cache.shape[1] * cache.held() * cache.shape[3] for cache in caches
+    )
     found = report(caches)
     assert found.bytes == size
     assert found.effective_bits == 8 * size / numbers

@@ -38,17 +38,29 @@ CONFIGS = {
     "Llama": lambda **more: transformers.LlamaConfig(**SHARED | more),
     "Qwen2": lambda **more: transformers.Qwen2Config(**SHARED | more),
     "Qwen3": lambda **more: transformers.Qwen3Config(**SHARED | more),
-    "Mistral": lambda **more: transformers.MistralConfig(**SHARED | {"sliding_window": None} | more),
+    "Mistral": lambda **more: transformers.MistralConfig(
+        **SHARED | {"sliding_window": None} | more
+    ),
     "GPT2": lambda num_hidden_layers=1: transformers.GPT2Config(
-        vocab_size=64, n_embd=64, n_layer=num_hidden_layers, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=None
+        vocab_size=64,
+        n_embd=64,
+        n_layer=num_hidden_layers,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=None,
+        eos_token_id=None,
     ),
 }
 
 
-def make_model(name: str, attention: str = "sdpa", num_hidden_layers: int = 1, **more) -> torch.nn.Module:
+def make_model(
+    name: str, attention: str = "sdpa", num_hidden_layers: int = 1, **more
+) -> torch.nn.Module:
     torch.manual_seed(0)
     config = CONFIGS[name](num_hidden_layers=num_hidden_layers, **more)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention
+    ).eval()
 
 
 def make_cache(kind: str, model: torch.nn.Module):
@@ -61,7 +73,9 @@ def make_cache(kind: str, model: torch.nn.Module):
 def feed(forward, cache, chunks=CHUNKS, batch: int = 2) -> torch.Tensor:
     """Return the logits of a text fed in chunks."""
     ids = torch.randint(0, 64, (batch, sum(chunks)), generator=torch.Generator().manual_seed(1))
-    return torch.cat([forward(part, past_key_values=cache).logits for part in ids.split(chunks, 1)], 1)
+    return torch.cat(
+        [forward(part, past_key_values=cache).logits for part in ids.split(chunks, 1)], 1
+    )
 
 
 def cache_tensors(cache) -> list[torch.Tensor]:
@@ -99,7 +113,9 @@ def test_a_sliding_window_is_refused_by_name_and_stays_right(kind) -> None:
     model = make_model("Mistral", sliding_window=16)
     expected = feed(model, make_cache(kind, model))
     with watching() as graphs, pytest.warns(KVQWarning, match="sliding window"):
-        logits = feed(torch.compile(model.forward, backend="kvq", options=OPTIONS), make_cache(kind, model))
+        logits = feed(
+            torch.compile(model.forward, backend="kvq", options=OPTIONS), make_cache(kind, model)
+        )
     assert all(site.outcome == "left alone" for graph in graphs for site in graph.sites)
     torch.testing.assert_close(logits, expected)
 
@@ -166,7 +182,10 @@ def test_buffers_of_the_module_written_by_index_become_quantized() -> None:
 @torch.no_grad()
 def test_tuples_grown_by_cat_become_quantized(flash) -> None:
     example = load_example("nanogpt_style")
-    plain, compiled = example.make_model(flash=flash), compiled_twin(example.make_model(flash=flash))
+    plain, compiled = (
+        example.make_model(flash=flash),
+        compiled_twin(example.make_model(flash=flash)),
+    )
     ids = torch.randint(0, 64, (2, sum(CHUNKS)))
     mine = theirs = None
     with watching() as graphs:
@@ -184,7 +203,9 @@ def test_a_decorated_function_keeps_its_cache_quantized() -> None:
     mine = theirs = (torch.empty(0), torch.empty(0))
     with watching() as graphs:
         for number, new in enumerate(CHUNKS):
-            query, key, value = torch.randn(3, 2, 4, new, 16, generator=torch.Generator().manual_seed(number))
+            query, key, value = torch.randn(
+                3, 2, 4, new, 16, generator=torch.Generator().manual_seed(number)
+            )
             output, *mine = example.attend(query, key, value, *mine)
             expected, *theirs = example.attend.__wrapped__(query, key, value, *theirs)
             assert_close_to(output, expected)

@@ -34,10 +34,18 @@ def case(name: str, dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
     x = torch.randn(2, 2, 81, head_dim, generator=generator).to(dtype)
     parts = [ops.quantize(x[:, :, :80], 80, True, layout.token) for layout in layouts]
     query = torch.randn(2, 4, 1, head_dim, generator=generator).to(dtype)
-    return {"x": x, "new": x[:, :, 80:].contiguous(), "query": query, "parts": parts, "layouts": layouts}
+    return {
+        "x": x,
+        "new": x[:, :, 80:].contiguous(),
+        "query": query,
+        "parts": parts,
+        "layouts": layouts,
+    }
 
 
-def attend_args(at: dict[str, Any], position: Any, start: Any, mask: Tensor | None = None) -> tuple[Any, ...]:
+def attend_args(
+    at: dict[str, Any], position: Any, start: Any, mask: Tensor | None = None
+) -> tuple[Any, ...]:
     key, value = at["parts"]
     tokens = [layout.token for layout in at["layouts"]]
     return (at["query"], at["new"], at["new"], *key, *value, mask, position, start, 0.125, *tokens)
@@ -78,7 +86,9 @@ def test_every_operator_is_registered_once() -> None:
         "names = [schema.name for schema in torch._C._jit_get_all_schemas()]\n"
         "print(*sorted(name[5:] for name in names if name.startswith('kvq::')))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd="/"
+    )
     assert done.returncode == 0, done.stderr
     assert tuple(done.stdout.split()) == NAMES
 
@@ -86,7 +96,9 @@ def test_every_operator_is_registered_once() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_operator_with_an_underscore_mutates(name: str) -> None:
     schema = getattr(torch.ops.kvq, name).default._schema
-    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = [
+        a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    ]
     assert written == (list(ops.PARTS) if name.endswith("_") else [])
     assert schema.is_mutable == name.endswith("_")
 
@@ -117,13 +129,19 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(
     with FakeTensorMode():
         fake = run()
     for mine, theirs in zip(fake, run(), strict=True):
-        assert (mine.shape, mine.dtype, mine.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
+        assert (mine.shape, mine.dtype, mine.stride()) == (
+            theirs.shape,
+            theirs.dtype,
+            theirs.stride(),
+        )
 
 
 def value_like(key: PageLayout, value: PageLayout) -> PageLayout:
     """Return the layout of values whose tokens lie where those of the keys do."""
     spec = TensorSpec(value.bits, "token", None, value.clip, value.transform)
-    return CacheSpec(spec, spec, key.sinks, key.window, key.page_size).layout("value", value.head_dim)
+    return CacheSpec(spec, spec, key.sinks, key.window, key.page_size).layout(
+        "value", value.head_dim
+    )
 
 
 # What Inductor makes of them
@@ -199,7 +217,9 @@ def test_a_write_that_would_leave_a_gap_is_refused_and_changes_nothing(start: in
 
 def test_attention_to_tokens_that_the_cache_does_not_hold_is_refused() -> None:
     at = case("int4", torch.float32)
-    with pytest.raises(ValueError, match="position must start at or before the 80 tokens held, got 81"):
+    with pytest.raises(
+        ValueError, match="position must start at or before the 80 tokens held, got 81"
+    ):
         ops.attend(*attend_args(at, None, 81))
     seen = torch.ones(1, 1, 1, 90, dtype=torch.bool)
     with pytest.raises(ValueError, match="mask must hide the slots that hold no token, from 81 on"):

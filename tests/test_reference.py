@@ -40,7 +40,9 @@ def stored(x: Tensor, layout: PageLayout) -> Tensor:
 
 
 @st.composite
-def pages(draw: st.DrawFn, transform: bool = False, finite: bool = True) -> tuple[Tensor, PageLayout]:
+def pages(
+    draw: st.DrawFn, transform: bool = False, finite: bool = True
+) -> tuple[Tensor, PageLayout]:
     layout = draw(page_layouts(transform))
     shape = (draw(st.integers(1, 2)), layout.page_size, layout.head_dim)
     return draw(kv_tensors(shape, finite=finite)), layout
@@ -66,7 +68,9 @@ def test_packing_what_was_unpacked_gives_every_unit_back(bits: int, role: str) -
 
 @given(page_layouts(), st.integers(0, 2**16))
 @pytest.mark.parametrize("bits", sorted(PLANES))
-def test_unpacking_what_was_packed_gives_every_code_back(bits: int, layout: PageLayout, seed: int) -> None:
+def test_unpacking_what_was_packed_gives_every_code_back(
+    bits: int, layout: PageLayout, seed: int
+) -> None:
     layout = replace(layout, bits=bits)
     generator = torch.Generator().manual_seed(seed)
     shape = (3, layout.page_size, layout.head_dim)
@@ -103,7 +107,9 @@ def test_groups_are_put_back_where_they_came_from(layout: PageLayout, lead: int)
     token, channel = x // layout.head_dim, x % layout.head_dim
     inside = channel if layout.grouping == "token" else token
     outside = token if layout.grouping == "token" else channel
-    assert (reference.to_groups(outside, layout) == reference.to_groups(outside, layout)[..., :1]).all()
+    assert (
+        reference.to_groups(outside, layout) == reference.to_groups(outside, layout)[..., :1]
+    ).all()
     assert (reference.to_groups(inside, layout).diff(dim=-1) == 1).all()
 
 
@@ -168,7 +174,9 @@ def assert_error_is_at_most_half_a_step(x: Tensor, layout: PageLayout) -> None:
 @example((page_of([2.2e-16, -2.2e-16]), token_layout(8)))  # far below every fp16 number
 @example((page_of([2.9e-8, 1e-7, 0.0]), token_layout(8)))  # a range of less than a step of fp16
 @example((page_of([65504.0, -65504.0]), token_layout(2)))
-@example((page_of([65504.0, -65504.0, 0.0, 1.0]), token_layout(1)))  # the step itself is beyond fp16
+@example(
+    (page_of([65504.0, -65504.0, 0.0, 1.0]), token_layout(1))
+)  # the step itself is beyond fp16
 @example((page_of([2049.0, 2049.5, 2050.0]), token_layout(8)))  # less than a unit of fp16 apart
 @example((page_of([60000.0, 60001.0]), token_layout(3)))
 def test_error_is_at_most_half_a_step(case: tuple[Tensor, PageLayout]) -> None:
@@ -229,11 +237,15 @@ def test_constant_groups_of_an_fp16_number_are_exact(layout: PageLayout, number:
 def test_numbers_on_the_grid_of_an_fp16_step_are_exact(layout: PageLayout, seed: int) -> None:
     layout = replace(layout, clip=1.0)
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, layout.levels + 1, (layout.page_size, layout.head_dim), generator=generator)
+    codes = torch.randint(
+        0, layout.levels + 1, (layout.page_size, layout.head_dim), generator=generator
+    )
     groups = reference.to_groups(codes, layout).clone()
     groups[..., 0], groups[..., 1] = 0, layout.levels
     x = reference.from_groups(groups, layout).float() * 0.25 - 8
-    assert torch.equal(reference.quantize_pages(x, layout)[0], reference.from_groups(groups, layout).int())
+    assert torch.equal(
+        reference.quantize_pages(x, layout)[0], reference.from_groups(groups, layout).int()
+    )
     assert torch.equal(stored(x, layout), x)
 
 
@@ -243,7 +255,9 @@ def test_scaling_by_a_power_of_two_scales_what_is_read(
 ) -> None:
     """Away from the ends of fp16 only: its subnormal numbers lose bits, and it has a largest one."""
     x, layout = case
-    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(int(x.numel()))) + x.clamp(-4, 4)
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(int(x.numel()))) + x.clamp(
+        -4, 4
+    )
     (codes, params), (scaled_codes, scaled_params) = (
         reference.quantize_pages(x * factor, layout) for factor in (1.0, 2.0**exponent)
     )
@@ -264,7 +278,9 @@ def test_negation_mirrors_codes_up_to_rounding(case: tuple[Tensor, PageLayout]) 
 
 
 @given(pages(transform=True, finite=False), st.data())
-def test_tokens_are_quantized_independently(case: tuple[Tensor, PageLayout], data: st.DataObject) -> None:
+def test_tokens_are_quantized_independently(
+    case: tuple[Tensor, PageLayout], data: st.DataObject
+) -> None:
     """With groups inside a token, whatever the other tokens are."""
     x, layout = case
     layout = replace(layout, grouping="token", group_size=layout.head_dim)
@@ -279,7 +295,9 @@ def test_tokens_are_quantized_independently(case: tuple[Tensor, PageLayout], dat
 
 
 @given(pages(), st.data())
-def test_channels_are_quantized_independently(case: tuple[Tensor, PageLayout], data: st.DataObject) -> None:
+def test_channels_are_quantized_independently(
+    case: tuple[Tensor, PageLayout], data: st.DataObject
+) -> None:
     """With groups along a channel, whatever the other channels are."""
     x, layout = case
     layout = replace(layout, grouping="channel", group_size=layout.page_size)
@@ -302,8 +320,12 @@ def test_elements_that_are_not_finite_change_no_other_element(
     spoiled.view(-1)[place] = number
     without = reference.to_groups(spoiled, layout).clone()
     finite = without.isfinite()
-    rest = torch.where(finite, without, math.inf).amin(-1, keepdim=True)  # any finite element of the group
-    without = reference.from_groups(torch.where(finite, without, rest.nan_to_num(posinf=0.0)), layout)
+    rest = torch.where(finite, without, math.inf).amin(
+        -1, keepdim=True
+    )  # any finite element of the group
+    without = reference.from_groups(
+        torch.where(finite, without, rest.nan_to_num(posinf=0.0)), layout
+    )
     expected, actual = stored(without, layout), stored(spoiled, layout)
     assert actual.isfinite().all()
     others = spoiled.isfinite()
@@ -321,13 +343,17 @@ def test_an_infinity_is_stored_as_an_end_of_the_range_and_nan_near_zero(bits: in
 
 
 @given(pages())
-def test_requantizing_keeps_codes_whose_group_reaches_both_ends(case: tuple[Tensor, PageLayout]) -> None:
+def test_requantizing_keeps_codes_whose_group_reaches_both_ends(
+    case: tuple[Tensor, PageLayout],
+) -> None:
     """Where a group uses its lowest and highest code and fp32 holds its numbers, it is quantized for good."""
     x, layout = case
     layout = replace(layout, clip=1.0)
     x = x.clamp(-1000, 1000).half().float()
     codes, params = reference.quantize_pages(x, layout)
-    again, params_again = reference.quantize_pages(reference.dequantize_pages(codes, params, layout), layout)
+    again, params_again = reference.quantize_pages(
+        reference.dequantize_pages(codes, params, layout), layout
+    )
     grouped = reference.to_groups(codes, layout)
     scale, zero = params.float().unbind(-1)
     exact = (scale.double() * layout.levels + zero.double()).float().double()
@@ -362,7 +388,9 @@ def test_the_strategy_reaches_codes_that_saturate() -> None:
     find(pages(), saturates)
 
 
-@pytest.mark.parametrize("corner", ["subnormal scale", "zero scale", "negative zero point", "one group"])
+@pytest.mark.parametrize(
+    "corner", ["subnormal scale", "zero scale", "negative zero point", "one group"]
+)
 def test_the_strategy_reaches(corner: str) -> None:
     def reached(case: tuple[Tensor, PageLayout]) -> bool:
         x, layout = case
@@ -407,7 +435,9 @@ def test_rotating_twice_changes_nothing_but_rounding(case: tuple[Tensor, PageLay
 # The cache
 
 
-def append_all(layout: PageLayout, x: Tensor, splits: list[int], capacity: int = 4) -> tuple[Tensor, ...]:
+def append_all(
+    layout: PageLayout, x: Tensor, splits: list[int], capacity: int = 4
+) -> tuple[Tensor, ...]:
     parts = new_parts(x, capacity, layout)
     for first, last in zip([0, *splits], [*splits, x.shape[2]], strict=True):
         reference.append_(*parts, x[:, :, first:last], first, layout)
@@ -415,7 +445,9 @@ def append_all(layout: PageLayout, x: Tensor, splits: list[int], capacity: int =
 
 
 @given(st.data())
-def test_reading_gives_exact_regions_back_and_packed_tokens_as_their_pages(data: st.DataObject) -> None:
+def test_reading_gives_exact_regions_back_and_packed_tokens_as_their_pages(
+    data: st.DataObject,
+) -> None:
     layout = data.draw(page_layouts())
     tokens = data.draw(lengths(layout))
     dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
@@ -462,7 +494,9 @@ def test_a_gap_is_refused_and_nothing_changes(start: int) -> None:
     layout = CacheSpec(sinks=2, window=5, page_size=32).layout("key", 64)
     parts = append_all(layout, torch.randn(1, 1, 10, 64), [])
     before = [part.clone() for part in parts]
-    with pytest.raises(ValueError, match=f"position must start at or before the 10 tokens held, got {start}"):
+    with pytest.raises(
+        ValueError, match=f"position must start at or before the 10 tokens held, got {start}"
+    ):
         reference.append_(*parts, torch.randn(1, 1, 40, 64), start, layout)
     assert all(map(torch.equal, parts, before))
 
@@ -486,7 +520,11 @@ def test_softmax_attention_is_what_pytorch_computes(seed: int, additive: bool) -
     query, key, value = draw(2, 6, 3, 16), draw(2, 2, 9, 16), draw(2, 2, 9, 8)
     seen = torch.rand(2, 1, 3, 9, generator=generator) < 0.7
     seen[..., 0] = True
-    mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf) if additive else seen
+    mask = (
+        torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
+        if additive
+        else seen
+    )
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, scale=0.3, enable_gqa=True
     )

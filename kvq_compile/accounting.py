@@ -115,7 +115,9 @@ def report(cache_or_module: Any) -> Report:
         TypeError: Nothing in it looks like a key or value tensor ``[B, H, S, D]``.
     """
     counted: set[int] = set()
-    tensors = tuple(_tensor_report(name, tensor, counted) for name, tensor in cache_tensors(cache_or_module))
+    tensors = tuple(
+        _tensor_report(name, tensor, counted) for name, tensor in cache_tensors(cache_or_module)
+    )
     if not tensors:
         raise TypeError(
             "cache_or_module must hold key and value tensors [B, H, S, D], "
@@ -169,6 +171,12 @@ def _walk(holder: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
         for index, item in enumerate(holder):
             yield from _walk(item, f"{name}[{index}]", depth + 1)
     elif hasattr(holder, "__dict__") and depth < 4:
-        for attribute in ("layers", "self_attention_cache", "cross_attention_cache", "keys", "values"):
+        for attribute in (
+            "layers",
+            "self_attention_cache",
+            "cross_attention_cache",
+            "keys",
+            "values",
+        ):
             if attribute in vars(holder):
                 yield from _walk(vars(holder)[attribute], f"{name}.{attribute}", depth + 1)
