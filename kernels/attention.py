@@ -447,7 +447,9 @@ def attend(
     B, Hq, T, D = query.shape
     Hkv, new, Dv = key.shape[1], key.shape[2], value.shape[3]
     shared, capacity = Hq // Hkv, key_parts[0].shape[2]
-    platform = ("hip" if torch.version.hip else "cuda") if query.is_cuda else "interpreter"
+    platform: Literal["cuda", "hip", "interpreter"] = "interpreter"
+    if query.is_cuda:
+        platform = "hip" if torch.version.hip else "cuda"
     constants, options = launch_constants(
         key_layout, value_layout, shared, T, query.dtype, platform
     )
@@ -457,7 +459,8 @@ def attend(
     )
     splits = exact + packed
 
-    kind, strides, width = 0, (0, 0, 0, 0), 0
+    kind, width = 0, 0
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         width = mask.shape[-1]
         mask = mask.expand(B, Hq, T, width)

@@ -149,8 +149,18 @@ def attend(
             else _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, slice(visible), shape)
         )
         tokens = (key.to(key_parts[2].dtype), value.to(value_parts[2].dtype))
-        where = (bias, start, visible, key_layout, value_layout)
-        packed, exact = cpu_pages.attend(rows, rotated, *tokens, key_parts, value_parts, *where)
+        packed, exact = cpu_pages.attend(
+            rows,
+            rotated,
+            *tokens,
+            key_parts,
+            value_parts,
+            bias,
+            start,
+            visible,
+            key_layout,
+            value_layout,
+        )
         output = reference.rotate(packed, value_layout) + exact
     else:
         softmax = _Softmax(rows, value.shape[3])

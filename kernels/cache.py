@@ -117,8 +117,10 @@ class QuantizedKV(Tensor):
         """
         tokens = x.shape[2] if length is None else length
         slots = x.shape[2] if kind == "static" else tokens
-        parts = ops.quantize(x[:, :, :tokens], slots, kind == "grown", layout.token)
-        return cls(*parts, layout, kind, slots)
+        codes, params, exact, cursor = ops.quantize(
+            x[:, :, :tokens], slots, kind == "grown", layout.token
+        )
+        return cls(codes, params, exact, cursor, layout, kind, slots)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,8 +191,9 @@ class QuantizedKV(Tensor):
         lineage = None
         if not isinstance(self.cursor, FakeTensor):
             lineage = _Lineage(self._lineage.held)
+        codes, params, exact, cursor = (change(part) for part in self.parts)
         return QuantizedKV(
-            *map(change, self.parts), self.page_layout, self.kind, self.shape[2], lineage
+            codes, params, exact, cursor, self.page_layout, self.kind, self.shape[2], lineage
         )
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
@@ -200,7 +203,7 @@ class QuantizedKV(Tensor):
         lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
         return QuantizedKV(*self.parts, self.page_layout, self.kind, length, lineage)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"QuantizedKV({list(self.shape)}, {self.page_layout.bits}-bit {self.page_layout.role}s, {self.kind}, "
             f"dtype={self.dtype}, device={self.device})"
@@ -249,10 +252,11 @@ class QuantizedKV(Tensor):
         inner: dict[str, Tensor], meta: Any, outer_size: Any, outer_stride: Any
     ) -> QuantizedKV:
         layout, kind = meta
-        return QuantizedKV(*(inner[name] for name in ops.PARTS), layout, kind, outer_size[2])
+        codes, params, exact, cursor = (inner[name] for name in ops.PARTS)
+        return QuantizedKV(codes, params, exact, cursor, layout, kind, outer_size[2])
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         from kvq_compile.kernels.cache_operations import dispatch  # which imports this file

@@ -165,15 +165,14 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         and t.shape[2] == first.shape[2]
         for t in tensors
     ):
-        parts = (
-            [torch.cat([getattr(t, name) for t in tensors]) for name in ops.PARTS[:3]]
-            if _aligned(tensors)
-            else None
-        )
-        if parts is None:
+        if not _aligned(tensors):
             return NotImplemented
+        codes, params, exact = (
+            torch.cat([getattr(t, name) for t in tensors]) for name in ops.PARTS[:3]
+        )
+        cursor = first.cursor.clone()
         return QuantizedKV(
-            *parts, first.cursor.clone(), first.page_layout, first.kind, first.shape[2]
+            codes, params, exact, cursor, first.page_layout, first.kind, first.shape[2]
         )
     if _dim(first, dim) != 2 or first.kind != "grown":
         return NotImplemented

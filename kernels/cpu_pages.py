@@ -25,9 +25,11 @@ from torch import Tensor
 from kvq_compile.kernels.spec import PageLayout
 
 SOURCE = Path(__file__).with_name("cpu_pages.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 # Sums may be taken in any order; infinities and NaN keep their meaning, which -ffast-math would take away.
-FLAGS += ("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
+)
 BUILD_SECONDS = 120
 PARALLEL_FROM = 1 << 16  # packed numbers from which waking other threads pays
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvq_compile.accounting import Report, report
     from kvq_compile.api import Explanation, compile, explain, quantize_cache_
     from kvq_compile.bounds import error_bound
     from kvq_compile.errors import KVQError, KVQWarning
     from kvq_compile.kernels.cache import QuantizedKV
     from kvq_compile.kernels.spec import CacheSpec, TensorSpec
     from kvq_compile.methods import make_spec
-    from kvq_compile.accounting import Report, report
 
 __version__ = "0.1.0"
 __all__ = [

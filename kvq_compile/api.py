@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kvq_compile.accounting import cache_tensors
 from kvq_compile.backend import kvq
 from kvq_compile.bounds import error_bound
 from kvq_compile.config import make_config
@@ -20,7 +21,6 @@ from kvq_compile.history import GraphReport, watching
 from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.spec import CacheSpec, PageLayout
 from kvq_compile.methods import make_spec
-from kvq_compile.accounting import cache_tensors
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def compile(target: T | None = None, /, *, mode: str | None = None, **options: A
         target.compile(backend=backend)
         return target
     if isinstance(target, type) and issubclass(target, torch.nn.Module):
-        target.forward = torch.compile(target.forward, backend=backend)  # type: ignore[method-assign]
+        target.forward = torch.compile(target.forward, backend=backend)
         return target
     if callable(target):
         return torch.compile(target, backend=backend)

@@ -87,7 +87,7 @@ def _compile_inner(
     if config.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(module, inputs)  # type: ignore[no-any-return]
+        return aot_eager(module, inputs)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

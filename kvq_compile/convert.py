@@ -59,7 +59,7 @@ def become(tensor: Tensor, quantized: QuantizedKV) -> None:
     """
     check_can_become_quantized(tensor)
     torch._C._swap_tensor_impl(tensor, quantized)
-    tensor.__class__, quantized.__class__ = quantized.__class__, tensor.__class__  # type: ignore[assignment]
+    tensor.__class__, quantized.__class__ = quantized.__class__, tensor.__class__
     mine, theirs = dict(tensor.__dict__), dict(quantized.__dict__)
     tensor.__dict__.clear()
     quantized.__dict__.clear()

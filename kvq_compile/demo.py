@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvq_compile.accounting import Report
 from kvq_compile.evaluate import (
     PLAIN,
     Method,
@@ -26,7 +27,6 @@ from kvq_compile.evaluate import (
     make_runners,
 )
 from kvq_compile.loading import longest_context
-from kvq_compile.accounting import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

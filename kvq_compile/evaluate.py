@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvq_compile.config import make_config
 from kvq_compile.accounting import Report, report
+from kvq_compile.config import make_config
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

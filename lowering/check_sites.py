@@ -33,14 +33,22 @@ def check_tensors(attention: Attention, key: State, value: State) -> None:
         raise Refusal(f"device {query.device.type} is not supported; use cpu or cuda")
     if same(query.shape[2], 0):
         raise Refusal("the call has no tokens")
-    if any(value_of(node).dtype != query.dtype for state in (key, value) for node in (state.base, state.new)):
+    if any(
+        value_of(node).dtype != query.dtype
+        for state in (key, value)
+        for node in (state.base, state.new)
+    ):
         raise Refusal("query, keys and values must have one dtype")
     for state in (key, value):
         heads = (shape_of(state.base) or (0, 0))[1]
-        shared = attention.grouped or same(heads, 1)  # one head is broadcast even where nothing says so
+        shared = attention.grouped or same(
+            heads, 1
+        )  # one head is broadcast even where nothing says so
         matches = same(heads * state.repeats, query.shape[1])
         if not matches and not (shared and state.repeats == 1 and same(query.shape[1] % heads, 0)):
-            raise Refusal(f"{query.shape[1]} query heads do not match {heads} KV heads repeated {state.repeats} times")
+            raise Refusal(
+                f"{query.shape[1]} query heads do not match {heads} KV heads repeated {state.repeats} times"
+            )
 
 
 def check_pair(key: State, value: State) -> None:
@@ -55,7 +63,9 @@ def check_pair(key: State, value: State) -> None:
         raise Refusal("keys and values are one tensor")
     if key.life not in _SLOTTED:
         return
-    if key.position is not value.position and not same(value_of(key.position), value_of(value.position)):
+    if key.position is not value.position and not same(
+        value_of(key.position), value_of(value.position)
+    ):
         raise Refusal("keys and values are written at different slots")
     if key.slots is not value.slots and not same(value_of(key.slots), value_of(value.slots)):
         raise Refusal("different numbers of slots are read from keys and values")
@@ -79,7 +89,11 @@ def check_mask(attention: Attention, key: State) -> None:
         return
     tokens = (shape_of(key.new) or (0, 0, 0))[2]
     first = 0 if key.life is Life.ALLOCATED else value_of(key.position)
-    if key.slots is None or isinstance(first, torch.Tensor) or not same(value_of(key.slots), first + tokens):
+    if (
+        key.slots is None
+        or isinstance(first, torch.Tensor)
+        or not same(value_of(key.slots), first + tokens)
+    ):
         raise Refusal("attention reads slots that hold no token: there is no mask")
 
 
@@ -99,9 +113,13 @@ def check_order(attention: Attention, states: Sequence[State], order: Sequence[f
         if state.life not in (*_SLOTTED, Life.GROWN):
             continue
         write = state.base if state.write is None else state.write
-        if state.write is not None and any(place[user] < place[write] for user in state.base.users if user.users):
+        if state.write is not None and any(
+            place[user] < place[write] for user in state.base.users if user.users
+        ):
             raise Refusal("the cache is read before it is written")
         between = order[place[write] + 1 : place[attention.output]]
-        needed = {root_of(node) for node in (state.new, state.position) if isinstance(node, fx.Node)}
+        needed = {
+            root_of(node) for node in (state.new, state.position) if isinstance(node, fx.Node)
+        }
         if needed & changed_roots(between):
             raise Refusal("what is written changes between the write and the attention")

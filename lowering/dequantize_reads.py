@@ -9,7 +9,14 @@ from torch import fx
 
 from kvq_compile.kernels import ops
 from kvq_compile.lowering.find_writes import is_write, read_write
-from kvq_compile.lowering.graph import insert_call, root_of, shape_of, target_name, value_of, writes_in_place
+from kvq_compile.lowering.graph import (
+    insert_call,
+    root_of,
+    shape_of,
+    target_name,
+    value_of,
+    writes_in_place,
+)
 from kvq_compile.lowering.sites import Refusal
 from kvq_compile.lowering.unwrap_caches import CacheInput
 
@@ -32,7 +39,11 @@ def dequantize_reads(graph: fx.Graph, caches: dict[fx.Node, CacheInput]) -> None
                 graph.erase_node(user)
                 continue
             with graph.inserting_before(user):
-                length = cache.length if isinstance(cache.length, fx.Node) else (shape_of(placeholder) or ())[2]
+                length = (
+                    cache.length
+                    if isinstance(cache.length, fx.Node)
+                    else (shape_of(placeholder) or ())[2]
+                )
                 arguments = (*cache.parts, length, cache.layout.token)
                 dense = insert_call(graph, ops.dequantize, arguments, value_of(placeholder))
             user.replace_input_with(placeholder, dense)

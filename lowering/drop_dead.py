@@ -26,7 +26,11 @@ def _is_seen(node: fx.Node) -> bool:
     if node.is_impure() or getattr(node.target, "_schema", None) is not None:
         return True
     written = node.args[0]
-    while isinstance(written, fx.Node) and len(written.users) == 1 and written.op in ("call_function", "call_method"):
+    while (
+        isinstance(written, fx.Node)
+        and len(written.users) == 1
+        and written.op in ("call_function", "call_method")
+    ):
         if root_of(written) is written:
             return False  # a fresh tensor that only this call has touched
         written = written.args[0]

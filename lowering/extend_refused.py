@@ -33,15 +33,23 @@ def extend_refused(
     taken = {state.base for state in fused}
     extended: list[State] = []
     for past, cache in caches.items():
-        grown = [user for user in past.users if user in output.all_input_nodes and user not in taken]
-        if value_of(past).kind != "grown" or len(grown) != 1 or any(user in taken for user in past.users):
+        grown = [
+            user for user in past.users if user in output.all_input_nodes and user not in taken
+        ]
+        if (
+            value_of(past).kind != "grown"
+            or len(grown) != 1
+            or any(user in taken for user in past.users)
+        ):
             continue
         new = _new_tokens(grown[0], past)
         if new is None or not _is_known(sizes, new):
             continue
         with graph.inserting_before(grown[0].next):
             tokens = graph.call_method("detach", (new,)) if torch.is_grad_enabled() else new
-            insert_call(graph, ops.append_, (*cache.parts, tokens, None, cache.length, cache.layout.token))
+            insert_call(
+                graph, ops.append_, (*cache.parts, tokens, None, cache.length, cache.layout.token)
+            )
         extended.append(State(Life.GROWN, grown[0], new, past))
     return extended
 

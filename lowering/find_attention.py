@@ -21,6 +21,7 @@ from torch import fx
 from kvq_compile.lowering.graph import (
     argument,
     calls,
+    input_of,
     is_number,
     shape_of,
     sizes_argument,
@@ -49,7 +50,9 @@ def find_attentions(graph: fx.Graph) -> list[Attention | tuple[fx.Node, Refusal]
 
 
 def _read_sdpa(node: fx.Node) -> Attention:
-    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    query, key, value = (
+        argument(node, i, name) for i, name in enumerate(("query", "key", "value"))
+    )
     if argument(node, 4, "dropout_p", 0.0) != 0.0:
         raise Refusal("attention drops weights at random; call model.eval() first")
     scale, causal = argument(node, 6, "scale"), argument(node, 5, "is_causal", False)
@@ -118,7 +121,9 @@ def _follow_to_product(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node]:
 
 def _factors(product: fx.Node) -> tuple[Any, Any]:
     """Return the two operands of a product."""
-    return argument(product, 0, "input"), argument(product, 1, "other", argument(product, 1, "mat2"))
+    return argument(product, 0, "input"), argument(
+        product, 1, "other", argument(product, 1, "mat2")
+    )
 
 
 def _drops(node: fx.Node) -> bool:
@@ -213,11 +218,11 @@ def _untransposed(node: Any) -> fx.Node:
     """Return ``key`` from the ``[B, H, D, S]`` operand of the product."""
     name = target_name(node)
     if name in ("transpose", "swapaxes", "swapdims") and {d % 4 for d in node.args[1:3]} == {2, 3}:
-        return node.args[0]
+        return input_of(node)
     if name == "permute" and tuple(sizes_argument(node)) in ((0, 1, 3, 2), (0, 1, -1, -2)):
-        return node.args[0]
+        return input_of(node)
     if name == "getattr" and node.args[1] == "mT":
-        return node.args[0]
+        return input_of(node)
     raise Refusal(f"the keys reach the product through {name or node}, not through a transpose")
 
 

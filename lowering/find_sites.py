@@ -16,7 +16,9 @@ from kvq_compile.lowering.why_not_kept import NO_CACHE
 BY_OPTION = "left in 16 bit by the option layers"
 
 
-def find_sites(graph: fx.Graph, spec: CacheSpec, sizes: SizeReader) -> tuple[list[AttentionSite], list[SiteReport]]:
+def find_sites(
+    graph: fx.Graph, spec: CacheSpec, sizes: SizeReader
+) -> tuple[list[AttentionSite], list[SiteReport]]:
     """Return the sites that can be rewritten under ``spec`` and a report of each that cannot.
 
     Args:
@@ -48,10 +50,14 @@ def find_sites(graph: fx.Graph, spec: CacheSpec, sizes: SizeReader) -> tuple[lis
 
 def left_alone(layer: int, node: fx.Node, reason: str) -> SiteReport:
     """Return the report of a site that stays as it is."""
-    return SiteReport(layer, node.name, source_line(node), "left alone", reason, reason in (NO_CACHE, BY_OPTION))
+    return SiteReport(
+        layer, node.name, source_line(node), "left alone", reason, reason in (NO_CACHE, BY_OPTION)
+    )
 
 
-def _site(layer: int, attention: Attention, outputs: set[fx.Node], spec: CacheSpec) -> AttentionSite:
+def _site(
+    layer: int, attention: Attention, outputs: set[fx.Node], spec: CacheSpec
+) -> AttentionSite:
     key = find_state(attention.key, outputs)
     value = find_state(attention.value, outputs)
     layer_spec = spec.for_layer(layer)
@@ -79,7 +85,9 @@ def _check_layout(held: PageLayout, wanted: PageLayout) -> None:
         )
 
 
-def _check_graph(site: AttentionSite, graph: fx.Graph, sizes: SizeReader, taken: set[fx.Node]) -> None:
+def _check_graph(
+    site: AttentionSite, graph: fx.Graph, sizes: SizeReader, taken: set[fx.Node]
+) -> None:
     """Make sure that the rest of the graph lets the site be rewritten."""
     states = (site.key, site.value)
     if taken & {state.base for state in states}:
@@ -90,7 +98,7 @@ def _check_graph(site: AttentionSite, graph: fx.Graph, sizes: SizeReader, taken:
             sizes.size(length)  # raises where the arguments of a call do not tell
 
 
-def _lengths(state: State) -> list[object]:
+def _lengths(state: State) -> list[Any]:
     """Return the sizes that the callable around the graph has to know."""
     tokens, slots = (shape_of(node)[2] for node in (state.new, state.base))  # type: ignore[index]
     first = value_of(state.position)

@@ -21,10 +21,10 @@ from kvq_compile.lowering.find_writes import read_write, writes_of
 from kvq_compile.lowering.graph import (
     argument,
     getitem_index,
+    input_of,
     is_full,
     same,
     shape_of,
-    sizes_argument,
     target_name,
     value_of,
     writes_in_place,
@@ -76,10 +76,12 @@ def _peel(node: fx.Node) -> _Read:
         if step is not None:
             node, times = step
             repeats = repeats * times
-        elif name == "contiguous" or (name == "to" and value_of(node).dtype == value_of(node.args[0]).dtype):
-            node = node.args[0]
+        elif name == "contiguous" or (
+            name == "to" and value_of(node).dtype == value_of(node.args[0]).dtype
+        ):
+            node = input_of(node)
         elif name == "getitem" and slots is None and (cut := _prefix_of(node)) is not None:
-            slots, node = cut, node.args[0]
+            slots, node = cut, input_of(node)
         else:
             return _Read(node, repeats, slots)
 
@@ -89,31 +91,45 @@ def _repeat_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
     name = target_name(node)
     if name == "repeat_interleave" and argument(node, 2, "dim") in (1, -3):
         times = argument(node, 1, "repeats")
-        return (node.args[0], times) if isinstance(times, int) else None
+        return (input_of(node), times) if isinstance(times, int) else None
     if name == "expand":
         source, shape = shape_of(node.args[0]), shape_of(node)
         if source and shape and len(source) == len(shape) == 4 and same(source[1], 1):
             widened = not all(same(source[dim], shape[dim]) for dim in (0, 2, 3))
-            return None if widened else (node.args[0], shape[1])
+            return None if widened else (input_of(node), shape[1])
     if name in ("reshape", "view", "flatten") and target_name(node.args[0]) == "expand":
-        expand = node.args[0]
+        expand = input_of(node)
         wide, inner, shape = shape_of(expand), shape_of(expand.args[0]), shape_of(node)
-        if wide is None or inner is None or shape is None or (len(wide), len(inner), len(shape)) != (5, 5, 4):
+        if (
+            wide is None
+            or inner is None
+            or shape is None
+            or (len(wide), len(inner), len(shape)) != (5, 5, 4)
+        ):
             return None
-        merged = same(shape[1], wide[1] * wide[2]) and same(shape[2], wide[3]) and same(shape[3], wide[4])
+        merged = (
+            same(shape[1], wide[1] * wide[2])
+            and same(shape[2], wide[3])
+            and same(shape[3], wide[4])
+        )
         if same(inner[2], 1) and same(inner[1], wide[1]) and merged:
-            source = _inserted_axis(expand.args[0])
-            return None if source is None else (source, wide[2])
+            narrow = _inserted_axis(input_of(expand))
+            return None if narrow is None else (narrow, wide[2])
     return None
 
 
 def _inserted_axis(node: fx.Node) -> fx.Node | None:
     """Return the 4-d tensor that ``node`` gave an axis of size 1 behind its heads."""
     if target_name(node) == "unsqueeze" and argument(node, 1, "dim") in (2, -3):
-        return node.args[0]  # type: ignore[return-value]
+        return input_of(node)
     index = getitem_index(node)
-    if index is not None and len(index) == 5 and index[2] is None and all(is_full(i) for i in index if i is not None):
-        return node.args[0]  # type: ignore[return-value]
+    if (
+        index is not None
+        and len(index) == 5
+        and index[2] is None
+        and all(is_full(i) for i in index if i is not None)
+    ):
+        return input_of(node)
     return None
 
 

@@ -39,7 +39,11 @@ def read_write(node: fx.Node) -> tuple[Any, fx.Node]:
     if isinstance(slots, slice):
         return _first_slot(slots, cache[2], shape[2]), new
     value = value_of(slots)
-    if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype not in (torch.int64, torch.int32):
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.dim() != 1
+        or value.dtype not in (torch.int64, torch.int32)
+    ):
         raise Refusal("the slots written are no vector of positions")
     if statically_known_true(value.shape[0] != shape[2]):
         raise Refusal("one token is written into several slots")

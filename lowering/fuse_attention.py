@@ -45,7 +45,9 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
         fused = insert_call(graph, ops.attend, arguments, value_of(attention.output))
         for state, cache in ((key, key_cache), (value, value_cache)):
             first = _first_slot(state, cache)
-            insert_call(graph, ops.append_, (*cache.parts, state.new, *first, cache.layout.token, fused))
+            insert_call(
+                graph, ops.append_, (*cache.parts, state.new, *first, cache.layout.token, fused)
+            )
             if state.write is not None:
                 _erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -53,7 +55,9 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
     graph.erase_node(attention.output)
 
 
-def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, tuple[fx.Node, ...]]:
+def attend_to_new_tokens(
+    graph: fx.Graph, site: AttentionSite
+) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """Fill a cache that the call allocates without ever allocating it in 16 bit.
 
     Before:  keys = zeros([B, H, S, D]); keys.index_copy_(2, position, key); ...
@@ -91,12 +95,16 @@ def attend_to_new_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, 
 
 def _check_room(graph: fx.Graph, state: State) -> None:
     """Let the call fail if it writes behind the last slot, as the write that is replaced did."""
-    if state.life is Life.GROWN or not _is_tensor(state.position):
+    if state.life is Life.GROWN or _written_at(state)[0] is None:
         return  # a cache that grows has room; a slice was checked against the buffer when it was captured
     last = insert_call(graph, operator.getitem, (state.position, -1))
     slots = (shape_of(state.past) or ())[2]
-    inside = graph.call_function(operator.lt, (last, slots if isinstance(slots, int) else _size(graph, state.past)))
-    graph.call_function(torch._assert_async, (inside, f"the cache has {slots} slots and no room for the new tokens"))
+    inside = graph.call_function(
+        operator.lt, (last, slots if isinstance(slots, int) else _size(graph, state.past))
+    )
+    graph.call_function(
+        torch._assert_async, (inside, f"the cache has {slots} slots and no room for the new tokens")
+    )
 
 
 def _own_mask(graph: fx.Graph, site: AttentionSite) -> Any:
@@ -127,27 +135,30 @@ def _seen(graph: fx.Graph, attention: Attention) -> Any:
 
 def _allocate(graph: fx.Graph, state: State, layout: PageLayout) -> tuple[fx.Node, ...]:
     slots = (shape_of(state.past) or (0, 0, 0))[2]
-    nothing = insert_call(graph, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0))))
+    nothing = insert_call(
+        graph, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0)))
+    )
     made = insert_call(graph, ops.quantize, (nothing, slots, False, layout.token))
     parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
-    position, start = (state.position, None) if _is_tensor(state.position) else (None, state.position)
-    insert_call(graph, ops.append_, (*parts, state.new, position, start, layout.token))
+    insert_call(graph, ops.append_, (*parts, state.new, *_written_at(state), layout.token))
     return parts
 
 
-def _is_tensor(node: Any) -> bool:
-    return isinstance(value_of(node), torch.Tensor)
+def _written_at(state: State) -> tuple[Any, Any]:
+    """Return the ``position`` and ``start`` arguments of the ops for a write in place."""
+    is_tensor = isinstance(value_of(state.position), torch.Tensor)
+    return (state.position, None) if is_tensor else (None, state.position)
 
 
 def _first_slot(state: State, cache: CacheInput) -> tuple[Any, Any]:
     """Return the ``position`` and ``start`` arguments of the ops for one state."""
     if state.life is Life.GROWN:
         return None, cache.length
-    return (state.position, None) if _is_tensor(state.position) else (None, state.position)
+    return _written_at(state)
 
 
 def _erase_write(graph: fx.Graph, state: State) -> None:
-    assert state.write is not None
+    assert state.write is not None and state.past is not None
     state.write.replace_all_uses_with(state.past)  # an in-place write returns what it wrote into
     graph.erase_node(state.write)
 

@@ -12,8 +12,29 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 FULL = slice(None)
 VIEWS = (
-    *("getitem", "view", "view_as", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "transpose"),
-    *("permute", "narrow", "flatten", "unflatten", "detach", "alias", "contiguous", "to", "getattr", "select"),
+    *(
+        "getitem",
+        "view",
+        "view_as",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "expand_as",
+        "transpose",
+    ),
+    *(
+        "permute",
+        "narrow",
+        "flatten",
+        "unflatten",
+        "detach",
+        "alias",
+        "contiguous",
+        "to",
+        "getattr",
+        "select",
+    ),
 )
 
 
@@ -37,12 +58,23 @@ def target_name(node: Any) -> str:
     """Return the plain name of what a call node calls: ``"matmul"``, ``"index_copy_"``."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return ""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return (
+        node.target
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """Return an argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def input_of(node: fx.Node, position: int = 0) -> fx.Node:
+    """Return the node that a call takes as its argument number ``position``."""
+    given = node.args[position]
+    assert isinstance(given, fx.Node)
+    return given
 
 
 def calls(graph: fx.Graph, *names: str) -> Iterator[fx.Node]:
@@ -111,24 +143,57 @@ def writes_in_place(node: fx.Node) -> bool:
         return bool(schema.is_mutable)
     name = getattr(node.target, "__name__", "")
     in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or name in _IN_PLACE_OPERATORS
+    return (
+        in_place
+        or bool(node.kwargs.get("inplace"))
+        or "out" in node.kwargs
+        or name in _IN_PLACE_OPERATORS
+    )
 
 
 def root_of(node: Any) -> Any:
     """Return the tensor whose memory ``node`` may share: the start of its chain of views and in-place writes."""
-    while isinstance(node, fx.Node) and node.args and (target_name(node) in VIEWS or _returns_its_input(node)):
+    while (
+        isinstance(node, fx.Node)
+        and node.args
+        and (target_name(node) in VIEWS or _returns_its_input(node))
+    ):
         node = node.args[0]
     return node
 
 
 def _returns_its_input(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and writes_in_place(node) and not node.is_impure()
+    return (
+        node.op in ("call_function", "call_method")
+        and writes_in_place(node)
+        and not node.is_impure()
+    )
 
 
 def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the tensors whose memory some of ``nodes`` may write into."""
-    writers = [node for node in nodes if node.op in ("call_function", "call_method") and writes_in_place(node)]
-    return {root for node in writers if node.args for root in (root_of(node.args[0]),) if isinstance(root, fx.Node)}
+    writers = [
+        node
+        for node in nodes
+        if node.op in ("call_function", "call_method") and writes_in_place(node)
+    ]
+    return {
+        root
+        for node in writers
+        if node.args
+        for root in (root_of(node.args[0]),)
+        if isinstance(root, fx.Node)
+    }
 
 
-_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor")
+_IN_PLACE_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+)

@@ -22,9 +22,7 @@ from kvq_compile.lowering.sizes import Size, SizeReader
 from kvq_compile.lowering.unchain_writes import unchain_writes
 from kvq_compile.lowering.unwrap_caches import unwrap_caches
 
-RECORDING_GRADIENTS = (
-    "gradients are being recorded, and rounding has none; run under torch.no_grad() or torch.inference_mode()"
-)
+RECORDING_GRADIENTS = "gradients are being recorded, and rounding has none; run under torch.no_grad() or torch.inference_mode()"
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,9 @@ class Lowered:
         for key, value in self.pairs:
             if args[key].shape[2] != args[value].shape[2]:
                 lengths = f"{int(args[key].shape[2])} keys and {int(args[value].shape[2])} values"
-                raise ValueError(f"keys and values of a cache must hold equally many tokens, got {lengths}")
+                raise ValueError(
+                    f"keys and values of a cache must hold equally many tokens, got {lengths}"
+                )
         for index, tokens in self.appended.items():
             args[index].claim(tokens(args))
 
@@ -94,7 +94,9 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     unchain_writes(graph)  # first: the finders know a cache by one node
     sites, reports = find_sites(graph, spec, sizes)
     if _records_gradients(example_inputs):
-        reports += [left_alone(site.layer, site.attention.output, RECORDING_GRADIENTS) for site in sites]
+        reports += [
+            left_alone(site.layer, site.attention.output, RECORDING_GRADIENTS) for site in sites
+        ]
         sites = []
 
     caches = unwrap_caches(graph)  # before the rewriting: it speaks of parts
@@ -109,7 +111,9 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     states = [(state, layout) for site in sites for state, layout in site.states()]
     refused = extend_refused(graph, caches, [state for state, _ in states], sizes)
     states += [(state, caches[state.past].layout) for state in refused if state.past is not None]
-    outputs = quantize_outputs(graph, states, made, arguments, sizes)  # after it: cat nodes have lost a reader
+    outputs = quantize_outputs(
+        graph, states, made, arguments, sizes
+    )  # after it: cat nodes have lost a reader
     drop_dead(graph)
     appended = {plan.argument: plan.tokens for plan in outputs if isinstance(plan, Extended)}
     unwrapped = {arguments[node]: cache.owns_length for node, cache in caches.items()}
@@ -137,7 +141,7 @@ def _copy(gm: fx.GraphModule, placeholders: list[fx.Node]) -> fx.GraphModule:
     graph.output(result)
     for node in placeholders:
         if hasattr(node, "_dynamo_source"):
-            copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copies[node]._dynamo_source = node._dynamo_source
     module = fx.GraphModule(gm, graph)
     module.meta = gm.meta
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -147,12 +151,18 @@ def _copy(gm: fx.GraphModule, placeholders: list[fx.Node]) -> fx.GraphModule:
 
 
 def _records_gradients(inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in inputs
+    )
 
 
 def _pairs(sites: Sequence[AttentionSite], arguments: dict[fx.Node, int]) -> list[tuple[int, int]]:
     grown = [(site.key.past, site.value.past) for site in sites if site.key.life is Life.GROWN]
-    return [(arguments[key], arguments[value]) for key, value in grown if key is not None and value is not None]
+    return [
+        (arguments[key], arguments[value])
+        for key, value in grown
+        if key is not None and value is not None
+    ]
 
 
 def _rewritten(site: AttentionSite) -> SiteReport:
@@ -167,4 +177,3 @@ def _rewritten(site: AttentionSite) -> SiteReport:
     }[life]
     bits = f"{site.key_layout.bits}-bit keys, {site.value_layout.bits}-bit values"
     return SiteReport(site.layer, output.name, source_line(output), "rewritten", f"{how} ({bits})")
-

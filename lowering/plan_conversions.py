@@ -60,7 +60,9 @@ def plan_conversions(
             assert state.past is not None
             argument = arguments[state.past]
             if isinstance(value_of(state.position), torch.Tensor):
-                conversions.append(Conversion(argument, _return_slots(graph, output, state), None, layout))
+                conversions.append(
+                    Conversion(argument, _return_slots(graph, output, state), None, layout)
+                )
             else:
                 end = value_of(state.position) + (shape_of(state.new) or ())[2]
                 conversions.append(Conversion(argument, None, sizes.size(end), layout))
@@ -73,4 +75,4 @@ def _return_slots(graph: fx.Graph, output: fx.Node, state: State) -> int:
     with graph.inserting_before(state.write):
         slots = graph.call_method("clone", (state.position,))
     output.args = ((*output.args[0], slots),)  # type: ignore[misc]
-    return len(output.args[0]) - 1  # type: ignore[arg-type]
+    return len(output.args[0]) - 1

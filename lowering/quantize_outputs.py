@@ -39,8 +39,8 @@ class Made:
 
     def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
         """Return the new cache."""
-        parts = results[self.index : self.index + len(ops.PARTS)]
-        return QuantizedKV(*parts, self.layout, self.kind, self.length(args))
+        codes, params, exact, cursor = results[self.index : self.index + len(ops.PARTS)]
+        return QuantizedKV(codes, params, exact, cursor, self.layout, self.kind, self.length(args))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,14 @@ def quantize_outputs(
         One plan for each value that the captured graph returned.
     """
     output = next(iter(reversed(graph.nodes)))
-    planner = _Planner(graph, output, {state.base: (state, layout) for state, layout in states}, made, arguments, sizes)
+    planner = _Planner(
+        graph,
+        output,
+        {state.base: (state, layout) for state, layout in states},
+        made,
+        arguments,
+        sizes,
+    )
     plans: dict[Any, Output] = {}
     order: list[Output] = []
     for returned in output.args[0]:
@@ -124,7 +131,11 @@ class _Planner:
 
     def plan(self, returned: Any) -> Output:
         """Return how the captured graph's output ``returned`` is made."""
-        if isinstance(returned, fx.Node) and isinstance(value_of(returned), QuantizedKV) and returned in self.arguments:
+        if (
+            isinstance(returned, fx.Node)
+            and isinstance(value_of(returned), QuantizedKV)
+            and returned in self.arguments
+        ):
             return Given(self.arguments[returned])
         if not isinstance(returned, fx.Node) or returned not in self.states:
             self.flat.append(returned)
@@ -132,7 +143,9 @@ class _Planner:
         state, layout = self.states[returned]
         if state.life is Life.GROWN:
             assert state.past is not None
-            return Extended(self.arguments[state.past], self.sizes.size((shape_of(state.new) or ())[2]))
+            return Extended(
+                self.arguments[state.past], self.sizes.size((shape_of(state.new) or ())[2])
+            )
         if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
             return self._made(returned, state, layout)
         self.flat.append(returned)
@@ -152,4 +165,6 @@ class _Planner:
 def _quantize(graph: fx.Graph, x: fx.Node, length: Any, layout: PageLayout) -> tuple[fx.Node, ...]:
     slots = length if isinstance(length, int) else graph.call_method("size", (x, 2))
     quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token))
-    return tuple(insert_call(graph, operator.getitem, (quantized, i)) for i in range(len(ops.PARTS)))
+    return tuple(
+        insert_call(graph, operator.getitem, (quantized, i)) for i in range(len(ops.PARTS))
+    )

@@ -8,6 +8,7 @@ finds where each symbol of the expression stands among the arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import sympy
@@ -18,6 +19,14 @@ from kvq_compile.lowering.graph import value_of
 from kvq_compile.lowering.sites import Refusal
 
 Size = Callable[[Sequence[Any]], int]
+
+
+def _argument(index: int, args: Sequence[Any]) -> int:
+    return int(args[index])
+
+
+def _dimension(index: int, dim: int, args: Sequence[Any]) -> int:
+    return int(args[index].shape[dim])
 
 
 class SizeReader:
@@ -32,11 +41,12 @@ class SizeReader:
         for index, node in enumerate(placeholders):
             value = value_of(node)
             if isinstance(value, torch.SymInt):
-                self._add(value, lambda args, i=index: int(args[i]), first=True)
+                self._add(value, partial(_argument, index), first=True)
             elif isinstance(value, torch.Tensor):
-                for dim, size in enumerate(value.shape):
+                sizes: tuple[Any, ...] = tuple(value.shape)
+                for dim, size in enumerate(sizes):
                     if isinstance(size, torch.SymInt):
-                        self._add(size, lambda args, i=index, d=dim: int(args[i].shape[d]))
+                        self._add(size, partial(_dimension, index, dim))
 
     def _add(self, size: torch.SymInt, source: Size, first: bool = False) -> None:
         expression = size.node.expr

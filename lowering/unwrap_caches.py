@@ -65,7 +65,7 @@ def _length(graph: fx.Graph, node: fx.Node, cache: QuantizedKV) -> tuple[Any, bo
     made = graph.placeholder(f"{node.name}_length")
     made.meta["example_value"] = length
     if hasattr(node, "_dynamo_source"):
-        made._dynamo_source = TensorPropertySource(node._dynamo_source, TensorProperty.SIZE, 2)  # type: ignore[attr-defined]
+        made._dynamo_source = TensorPropertySource(node._dynamo_source, TensorProperty.SIZE, 2)
     return made, True
 
 
@@ -76,5 +76,5 @@ def _part(graph: fx.Graph, node: fx.Node, cache: QuantizedKV, name: str) -> fx.N
         part.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     source = getattr(node, "_dynamo_source", None)
     if source is not None:
-        part._dynamo_source = AttrSource(source, name)  # type: ignore[attr-defined]
+        part._dynamo_source = AttrSource(source, name)
     return part
