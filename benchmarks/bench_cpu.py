@@ -90,9 +90,9 @@ def _write(runners: list[Runner], model: str, context: int) -> None:
                 "effective_bits": round(found.effective_bits, 2),
             }
         )
-        print(
-            f"{runner.method.label:12s} {rows[-1]['tokens_per_second']:8.2f} tokens/s  {rows[-1]['times_plain']:5.2f} x plain  {found.bytes:12,d} bytes"
-        )
+        speed, times = rows[-1]["tokens_per_second"], rows[-1]["times_plain"]
+        name = runner.method.label
+        print(f"{name:12s} {speed:8.2f} tokens/s  {times:5.2f} x plain  {found.bytes:12,d} bytes")
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:

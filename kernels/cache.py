@@ -90,6 +90,7 @@ class QuantizedKV(Tensor):
         length: int,
         lineage: _Lineage | None = None,
     ) -> QuantizedKV:
+        """Wrap parts as a tensor of ``length`` slots; ``lineage`` names the memory they share."""
         B, H, _, D = exact.shape
         shape = (B, H, length, D)
         self: QuantizedKV = Tensor._make_wrapper_subclass(

@@ -12,7 +12,7 @@ keeps is reached. How that tensor enters and leaves the graph is its `Life`::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -66,7 +66,7 @@ def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
     raise Refusal(why_not_kept(base, outputs))
 
 
-def _peel(node: fx.Node) -> _Read:
+def _peel(node: Any) -> _Read:
     """Walk back along repeated heads and cut-off slots."""
     repeats: Any = 1
     slots: Any = None
@@ -86,7 +86,7 @@ def _peel(node: fx.Node) -> _Read:
             return _Read(node, repeats, slots)
 
 
-def _repeat_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
+def _repeat_of(node: Any) -> tuple[fx.Node, Any] | None:
     """Return the tensor whose heads ``node`` repeats next to one another, and how often."""
     name = target_name(node)
     if name == "repeat_interleave" and argument(node, 2, "dim") in (1, -3):
@@ -118,7 +118,7 @@ def _repeat_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
     return None
 
 
-def _inserted_axis(node: fx.Node) -> fx.Node | None:
+def _inserted_axis(node: Any) -> fx.Node | None:
     """Return the 4-d tensor that ``node`` gave an axis of size 1 behind its heads."""
     if target_name(node) == "unsqueeze" and argument(node, 1, "dim") in (2, -3):
         return input_of(node)

@@ -22,7 +22,10 @@ from kvq_compile.lowering.sizes import Size, SizeReader
 from kvq_compile.lowering.unchain_writes import unchain_writes
 from kvq_compile.lowering.unwrap_caches import unwrap_caches
 
-RECORDING_GRADIENTS = "gradients are being recorded, and rounding has none; run under torch.no_grad() or torch.inference_mode()"
+RECORDING_GRADIENTS = (
+    "gradients are being recorded, and rounding has none; "
+    "run under torch.no_grad() or torch.inference_mode()"
+)
 
 
 @dataclass(frozen=True)

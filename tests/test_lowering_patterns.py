@@ -117,7 +117,7 @@ def assert_same(feed, step, recorder, **options) -> None:
         )
 
 
-# Grown caches --------------------------------------------------------------------------------------------------
+# Grown caches
 
 
 def grown_grouped(query, key, value, keys, values):
@@ -265,7 +265,7 @@ def test_growing_lengths_are_one_graph() -> None:
     assert len(recorder.after) == 2  # a plain cache, a quantized one of any length
 
 
-# Buffers of fixed size -----------------------------------------------------------------------------------------
+# Buffers of fixed size
 
 
 def buffer_index_copy(query, key, value, keys, values, position, mask):
@@ -362,7 +362,7 @@ def test_positions_changed_in_place_afterwards_do_not_move_the_write() -> None:
     assert_same(fill, step, Recorder())
 
 
-# Caches allocated in the call ----------------------------------------------------------------------------------
+# Caches allocated in the call
 
 
 def allocate(query, key, value, position, mask):

@@ -89,7 +89,7 @@ def join(keys, values, key, value):
     return torch.cat([keys, key], 2), torch.cat([values, value], 2)
 
 
-# Attention that is not the one the ops compute ------------------------------------------------------------------
+# Attention that is not the one the ops compute
 
 
 def test_softmax_over_another_dimension_is_left_alone() -> None:
@@ -237,7 +237,7 @@ def test_double_precision_is_left_alone() -> None:
     assert_left_alone(step, grown(dtype=torch.float64), "dtype torch.float64 is not supported")
 
 
-# Caches that are kept in another way ----------------------------------------------------------------------------
+# Caches that are kept in another way
 
 
 def test_no_cache_is_left_alone_without_a_warning() -> None:
@@ -431,7 +431,7 @@ def test_tokens_changed_after_they_are_written_are_left_alone() -> None:
     )
 
 
-# Refused although the cache is quantized: read as ordinary tensors, kept quantized -------------------------------
+# Refused although the cache is quantized: read as ordinary tensors, kept quantized
 
 
 def test_a_refused_attention_over_a_grown_cache_is_right_and_keeps_it_quantized() -> None:
@@ -507,46 +507,3 @@ def test_keys_and_values_of_different_length_are_an_error() -> None:
     query, key, value, keys, _ = grown(quantized=True)()
     with pytest.raises((ValueError, RuntimeError), match="equally many tokens|must match|Expected"):
         compiled(query, key, value, keys, grown(45, quantized=True)()[4])
-
-
-# Options ----------------------------------------------------------------------------------------------------------
-
-
-def soft_capped(query, key, value, keys, values):
-    keys, values = join(keys, values, key, value)
-    return torch.softmax(torch.tanh(query @ keys.transpose(2, 3)), -1) @ values, keys, values
-
-
-def test_strict_makes_a_refusal_an_error() -> None:
-    with pytest.raises(
-        BackendCompilerFailed, match="KVQError: 1 of 1 attentions were left as they are: .*tanh"
-    ):
-        compile_(soft_capped, strict=True)(*grown()())
-
-
-def test_strict_accepts_what_keeps_no_cache() -> None:
-    def step(query, key, value):
-        return sdpa(query, key + 1, value + 1)
-
-    compile_(step, strict=True)(*grown()()[:3])
-
-
-def test_a_layer_left_out_by_option_stays_in_16_bit() -> None:
-    def step(query, key, value, keys, values, other_keys, other_values):
-        keys, values = join(keys, values, key, value)
-        other_keys, other_values = join(other_keys, other_values, key, value)
-        output = sdpa(sdpa(query, keys, values), other_keys, other_values)
-        return output, keys, values, other_keys, other_values
-
-    with torch.no_grad(), watching() as graphs:
-        arguments = [*grown()(), *grown()()[3:]]
-        outputs = compile_(step, layers={1: None}, strict=True)(*arguments)
-    assert [type(x).__name__ for x in outputs[1:]] == [
-        "QuantizedKV",
-        "QuantizedKV",
-        "Tensor",
-        "Tensor",
-    ]
-    assert [site.outcome for site in graphs[0].sites] == ["rewritten", "left alone"]
-    assert graphs[0].sites[1].detail == "left in 16 bit by the option layers"
-    torch.testing.assert_close(dense(outputs), dense(step(*arguments)), rtol=1e-4, atol=1e-5)

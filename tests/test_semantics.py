@@ -88,7 +88,7 @@ def assert_quantized(cache) -> None:
     assert all(isinstance(tensor, QuantizedKV) for tensor in tensors(cache))
 
 
-# Lengths and shapes -------------------------------------------------------------------------------------------------
+# Lengths and shapes
 
 
 @pytest.mark.parametrize("make_cache", [dynamic, static])
@@ -169,7 +169,7 @@ def test_a_padded_row_sees_what_it_sees_alone(options, make_cache) -> None:
         assert_close(mine[p:], plain(row[None]).logits[0], TOLERANCE if options is PACKED else 1e-5)
 
 
-# Ways to generate ---------------------------------------------------------------------------------------------------
+# Ways to generate
 
 
 def generate(model, prompt: torch.Tensor, **options) -> list[list[int]]:
@@ -210,7 +210,7 @@ def test_an_assistant_changes_no_token() -> None:
     assert generate(compiled, text(9), assistant_model=assistant) == generate(plain, text(9))
 
 
-# What is done to a cache between two calls --------------------------------------------------------------------------
+# What is done to a cache between two calls
 
 
 @torch.no_grad()
