@@ -94,9 +94,7 @@ def test_an_option_that_makes_no_sense_is_named(options, error, message) -> None
 
 
 def test_an_error_in_the_options_reaches_the_user_of_torch_compile() -> None:
-    with pytest.raises(
-        BackendCompilerFailed, match=r"got 'int5'; did you mean"
-    ):
+    with pytest.raises(BackendCompilerFailed, match=r"got 'int5'; did you mean"):
         torch.compile(attend, backend="kvq", options={"method": "int5"})(*new(2))
 
 
