@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels import cpu_pages, reference
-from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.spec import HIDES, PageLayout
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -25,7 +25,6 @@ APPEND_TOKENS = 1024  # new tokens quantized at once
 SCRATCH_NUMBERS = (
     1 << 19
 )  # fp32 numbers of keys, and of values, unpacked at once: two megabytes each
-HIDES = -1e4  # an additive mask of this or less leaves a token no weight
 FEW_ROWS = 16  # query rows of a KV head up to which unpacking costs more than the products
 
 

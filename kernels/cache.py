@@ -234,6 +234,10 @@ class QuantizedKV(Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)
+        if isinstance(read, QuantizedKV) and read._is_view() and not read._is_slice_copy:
+            # A shorter view of a cache (crop) is a cache like any other; autograd's notion of a view of
+            # the longer one would make Dynamo relate their lengths.
+            return read._view(read.shape[2])
         if type(read) is not Tensor or isinstance(self.cursor, FakeTensor):
             return read
         places = index if isinstance(index, tuple) else (index,)

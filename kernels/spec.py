@@ -32,6 +32,7 @@ PLANES = {
     4: (4,),
     8: (8,),
 }  # code width -> widths of its bit planes, low bits first
+HIDES = -1e4  # an additive mask of this or less leaves a token no weight
 PAGE_SIZES = (32, 64, 128, 256)
 
 

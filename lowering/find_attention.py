@@ -13,7 +13,7 @@ softmax, and goes outward along named steps::
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx

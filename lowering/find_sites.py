@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from typing import Any
-
 from torch import fx
 
 from kvq_compile.kernels.spec import CacheSpec, PageLayout

@@ -12,7 +12,7 @@ keeps is reached. How that tensor enters and leaves the graph is its `Life`::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import fx
 

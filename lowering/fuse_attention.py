@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.spec import HIDES, PageLayout
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
 from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
 from kvq_compile.lowering.unwrap_caches import CacheInput
@@ -120,7 +120,7 @@ def _own_mask(graph: fx.Graph, site: AttentionSite) -> Any:
     if mask_dtype == torch.bool:
         hidden = graph.call_method("logical_not", (rest,))
     else:
-        hidden = graph.call_function(operator.le, (rest, torch.finfo(mask_dtype).min))
+        hidden = graph.call_function(operator.le, (rest, HIDES))
         own = graph.call_method("to", (own, dtype))
     graph.call_function(torch._assert_async, (graph.call_method("all", (hidden,)), NOT_HIDDEN))
     return own

@@ -178,10 +178,6 @@ def test_buffers_of_the_module_written_by_index_become_quantized() -> None:
         assert isinstance(layer.attention.v_cache, QuantizedKV)
 
 
-@pytest.mark.xfail(
-    reason="kernels/blocked.py: hands query rows to cpu_pages.attend that are not contiguous",
-    strict=True,
-)
 @pytest.mark.parametrize("flash", [True, False])
 @torch.no_grad()
 def test_tuples_grown_by_cat_become_quantized(flash) -> None:

@@ -24,9 +24,6 @@ TOLERANCE = 0.015
 
 # QuantizedKV.__getitem__ returns what autograd takes for a view of the longer cache; Dynamo then wants both to be
 # equally long. `crop` subscripts. It must return `read._view(read.shape[2])` where `read._is_view()`.
-crop_is_a_view = pytest.mark.xfail(
-    reason="kernels/cache.py: a cropped cache is a view of the longer one", strict=True
-)
 
 
 def make_model(
@@ -102,22 +99,7 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(make_cache) -> None:
     assert_quantized(cache)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads"),
-    [
-        pytest.param(
-            4,
-            4,
-            marks=pytest.mark.xfail(
-                reason="kernels/blocked.py: hands query rows to cpu_pages.attend that are not contiguous",
-                strict=True,
-            ),
-        ),
-        (4, 2),
-        (4, 1),
-        (1, 1),
-    ],
-)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (1, 1)])
 def test_query_heads_share_kv_heads(heads, kv_heads) -> None:
     plain, compiled = twins(PACKED, heads=heads, kv_heads=kv_heads)
     ids, cache = text(50), dynamic(compiled)
@@ -189,7 +171,6 @@ def test_beam_search_finds_the_same_beams(cache_implementation) -> None:
     assert generate(compiled, prompt, **options) == generate(plain, prompt, **options)
 
 
-@crop_is_a_view
 def test_looking_drafts_up_in_the_prompt_changes_no_token() -> None:
     plain, compiled = twins(EXACT)
     prompt = text(5).repeat(1, 4)
@@ -199,7 +180,6 @@ def test_looking_drafts_up_in_the_prompt_changes_no_token() -> None:
     assert drafted == generate(plain, prompt)
 
 
-@crop_is_a_view
 def test_an_assistant_changes_no_token() -> None:
     plain, compiled = twins(EXACT)
     assistant = make_model()
@@ -233,7 +213,6 @@ def test_at_once_one_by_one_and_rolled_back_agree() -> None:
             torch.testing.assert_close(mine.dequantize(), theirs.dequantize(), rtol=0, atol=step)
 
 
-@crop_is_a_view
 @pytest.mark.parametrize("kept", [50, 20, 3])
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_from_where_it_was_cut(kept) -> None:
