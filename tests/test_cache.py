@@ -1,7 +1,6 @@
 """A quantized cache behaves as the tensor it stands for, through every stage of its life."""
 
 import copy
-import gc
 import io
 import pickle
 import weakref
@@ -14,58 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from kvq_compile.convert import become
-from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.ops import PARTS
 from kvq_compile.kernels.read_only import ReadOnlyTokens
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.small_cache import (
+    LAYOUT,
+    B,
+    D,
+    H,
+    assert_is_quantized,
+    assert_same_bytes,
+    grown,
+    static,
+    tokens,
+)
 from kvq_compile.testing import kv_tensors, lengths, page_layouts
-
-LAYOUT = CacheSpec(TensorSpec(2), TensorSpec(2), sinks=2, window=5, page_size=32).layout("key", 64)
-B, H, D = 2, 2, LAYOUT.head_dim
-aten = torch.ops.aten
-
-
-def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(B, H, count, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def grown(count: int, seed: int = 0, layout: PageLayout = LAYOUT) -> QuantizedKV:
-    return QuantizedKV.from_dense(tokens(count, seed), layout)
-
-
-def static(slots: int, held: int, seed: int = 0) -> QuantizedKV:
-    return QuantizedKV.from_dense(tokens(slots, seed), LAYOUT, kind="static", length=held)
-
-
-def used(cache: QuantizedKV) -> list[Tensor]:
-    """Return the bytes that count: packed pages, exact rows that hold a token, cursor."""
-    length, pages = cache.cursor.tolist()
-    layout = cache.page_layout
-    first = layout.sinks + pages * layout.page_size
-    rows = reference.exact_row_index(first, max(first, length), layout, cache.device)
-    rows = torch.cat([torch.arange(min(length, layout.sinks)), rows])
-    return [
-        cache.codes[:, :, :pages],
-        cache.params[:, :, :pages],
-        cache.exact[:, :, rows],
-        cache.cursor,
-    ]
-
-
-def assert_same_bytes(one: QuantizedKV, other: QuantizedKV) -> None:
-    assert one.shape == other.shape
-    for name, mine, theirs in zip(PARTS, used(one), used(other), strict=True):
-        assert torch.equal(mine, theirs), name
-
-
-def assert_is_quantized(cache: Any, expected: Tensor) -> None:
-    assert type(cache) is QuantizedKV
-    assert torch.equal(cache.dequantize(), expected)
-
 
 # Growing
 
@@ -385,249 +347,3 @@ def test_everything_else_equals_the_operation_on_the_dequantized_tokens(
         torch.testing.assert_close(got.clone(), expected)
     else:
         assert got == expected
-
-
-# Writing
-
-
-@pytest.mark.parametrize("start", [0, 1, 30, 90])
-@pytest.mark.parametrize("count", [0, 1, 8])
-def test_every_way_of_writing_tokens_writes_the_same(start: int, count: int) -> None:
-    x, position = tokens(count, 1), torch.arange(start, start + count)
-    writes: list[Callable[[Any], Any]] = [
-        lambda cache: cache.index_copy_(2, position, x),
-        lambda cache: cache.index_copy_(-2, position, x),
-        lambda cache: cache.__setitem__((slice(None), slice(None), position), x),
-        lambda cache: cache.__setitem__((..., position, slice(None)), x),
-        lambda cache: cache.__setitem__((..., slice(start, start + count), slice(None)), x),
-        lambda cache: aten.index_put_(cache, (None, None, position), x) if count else None,
-    ]
-    expected = static(100, 90)
-    torch.ops.kvq.append_(*expected.parts, x, None, start, LAYOUT.token)
-    for write in writes:
-        cache = static(100, 90)
-        write(cache)
-        if count:
-            assert_same_bytes(cache, expected)
-            assert torch.equal(
-                cache.dequantize()[:, :, start + count :], torch.zeros(B, H, 100 - start - count, D)
-            )
-        else:
-            assert_same_bytes(cache, static(100, 90))
-
-
-def test_a_write_broadcasts_as_an_assignment_does() -> None:
-    cache = static(100, 20)
-    cache[:, :, 20:24] = 2.5
-    cache[:, :, -76] = tokens(1, 1)[:, :, 0]
-    cache[:, :, 25:27] = torch.ones(D)
-    read = cache.dequantize()
-    assert (read[:, :, 20:24] == 2.5).all()
-    assert torch.equal(read[:, :, 24], tokens(1, 1)[:, :, 0])
-    assert (read[:, :, 25:27] == 1).all()
-    assert cache.held() == 27
-
-
-def test_a_rewinding_write_forgets_what_lies_behind_it() -> None:
-    cache, x = static(100, 60), tokens(100)
-    cache[:, :, 57:58] = tokens(1, 1)
-    assert cache.held() == 58
-    read = cache.dequantize()
-    assert torch.equal(read[:, :, 57:58], tokens(1, 1))
-    assert not read[:, :, 58:].any()
-    cache[:, :, 57:100] = x[:, :, 57:]
-    assert_same_bytes(cache, static(100, 100))
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda cache, x: cache.index_copy_(2, torch.arange(95, 105), x),
-        lambda cache, x: aten.index_put_(cache, (None, None, torch.arange(95, 105)), x),
-        lambda cache, x: cache.__setitem__((slice(None), slice(None), torch.arange(95, 105)), x),
-        lambda cache, x: cache.__setitem__((slice(None), slice(None), slice(95, 105)), x),
-        lambda cache, x: cache.copy_(torch.cat([x] * 11, 2)),
-    ],
-)
-def test_more_tokens_than_a_static_cache_has_slots_are_refused_and_nothing_changes(
-    write: Callable[[Any, Tensor], Any],
-) -> None:
-    """Regression: the room of the last page was written to, slots or not."""
-    cache, before = static(100, 95), static(100, 95)
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"slots of the cache|must match|expanded size"
-    ):
-        write(cache, tokens(10, 1))
-    assert_same_bytes(cache, before)
-
-
-@pytest.mark.parametrize("position", [[3, 5], [5, 4], [3, 3]])
-def test_positions_that_do_not_follow_one_another_are_refused(position: list[int]) -> None:
-    cache, before = static(100, 90), static(100, 90)
-    with pytest.raises(ValueError, match="must follow one another"):
-        cache[:, :, torch.tensor(position)] = tokens(2)
-    assert_same_bytes(cache, before)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda x: x.add_(1),
-        lambda x: x.fill_(0),
-        lambda x: x.index_copy_(3, torch.arange(D), x.dequantize()),
-        lambda x: aten.index_put_(x, (None, None, torch.tensor([0])), torch.ones(1), True),
-        lambda x: x.masked_fill_(torch.ones(1, dtype=torch.bool), 0),
-        lambda x: x.scatter_(2, torch.zeros(1, 1, 1, 1, dtype=torch.int64), 1.0),
-        lambda x: torch.add(x.dequantize(), 1, out=x),
-        lambda x: torch._foreach_zero_([x]),
-        lambda x: x.transpose_(1, 2),
-        lambda x: x.__setitem__((0, slice(None)), 1.0),
-        lambda x: x.__setitem__((slice(None), 1), 1.0),
-        lambda x: x.__setitem__((slice(None), slice(None), slice(None), slice(3)), 1.0),
-        lambda x: x.__setitem__((slice(None), slice(None), slice(0, 9, 2)), 1.0),
-        lambda x: x.__setitem__(x.dequantize() > 0, 0.0),
-    ],
-)
-@pytest.mark.parametrize("make", [lambda: grown(90), lambda: static(100, 90)])
-def test_a_write_that_cannot_be_quantized_is_an_error(
-    write: Callable[[Any], Any], make: Callable[[], QuantizedKV]
-) -> None:
-    """Regression: ``out=`` and list arguments wrote into a dequantized copy."""
-    cache, before = make(), make()
-    with pytest.raises(NotImplementedError):
-        write(cache)
-    assert_same_bytes(cache, before)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda x: x[:, :, 3:5].copy_(torch.zeros(1)),
-        lambda x: x[:, :, 3:5].__setitem__(..., 0.0),
-        lambda x: x.narrow(2, 4, 4).zero_(),
-        lambda x: x.narrow(2, 0, 4).zero_(),
-        lambda x: x[:, :, :4].zero_(),
-        lambda x: x[0].mul_(2),
-        lambda x: x[0:1].zero_(),
-        lambda x: x[1:].copy_(torch.zeros(1)),
-        lambda x: x.transpose(1, 2)[:, 3].fill_(1),
-        lambda x: x.unbind(0)[0].add_(1),
-        lambda x: torch.add(torch.ones(H, x.shape[2], D), 1, out=x[1]),
-        lambda x: x.select(2, 3).data.zero_(),
-        lambda x: x[0, 0, 3:5].view(-1).index_fill_(0, torch.tensor([0]), 1.0),
-        lambda x: torch.nn.init.zeros_(x[1]),
-        lambda x: torch.relu_(x[1]),
-    ],
-)
-@pytest.mark.parametrize("make", [lambda: grown(90), lambda: static(100, 90)])
-def test_a_write_into_a_view_is_an_error(
-    write: Callable[[Any], Any], make: Callable[[], QuantizedKV]
-) -> None:
-    """Regression: it went into a dequantized copy and was lost without a word."""
-    cache, before = make(), make()
-    with pytest.raises(NotImplementedError, match=r"clone\(\)"):
-        write(cache)
-    assert_same_bytes(cache, before)
-
-
-def test_what_is_computed_from_a_view_can_be_written_to() -> None:
-    view = grown(90)[:, :, 3:5]
-    assert type(view) is ReadOnlyTokens
-    for made in (view.clone(), view + 1, view.sum(), torch.cat([view, view]), view.float().mul(2)):
-        assert type(made) is Tensor
-        made.zero_()
-    assert type(view[0].transpose(0, 1)) is ReadOnlyTokens
-
-
-def test_a_view_is_taken_by_compiled_code() -> None:
-    view = static(100, 90)[:, :, 3:50]
-    compiled = torch.compile(lambda x: (x * 2).sum(-1), backend="kvq", fullgraph=True)
-    with torch.no_grad():
-        assert torch.equal(compiled(view), (view.clone() * 2).sum(-1))
-
-
-def test_zeroing_a_static_cache_empties_it() -> None:
-    cache = static(100, 90)
-    cache.zero_()
-    assert cache.held() == 0
-    assert not cache.dequantize().any()
-    cache[:, :, :90] = tokens(100)[:, :, :90]
-    assert_same_bytes(cache, static(100, 90))
-
-
-def test_zeroing_a_grown_cache_leaves_tokens_that_are_zero() -> None:
-    """Regression: it had slots without tokens then, and the next token was refused."""
-    cache = grown(90)
-    cache.zero_()
-    longer = torch.cat([cache, tokens(3)], 2)
-    assert_is_quantized(longer, torch.cat([torch.zeros(B, H, 90, D), tokens(3)], 2))
-
-
-@pytest.mark.parametrize("make", [lambda seed: grown(90, seed), lambda seed: static(100, 90, seed)])
-def test_copying_another_cache_copies_its_bytes(make: Callable[[int], QuantizedKV]) -> None:
-    cache, other = make(0), make(1)
-    cache.copy_(other)
-    assert_same_bytes(cache, other)
-    assert cache.copy_(cache) is cache
-
-
-@pytest.mark.parametrize("make", [lambda seed: grown(90, seed), lambda seed: static(100, 90, seed)])
-def test_copying_a_tensor_quantizes_it(make: Callable[[int], QuantizedKV]) -> None:
-    cache = make(0)
-    x = tokens(cache.shape[2], 3)
-    cache.copy_(x)
-    assert_same_bytes(cache, QuantizedKV.from_dense(x, LAYOUT, kind=cache.kind))
-
-
-def test_copying_a_cache_of_another_length_is_an_error() -> None:
-    """Regression: parts of equal capacity were copied, tokens and lengths no longer agreed."""
-    cache = grown(90)
-    with pytest.raises(RuntimeError, match="expanded size"):
-        cache.copy_(grown(89))
-    assert_same_bytes(cache, grown(90))
-
-
-@pytest.mark.parametrize("shape", [(1, H, 3, D), (B, 1, 3, D), (B, H, 3, D // 2)])
-def test_new_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    """Regression: tokens of one sequence were broadcast over the batch."""
-    cache = grown(90)
-    with pytest.raises(RuntimeError, match="must match"):
-        torch.cat([cache, torch.ones(shape)], 2)
-
-
-# Taking the place of a 16-bit tensor
-
-
-def test_a_tensor_that_becomes_quantized_frees_its_storage_and_stays_the_same_object() -> None:
-    module = torch.nn.Module()
-    module.register_buffer("keys", tokens(100))
-    tensor = module.keys
-    storage, reference_, identity = (
-        StorageWeakRef(tensor.untyped_storage()),
-        weakref.ref(tensor),
-        id(tensor),
-    )
-    become(tensor, QuantizedKV.from_dense(tensor, LAYOUT, kind="static", length=90))
-    gc.collect()
-    assert storage.expired()
-    assert reference_() is tensor is module.keys
-    assert id(tensor) == identity
-    assert_same_bytes(tensor, static(100, 90))
-    tensor[:, :, 90:91] = tokens(1, 1)
-    assert module.keys.held() == 91
-
-
-def test_a_tensor_whose_storage_is_shared_is_left_as_it_is() -> None:
-    tensor = tokens(100)
-    alias = tensor.view_as(tensor)
-    for shared in (tensor, alias, torch.nn.Parameter(tokens(100))):
-        kind = type(shared)
-        with pytest.raises(
-            RuntimeError, match=r"must not share its storage|must be a plain tensor"
-        ):
-            become(shared, static(100, 90))
-        assert type(shared) is kind
-        assert torch.equal(shared, tokens(100))
-    del alias, shared
-    become(tensor, static(100, 90))
-    assert_same_bytes(tensor, static(100, 90))  # type: ignore[arg-type]

@@ -1,0 +1,52 @@
+"""A 16-bit tensor becomes a quantized cache in place: the same object, its storage freed."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kvq_compile.convert import become
+from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.small_cache import (
+    LAYOUT,
+    assert_same_bytes,
+    static,
+    tokens,
+)
+
+
+def test_a_tensor_that_becomes_quantized_frees_its_storage_and_stays_the_same_object() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("keys", tokens(100))
+    tensor = module.keys
+    storage, reference_, identity = (
+        StorageWeakRef(tensor.untyped_storage()),
+        weakref.ref(tensor),
+        id(tensor),
+    )
+    become(tensor, QuantizedKV.from_dense(tensor, LAYOUT, kind="static", length=90))
+    gc.collect()
+    assert storage.expired()
+    assert reference_() is tensor is module.keys
+    assert id(tensor) == identity
+    assert_same_bytes(tensor, static(100, 90))
+    tensor[:, :, 90:91] = tokens(1, 1)
+    assert module.keys.held() == 91
+
+
+def test_a_tensor_whose_storage_is_shared_is_left_as_it_is() -> None:
+    tensor = tokens(100)
+    alias = tensor.view_as(tensor)
+    for shared in (tensor, alias, torch.nn.Parameter(tokens(100))):
+        kind = type(shared)
+        with pytest.raises(
+            RuntimeError, match=r"must not share its storage|must be a plain tensor"
+        ):
+            become(shared, static(100, 90))
+        assert type(shared) is kind
+        assert torch.equal(shared, tokens(100))
+    del alias, shared
+    become(tensor, static(100, 90))
+    assert_same_bytes(tensor, static(100, 90))  # type: ignore[arg-type]
