@@ -164,14 +164,16 @@ def explain(
     network, tokenizer = load(model, dtype, device)
     from transformers import DynamicCache
 
+    from kvq_compile.loading import cache_argument
+
     ids = torch.tensor([read_text(tokenizer, None)[:64]], device=network.device)
     with torch.no_grad():
         explanation = kvq_compile.explain(
             network,
             input_ids=ids,
-            past_key_values=DynamicCache(config=network.config),
             use_cache=True,
             options=dict(choice.options or {}),
+            **{cache_argument(network): DynamicCache(config=network.config)},
         )
     console.print(escape(str(explanation)), highlight=False, soft_wrap=True)
 

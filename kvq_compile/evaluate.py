@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kvq_compile.accounting import Report, report
 from kvq_compile.config import make_config
+from kvq_compile.loading import cache_argument
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -178,10 +179,10 @@ class Runner:
         self._call = self._compile(compile_plain)
 
     def _compile(self, compile_plain: bool) -> Callable[..., Tensor]:
-        model = self.model
+        model, name = self.model, cache_argument(self.model)
 
         def call(ids: Tensor, cache: DynamicCache, **extra: int) -> Tensor:
-            logits: Tensor = model(ids, past_key_values=cache, use_cache=True, **extra).logits
+            logits: Tensor = model(ids, **{name: cache}, use_cache=True, **extra).logits
             return logits
 
         # Dynamo keeps its compiled code by code object: every runner needs one of its own.

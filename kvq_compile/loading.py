@@ -6,6 +6,7 @@ package works without it.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ def example(path: Path) -> Path:
             "package; pass --model and --text"
         )
     return path
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name under which a model's ``forward`` takes its cache; transformers 5.24 changed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def require_transformers() -> None:
