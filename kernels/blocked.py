@@ -52,7 +52,15 @@ def append_(
     start: int,
     layout: PageLayout,
 ) -> None:
-    """Append in steps, so that quantizing a long prompt needs little scratch."""
+    """Append in steps, so that quantizing a long prompt needs little scratch.
+
+    A single token that completes no page, as nearly every decoded one, is written into its row at once.
+    """
+    held, pages = cursor.tolist()
+    if x.shape[2] == 1 and start == held and layout.pages_at(start + 1) <= pages:
+        exact[:, :, layout.exact_row(start)] = x[:, :, 0]
+        cursor[0] = start + 1
+        return
     for first in range(0, x.shape[2], APPEND_TOKENS):
         piece = x[:, :, first : first + APPEND_TOKENS]
         reference.append_(codes, params, exact, cursor, piece, start + first, layout)
