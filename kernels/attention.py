@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.primitives import (
     HIDDEN,
     dequantize_keys,
@@ -420,6 +421,8 @@ def attend(
     scale: float,
     key_layout: PageLayout,
     value_layout: PageLayout,
+    key_frame: Frame | None = None,
+    value_frame: Frame | None = None,
 ) -> Tensor:
     """Attend to the tokens before ``start`` or ``position[0]`` of a cache and to the new ones
     behind them.
@@ -436,6 +439,7 @@ def attend(
         start: The first of them; or ``None``.
         scale: Factor on the scores.
         key_layout, value_layout: Layouts of the two parts.
+        key_frame, value_frame: What their packed tokens are coded relative to, where there are tables.
 
     Returns:
         ``[B, Hq, T, Dv]`` in the dtype of ``query``; NaN if the cache holds fewer tokens than

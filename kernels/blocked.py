@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels import cpu_pages, reference
+from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.spec import HIDES, PageLayout
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,6 +52,7 @@ def append_(
     x: Tensor,
     start: int,
     layout: PageLayout,
+    frame: Frame | None = None,
 ) -> None:
     """Append in steps, so that quantizing a long prompt needs little scratch.
 
@@ -63,7 +65,7 @@ def append_(
         return
     for first in range(0, x.shape[2], APPEND_TOKENS):
         piece = x[:, :, first : first + APPEND_TOKENS]
-        reference.append_(codes, params, exact, cursor, piece, start + first, layout)
+        reference.append_(codes, params, exact, cursor, piece, start + first, layout, frame)
 
 
 class _Softmax:
@@ -123,6 +125,8 @@ def attend(
     scale: float,
     key_layout: PageLayout,
     value_layout: PageLayout,
+    key_frame: Frame | None = None,
+    value_frame: Frame | None = None,
 ) -> Tensor:
     """Attend to the tokens ``0 .. start - 1`` of a cache and to the new ones behind them.
 
@@ -135,6 +139,7 @@ def attend(
         start: Slot of the first new token.
         scale: Factor on the scores.
         key_layout, value_layout: Layouts of the two parts.
+        key_frame, value_frame: What their packed tokens are coded relative to, where there are tables.
 
     Returns:
         ``[B, Hq, T, Dv]`` in the dtype of ``query``.

@@ -1,6 +1,6 @@
 """`QuantizedKV`: a tensor that looks like ``[B, H, S, D]`` of the model's dtype and holds packed codes.
 
-To model code, cache classes and Dynamo it is the key or value tensor of a layer. Inside it are the four
+To model code, cache classes and Dynamo it is the key or value tensor of a layer. Inside it are the
 parts of `PageLayout`. Operations that a cache performs act on the packed form:
 
 - writes (``cat`` of new tokens, ``index_copy_``, slice and index assignment, ``zero_``) quantize;
@@ -37,6 +37,7 @@ from kvq_compile.kernels.read_only import read_only
 from kvq_compile.kernels.spec import PageLayout
 
 Kind = Literal["grown", "static"]
+INNER = (*ops.PARTS, *ops.FRAME)
 GROWS_BY_CAT = (
     "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
 )
@@ -65,6 +66,8 @@ class QuantizedKV(Tensor):
 
     Attributes:
         codes, params, exact, cursor: The parts, as `PageLayout` describes them.
+        tables, shift: What packed tokens are coded relative to, where the layout has it, else ``None``.
+            Caches of a layer share their tables.
         page_layout: Their layout.
         kind: ``"grown"`` or ``"static"``.
     """
@@ -73,6 +76,8 @@ class QuantizedKV(Tensor):
     params: Tensor
     exact: Tensor
     cursor: Tensor
+    tables: Tensor | None
+    shift: Tensor | None
     page_layout: PageLayout
     kind: Kind
     _lineage: _Lineage
@@ -89,6 +94,8 @@ class QuantizedKV(Tensor):
         kind: Kind,
         length: int,
         lineage: _Lineage | None = None,
+        tables: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> QuantizedKV:
         """Wrap parts as a tensor of ``length`` slots; ``lineage`` names the memory they share."""
         B, H, _, D = exact.shape
@@ -98,6 +105,7 @@ class QuantizedKV(Tensor):
         )
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
+        self.tables, self.shift = tables, shift
         if not isinstance(cursor, FakeTensor):
             for part, page_axis in ((codes, 2), (params, 2)):
                 if kind == "grown":
@@ -110,27 +118,42 @@ class QuantizedKV(Tensor):
 
     @classmethod
     def from_dense(
-        cls, x: Tensor, layout: PageLayout, *, kind: Kind = "grown", length: int | None = None
+        cls,
+        x: Tensor,
+        layout: PageLayout,
+        *,
+        kind: Kind = "grown",
+        length: int | None = None,
+        tables: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> QuantizedKV:
         """Quantize the first ``length`` (default: all) tokens of ``x`` ``[B, H, S, D]``.
 
-        A static cache gets as many slots as ``x`` has, a grown one as many as it has tokens.
+        A static cache gets as many slots as ``x`` has, a grown one as many as it has tokens. ``tables``
+        are the words of the layout's `Tables`; ``shift``, ``[B]``, is zero if it is not given.
         """
         tokens = x.shape[2] if length is None else length
         slots = x.shape[2] if kind == "static" else tokens
+        if layout.rotary and shift is None:
+            shift = x.new_zeros(x.shape[0], dtype=torch.int32)
         codes, params, exact, cursor = ops.quantize(
-            x[:, :, :tokens], slots, kind == "grown", layout.token
+            x[:, :, :tokens], slots, kind == "grown", layout.token, tables, shift
         )
-        return cls(codes, params, exact, cursor, layout, kind, slots)
+        return cls(codes, params, exact, cursor, layout, kind, slots, tables=tables, shift=shift)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four parts, in the order of `ops.PARTS`."""
         return self.codes, self.params, self.exact, self.cursor
 
+    @property
+    def frame(self) -> tuple[Tensor | None, Tensor | None]:
+        """``tables, shift``, as the ops take them."""
+        return self.tables, self.shift
+
     def dequantize(self) -> Tensor:
         """Return the tokens as an ordinary tensor ``[B, H, S, D]``; empty slots are zero."""
-        return ops.dequantize(*self.parts, self.shape[2], self.page_layout.token)
+        return ops.dequantize(*self.parts, self.shape[2], self.page_layout.token, *self.frame)
 
     def held(self) -> int:
         """Return how many tokens the cache holds; waits for the device if the cache is static."""
@@ -148,10 +171,19 @@ class QuantizedKV(Tensor):
             if self.device.type == "cpu":
                 from kvq_compile.kernels import reference
 
-                reference.truncate_(*self.parts, self.shape[2], self.page_layout)
+                frame = ops.make_frame(*self.frame, self.page_layout)
+                reference.truncate_(*self.parts, self.shape[2], self.page_layout, frame)
             else:
                 nothing = self.exact[:, :, :0]
-                ops.append_(*self.parts, nothing, None, self.shape[2], self.page_layout.token)
+                ops.append_(
+                    *self.parts,
+                    nothing,
+                    None,
+                    self.shape[2],
+                    self.page_layout.token,
+                    None,
+                    *self.frame,
+                )
             self._lineage.held = self.shape[2]
         if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
             if self._lineage.others(self):
@@ -179,10 +211,9 @@ class QuantizedKV(Tensor):
     def extended(self, tokens: int) -> QuantizedKV:
         """Return the view that also shows ``tokens`` just appended behind this one."""
         length = self.shape[2] + tokens
-        if isinstance(self.cursor, FakeTensor):
-            return QuantizedKV(*self.parts, self.page_layout, self.kind, length)
-        self._lineage.held = int(length)
-        return QuantizedKV(*self.parts, self.page_layout, self.kind, length, self._lineage)
+        if not isinstance(self.cursor, FakeTensor):
+            self._lineage.held = int(length)
+        return self._view(length)
 
     def clone_packed(self) -> QuantizedKV:
         """Return a copy that shares no memory."""
@@ -193,8 +224,11 @@ class QuantizedKV(Tensor):
         if not isinstance(self.cursor, FakeTensor):
             lineage = _Lineage(self._lineage.held)
         codes, params, exact, cursor = (change(part) for part in self.parts)
+        tables = self.tables if self.tables is None else self.tables.to(codes.device)
+        shift = self.shift if self.shift is None else change(self.shift)
         return QuantizedKV(
-            codes, params, exact, cursor, self.page_layout, self.kind, self.shape[2], lineage
+            *(codes, params, exact, cursor, self.page_layout, self.kind, self.shape[2]),
+            *(lineage, tables, shift),
         )
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
@@ -202,11 +236,11 @@ class QuantizedKV(Tensor):
 
     def _view(self, length: int) -> QuantizedKV:
         lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
-        return QuantizedKV(*self.parts, self.page_layout, self.kind, length, lineage)
+        return QuantizedKV(*self.parts, self.page_layout, self.kind, length, lineage, *self.frame)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
-            f"QuantizedKV({list(self.shape)}, {self.page_layout.bits}-bit {self.page_layout.role}s, {self.kind}, "
+            f"QuantizedKV({list(self.shape)}, {self.page_layout.bits:g}-bit {self.page_layout.role}s, {self.kind}, "
             f"dtype={self.dtype}, device={self.device})"
         )
 
@@ -230,7 +264,8 @@ class QuantizedKV(Tensor):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Loaded views would not know of each other, so that each takes memory of its own.
         owner = self.clone_packed() if self._lineage.others(self) else self
-        return rebuild, (*owner.parts, self.page_layout.token, self.kind, int(self.shape[2]))
+        about = self.page_layout.token, self.kind, int(self.shape[2])
+        return rebuild, (*owner.parts, *about, *owner.frame)
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)
@@ -250,7 +285,8 @@ class QuantizedKV(Tensor):
         assign(self, index, x)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return list(ops.PARTS), (self.page_layout, self.kind)
+        names = [name for name in INNER if getattr(self, name) is not None]
+        return names, (self.page_layout, self.kind)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -258,7 +294,10 @@ class QuantizedKV(Tensor):
     ) -> QuantizedKV:
         layout, kind = meta
         codes, params, exact, cursor = (inner[name] for name in ops.PARTS)
-        return QuantizedKV(codes, params, exact, cursor, layout, kind, outer_size[2])
+        tables, shift = (inner.get(name) for name in ops.FRAME)
+        return QuantizedKV(
+            codes, params, exact, cursor, layout, kind, outer_size[2], tables=tables, shift=shift
+        )
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -277,11 +316,14 @@ def rebuild(
     layout: str,
     kind: Kind,
     length: int,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> QuantizedKV:
     """Wrap unpickled parts."""
     lineage = _Lineage(int(cursor[0]))
+    page_layout = PageLayout.parse(layout)
     return QuantizedKV(
-        codes, params, exact, cursor, PageLayout.parse(layout), kind, length, lineage
+        codes, params, exact, cursor, page_layout, kind, length, lineage, tables, shift
     )
 
 

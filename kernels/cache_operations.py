@@ -122,7 +122,7 @@ def _write(
         _check_slots(cache, position, start, int(count))
     elif cache.kind == "grown":
         raise NotImplementedError(GROWS_BY_CAT)
-    ops.append_(*cache.parts, x, position, start, cache.page_layout.token)
+    ops.append_(*cache.parts, x, position, start, cache.page_layout.token, None, *cache.frame)
 
 
 def _check_writable(cache: QuantizedKV) -> None:
@@ -171,8 +171,11 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
             torch.cat([getattr(t, name) for t in tensors]) for name in ops.PARTS[:3]
         )
         cursor = first.cursor.clone()
+        shift = None if first.shift is None else torch.cat([t.shift for t in tensors])
         return QuantizedKV(
-            codes, params, exact, cursor, first.page_layout, first.kind, first.shape[2]
+            *(codes, params, exact, cursor, first.page_layout, first.kind, first.shape[2]),
+            tables=first.tables,
+            shift=shift,
         )
     if _dim(first, dim) != 2 or first.kind != "grown":
         return NotImplemented
@@ -181,7 +184,15 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return NotImplemented  # torch says what does not fit
     if not isinstance(first.cursor, FakeTensor):
         first.claim(new.shape[2])
-    ops.append_(*first.parts, new.to(first.dtype), None, first.shape[2], first.page_layout.token)
+    ops.append_(
+        *first.parts,
+        new.to(first.dtype),
+        None,
+        first.shape[2],
+        first.page_layout.token,
+        None,
+        *first.frame,
+    )
     return first.extended(new.shape[2])
 
 
@@ -278,6 +289,8 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
         return x
     for mine, theirs in zip(x.parts, source.parts, strict=True):  # type: ignore[attr-defined]
         mine.copy_(theirs, non_blocking)
+    if x.shift is not None:
+        x.shift.copy_(source.shift, non_blocking)  # type: ignore[attr-defined]
     if not isinstance(x.cursor, FakeTensor):
         x._lineage.held = source._lineage.held  # type: ignore[attr-defined]
     return x

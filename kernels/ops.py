@@ -4,7 +4,7 @@ Schemas, fakes and registrations live here so that they exist before a graph is 
 implementation is imported when the dispatcher first needs it: importing this file imports no Triton.
 
 Every op names the packed tensor by its four parts (`PageLayout` gives their shapes) and its layout as
-text. New tokens go to slots ``start, start + 1, ...``: the graph knows ``start`` either as an integer
+text; where the layout has tables they come with it. New tokens go to slots ``start, start + 1, ...``: the graph knows ``start`` either as an integer
 or as the first element of ``position`` ``[T]`` on the device, never both.
 """
 
@@ -13,26 +13,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.spec import PageLayout
 
 PARTS = ("codes", "params", "exact", "cursor")
+FRAME = ("tables", "shift")  # what packed tokens are coded relative to, where the layout has it
 MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache enters a graph
 
 _SCHEMAS = (
     # Quantize x as the first tokens of a new cache for `slots` tokens, with spare room if it grows.
-    "quantize(Tensor x, SymInt slots, bool grows, str layout) -> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize(Tensor x, SymInt slots, bool grows, str layout, Tensor? tables=None, Tensor? shift=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     # Write x behind the tokens held, quantizing the pages that fill up. `after`, the result of the attention
     # that still reads the cache as it was, only orders the two: without it Inductor may run that attention
     # later, and then has to copy the whole cache first.
     "append_(Tensor(a!) codes, Tensor(b!) params, Tensor(c!) exact, Tensor(d!) cursor, Tensor x, "
-    "Tensor? position, SymInt? start, str layout, Tensor? after=None) -> ()",
+    "Tensor? position, SymInt? start, str layout, Tensor? after=None, Tensor? tables=None, Tensor? shift=None) "
+    "-> ()",
     # Attend to the tokens before `start` of a cache and to the exact new ones; writes nothing.
     "attend(Tensor query, Tensor key, Tensor value, "
     "Tensor key_codes, Tensor key_params, Tensor key_exact, Tensor key_cursor, "
     "Tensor value_codes, Tensor value_params, Tensor value_exact, Tensor value_cursor, "
-    "Tensor? mask, Tensor? position, SymInt? start, float scale, str key_layout, str value_layout) -> Tensor",
+    "Tensor? mask, Tensor? position, SymInt? start, float scale, str key_layout, str value_layout, "
+    "Tensor? key_tables=None, Tensor? key_shift=None, Tensor? value_tables=None) -> Tensor",
     # Read slots 0 .. length - 1; those without a token are zero.
-    "dequantize(Tensor codes, Tensor params, Tensor exact, Tensor cursor, SymInt length, str layout) -> Tensor",
+    "dequantize(Tensor codes, Tensor params, Tensor exact, Tensor cursor, SymInt length, str layout, "
+    "Tensor? tables=None, Tensor? shift=None) -> Tensor",
 )
 
 _library = torch.library.Library("kvq", "DEF")
@@ -46,7 +52,8 @@ def new_parts(
     """Allocate an empty cache for tokens like ``like`` ``[B, H, *, D]``, with room for ``capacity`` pages."""
     B, H = like.shape[:2]
     codes = like.new_zeros(B, H, capacity, layout.rows, layout.units, dtype=torch.int16)
-    params = like.new_zeros(B, H, capacity, *layout.params_shape, 2, dtype=torch.float16)
+    params_dtype = torch.uint8 if layout.params == "fp8" else torch.float16
+    params = like.new_zeros(B, H, capacity, *layout.params_shape, 2, dtype=params_dtype)
     exact = like.new_zeros(B, H, layout.exact_rows, layout.head_dim)
     return codes, params, exact, like.new_zeros(2, dtype=torch.int32)
 
@@ -57,12 +64,31 @@ def page_capacity(slots: int | torch.SymInt, grows: bool, layout: PageLayout) ->
     return torch.sym_max(MIN_PAGES, pages + pages // 8 + 2 if grows else pages)
 
 
+def make_frame(tables: Tensor | None, shift: Tensor | None, layout: PageLayout) -> Frame | None:
+    """Return what a layout's tokens are coded relative to.
+
+    Raises:
+        ValueError: Tables or shift are missing, or there are some that the layout does not know.
+    """
+    if (tables is not None) != layout.has_tables or (shift is not None) != layout.rotary:
+        given = [name for name, x in (("tables", tables), ("shift", shift)) if x is not None]
+        raise ValueError(
+            f"tables and shift must be given as the layout says, {layout}, got {given}"
+        )
+    return None if tables is None else Frame(tables, shift)
+
+
 def _quantize(
-    x: Tensor, slots: int, grows: bool, layout: str
+    x: Tensor,
+    slots: int,
+    grows: bool,
+    layout: str,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     page_layout = PageLayout.parse(layout)
     parts = new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
-    append_(*parts, x, None, 0, layout)
+    append_(*parts, x, None, 0, layout, None, tables, shift)
     return parts
 
 
@@ -76,11 +102,15 @@ def _append_cpu(
     start: int | None,
     layout: str,
     after: Tensor | None = None,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import blocked
 
+    page_layout = PageLayout.parse(layout)
     first = blocked.first_slot(position, start)
-    blocked.append_(codes, params, exact, cursor, x, first, PageLayout.parse(layout))
+    frame = make_frame(tables, shift, page_layout)
+    blocked.append_(codes, params, exact, cursor, x, first, page_layout, frame)
 
 
 def _append_cuda(
@@ -93,10 +123,14 @@ def _append_cuda(
     start: int | None,
     layout: str,
     after: Tensor | None = None,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import quantize_kv
 
-    quantize_kv.append_(codes, params, exact, cursor, x, position, start, PageLayout.parse(layout))
+    page_layout = PageLayout.parse(layout)
+    frame = make_frame(tables, shift, page_layout)
+    quantize_kv.append_(codes, params, exact, cursor, x, position, start, page_layout, frame)
 
 
 def _attend_cpu(
@@ -117,9 +151,13 @@ def _attend_cpu(
     scale: float,
     key_layout: str,
     value_layout: str,
+    key_tables: Tensor | None = None,
+    key_shift: Tensor | None = None,
+    value_tables: Tensor | None = None,
 ) -> Tensor:
     from kvq_compile.kernels import blocked
 
+    layouts = PageLayout.parse(key_layout), PageLayout.parse(value_layout)
     return blocked.attend(
         query,
         key,
@@ -129,8 +167,9 @@ def _attend_cpu(
         mask,
         blocked.first_slot(position, start),
         scale,
-        PageLayout.parse(key_layout),
-        PageLayout.parse(value_layout),
+        *layouts,
+        make_frame(key_tables, key_shift, layouts[0]),
+        make_frame(value_tables, None, layouts[1]),
     )
 
 
@@ -152,9 +191,13 @@ def _attend_cuda(
     scale: float,
     key_layout: str,
     value_layout: str,
+    key_tables: Tensor | None = None,
+    key_shift: Tensor | None = None,
+    value_tables: Tensor | None = None,
 ) -> Tensor:
     from kvq_compile.kernels import attention
 
+    layouts = PageLayout.parse(key_layout), PageLayout.parse(value_layout)
     return attention.attend(
         query,
         key,
@@ -165,17 +208,27 @@ def _attend_cuda(
         position,
         start,
         scale,
-        PageLayout.parse(key_layout),
-        PageLayout.parse(value_layout),
+        *layouts,
+        make_frame(key_tables, key_shift, layouts[0]),
+        make_frame(value_tables, None, layouts[1]),
     )
 
 
 def _dequantize(
-    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: str
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    length: int,
+    layout: str,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     from kvq_compile.kernels import reference
 
-    return reference.read(codes, params, exact, cursor, length, PageLayout.parse(layout))
+    page_layout = PageLayout.parse(layout)
+    frame = make_frame(tables, shift, page_layout)
+    return reference.read(codes, params, exact, cursor, length, page_layout, frame)
 
 
 for _device in ("CPU", "CUDA"):
@@ -188,7 +241,15 @@ _library.impl("attend", _attend_cuda, "CUDA")
 
 
 @torch.library.register_fake("kvq::quantize", lib=_library)
-def _(x: Tensor, slots: int, grows: bool, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor,
+    slots: int,
+    grows: bool,
+    layout: str,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del tables, shift
     page_layout = PageLayout.parse(layout)
     return new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
 
@@ -206,9 +267,16 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
 
 @torch.library.register_fake("kvq::dequantize", lib=_library)
 def _(
-    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: str
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    length: int,
+    layout: str,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    del codes, params, cursor, layout
+    del codes, params, cursor, layout, tables, shift
     return exact.new_empty(*exact.shape[:2], length, exact.shape[3])
 
 

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.primitives import hadamard, join_params, split_params
+from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.spec import PageLayout
 
 MAX_PAGES = 1 << 20  # the lower 20 bits of cursor[1]; the other 11 count programs
@@ -414,6 +415,7 @@ def append_(
     position: Tensor | None,
     start: int | None,
     layout: PageLayout,
+    frame: Frame | None = None,
 ) -> None:
     """Write new tokens at ``start`` or ``position[0]`` and quantize the pages that they complete,
     in place.

@@ -12,8 +12,10 @@ midpoint by ``clip``) stores
 
 so that ``code * scale + zero`` covers ``[lo, hi]`` whatever fp16 did to the parameters, and is off by at
 most half a step inside it. A constant group that fp16 can represent has scale 0 and is exact. The
-parameters are rounded first and the codes computed with the rounded ones. All arithmetic is fp32 with
-one rounding an operation, in this order, which is what makes codes equal bit by bit across devices.
+parameters are rounded first and the codes computed with the rounded ones. In fp8 (e4m3) both are rounded to
+the nearest number, since a step of that format is too wide to round away from the group. All arithmetic is
+fp32 with one rounding an operation, in this order, which is what makes codes equal bit by bit across devices.
+A codebook stores the index of the nearest centroid. `frame` has what calibration puts before either.
 
 **Elements that are not finite** take no part in ``lo`` and ``hi``, so they never widen another element's
 step; an infinity is stored as the nearer end of its group's range and a NaN as the code nearest to zero.
@@ -23,12 +25,23 @@ The call that wrote such a token attends to it exactly, so its damage shows ther
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvq_compile.kernels.spec import UNIT_BITS, PageLayout
+from kvq_compile.kernels.frame import (
+    Frame,
+    centroids,
+    e4m3_value,
+    from_coded,
+    hadamard,
+    nearest_centroid,
+    rotate,
+    round_e4m3,
+    to_coded,
+)
+from kvq_compile.kernels.spec import TRITS, UNIT_BITS, PageLayout
 
 FP16_MAX = 65504.0
 
@@ -48,25 +61,6 @@ def round_up_fp16(x: Tensor) -> Tensor:
     return torch.where(half.float() < x, above, half)
 
 
-@lru_cache(maxsize=32)
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """Return the orthonormal, symmetric Hadamard matrix ``[size, size]``, fp32.
-
-    Where ``size`` is no power of two the matrix is block diagonal, with blocks of the largest power of
-    two that divides it.
-    """
-    block = size & -size
-    matrix = torch.ones(1, 1, device=device)
-    while matrix.shape[0] < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
-
-
-def rotate(x: Tensor, layout: PageLayout) -> Tensor:
-    """Apply the layout's transform, which is its own inverse, to the last dimension of ``x`` (fp32)."""
-    return x @ hadamard(layout.head_dim, x.device) if layout.transform == "hadamard" else x
-
-
 def to_groups(x: Tensor, layout: PageLayout) -> Tensor:
     """View pages ``[..., N, D]`` so that the elements of a group lie along the last dimension.
 
@@ -84,43 +78,82 @@ def from_groups(grouped: Tensor, layout: PageLayout) -> Tensor:
     return grouped.transpose(-2, -1).flatten(-3, -2)
 
 
-def quantize_pages(x: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+def quantize_pages(
+    x: Tensor, layout: PageLayout, frame: Frame | None = None, first: int = 0
+) -> tuple[Tensor, Tensor]:
     """Quantize whole pages.
 
     Args:
-        x: Pages of tokens, ``[..., N, D]``, any float dtype.
+        x: Pages of tokens, ``[..., N, D]``, any float dtype; ``[B, H, P, N, D]`` where there is a frame.
         layout: Where the groups lie and how wide a code is.
+        frame: What the tokens are coded relative to, where the layout has tables.
+        first: Slot of the first token.
 
     Returns:
-        Codes ``[..., N, D]`` (int32) and parameters ``[..., groups, members, 2]`` (fp16).
+        Codes ``[..., N, D / couple]`` (int32) and parameters ``[..., groups, members, 2]`` (fp16, or uint8).
     """
-    x = to_groups(rotate(x.float(), layout), layout)
+    x = to_coded(x.float(), layout, frame, first)
+    if layout.coder == "codebook":
+        assert frame is not None
+        no_params = x.new_zeros(*x.shape[:-2], *layout.params_shape, 2, dtype=torch.float16)
+        return nearest_centroid(x, frame.codebook(layout)), no_params
+    x = to_groups(x, layout)
     finite = x.isfinite()
     bounded = x.clamp(-FP16_MAX, FP16_MAX)
     any_finite = finite.any(-1)
     lo = torch.where(any_finite, bounded.masked_fill(~finite, math.inf).amin(-1), 0.0)
     hi = torch.where(any_finite, bounded.masked_fill(~finite, -math.inf).amax(-1), 0.0)
-    if layout.clip < 1.0:
+    if frame is not None:
+        margin = (hi - lo) * frame.margin(layout)
+        lo, hi = lo + margin, hi - margin
+    elif layout.clip < 1.0:
         margin = (hi - lo) * ((1.0 - layout.clip) / 2.0)
         lo, hi = lo + margin, hi - margin
-    zero = round_down_fp16(lo)
-    scale = round_up_fp16(((hi - zero.float()) / layout.levels).clamp_max(FP16_MAX))
-    step = torch.where(scale > 0, scale.float(), 1.0)[..., None]
-    codes = ((torch.nan_to_num(bounded, nan=0.0) - zero.float()[..., None]) / step + 0.5).floor()
+    if layout.params == "fp8":
+        stored_zero = round_e4m3(lo)
+        stored_scale = round_e4m3(((hi - e4m3_value(stored_zero)) / layout.levels).clamp_min(0.0))
+        zero, scale = e4m3_value(stored_zero), e4m3_value(stored_scale)
+    else:
+        stored_zero = round_down_fp16(lo)
+        stored_scale = round_up_fp16(
+            ((hi - stored_zero.float()) / layout.levels).clamp_max(FP16_MAX)
+        )
+        zero, scale = stored_zero.float(), stored_scale.float()
+    step = torch.where(scale > 0, scale, 1.0)[..., None]
+    codes = ((torch.nan_to_num(bounded, nan=0.0) - zero[..., None]) / step + 0.5).floor()
     codes = codes.clamp(0, layout.levels) * (scale > 0)[..., None]
-    return from_groups(codes.int(), layout), torch.stack([scale, zero], -1)
+    return from_groups(codes.int(), layout), torch.stack([stored_scale, stored_zero], -1)
 
 
-def dequantize_pages(codes: Tensor, params: Tensor, layout: PageLayout) -> Tensor:
+def dequantize_pages(
+    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None, first: int = 0
+) -> Tensor:
     """Return the pages ``[..., N, D]`` (fp32) that codes and parameters of `quantize_pages` stand for."""
-    scale, zero = params.float().unbind(-1)
+    return from_coded(coded_values(codes, params, layout, frame), layout, frame, first)
+
+
+def coded_values(
+    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None
+) -> Tensor:
+    """Return the numbers ``[..., N, D]`` (fp32) that codes stand for, in the basis in which they were coded."""
+    if layout.coder == "codebook":
+        assert frame is not None
+        return centroids(codes, frame.codebook(layout))
+    scale, zero = param_values(params, layout).unbind(-1)
     grouped = to_groups(codes, layout).float() * scale[..., None] + zero[..., None]
-    return rotate(from_groups(grouped, layout), layout)
+    return from_groups(grouped, layout)
+
+
+def param_values(params: Tensor, layout: PageLayout) -> Tensor:
+    """Return stored parameters as fp32."""
+    return e4m3_value(params) if layout.params == "fp8" else params.float()
 
 
 def pack(codes: Tensor, layout: PageLayout) -> Tensor:
-    """Pack codes ``[..., N, D]`` into units ``[..., rows, units]`` (int16), as `PageLayout` says."""
+    """Pack codes ``[..., N, D / couple]`` into units ``[..., rows, units]`` (int16), as `PageLayout` says."""
     rows = codes if layout.role == "key" else codes.transpose(-2, -1)
+    if layout.packing == "trits":
+        return _pack_trits(rows, layout)
     planes, shift = [], 0
     for width in layout.planes:
         plane = (rows >> shift) & ((1 << width) - 1)
@@ -128,12 +161,14 @@ def pack(codes: Tensor, layout: PageLayout) -> Tensor:
         shifts = torch.arange(0, UNIT_BITS, width, device=codes.device)[:, None]
         planes.append((fields << shifts).sum(-2))
         shift += width
-    words = torch.cat(planes, -1)
-    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+    return _to_int16(torch.cat(planes, -1))
 
 
 def unpack(units: Tensor, layout: PageLayout) -> Tensor:
-    """Undo `pack`: units ``[..., rows, units]`` to codes ``[..., N, D]`` (int32)."""
+    """Undo `pack`: units ``[..., rows, units]`` to codes ``[..., N, D / couple]`` (int32)."""
+    if layout.packing == "trits":
+        codes = _unpack_trits(units, layout)
+        return codes if layout.role == "key" else codes.transpose(-2, -1)
     codes, first, shift = torch.zeros((), dtype=torch.int32, device=units.device), 0, 0
     for width in layout.planes:
         count = layout.row_length * width // UNIT_BITS
@@ -144,9 +179,32 @@ def unpack(units: Tensor, layout: PageLayout) -> Tensor:
     return codes if layout.role == "key" else codes.transpose(-2, -1)
 
 
-def dequantize_packed(codes: Tensor, params: Tensor, layout: PageLayout) -> Tensor:
-    """Return packed pages ``[B, H, P, ...]`` as tokens ``[B, H, P * N, D]`` (fp32)."""
-    return dequantize_pages(unpack(codes, layout), params, layout).flatten(-3, -2)
+def _to_int16(words: Tensor) -> Tensor:
+    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+
+
+def _pack_trits(rows: Tensor, layout: PageLayout) -> Tensor:
+    padding = (0, TRITS * layout.row_bytes - layout.row_length)
+    digits = F.pad(rows, padding).unflatten(-1, (TRITS, -1))
+    weights = 3 ** torch.arange(TRITS, device=rows.device)[:, None]
+    packed = F.pad((digits * weights).sum(-2), (0, 2 * layout.units - layout.row_bytes))
+    low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
+    return _to_int16(low + (high << 8))
+
+
+def _unpack_trits(units: Tensor, layout: PageLayout) -> Tensor:
+    words = units.int() & 0xFFFF
+    packed = torch.stack([words & 0xFF, words >> 8], -1).flatten(-2)[..., None, : layout.row_bytes]
+    weights = 3 ** torch.arange(TRITS, device=units.device, dtype=torch.int32)[:, None]
+    return (packed // weights % 3).flatten(-2)[..., : layout.row_length]
+
+
+def dequantize_packed(
+    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None, page: int = 0
+) -> Tensor:
+    """Return packed pages ``[B, H, P, ...]``, from number ``page`` on, as tokens ``[B, H, P * N, D]`` (fp32)."""
+    first = layout.sinks + page * layout.page_size
+    return dequantize_pages(unpack(codes, layout), params, layout, frame, first).flatten(-3, -2)
 
 
 def exact_row_index(first: int, last: int, layout: PageLayout, device: torch.device) -> Tensor:
@@ -158,7 +216,13 @@ def exact_row_index(first: int, last: int, layout: PageLayout, device: torch.dev
 
 
 def read(
-    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: PageLayout
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    length: int,
+    layout: PageLayout,
+    frame: Frame | None = None,
 ) -> Tensor:
     """Return slots ``0 .. length - 1`` as ``[B, H, length, D]`` in the dtype of ``exact``.
 
@@ -168,7 +232,7 @@ def read(
     pages = int(cursor[1])
     first_recent = layout.sinks + pages * layout.page_size
     sinks = exact[:, :, : min(length, layout.sinks)]
-    packed = dequantize_packed(codes[:, :, :pages], params[:, :, :pages], layout)
+    packed = dequantize_packed(codes[:, :, :pages], params[:, :, :pages], layout, frame)
     packed = packed[:, :, : max(0, length - layout.sinks)].to(exact.dtype)
     recent = exact[
         :, :, exact_row_index(first_recent, max(first_recent, length), layout, exact.device)
@@ -178,7 +242,13 @@ def read(
 
 
 def truncate_(
-    codes: Tensor, params: Tensor, exact: Tensor, cursor: Tensor, length: int, layout: PageLayout
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    length: int,
+    layout: PageLayout,
+    frame: Frame | None = None,
 ) -> None:
     """Forget the tokens from ``length`` on, in place.
 
@@ -189,10 +259,9 @@ def truncate_(
     first = layout.sinks + pages * layout.page_size
     if pages < int(cursor[1]) and first < length:
         cut = slice(pages, pages + 1)
-        page = dequantize_packed(codes[:, :, cut], params[:, :, cut], layout)[
-            :, :, : length - first
-        ]
-        exact[:, :, exact_row_index(first, length, layout, exact.device)] = page.to(exact.dtype)
+        page = dequantize_packed(codes[:, :, cut], params[:, :, cut], layout, frame, pages)
+        rows = exact_row_index(first, length, layout, exact.device)
+        exact[:, :, rows] = page[:, :, : length - first].to(exact.dtype)
     cursor[0], cursor[1] = length, pages
 
 
@@ -204,6 +273,7 @@ def append_(
     x: Tensor,
     start: int,
     layout: PageLayout,
+    frame: Frame | None = None,
 ) -> None:
     """Write new tokens at ``start`` and quantize the pages that they complete, in place.
 
@@ -212,6 +282,7 @@ def append_(
         x: New tokens, ``[B, H, T, D]``.
         start: Slot of the first new token; tokens held from there on are forgotten first.
         layout: The cache's layout.
+        frame: What packed tokens are coded relative to, where the layout has tables.
 
     Raises:
         ValueError: ``start`` would leave a gap, or the new tokens do not fit.
@@ -223,7 +294,7 @@ def append_(
     if new > codes.shape[2]:
         raise ValueError(f"the cache must have room for {new} pages, got {codes.shape[2]}")
     if start < held:
-        truncate_(codes, params, exact, cursor, start, layout)
+        truncate_(codes, params, exact, cursor, start, layout, frame)
         old = int(cursor[1])
     new = max(old, new)
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
@@ -233,7 +304,7 @@ def append_(
         ]
         leaving = torch.cat([waiting, x[:, :, max(0, first - start) : max(0, last - start)]], 2)
         page_codes, page_params = quantize_pages(
-            leaving.unflatten(2, (-1, layout.page_size)), layout
+            leaving.unflatten(2, (-1, layout.page_size)), layout, frame, first
         )
         codes[:, :, old:new], params[:, :, old:new] = pack(page_codes, layout), page_params
     sinks = max(0, min(layout.sinks - start, tokens))

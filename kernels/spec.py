@@ -16,22 +16,24 @@ a graph as a constant.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
+
+from kvq_compile.kernels.tables import NO_TABLES, Tables
 
 Grouping = Literal["token", "channel"]
 Role = Literal["key", "value"]
 Transform = Literal["none", "hadamard"]
+Coder = Literal["uniform", "codebook"]
+Packing = Literal["fields", "trits"]
+Params = Literal["fp16", "fp8"]
 
 UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
-PLANES = {
-    1: (1,),
-    2: (2,),
-    3: (2, 1),
-    4: (4,),
-    8: (8,),
-}  # code width -> widths of its bit planes, low bits first
+WIDTHS = (1, 1.5, 2, 3, 4, 8)  # of the codes of a uniform quantizer; 1.5: three levels
+TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
+MAX_INDEX_BITS = 12  # a codebook of more entries could not be learned, searched or held
 HIDES = -1e4  # an additive mask of this or less leaves a token no weight
 PAGE_SIZES = (32, 64, 128, 256)
 
@@ -51,32 +53,75 @@ def _check(ok: bool, message: str) -> None:
 class TensorSpec:
     """Say how the packed tokens of one tensor, keys or values, are coded.
 
-    A group of numbers shares an fp16 scale and zero point; a code ``c`` stands for ``c * scale + zero``.
+    Of a *uniform* quantizer a group of numbers shares a scale and a zero point; a code ``c`` stands for
+    ``c * scale + zero``. Of a *codebook* ``couple`` neighbouring channels of a token share an index of
+    ``bits`` bits, which stands for one of ``2 ** bits`` learned vectors.
 
     Args:
-        bits: Width of a code: 1, 2, 3, 4 or 8.
+        bits: Width of a code: 1, 1.5 (three levels), 2, 3, 4 or 8; of an index, 1 to 12.
         grouping: ``"token"``: a group is ``group_size`` neighbouring channels of one token.
             ``"channel"``: a group is one channel of ``group_size`` neighbouring tokens.
         group_size: Numbers per group; ``None`` takes the whole head dimension (token) or page (channel).
         clip: Fraction of a group's range, about its midpoint, that the codes span; in (0, 1].
         transform: Rotation of the head dimension before coding, undone on reading.
+        params: Format of scale and zero point: ``"fp16"``, or ``"fp8"`` (e4m3), half as large.
+        packing: How three-level codes are packed: in two-bit ``"fields"``, which unpack fastest, or five
+            ``"trits"`` to a byte, which are 1.6 bits each.
+        couple: Channels that share an index into a codebook; ``None`` for the uniform quantizer.
+        rotary: Whether keys are coded as they were before the rotary embedding.
+        tables: What calibration found for this tensor; see `Tables`. A codebook, and rotary keys, need it.
 
     Raises:
-        TypeError: A number of bits or channels is not an integer.
-        ValueError: An argument is out of its range.
+        TypeError: A number of bits or channels is not a number.
+        ValueError: An argument is out of its range, or two of them do not go together.
     """
 
-    bits: int = 4
+    bits: float = 4
     grouping: Grouping = "token"
     group_size: int | None = None
     clip: float = 1.0
     transform: Transform = "none"
+    params: Params = "fp16"
+    packing: Packing = "fields"
+    couple: int | None = None
+    rotary: bool = False
+    tables: Tables | None = None
 
     def __post_init__(self) -> None:
+        if self.bits != 1.5 or self.couple is not None:
+            _check_integers(bits=self.bits)
         _check_integers(
-            bits=self.bits, group_size=1 if self.group_size is None else self.group_size
+            group_size=1 if self.group_size is None else self.group_size,
+            couple=1 if self.couple is None else self.couple,
         )
-        _check(self.bits in PLANES, f"bits must be one of {sorted(PLANES)}, got {self.bits}")
+        if self.couple is None:
+            _check(self.bits in WIDTHS, f"bits must be one of {list(WIDTHS)}, got {self.bits}")
+        else:
+            _check(self.couple > 0, f"couple must be positive, got {self.couple}")
+            _check(
+                1 <= self.bits <= MAX_INDEX_BITS,
+                f"bits must be 1 to {MAX_INDEX_BITS} for a codebook, got {self.bits}",
+            )
+            _check(self.tables is not None, "a codebook must be calibrated: tables must be given")
+        _check(
+            self.params in ("fp16", "fp8"), f'params must be "fp16" or "fp8", got {self.params!r}'
+        )
+        _check(
+            self.packing in ("fields", "trits"),
+            f'packing must be "fields" or "trits", got {self.packing!r}',
+        )
+        _check(
+            self.packing == "fields" or self.bits == 1.5,
+            f'packing "trits" must go with bits=1.5, got bits={self.bits}',
+        )
+        _check(
+            not self.rotary or self.tables is not None,
+            "rotary keys must be calibrated: tables must be given",
+        )
+        _check(
+            self.transform == "none" or not (self.rotary or self.couple),
+            f'transform must be "none" for rotary keys and for codebooks, got {self.transform!r}',
+        )
         _check(
             self.grouping in ("token", "channel"),
             f'grouping must be "token" or "channel", got {self.grouping!r}',
@@ -153,6 +198,12 @@ class CacheSpec:
             window=self.window,
             page_size=self.page_size,
             head_dim=head_dim,
+            coder="uniform" if spec.couple is None else "codebook",
+            params="fp16" if spec.couple else spec.params,
+            packing=spec.packing,
+            couple=spec.couple or 1,
+            rotary=spec.rotary and role == "key",
+            tables=spec.tables.digest if spec.tables else NO_TABLES,
         )
 
 
@@ -163,19 +214,24 @@ class PageLayout:
     With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N = page_size`` tokens and ``D = head_dim``::
 
         codes   int16    [B, H, P, rows, units]   keys: rows are tokens; values: rows are channels
-        params  float16  [B, H, P, groups, members, 2]   (scale, zero) of each group
+        params  float16  [B, H, P, groups, members, 2]   (scale, zero) of each group; uint8 for fp8
         exact   model's  [B, H, exact_rows, D]    sinks, then a ring of the recent tokens
         cursor  int32    [2]                      tokens held, pages packed
+        tables  int32    [H, table_words]         what calibration found; only where the spec has tables
+        shift   int32    [B]                      position minus slot of each sequence; only rotary keys
 
-    ``groups, members`` is ``D / group_size, N`` when groups lie inside a token and ``N / group_size, D``
-    when they lie inside a channel. A row of ``L`` codes is planar: field ``f`` of unit ``u`` holds the
+    ``groups, members`` is ``D / group_size, N`` when groups lie inside a token, ``N / group_size, D``
+    when they lie inside a channel, and ``0, N`` for a codebook. A codebook has one code for ``couple``
+    neighbouring channels. A row of ``L`` codes is planar: field ``f`` of unit ``u`` holds the
     code of index ``f * (units of the plane) + u``, so that all fields of a unit shift out into
     contiguous runs. A width that is no power of two is split into planes that lie one after another in
-    the row (3 bits: a plane of the low two, a plane of the high one).
+    the row (3 bits: a plane of the low two, a plane of the high one). Trits lie likewise in bytes, of
+    which a unit holds two, the first in its low half: digit ``f`` in base 3 of byte ``u`` is the code of
+    index ``f * bytes + u``.
     """
 
     role: Role
-    bits: int
+    bits: float
     grouping: Grouping
     group_size: int
     clip: float
@@ -184,6 +240,12 @@ class PageLayout:
     window: int
     page_size: int
     head_dim: int
+    coder: Coder = "uniform"
+    params: Params = "fp16"
+    packing: Packing = "fields"
+    couple: int = 1
+    rotary: bool = False
+    tables: str = NO_TABLES
 
     def __post_init__(self) -> None:
         divided = self.head_dim if self.grouping == "token" else self.page_size
@@ -192,43 +254,70 @@ class PageLayout:
             divided % self.group_size == 0,
             f"{what} must be a multiple of group_size={self.group_size}, got {divided}",
         )
+        halves = 2 * self.couple if self.rotary else self.couple
         _check(
-            all(self.row_length * width % UNIT_BITS == 0 for width in self.planes),
-            f"head_dim must be a multiple of {UNIT_BITS // min(self.planes)} for {self.bits}-bit keys, "
+            self.head_dim % halves == 0,
+            f"head_dim must be a multiple of {halves} for {self.couple} coupled channels, "
             f"got {self.head_dim}",
+        )
+        _check(
+            self.packing == "trits"
+            or all(self.row_length * width % UNIT_BITS == 0 for width in self.planes),
+            f"head_dim must be a multiple of {self.couple * UNIT_BITS // min(self.planes)} for "
+            f"{self.bits:g}-bit {self.role}s, got {self.head_dim}",
         )
 
     @property
     def planes(self) -> tuple[int, ...]:
         """Widths in bits of the planes that a code is split into, low bits first."""
-        return PLANES[self.bits]
+        bits = 2 if self.bits == 1.5 else int(self.bits)
+        return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
     @property
     def levels(self) -> int:
         """Steps between the lowest and the highest code."""
-        return (1 << self.bits) - 1
+        return 2 if self.bits == 1.5 else (1 << int(self.bits)) - 1
+
+    @property
+    def code_channels(self) -> int:
+        """Codes of a token."""
+        return self.head_dim // self.couple
 
     @property
     def rows(self) -> int:
         """Rows of packed units in a page."""
-        return self.page_size if self.role == "key" else self.head_dim
+        return self.page_size if self.role == "key" else self.code_channels
 
     @property
     def row_length(self) -> int:
         """Codes in a row."""
-        return self.head_dim if self.role == "key" else self.page_size
+        return self.code_channels if self.role == "key" else self.page_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row that hold trits."""
+        return -(-self.row_length // TRITS)
 
     @property
     def units(self) -> int:
         """16-bit units in a row."""
-        return self.row_length * self.bits // UNIT_BITS
+        if self.packing == "trits":
+            return -(-self.row_bytes // 2)
+        return self.row_length * sum(self.planes) // UNIT_BITS
 
     @property
     def params_shape(self) -> tuple[int, int]:
         """``groups, members`` of one page's parameters."""
+        if self.coder == "codebook":
+            return 0, self.page_size
         if self.grouping == "token":
             return self.head_dim // self.group_size, self.page_size
         return self.page_size // self.group_size, self.head_dim
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether calibration tables belong to the tensor."""
+        return self.tables != NO_TABLES
 
     @property
     def ring(self) -> int:
@@ -254,10 +343,21 @@ class PageLayout:
         return ",".join(str(getattr(self, f.name)) for f in fields(self))
 
     @staticmethod
-    @lru_cache(maxsize=256)
+    @lru_cache(maxsize=1024)
     def parse(token: str) -> PageLayout:
         """Rebuild a layout from its `token`."""
-        kinds = {"bits": int, "group_size": int, "clip": float, "sinks": int, "window": int}
-        kinds |= {"page_size": int, "head_dim": int}
         values = zip(fields(PageLayout), token.split(","), strict=True)
-        return PageLayout(**{f.name: kinds.get(f.name, str)(text) for f, text in values})
+        return PageLayout(**{f.name: _FROM_TEXT.get(f.name, str)(text) for f, text in values})
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    "bits": _number,
+    "clip": float,
+    "rotary": lambda text: text == "True",
+    **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
+}

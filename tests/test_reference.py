@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import PLANES, UNIT_BITS, CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.spec import UNIT_BITS, CacheSpec, PageLayout, TensorSpec
 from kvq_compile.testing import HEAD_DIMS, kv_tensors, lengths, page_layouts
 
 SUBNORMAL = 2.0**-24  # the smallest positive fp16 number
+WHOLE_WIDTHS = (1, 2, 3, 4, 8)
 ALL_UNITS = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
 FP16 = ALL_UNITS.view(torch.float16)
 FINITE_FP16 = FP16[FP16.isfinite()].float().sort().values
@@ -51,7 +52,7 @@ def pages(
 # Packing
 
 
-@pytest.mark.parametrize("bits", sorted(PLANES))
+@pytest.mark.parametrize("bits", WHOLE_WIDTHS)
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_packing_what_was_unpacked_gives_every_unit_back(bits: int, role: str) -> None:
     """Every plane of every width sees all of its 65536 units, at each of its places in a row."""
@@ -67,7 +68,7 @@ def test_packing_what_was_unpacked_gives_every_unit_back(bits: int, role: str) -
 
 
 @given(page_layouts(), st.integers(0, 2**16))
-@pytest.mark.parametrize("bits", sorted(PLANES))
+@pytest.mark.parametrize("bits", WHOLE_WIDTHS)
 def test_unpacking_what_was_packed_gives_every_code_back(
     bits: int, layout: PageLayout, seed: int
 ) -> None:
@@ -81,7 +82,7 @@ def test_unpacking_what_was_packed_gives_every_code_back(
     assert torch.equal(reference.unpack(units, layout), codes)
 
 
-@pytest.mark.parametrize("bits", sorted(PLANES))
+@pytest.mark.parametrize("bits", WHOLE_WIDTHS)
 def test_a_code_lies_in_the_fields_that_the_layout_names(bits: int) -> None:
     layout = token_layout(bits)
     for channel in (0, 1, 17, 63):
@@ -332,7 +333,7 @@ def test_elements_that_are_not_finite_change_no_other_element(
     assert torch.equal(actual[others], expected[others])
 
 
-@pytest.mark.parametrize("bits", sorted(PLANES))
+@pytest.mark.parametrize("bits", WHOLE_WIDTHS)
 def test_an_infinity_is_stored_as_an_end_of_the_range_and_nan_near_zero(bits: int) -> None:
     x = page_of([-1.0, 1.0, 0.5])
     x[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])

@@ -1,0 +1,130 @@
+"""`Tables`: what calibration has found for the keys or the values of one layer, as one constant tensor.
+
+Per KV head, all in *coded* channel order, the order in which channels are packed:
+
+    order      int32  [D]       the model's channel that is packed as channel c
+    mean       fp32   [D]       taken off before coding
+    scale      fp32   [D]       what a coded unit stands for
+    inverse    fp32   [D]       1 / scale, which coding multiplies by
+    margin     fp32   [D]       share of a group's range cut off at each end; one value a group
+    frequency  int32  [D / 2]   rotary keys: turns a position, in units of 2 ** -32
+    codebook   fp16   [D / couple, 2 ** bits, couple]
+
+A token ``x`` is coded as ``y = (unrotate(x[order]) - mean) * inverse``. Rotary keys are unrotated by the
+angle of their position; their channels ``c`` and ``c + D / 2`` are a rotation pair, whatever pairs the model
+rotates: ``order`` says where they lie. The angle is ``position * frequency`` in 32-bit integers, which wrap
+around as angles do, so it is exact at any length and the same on every device.
+
+The sections lie one behind another in 32-bit words, an order that `section` knows, so that a cache carries one
+tensor, shared by all caches of the layer, however many things calibration finds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+NO_TABLES = "-"  # digest of no tables
+CHANNEL_SECTIONS = ("order", "mean", "scale", "inverse", "margin")
+INTEGERS = ("order", "frequency")
+
+
+def section(name: str, head_dim: int, rotary: bool) -> tuple[int, int | None]:
+    """Return the first word of a section and the word behind it (``None``: the last section)."""
+    if name in CHANNEL_SECTIONS:
+        first = CHANNEL_SECTIONS.index(name) * head_dim
+        return first, first + head_dim
+    first = len(CHANNEL_SECTIONS) * head_dim
+    if name == "frequency":
+        return first, first + head_dim // 2
+    return first + (head_dim // 2 if rotary else 0), None
+
+
+def read_section(words: Tensor, name: str, head_dim: int, rotary: bool = False) -> Tensor:
+    """Return a section of ``words`` ``[H, table_words]`` as ``[H, ...]``, a codebook flat."""
+    first, last = section(name, head_dim, rotary)
+    part = words[:, first:last]
+    if name in INTEGERS:
+        return part
+    return part.contiguous().view(torch.float16 if name == "codebook" else torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The tables of one tensor: the words, and a digest by which two of them are the same.
+
+    Build one with `Tables.build`.
+
+    Attributes:
+        words: ``[H, table_words]``, int32.
+        head_dim: Channels of a head.
+    """
+
+    words: Tensor
+    head_dim: int
+
+    @staticmethod
+    def build(
+        *,
+        order: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        margin: Tensor,
+        frequency: Tensor | None = None,
+        codebook: Tensor | None = None,
+    ) -> Tables:
+        """Return tables of sections ``[H, ...]``; ``mean``, ``scale`` and ``margin`` in coded order.
+
+        Raises:
+            ValueError: A section's shape or values are not what the format asks for.
+        """
+        H, D = order.shape
+        for name, part in (("mean", mean), ("scale", scale), ("margin", margin)):
+            if part.shape != (H, D) or not part.isfinite().all():
+                raise ValueError(
+                    f"{name} must be finite numbers [{H}, {D}], got {tuple(part.shape)}"
+                )
+        if not torch.equal(order.sort(-1).values, torch.arange(D).expand(H, D)):
+            raise ValueError(f"order must be a permutation of {D} channels for each head")
+        if not (scale > 0).all():
+            raise ValueError(f"scale must be positive, got {float(scale.min())}")
+        if not ((margin >= 0) & (margin < 0.5)).all():
+            raise ValueError("margin must be in [0, 0.5)")
+        scale = scale.float()
+        parts = [order.int(), mean.float(), scale, 1.0 / scale, margin.float()]
+        if frequency is not None:
+            if frequency.shape != (H, D // 2):
+                raise ValueError(f"frequency must be [{H}, {D // 2}], got {tuple(frequency.shape)}")
+            parts.append(frequency.int())
+        if codebook is not None:
+            if codebook.dim() != 4 or codebook.shape[:1] != (H,) or codebook[0, :, 0].numel() != D:
+                raise ValueError(
+                    f"codebook must be [{H}, groups, entries, couple] over {D} channels, "
+                    f"got {tuple(codebook.shape)}"
+                )
+            parts.append(codebook.half().flatten(1))
+        words = [part.contiguous().view(torch.int32) for part in parts]
+        return Tables(torch.cat(words, 1).contiguous(), D)
+
+    @property
+    def heads(self) -> int:
+        """KV heads that the tables were made for."""
+        return self.words.shape[0]
+
+    @cached_property
+    def digest(self) -> str:
+        """Text that differs where tables differ."""
+        words = self.words.cpu().contiguous()
+        content = ctypes.string_at(words.data_ptr(), words.numel() * words.element_size())
+        return hashlib.sha256(content + str(self.head_dim).encode()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tables) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)

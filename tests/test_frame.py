@@ -1,0 +1,191 @@
+"""Calibrated layouts: what is put before the quantizer is undone on reading, whatever the tables hold."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvq_compile.kernels import reference
+from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.frame import (
+    Frame,
+    cosine_and_sine,
+    e4m3_value,
+    from_coded,
+    nearest_centroid,
+    round_e4m3,
+    to_coded,
+)
+from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.tables import Tables
+from kvq_compile.small_tables import framed_layouts, random_tables
+
+Framed = tuple[PageLayout, Frame]
+
+
+def tokens(layout: PageLayout, count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 2, count, layout.head_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def appended(
+    framed: Framed, x: torch.Tensor, cuts: tuple[int, ...] = ()
+) -> tuple[torch.Tensor, ...]:
+    layout, frame = framed
+    parts = new_parts(x, 6, layout)
+    edges = [0, *sorted(cuts), x.shape[2]]
+    for first, last in zip(edges, edges[1:], strict=False):
+        reference.append_(*parts, x[:, :, first:last], first, layout, frame)
+    return parts
+
+
+@given(framed_layouts(), st.integers(0, 1000))
+def test_a_token_in_coded_form_is_the_same_token(framed: Framed, first: int) -> None:
+    layout, frame = framed
+    x = tokens(layout, 2 * layout.page_size).unflatten(2, (2, -1))
+    back = from_coded(to_coded(x, layout, frame, first), layout, frame, first)
+    assert (back - x).abs().max() < 3e-5
+
+
+@given(framed_layouts())
+def test_a_layout_survives_its_text(framed: Framed) -> None:
+    assert PageLayout.parse(framed[0].token) == framed[0]
+
+
+@given(framed_layouts(), st.integers(0, 200), st.lists(st.integers(0, 200), max_size=3))
+def test_codes_do_not_depend_on_how_the_prompt_was_cut(
+    framed: Framed, count: int, cuts: list[int]
+) -> None:
+    x = tokens(framed[0], count)
+    whole = appended(framed, x)
+    cut = appended(framed, x, tuple(min(c, count) for c in cuts))
+    pages = framed[0].pages_at(count)
+    for one, other in zip(whole[:2], cut[:2], strict=True):
+        assert torch.equal(one[:, :, :pages], other[:, :, :pages])
+
+
+@given(framed_layouts(role="key"))
+def test_keys_are_unrotated_by_the_angle_of_their_position(framed: Framed) -> None:
+    """Rotating the keys of a model by the angle of their position leaves their coded form as it was."""
+    layout, frame = framed
+    if not layout.rotary:
+        return
+    assert frame.shift is not None
+    still = replace(layout, rotary=False)
+    y = tokens(layout, layout.page_size).unsqueeze(2)
+    first = 40
+    cosine, sine = frame.turns(layout, first, 1)
+    words = frame.tables
+    D = layout.head_dim
+    without = torch.cat([words[:, : 5 * D], words[:, 5 * D + D // 2 :]], 1)
+    unrotated = from_coded(y, still, Frame(without), first)
+    order = frame.section("order", layout).long()[None, :, None, None, :].expand_as(y)
+    a, b = unrotated.gather(-1, order).chunk(2, -1)
+    rotated = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+    rotated = torch.zeros_like(y).scatter(-1, order, rotated)
+    assert (to_coded(rotated, layout, frame, first) - y).abs().max() < 3e-5
+
+
+@given(st.lists(st.integers(-(2**45), 2**45), min_size=1, max_size=50))
+def test_sine_and_cosine_are_right_to_fp32(phases: list[int]) -> None:
+    phase = torch.tensor(phases)
+    angle = (phase % 2**32).double() * (2 * math.pi / 2**32)
+    cosine, sine = cosine_and_sine(phase)
+    assert (cosine - angle.cos()).abs().max() < 1.5e-7
+    assert (sine - angle.sin()).abs().max() < 1.5e-7
+
+
+def test_e4m3_numbers_are_those_of_torch() -> None:
+    every = torch.arange(256).to(torch.uint8)
+    known = every.view(torch.float8_e4m3fn).float()
+    finite = known.isfinite()
+    assert torch.equal(e4m3_value(every)[finite], known[finite])
+    x = torch.randn(1 << 16) * torch.rand(1 << 16) * 200
+    assert torch.equal(e4m3_value(round_e4m3(x)), x.to(torch.float8_e4m3fn).float())
+
+
+@given(st.floats(-448, 448, width=32))
+def test_no_e4m3_number_is_nearer_than_the_rounded_one(x: float) -> None:
+    every = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    nearest = (every[every.isfinite()] - x).abs().min()
+    assert (e4m3_value(round_e4m3(torch.tensor([x]))) - x).abs() == nearest
+
+
+@given(st.integers(0, 2**16), st.sampled_from([(1, 3), (2, 4), (4, 8)]))
+def test_no_centroid_is_nearer_than_the_stored_one(seed: int, codebook: tuple[int, int]) -> None:
+    couple, bits = codebook
+    generator = torch.Generator().manual_seed(seed)
+    book = torch.randn(2, 16 // couple, 1 << bits, couple, generator=generator)
+    y = torch.randn(1, 2, 1, 8, 16, generator=generator)
+    grouped = y.unflatten(-1, (-1, couple))
+    found = nearest_centroid(y, book)
+    for head in range(2):
+        for group in range(16 // couple):
+            distance = torch.cdist(
+                grouped[0, head, 0, :, group].double(), book[head, group].double()
+            )
+            picked = distance.gather(1, found[0, head, 0, :, group, None].long())[:, 0]
+            assert (picked <= distance.amin(1) + 1e-6).all()
+
+
+@given(framed_layouts(), st.integers(0, 200))
+def test_what_is_read_is_the_token_or_its_coded_form(framed: Framed, count: int) -> None:
+    """Exact rows come back exactly; coded ones within the tables' reach of what they were."""
+    layout, frame = framed
+    x = tokens(layout, count)
+    parts = appended(framed, x)
+    read = reference.read(*parts, count, layout, frame)
+    packed = slice(layout.sinks, layout.sinks + layout.pages_at(count) * layout.page_size)
+    exact = torch.ones(count, dtype=torch.bool)
+    exact[packed] = False
+    assert torch.equal(read[:, :, exact], x[:, :, exact])
+    if layout.coder == "uniform" and layout.bits == 8 and layout.params == "fp16":
+        cut = layout.transform == "none" and bool((frame.section("margin", layout) > 0).any())
+        assert cut or (read - x).abs().max() < 0.2
+
+
+@given(framed_layouts(), st.integers(40, 200), st.integers(0, 60))
+def test_a_cache_keeps_its_frame_through_everything_a_cache_goes_through(
+    framed: Framed, count: int, more: int
+) -> None:
+    layout, frame = framed
+    x = tokens(layout, count + more)
+    cache = QuantizedKV.from_dense(x[:, :, :count], layout, tables=frame.tables, shift=frame.shift)
+    grown = torch.cat([cache, x[:, :, count:]], 2)
+    whole = QuantizedKV.from_dense(x, layout, tables=frame.tables, shift=frame.shift)
+    assert torch.equal(grown.dequantize(), whole.dequantize())
+    turned = whole.index_select(0, torch.tensor([1, 0]))
+    assert torch.equal(turned.dequantize(), whole.dequantize()[[1, 0]])
+    assert torch.equal(whole.clone().dequantize(), whole.dequantize())
+    doubled = torch.cat([whole.clone(), whole.clone()], 0)
+    assert torch.equal(doubled.dequantize(), whole.dequantize().repeat(2, 1, 1, 1))
+
+
+def test_tables_that_differ_have_layouts_that_differ() -> None:
+    one, other = (
+        random_tables(2, 64, group_size=64, rotary=False, codebook=None, seed=seed)
+        for seed in (0, 1)
+    )
+    assert one != other
+    assert one == Tables(one.words.clone(), 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("order", torch.zeros(1, 4)), ("scale", torch.zeros(1, 4)), ("margin", torch.full((1, 4), 0.5)),
+     ("mean", torch.full((1, 4), math.nan)), ("codebook", torch.zeros(1, 2, 4, 3)),
+     ("frequency", torch.zeros(1, 4))],
+)  # fmt: skip
+def test_tables_of_wrong_shape_or_value_are_refused(name: str, value: torch.Tensor) -> None:
+    sections = {
+        "order": torch.arange(4)[None],
+        "mean": torch.zeros(1, 4),
+        "scale": torch.ones(1, 4),
+        "margin": torch.zeros(1, 4),
+    }
+    Tables.build(**sections)
+    with pytest.raises(ValueError, match=name):
+        Tables.build(**(sections | {name: value}))
