@@ -240,7 +240,7 @@ class QuantizedKV(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
-            f"QuantizedKV({list(self.shape)}, {self.page_layout.bits:g}-bit {self.page_layout.role}s, {self.kind}, "
+            f"QuantizedKV({list(self.shape)}, {self.page_layout.about} {self.page_layout.role}s, {self.kind}, "
             f"dtype={self.dtype}, device={self.device})"
         )
 

@@ -168,7 +168,7 @@ def nearest_centroid(y: Tensor, codebook: Tensor) -> Tensor:
 
 def centroids(codes: Tensor, codebook: Tensor) -> Tensor:
     """Return the centroids ``[B, H, P, N, D]`` of indices ``[B, H, P, N, groups]``."""
-    groups, _, couple = codebook.shape[1:]
+    couple = codebook.shape[3]
     rows = codes.permute(1, 4, 0, 2, 3).flatten(2).long()  # [H, groups, tokens]
     picked = codebook.gather(2, rows[..., None].expand(-1, -1, -1, couple))
     tokens = codes.permute(1, 4, 0, 2, 3).shape[2:]

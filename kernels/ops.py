@@ -4,8 +4,9 @@ Schemas, fakes and registrations live here so that they exist before a graph is 
 implementation is imported when the dispatcher first needs it: importing this file imports no Triton.
 
 Every op names the packed tensor by its four parts (`PageLayout` gives their shapes) and its layout as
-text; where the layout has tables they come with it. New tokens go to slots ``start, start + 1, ...``: the graph knows ``start`` either as an integer
-or as the first element of ``position`` ``[T]`` on the device, never both.
+text; where the layout has tables they come with it. New tokens go to slots ``start, start + 1, ...``: the
+graph knows ``start`` either as an integer or as the first element of ``position`` ``[T]`` on the device,
+never both.
 """
 
 from __future__ import annotations

@@ -35,11 +35,15 @@ from kvq_compile.kernels.frame import (
     centroids,
     e4m3_value,
     from_coded,
-    hadamard,
     nearest_centroid,
-    rotate,
     round_e4m3,
     to_coded,
+)
+from kvq_compile.kernels.frame import (
+    hadamard as hadamard,
+)
+from kvq_compile.kernels.frame import (
+    rotate as rotate,
 )
 from kvq_compile.kernels.spec import TRITS, UNIT_BITS, PageLayout
 

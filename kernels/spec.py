@@ -315,6 +315,13 @@ class PageLayout:
         return self.page_size // self.group_size, self.head_dim
 
     @property
+    def about(self) -> str:
+        """Codes in words: ``"2-bit"``, ``"4 channels in 8 bits"``."""
+        if self.coder == "codebook":
+            return f"{self.couple} channels in {self.bits:g} bits"
+        return f"{self.bits:g}-bit"
+
+    @property
     def has_tables(self) -> bool:
         """Whether calibration tables belong to the tensor."""
         return self.tables != NO_TABLES

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -67,6 +67,7 @@ class Tables:
 
     words: Tensor
     head_dim: int
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def build(
@@ -110,6 +111,12 @@ class Tables:
             parts.append(codebook.half().flatten(1))
         words = [part.contiguous().view(torch.int32) for part in parts]
         return Tables(torch.cat(words, 1).contiguous(), D)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the words on a device; every call gives the same tensor."""
+        if device not in self._copies:
+            self._copies[device] = self.words.to(device)
+        return self._copies[device]
 
     @property
     def heads(self) -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.ops import PARTS
+from kvq_compile.kernels.ops import FRAME, PARTS
 
 PLAIN = "plain"
+NAMES = (*PARTS, *FRAME)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Report:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by part, over all tensors."""
-        names = (*PARTS, PLAIN)
+        names = (*NAMES, PLAIN)
         total = {name: sum(tensor.parts.get(name, 0) for tensor in self.tensors) for name in names}
         return {name: size for name, size in total.items() if size}
 
@@ -136,7 +137,10 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
     page = tensor.codes[:1, :1, :1], tensor.params[:1, :1, :1]
     page_bits = 8 * sum(part.numel() * part.element_size() for part in page)
     width = page_bits / (layout.page_size * layout.head_dim)
-    parts = {part: _bytes_once(getattr(tensor, part), counted) for part in PARTS}
+    held_parts = {part: getattr(tensor, part) for part in NAMES}
+    parts = {
+        name: _bytes_once(part, counted) for name, part in held_parts.items() if part is not None
+    }
     return TensorReport(name, shape, held, parts, held - packed, width)
 
 

@@ -19,7 +19,8 @@ from kvq_compile.convert import become, check_can_become_quantized
 from kvq_compile.errors import KVQError
 from kvq_compile.history import GraphReport, watching
 from kvq_compile.kernels.cache import Kind, QuantizedKV
-from kvq_compile.kernels.spec import CacheSpec, PageLayout
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role
+from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **op
     length = options.pop("length", None)
     kind: Kind = "grown" if length is None else "static"
     spec = method if isinstance(method, CacheSpec) else make_spec(method, **options)
-    planned: list[tuple[Tensor, PageLayout]] = []
+    planned: list[tuple[Tensor, PageLayout, Tables | None]] = []
     for index, (name, tensor) in enumerate(cache_tensors(cache_or_module)):
         layer_spec = spec.for_layer(index // 2)
         if isinstance(tensor, QuantizedKV) or layer_spec is None:
@@ -142,10 +143,14 @@ def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **op
             check_can_become_quantized(tensor)
         except RuntimeError as reason:
             raise KVQError(f"{name} cannot be quantized in place: {reason}") from reason
-        planned.append(
-            (tensor, layer_spec.layout("key" if index % 2 == 0 else "value", int(tensor.shape[3])))
-        )
-    for tensor, layout in planned:
+        role: Role = "key" if index % 2 == 0 else "value"
+        tables = (layer_spec.key if role == "key" else layer_spec.value).tables
+        planned.append((tensor, layer_spec.layout(role, int(tensor.shape[3])), tables))
+    for tensor, layout, tables in planned:
+        words = tables.on(tensor.device) if tables else None
         with torch.no_grad():
-            become(tensor, QuantizedKV.from_dense(tensor, layout, kind=kind, length=length))
+            become(
+                tensor,
+                QuantizedKV.from_dense(tensor, layout, kind=kind, length=length, tables=words),
+            )
     return cache_or_module

@@ -28,8 +28,10 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Seq
     for conversion in conversions:
         buffer, held = args[conversion.argument], conversion.held(args, outputs)
         with torch.no_grad():
+            coding = conversion.coding
+            tables = coding.tables.on(buffer.device) if coding.tables else None
             quantized = QuantizedKV.from_dense(
-                buffer, conversion.layout, kind="static", length=held
+                buffer, coding.layout, kind="static", length=held, tables=tables
             )
         become(buffer, quantized)
 

@@ -44,7 +44,7 @@ def dequantize_reads(graph: fx.Graph, caches: dict[fx.Node, CacheInput]) -> None
                     if isinstance(cache.length, fx.Node)
                     else (shape_of(placeholder) or ())[2]
                 )
-                arguments = (*cache.parts, length, cache.layout.token)
+                arguments = (*cache.parts, length, cache.layout.token, *cache.frame)
                 dense = insert_call(graph, ops.dequantize, arguments, value_of(placeholder))
             user.replace_input_with(placeholder, dense)
         graph.erase_node(placeholder)
@@ -78,4 +78,5 @@ def _append(graph: fx.Graph, write: fx.Node, cache: CacheInput) -> None:
     is_tensor = isinstance(value_of(position), torch.Tensor)
     where: tuple[Any, Any] = (position, None) if is_tensor else (None, position)
     tokens = graph.call_method("detach", (new,)) if torch.is_grad_enabled() else new
-    insert_call(graph, ops.append_, (*cache.parts, tokens, *where, cache.layout.token))
+    arguments = (*cache.parts, tokens, *where, cache.layout.token, None, *cache.frame)
+    insert_call(graph, ops.append_, arguments)

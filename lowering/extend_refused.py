@@ -47,9 +47,8 @@ def extend_refused(
             continue
         with graph.inserting_before(grown[0].next):
             tokens = graph.call_method("detach", (new,)) if torch.is_grad_enabled() else new
-            insert_call(
-                graph, ops.append_, (*cache.parts, tokens, None, cache.length, cache.layout.token)
-            )
+            arguments = (*cache.parts, tokens, None, cache.length, cache.layout.token)
+            insert_call(graph, ops.append_, (*arguments, None, *cache.frame))
         extended.append(State(Life.GROWN, grown[0], new, past))
     return extended
 

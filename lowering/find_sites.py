@@ -6,12 +6,20 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.kernels.spec import CacheSpec, PageLayout
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role
 from kvq_compile.lowering.check_sites import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find_attention import find_attentions
 from kvq_compile.lowering.find_state import find_state
 from kvq_compile.lowering.graph import shape_of, value_of
-from kvq_compile.lowering.sites import Attention, AttentionSite, Life, Refusal, SiteReport, State
+from kvq_compile.lowering.sites import (
+    Attention,
+    AttentionSite,
+    Coding,
+    Life,
+    Refusal,
+    SiteReport,
+    State,
+)
 from kvq_compile.lowering.sizes import SizeReader
 from kvq_compile.lowering.why_not_kept import NO_CACHE
 
@@ -68,15 +76,31 @@ def _site(
     check_pair(key, value)
     check_tensors(attention, key, value)
     check_mask(attention, key)
+    codings = [_coding("key", layer_spec, key), _coding("value", layer_spec, value)]
+    for state, coding in zip((key, value), codings, strict=True):
+        if state.life in (Life.GROWN, Life.BUFFER):
+            _check_layout(value_of(state.past).page_layout, coding.layout)
+    return AttentionSite(layer, attention, key, value, *codings)
+
+
+def _coding(role: Role, spec: CacheSpec, state: State) -> Coding:
+    """Return how a site's keys or values are coded.
+
+    Raises:
+        Refusal: Their head dimension cannot be packed so.
+        ValueError: They were calibrated for other shapes.
+    """
+    tables = (spec.key if role == "key" else spec.value).tables
+    _, heads, _, head_dim = value_of(state.base).shape
+    if tables is not None and (tables.heads, tables.head_dim) != (int(heads), int(head_dim)):
+        raise ValueError(
+            f"calibration must be of this model, whose {role}s have {heads} heads of {head_dim} channels, "
+            f"got {tables.heads} heads of {tables.head_dim}"
+        )
     try:
-        key_layout = layer_spec.layout("key", int(value_of(key.base).shape[3]))
-        value_layout = layer_spec.layout("value", int(value_of(value.base).shape[3]))
+        return Coding(spec.layout(role, int(head_dim)), tables)
     except ValueError as error:
         raise Refusal(str(error)) from None
-    for state, layout in ((key, key_layout), (value, value_layout)):
-        if state.life in (Life.GROWN, Life.BUFFER):
-            _check_layout(value_of(state.past).page_layout, layout)
-    return AttentionSite(layer, attention, key, value, key_layout, value_layout)
 
 
 def _check_layout(held: PageLayout, wanted: PageLayout) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.spec import HIDES, PageLayout
+from kvq_compile.lowering.frames import FrameNodes, Frames
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
 from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
 from kvq_compile.lowering.unwrap_caches import CacheInput
@@ -41,13 +42,13 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
             *(attention.query, key.new, value.new, *key_cache.parts, *value_cache.parts),
             *(_mask(graph, site, key_cache), *first, attention.scale),
             *(key_cache.layout.token, value_cache.layout.token),
+            *(*key_cache.frame, value_cache.frame[0]),
         )
         fused = insert_call(graph, ops.attend, arguments, value_of(attention.output))
         for state, cache in ((key, key_cache), (value, value_cache)):
             first = _first_slot(state, cache)
-            insert_call(
-                graph, ops.append_, (*cache.parts, state.new, *first, cache.layout.token, fused)
-            )
+            arguments = (*cache.parts, state.new, *first, cache.layout.token, fused, *cache.frame)
+            insert_call(graph, ops.append_, arguments)
             if state.write is not None:
                 _erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -56,7 +57,7 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
 
 
 def attend_to_new_tokens(
-    graph: fx.Graph, site: AttentionSite
+    graph: fx.Graph, site: AttentionSite, frames: Frames
 ) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """Fill a cache that the call allocates without ever allocating it in 16 bit.
 
@@ -67,7 +68,7 @@ def attend_to_new_tokens(
     Because: all that attention can see are the call's own tokens, and the 16-bit cache is what we avoid.
 
     Returns:
-        The parts that stand for each allocation.
+        The parts that stand for each allocation, and its shift where it has one.
     """
     attention = site.attention
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -84,9 +85,11 @@ def attend_to_new_tokens(
             },
         )
         exact.meta.update(attention.output.meta)
-        for state, layout in site.states():
+        for state, coding in site.states():
             assert state.past is not None
-            made[state.past] = _allocate(graph, state, layout)
+            frame = frames.of(state, coding)
+            parts = _allocate(graph, state, coding.layout, frame)
+            made[state.past] = (*parts, *frame[1:]) if frame[1] is not None else parts
             _erase_write(graph, state)
     attention.output.replace_all_uses_with(exact)
     graph.erase_node(attention.output)
@@ -133,14 +136,17 @@ def _seen(graph: fx.Graph, attention: Attention) -> Any:
     return insert_call(graph, operator.invert, (attention.mask,))
 
 
-def _allocate(graph: fx.Graph, state: State, layout: PageLayout) -> tuple[fx.Node, ...]:
+def _allocate(
+    graph: fx.Graph, state: State, layout: PageLayout, frame: FrameNodes
+) -> tuple[fx.Node, ...]:
     slots = (shape_of(state.past) or (0, 0, 0))[2]
     nothing = insert_call(
         graph, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0)))
     )
-    made = insert_call(graph, ops.quantize, (nothing, slots, False, layout.token))
+    made = insert_call(graph, ops.quantize, (nothing, slots, False, layout.token, *frame))
     parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
-    insert_call(graph, ops.append_, (*parts, state.new, *_written_at(state), layout.token))
+    arguments = (*parts, state.new, *_written_at(state), layout.token, None, *frame)
+    insert_call(graph, ops.append_, arguments)
     return parts
 
 

@@ -14,10 +14,11 @@ from kvq_compile.lowering.dequantize_reads import dequantize_reads
 from kvq_compile.lowering.drop_dead import drop_dead
 from kvq_compile.lowering.extend_refused import extend_refused
 from kvq_compile.lowering.find_sites import find_sites, left_alone, source_line
+from kvq_compile.lowering.frames import Frames
 from kvq_compile.lowering.fuse_attention import attend_to_new_tokens, fuse_attention
 from kvq_compile.lowering.plan_conversions import Conversion, plan_conversions
 from kvq_compile.lowering.quantize_outputs import Extended, Output, quantize_outputs
-from kvq_compile.lowering.sites import AttentionSite, Life, SiteReport
+from kvq_compile.lowering.sites import AttentionSite, Coding, Life, SiteReport
 from kvq_compile.lowering.sizes import Size, SizeReader
 from kvq_compile.lowering.unchain_writes import unchain_writes
 from kvq_compile.lowering.unwrap_caches import unwrap_caches
@@ -41,6 +42,7 @@ class Lowered:
         appended: Places of the grown caches among the arguments, and how many tokens a call adds.
         pairs: Places of grown keys and of the values that belong to them.
         unwrapped: Places of the quantized caches; ``True`` where the length is an input of its own.
+        tables: Tables of the caches that the graph makes, arguments of ``module`` behind all others.
         reports: What became of each attention.
     """
 
@@ -51,6 +53,7 @@ class Lowered:
     appended: dict[int, Size]
     pairs: list[tuple[int, int]]
     unwrapped: dict[int, bool]
+    tables: list[Tensor]
     reports: list[SiteReport]
 
     def claim(self, args: Sequence[Any]) -> None:
@@ -74,11 +77,12 @@ class Lowered:
         for index, arg in enumerate(args):
             if index in self.unwrapped:
                 flat.extend(arg.parts)
+                flat.extend(part for part in arg.frame if part is not None)
                 if self.unwrapped[index]:
                     flat.append(arg.shape[2])
             else:
                 flat.append(arg)
-        return flat
+        return flat + self.tables
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) -> Lowered:
@@ -102,20 +106,23 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         ]
         sites = []
 
+    frames = Frames(graph, sites)  # its placeholders stand behind those of the captured graph
     caches = unwrap_caches(graph)  # before the rewriting: it speaks of parts
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
     returned = len(next(iter(reversed(graph.nodes))).args[0])
     conversions = plan_conversions(graph, sites, arguments, sizes)
     for site in sites:
         if site.key.life is Life.ALLOCATED:
-            made |= attend_to_new_tokens(graph, site)
+            made |= attend_to_new_tokens(graph, site, frames)
         else:
             fuse_attention(graph, site, caches)
-    states = [(state, layout) for site in sites for state, layout in site.states()]
+    states = [(state, coding) for site in sites for state, coding in site.states()]
     refused = extend_refused(graph, caches, [state for state, _ in states], sizes)
-    states += [(state, caches[state.past].layout) for state in refused if state.past is not None]
+    states += [
+        (state, Coding(caches[state.past].layout)) for state in refused if state.past is not None
+    ]
     outputs = quantize_outputs(
-        graph, states, made, arguments, sizes
+        graph, states, made, frames, arguments, sizes
     )  # after it: cat nodes have lost a reader
     drop_dead(graph)
     appended = {plan.argument: plan.tokens for plan in outputs if isinstance(plan, Extended)}
@@ -132,6 +139,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         appended=appended,
         pairs=_pairs(sites, arguments),
         unwrapped=unwrapped,
+        tables=frames.tensors,
         reports=sorted(reports, key=lambda report: report.layer),
     )
 
@@ -178,5 +186,5 @@ def _rewritten(site: AttentionSite) -> SiteReport:
         Life.BUFFER_PLAIN: "runs as captured once, then its buffer is quantized in place",
         Life.BUFFER: "reads the quantized buffer, quantizes on write",
     }[life]
-    bits = f"{site.key_layout.bits}-bit keys, {site.value_layout.bits}-bit values"
+    bits = f"{site.key_coding.layout.about} keys, {site.value_coding.layout.about} values"
     return SiteReport(site.layer, output.name, source_line(output), "rewritten", f"{how} ({bits})")

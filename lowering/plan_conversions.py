@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.lowering.graph import shape_of, value_of
-from kvq_compile.lowering.sites import AttentionSite, Life, State
+from kvq_compile.lowering.sites import AttentionSite, Coding, Life, State
 from kvq_compile.lowering.sizes import Size, SizeReader
 
 
@@ -23,13 +22,13 @@ class Conversion:
         argument: Its place among the arguments.
         position: Number of the output that holds the slots just written, or ``None``.
         end: Tokens held after the call, where that is known from the arguments.
-        layout: What to convert to.
+        coding: What to convert to.
     """
 
     argument: int
     position: int | None
     end: Size | None
-    layout: PageLayout
+    coding: Coding
 
     def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Return how many tokens the buffer holds after a call."""
@@ -54,18 +53,18 @@ def plan_conversions(
     output = next(iter(reversed(graph.nodes)))
     conversions: list[Conversion] = []
     for site in sites:
-        for state, layout in site.states():
+        for state, coding in site.states():
             if state.life is not Life.BUFFER_PLAIN:
                 continue
             assert state.past is not None
             argument = arguments[state.past]
             if isinstance(value_of(state.position), torch.Tensor):
                 conversions.append(
-                    Conversion(argument, _return_slots(graph, output, state), None, layout)
+                    Conversion(argument, _return_slots(graph, output, state), None, coding)
                 )
             else:
                 end = value_of(state.position) + (shape_of(state.new) or ())[2]
-                conversions.append(Conversion(argument, None, sizes.size(end), layout))
+                conversions.append(Conversion(argument, None, sizes.size(end), coding))
     return conversions
 
 

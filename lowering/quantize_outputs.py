@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.lowering.frames import FrameNodes, Frames
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
-from kvq_compile.lowering.sites import Life, State
+from kvq_compile.lowering.sites import Coding, Life, State
 from kvq_compile.lowering.sizes import Size, SizeReader
 
 
@@ -30,17 +31,26 @@ class Plain:
 
 @dataclass(frozen=True)
 class Made:
-    """Wrap four outputs from number ``index`` on as a cache of ``length`` slots, ``held`` of them written."""
+    """Wrap four outputs from number ``index`` on as a cache of ``length`` slots.
+
+    Of rotary keys the shift is a fifth. The tables are the same for every call.
+    """
 
     index: int
     layout: PageLayout
     kind: Kind
     length: Size
+    tables: Tensor | None
 
     def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
         """Return the new cache."""
-        codes, params, exact, cursor = results[self.index : self.index + len(ops.PARTS)]
-        return QuantizedKV(codes, params, exact, cursor, self.layout, self.kind, self.length(args))
+        behind = self.index + len(ops.PARTS)
+        codes, params, exact, cursor = results[self.index : behind]
+        return QuantizedKV(
+            *(codes, params, exact, cursor, self.layout, self.kind, self.length(args)),
+            tables=self.tables,
+            shift=results[behind] if self.layout.rotary else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,9 @@ Output = Plain | Made | Extended | Given
 
 def quantize_outputs(
     graph: fx.Graph,
-    states: Sequence[tuple[State, PageLayout]],
+    states: Sequence[tuple[State, Coding]],
     made: dict[fx.Node, tuple[fx.Node, ...]],
+    frames: Frames,
     arguments: dict[fx.Node, int],
     sizes: SizeReader,
 ) -> list[Output]:
@@ -86,8 +97,9 @@ def quantize_outputs(
 
     Args:
         graph: The graph, attention already rewritten.
-        states: The caches of its sites, each with its layout.
+        states: The caches of its sites, each with its coding.
         made: Parts that stand for caches allocated in the graph (`attend_to_new_tokens`).
+        frames: What new caches are coded relative to.
         arguments: Place of each original placeholder among the arguments of a call.
         sizes: Reads lengths from the arguments.
 
@@ -98,8 +110,9 @@ def quantize_outputs(
     planner = _Planner(
         graph,
         output,
-        {state.base: (state, layout) for state, layout in states},
+        {state.base: (state, coding) for state, coding in states},
         made,
+        frames,
         arguments,
         sizes,
     )
@@ -120,13 +133,14 @@ class _Planner:
         self,
         graph: fx.Graph,
         output: fx.Node,
-        states: dict[fx.Node, tuple[State, PageLayout]],
+        states: dict[fx.Node, tuple[State, Coding]],
         made: dict[fx.Node, tuple[fx.Node, ...]],
+        frames: Frames,
         arguments: dict[fx.Node, int],
         sizes: SizeReader,
     ) -> None:
         self.graph, self.output, self.states, self.made = graph, output, states, made
-        self.arguments, self.sizes = arguments, sizes
+        self.frames, self.arguments, self.sizes = frames, arguments, sizes
         self.flat: list[Any] = []
 
     def plan(self, returned: Any) -> Output:
@@ -140,31 +154,37 @@ class _Planner:
         if not isinstance(returned, fx.Node) or returned not in self.states:
             self.flat.append(returned)
             return Plain(len(self.flat) - 1)
-        state, layout = self.states[returned]
+        state, coding = self.states[returned]
         if state.life is Life.GROWN:
             assert state.past is not None
             return Extended(
                 self.arguments[state.past], self.sizes.size((shape_of(state.new) or ())[2])
             )
         if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
-            return self._made(returned, state, layout)
+            return self._made(returned, state, coding)
         self.flat.append(returned)
         return Plain(len(self.flat) - 1)
 
-    def _made(self, returned: fx.Node, state: State, layout: PageLayout) -> Made:
+    def _made(self, returned: fx.Node, state: State, coding: Coding) -> Made:
         length = (shape_of(returned) or ())[2]
         parts = self.made.get(returned)
         if parts is None:
             with self.graph.inserting_before(self.output):
-                parts = _quantize(self.graph, returned, length, layout)
+                frame = self.frames.of(state, coding)
+                parts = _quantize(self.graph, returned, length, coding.layout, frame)
         self.flat.extend(parts)
         kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
-        return Made(len(self.flat) - len(parts), layout, kind, self.sizes.size(length))
+        index, tables = len(self.flat) - len(parts), self.frames.words(coding)
+        return Made(index, coding.layout, kind, self.sizes.size(length), tables)
 
 
-def _quantize(graph: fx.Graph, x: fx.Node, length: Any, layout: PageLayout) -> tuple[fx.Node, ...]:
+def _quantize(
+    graph: fx.Graph, x: fx.Node, length: Any, layout: PageLayout, frame: FrameNodes
+) -> tuple[fx.Node, ...]:
     slots = length if isinstance(length, int) else graph.call_method("size", (x, 2))
-    quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token))
-    return tuple(
-        insert_call(graph, operator.getitem, (quantized, i)) for i in range(len(ops.PARTS))
+    quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token, *frame))
+    shift = () if frame[1] is None else (frame[1],)
+    return (
+        *(insert_call(graph, operator.getitem, (quantized, i)) for i in range(len(ops.PARTS))),
+        *shift,
     )

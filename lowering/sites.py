@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.tables import Tables
 
 
 class Refusal(Exception):
@@ -77,6 +78,19 @@ class State:
 
 
 @dataclass(frozen=True)
+class Coding:
+    """How one cache tensor is coded.
+
+    Attributes:
+        layout: Where each bit lies.
+        tables: What calibration found, where the layout has tables.
+    """
+
+    layout: PageLayout
+    tables: Tables | None = None
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """An attention together with the key and value state that it reads; ready to be rewritten.
 
@@ -84,19 +98,19 @@ class AttentionSite:
         layer: Its number in the order of execution.
         attention: The attention.
         key, value: Its cache tensors.
-        key_layout, value_layout: What they are quantized to.
+        key_coding, value_coding: What they are quantized to.
     """
 
     layer: int
     attention: Attention
     key: State
     value: State
-    key_layout: PageLayout
-    value_layout: PageLayout
+    key_coding: Coding
+    value_coding: Coding
 
-    def states(self) -> tuple[tuple[State, PageLayout], tuple[State, PageLayout]]:
-        """Return keys and values, each with its layout."""
-        return (self.key, self.key_layout), (self.value, self.value_layout)
+    def states(self) -> tuple[tuple[State, Coding], tuple[State, Coding]]:
+        """Return keys and values, each with its coding."""
+        return (self.key, self.key_coding), (self.value, self.value_coding)
 
 
 @dataclass(frozen=True)

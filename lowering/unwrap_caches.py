@@ -10,7 +10,7 @@ from torch import fx
 from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
 
 from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.ops import PARTS
+from kvq_compile.kernels.ops import FRAME, PARTS
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.lowering.graph import value_of
 
@@ -21,12 +21,14 @@ class CacheInput:
 
     Attributes:
         parts: Placeholders of its four parts.
+        frame: Placeholders of its tables and its shift; ``None`` for what it has not.
         length: Placeholder of its length, or the length where it is constant.
         owns_length: Whether that placeholder was made for this cache.
         layout: Its layout.
     """
 
     parts: tuple[fx.Node, ...]
+    frame: tuple[fx.Node | None, fx.Node | None]
     length: Any
     owns_length: bool
     layout: PageLayout
@@ -48,8 +50,12 @@ def unwrap_caches(graph: fx.Graph) -> dict[fx.Node, CacheInput]:
             continue
         with graph.inserting_before(node):
             parts = tuple(_part(graph, node, cache, name) for name in PARTS)
+            tables, shift = (
+                None if getattr(cache, name) is None else _part(graph, node, cache, name)
+                for name in FRAME
+            )
             length, owned = _length(graph, node, cache)
-        inputs[node] = CacheInput(parts, length, owned, cache.page_layout)
+        inputs[node] = CacheInput(parts, (tables, shift), length, owned, cache.page_layout)
     return inputs
 
 
@@ -72,7 +78,9 @@ def _length(graph: fx.Graph, node: fx.Node, cache: QuantizedKV) -> tuple[Any, bo
 def _part(graph: fx.Graph, node: fx.Node, cache: QuantizedKV, name: str) -> fx.Node:
     part = graph.placeholder(f"{node.name}_{name}")
     part.meta["example_value"] = getattr(cache, name)
-    if cache.kind == "static":  # its address never changes, so a CUDA graph may write into it
+    if (
+        cache.kind == "static" or name == "tables"
+    ):  # its address never changes, so a CUDA graph may write into it
         part.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     source = getattr(node, "_dynamo_source", None)
     if source is not None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def appended(
     layout, frame = framed
     parts = new_parts(x, 6, layout)
     edges = [0, *sorted(cuts), x.shape[2]]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         reference.append_(*parts, x[:, :, first:last], first, layout, frame)
     return parts
 
