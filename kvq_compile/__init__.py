@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from kvq_compile.accounting import Report, report
     from kvq_compile.api import Explanation, compile, explain, quantize_cache_
     from kvq_compile.bounds import error_bound
+    from kvq_compile.calibration import Calibration
+    from kvq_compile.calibrator import calibrate
     from kvq_compile.errors import KVQError, KVQWarning
     from kvq_compile.kernels.cache import QuantizedKV
     from kvq_compile.kernels.spec import CacheSpec, TensorSpec
@@ -17,12 +19,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CacheSpec",
+    "Calibration",
     "Explanation",
     "KVQError",
     "KVQWarning",
     "QuantizedKV",
     "Report",
     "TensorSpec",
+    "calibrate",
     "compile",
     "error_bound",
     "explain",
@@ -35,6 +39,8 @@ __all__ = [
 _HOMES = {
     "api": ("Explanation", "compile", "explain", "quantize_cache_"),
     "bounds": ("error_bound",),
+    "calibration": ("Calibration",),
+    "calibrator": ("calibrate",),
     "errors": ("KVQError", "KVQWarning"),
     "kernels.cache": ("QuantizedKV",),
     "kernels.spec": ("CacheSpec", "TensorSpec"),

@@ -54,6 +54,8 @@ def compile_graph(
 ) -> Compiled:
     """Lower one graph, report on it and return the callable that Dynamo will run."""
     lowered = lower(gm, example_inputs, config.spec)
+    if config.calibration is not None and lowered.reports:
+        config.calibration.check(example_inputs, len(lowered.reports))
     record(GraphReport(tuple(lowered.reports), config.spec))
     _tell(lowered, config)
     if lowered.conversions:

@@ -31,6 +31,19 @@ A rotated group is coded in the rotated basis. The rotation keeps the norm, so s
 ``sqrt(D) e_k`` as before; one channel of the values collects the errors of all, hence a factor ``sqrt(D)`` on
 ``e_v``. An fp32 product with ``D`` terms, each way, adds at most ``2^-23 D^(3/2) M``.
 
+**fp8 parameters** are rounded to the nearest e4m3 number, off by at most ``z = max(2^-4 M, 2^-10)`` for the zero
+point and by ``max(2^-4 s, 2^-10)`` for the scale ``s``, so that the steps may end before the group does:
+
+    step <= (c r + z) / L * (1 + 2^-4) + 2^-10
+    e = max(step / 2, (1 - c) r / 2 + z + (c r + z) / 16 + L 2^-10) + 2^-20 M
+
+**Calibration tables** code ``y = (R^-1 x - mean) / scale``. Rotation keeps the norm, and an error of ``y`` grows by
+the largest scale ``t`` of a channel: ``e`` becomes ``t (e + 2^-18 M)``, the term for the angles and the arithmetic on
+the way, ``M`` being the largest magnitude of ``y`` and of ``mean / scale``.
+
+**A codebook** has no bound that could be told from its size. The error of its keys is the largest distance of a
+coded token from what is stored for it, that of its values the largest difference of a channel, both measured.
+
 **What it leaves out.** Elements beyond the range of fp16, or not finite, are stored as something else and
 have no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
 """
@@ -40,12 +53,15 @@ from __future__ import annotations
 import sympy
 
 from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels.tables import read_section
 
 QUERY_NORM = sympy.Symbol("query_norm", nonnegative=True)
 KEY_RANGE = sympy.Symbol("key_range", nonnegative=True)
 VALUE_RANGE = sympy.Symbol("value_range", nonnegative=True)
 KEY_MAX = sympy.Symbol("key_max", nonnegative=True)
 VALUE_MAX = sympy.Symbol("value_max", nonnegative=True)
+KEY_DISTANCE = sympy.Symbol("key_distance", nonnegative=True)
+VALUE_DISTANCE = sympy.Symbol("value_distance", nonnegative=True)
 VALUE_SPREAD = sympy.Symbol("value_spread", nonnegative=True)
 HEAD_DIM = sympy.Symbol("head_dim", positive=True, integer=True)
 SCALE = sympy.Symbol("scale", positive=True)
@@ -55,13 +71,21 @@ def element_error(spec: TensorSpec, spread: sympy.Expr, largest: sympy.Expr) -> 
     """Bound the error of one stored element in the basis in which it is coded.
 
     Args:
-        spec: How the tensor is coded.
+        spec: How the tensor is coded, uniformly.
         spread: Largest range of a group.
         largest: Largest magnitude of an element.
     """
-    levels = 2**spec.bits - 1
+    levels = 2 if spec.bits == 1.5 else 2 ** int(spec.bits) - 1
     clip = sympy.Rational(str(spec.clip))
+    if spec.tables is not None:
+        margin = read_section(spec.tables.words, "margin", spec.tables.head_dim)
+        clip = sympy.Rational(1 - 2 * float(margin.max()))
     ulp = sympy.Rational(1, 2**10)
+    if spec.params == "fp8":
+        zero = sympy.Max(largest / 16, ulp)
+        step = (clip * spread + zero) / levels * sympy.Rational(17, 16) + ulp
+        short = (1 - clip) * spread / 2 + zero + (clip * spread + zero) / 16 + levels * ulp
+        return sympy.Max(step / 2, short) + largest * ulp**2
     least = sympy.Rational(1, 2**24)
     step = (clip * spread + ulp * largest + least) / levels * (1 + 2 * ulp) + least
     widest = step if 1 - clip <= clip / levels else sympy.Max(step, (1 - clip) * spread)
@@ -78,12 +102,36 @@ def error_bound(spec: CacheSpec) -> sympy.Expr:
     arithmetic. Its symbols, all over the packed tokens that a query may attend to: ``query_norm``
     (Euclidean), ``scale``, ``head_dim``; ``key_range`` and ``value_range``, the largest range of a
     quantization group, and ``key_max`` and ``value_max``, the largest magnitude, in the basis in which they
-    are coded; and ``value_spread``, the largest range of one channel of the values over all tokens attended
+    are coded; for codebooks ``key_distance``, the largest Euclidean distance of a token in coded form from
+    what is stored, and ``value_distance``, the largest difference of an element; and ``value_spread``, the
+    largest range of one channel of the values over all tokens attended
     to. `testing.bound_for` evaluates it on tensors.
     """
-    key_error = element_error(spec.key, KEY_RANGE, KEY_MAX)
-    value_error = element_error(spec.value, VALUE_RANGE, VALUE_MAX)
-    if spec.value.transform == "hadamard":
-        value_error = value_error * sympy.sqrt(HEAD_DIM)
-    score_error = SCALE * QUERY_NORM * sympy.sqrt(HEAD_DIM) * key_error
+    key_error = _token_error(spec.key, KEY_RANGE, KEY_MAX, KEY_DISTANCE)
+    if spec.value.couple is not None:
+        value_error = _in_model_units(spec.value, VALUE_DISTANCE, VALUE_MAX)
+    else:
+        coded = element_error(spec.value, VALUE_RANGE, VALUE_MAX)
+        if spec.value.transform == "hadamard":
+            coded = coded * sympy.sqrt(HEAD_DIM)
+        value_error = _in_model_units(spec.value, coded, VALUE_MAX)
+    score_error = SCALE * QUERY_NORM * key_error
     return value_error + VALUE_SPREAD * sympy.tanh(score_error / 2)
+
+
+def _token_error(
+    spec: TensorSpec, spread: sympy.Expr, largest: sympy.Expr, distance: sympy.Expr
+) -> sympy.Expr:
+    """Bound the Euclidean error of a stored key."""
+    root = sympy.sqrt(HEAD_DIM)
+    coded = distance if spec.couple is not None else root * element_error(spec, spread, largest)
+    arithmetic = root * largest if spec.tables is not None else sympy.Integer(0)
+    return _in_model_units(spec, coded, arithmetic)
+
+
+def _in_model_units(spec: TensorSpec, error: sympy.Expr, largest: sympy.Expr) -> sympy.Expr:
+    """Return what an error in coded form is to the model."""
+    if spec.tables is None:
+        return error
+    scale = read_section(spec.tables.words, "scale", spec.tables.head_dim).max()
+    return sympy.Float(float(scale)) * (error + largest * sympy.Rational(1, 2**18))

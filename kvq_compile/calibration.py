@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,15 @@ class LayerTables:
         key, value: Tables of its keys and values.
         rotary: Whether its keys are coded as they were before the rotary embedding.
         note: Why they are not, where the method would have wanted it.
+        key_options, value_options: How ``"auto"`` codes them, as options of `TensorSpec`; else empty.
     """
 
     key: Tables
     value: Tables
     rotary: bool
     note: str = ""
+    key_options: dict[str, Any] = field(default_factory=dict)
+    value_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,10 @@ class Calibration:
             "method": self.method,
             "options": self.options,
             "head_dims": {name: tables.head_dim for name, tables in self._tables()},
-            "rotary": [layer.rotary for layer in self.layers],
-            "notes": [layer.note for layer in self.layers],
+            "layers": [
+                [layer.rotary, layer.note, layer.key_options, layer.value_options]
+                for layer in self.layers
+            ],
             "weights": sorted(self.weights),
         }
         text = json.dumps(about, sort_keys=True)
@@ -95,7 +100,9 @@ class Calibration:
                 metadata = file.metadata() or {}
                 words = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"calibration must be a whole safetensors file, got {path}: {error}") from None
+            raise ValueError(
+                f"calibration must be a whole safetensors file, got {path}: {error}"
+            ) from None
         if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
             raise ValueError(
                 f"calibration must be of format {FORMAT!r} version {VERSION}, got {path} with "
@@ -104,11 +111,9 @@ class Calibration:
         about = json.loads(metadata["about"])
         layers = tuple(
             LayerTables(
-                *(Tables(words[name], about["head_dims"][name]) for name in _names(index)), rotary, note
+                *(Tables(words[name], about["head_dims"][name]) for name in _names(index)), *rest
             )
-            for index, (rotary, note) in enumerate(
-                zip(about["rotary"], about["notes"], strict=True)
-            )
+            for index, rest in enumerate(about["layers"])
         )
         if _digest(metadata["about"], layers) != metadata.get("digest"):
             raise ValueError(f"calibration must be as it was saved, got {path}, which was altered")

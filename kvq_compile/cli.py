@@ -1,7 +1,7 @@
-"""The command line: ``kvq demo``, ``kvq eval`` and ``kvq explain``.
+"""The command line: ``kvq demo``, ``kvq eval``, ``kvq calibrate`` and ``kvq explain``.
 
-Commands parse, call and print; the work is in `kvq_compile.demo` and `kvq_compile.evaluate`, which
-are imported when a command runs.
+Commands parse, call and print; the work is in `kvq_compile.demo`, `kvq_compile.evaluate` and
+`kvq_compile.calibrator`, which are imported when a command runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -149,6 +156,52 @@ def evaluate_(
 
 
 @app.command()
+def calibrate(
+    model: ModelOption,
+    text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file to calibrate on.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    method: Annotated[
+        str, typer.Option("--method", help="skvq or cq-<c>c<b>b, NAME or NAME:OPTION=VALUE,...")
+    ] = "skvq",
+    windows: Annotated[int, typer.Option(help="Windows of the text, evenly spread.", min=1)] = 16,
+    window: Annotated[int, typer.Option(help="Tokens in a window.", min=16)] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens to fit to, of all windows.", min=256)] = 16384,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Fit a method's tables to a model. A run that was cut short goes on where it stopped."""
+    from kvq_compile.calibrator import calibrate as fit
+    from kvq_compile.evaluate import parse_options
+    from kvq_compile.loading import encode_file, spread_windows
+
+    name, options = attempt(lambda: parse_options(method))
+    network, tokenizer = load(model, dtype, device)
+    batches = attempt(lambda: spread_windows(encode_file(tokenizer, text), windows, window))
+    part = out.with_name(f"{out.name}.part")
+    with stages() as advance:
+        moved = [batch.to(network.device) for batch in batches]
+        result = attempt(
+            lambda: fit(
+                network,
+                moved,
+                name,
+                tokens=tokens,
+                seed=seed,
+                resume=part,
+                advance=advance,
+                **options,
+            )
+        )
+    result.save(out)
+    part.unlink(missing_ok=True)
+    for index, layer in enumerate(result.layers):
+        if layer.note:
+            console.print(escape(f"layer {index}: {layer.note}"))
+    console.print(f"wrote {escape(str(out))}: {name}, {len(result.layers)} layers")
+
+
+@app.command()
 def explain(
     model: DemoModelOption = None,
     method: MethodOption = None,
@@ -245,6 +298,21 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(title, total=total)
         yield lambda steps: bar.advance(task, steps)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each stage while the block runs; yield the function that says how far one is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield advance
 
 
 def describe(

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvq_compile.calibration import Calibration
 from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.methods import DEFAULT, METHODS, make_spec, method_options, nearest
+from kvq_compile.methods import (
+    DEFAULT,
+    as_calibration,
+    check_method,
+    make_spec,
+    method_options,
+    nearest,
+)
 
 INNER = ("inductor", "eager", "aot_eager")
+OWN_OPTIONS = ("layers", "strict", "inner", "inductor")
 
 
 @dataclass(frozen=True)
@@ -21,19 +30,21 @@ class Config:
         strict: Whether an attention that keeps a cache and cannot be rewritten is an error.
         inner: Compiler of the rewritten graph.
         inductor: Settings handed on to Inductor.
+        calibration: What the spec was made from, if it was.
     """
 
     spec: CacheSpec
     strict: bool = False
     inner: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 def make_config(options: Mapping[str, Any] | None = None) -> Config:
     """Return the `Config` of ``options``.
 
     Args:
-        options: ``method`` and its options, ``layers``, ``strict``, ``inner``, ``inductor``.
+        options: ``method`` and its options, ``calibration``, ``layers``, ``strict``, ``inner``, ``inductor``.
 
     Raises:
         ValueError: An option is unknown or out of range; the message names the nearest one.
@@ -51,12 +62,16 @@ def make_config(options: Mapping[str, Any] | None = None) -> Config:
         raise ValueError(f"inner must be one of {', '.join(INNER)}, got {inner!r}")
     if not isinstance(inductor, Mapping):
         raise TypeError(f"inductor must be a dictionary of Inductor's settings, got {inductor!r}")
-    method = rest.pop("method", DEFAULT)
-    if isinstance(method, str) and method in METHODS:
-        known = ("method", *method_options(method), "layers", "strict", "inner", "inductor")
-        for name in rest:
-            if name not in known:
-                raise ValueError(
-                    f"option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
-                )
-    return Config(make_spec(method, **rest), strict, inner, dict(inductor))
+    method, calibration = rest.pop("method", None), rest.pop("calibration", None)
+    if calibration is not None:
+        calibration = as_calibration(calibration)
+    known_method = method or (calibration.method if calibration else DEFAULT)
+    check_method(known_method, ())
+    known = ("method", "calibration", *method_options(known_method), *OWN_OPTIONS)
+    for name in rest:
+        if name not in known:
+            raise ValueError(
+                f"option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+            )
+    spec = make_spec(method, calibration=calibration, **rest)
+    return Config(spec, strict, inner, dict(inductor), calibration)

@@ -120,7 +120,7 @@ def parse_value(text: str) -> object:
 
 
 def parse_method(text: str) -> Method:
-    """Read ``name`` or ``name:option=value,option=value``.
+    """Read ``name`` or ``name:option=value,option=value``; the name may be a calibration's file.
 
     >>> parse_method("kivi:key_bits=2,group_size=32").options
     {'method': 'kivi', 'key_bits': 2, 'group_size': 32}
@@ -130,6 +130,21 @@ def parse_method(text: str) -> Method:
     """
     if text == PLAIN:
         return Method(PLAIN, None)
+    name, options = parse_options(text)
+    if Path(name).suffix == ".safetensors":
+        options = {"calibration": name, **options}
+    else:
+        options = {"method": name, **options}
+    make_config(options)
+    return Method(text, options)
+
+
+def parse_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``name:option=value,...`` into the name and the options.
+
+    Raises:
+        ValueError: An option lacks its ``=``.
+    """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
@@ -137,9 +152,7 @@ def parse_method(text: str) -> Method:
         if not equals:
             raise ValueError(f"method option must read option=value, got {item!r} in {text!r}")
         options[key.strip()] = parse_value(value.strip())
-    options = {"method": name, **options}
-    make_config(options)
-    return Method(text, options)
+    return name, options
 
 
 def held(cache: DynamicCache, method: Method) -> Report:

@@ -110,3 +110,18 @@ def longest_context(model: PreTrainedModel) -> int | None:
     """Return how many tokens the model can attend over, ``None`` when its config does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
+
+
+def spread_windows(ids: list[int], windows: int, window: int) -> list[torch.Tensor]:
+    """Cut ``windows`` pieces of ``window`` tokens, evenly spread, out of a text, each ``[1, window]``.
+
+    Raises:
+        ValueError: The text is too short.
+    """
+    if len(ids) < windows * window:
+        raise ValueError(
+            f"text must have {windows * window} tokens for {windows} windows of {window}, got {len(ids)}; "
+            "take fewer or shorter windows"
+        )
+    starts = range(0, len(ids) - window + 1, max(1, (len(ids) - window) // max(1, windows - 1)))
+    return [torch.tensor(ids[start : start + window])[None] for start in list(starts)[:windows]]

@@ -1,16 +1,30 @@
-"""The methods by name: each a small function that returns a `CacheSpec`."""
+"""The methods by name: each a small function that returns a `CacheSpec`.
+
+The functions of *calibrated* methods return the spec of one layer from its tables; `make_spec` puts the layers
+of a `Calibration` together. CQ is a family, ``cq-<channels>c<bits>b``.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec, Transform
+from kvq_compile.calibration import Calibration, LayerTables
+from kvq_compile.kernels.spec import CacheSpec, Packing, Params, TensorSpec, Transform
 
 DEFAULT = "int4"
+AT_COMPILE = (
+    "sinks",
+    "window",
+    "page_size",
+    "packing",
+)  # options that calibration does not depend on
+CQ = re.compile(r"cq-(\d+)c(\d+)b")
 
 
 def _uniform(
@@ -71,31 +85,163 @@ def kivi(
     return CacheSpec(key, value, sinks, window, page_size)
 
 
+def skvq(
+    tables: LayerTables,
+    *,
+    bits: float = 2,
+    key_bits: float | None = None,
+    value_bits: float | None = None,
+    group_size: int | None = 64,
+    key_clip: float | Literal["search"] | None = None,
+    value_clip: float | Literal["search"] | None = None,
+    reorder: bool = True,
+    params: Params = "fp8",
+    packing: Packing = "fields",
+    sinks: int = 5,
+    window: int = 128,
+    page_size: int = 128,
+) -> CacheSpec:
+    """Clipped groups of channels reordered by calibration, keys before RoPE, fp8 scales and zero points.
+
+    A width of 1.5 is three levels: two bits each in ``packing="fields"``, 1.6 in ``"trits"``. A clip is the part
+    of a group's range that its codes span, ``"search"`` finds one for each group, ``None`` is the best known:
+    `default_clip`.
+
+    Source: SKVQ (arXiv 2405.06219). Channels are reordered within a head, in equal groups, which is what a
+    fused kernel needs; the authors' code clusters across heads. The clip is about the midpoint.
+    """
+    del key_clip, value_clip, reorder  # calibration's
+
+    def tensor(width: float | None, rotary: bool, which: Any) -> TensorSpec:
+        width = bits if width is None else width
+        return TensorSpec(
+            width, "token", group_size, params=params, packing=packing if width == 1.5 else "fields",
+            rotary=rotary, tables=which,
+        )  # fmt: skip
+
+    key = tensor(key_bits, tables.rotary, tables.key)
+    return CacheSpec(key, tensor(value_bits, False, tables.value), sinks, window, page_size)
+
+
+def default_clip(role: str, bits: float) -> float:
+    """Return the part of a group's range that pays best: all of it, except for three levels."""
+    return 1.0 if bits != 1.5 else 0.9 if role == "key" else 0.8
+
+
+def cq(
+    tables: LayerTables,
+    *,
+    couple: int,
+    bits: int,
+    sinks: int = 5,
+    window: int = 128,
+    page_size: int = 128,
+) -> CacheSpec:
+    """``couple`` neighbouring channels of a head coded by one index into a learned codebook, keys before RoPE.
+
+    Source: CQ (arXiv 2405.03917); ``window=0, sinks=0`` is the paper's setting.
+    """
+    key = TensorSpec(bits, couple=couple, rotary=tables.rotary, tables=tables.key)
+    value = TensorSpec(bits, couple=couple, tables=tables.value)
+    return CacheSpec(key, value, sinks, window, page_size)
+
+
+def auto(
+    tables: LayerTables,
+    *,
+    bits: float = 3.0,
+    sinks: int = 5,
+    window: int = 128,
+    page_size: int = 128,
+) -> CacheSpec:
+    """Layers and tensors coded as `choose` found best for ``bits`` on average, parameters included."""
+    del bits  # calibration's
+    key = TensorSpec(**tables.key_options, rotary=tables.rotary, tables=tables.key)
+    value = TensorSpec(**tables.value_options, tables=tables.value)
+    return CacheSpec(key, value, sinks, window, page_size)
+
+
 METHODS: dict[str, Callable[..., CacheSpec]] = {
     function.__name__: function for function in (int8, int4, int3, int2, kivi)
 }
+CALIBRATED: dict[str, Callable[..., CacheSpec]] = {"skvq": skvq, "cq": cq, "auto": auto}
 
 
 def make_spec(
-    method: str = DEFAULT, *, layers: Mapping[int, Any] | None = None, **options: Any
+    method: str | None = None,
+    *,
+    layers: Mapping[int, Any] | None = None,
+    calibration: str | Path | Calibration | None = None,
+    **options: Any,
 ) -> CacheSpec:
     """Return the `CacheSpec` of a method.
 
     Args:
-        method: A name in `METHODS`.
+        method: A name in `METHODS`, or a calibrated method's; the default is that of the calibration, or int4.
         layers: What single layers get instead, by number: a method's name, a dictionary with
             ``"method"`` and its options, or ``None`` for 16 bit.
-        **options: The method's options; see its function.
+        calibration: What `calibrate` returned, or the file it was saved to.
+        **options: The method's options; see its function. Of a calibrated method, options that calibration
+            depends on may be left out, and must be as it was calibrated if they are not.
 
     Raises:
-        ValueError: The name, an option or a value is unknown or out of range.
+        ValueError: The name, an option or a value is unknown or out of range, or the calibration is of
+            another method or of other options.
         TypeError: A value has the wrong type.
+        FileNotFoundError: There is no such calibration.
+    """
+    if calibration is not None:
+        spec = _calibrated_spec(method, as_calibration(calibration), options)
+        return replace(
+            spec, layers=_merge(spec.layers, _overrides({} if layers is None else layers))
+        )
+    method = DEFAULT if method is None else method
+    check_method(method, options)
+    if base_name(method) in CALIBRATED:
+        raise ValueError(
+            f"calibration must be given for {method}; make one with kvq_compile.calibrate or `kvq calibrate`"
+        )
+    spec = METHODS[method](**options)
+    return replace(spec, method=method, layers=_overrides({} if layers is None else layers))
+
+
+def as_calibration(calibration: str | Path | Calibration) -> Calibration:
+    """Return a calibration, loading it if it is a file's name.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(calibration, (str, Path)):
+        return Calibration.load(calibration)
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration must be a Calibration or a file, got {calibration!r}")
+    return calibration
+
+
+def base_name(method: str) -> str:
+    """Return the name of a method's function: ``"cq"`` for ``"cq-4c8b"``."""
+    return "cq" if CQ.fullmatch(method) else method
+
+
+def preset(method: str) -> dict[str, Any]:
+    """Return the options that a method's name stands for."""
+    match = CQ.fullmatch(method)
+    return {"couple": int(match[1]), "bits": int(match[2])} if match else {}
+
+
+def check_method(method: Any, options: Iterable[str]) -> None:
+    """Make sure that a method and its options are known.
+
+    Raises:
+        TypeError: ``method`` is no name.
+        ValueError: It, or an option, is unknown.
     """
     if not isinstance(method, str):
         raise TypeError(f"method must be a name, got {method!r}")
-    if method not in METHODS:
+    names = (*METHODS, "skvq", "cq-4c8b", "auto")
+    if (base_name(method) not in METHODS and base_name(method) not in CALIBRATED) or method == "cq":
         raise ValueError(
-            f"method must be one of {', '.join(METHODS)}, got {method!r}{nearest(method, METHODS)}"
+            f"method must be one of {', '.join(names)} (or any cq-<c>c<b>b), got {method!r}{nearest(method, names)}"
         )
     known = method_options(method)
     for name in options:
@@ -103,15 +249,55 @@ def make_spec(
             raise ValueError(
                 f"options of {method} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}"
             )
-    spec = METHODS[method](**options)
-    return replace(spec, method=method, layers=_overrides({} if layers is None else layers))
 
 
 def method_options(method: str) -> tuple[str, ...]:
     """Return the names of a method's options."""
-    function = _uniform if METHODS[method] in (int8, int4, int3, int2) else METHODS[method]
+    name = base_name(method)
+    if name in CALIBRATED:
+        function, fixed = CALIBRATED[name], preset(method)
+    else:
+        function = _uniform if METHODS[name] in (int8, int4, int3, int2) else METHODS[name]
+        fixed = {}
     parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed)
+
+
+def calibrated_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a calibrated method that calibration depends on, defaults filled in."""
+    parameters = inspect.signature(CALIBRATED[base_name(method)]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    every = defaults | preset(method) | dict(options)
+    return {name: value for name, value in every.items() if name not in AT_COMPILE}
+
+
+def _calibrated_spec(
+    method: str | None, calibration: Calibration, options: dict[str, Any]
+) -> CacheSpec:
+    """Return the spec of a calibration, a layer's spec for each of its layers."""
+    if method is not None and method != calibration.method:
+        raise ValueError(
+            f"calibration must be of method {method}, got one of {calibration.method}; calibrate for {method}"
+        )
+    method = calibration.method
+    check_method(method, options)
+    for name, value in options.items():
+        if name not in AT_COMPILE and calibration.options.get(name) != value:
+            raise ValueError(
+                f"{name} must be as calibrated, {calibration.options.get(name)!r}, got {value!r}; "
+                "calibrate anew for other options"
+            )
+    every = calibration.options | options
+    specs = [CALIBRATED[base_name(method)](tables, **every) for tables in calibration.layers]
+    named = [replace(spec, method=method) for spec in specs]
+    return replace(named[0], layers=tuple(enumerate(named)))
+
+
+def _merge(
+    layers: tuple[tuple[int, CacheSpec | None], ...],
+    overrides: tuple[tuple[int, CacheSpec | None], ...],
+) -> tuple[tuple[int, CacheSpec | None], ...]:
+    return tuple(sorted((dict(layers) | dict(overrides)).items()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

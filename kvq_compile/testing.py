@@ -29,6 +29,7 @@ from kvq_compile import bounds
 from kvq_compile.history import watching
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache import Kind, QuantizedKV
+from kvq_compile.kernels.frame import Frame, to_coded
 from kvq_compile.kernels.spec import CacheSpec, Grouping, PageLayout, Role, TensorSpec, Transform
 from kvq_compile.methods import METHODS
 from kvq_compile.small_decoder import Decoder
@@ -128,15 +129,47 @@ def bound_for(
         bounds.HEAD_DIM: max(key.shape[3], value.shape[3]),
         bounds.VALUE_SPREAD: float((value.amax(2).double() - value.amin(2).double()).max()),
     }
-    names = (bounds.KEY_RANGE, bounds.KEY_MAX), (bounds.VALUE_RANGE, bounds.VALUE_MAX)
-    for x, layout, (span, largest) in zip((key, value), layouts, names, strict=True):
-        packed = x[:, :, layout.sinks : layout.sinks + pages * layout.page_size].double()
-        if layout.transform == "hadamard":
-            packed = packed @ reference.hadamard(layout.head_dim, x.device).double()
-        groups = reference.to_groups(packed.unflatten(2, (pages, -1)), layout)
-        numbers[span] = float((groups.amax(-1) - groups.amin(-1)).max())
-        numbers[largest] = float(groups.abs().max())
+    names = (
+        (bounds.KEY_RANGE, bounds.KEY_MAX, bounds.KEY_DISTANCE),
+        (bounds.VALUE_RANGE, bounds.VALUE_MAX, bounds.VALUE_DISTANCE),
+    )
+    for x, layout, part, symbols in zip(
+        (key, value), layouts, (spec.key, spec.value), names, strict=True
+    ):
+        packed = x[:, :, layout.sinks : layout.sinks + pages * layout.page_size]
+        numbers |= _measured(packed.unflatten(2, (pages, -1)), layout, part, symbols)
     return float(bounds.error_bound(spec).evalf(subs=numbers))
+
+
+def _measured(
+    pages: Tensor, layout: PageLayout, spec: TensorSpec, symbols: tuple[Any, Any, Any]
+) -> dict[Any, float]:
+    """Return range, magnitude and distance of pages ``[B, H, P, N, D]`` in the basis in which they are coded."""
+    span, largest, distance = symbols
+    frame = None
+    if spec.tables is not None:
+        words = spec.tables.on(pages.device)
+        shift = torch.zeros(pages.shape[0], dtype=torch.int32) if layout.rotary else None
+        frame = Frame(words, shift)
+    if frame is None:
+        coded = pages.double()
+        if layout.transform == "hadamard":
+            coded = coded @ reference.hadamard(layout.head_dim, pages.device).double()
+    else:
+        coded = to_coded(pages.float(), layout, frame, layout.sinks).double()
+    numbers = {largest: float(coded.abs().max())}
+    if frame is not None:
+        mean = frame.section("mean", layout) * frame.section("inverse", layout)
+        numbers[largest] += float(mean.abs().max())
+    if layout.coder == "codebook":
+        codes, params = reference.quantize_pages(pages, layout, frame, layout.sinks)
+        off = coded - reference.coded_values(codes, params, layout, frame).double()
+        size = off.norm(dim=-1) if layout.role == "key" else off.abs()
+        numbers[distance] = float(size.max())
+    else:
+        groups = reference.to_groups(coded, layout)
+        numbers[span] = float((groups.amax(-1) - groups.amin(-1)).max())
+    return numbers
 
 
 # Assertions

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-from kvq_compile.lowering.graph import shape_of, value_of
-from kvq_compile.lowering.sites import AttentionSite, Coding, Life, State
+from kvq_compile.lowering.find_rotation import find_rotation
+from kvq_compile.lowering.graph import insert_call, shape_of, value_of
+from kvq_compile.lowering.sites import AttentionSite, Coding, Life, Refusal, State
 
 FrameNodes = tuple[fx.Node | None, fx.Node | None]
 MAKES_CACHE = (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED)
@@ -26,13 +29,17 @@ class Frames:
     Args:
         graph: The graph.
         sites: Its sites; those that make a cache get a placeholder for its tables.
+        inputs: The arguments of the call that is being compiled, by placeholder.
 
     Attributes:
         tensors: The further arguments.
     """
 
-    def __init__(self, graph: fx.Graph, sites: Sequence[AttentionSite]) -> None:
+    def __init__(
+        self, graph: fx.Graph, sites: Sequence[AttentionSite], inputs: Mapping[fx.Node, Any]
+    ) -> None:
         self._graph = graph
+        self._positions = _positions(sites, inputs)
         self._nodes: dict[str, fx.Node] = {}
         self._words: dict[str, Tensor] = {}
         for site in sites:
@@ -63,17 +70,51 @@ class Frames:
         ) if coding.layout.rotary else None
 
     def _shift(self, state: State) -> fx.Node:
-        """Return position minus slot of each sequence."""
-        batch = (shape_of(state.base) or (0,))[0]
-        sequences = (
-            batch if isinstance(batch, int) else self._graph.call_method("size", (state.base, 0))
-        )
-        device = value_of(state.base).device
-        shift = self._graph.call_function(
-            torch.zeros, ([sequences],), {"dtype": torch.int32, "device": device}
-        )
-        shift.meta["example_value"] = None
-        return shift
+        """Return position minus slot of each sequence, taken from the last token of the call.
+
+        Where the graph does not tell positions they are taken to be the slots. That would cost quality under
+        left padding, never correctness: a key is rotated back by the angle by which it was unrotated.
+        """
+        batch, _, length, _ = shape_of(state.base) or (0, 0, 0, 0)
+        graph, device = self._graph, value_of(state.base).device
+        sequences = batch if isinstance(batch, int) else graph.call_method("size", (state.base, 0))
+        position = self._positions.get(state.new)
+        if position is None:
+            return graph.call_function(
+                torch.zeros, ([sequences],), {"dtype": torch.int32, "device": device}
+            )
+        last = insert_call(graph, operator.getitem, (position, (..., -1)))
+        if isinstance(value_of(state.position), Tensor):
+            slot = insert_call(graph, operator.getitem, (state.position, -1))
+        else:
+            slots = (
+                length if isinstance(length, int) else graph.call_method("size", (state.base, 2))
+            )
+            if state.life is Life.ALLOCATED:
+                tokens = (shape_of(state.new) or (0, 0, 0))[2]
+                count = (
+                    tokens if isinstance(tokens, int) else graph.call_method("size", (state.new, 2))
+                )
+                slots = insert_call(graph, operator.add, (state.position, count))
+            slot = insert_call(graph, operator.sub, (slots, 1))
+        shift = insert_call(graph, operator.sub, (last, slot))
+        shift = graph.call_method("to", (shift,), {"device": device, "dtype": torch.int32})
+        shift = graph.call_method("expand", (shift, sequences))
+        return graph.call_method("clone", (shift,))
+
+
+def _positions(
+    sites: Sequence[AttentionSite], inputs: Mapping[fx.Node, Any]
+) -> dict[fx.Node, fx.Node | None]:
+    """Return the node of the positions of each site's new keys, where they are to be coded unrotated."""
+    found: dict[fx.Node, fx.Node | None] = {}
+    for site in sites:
+        if site.key_coding.layout.rotary and site.key.life in MAKES_CACHE:
+            try:
+                found[site.key.new] = find_rotation(site.key.new, inputs).position
+            except Refusal:
+                found[site.key.new] = None
+    return found
 
 
 def _placeholder(graph: fx.Graph, name: str, words: Tensor) -> fx.Node:

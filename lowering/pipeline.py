@@ -106,7 +106,9 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         ]
         sites = []
 
-    frames = Frames(graph, sites)  # its placeholders stand behind those of the captured graph
+    frames = Frames(
+        graph, sites, dict(zip(arguments, example_inputs, strict=True))
+    )  # its placeholders stand behind those of the captured graph
     caches = unwrap_caches(graph)  # before the rewriting: it speaks of parts
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
     returned = len(next(iter(reversed(graph.nodes))).args[0])

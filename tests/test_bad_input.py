@@ -58,7 +58,7 @@ def compile_(step, **options):
             "got 'group_sise'; did you mean 'group_size'?",
         ),
         ({"methd": "int4"}, ValueError, "got 'methd'; did you mean 'method'?"),
-        ({"key_bits": 5}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 5"),
+        ({"key_bits": 5}, ValueError, "bits must be one of [1, 1.5, 2, 3, 4, 8], got 5"),
         ({"value_bits": 16}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 16"),
         ({"key_bits": 0}, ValueError, "bits must be one of [1, 2, 3, 4, 8], got 0"),
         ({"group_size": 0}, ValueError, "group_size must be positive, got 0"),

@@ -1,0 +1,314 @@
+"""Calibrate a model for a method that learns: capture what its attentions see, fit tables, layer by layer.
+
+The tokens that are kept of each batch follow from the seed alone, so the same call gives the same tables. How
+many are kept bounds the memory: where the samples of all layers would not fit, the texts are read again for
+each group of layers that does. `resume` names a file to which every fitted layer goes, and from which a call
+that was cut short goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvq_compile.calibration import Calibration, LayerTables, weight_hash
+from kvq_compile.capture import Activations, Batch, capture
+from kvq_compile.choose import CANDIDATES, Choice, Text, choose, measure
+from kvq_compile.fit import Fitted, fit_codebook, fit_uniform
+from kvq_compile.kernels.frame import cosine_and_sine
+from kvq_compile.kernels.spec import Role
+from kvq_compile.kernels.tables import Tables
+from kvq_compile.lowering.find_rotation import Rotation
+from kvq_compile.methods import (
+    CALIBRATED,
+    base_name,
+    calibrated_options,
+    check_method,
+    default_clip,
+)
+
+TOKENS = 16_384
+MEMORY = 2 << 30
+SKIPPED = 5  # first tokens of a text: sinks, which stay exact
+CALIBRATED_NAMES = "skvq, cq-<c>c<b>b or auto"
+CODEBOOKS_BELOW = 2.5  # bits from which they lose against uniform steps
+TEXTS = 2  # whole texts on which "auto" measures its candidates
+Advance = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Samples:
+    """Tokens kept of one layer: keys and values ``[n, H, D]``, and squared gradients of the loss."""
+
+    key: list[Tensor] = field(default_factory=list)
+    value: list[Tensor] = field(default_factory=list)
+    key_weight: list[Tensor] = field(default_factory=list)
+    value_weight: list[Tensor] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+    rotation: Rotation | None = None
+    note: str = ""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    method: str = "skvq",
+    *,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    memory: int = MEMORY,
+    resume: str | Path | None = None,
+    advance: Advance = lambda stage, done, total: None,
+    **options: Any,
+) -> Calibration:
+    """Fit a method's tables to a model.
+
+    >>> calibration = kvq_compile.calibrate(model, batches, method="cq-4c8b")
+    >>> calibration.save("model-cq-4c8b.safetensors")
+    >>> model.compile(backend="kvq", options={"calibration": "model-cq-4c8b.safetensors"})
+
+    Args:
+        model: Any decoder that the backend can compile.
+        batches: Texts, as token ids ``[B, T]`` or keyword arguments of the model.
+        method: ``"skvq"``, ``"cq-<channels>c<bits>b"``, or ``"auto"`` with ``bits`` on average.
+        tokens: Tokens to fit to, taken evenly from all batches.
+        seed: Of every random choice.
+        memory: Bytes of samples that may be held at once, at least those of one layer.
+        resume: A file that keeps the layers fitted so far.
+        advance: Called with a stage, how much of it is done and how much there is to do.
+        **options: The method's options.
+
+    Raises:
+        ValueError: The method, an option or the batches do not fit, or ``resume`` is of another calibration.
+    """
+    check_method(method, options)
+    if base_name(method) not in CALIBRATED:
+        raise ValueError(
+            f"method must be one that is calibrated, {CALIBRATED_NAMES}, got {method!r}"
+        )
+    texts = list(batches)
+    if not texts:
+        raise ValueError("batches must hold a text or more, got none")
+    options = calibrated_options(method, options)
+    weights = frozenset(weight_hash(parameter) for parameter in model.parameters())
+    fitted = _resumed(resume, method, options, weights)
+    candidates: list[_Candidates] = []
+    count = None
+    while count is None or len(fitted) + len(candidates) < count:
+        first = len(fitted) + len(candidates)
+        samples, count = _sample(model, texts, first, tokens, seed, memory, advance)
+        for layer in samples:
+            advance("fitting layers", len(fitted) + len(candidates), count)
+            if method == "auto":  # which chooses when it has seen all layers
+                candidates.append(_try_layer(layer, options, seed))
+                continue
+            fitted.append(_fit_layer(layer, method, options, seed))
+            if resume is not None:
+                Calibration(method, options, tuple(fitted), weights).save(resume)
+    advance("fitting layers", count, count)
+    fitted += _chosen(candidates, options)
+    return Calibration(method, options, tuple(fitted), weights)
+
+
+def _resumed(
+    resume: str | Path | None, method: str, options: dict[str, Any], weights: frozenset[str]
+) -> list[LayerTables]:
+    if resume is None or not Path(resume).exists():
+        return []
+    begun = Calibration.load(resume)
+    if (begun.method, begun.options, begun.weights) != (method, options, weights):
+        raise ValueError(
+            f"resume must name a file of this model, method and options, got {resume} of {begun.method} "
+            f"{begun.options}; remove it or name another"
+        )
+    return list(begun.layers)
+
+
+def _sample(
+    model: nn.Module,
+    texts: Sequence[Batch],
+    first: int,
+    tokens: int,
+    seed: int,
+    memory: int,
+    advance: Advance,
+) -> tuple[list[_Samples], int]:
+    """Return the samples of as many layers, from number ``first`` on, as fit, and how many layers there are."""
+    share = -(-tokens // len(texts))
+    samples: list[_Samples] = []
+    layers = 0
+    for number, found in enumerate(capture(model, texts, gradients=True)):
+        advance("reading texts", number, len(texts))
+        layers = len(found)
+        if number == 0:
+            a_layer = tokens * 4 * (found[0].key.element_size() * 2)
+            a_layer *= found[0].key.shape[1] * found[0].key.shape[3]
+            samples = [_Samples() for _ in found[first : first + max(1, memory // a_layer)]]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        for sample, seen in zip(samples, found[first:], strict=False):
+            _take(sample, seen, share, generator.clone_state())
+            if len(sample.texts) < TEXTS and seen.mask is None:
+                parts = (seen.query, seen.key, seen.value)
+                sample.texts.append(Text(*(part[0].detach().float().cpu() for part in parts)))
+    advance("reading texts", len(texts), len(texts))
+    return samples, layers
+
+
+def _take(sample: _Samples, seen: Activations, share: int, generator: torch.Generator) -> None:
+    """Keep ``share`` tokens of a batch, keys as they were before their rotation."""
+    B, _, T, _ = seen.key.shape
+    usable = torch.ones(B, T, dtype=torch.bool) if seen.mask is None else seen.mask.cpu().bool()
+    usable = usable & (torch.arange(T) >= SKIPPED)
+    places = usable.flatten().nonzero()[:, 0]
+    picked = places[torch.randperm(len(places), generator=generator)[:share].sort().values]
+    position = (
+        (usable.cumsum(-1) - 1 + SKIPPED) if seen.mask is not None else torch.arange(T).expand(B, T)
+    )
+    position = position.flatten()[picked]
+    sample.rotation, sample.note = seen.rotation, seen.rotation_reason
+    for name, x in (("key", seen.key), ("value", seen.value)):
+        gradient = seen.key_gradient if name == "key" else seen.value_gradient
+        rows = _rows(x, picked)
+        weight = _rows(gradient if gradient is not None else torch.ones_like(x), picked)
+        if name == "key" and seen.rotation is not None:
+            rows, weight = (unrotate(t, position, seen.rotation) for t in (rows, weight))
+        getattr(sample, name).append(rows)
+        getattr(sample, f"{name}_weight").append(weight * weight)
+
+
+def _rows(x: Tensor, picked: Tensor) -> Tensor:
+    """Return tokens ``picked`` of ``x`` ``[B, H, T, D]`` as ``[n, H, D]`` (fp32, on the CPU)."""
+    return x.detach().transpose(1, 2).flatten(0, 1)[picked.to(x.device)].float().cpu()
+
+
+def unrotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
+    """Return keys ``[n, H, D]`` as they were before their rotation, pairs at ``c`` and ``c + D / 2``.
+
+    Args:
+        x: Rotated keys, or their gradients.
+        position: Position of each, ``[n]``.
+        rotation: How they were rotated.
+    """
+    frequency = torch.tensor(rotation.frequencies, dtype=torch.int64)
+    cosine, sine = cosine_and_sine(position[:, None, None] * frequency)
+    a, b = x[..., list(rotation.order)].chunk(2, -1)
+    return torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)
+
+
+def _fit_layer(sample: _Samples, method: str, options: dict[str, Any], seed: int) -> LayerTables:
+    rotation = sample.rotation
+    key, value = (
+        _fit(
+            torch.cat(getattr(sample, role)), torch.cat(getattr(sample, f"{role}_weight")), role,
+            rotation if role == "key" else None, method, options, seed,
+        )
+        for role in ("key", "value")
+    )  # fmt: skip
+    return LayerTables(key, value, rotation is not None, _note(sample))
+
+
+@dataclass
+class _Candidates:
+    """What "auto" may choose from for one layer."""
+
+    key: list[Choice]
+    value: list[Choice]
+    rotary: bool
+    note: str
+
+
+def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candidates:
+    if not sample.texts:
+        raise ValueError("batches must hold texts without padding for auto, got only padded ones")
+    found: dict[Role, list[Choice]] = {"key": [], "value": []}
+    rotary = sample.rotation is not None
+    for role, choices in found.items():
+        x = torch.cat(getattr(sample, role))
+        weight = torch.cat(getattr(sample, f"{role}_weight"))
+        rotation = sample.rotation if role == "key" else None
+        for coding in CANDIDATES:
+            if "couple" in coding:
+                if options["bits"] >= CODEBOOKS_BELOW or x.shape[2] % (8 * coding["couple"]):
+                    continue
+                name, full = "cq", dict(coding)
+            else:
+                none = dict.fromkeys(
+                    ("key_bits", "value_bits", "key_clip", "value_clip", "group_size")
+                )
+                name, full = "skvq", {"reorder": False, **none, **coding}
+            tables = _fit(x, weight, role, rotation, name, full, seed)
+            choices.append(measure(role, coding, tables, rotary, sample.texts))
+    return _Candidates(found["key"], found["value"], rotary, _note(sample))
+
+
+def _chosen(candidates: list[_Candidates], options: dict[str, Any]) -> list[LayerTables]:
+    if not candidates:
+        return []
+    flat = [tensor for layer in candidates for tensor in (layer.key, layer.value)]
+    chosen = iter(choose(flat, options["bits"]))
+    pairs = [(layer, next(chosen), next(chosen)) for layer in candidates]
+    return [
+        LayerTables(
+            *(key.tables, value.tables, layer.rotary, layer.note),
+            *(dict(key.options), dict(value.options)),
+        )
+        for layer, key, value in pairs
+    ]
+
+
+def _note(sample: _Samples) -> str:
+    return f"keys are coded as attention sees them: {sample.note}" if sample.note else ""
+
+
+def _fit(
+    x: Tensor,
+    weight: Tensor,
+    role: str,
+    rotation: Rotation | None,
+    method: str,
+    options: dict[str, Any],
+    seed: int,
+) -> Tables:
+    paired = rotation is not None
+    if base_name(method) == "cq":
+        fitted = fit_codebook(
+            x, weight, couple=options["couple"], bits=options["bits"], paired=paired, seed=seed
+        )
+    else:
+        bits = options[f"{role}_bits"]
+        bits = options["bits"] if bits is None else bits
+        clip = options[f"{role}_clip"]
+        clip = default_clip(role, bits) if clip is None else clip
+        fitted = fit_uniform(
+            x,
+            weight,
+            levels=2 if bits == 1.5 else (1 << int(bits)) - 1,
+            group_size=options["group_size"] or x.shape[2],
+            paired=paired,
+            fp8=options["params"] == "fp8",
+            margin=None if clip == "search" else (1.0 - clip) / 2.0,
+            reorder=options["reorder"],
+        )
+    return to_tables(fitted, rotation)
+
+
+def to_tables(fitted: Fitted, rotation: Rotation | None) -> Tables:
+    """Return what was fitted to unrotated keys, or to values, as `Tables` of the model's channels."""
+    order, frequency = fitted.order, None
+    if rotation is not None:
+        order = torch.tensor(rotation.order)[fitted.order]
+        half = fitted.order[:, : fitted.order.shape[1] // 2]
+        frequency = torch.tensor(rotation.frequencies, dtype=torch.int64)[half].int()
+    return Tables.build(
+        order=order,
+        mean=fitted.mean.gather(1, fitted.order),
+        scale=fitted.scale.gather(1, fitted.order),
+        margin=fitted.margin,
+        frequency=frequency,
+        codebook=fitted.codebook,
+    )

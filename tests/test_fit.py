@@ -1,0 +1,220 @@
+"""Fitted tables keep the storage format's promises, and fits are the minima they claim to be."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile.fit import (
+    MARGINS,
+    Fitted,
+    fit_codebook,
+    fit_uniform,
+    quantize_dequantize,
+    weighted_error,
+)
+from kvq_compile.kmeans import assign, weighted_kmeans
+
+
+def samples(seed: int, tokens: int = 120, heads: int = 2, dim: int = 16) -> tuple[Tensor, Tensor]:
+    """Return correlated, shifted channels of unlike spread, and heavy-tailed weights."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(heads, dim, dim, generator=generator)
+    x = torch.einsum("thd,hde->the", torch.randn(tokens, heads, dim, generator=generator), mix)
+    x = x + 5 * torch.randn(heads, dim, generator=generator)
+    weight = torch.randn(tokens, heads, dim, generator=generator).square()
+    return x, weight * torch.randn(tokens, 1, 1, generator=generator).exp() * 1e-12
+
+
+def uniform(x: Tensor, weight: Tensor | None, **options: object) -> Fitted:
+    defaults: dict[str, object] = {"levels": 3, "group_size": 8, "paired": False, "fp8": True}
+    return fit_uniform(x, weight, **(defaults | options))  # type: ignore[arg-type]
+
+
+def error_of_uniform(x: Tensor, levels: int) -> float:
+    fitted = uniform(x, None, levels=levels, fp8=False, margin=None, coherence=0.0)
+    restored = quantize_dequantize(x, fitted, levels=levels, group_size=8, fp8=False)
+    return weighted_error(x, restored)
+
+
+# Tables
+
+
+@given(st.integers(0, 2**16), st.booleans(), st.booleans())
+def test_order_is_a_permutation_that_keeps_pairs(seed: int, paired: bool, change: bool) -> None:
+    x, weight = samples(seed)
+    dim = x.shape[2]
+    book = fit_codebook(x, weight, couple=4, bits=2, paired=paired, correlate=change, iterations=1)
+    for fitted in (uniform(x, weight, paired=paired, reorder=change), book):
+        assert torch.equal(fitted.order.sort(-1).values, torch.arange(dim).expand(2, dim))
+        if paired:
+            first, second = fitted.order.chunk(2, -1)
+            assert torch.equal(second, first + dim // 2)
+
+
+def test_channels_that_go_together_are_coupled() -> None:
+    x, _ = samples(5, tokens=500)
+    x[..., 9] = 2 * x[..., 0] + 1
+    fitted = fit_codebook(x, None, couple=2, bits=2, paired=False, iterations=1)
+    assert fitted.order[:, :2].tolist() == [[0, 9], [0, 9]]
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0.0, 0.25, 0.5]))
+def test_scales_are_positive_and_equal_within_a_pair(seed: int, sensitivity: float) -> None:
+    x, weight = samples(seed)
+    book = fit_codebook(
+        x, weight, couple=4, bits=2, paired=True, sensitivity=sensitivity, iterations=1
+    )
+    for fitted in (uniform(x, weight, paired=True), book):
+        first, second = fitted.scale.chunk(2, -1)
+        assert torch.equal(first, second)
+        assert bool((fitted.scale > 0).all())
+
+
+@given(st.integers(0, 2**16), st.sampled_from([2, 3, 7, 15]), st.booleans())
+def test_margins_are_in_range_and_equal_within_a_group(seed: int, levels: int, fp8: bool) -> None:
+    x, weight = samples(seed)
+    margin = uniform(x, weight, levels=levels, fp8=fp8, margin=None).margin.unflatten(-1, (-1, 8))
+    assert torch.equal(margin, margin[..., :1].expand_as(margin))
+    assert float(margin.min()) >= 0 and float(margin.max()) <= max(MARGINS) + 1e-6 < 0.5
+
+
+def test_a_sensitive_channel_is_stored_more_exactly() -> None:
+    x, _ = samples(0, tokens=1000)
+    weight = torch.ones_like(x)
+    weight[..., 3] = 100
+    errors = []
+    for sensitivity in (0.0, 0.5):
+        fitted = fit_codebook(
+            x, weight, couple=4, bits=4, paired=False, sensitivity=sensitivity, correlate=False
+        )
+        errors.append(float((quantize_dequantize(x, fitted) - x)[..., 3].square().mean()))
+    assert errors[1] < errors[0]
+
+
+def test_channels_are_brought_to_equal_spread() -> None:
+    x, _ = samples(6, tokens=2000)
+    spread = ((x - x.mean(0)) / uniform(x, None).scale).std(0)
+    assert float((spread / spread.mean(-1, keepdim=True) - 1).abs().max()) < 1e-3
+
+
+def test_bias_that_counts_more_is_clipped_less() -> None:
+    x, _ = samples(1, tokens=2000, dim=64)
+    tight, loose = (
+        uniform(x, None, group_size=64, margin=None, coherence=coherence).margin.mean()
+        for coherence in (0.0, 100.0)
+    )
+    assert float(loose) < float(tight)
+
+
+def test_more_levels_are_never_worse_on_the_samples() -> None:
+    x, _ = samples(2, tokens=500)
+    errors = [error_of_uniform(x, levels) for levels in (2, 3, 7, 15, 255)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4
+
+
+# Codebooks
+
+
+def test_more_bits_are_never_worse_on_the_samples() -> None:
+    x, weight = samples(3, tokens=500)
+    errors = []
+    for bits in range(1, 8):
+        fitted = fit_codebook(
+            x, weight, couple=4, bits=bits, paired=False, sensitivity=0.0, correlate=False
+        )
+        point_weight = weight.unflatten(-1, (-1, 4)).sum(-1).repeat_interleave(4, -1)
+        errors.append(weighted_error(x, quantize_dequantize(x, fitted), point_weight))
+    assert errors == sorted(errors, reverse=True)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 16))
+def test_each_centroid_is_the_weighted_mean_of_its_members(seed: int, clusters: int) -> None:
+    x, weight = samples(seed)
+    points, weight = x.flatten(1).T[..., None].contiguous(), weight.flatten(1).T.contiguous()
+    centroids = weighted_kmeans(points, weight, clusters=clusters, seed=seed, iterations=1000)
+    nearest, _ = assign(points, centroids)
+    member = torch.nn.functional.one_hot(nearest, clusters).double() * weight[..., None].double()
+    means = (member * points.double()).sum(1) / member.sum(1)
+    torch.testing.assert_close(centroids[..., 0].double(), means, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0.0, 0.5, 1.0]))
+def test_equal_weights_are_plain_kmeans(seed: int, temper: float) -> None:
+    x, _ = samples(seed)
+    equal = torch.full_like(x, 1e-12)
+    fits = [
+        fit_codebook(x, w, couple=4, bits=3, paired=False, seed=seed, temper=temper)
+        for w in (None, equal)
+    ]
+    assert fits[0].codebook is not None and fits[1].codebook is not None
+    torch.testing.assert_close(fits[0].codebook, fits[1].codebook, rtol=1e-2, atol=1e-2)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 64))
+def test_no_centroid_is_dead_when_there_are_enough_points(seed: int, clusters: int) -> None:
+    x, weight = samples(seed)
+    points = x.flatten(1).unflatten(-1, (-1, 2)).transpose(0, 1).contiguous()
+    weight = weight.flatten(1)[:, ::2].T.contiguous()
+    centroids = weighted_kmeans(points, weight, clusters=clusters, seed=seed, iterations=200)
+    for nearest in assign(points, centroids)[0]:
+        assert len(nearest.unique()) == clusters
+
+
+# Both
+
+
+@given(st.integers(0, 2**16))
+def test_the_same_seed_gives_the_same_tables(seed: int) -> None:
+    x, weight = samples(seed)
+    for first, second in (
+        (uniform(x, weight, paired=True), uniform(x, weight, paired=True)),
+        tuple(fit_codebook(x, weight, couple=4, bits=4, paired=True, seed=seed) for _ in range(2)),
+    ):
+        for name in ("order", "mean", "scale", "margin"):
+            assert torch.equal(getattr(first, name), getattr(second, name))
+        if first.codebook is not None and second.codebook is not None:
+            assert torch.equal(first.codebook, second.codebook)
+
+
+@given(
+    st.sampled_from([0.0, 1.0, -3.0, 1e-30, 1e4]), st.integers(1, 5), st.sampled_from([0.0, 0.5])
+)
+@example(0.0, 1, 0.5)  # nothing but zeros in a single token
+def test_constant_samples_are_kept(value: float, tokens: int, sensitivity: float) -> None:
+    x = torch.full((tokens, 2, 16), value)
+    fits = [
+        uniform(x, torch.zeros_like(x), paired=True),
+        fit_codebook(
+            x, torch.zeros_like(x), couple=4, bits=3, paired=True, sensitivity=sensitivity
+        ),
+    ]
+    for fitted in fits:
+        restored = quantize_dequantize(x, fitted, levels=3, group_size=8)
+        torch.testing.assert_close(restored, x, rtol=1e-3, atol=1e-6)
+
+
+def test_chunks_do_not_change_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = samples(4)
+    fitted = fit_codebook(x, weight, couple=4, bits=4, paired=False)
+    whole = quantize_dequantize(x, fitted)
+    monkeypatch.setattr("kvq_compile.fit._TOKENS", 7)
+    monkeypatch.setattr("kvq_compile.kmeans._MAX_DISTANCES", 500)
+    torch.testing.assert_close(quantize_dequantize(x, fitted), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 5}, "group_size must divide the head dimension 16, got 5"),
+        ({"weight": torch.ones(1)}, "weight must be shaped like the samples"),
+        ({"x": torch.ones(3, 2)}, "samples must be [tokens, heads, head_dim], got [3, 2]"),
+    ],
+)
+def test_unfit_arguments_are_refused(options: dict[str, object], message: str) -> None:
+    arguments = {"x": samples(0)[0], "weight": None} | options
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below, brackets and all
+        uniform(**arguments)  # type: ignore[arg-type]
+    assert message in str(caught.value)
