@@ -7,7 +7,10 @@ cost of writing one token's keys and values; ``flush`` the same when it fills a 
 sequence, which happens once in ``page_size`` steps; both include two small copies that put the
 cursors back.
 
-    python benchmarks/gpu_decode.py [--out results.csv] [--quick]
+Methods that need calibration get random tables: speed does not depend on what is in them, and error
+is measured against fp32 attention to the tokens that the random cache stands for.
+
+    python benchmarks/gpu_decode.py [--out results.csv] [--quick] [--check] [--only skvq-2,cq-8c8b]
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,20 +29,69 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from kvq_compile.kernels import attention, quantize_kv, reference
+from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.tables import Tables
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SHAPES = [(1, 32), (1, 128), (8, 4), (8, 32), (32, 16)]  # batch, context in units of 1024 tokens
-SPECS = {
-    "int8": CacheSpec(TensorSpec(8), TensorSpec(8)),
-    "int4": CacheSpec(TensorSpec(4), TensorSpec(4)),
-    "int3": CacheSpec(TensorSpec(3), TensorSpec(3)),
-    "int2": CacheSpec(TensorSpec(2), TensorSpec(2)),
-    "int2-g64": CacheSpec(TensorSpec(2, group_size=64), TensorSpec(2, group_size=64)),
-    "kivi-2": CacheSpec(TensorSpec(2, "channel", 32), TensorSpec(2, group_size=32)),
-}
+QUICK_SHAPES = [(1, 32), (1, 128), (8, 32)]  # batch, context in units of 1024 tokens
+SHAPES = [(1, 32), (1, 128), (8, 4), (8, 32), (32, 16)]
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def random_tables(rotary: bool, couple: int | None = None, bits: int = 8) -> Tables:
+    """Return tables of normal tokens: some order, means and scales; a codebook if channels couple."""
+    half = torch.rand(KV_HEADS, HEAD_DIM // 2).argsort(-1)
+    order = torch.cat([half, half + HEAD_DIM // 2], -1)
+    scale = (0.5 + torch.rand(KV_HEADS, HEAD_DIM // 2)).repeat(1, 2)
+    frequency = (2.0**32 / 6.2832 * 5e5 ** -(half / (HEAD_DIM // 2))).round().int()
+    book = None
+    if couple is not None:
+        book = torch.randn(KV_HEADS, HEAD_DIM // couple, 1 << bits, couple)
+    mean = 0.5 * torch.randn(KV_HEADS, HEAD_DIM)
+    return Tables.build(
+        order=order, mean=mean, scale=scale, margin=torch.zeros(KV_HEADS, HEAD_DIM),
+        frequency=frequency if rotary else None, codebook=book,
+    )  # fmt: skip
+
+
+def skvq(key_bits: float, value_bits: float, packing: str = "fields") -> CacheSpec:
+    """Return SKVQ: reordered groups of 64 channels with fp8 parameters, keys before RoPE."""
+    key = TensorSpec(
+        key_bits, group_size=64, params="fp8", rotary=True, tables=random_tables(rotary=True)
+    )
+    value = TensorSpec(
+        value_bits, group_size=64, params="fp8", packing=packing,
+        tables=random_tables(rotary=False),
+    )  # fmt: skip
+    return CacheSpec(key, value)
+
+
+def cq(couple: int, bits: int) -> CacheSpec:
+    """Return CQ: ``couple`` channels to a code of ``bits`` bits, keys before RoPE."""
+    key, value = (
+        TensorSpec(bits, couple=couple, rotary=rotary, tables=random_tables(rotary, couple, bits))
+        for rotary in (True, False)
+    )
+    return CacheSpec(key, value)
+
+
+SPECS = {
+    "int8": lambda: CacheSpec(TensorSpec(8), TensorSpec(8)),
+    "int4": lambda: CacheSpec(TensorSpec(4), TensorSpec(4)),
+    "int3": lambda: CacheSpec(TensorSpec(3), TensorSpec(3)),
+    "int2": lambda: CacheSpec(TensorSpec(2), TensorSpec(2)),
+    "int2-g64": lambda: CacheSpec(TensorSpec(2, group_size=64), TensorSpec(2, group_size=64)),
+    "kivi-2": lambda: CacheSpec(TensorSpec(2, "channel", 32), TensorSpec(2, group_size=32)),
+    "skvq-2": lambda: skvq(2, 2),
+    "skvq-3": lambda: skvq(3, 3),
+    "skvq-2-1.5": lambda: skvq(2, 1.5),
+    "skvq-2-trits": lambda: skvq(2, 1.5, "trits"),
+    "cq-4c8b": lambda: cq(4, 8),
+    "cq-8c8b": lambda: cq(8, 8),
+    "cq-8c10b": lambda: cq(8, 10),
+}
 
 
 def microseconds(step: Callable[[], object]) -> float:
@@ -58,8 +111,17 @@ def filled(batch: int, length: int, layout: PageLayout) -> Parts:
     like = torch.empty(batch, KV_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     codes, params, exact, cursor = new_parts(like, pages + 1, layout)
     codes.view(torch.int8).random_(-128, 128)
-    params[..., 0].uniform_(4.0, 6.0).div_(layout.levels)
-    params[..., 1].uniform_(-3.0, -2.0)
+    if layout.packing == "trits":
+        codes.view(torch.uint8).remainder_(243)
+    elif layout.bits == 1.5:
+        codes.bitwise_and_(~((codes >> 1) & 0x5555))  # no field of value 3
+    if layout.params == "fp8":
+        params[..., 0].random_(0x30, 0x40)  # 0.5 to 1.9, and below for wider codes
+        params[..., 0].sub_(8 * int(layout.levels > 3))
+        params[..., 1].random_(0xB8, 0xC4)  # -1 to -3
+    else:
+        params[..., 0].uniform_(4.0, 6.0).div_(layout.levels)
+        params[..., 1].uniform_(-3.0, -2.0)
     exact.normal_()
     cursor.copy_(torch.tensor([length, pages]))
     return codes, params, exact, cursor
@@ -72,11 +134,14 @@ def tokens(batch: int, heads: int) -> Tensor:
 
 
 def relative_errors(run: Callable[[], Tensor], query: Tensor, new: list[Tensor], parts: list[Parts],
-                    layouts: list[PageLayout], length: int) -> tuple[float, float]:  # fmt: skip
+                    layouts: list[PageLayout], frames: list[Frame | None],
+                    length: int) -> tuple[float, float]:  # fmt: skip
     """Return the error of ``run`` and of bf16 attention to the same tokens, against fp32."""
     exact = []
-    for fresh, (codes, params, rows, cursor), layout in zip(new, parts, layouts, strict=True):
-        held = reference.read(codes, params, rows.float(), cursor, length, layout)
+    for fresh, (codes, params, rows, cursor), layout, frame in zip(
+        new, parts, layouts, frames, strict=True
+    ):
+        held = reference.read(codes, params, rows.float(), cursor, length, layout, frame)
         exact.append(torch.cat([held, fresh.float()], 2).repeat_interleave(HEADS // KV_HEADS, 1))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = F.scaled_dot_product_attention(query.double(), *(t.double() for t in exact))
@@ -85,17 +150,21 @@ def relative_errors(run: Callable[[], Tensor], query: Tensor, new: list[Tensor],
     return float(error), float((plain - expected).norm() / expected.norm())
 
 
-def measure(name: str, batch: int, length: int, bf16: float, check: bool) -> dict[str, object]:
-    """Return one row of the table."""
-    spec = SPECS[name]
+def measure(
+    name: str, batch: int, length: int, bf16: float, check: bool, writes: bool
+) -> dict[str, object]:
+    """Return one row of the table, with the costs of writing if ``writes``."""
+    spec = SPECS[name]()
     layouts = [spec.layout("key", HEAD_DIM), spec.layout("value", HEAD_DIM)]
     parts = [filled(batch, length, layout) for layout in layouts]
+    frames = [make_frame(tensor, layout, batch) for tensor, layout in
+              zip((spec.key, spec.value), layouts, strict=True)]  # fmt: skip
     query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS), tokens(batch, KV_HEADS)]
     position = torch.tensor([length], device="cuda")
     scale = HEAD_DIM**-0.5
 
     def attend() -> Tensor:
-        return attention.attend(query, *new, *parts, None, position, None, scale, *layouts)
+        return attention.attend(query, *new, *parts, None, position, None, scale, *layouts, *frames)
 
     cursor = parts[0][3].clone()
     boundary = layouts[0].sinks + layouts[0].window + (int(cursor[1]) + 1) * layouts[0].page_size
@@ -103,12 +172,14 @@ def measure(name: str, batch: int, length: int, bf16: float, check: bool) -> dic
     full = torch.stack([last[0], cursor[1]]).int()
 
     def append(slot: Tensor, state: Tensor) -> None:
-        for part, x, layout in zip(parts, new, layouts, strict=True):
+        for part, x, layout, frame in zip(parts, new, layouts, frames, strict=True):
             part[3].copy_(state)
-            quantize_kv.append_(*part, x, slot, None, layout)
+            quantize_kv.append_(*part, x, slot, None, layout, frame)
 
     error, plain = (
-        relative_errors(attend, query, new, parts, layouts, length) if check else (None, None)
+        relative_errors(attend, query, new, parts, layouts, frames, length)
+        if check
+        else (None, None)
     )
     time = microseconds(attend)
     held = sum(t.numel() * t.element_size() for part in parts for t in part[:2])
@@ -119,9 +190,46 @@ def measure(name: str, batch: int, length: int, bf16: float, check: bool) -> dic
         "error": error,
         "bf16_error": plain,
     }
-    row["append_us"] = microseconds(lambda: append(position, cursor))
-    row["flush_us"] = microseconds(lambda: append(last, full))
+    if writes:
+        row["append_us"] = microseconds(lambda: append(position, cursor))
+        row["flush_us"] = microseconds(lambda: append(last, full))
     return row
+
+
+def make_frame(spec: TensorSpec, layout: PageLayout, batch: int) -> Frame | None:
+    """Return what tokens are coded relative to; sequences begin at different positions."""
+    if spec.tables is None:
+        return None
+    shift = torch.arange(batch, dtype=torch.int32, device="cuda") if layout.rotary else None
+    return Frame(spec.tables.words.cuda(), shift)
+
+
+def check_errors(names: list[str]) -> None:
+    """Compare with fp32 attention at a small size.
+
+    Raises:
+        SystemExit: An error is not a small multiple of that of bf16 attention.
+    """
+    wrong = []
+    for name in names:
+        for batch, length in ((2, 1500), (1, 5000)):
+            spec = SPECS[name]()
+            layouts = [spec.layout("key", HEAD_DIM), spec.layout("value", HEAD_DIM)]
+            parts = [filled(batch, length, layout) for layout in layouts]
+            frames = [make_frame(tensor, layout, batch) for tensor, layout in
+                      zip((spec.key, spec.value), layouts, strict=True)]  # fmt: skip
+            query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS) for _ in range(2)]
+            error, plain = relative_errors(
+                lambda: attention.attend(
+                    query, *new, *parts, None, None, length, HEAD_DIM**-0.5, *layouts, *frames  # noqa: B023
+                ),
+                query, new, parts, layouts, frames, length,
+            )  # fmt: skip
+            print(f"check {name:13} {batch} x {length}: error {error:.1e}, bf16 {plain:.1e}")
+            if not error <= 3 * plain + 2e-3:
+                wrong.append(name)
+    if wrong:
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 def plain_attention(batch: int, length: int) -> Callable[[], Tensor]:
@@ -140,21 +248,47 @@ def environment() -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name()} | versions | {"commit": commit or "unknown"}
 
 
+def tune(names: list[str]) -> None:
+    """Print times at one sequence of 128k tokens over launch settings."""
+    length = 128 * 1024
+    print(f"bf16 {microseconds(plain_attention(1, length)):.1f} us")
+    for name in names:
+        for attention.BLOCK_EXACT in (64, 32):
+            for attention.PROGRAMS_PER_PROCESSOR in (2, 3, 4, 6):
+                row = measure(name, 1, length, 0.0, check=False, writes=False)
+                print(
+                    f"tune {name:13} block {attention.BLOCK_EXACT}"
+                    f" programs {attention.PROGRAMS_PER_PROCESSOR}: {row['us']:6.1f} us"
+                )
+
+
 def main() -> None:
     """Measure, print a table, write it as CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "gpu_decode.csv"
     )
-    parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument("--quick", action="store_true", help="three shapes only, and no writing")
+    parser.add_argument("--check", action="store_true", help="errors only")
+    parser.add_argument("--tune", action="store_true", help="launch settings at 128k tokens")
+    parser.add_argument("--only", help="methods, with commas between them")
     arguments = parser.parse_args()
+    names = arguments.only.split(",") if arguments.only else list(SPECS)
+    torch.manual_seed(0)
+    check_errors(names)
+    if arguments.check:
+        return
+    if arguments.tune:
+        tune(names)
+        return
     rows = []
-    for batch, kilo in SHAPES[:2] if arguments.quick else SHAPES:
+    for batch, kilo in QUICK_SHAPES if arguments.quick else SHAPES:
         length = 1024 * kilo
         bf16 = microseconds(plain_attention(batch, length))
         torch.cuda.empty_cache()
-        for name in SPECS:
-            rows.append(measure(name, batch, length, bf16, check=kilo <= 32 and batch == 1))
+        for name in names:
+            check = kilo <= 32 and batch == 1 and not arguments.quick
+            rows.append(measure(name, batch, length, bf16, check, not arguments.quick))
             torch.cuda.empty_cache()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:
@@ -170,11 +304,14 @@ def main() -> None:
             if row["error"] is None
             else f"error {row['error']:.1e} (bf16 {row['bf16_error']:.1e})"
         )
+        written = ""
+        if "append_us" in row:
+            written = f"  append {row['append_us']:5.1f} us  flush {row['flush_us']:6.1f} us"
         print(
-            f"{row['batch']:3} x {row['context'] // 1024:4}k {row['method']:9}"
+            f"{row['batch']:3} x {row['context'] // 1024:4}k {row['method']:13}"
             f" bf16 {row['bf16_us']:7.1f} us  {row['us']:7.1f} us"
             f"  {row['speedup']:5.2f}x  {row['packed_gbps']:5.0f} GB/s"
-            f"  append {row['append_us']:5.1f} us  flush {row['flush_us']:6.1f} us  {error}"
+            f"{written}  {error}"
         )
 
 

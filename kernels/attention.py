@@ -8,14 +8,14 @@ leaves a partial result with its log-sum-exp; a second kernel joins the partials
 programs of their own because they weigh as many bytes as ten times as many packed ones: behind a
 share of the pages they would be a long tail.
 
-A page is loaded as it lies, unpacked to exact small integers in registers (`primitives`) and
-multiplied as fp16, whose 11 bits hold codes and dequantized values better than bf16 does. Where a
-key's parameters are the same for all its channels they are folded into its score, ``scale * (q .
-code) + zero * sum(q)``, in fp32; elsewhere numbers are dequantized in registers. Weights are kept
-``2 ** 12`` times too large until the end, so that the fp16 weights of a long flat softmax do not
-underflow. Exact tokens are multiplied in the model's own dtype. All sums are fp32. Models in fp32,
-and the interpreter, use fp32 throughout, except that fp32 tiles of packed tokens of more than 128 x
-128 numbers would not fit a processor and stay fp16.
+What a program does with packed pages is in `attend_pages`. Calibrated keys and values are dealt with where
+it costs least. `prepare_kernel` brings the query, in fp32, to the order, the scale and the basis in which keys
+are coded; the keys' mean adds the same to all packed scores of a query, so it is added to a share's
+log-sum-exp. `join_kernel` brings the packed values' sum back, and adds their mean, once for each query.
+
+Exact tokens are multiplied in the model's own dtype. All sums are fp32. Models in fp32, and the
+interpreter, use fp32 throughout, except that fp32 tiles of packed tokens of more than 128 x 128 numbers
+would not fit a processor and stay fp16.
 
 Which pages there are is read from the cursors on the device; the grid follows from capacity, window
 and batch alone, so a captured graph serves all lengths and nothing waits for the device. If a cache
@@ -34,18 +34,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_compile.kernels.attend_pages import WEIGHT_BIAS, attend_pages, spread
+from kvq_compile.kernels.dequantize import Coding
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.primitives import (
     HIDDEN,
-    dequantize_keys,
-    dequantize_values,
+    cosine_and_sine,
     hadamard,
     load_mask,
-    load_rows,
-    row_index,
     softmax_update,
-    split_params,
-    unpack_rows,
 )
 from kvq_compile.kernels.spec import PageLayout
 
@@ -55,96 +52,8 @@ BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of
 MAX_COLUMNS = 32  # more queries than that spill
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 3  # measured best on an H100
-WEIGHT_BIAS = tl.constexpr(12.0)
+TOKENS = 16  # whose angles a program prepares
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _attend_pages(
-    query, rows, column_ok, scale, key_codes, key_params, value_codes, value_params, lo, hi, held,
-    mask, mask_rows, stride_m, mask_width, KEY_DIM: tl.constexpr, KEY_BITS: tl.constexpr,
-    KEY_CHANNEL: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_BITS: tl.constexpr, VALUE_CHANNEL: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    SINKS: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, MASK_KIND: tl.constexpr,
-    MASK_SHARED: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to the packed pages ``lo .. hi - 1``; return accumulator, sum and maximum."""
-    FIELDS: tl.constexpr = 8 if KEY_BITS == 3 else 16 // KEY_BITS
-    COLUMNS: tl.constexpr = FIELDS * triton.next_power_of_2(KEY_DIM // FIELDS)
-    BLOCK_V: tl.constexpr = triton.next_power_of_2(VALUE_DIM)
-    FOLD_KEY: tl.constexpr = (not KEY_CHANNEL) and KEY_GROUP == KEY_DIM
-    FOLD_VALUE: tl.constexpr = (not VALUE_CHANNEL) and VALUE_GROUP == VALUE_DIM
-    DEFER: tl.constexpr = BLOCK_Q <= 16  # sum over keys once, at the end: no exchange between warps
-    token = tl.arange(0, PAGE)
-    channel, channel_ok = row_index(tl.arange(0, COLUMNS), KEY_DIM, KEY_BITS)
-    value_row = tl.arange(0, BLOCK_V)
-    q = tl.load(
-        query + rows[None, :] + channel[:, None],
-        mask=channel_ok[:, None] & column_ok[None, :],
-        other=0,
-    )
-    q = (q.to(tl.float32) * scale).to(DTYPE)
-    q_sum = tl.sum(q.to(tl.float32), 0)
-    running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    running_sum = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
-    running_zero = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
-    accumulator = tl.zeros([BLOCK_V, BLOCK_Q], tl.float32)
-    for page in range(lo, hi):
-        at = tl.cast(page, tl.int64)
-        k_params = key_params + at * (PAGE * KEY_DIM // KEY_GROUP)
-        v_params = value_params + at * (PAGE * VALUE_DIM // VALUE_GROUP)
-        low, high = load_rows(
-            key_codes + at * (PAGE * KEY_DIM * KEY_BITS // 16), token, KEY_DIM, PAGE, KEY_BITS
-        )
-        k = unpack_rows(low, high, KEY_BITS, FAST, DTYPE)
-        low, high = load_rows(
-            value_codes + at * (PAGE * VALUE_DIM * VALUE_BITS // 16),
-            value_row,
-            PAGE,
-            VALUE_DIM,
-            VALUE_BITS,
-        )
-        v = unpack_rows(low, high, VALUE_BITS, FAST, DTYPE)
-        if FOLD_KEY:
-            k_scale, k_zero = split_params(tl.load(k_params + token))
-            scores = tl.dot(k, q, input_precision=PRECISION)
-            scores = scores * k_scale.to(tl.float32)[:, None]
-            scores += k_zero.to(tl.float32)[:, None] * q_sum[None, :]
-        else:
-            k = dequantize_keys(
-                k_params, k, channel, channel_ok, KEY_DIM, KEY_CHANNEL, KEY_GROUP, PAGE, FAST
-            )
-            scores = tl.dot(k, q, input_precision=PRECISION)
-        slot = SINKS + page * PAGE + token
-        if MASK_KIND > 0:
-            scores += load_mask(
-                mask, mask_rows, column_ok, slot, stride_m, mask_width, MASK_KIND, MASK_SHARED
-            )
-        scores = tl.where((slot < held)[:, None], scores, float("-inf"))
-        if FOLD_VALUE:
-            # The scale joins the score, so that scaled weights are bounded; codes at scale 0 are 0.
-            v_scale, v_zero = split_params(tl.load(v_params + token))
-            v_scale = tl.log2(tl.maximum(v_scale.to(tl.float32), 2.0**-24))
-            scaled, decay, running_max = softmax_update(
-                scores + v_scale[:, None], running_max, WEIGHT_BIAS
-            )
-            weights = tl.exp2(scores - (tl.maximum(running_max, HIDDEN) - WEIGHT_BIAS)[None, :])
-            offset = weights * v_zero.to(tl.float32)[:, None]
-        else:
-            scaled, decay, running_max = softmax_update(scores, running_max, WEIGHT_BIAS)
-            weights, offset = scaled, scaled
-            v = dequantize_values(v_params, v, VALUE_DIM, VALUE_CHANNEL, VALUE_GROUP, PAGE, FAST)
-        if not DEFER:
-            weights, offset = tl.sum(weights, 0)[None, :], tl.sum(offset, 0)[None, :]
-        running_sum = running_sum * decay[None, :] + weights
-        if FOLD_VALUE:
-            running_zero = running_zero * decay[None, :] + offset
-        accumulator = tl.dot(
-            v, scaled.to(DTYPE), accumulator * decay[None, :], input_precision=PRECISION
-        )
-    if FOLD_VALUE:
-        accumulator += tl.sum(running_zero, 0)[None, :]
-    return accumulator, tl.sum(running_sum, 0), running_max
 
 
 @triton.jit
@@ -209,14 +118,13 @@ def _attend_exact(
 
 @triton.jit(do_not_specialize=["start", "mask_width"])
 def attend_kernel(
-    query, packed_query, key, value, key_codes, key_params, key_exact, key_cursor, value_codes,
-    value_params, value_exact, value_cursor, mask, position, partial, lse, scale, start, heads,
-    tokens, new, capacity, exact_splits, mask_width, q_b, q_h, q_t, p_b, p_h, p_t, k_b, k_h, k_t,
+    query, packed_query, query_bias, key, value, key_codes, key_params, key_exact, key_cursor,
+    key_tables, key_book, turns, shift, value_codes, value_params, value_exact, value_cursor,
+    value_book, mask, position, partial, lse, scale, start, heads, tokens, new, capacity,
+    exact_splits, mask_width, key_words, value_words, q_b, q_h, q_t, p_b, p_h, p_t, k_b, k_h, k_t,
     v_b, v_h, v_t, m_b, m_h, m_t, m_s, HAS_POSITION: tl.constexpr, SHARED_BY: tl.constexpr,
-    KEY_DIM: tl.constexpr, KEY_BITS: tl.constexpr, KEY_CHANNEL: tl.constexpr,
-    KEY_GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BITS: tl.constexpr,
-    VALUE_CHANNEL: tl.constexpr, VALUE_GROUP: tl.constexpr, SINKS: tl.constexpr,
-    WINDOW: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SPREAD: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MASK_KIND: tl.constexpr, MASK_SHARED: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr,
     EXACT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -224,11 +132,14 @@ def attend_kernel(
 
     Grid: (B * Hkv, column tiles, shares of the exact tokens, then shares of the pages).
     """
-    RING: tl.constexpr = WINDOW + PAGE
+    RING: tl.constexpr = WINDOW + KEY.page
     head, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     batch, kv_head = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     column = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    column_ok = column < SHARED_BY * tokens
+    value_group = column // (SHARED_BY * tokens)
+    column_ok = value_group < SPREAD
+    if SPREAD > 1:
+        column = column % (SHARED_BY * tokens)
     q_head, token = kv_head * SHARED_BY + column // tokens, (column % tokens).to(tl.int64)
     if MASK_SHARED:
         mask += batch * m_b
@@ -244,94 +155,162 @@ def attend_kernel(
         visible = tl.minimum(visible, mask_width)
     held = tl.minimum(start, visible)
     pages = tl.minimum(tl.load(key_cursor + 1), tl.load(value_cursor + 1))
-    packed_end = SINKS + pages * PAGE
+    packed_end = SINKS + pages * KEY.page
+    row = head.to(tl.int64) * (SHARED_BY * tokens) + column
+    dim = tl.arange(0, triton.next_power_of_2(VALUE.dim))
+    stored = (dim < VALUE.dim)[:, None] & column_ok[None, :]
     if split < exact_splits:
         total = SINKS + RING + new
         share = tl.cdiv(tl.cdiv(total, BLOCK_N), exact_splits) * BLOCK_N
-        row = head.to(tl.int64) * (SINKS + RING)
+        ring = head.to(tl.int64) * (SINKS + RING)
         accumulator, running_sum, running_max = _attend_exact(
             query, batch * q_b + q_head * q_h + token * q_t, column_ok, scale,
             key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h,
-            key_exact + row * KEY_DIM, value_exact + row * VALUE_DIM, split * share,
+            key_exact + ring * KEY.dim, value_exact + ring * VALUE.dim, split * share,
             tl.minimum(split * share + share, total), packed_end, start, held, visible - start,
-            k_t, v_t, mask, mask_rows, m_s, mask_width, KEY_DIM, VALUE_DIM, SINKS, RING, BLOCK_N,
+            k_t, v_t, mask, mask_rows, m_s, mask_width, KEY.dim, VALUE.dim, SINKS, RING, BLOCK_N,
             BLOCK_Q, MASK_KIND, MASK_SHARED, EXACT_DTYPE, PRECISION,
         )  # fmt: skip
+        stored &= (value_group == 0)[None, :] | (SPREAD == 1)
     else:
-        seen = tl.minimum(pages, tl.cdiv(tl.maximum(held - SINKS, 0), PAGE))
+        seen = tl.minimum(pages, tl.cdiv(tl.maximum(held - SINKS, 0), KEY.page))
         share = tl.cdiv(seen, splits - exact_splits)
         lo = (split - exact_splits) * share
         page = head.to(tl.int64) * capacity
-        accumulator, running_sum, running_max = _attend_pages(
-            packed_query, batch * p_b + q_head * p_h + token * p_t, column_ok, scale,
-            key_codes + page * (PAGE * KEY_DIM * KEY_BITS // 16),
-            key_params + page * (PAGE * KEY_DIM // KEY_GROUP),
-            value_codes + page * (PAGE * VALUE_DIM * VALUE_BITS // 16),
-            value_params + page * (PAGE * VALUE_DIM // VALUE_GROUP), lo,
-            tl.minimum(lo + share, seen), held, mask, mask_rows, m_s, mask_width, KEY_DIM,
-            KEY_BITS, KEY_CHANNEL, KEY_GROUP, VALUE_DIM, VALUE_BITS, VALUE_CHANNEL, VALUE_GROUP,
-            SINKS, PAGE, BLOCK_Q, MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
+        first = 0
+        if KEY.rotary:
+            first = tl.load(shift + batch)
+            turns += kv_head * (KEY.block * KEY.dim)
+        if KEY.tables:
+            key_tables += kv_head * key_words
+        if KEY.codebook:
+            key_book += kv_head * (2 * key_words) + KEY.book
+        if VALUE.codebook:
+            value_book += kv_head * (2 * value_words) + VALUE.book
+        accumulator, running_sum, running_max = attend_pages(
+            packed_query, batch * p_b + q_head * p_h + token * p_t, column_ok, value_group, scale,
+            key_codes + page * KEY.page_units, key_params + page * KEY.page_params, key_tables,
+            key_book, turns, first, value_codes + page * VALUE.page_units,
+            value_params + page * VALUE.page_params, value_book, lo,
+            tl.minimum(lo + share, seen), held, mask, mask_rows, m_s, mask_width, KEY, VALUE,
+            SPREAD, SINKS, BLOCK_Q, STAGES, MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
         )  # fmt: skip
+        if KEY.tables and not KEY.rotary:  # the same for all packed tokens, so it waits till here
+            running_max += tl.load(query_bias + row, mask=column_ok, other=0.0) * scale
+        if SPREAD > 1:
+            stored &= (dim // VALUE.group)[:, None] == value_group[None, :]
 
     # A cache that holds too few tokens shows as NaN in the first share.
     missing = (start > tl.minimum(tl.load(key_cursor), tl.load(value_cursor))) & (split == 0)
     bias = tl.where(missing, float("nan"), 0.0)
     total = tl.where(running_sum == 0, 1.0, running_sum)
-    where = (head.to(tl.int64) * (SHARED_BY * tokens) + column) * splits + split
-    dim = tl.arange(0, triton.next_power_of_2(VALUE_DIM))
+    where = row * splits + split
     tl.store(
-        partial + where[None, :] * VALUE_DIM + dim[:, None], accumulator / total[None, :],
-        mask=(dim < VALUE_DIM)[:, None] & column_ok[None, :],
+        partial + where[None, :] * VALUE.dim + dim[:, None], accumulator / total[None, :],
+        mask=stored,
     )  # fmt: skip
     point = tl.where(running_sum == 0, float("-inf"), running_max - WEIGHT_BIAS + tl.log2(total))
-    tl.store(lse + where, point + bias, mask=column_ok)
+    tl.store(lse + where, point + bias, mask=column_ok & ((value_group == 0) | (SPREAD == 1)))
 
 
 @triton.jit
 def join_kernel(
-    partial, lse, out, splits, exact_splits, VALUE_DIM: tl.constexpr, SPLITS: tl.constexpr,
-    ROTATE: tl.constexpr,
+    partial, lse, out, tables, splits, exact_splits, kv_heads, columns, words,
+    VALUE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Join the partial results of one column; with ``ROTATE`` those of pages are in a rotated
-    basis.
+    """Join the partial results of one column, those of pages from the basis and the order in which
+    values are coded; ``columns`` of a KV head lie together.
 
     Grid: (B * Hq * T,).
     """
-    BLOCK_V: tl.constexpr = triton.next_power_of_2(VALUE_DIM)
+    DIM: tl.constexpr = VALUE.dim
+    BLOCK_V: tl.constexpr = triton.next_power_of_2(DIM)
     column = tl.program_id(0).to(tl.int64)
     split, dim = tl.arange(0, SPLITS), tl.arange(0, BLOCK_V)
+    is_exact = split < exact_splits
+    channel = dim
+    if VALUE.tables:
+        tables += column // columns % kv_heads * words
+        channel = tl.load(tables + dim, mask=dim < DIM, other=0)
     weight = tl.load(lse + column * splits + split, mask=split < splits, other=float("-inf"))
     weight = tl.exp2(weight - tl.maximum(tl.max(weight, 0), HIDDEN))
-    ok = (weight != 0)[:, None] & (dim < VALUE_DIM)[None, :]
-    part = tl.load(
-        partial + (column * splits + split)[:, None] * VALUE_DIM + dim[None, :], mask=ok, other=0.0
-    )
+    ok = (weight != 0)[:, None] & (dim < DIM)[None, :]
+    where = tl.where(is_exact[:, None], channel[None, :], dim[None, :])
+    part = tl.load(partial + (column * splits + split)[:, None] * DIM + where, mask=ok, other=0.0)
     part *= weight[:, None]
-    if ROTATE:
-        packed = tl.sum(tl.where((split >= exact_splits)[:, None], part, 0.0), 0)
-        exact = tl.sum(tl.where((split < exact_splits)[:, None], part, 0.0), 0)
-        total = (
-            tl.reshape(hadamard(tl.reshape(packed, (1, BLOCK_V)), VALUE_DIM), (BLOCK_V,)) + exact
-        )
+    if VALUE.hadamard or VALUE.tables:
+        packed = tl.sum(tl.where(is_exact[:, None], 0.0, part), 0)
+        exact = tl.sum(tl.where(is_exact[:, None], part, 0.0), 0)
+        if VALUE.hadamard:
+            packed = tl.reshape(hadamard(tl.reshape(packed, (1, BLOCK_V)), DIM), (BLOCK_V,))
+        if VALUE.tables:
+            mean = tl.load(tables + VALUE.means + dim, mask=dim < DIM, other=0)
+            unit = tl.load(tables + VALUE.scales + dim, mask=dim < DIM, other=0)
+            packed = packed * unit.to(tl.float32, bitcast=True)
+            packed += mean.to(tl.float32, bitcast=True) * tl.sum(tl.where(is_exact, 0.0, weight), 0)
+        total = packed + exact
     else:
         total = tl.sum(part, 0)
     weight = tl.sum(weight, 0)
     total = total / tl.where(weight == 0, 1.0, weight)
-    tl.store(out + column * VALUE_DIM + dim, total.to(out.dtype.element_ty), mask=dim < VALUE_DIM)
+    tl.store(out + column * DIM + channel, total.to(out.dtype.element_ty), mask=dim < DIM)
 
 
 @triton.jit
-def rotate_kernel(x, out, heads, tokens, x_b, x_h, x_t, HEAD_DIM: tl.constexpr):
-    """Rotate one query row.
-
-    Grid: (B * Hq * T,).
-    """
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    row = tl.program_id(0).to(tl.int64)
+def _prepare_query(
+    x, tables, out, query_bias, row, heads, kv_heads, tokens, words, x_b, x_h, x_t,
+    KEY: tl.constexpr,
+):  # fmt: skip
+    """Write a query row as it meets coded keys, and what their mean adds to its scores."""
+    DIM: tl.constexpr = KEY.dim
+    dim = tl.arange(0, triton.next_power_of_2(DIM))
+    ok = dim < DIM
     x += row // tokens // heads * x_b + row // tokens % heads * x_h + row % tokens * x_t
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    y = tl.load(x + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
-    tl.store(out + row * HEAD_DIM + dim, hadamard(y, HEAD_DIM), mask=dim < HEAD_DIM)
+    channel = dim
+    if KEY.tables:
+        tables += row // tokens % heads // (heads // kv_heads) * words
+        channel = tl.load(tables + dim, mask=ok, other=0)
+    y = tl.load(x + channel, mask=ok, other=0.0).to(tl.float32)
+    if KEY.tables:
+        if not KEY.rotary:
+            mean = tl.load(tables + KEY.means + dim, mask=ok, other=0)
+            tl.store(query_bias + row, tl.sum(y * mean.to(tl.float32, bitcast=True), 0))
+        unit = tl.load(tables + KEY.scales + dim, mask=ok, other=0)
+        y = y * unit.to(tl.float32, bitcast=True)
+    y = y[None, :]
+    if KEY.hadamard:
+        y = hadamard(y, DIM)
+    tl.store(out + row * DIM + dim[None, :], y, mask=ok[None, :])
+
+
+@triton.jit
+def prepare_kernel(
+    query, tables, out, query_bias, turns, rows, heads, kv_heads, tokens, words, q_b, q_h, q_t,
+    KEY: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Bring one query row to the basis of the keys; or tabulate cosine and sine of the angles by which
+    rotary keys of a block are rotated, ``[Hkv, 2, block, D / 2]``.
+
+    Grid: (B * Hq * T, then for rotary keys Hkv * block / TOKENS).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if row < rows:
+        _prepare_query(
+            query, tables, out, query_bias, row, heads, kv_heads, tokens, words, q_b, q_h, q_t, KEY
+        )
+    elif KEY.rotary:
+        HALF: tl.constexpr = KEY.dim // 2
+        BLOCKS: tl.constexpr = KEY.block // TOKENS
+        head, block = (row - rows) // BLOCKS, (row - rows) % BLOCKS
+        pair = tl.arange(0, triton.next_power_of_2(HALF))
+        tables += head * words + KEY.frequencies
+        frequency = tl.load(tables + pair, mask=pair < HALF, other=0)
+        token = block.to(tl.int32) * TOKENS + tl.arange(0, TOKENS)
+        cosine, sine = cosine_and_sine(token[:, None] * frequency[None, :])
+        where = turns + head * (KEY.block * KEY.dim) + token[:, None] * HALF + pair[None, :]
+        ok = (pair < HALF)[None, :]
+        tl.store(where, cosine.to(turns.dtype.element_ty), mask=ok)
+        tl.store(where + KEY.block * HALF, sine.to(turns.dtype.element_ty), mask=ok)
 
 
 @lru_cache
@@ -365,28 +344,28 @@ def launch_constants(
 ) -> tuple[dict[str, object], dict[str, int]]:  # fmt: skip
     """Return constants of `attend_kernel` that layouts and shape fix, and its launch options."""
     D, Dv, page = key_layout.head_dim, value_layout.head_dim, key_layout.page_size
-    columns = triton.next_power_of_2(shared * tokens)
+    key, value = Coding.of(key_layout), Coding.of(value_layout)
+    copies = spread(value, shared * tokens)
+    columns = triton.next_power_of_2(shared * tokens * copies)
     block_q = min(MAX_COLUMNS, max(16 if platform == "hip" else 8, columns))
     full = dtype == torch.float32 or platform == "interpreter"
     even = D & (D - 1) == 0 and Dv & (Dv - 1) == 0
     large = page * triton.next_power_of_2(max(D, Dv)) > 128 * 128
+    loads = not (key.fields and value.fields)  # whose results would be kept in shared memory
+    one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
+    stages = 1 if one_stage or loads else 2
     exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
     constants = {
-        "SHARED_BY": shared, "KEY_DIM": D, "KEY_BITS": key_layout.bits,
-        "KEY_CHANNEL": key_layout.grouping == "channel", "KEY_GROUP": key_layout.group_size,
-        "VALUE_DIM": Dv, "VALUE_BITS": value_layout.bits,
-        "VALUE_CHANNEL": value_layout.grouping == "channel",
-        "VALUE_GROUP": value_layout.group_size, "SINKS": key_layout.sinks,
-        "WINDOW": key_layout.window, "PAGE": page, "BLOCK_Q": block_q,
-        "BLOCK_N": BLOCK_EXACT // 2 if full else BLOCK_EXACT, "FAST": platform == "cuda",
+        "SHARED_BY": shared, "KEY": key, "VALUE": value, "SPREAD": copies,
+        "SINKS": key_layout.sinks, "WINDOW": key_layout.window, "BLOCK_Q": block_q,
+        "BLOCK_N": BLOCK_EXACT // 2 if full else BLOCK_EXACT, "STAGES": stages,
+        "FAST": platform == "cuda",
         "DTYPE": tl.float32 if full and (platform == "interpreter" or not large) else tl.float16,
         "EXACT_DTYPE": tl.float32 if full else exact,
         "PRECISION": "tf32x3" if platform == "cuda" else "ieee",
     }  # fmt: skip
-    one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     return constants, {
-        "num_warps": 8 if full or block_q > 16 or large else 4,
-        "num_stages": 1 if one_stage else 2
+        "num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages
     }  # fmt: skip
 
 
@@ -407,6 +386,40 @@ def _attend_new(
     out = F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
     seen = mask if mask.dtype == torch.bool else mask > -1e38
     return out.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+
+
+def _pairs(params: Tensor) -> Tensor:
+    """View parameters as one word for each pair of scale and zero."""
+    return params.view(torch.uint16 if params.dtype == torch.uint8 else torch.int32)
+
+
+def _halves(tables: Tensor | None) -> Tensor | None:
+    return None if tables is None else tables.view(torch.float16)
+
+
+def _prepare(
+    query: Tensor, kv_heads: int, frame: Frame | None, constants: dict[str, object]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the query as it meets packed keys, the means' share of its scores, and angles of keys."""
+    coding = constants["KEY"]
+    assert isinstance(coding, Coding)
+    if not (coding.tables or coding.hadamard):
+        return query, None, None
+    B, Hq, T, D = query.shape
+    rows, tables, words, bias, turns, programs = B * Hq * T, None, 0, None, None, 0
+    if frame is not None:
+        tables, words = frame.tables, frame.tables.shape[1]
+        bias = query.new_empty(rows, dtype=torch.float32)
+    if coding.rotary:
+        dtype = torch.float32 if constants["DTYPE"] == tl.float32 else torch.float16
+        turns = query.new_empty(kv_heads, 2, coding.block, D // 2, dtype=dtype)
+        programs = kv_heads * coding.block // TOKENS
+    out = query.new_empty(B, Hq, T, D, dtype=torch.float32)
+    prepare_kernel[(rows + programs,)](
+        query, tables, out, bias, turns, rows, Hq, kv_heads, T, words, *query.stride()[:3],
+        KEY=coding, TOKENS=TOKENS,
+    )  # fmt: skip
+    return out, bias, turns
 
 
 def attend(
@@ -448,7 +461,7 @@ def attend(
     if start == 0 and query.is_cuda:
         return _attend_new(query, key, value, mask, scale)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-    B, Hq, T, D = query.shape
+    B, Hq, T, _D = query.shape
     Hkv, new, Dv = key.shape[1], key.shape[2], value.shape[3]
     shared, capacity = Hq // Hkv, key_parts[0].shape[2]
     platform: Literal["cuda", "hip", "interpreter"] = "interpreter"
@@ -470,25 +483,25 @@ def attend(
         mask = mask.expand(B, Hq, T, width)
         kind, mask = (1, mask.view(torch.uint8)) if mask.dtype == torch.bool else (2, mask)
         strides = mask.stride()
-    rotated = query
-    if key_layout.transform == "hadamard":
-        rotated = query.new_empty(B, Hq, T, D, dtype=torch.float32)
-        rotate_kernel[(B * Hq * T,)](query, rotated, Hq, T, *query.stride()[:3], HEAD_DIM=D)
+    packed_query, query_bias, turns = _prepare(query, Hkv, key_frame, constants)
     partial = query.new_empty(B * Hq * T, splits, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, splits, dtype=torch.float32)
+    key_tables, value_tables = (None if f is None else f.tables for f in (key_frame, value_frame))
+    key_words, value_words = (0 if t is None else t.shape[1] for t in (key_tables, value_tables))
     attend_kernel[(B * Hkv, tiles, splits)](
-        query, rotated, key, value, key_parts[0].view(torch.uint16),
-        key_parts[1].view(torch.int32), *key_parts[2:], value_parts[0].view(torch.uint16),
-        value_parts[1].view(torch.int32), *value_parts[2:], mask, position, partial, lse,
-        scale * LOG2_E, start or 0, Hkv, T, new, capacity, exact, width, *query.stride()[:3],
-        *rotated.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides,
-        HAS_POSITION=position is not None, MASK_KIND=kind,
+        query, packed_query, query_bias, key, value, key_parts[0].view(torch.uint16),
+        _pairs(key_parts[1]), *key_parts[2:], key_tables, _halves(key_tables), turns,
+        None if key_frame is None else key_frame.shift, value_parts[0].view(torch.uint16),
+        _pairs(value_parts[1]), *value_parts[2:], _halves(value_tables), mask, position, partial,
+        lse, scale * LOG2_E, start or 0, Hkv, T, new, capacity, exact, width, key_words,
+        value_words, *query.stride()[:3], *packed_query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], *strides, HAS_POSITION=position is not None, MASK_KIND=kind,
         MASK_SHARED=kind > 0 and strides[1] == 0 and (T == 1 or strides[2] == 0), **constants,
         **options,
     )  # fmt: skip
     out = query.new_empty(B, Hq, T, Dv)
     join_kernel[(B * Hq * T,)](
-        partial, lse, out, splits, exact, VALUE_DIM=Dv, SPLITS=triton.next_power_of_2(splits),
-        ROTATE=value_layout.transform == "hadamard",
+        partial, lse, out, value_tables, splits, exact, Hkv, shared * T, value_words,
+        VALUE=constants["VALUE"], SPLITS=triton.next_power_of_2(splits),
     )  # fmt: skip
     return out

@@ -3,8 +3,9 @@
 A few query rows, as in decoding, read the whole cache in one call of `cpu_pages`. Many rows, as in a chunk of a
 prompt, go through blocks of pages unpacked to fp32 and matrix products, so that the scratch stays the same
 however long the cache is. Both keep the softmax state in fp32: a running maximum, a running sum and two
-accumulators. Packed tokens may lie in a rotated basis. Rotating the query once and the packed accumulator
-once takes the place of rotating every token back, which is why packed and exact tokens accumulate apart.
+accumulators. Packed tokens lie in a basis of their own (`bases`). Changing the basis of the query once and of
+the packed accumulator once takes the place of changing that of every token, which is why packed and exact
+tokens accumulate apart.
 
 The lengths are read on the host, which is free on a CPU. On a GPU `attention` reads them on the device.
 """
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels import cpu_pages, reference
+from kvq_compile.kernels.bases import PackedTensor, Parts
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.spec import HIDES, PageLayout
-
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 APPEND_TOKENS = 1024  # new tokens quantized at once
 SCRATCH_NUMBERS = (
@@ -69,11 +69,14 @@ def append_(
 
 
 class _Softmax:
-    """Running softmax of query rows ``[B, Hkv, rows, D]`` over blocks of keys and values."""
+    """Running softmax of query rows ``[B, Hkv, rows, D]`` over blocks of keys and values.
+
+    Sums and accumulators come in pairs: of packed tokens, in their basis, and of exact ones.
+    """
 
     def __init__(self, rows: Tensor, value_dim: int) -> None:
         self.running_max = rows.new_full((*rows.shape[:3], 1), -math.inf)
-        self.running_sum = torch.zeros_like(self.running_max)
+        self.running_sums = [torch.zeros_like(self.running_max) for _ in range(2)]
         self.accumulators = [rows.new_zeros(*rows.shape[:3], value_dim) for _ in range(2)]
 
     def update(self, scores: Tensor, value: Tensor, which: int) -> None:
@@ -85,15 +88,16 @@ class _Softmax:
         weights = (scores - reference_point).exp_()
         decay = (self.running_max - reference_point).exp_()
         self.running_max = new_max
-        self.running_sum.mul_(decay).add_(weights.sum(-1, keepdim=True))
-        for accumulator in self.accumulators:
-            accumulator.mul_(decay)
+        for total in (*self.running_sums, *self.accumulators):
+            total.mul_(decay)
+        self.running_sums[which] += weights.sum(-1, keepdim=True)
         self.accumulators[which] += weights @ value
 
-    def result(self, layout: PageLayout) -> Tensor:
-        """Return the attention output; the first accumulator is in the basis of the packed values."""
-        total = reference.rotate(self.accumulators[0], layout) + self.accumulators[1]
-        return total / torch.where(self.running_sum == 0, 1.0, self.running_sum)
+    def result(self, values: PackedTensor) -> Tensor:
+        """Return the attention output in the basis of the model."""
+        total = values.leave(self.accumulators[0], self.running_sums[0]) + self.accumulators[1]
+        weight = self.running_sums[0] + self.running_sums[1]
+        return total / torch.where(weight == 0, 1.0, weight)
 
 
 def _apply_mask(
@@ -150,107 +154,94 @@ def attend(
     B, Hq, T, _ = query.shape
     Hkv, new = key.shape[1], key.shape[2]
     shape = (B, Hkv, Hq // Hkv, T)
+    keys = PackedTensor(key_parts, key_layout, key_frame)
+    values = PackedTensor(value_parts, value_layout, value_frame)
     visible = start + new if mask is None else min(start + new, mask.shape[-1])
-    _check_lengths(key_parts, value_parts, start, mask, start + new)
+    _check_lengths(keys, values, start, mask, start + new)
     rows = (query.reshape(B, Hkv, -1, query.shape[3]).float() * scale).contiguous()
-    rotated = reference.rotate(rows, key_layout)
     if rows.shape[2] <= FEW_ROWS and cpu_pages.is_available():
         bias = (
             None
             if mask is None
             else _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, slice(visible), shape)
         )
-        tokens = (key.to(key_parts[2].dtype), value.to(value_parts[2].dtype))
-        packed, exact = cpu_pages.attend(
-            rows,
-            rotated,
-            *tokens,
-            key_parts,
-            value_parts,
-            bias,
-            start,
-            visible,
-            key_layout,
-            value_layout,
-        )
-        output = reference.rotate(packed, value_layout) + exact
+        output = _read_at_once(rows, key, value, keys, values, bias, start, visible)
     else:
-        softmax = _Softmax(rows, value.shape[3])
-        held = min(start, visible)
-        pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
-        _read_blocks(
-            softmax,
-            rotated,
-            key_parts,
-            value_parts,
-            mask,
-            pages,
-            held,
-            shape,
-            key_layout,
-            value_layout,
-        )
-        packed_end = key_layout.sinks + pages * key_layout.page_size
-        runs = ((0, min(key_layout.sinks, held)), (packed_end, held), (start, visible))
-        slots = torch.cat([torch.arange(first, max(first, last)) for first, last in runs])
-        exact_key = _exact_tokens(key_parts[2], key, slots, start, key_layout)
-        exact_value = _exact_tokens(value_parts[2], value, slots, start, value_layout)
-        if len(slots):
-            scores = _apply_mask(rows @ exact_key.transpose(-2, -1), mask, slots, shape)
-            softmax.update(scores, exact_value, 1)
-        output = softmax.result(value_layout)
+        output = _read_in_blocks(rows, key, value, keys, values, mask, start, visible, shape)
     return output.reshape(B, Hq, T, -1).to(query.dtype)
 
 
-def _read_blocks(
-    softmax: _Softmax,
+def _read_at_once(
     rows: Tensor,
-    key_parts: Parts,
-    value_parts: Parts,
-    mask: Tensor | None,
-    pages: int,
-    held: int,
-    shape: tuple[int, int, int, int],
-    key_layout: PageLayout,
-    value_layout: PageLayout,
-) -> None:
-    """Attend to the packed tokens below ``held`` in blocks of pages unpacked to fp32."""
-    step = max(
-        1, SCRATCH_NUMBERS // (shape[0] * shape[1] * key_layout.page_size * key_layout.head_dim)
+    key: Tensor,
+    value: Tensor,
+    keys: PackedTensor,
+    values: PackedTensor,
+    bias: Tensor | None,
+    start: int,
+    visible: int,
+) -> Tensor:
+    """Attend with few query rows, in one call."""
+    key, value = key.to(keys.parts[2].dtype), value.to(values.parts[2].dtype)
+    packed, weight, exact = cpu_pages.attend(
+        rows, *keys.meet(rows), key, value, keys, values, bias, start, visible
     )
-    unpack = cpu_pages.unpack if cpu_pages.is_available() else _unpack
+    return values.leave(packed, weight) + exact
+
+
+def _read_in_blocks(
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: PackedTensor,
+    values: PackedTensor,
+    mask: Tensor | None,
+    start: int,
+    visible: int,
+    shape: tuple[int, int, int, int],
+) -> Tensor:
+    """Attend to the packed tokens in blocks of pages unpacked to fp32, then to the exact ones."""
+    softmax = _Softmax(rows, value.shape[3])
+    layout, held, pages = keys.layout, min(start, visible), min(keys.pages, values.pages)
+    coded, constant = keys.meet(rows)
+    unpack = cpu_pages.unpack if cpu_pages.is_available() else PackedTensor.unpack
+    step = max(1, SCRATCH_NUMBERS // (shape[0] * shape[1] * layout.page_size * layout.head_dim))
     for page in range(0, pages, step):
         block = slice(page, min(page + step, pages))
-        first = key_layout.sinks + block.start * key_layout.page_size
-        last = min(key_layout.sinks + block.stop * key_layout.page_size, held)
+        first = layout.sinks + block.start * layout.page_size
+        last = min(layout.sinks + block.stop * layout.page_size, held)
         if last <= first:
             break
-        key = unpack(key_parts, block, key_layout)[:, :, : last - first]
-        scores = _apply_mask(rows @ key.transpose(-2, -1), mask, slice(first, last), shape)
-        softmax.update(scores, unpack(value_parts, block, value_layout)[:, :, : last - first], 0)
+        scores = coded @ unpack(keys, block)[:, :, : last - first].transpose(-2, -1)
+        if constant is not None:
+            scores += constant
+        scores = _apply_mask(scores, mask, slice(first, last), shape)
+        softmax.update(scores, unpack(values, block)[:, :, : last - first], 0)
+    packed_end = layout.sinks + pages * layout.page_size
+    runs = ((0, min(layout.sinks, held)), (packed_end, held), (start, visible))
+    slots = torch.cat([torch.arange(first, max(first, last)) for first, last in runs])
+    if len(slots):
+        exact_key, exact_value = (
+            _exact_tokens(packed.parts[2], new, slots, start, packed.layout)
+            for packed, new in ((keys, key), (values, value))
+        )
+        scores = _apply_mask(rows @ exact_key.transpose(-2, -1), mask, slots, shape)
+        softmax.update(scores, exact_value, 1)
+    return softmax.result(values)
 
 
 def _check_lengths(
-    key_parts: Parts, value_parts: Parts, start: int, mask: Tensor | None, end: int
+    keys: PackedTensor, values: PackedTensor, start: int, mask: Tensor | None, end: int
 ) -> None:
-    for parts in (key_parts, value_parts):
-        if int(parts[3][0]) < start:
+    for packed in (keys, values):
+        if packed.held < start:
             raise ValueError(
-                f"position must start at or before the {int(parts[3][0])} tokens held, got {start}"
+                f"position must start at or before the {packed.held} tokens held, got {start}"
             )
     if mask is not None and mask.shape[-1] > end:
         rest = mask[..., end:]
         if bool((rest if rest.dtype == torch.bool else rest > HIDES).any()):
             raise ValueError(f"mask must hide the slots that hold no token, from {end} on")
-
-
-def _unpack(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
-    """Return pages as tokens ``[B, H, n, D]`` (fp32) in the basis in which they were coded."""
-    codes = reference.unpack(parts[0][:, :, pages], layout)
-    scale, zero = parts[1][:, :, pages].float().unbind(-1)
-    grouped = reference.to_groups(codes, layout).float()
-    tokens = grouped.mul_(scale[..., None]).add_(zero[..., None])
-    return reference.from_groups(tokens, layout).flatten(2, 3)
 
 
 def _exact_tokens(

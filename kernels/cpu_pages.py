@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.bases import PackedTensor
 from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.tables import section
 
 SOURCE = Path(__file__).with_name("cpu_pages.cpp")
 # Sums may be taken in any order; infinities and NaN keep their meaning, which -ffast-math would take away.
@@ -34,20 +36,19 @@ BUILD_SECONDS = 120
 PARALLEL_FROM = 1 << 16  # packed numbers from which waking other threads pays
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 class _Packed(ctypes.Structure):
     _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("params", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("codes", "params")),
+        *((name, ctypes.c_void_p) for name in ("book", "mean", "scale", "frequency", "shift")),
         ("codes_stride", ctypes.c_int64 * 3),
         ("params_stride", ctypes.c_int64 * 3),
-        ("bits", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("row_length", ctypes.c_int32),
-        ("group_size", ctypes.c_int32),
-        ("along_rows", ctypes.c_int32),
+        ("tables_stride", ctypes.c_int64),
+        ("first_slot", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("bits", "trits", "fp8")),
+        *((name, ctypes.c_int32) for name in ("rows", "row_length", "units", "group_size")),
+        *((name, ctypes.c_int32) for name in ("along_rows", "is_key", "couple", "entries")),
+        *((name, ctypes.c_int32) for name in ("head_dim", "page_size")),
     )
 
 
@@ -66,15 +67,11 @@ class _Attend(ctypes.Structure):
         ("value", _Packed),
         ("exact_key", _Exact),
         ("exact_value", _Exact),
-        ("query", ctypes.c_void_p),
-        ("rotated", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("query", "coded", "constant", "bias")),
         ("bias_stride", ctypes.c_int64 * 4),
-        ("accumulator", ctypes.c_void_p),
-        ("running_max", ctypes.c_void_p),
-        ("running_sum", ctypes.c_void_p),
-        ("packed_out", ctypes.c_void_p),
-        ("exact_out", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("turns", "accumulator")),
+        *((name, ctypes.c_void_p) for name in ("running_max", "running_sum")),
+        *((name, ctypes.c_void_p) for name in ("packed_out", "weight_out", "exact_out")),
         *(
             (name, ctypes.c_int32)
             for name in ("batch", "heads", "query_rows", "pages", "page_size", "splits")
@@ -132,93 +129,132 @@ def _processor() -> str:
     )
 
 
-def _packed(parts: Parts, layout: PageLayout) -> _Packed:
-    codes, params = parts[0], parts[1]
-    return _Packed(
-        codes.data_ptr(),
-        params.data_ptr(),
-        (ctypes.c_int64 * 3)(*codes.stride()[:3]),
-        (ctypes.c_int64 * 3)(*params.stride()[:3]),
-        layout.bits,
-        layout.rows,
-        layout.row_length,
-        layout.group_size,
-        (layout.role == "key") == (layout.grouping == "token"),
+@cache
+def _sizes(layout: PageLayout) -> tuple[int, ...]:
+    """Return the integers of `_Packed` from ``bits`` on."""
+    return (
+        *(sum(layout.planes), layout.packing == "trits", layout.params == "fp8"),
+        *(layout.rows, layout.row_length, layout.units, layout.group_size),
+        *((layout.role == "key") == (layout.grouping == "token"), layout.role == "key"),
+        *(layout.couple, layout.levels + 1, layout.head_dim, layout.page_size),
     )
 
 
-def unpack(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
-    """Return pages as tokens ``[B, H, n, D]`` (fp32) in the basis in which they were coded."""
-    codes, params = parts[0][:, :, pages], parts[1][:, :, pages]
-    B, H, P = codes.shape[:3]
-    out = torch.empty(B, H, P, layout.rows, layout.row_length)
+def _tables(packed: PackedTensor) -> tuple[int | None, ...]:
+    """Return the pointers of `_Packed` to tables, those that unpacking needs, and the words between heads."""
+    layout, frame = packed.layout, packed.frame
+    if frame is None:
+        return None, None, None, None, None, 0
+    words = frame.tables
+    assert words.stride(1) == 1
+
+    def address(name: str, needed: bool) -> int | None:
+        first = section(name, layout.head_dim, layout.rotary)[0]
+        return words.data_ptr() + 4 * first if needed else None
+
+    return (
+        address("codebook", layout.coder == "codebook"),
+        *(address(name, layout.rotary) for name in ("mean", "scale", "frequency")),
+        None if frame.shift is None else frame.shift.data_ptr(),
+        words.stride(0),
+    )
+
+
+def _packed(packed: PackedTensor, first: int = 0) -> _Packed:
+    """Describe the pages of a tensor from number ``first`` on."""
+    codes, params = packed.parts[:2]
+    strides = codes.stride(), params.stride()
+    *tables, tables_stride = _tables(packed)
+    return _Packed(
+        codes.data_ptr() + first * strides[0][2] * codes.element_size(),
+        params.data_ptr() + first * strides[1][2] * params.element_size(),
+        *tables,
+        strides[0][:3],
+        strides[1][:3],
+        tables_stride,
+        packed.layout.sinks + first * packed.layout.page_size,
+        *_sizes(packed.layout),
+    )
+
+
+def unpack(packed: PackedTensor, pages: slice) -> Tensor:
+    """Return pages as tokens ``[B, H, n, D]`` (fp32), as `PackedTensor.unpack` does."""
+    layout = packed.layout
+    B, H = packed.parts[0].shape[:2]
+    count = pages.stop - pages.start
+    channels_first = layout.role == "value"
+    tile = (layout.page_size, layout.head_dim)
+    out = torch.empty(B, H, count, *(reversed(tile) if channels_first else tile))
     library = _library()
     assert library is not None
-    packed = _packed((codes, params, *parts[2:]), layout)
+    struct = _packed(packed, pages.start)
     library.kvq_unpack_pages(
-        ctypes.byref(packed), B, H, P, ctypes.c_void_p(out.data_ptr()), torch.get_num_threads()
+        ctypes.byref(struct), B, H, count, ctypes.c_void_p(out.data_ptr()), torch.get_num_threads()
     )
-    return (out if layout.role == "key" else out.transpose(-1, -2)).flatten(2, 3)
+    return (out.transpose(-1, -2) if channels_first else out).flatten(2, 3)
 
 
 def attend(
     query: Tensor,
-    rotated: Tensor,
+    coded: Tensor,
+    constant: Tensor | None,
     key: Tensor,
     value: Tensor,
-    key_parts: Parts,
-    value_parts: Parts,
+    keys: PackedTensor,
+    values: PackedTensor,
     bias: Tensor | None,
     start: int,
     visible: int,
-    key_layout: PageLayout,
-    value_layout: PageLayout,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to a cache and the new tokens behind it.
 
     Args:
         query: Scaled query rows, ``[B, Hkv, rows, D]``, fp32, contiguous.
-        rotated: The same in the basis of the packed keys.
+        coded, constant: The same in the basis of the packed keys, and what to add to their scores.
         key, value: New tokens, ``[B, Hkv, T, D]``, in the dtype of the exact rows.
-        key_parts, value_parts: The cache.
+        keys, values: The cache.
         bias: Added to the scores, ``[B, Hkv, rows, >= visible]``, fp32, any strides, or ``None``.
         start: Slot of the first new token.
         visible: End of the slots that may be seen.
-        key_layout, value_layout: The layouts.
 
     Returns:
-        The output ``[B, Hkv, rows, Dv]``, fp32, as two summands: what packed values gave, in their basis, and
-        what exact ones gave.
+        What packed values gave, in their basis, ``[B, Hkv, rows, Dv]``, their weight ``[B, Hkv, rows, 1]``, and
+        what exact values gave; fp32.
     """
     B, H, rows, _ = query.shape
-    pages = min(int(key_parts[3][1]), int(value_parts[3][1]))
-    work = B * H * pages * key_layout.page_size * key_layout.head_dim
+    layout, Dv = keys.layout, values.layout.head_dim
+    pages = min(keys.pages, values.pages)
+    work = B * H * pages * layout.page_size * layout.head_dim
     threads = torch.get_num_threads() if work > PARALLEL_FROM else 1
     splits = min(pages, -(-4 * threads // (B * H))) if threads > 1 else min(pages, 1)
-    state = torch.empty(
-        B, H, splits + 1, rows, value_layout.head_dim + 2
-    )  # accumulators, maxima and sums
+    state = torch.empty(B, H, splits + 1, rows, Dv + 2)  # accumulators, maxima and sums
     count = B * H * (splits + 1) * rows
-    address = state.data_ptr()
-    out = torch.empty(2, B, H, rows, value_layout.head_dim)
+    turns = torch.empty(H, layout.page_size, layout.head_dim) if layout.rotary else None
+    packed, exact = torch.empty(B, H, rows, Dv), torch.empty(B, H, rows, Dv)
+    weight = torch.empty(B, H, rows, 1)
     key, value = _with_contiguous_rows(key), _with_contiguous_rows(value)
+    address = state.data_ptr()
     call = _Attend(
-        *(_packed(key_parts, key_layout), _packed(value_parts, value_layout)),
-        *(_exact(key_parts[2], key), _exact(value_parts[2], value)),
-        *(query.data_ptr(), rotated.data_ptr(), None if bias is None else bias.data_ptr()),
-        (ctypes.c_int64 * 4)(*(bias.stride() if bias is not None else (0, 0, 0, 0))),
-        address,
-        address + 4 * count * value_layout.head_dim,
-        address + 4 * count * (value_layout.head_dim + 1),
-        *(out[0].data_ptr(), out[1].data_ptr()),
-        *(B, H, rows, pages, key_layout.page_size, splits),
-        *(key_layout.sinks, key_layout.ring, DTYPES.index(key_parts[2].dtype)),
+        *(_packed(keys), _packed(values)),
+        *(_exact(keys.parts[2], key), _exact(values.parts[2], value)),
+        *(query.data_ptr(), coded.data_ptr()),
+        *(_address(constant), _address(bias)),
+        (0, 0, 0, 0) if bias is None else bias.stride(),
+        *(_address(turns), address),
+        *(address + 4 * count * Dv, address + 4 * count * (Dv + 1)),
+        *(packed.data_ptr(), weight.data_ptr(), exact.data_ptr()),
+        *(B, H, rows, pages, layout.page_size, splits),
+        *(layout.sinks, layout.ring, DTYPES.index(keys.parts[2].dtype)),
         *(min(start, visible), start, visible),
     )
     library = _library()
     assert library is not None
     library.kvq_attend(ctypes.byref(call), threads)
-    return out[0], out[1]
+    return packed, weight, exact
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
@@ -229,6 +265,6 @@ def _exact(held: Tensor, fresh: Tensor) -> _Exact:
     return _Exact(
         held.data_ptr(),
         fresh.data_ptr(),
-        (ctypes.c_int64 * 2)(*held.stride()[:2]),
-        (ctypes.c_int64 * 3)(*fresh.stride()[:3]),
+        held.stride()[:2],
+        fresh.stride()[:3],
     )

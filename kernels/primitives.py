@@ -79,7 +79,7 @@ def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.con
             codes = tl.permute(tl.join(a, b), (0, 2, 1))
         elif BITS == 4:
             a, b, c, d = _fields_4(low)
-            codes = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (0, 2, 3, 1))
+            codes = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
         elif BITS == 3:
             a, b, c, d, e, f, g, h = _fields_3(low, high)
             codes = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
@@ -92,12 +92,56 @@ def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.con
             odd = _join_8(b, d, f, h, j, m, o, q)
             codes = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 5, 1))
     else:
-        shift = (tl.arange(0, FIELDS) * WIDTH)[None, :, None]
-        fields = (low.to(tl.int32)[:, None, :] >> shift) & ((1 << WIDTH) - 1)
-        if BITS == 3:
-            fields += ((high.to(tl.int32)[:, None, :] >> shift) & 1) << 2
-        codes = fields
+        codes = _shift_out(low, high, BITS, FIELDS)
     return tl.reshape(codes, (ROWS, COLUMNS)).to(DTYPE)
+
+
+@triton.jit
+def unpack_halves(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the two halves of what `unpack_rows` returns, ``[rows, columns / 2]`` each.
+
+    The fields of a unit belong half to one and half to the other, so that columns ``c`` of both lie in
+    the same lane.
+    """
+    ROWS: tl.constexpr = low.shape[0]
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    HALF: tl.constexpr = 8 // WIDTH
+    COLUMNS: tl.constexpr = HALF * low.shape[1]
+    if FAST:
+        if BITS == 8:
+            first, second = _fields_8(low)
+        elif BITS == 4:
+            a, b, c, d = _fields_4(low)
+            first = tl.permute(tl.join(a, b), (0, 2, 1))
+            second = tl.permute(tl.join(c, d), (0, 2, 1))
+        elif BITS == 3:
+            a, b, c, d, e, f, g, h = _fields_3(low, high)
+            first = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
+            second = tl.permute(_join_4(e, f, g, h), (0, 2, 3, 1))
+        elif BITS == 2:
+            a, b, c, d, e, f, g, h = _fields_2(low)
+            first = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
+            second = tl.permute(_join_4(e, f, g, h), (0, 2, 3, 1))
+        else:
+            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _fields_1(low)
+            first = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
+            second = tl.permute(_join_8(i, j, k, m, n, o, p, q), (0, 2, 3, 4, 1))
+    else:
+        first = _shift_out(low, high, BITS, HALF)
+        second = _shift_out(low >> 8, high >> 8, BITS, HALF)
+    first = tl.reshape(first, (ROWS, COLUMNS)).to(DTYPE)
+    return first, tl.reshape(second, (ROWS, COLUMNS)).to(DTYPE)
+
+
+@triton.jit
+def _shift_out(low, high, BITS: tl.constexpr, FIELDS: tl.constexpr):
+    """Return the first fields of units as ``[rows, FIELDS, units]``, int32: the portable way."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    shift = (tl.arange(0, FIELDS) * WIDTH)[None, :, None]
+    fields = (low.to(tl.int32)[:, None, :] >> shift) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        fields += ((high.to(tl.int32)[:, None, :] >> shift) & 1) << 2
+    return fields
 
 
 @triton.jit
@@ -219,10 +263,15 @@ def _fields_8(w):
 
 
 @triton.jit
+def _join_4(a, b, c, d):
+    """Return four fields along two new last axes, the high digit of their number first."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
 def _join_8(a, b, c, d, e, f, g, h):
     """Return eight fields along three new last axes, the highest digit of their number first."""
-    even = tl.join(tl.join(a, e), tl.join(c, g))
-    return tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.join(_join_4(a, c, e, g), _join_4(b, d, f, h))
 
 
 # --- group parameters -----------------------------------------------------------------------------
@@ -244,78 +293,16 @@ def join_params(scale, zero):
 
 
 @triton.jit
-def scale_codes(codes, scale, zero, FAST: tl.constexpr):
-    """Return ``codes * scale + zero`` in the dtype of ``codes``."""
-    if (
-        FAST and codes.dtype == tl.float16
-    ):  # written out, or pairs of scales are put together anew for every pair of codes
-        return tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            args=[codes, scale, zero],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-    return codes * scale.to(codes.dtype) + zero.to(codes.dtype)
+def split_small_params(word):
+    """Return ``scale, zero`` (fp16) of e4m3 parameters loaded as 16-bit words.
 
-
-@triton.jit
-def dequantize_keys(
-    params, codes, channel, channel_ok, HEAD_DIM: tl.constexpr, CHANNEL: tl.constexpr,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Return ``codes * scale + zero`` for codes ``[PAGE, columns]``."""
-    COLUMNS: tl.constexpr = codes.shape[1]
-    if CHANNEL:
-        group = tl.arange(0, PAGE // GROUP)
-        where = params + group[:, None] * HEAD_DIM + channel[None, :]
-        if COLUMNS == HEAD_DIM:
-            word = tl.load(where)
-        else:
-            word = tl.load(where, mask=channel_ok[None, :], other=0)
-        scale, zero = split_params(word)
-        grouped = tl.reshape(codes, (PAGE // GROUP, GROUP, COLUMNS))
-        x = scale_codes(grouped, scale[:, None, :], zero[:, None, :], FAST)
-    elif COLUMNS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
-        token = tl.arange(0, PAGE)
-        group = tl.arange(0, HEAD_DIM // GROUP)
-        scale, zero = split_params(tl.load(params + group[None, :] * PAGE + token[:, None]))
-        grouped = tl.reshape(codes, (PAGE, HEAD_DIM // GROUP, GROUP))
-        x = scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
-    else:
-        token = tl.arange(0, PAGE)
-        where = params + (channel // GROUP)[None, :] * PAGE + token[:, None]
-        scale, zero = split_params(tl.load(where, mask=channel_ok[None, :], other=0))
-        x = scale_codes(codes, scale, zero, FAST)
-    return tl.reshape(x, (PAGE, COLUMNS))
-
-
-@triton.jit
-def dequantize_values(
-    params, codes, HEAD_DIM: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
-    PAGE: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Return ``codes * scale + zero`` for codes ``[channels, PAGE]``."""
-    ROWS: tl.constexpr = codes.shape[0]
-    channel = tl.arange(0, ROWS)
-    token = tl.arange(0, PAGE)
-    if CHANNEL:
-        group = tl.arange(0, PAGE // GROUP)
-        where = params + group[None, :] * HEAD_DIM + channel[:, None]
-        scale, zero = split_params(tl.load(where, mask=(channel < HEAD_DIM)[:, None], other=0))
-        grouped = tl.reshape(codes, (ROWS, PAGE // GROUP, GROUP))
-        x = scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
-    elif ROWS == HEAD_DIM and (GROUP & (GROUP - 1)) == 0:
-        group = tl.arange(0, HEAD_DIM // GROUP)
-        scale, zero = split_params(tl.load(params + group[:, None] * PAGE + token[None, :]))
-        grouped = tl.reshape(codes, (HEAD_DIM // GROUP, GROUP, PAGE))
-        x = scale_codes(grouped, scale[:, None, :], zero[:, None, :], FAST)
-    else:
-        where = params + (channel // GROUP)[:, None] * PAGE + token[None, :]
-        scale, zero = split_params(tl.load(where, mask=(channel < HEAD_DIM)[:, None], other=0))
-        x = scale_codes(codes, scale, zero, FAST)
-    return tl.reshape(x, (ROWS, PAGE))
+    An e4m3 number is the fp16 number of the same fields, with its exponent's bias made up for.
+    """
+    bits = word.to(tl.uint16, bitcast=True)
+    scale = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    zero = (bits & 0x8000) | ((bits & 0x7F00) >> 1)
+    scale = scale.to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale * 256.0, zero.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
 
 
 # --- rotation -------------------------------------------------------------------------------------
@@ -346,6 +333,23 @@ def hadamard(x, LENGTH: tl.constexpr):
         a, b = tl.split(tl.reshape(y, (ROWS, BLOCK // 2, 2)))
         y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, BLOCK))
     return tl.reshape(y, (x.shape[0], x.shape[1])) * _inverse_root(BLOCK)
+
+
+@triton.jit
+def cosine_and_sine(phase):
+    """Return `frame.cosine_and_sine` of angles in units of 2 ** -32 turns (int32, which wrap)."""
+    quarters = (phase + 536870912) >> 30
+    t = (phase - (quarters << 30)).to(tl.float32) * 1.4629180792671596e-09
+    square = t * t
+    s = square * 2.7557314e-6 - 1.9841270e-4
+    s = s * square + 8.3333333e-3
+    s = (s * square - 1.6666667e-1) * square * t + t
+    c = square * 2.4801587e-5 - 1.3888889e-3
+    c = c * square + 4.1666667e-2
+    c = (c * square - 0.5) * square + 1.0
+    odd, half = (quarters & 1) != 0, (quarters & 2) != 0
+    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
+    return tl.where(half != odd, -cosine, cosine), tl.where(half, -sine, sine)
 
 
 # --- scores ---------------------------------------------------------------------------------------

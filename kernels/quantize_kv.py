@@ -7,7 +7,9 @@ twice.
 
 A page is read twice, in the shape in which its groups lie and then in the shape in which its units
 lie. That keeps tiles small for any head dimension and grouping, and the second reading hits a
-cache. Rotated pages go through fp32 scratch between the two.
+cache. Where tokens are coded as something other than what they are, that form of the page goes to
+fp32 scratch first, and both read it there. A codebook has no parameters; its first reading finds
+the entries, which lie in scratch behind the page.
 
 Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor
 by counting arrivals in the upper bits of the page count, which every program reads through a mask
@@ -18,22 +20,45 @@ Where tokens go follows from lengths on the device, and the host never waits for
 what it knows: the room for pages, when `start` is an integer. What it cannot know is guarded: a
 write that would leave a gap or does not fit is left out as a whole, cursor included, so that
 attention at the next position finds tokens missing and gives NaN.
+
+Inside the kernel three tuples travel together. A ``source`` is ``x, exact, stride, first, start``:
+new tokens from slot ``start`` on, rows of the ring before, and the first slot of the page. A
+``page`` is ``codes, params, scratch``, and a ``frame`` ``tables, codebook, shift``, each of one KV
+head.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_compile.kernels.primitives import hadamard, join_params, split_params
+from kvq_compile.kernels.encode import (
+    DIGITS,
+    Constants,
+    below,
+    bounded,
+    coded_value,
+    cosine_and_sine,
+    encode,
+    from_units,
+    group_params,
+    load_share,
+    load_table,
+    nearest_centroid,
+    params_index,
+    section_start,
+    to_units,
+)
 from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.primitives import hadamard
 from kvq_compile.kernels.spec import PageLayout
 
 MAX_PAGES = 1 << 20  # the lower 20 bits of cursor[1]; the other 11 count programs
 MAX_ARRIVALS = (1 << 11) - 1
 ARRIVAL = tl.constexpr(MAX_PAGES)
 TILE = 4096  # elements a program holds at once: 32 fp32 registers of each of 128 threads
-FP16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -54,224 +79,242 @@ def _plan(
 
 
 @triton.jit
-def _group_params(x, exists, AXIS: tl.constexpr, LEVELS: tl.constexpr, MARGIN: tl.constexpr):
-    """Return the parameters, as words, of groups that lie along ``AXIS`` of ``x`` (fp32)."""
-    finite = exists & (tl.abs(x) < float("inf"))
-    bounded = tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)
-    lo = tl.min(tl.where(finite, bounded, float("inf")), AXIS)
-    hi = tl.max(tl.where(finite, bounded, float("-inf")), AXIS)
-    hi = tl.where(lo == float("inf"), 0.0, hi)
-    lo = tl.where(lo == float("inf"), 0.0, lo)
-    if MARGIN > 0:
-        margin = (hi - lo) * MARGIN
-        lo, hi = lo + margin, hi - margin
-    zero = lo.to(tl.float16)  # rounded down
-    bits = zero.to(tl.int16, bitcast=True)
-    below = tl.where(zero > 0, bits - 1, bits + 1).to(tl.int16).to(tl.float16, bitcast=True)
-    zero = tl.where(zero.to(tl.float32) > lo, below, zero)
-    step = hi - zero.to(tl.float32)
-    step = tl.minimum(tl.div_rn(step, tl.full(step.shape, LEVELS, tl.float32)), FP16_MAX)
-    scale = step.to(tl.float16)  # rounded up
-    above = (scale.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
-    scale = tl.where(scale.to(tl.float32) < step, above, scale)
-    return join_params(scale, zero)
-
-
-@triton.jit
-def _encode(x, word, LEVELS: tl.constexpr):
-    """Return the codes (int32) of ``x`` (fp32) in groups with parameters ``word``."""
-    scale, zero = split_params(word)
-    scale, zero = scale.to(tl.float32), zero.to(tl.float32)
-    x = tl.where(x == x, tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX), 0.0)
-    codes = tl.floor(tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)) + 0.5)
-    return tl.where(scale > 0, tl.minimum(tl.maximum(codes, 0.0), LEVELS), 0.0).to(tl.int32)
-
-
-@triton.jit
-def _read_tokens(
-    x, exact, stride, first, start, token, channel, exists, HEAD_DIM: tl.constexpr,
-    SINKS: tl.constexpr, RING: tl.constexpr,
-):  # fmt: skip
+def _read_tokens(source, token, channel, exists, LAYOUT: tl.constexpr):
     """Return channels of the page's tokens ``first + token`` from ring or new tokens, fp32."""
+    x, exact, stride, first, start = source
     slot = first + token
     waiting = slot < start
-    row = SINKS + (slot - SINKS) % RING
-    held = tl.load(exact + row * HEAD_DIM + channel, mask=exists & waiting, other=0.0)
+    row = LAYOUT.sinks + (slot - LAYOUT.sinks) % LAYOUT.ring
+    where = row * LAYOUT.head_dim + channel
+    held = tl.load(exact + where, mask=exists & waiting, other=0.0)
     new = (slot - start).to(tl.int64) * stride
     fresh = tl.load(x + new + channel, mask=exists & (slot >= start), other=0.0)
     return tl.where(waiting, held.to(tl.float32), fresh.to(tl.float32))
 
 
 @triton.jit
-def _params_index(
-    token,
-    channel,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    if CHANNEL:
-        index = (token // GROUP) * HEAD_DIM + channel
-    else:
-        index = (channel // GROUP) * PAGE + token
-    return index
+def _turns(slot, half, exists, frame, LAYOUT: tl.constexpr):
+    """Return cosine and sine of rotation pairs ``half`` of tokens in ``slot``."""
+    tables, _codebook, shift = frame
+    return cosine_and_sine((slot + shift) * load_table(tables, half, exists, "frequency", LAYOUT))
 
 
 @triton.jit
-def _reopen(
-    codes, params, exact, first, start, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
-    KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr,
-    SINKS: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _reopen(source, page, frame, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
     """Put the tokens before ``start`` of a page back into the ring, as they were read."""
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    LENGTH: tl.constexpr = HEAD_DIM if KEY else PAGE
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    UNITS: tl.constexpr = LENGTH * WIDTH // 16
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    for block in range(0, tl.minimum(start - first, PAGE), BLOCK):
+    HEAD_DIM: tl.constexpr = LAYOUT.head_dim
+    _x, exact, _stride, first, start = source
+    codes, params, _scratch = page
+    tables, codebook, _shift = frame
+    # of rotary keys, one of the two channels of a pair
+    CHANNELS: tl.constexpr = HEAD_DIM // 2 if LAYOUT.rotary else HEAD_DIM
+    channel = tl.arange(0, triton.next_power_of_2(CHANNELS))[None, :]
+    for block in range(0, tl.minimum(start - first, LAYOUT.page_size), BLOCK):
         token = block + tl.arange(0, BLOCK)[:, None]
-        exists = (token < PAGE) & (first + token < start) & (channel < HEAD_DIM)
-        row = token if KEY else channel
-        index = channel if KEY else token
-        where = row * (LENGTH * BITS // 16) + index % UNITS
-        code = tl.load(codes + where, mask=exists, other=0).to(tl.int32) >> (index // UNITS * WIDTH)
-        code = code & ((1 << WIDTH) - 1)
-        if BITS == 3:
-            where = row * (LENGTH * BITS // 16) + UNITS + index % (UNITS // 2)
-            high = tl.load(codes + where, mask=exists, other=0).to(tl.int32) >> (
-                index // (UNITS // 2)
-            )
-            code += (high & 1) << 2
-        where = _params_index(token, channel, HEAD_DIM, PAGE, CHANNEL, GROUP)
-        scale, zero = split_params(tl.load(params + where, mask=exists, other=0))
-        x = code.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)
-        if ROTATE:
-            x = hadamard(x, HEAD_DIM)
-        row = SINKS + (first + token - SINKS) % RING
-        tl.store(exact + row * HEAD_DIM + channel, x.to(exact.dtype.element_ty), mask=exists)
+        inside = channel < CHANNELS
+        exists = (token < LAYOUT.page_size) & (first + token < start) & inside
+        y = coded_value(codes, params, codebook, token, channel, exists, LAYOUT)
+        if LAYOUT.transform == "hadamard":
+            y = hadamard(y, HEAD_DIM)
+        order = channel
+        if LAYOUT.has_tables:
+            y = from_units(y, tables, channel, inside, LAYOUT)
+            order = load_table(tables, channel, inside, "order", LAYOUT)
+        row = exact + (LAYOUT.sinks + (first + token - LAYOUT.sinks) % LAYOUT.ring) * HEAD_DIM
+        if LAYOUT.rotary:
+            other = channel + CHANNELS
+            z = coded_value(codes, params, codebook, token, other, exists, LAYOUT)
+            z = from_units(z, tables, other, inside, LAYOUT)
+            cosine, sine = _turns(first + token, channel, inside, frame, LAYOUT)
+            y, z = y * cosine - z * sine, z * cosine + y * sine
+            other = load_table(tables, other, inside, "order", LAYOUT)
+            tl.store(row + other, z.to(exact.dtype.element_ty), mask=exists)
+        tl.store(row + order, y.to(exact.dtype.element_ty), mask=exists)
     tl.debug_barrier()
 
 
 @triton.jit
-def _rotate_page(
-    x, exact, scratch, stride, first, start, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr,
-    RING: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Write the page's tokens, rotated, to fp32 scratch."""
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    ROWS: tl.constexpr = min(PAGE, max(1, TILE // BLOCK_D))
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    for block in range(0, PAGE, ROWS):
+def _write_coded_form(source, scratch, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """Write the page's tokens to scratch ``[page_size, head_dim]`` in the form in which they are coded."""
+    HEAD_DIM: tl.constexpr = LAYOUT.head_dim
+    _x, _exact, _stride, first, _start = source
+    tables, _codebook, _shift = frame
+    # of rotary keys, one of the two channels of a pair
+    CHANNELS: tl.constexpr = HEAD_DIM // 2 if LAYOUT.rotary else HEAD_DIM
+    channel = tl.arange(0, triton.next_power_of_2(CHANNELS))[None, :]
+    ROWS: tl.constexpr = min(LAYOUT.page_size, max(1, TILE // triton.next_power_of_2(HEAD_DIM)))
+    for block in range(0, LAYOUT.page_size, ROWS):
         token = block + tl.arange(0, ROWS)[:, None]
-        exists = (token < PAGE) & (channel < HEAD_DIM)
-        y = _read_tokens(
-            x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING
-        )
-        tl.store(scratch + token * HEAD_DIM + channel, hadamard(y, HEAD_DIM), mask=exists)
+        inside = channel < CHANNELS
+        exists = (token < LAYOUT.page_size) & inside
+        order = channel
+        if LAYOUT.has_tables:
+            order = load_table(tables, channel, inside, "order", LAYOUT)
+        y = _read_tokens(source, token, order, exists, LAYOUT)
+        where = scratch + token * HEAD_DIM + channel
+        if LAYOUT.rotary:
+            other = load_table(tables, channel + CHANNELS, inside, "order", LAYOUT)
+            z = _read_tokens(source, token, other, exists, LAYOUT)
+            cosine, sine = _turns(first + token, channel, inside, frame, LAYOUT)
+            y, z = y * cosine + z * sine, z * cosine - y * sine
+            z = to_units(z, tables, channel + CHANNELS, inside, LAYOUT)
+            tl.store(where + CHANNELS, z, mask=exists)
+        if LAYOUT.has_tables:
+            y = to_units(y, tables, channel, inside, LAYOUT)
+        if LAYOUT.transform == "hadamard":
+            y = hadamard(y, HEAD_DIM)
+        tl.store(where, y, mask=exists)
 
 
 @triton.jit
-def _pack_plane(
-    codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr,
-    BITS: tl.constexpr, KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
-    ROTATE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, PLANE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Write one bit plane of a page, in tiles in which the fields of a unit lie along one axis."""
-    LEVELS: tl.constexpr = (1 << BITS) - 1
-    LENGTH: tl.constexpr = HEAD_DIM if KEY else PAGE
-    ALL_ROWS: tl.constexpr = PAGE if KEY else HEAD_DIM
-    UNITS: tl.constexpr = LENGTH * WIDTH // 16
-    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
-    BLOCK: tl.constexpr = min(
-        triton.next_power_of_2(ALL_ROWS), max(1, TILE // triton.next_power_of_2(LENGTH))
-    )
-    field = tl.arange(0, 16 // WIDTH)[None, :, None]
-    unit = tl.arange(0, UNITS_PAD)[None, None, :]
-    for block in range(0, ALL_ROWS, BLOCK):
-        row = block + tl.arange(0, BLOCK)[:, None, None]
-        exists = (row < ALL_ROWS) & (unit < UNITS) & (field >= 0)
-        index = field * UNITS + unit
-        token = row if KEY else index
-        channel = index if KEY else row
-        if ROTATE:
-            y = tl.load(scratch + token * HEAD_DIM + channel, mask=exists, other=0.0)
-        else:
-            y = _read_tokens(
-                x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING
-            )
-        where = _params_index(token, channel, HEAD_DIM, PAGE, CHANNEL, GROUP)
-        code = _encode(y, tl.load(params + where, mask=exists, other=0), LEVELS)
-        words = tl.sum(((code >> (2 * PLANE)) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
-        row = block + tl.arange(0, BLOCK)[:, None]
-        unit_2d = tl.arange(0, UNITS_PAD)[None, :]
-        where = row * (LENGTH * BITS // 16) + PLANE * (LENGTH // 8) + unit_2d
-        tl.store(codes + where, words.to(tl.uint16), mask=(row < ALL_ROWS) & (unit_2d < UNITS))
+def _load_coded(source, scratch, token, channel, exists, LAYOUT: tl.constexpr):
+    """Return channels of the page's tokens in the form in which they are coded, fp32."""
+    if LAYOUT.in_coded_form:
+        return tl.load(scratch + token * LAYOUT.head_dim + channel, mask=exists, other=0.0)
+    else:
+        return _read_tokens(source, token, channel, exists, LAYOUT)
 
 
 @triton.jit
-def _quantize_page(
-    codes, params, exact, x, scratch, stride, first, start, HEAD_DIM: tl.constexpr,
-    BITS: tl.constexpr, KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
-    MARGIN: tl.constexpr, ROTATE: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Quantize and pack the page of tokens from ``first`` on."""
-    LEVELS: tl.constexpr = (1 << BITS) - 1
-    if ROTATE:
-        _rotate_page(x, exact, scratch, stride, first, start, HEAD_DIM, SINKS, RING, PAGE, TILE)
-        tl.debug_barrier()
-
-    # Parameters: tiles in which a group lies along one axis.
-    if CHANNEL:
+def _write_params(source, page, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """Write the parameters of a page, in tiles in which a group lies along one axis."""
+    HEAD_DIM: tl.constexpr = LAYOUT.head_dim
+    GROUP: tl.constexpr = LAYOUT.group_size
+    PAGE: tl.constexpr = LAYOUT.page_size
+    _codes, params, scratch = page
+    tables, _codebook, _shift = frame
+    if LAYOUT.grouping == "channel":
         CHANNELS: tl.constexpr = min(triton.next_power_of_2(HEAD_DIM), max(1, TILE // GROUP))
         blocks: tl.constexpr = triton.cdiv(HEAD_DIM, CHANNELS)
         for block in range(0, PAGE // GROUP * blocks):
             token = block // blocks * GROUP + tl.arange(0, GROUP)[:, None]
-            channel = block % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-            exists = (token < PAGE) & (channel < HEAD_DIM)
-            if ROTATE:
-                y = tl.load(scratch + token * HEAD_DIM + channel, mask=exists, other=0.0)
-            else:
-                y = _read_tokens(
-                    x, exact, stride, first, start, token, channel, exists, HEAD_DIM, SINKS, RING
-                )
             member = block % blocks * CHANNELS + tl.arange(0, CHANNELS)
+            channel = member[None, :]
+            exists = (token < PAGE) & (channel < HEAD_DIM)
+            y = _load_coded(source, scratch, token, channel, exists, LAYOUT)
+            share = load_share(tables, member, member < HEAD_DIM, LAYOUT)
+            word = group_params(y, exists, share, 0, LAYOUT)
             where = block // blocks * HEAD_DIM + member
-            tl.store(
-                params + where, _group_params(y, exists, 0, LEVELS, MARGIN), mask=member < HEAD_DIM
-            )
+            tl.store(params + where, word, mask=member < HEAD_DIM)
     else:
         GROUPS: tl.constexpr = triton.next_power_of_2(HEAD_DIM // GROUP)
         GROUP_PAD: tl.constexpr = triton.next_power_of_2(GROUP)
         TOKENS: tl.constexpr = min(PAGE, max(1, TILE // (GROUPS * GROUP_PAD)))
         group = tl.arange(0, GROUPS)[None, :]
         inside = tl.arange(0, GROUP_PAD)[None, None, :]
+        real = group < HEAD_DIM // GROUP
+        share = load_share(tables, group * GROUP, real, LAYOUT)
         for block in range(0, PAGE, TOKENS):
             token = block + tl.arange(0, TOKENS)[:, None]
             channel = group[:, :, None] * GROUP + inside
             exists = (token[:, :, None] < PAGE) & (inside < GROUP) & (channel < HEAD_DIM)
-            if ROTATE:
-                y = tl.load(
-                    scratch + token[:, :, None] * HEAD_DIM + channel, mask=exists, other=0.0
-                )
-            else:
-                y = _read_tokens(
-                    x, exact, stride, first, start, token[:, :, None], channel, exists, HEAD_DIM,
-                    SINKS, RING,
-                )  # fmt: skip
-            where = group * PAGE + token
-            word = _group_params(y, exists, 2, LEVELS, MARGIN)
-            tl.store(params + where, word, mask=(token < PAGE) & (group < HEAD_DIM // GROUP))
-    tl.debug_barrier()
+            y = _load_coded(source, scratch, token[:, :, None], channel, exists, LAYOUT)
+            word = group_params(y, exists, share, 2, LAYOUT)
+            tl.store(params + group * PAGE + token, word, mask=(token < PAGE) & real)
 
-    for plane in tl.static_range(2 if BITS == 3 else 1):
-        _pack_plane(
-            codes, params, exact, x, scratch, stride, first, start, HEAD_DIM, BITS, KEY, CHANNEL,
-            GROUP, ROTATE, SINKS, RING, PAGE, TILE, plane, 2 - plane if BITS == 3 else BITS,
-        )  # fmt: skip
+
+@triton.jit
+def _write_entries(scratch, codebook, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """Find the entries of a page and write them to scratch ``[code_channels, page_size]`` behind it."""
+    PAGE: tl.constexpr = LAYOUT.page_size
+    ENTRIES: tl.constexpr = LAYOUT.levels + 1
+    COUPLE: tl.constexpr = LAYOUT.couple
+    BLOCK: tl.constexpr = min(ENTRIES, max(1, TILE // PAGE))
+    token = tl.arange(0, PAGE)
+    for part in range(LAYOUT.code_channels):
+        y = ()
+        for channel in tl.static_range(COUPLE):
+            where = scratch + token * LAYOUT.head_dim + part * COUPLE + channel
+            y += (bounded(tl.load(where)),)  # type: ignore[assignment]  # a tuple that grows
+        entries = codebook + part * (ENTRIES * COUPLE)
+        found = nearest_centroid(y, entries, LAYOUT, BLOCK)
+        where = scratch + PAGE * LAYOUT.head_dim + part * PAGE + token
+        tl.store(where, found.to(tl.float32))
+
+
+@triton.jit
+def _page_codes(source, page, token, part, exists, LAYOUT: tl.constexpr):
+    """Return the codes (int32) of a page, ``part`` counting those of a token."""
+    _codes, params, scratch = page
+    if LAYOUT.coder == "codebook":
+        where = LAYOUT.page_size * LAYOUT.head_dim + part * LAYOUT.page_size + token
+        return tl.load(scratch + where, mask=exists, other=0.0).to(tl.int32)
+    else:
+        y = _load_coded(source, scratch, token, part, exists, LAYOUT)
+        word = tl.load(params + params_index(token, part, LAYOUT), mask=exists, other=0)
+        return encode(y, word, LAYOUT)
+
+
+@triton.jit
+def _pack_plane(source, page, LAYOUT: tl.constexpr, TILE: tl.constexpr, PLANE: tl.constexpr):
+    """Write one bit plane of a page, in tiles in which the fields of a unit lie along one axis."""
+    WIDTH: tl.constexpr = LAYOUT.planes[PLANE]
+    SHIFT: tl.constexpr = below(LAYOUT.planes, PLANE)
+    FIRST: tl.constexpr = below(LAYOUT.plane_units, PLANE)
+    UNITS: tl.constexpr = LAYOUT.plane_units[PLANE]
+    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
+    BLOCK: tl.constexpr = min(
+        triton.next_power_of_2(LAYOUT.rows),
+        max(1, TILE // triton.next_power_of_2(LAYOUT.row_length)),
+    )
+    field = tl.arange(0, 16 // WIDTH)[None, :, None]
+    unit = tl.arange(0, UNITS_PAD)[None, None, :]
+    for block in range(0, LAYOUT.rows, BLOCK):
+        row = block + tl.arange(0, BLOCK)[:, None, None]
+        exists = (row < LAYOUT.rows) & (unit < UNITS) & (field >= 0)
+        index = field * UNITS + unit
+        if LAYOUT.role == "key":
+            code = _page_codes(source, page, row, index, exists, LAYOUT)
+        else:
+            code = _page_codes(source, page, index, row, exists, LAYOUT)
+        words = tl.sum(((code >> SHIFT) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
+        row = block + tl.arange(0, BLOCK)[:, None]
+        unit_2d = tl.arange(0, UNITS_PAD)[None, :]
+        where = page[0] + row * LAYOUT.units + FIRST + unit_2d
+        tl.store(where, words.to(tl.uint16), mask=(row < LAYOUT.rows) & (unit_2d < UNITS))
+
+
+@triton.jit
+def _pack_trits(source, page, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """Write the trits of a page, whose rows of bytes end in zeros where a unit is not full."""
+    BYTES: tl.constexpr = LAYOUT.row_bytes
+    BYTES_PAD: tl.constexpr = triton.next_power_of_2(2 * LAYOUT.units)
+    BLOCK: tl.constexpr = min(triton.next_power_of_2(LAYOUT.rows), max(1, TILE // BYTES_PAD))
+    byte = tl.arange(0, BYTES_PAD)[None, :]
+    for block in range(0, LAYOUT.rows, BLOCK):
+        row = block + tl.arange(0, BLOCK)[:, None]
+        packed, weight = tl.zeros((BLOCK, BYTES_PAD), tl.int32), 1
+        for digit in range(DIGITS):
+            index = digit * BYTES + byte
+            exists = (row < LAYOUT.rows) & (byte < BYTES) & (index < LAYOUT.row_length)
+            if LAYOUT.role == "key":
+                code = _page_codes(source, page, row, index, exists, LAYOUT)
+            else:
+                code = _page_codes(source, page, index, row, exists, LAYOUT)
+            packed += code * weight  # of what does not exist the code is 0
+            weight *= 3
+        where = page[0] + row * (2 * LAYOUT.units) + byte
+        exists = (row < LAYOUT.rows) & (byte < 2 * LAYOUT.units)
+        tl.store(where, packed.to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def _quantize_page(source, page, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """Quantize and pack a page."""
+    _tables, codebook, _shift = frame
+    if LAYOUT.in_coded_form:
+        _write_coded_form(source, page[2], frame, LAYOUT, TILE)
+        tl.debug_barrier()
+    if LAYOUT.coder == "codebook":
+        _write_entries(page[2], codebook, LAYOUT, TILE)
+    else:
+        _write_params(source, page, frame, LAYOUT, TILE)
+    tl.debug_barrier()
+    if LAYOUT.packing == "trits":
+        _pack_trits(source, page, LAYOUT, TILE)
+    else:
+        for plane in tl.static_range(len(LAYOUT.planes)):
+            _pack_plane(source, page, LAYOUT, TILE, plane)
 
 
 @triton.jit
@@ -296,56 +339,46 @@ def _write_rows(
 
 @triton.jit(do_not_specialize=["start"])
 def append_kernel(
-    codes, parameters, exact, cursor, x, scratch, position, start, tokens, capacity, heads,
-    stride_b, stride_h, stride_t, HAS_POSITION: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BITS: tl.constexpr, KEY: tl.constexpr, CHANNEL: tl.constexpr, GROUP: tl.constexpr,
-    MARGIN: tl.constexpr, ROTATE: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    codes, parameters, exact, cursor, x, scratch, tables, books, shift, position, start, tokens,
+    capacity, heads, table_words, stride_b, stride_h, stride_t, HAS_POSITION: tl.constexpr,
+    LAYOUT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor
-    too.
+    too. (Triton's launcher cannot take an argument that is named ``params``.)
 
     Grid: (B * Hkv, pages that ``tokens`` can fill).
     """
-    RING: tl.constexpr = WINDOW + PAGE
-    head, page = tl.program_id(0), tl.program_id(1)
+    SINKS: tl.constexpr = LAYOUT.sinks
+    PAGE: tl.constexpr = LAYOUT.page_size
+    head, number = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = head // heads, head % heads
     start, old, cut, new, ok = _plan(
-        cursor, position, start, tokens, capacity, HAS_POSITION, SINKS, WINDOW, PAGE
+        cursor, position, start, tokens, capacity, HAS_POSITION, SINKS, LAYOUT.window, PAGE
     )
-    x += (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
-    exact += head.to(tl.int64) * ((SINKS + RING) * HEAD_DIM)
-    slot = head.to(tl.int64) * capacity + old + page
-    codes += slot * (PAGE * HEAD_DIM * BITS // 16)
-    parameters += slot * (PAGE * HEAD_DIM // GROUP)
-    scratch += (head.to(tl.int64) * tl.num_programs(1) + page) * (PAGE * HEAD_DIM)
-    first = SINKS + (old + page) * PAGE
-    if ok & cut & (page == 0):
-        _reopen(
-            codes, parameters, exact, first, start, HEAD_DIM, BITS, KEY, CHANNEL, GROUP, ROTATE,
-            SINKS, RING, PAGE, ROWS,
-        )  # fmt: skip
-    if ok & (old + page < new):
-        _quantize_page(
-            codes, parameters, exact, x, scratch, stride_t, first, start, HEAD_DIM, BITS, KEY,
-            CHANNEL, GROUP, MARGIN, ROTATE, SINKS, RING, PAGE, TILE,
-        )  # fmt: skip
+    x += batch.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
+    exact += head.to(tl.int64) * (LAYOUT.exact_rows * LAYOUT.head_dim)
+    slot = head.to(tl.int64) * capacity + old + number
+    codes += slot * LAYOUT.page_words
+    parameters += slot * LAYOUT.page_params
+    scratch += (head.to(tl.int64) * tl.num_programs(1) + number) * LAYOUT.scratch_numbers
+    if LAYOUT.has_tables:
+        tables += kv_head.to(tl.int64) * table_words
+        books += (kv_head.to(tl.int64) * table_words + section_start("codebook", LAYOUT)) * 2
+    moved = tl.load(shift + batch) if LAYOUT.rotary else 0
+    source = (x, exact, stride_t, SINKS + (old + number) * PAGE, start)
+    page, frame = (codes, parameters, scratch), (tables, books, moved)
+    if ok & cut & (number == 0):
+        _reopen(source, page, frame, LAYOUT, ROWS)
+    if ok & (old + number < new):
+        _quantize_page(source, page, frame, LAYOUT, TILE)
         tl.debug_barrier()
     if WHOLE:
         if ok:
             for row in range(0, tokens, ROWS):
                 _write_rows(
-                    exact,
-                    x,
-                    stride_t,
-                    row,
-                    start,
-                    tokens,
-                    SINKS + new * PAGE,
-                    HEAD_DIM,
-                    SINKS,
-                    RING,
-                    ROWS,
-                )
+                    exact, x, stride_t, row, start, tokens, SINKS + new * PAGE, LAYOUT.head_dim,
+                    SINKS, LAYOUT.ring, ROWS,
+                )  # fmt: skip
         tl.debug_barrier()
         word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
         if word // ARRIVAL == tl.num_programs(0) - 1:
@@ -374,18 +407,9 @@ def rows_kernel(
         exact += head.to(tl.int64) * ((SINKS + RING) * HEAD_DIM)
         last = SINKS + new * PAGE
         _write_rows(
-            exact,
-            x,
-            stride_t,
-            tl.program_id(1) * ROWS,
-            start,
-            tokens,
-            last,
-            HEAD_DIM,
-            SINKS,
-            RING,
+            exact, x, stride_t, tl.program_id(1) * ROWS, start, tokens, last, HEAD_DIM, SINKS, RING,
             ROWS,
-        )
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -404,6 +428,14 @@ def cursor_kernel(
     if ok:
         tl.store(cursor, start + tokens)
         tl.store(cursor + 1, new)
+
+
+def _frame_arguments(frame: Frame | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if frame is None:
+        return unused, unused, unused
+    tables = frame.tables.contiguous()
+    shift = unused if frame.shift is None else frame.shift.contiguous()
+    return tables, tables.view(torch.float16), shift
 
 
 def append_(
@@ -426,6 +458,7 @@ def append_(
         position: Their slots on the device, one behind the other; or ``None``.
         start: The first slot; or ``None``.
         layout: The cache's layout.
+        frame: What packed tokens are coded relative to, where the layout has tables.
 
     Raises:
         ValueError: ``start`` is given and the new tokens do not fit.
@@ -442,19 +475,19 @@ def append_(
     pages = triton.cdiv(tokens, layout.page_size)
     whole = pages == 1 and B * H <= MAX_ARRIVALS and capacity < MAX_PAGES
     where = (position, start or 0, tokens, capacity)
-    regions = {"SINKS": layout.sinks, "WINDOW": layout.window, "PAGE": layout.page_size}
-    regions["HAS_POSITION"] = position is not None
+    regions: dict[str, Any] = {"SINKS": layout.sinks, "WINDOW": layout.window}
+    regions |= {"PAGE": layout.page_size, "HAS_POSITION": position is not None}
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
-    rotate = layout.transform == "hadamard"
-    scratch = (
-        x.new_empty(B, H, pages, layout.page_size, head_dim, dtype=torch.float32) if rotate else x
-    )
+    constants = Constants.of(layout)
+    numbers = constants.scratch_numbers
+    scratch = x.new_empty(B * H * pages, numbers, dtype=torch.float32) if numbers else x
     append_kernel[(B * H, pages)](
-        codes.view(torch.uint16), params.view(torch.int32), exact, cursor, x, scratch, *where, H,
-        *x.stride()[:3], HEAD_DIM=head_dim, BITS=layout.bits, KEY=layout.role == "key",
-        CHANNEL=layout.grouping == "channel", GROUP=layout.group_size,
-        MARGIN=(1.0 - layout.clip) / 2.0, ROTATE=rotate, ROWS=rows, TILE=TILE, WHOLE=whole,
-        enable_fp_fusion=False, **regions,
+        codes.view(torch.uint8 if layout.packing == "trits" else torch.uint16),
+        params.view(torch.uint16 if layout.params == "fp8" else torch.int32),
+        exact, cursor, x, scratch, *_frame_arguments(frame, cursor), *where, H,
+        0 if frame is None else frame.tables.shape[1], *x.stride()[:3],
+        HAS_POSITION=position is not None, LAYOUT=constants, ROWS=rows, TILE=TILE,
+        WHOLE=whole, enable_fp_fusion=False,
     )  # fmt: skip
     if not whole:
         blocks = triton.cdiv(min(tokens, layout.exact_rows), rows)

@@ -23,6 +23,7 @@ from kvq_compile.lowering.graph import (
     getitem_index,
     input_of,
     is_full,
+    root_of,
     same,
     shape_of,
     target_name,
@@ -149,6 +150,8 @@ def _grown(read: _Read, outputs: set[fx.Node]) -> State:
     cat = read.base
     tensors = [t for t in argument(cat, 0, "tensors") if not _is_empty(t)]
     if argument(cat, 1, "dim", 0) not in (2, -2):
+        if cat in outputs and not any(root_of(t).op == "placeholder" for t in tensors):
+            return State(Life.FRESH, cat, cat, repeats=read.repeats, slots=read.slots)
         raise Refusal("new tokens are joined along another dimension than 2")
     if read.slots is not None:
         raise Refusal("attention reads only a part of the grown cache")

@@ -1,0 +1,267 @@
+"""Calibrated methods end to end: what the compiled model reads is what the cache stands for, whoever made it."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+
+import kvq_compile
+from kvq_compile.calibration import Calibration
+from kvq_compile.choose import Choice, choose
+from kvq_compile.errors import KVQError
+from kvq_compile.history import watching
+from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.methods import make_spec
+from kvq_compile.small_tables import random_tables
+
+METHODS = ("skvq", "cq-4c4b", "auto")
+RUNTIME = {"window": 8, "page_size": 32}
+
+
+def make_model(seed: int = 0, layers: int = 2) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
+        num_hidden_layers=layers, intermediate_size=128, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def ids(count: int, seed: int = 0, batch: int = 1) -> Tensor:
+    return torch.randint(0, 64, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def calibrated(method: str) -> Calibration:
+    options: dict[str, Any] = {"auto": {"bits": 3}, "skvq": {"value_bits": 1.5}}.get(method, {})
+    texts = [ids(300, seed) for seed in range(2)]
+    return kvq_compile.calibrate(make_model(), texts, method, tokens=256, **options)
+
+
+def compiled(model: Any, calibration: Calibration, **options: Any) -> Any:
+    torch._dynamo.reset()  # every test compiles the same function
+    options = {"calibration": calibration, "inner": "eager", **RUNTIME, **options}
+
+    def call(tokens: Tensor, cache: Any, **more: Any) -> Tensor:
+        return model(tokens, past_key_values=cache, use_cache=True, **more).logits
+
+    return torch.compile(call, backend="kvq", options=options, dynamic=False)
+
+
+def dense(cache: Any) -> Any:
+    """Return an ordinary cache of what a quantized one stands for."""
+    copy = transformers.DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        copy.update(layer.keys.dequantize(), layer.values.dequantize(), index)
+    return copy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_model_reads_what_its_cache_stands_for(method: str) -> None:
+    model, text = make_model(), ids(120, 5)
+    run, cache = (
+        compiled(model, calibrated(method)),
+        transformers.DynamicCache(config=make_model().config),
+    )
+    with torch.no_grad():
+        for first, last in ((0, 90), (90, 91), (91, 118), (118, 119)):
+            before = None if first == 0 else dense(cache)
+            logits = run(text[:, first:last], cache)
+            expected = model(text[:, first:last], past_key_values=before, use_cache=True).logits
+            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+    for layer in cache.layers:
+        assert isinstance(layer.keys, QuantizedKV)
+        assert layer.keys.page_layout.rotary
+        assert layer.keys.page_layout.has_tables
+
+
+@pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
+def test_a_static_cache_is_calibrated_too(method: str) -> None:
+    model, text = make_model(), ids(90, 6)
+    run = compiled(model, calibrated(method))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=128)
+    grown = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        for first, last in ((0, 70), (70, 71), (71, 72)):
+            position = torch.arange(first, last)
+            logits = run(text[:, first:last], cache, cache_position=position)
+            expected = run(text[:, first:last], grown)
+            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert isinstance(cache.layers[0].keys, QuantizedKV)
+
+
+def test_left_padding_is_a_shift_of_the_positions() -> None:
+    model, text, pad = make_model(), ids(80, 7), 6
+    padded = torch.cat([torch.zeros(1, pad, dtype=torch.long), text[:, : 80 - pad]], 1)
+    both = torch.cat([padded, text])
+    mask = torch.ones_like(both)
+    mask[0, :pad] = 0
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+    run, cache = compiled(model, calibrated("skvq")), transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        run(both[:, :79], cache, attention_mask=mask[:, :79], position_ids=position[:, :79])
+        before = dense(cache)
+        more = {"attention_mask": mask, "position_ids": position[:, 79:]}
+        logits = run(both[:, 79:], cache, **more)
+        expected = model(both[:, 79:], past_key_values=before, use_cache=True, **more).logits
+    assert cache.layers[0].keys.shift.tolist() == [-pad, 0]
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
+    texts = [ids(300, seed) for seed in range(2)]
+    again = kvq_compile.calibrate(make_model(), texts, "skvq", tokens=256, value_bits=1.5)
+    assert again == calibrated("skvq")
+    again.save(tmp_path / "a")
+    assert Calibration.load(tmp_path / "a") == again
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
+    whole, part = calibrated("skvq"), tmp_path / "part"
+    Calibration(whole.method, whole.options, whole.layers[:1], whole.weights).save(part)
+    seen: list[int] = []
+    texts = [ids(300, seed) for seed in range(2)]
+
+    def advance(stage: str, done: int, total: int) -> None:
+        if stage.startswith("fitting"):
+            seen.append(done)
+
+    resumed = kvq_compile.calibrate(
+        make_model(), texts, "skvq", tokens=256, value_bits=1.5, resume=part, advance=advance
+    )
+    assert resumed == whole
+    assert seen == [1, 2]
+    with pytest.raises(ValueError, match="resume must name a file of this model"):
+        kvq_compile.calibrate(make_model(1), texts, "skvq", tokens=256, resume=part)
+
+
+def test_little_memory_means_more_passes_and_the_same_tables() -> None:
+    texts = [ids(300, seed) for seed in range(2)]
+    small = kvq_compile.calibrate(make_model(), texts, "skvq", tokens=256, value_bits=1.5, memory=1)
+    assert small == calibrated("skvq")
+
+
+def test_a_truncated_or_altered_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    calibrated("skvq").save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        Calibration.load(path)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="altered"):
+        Calibration.load(path)
+    path.write_bytes(content.replace(b'\\"value_bits\\": 1.5', b'\\"value_bits\\": 2.5'))
+    with pytest.raises(ValueError, match="altered"):
+        Calibration.load(path)
+    path.write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        Calibration.load(path)
+    with pytest.raises(FileNotFoundError, match="calibration must be a file"):
+        Calibration.load(tmp_path / "none")
+
+
+def test_another_model_is_refused() -> None:
+    cache = transformers.DynamicCache(config=make_model().config)
+    run = compiled(make_model(seed=1), calibrated("skvq"))
+    with pytest.raises(Exception, match="calibration must be of this model"), torch.no_grad():
+        run(ids(20), cache)
+
+
+def test_a_graph_with_other_attentions_is_refused() -> None:
+    model = make_model()
+    model.model.layers = model.model.layers[:1]
+    run = compiled(model, calibrated("skvq"))
+    with pytest.raises(Exception, match="1 attentions, got one of 2 layers"), torch.no_grad():
+        run(ids(20), transformers.DynamicCache())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "skvq"}, "calibration must be given for skvq"),
+        (
+            {"method": "cq-4c8b", "calibration": "skvq"},
+            "must be of method cq-4c8b, got one of skvq",
+        ),
+        ({"calibration": "skvq", "key_bits": 3}, "key_bits must be as calibrated, None, got 3"),
+        ({"calibration": "skvq", "winbow": 3}, "did you mean 'window'"),
+        ({"method": "cq"}, "method must be one of"),
+        ({"calibration": 3}, "calibration must be a Calibration or a file"),
+    ],
+)
+def test_options_that_do_not_fit_the_calibration_are_named(options: Any, message: str) -> None:
+    if options.get("calibration") == "skvq":
+        options = options | {"calibration": calibrated("skvq")}
+    with pytest.raises((ValueError, TypeError), match=message):
+        kvq_compile.compile(lambda x: x, **options)
+
+
+def test_single_layers_can_be_taken_out() -> None:
+    spec = make_spec(calibration=calibrated("skvq"), layers={1: None})
+    assert spec.for_layer(1) is None
+    assert spec.for_layer(0) is not None
+
+
+def test_explain_shows_what_a_calibrated_layer_becomes() -> None:
+    model = make_model()
+    with watching(), torch.no_grad():
+        told = str(
+            kvq_compile.explain(
+                model, input_ids=ids(20), use_cache=True,
+                past_key_values=transformers.DynamicCache(config=model.config),
+                options={"calibration": calibrated("cq-4c4b")},
+            )
+        )  # fmt: skip
+    assert "4 channels in 4 bits keys" in told
+
+
+def test_effective_bits_are_the_bytes_held() -> None:
+    model, cache = make_model(), transformers.DynamicCache(config=make_model().config)
+    with torch.no_grad():
+        compiled(model, calibrated("skvq"))(ids(120), cache)
+    found = kvq_compile.report(cache)
+    storages = {
+        part.untyped_storage()._cdata: part.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+        for part in (*tensor.parts, *tensor.frame)
+        if part is not None
+    }
+    assert found.bytes == sum(storages.values())
+    assert found.tensors[0].packed_bits == 2 + 16 / 64
+
+
+def test_the_choice_is_the_best_within_the_budget() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = random_tables(1, 16, group_size=16, rotary=False, codebook=None, seed=0)
+    widths = (1.0, 2.125, 3.5)
+    errors = torch.rand(4, 3, generator=generator).tolist()
+    tensors = [
+        [Choice({}, tables, w, e) for w, e in zip(widths, row, strict=True)] for row in errors
+    ]
+    for bits in (1.0, 1.7, 2.2, 3.0, 4.0):
+        best = min(
+            sum(errors[i][j] for i, j in enumerate(pick))
+            for pick in torch.cartesian_prod(*[torch.arange(3)] * 4).tolist()
+            if sum(widths[j] for j in pick) <= bits * 4
+        )
+        chosen = choose(tensors, bits)
+        assert sum(c.error for c in chosen) == pytest.approx(best)
+        assert sum(c.bits for c in chosen) <= bits * 4
+    with pytest.raises(ValueError, match="bits must be 1.00 or more"):
+        choose(tensors, 0.9)
+
+
+def test_batches_that_cannot_be_calibrated_on_are_named() -> None:
+    with pytest.raises(ValueError, match="batches must hold a text"):
+        kvq_compile.calibrate(make_model(), [], "skvq")
+    with pytest.raises(ValueError, match="must be one that is calibrated"):
+        kvq_compile.calibrate(make_model(), [ids(20)], "int4")
+    assert issubclass(KVQError, Exception)

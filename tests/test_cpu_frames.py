@@ -1,0 +1,274 @@
+"""Attention on the CPU over calibrated caches is that over the tokens that they stand for."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile.kernels import blocked, cpu_pages, reference
+from kvq_compile.kernels.bases import PackedTensor
+from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.small_tables import framed_layouts, random_tables
+from kvq_compile.testing import masks
+
+Framed = tuple[PageLayout, Frame | None]
+BATCH, HEADS = 2, 2
+PATHS = ("at once", "in blocks", "in torch")
+FULL_TURNS = 1 << 20  # a position at which fp32 angles would be off by a tenth
+
+
+@contextmanager
+def through(path: str) -> Iterator[None]:
+    """Send attention through one of its paths, blocks being small enough that there are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "FEW_ROWS", 10**6 if path == "at once" else 0)
+        patch.setattr(blocked, "SCRATCH_NUMBERS", 1)
+        if path == "in torch":
+            patch.setattr(cpu_pages, "is_available", lambda: False)
+        yield
+
+
+@st.composite
+def plain_layouts(draw: st.DrawFn, role: Role) -> Framed:
+    """Draw a layout without tables; three levels and fp8 parameters go without them too."""
+    bits = draw(st.sampled_from((1, 1.5, 2, 3, 4, 8)))
+    spec = TensorSpec(
+        bits,
+        grouping=draw(st.sampled_from(("token", "channel"))),
+        group_size=draw(st.sampled_from((None, 16))),
+        params=draw(st.sampled_from(("fp16", "fp8"))),
+        packing=draw(st.sampled_from(("fields", "trits"))) if bits == 1.5 else "fields",
+        transform=draw(st.sampled_from(("none", "hadamard"))),
+    )
+    return CacheSpec(spec, spec, 0, 0, 32).layout(role, draw(st.sampled_from((64, 80, 256)))), None
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Framed, Framed]:
+    """Draw layouts of keys and of values, each with or without tables, that go into one cache."""
+    key, value = (
+        draw(st.one_of(framed_layouts(role), framed_layouts(role), plain_layouts(role)))
+        for role in ("key", "value")
+    )
+    page_size = min(key[0].page_size, value[0].page_size)
+    shared = {"page_size": page_size, "sinks": draw(st.integers(0, 5))}
+    shared["window"] = draw(st.integers(0, 40))
+    fitted = []
+    for layout, frame in (key, value):
+        if layout.grouping == "channel":
+            layout = replace(layout, group_size=min(layout.group_size, page_size))
+        fitted.append((replace(layout, **shared), frame))
+    return fitted[0], fitted[1]
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def written(framed: Framed, x: Tensor) -> PackedTensor:
+    layout, frame = framed
+    parts = new_parts(x, 2 + x.shape[2] // layout.page_size, layout)
+    blocked.append_(*parts, x, 0, layout, frame)
+    return PackedTensor(parts, layout, frame)
+
+
+class Case:
+    """A cache of ``held`` tokens and ``new`` ones that attend to all of them."""
+
+    def __init__(
+        self, framed: tuple[Framed, Framed], held: int, new: int = 1, shared: int = 1, seed: int = 0
+    ) -> None:
+        D, Dv = (layout.head_dim for layout, _ in framed)
+        key, value = drawn(seed, HEADS, held + new, D), drawn(seed + 1, HEADS, held + new, Dv)
+        self.query = drawn(seed + 2, HEADS * shared, new, D)
+        self.new = key[:, :, held:], value[:, :, held:]
+        self.keys = written(framed[0], key[:, :, :held])
+        self.values = written(framed[1], value[:, :, :held])
+        self.held, self.scale = held, D**-0.5
+        self.mask: Tensor | None = None
+
+    def attend(self, path: str = "at once", **other: Frame) -> Tensor:
+        frames = {"key_frame": self.keys.frame, "value_frame": self.values.frame} | other
+        with through(path):
+            return blocked.attend(
+                *(self.query, *self.new, self.keys.parts, self.values.parts),
+                *(self.mask, self.held, self.scale, self.keys.layout, self.values.layout),
+                **frames,
+            )
+
+    def check(self, path: str = "at once") -> None:
+        """Assert that the output is fp64 attention over the tokens read, up to rounding."""
+        key, value = (
+            torch.cat([reference.read(*x.parts, self.held, x.layout, x.frame), new], 2)
+            for x, new in zip((self.keys, self.values), self.new, strict=True)
+        )
+        mask, bias = self.mask, 0.0
+        if mask is not None and mask.dtype != torch.bool:
+            shown = mask[mask > -1e4]
+            mask, bias = mask.double(), float(shown.abs().max()) if shown.numel() else 0.0
+        exact = (self.query.double(), key.double(), value.double())
+        expected = reference.softmax_attention(*exact, mask, self.scale)
+        tolerance = self.rounding(key, value, bias)
+        error = float((self.attend(path) - expected).abs().max())
+        assert error <= tolerance, f"{error=:.3g}, but must be at most {tolerance:.3g}"
+
+    def rounding(self, key: Tensor, value: Tensor, bias: float) -> float:
+        """Bound how far fp32 attention in any order is from fp64: `testing.rounding_bound`, made sharper.
+
+        Changes of basis are sums of ``D`` terms, and make numbers meet that are larger than tokens (`reach`).
+        A bound that no sum can pass would be a hundred times what is seen. Errors being independent, a sum of
+        ``n`` terms is off by at most ``λ √n u`` of their size but with a probability of ``2 exp(-λ² / 2)``.
+
+        Source: Higham and Mary, A new approach to probabilistic rounding error analysis, 2019.
+        """
+        unit, likely, D, S = 2.0**-24, 6.0, self.query.shape[3], key.shape[2]
+        norms = float(self.query.norm(dim=-1).max()) * reach(self.keys, key)[0]
+        scores = unit * likely * (3 * math.sqrt(D) * self.scale * norms + bias)
+        sums = unit * likely * (math.sqrt(S) + 3 * math.sqrt(D)) * reach(self.values, value)[1]
+        return float(value.abs().max()) * 2 * math.tanh(scores + 4 * unit) + sums
+
+
+def reach(packed: PackedTensor, tokens: Tensor) -> tuple[float, float]:
+    """Return the largest norm, and the largest element, of the numbers that sum up to a token."""
+    pages = slice(0, packed.pages)
+    codes = reference.unpack(packed.parts[0][:, :, pages], packed.layout)
+    params = packed.parts[1][:, :, pages]
+    coded = reference.coded_values(codes, params, packed.layout, packed.frame)
+    norm, element = (
+        float(x.max()) if x.numel() else 0.0 for x in (coded.norm(dim=-1), coded.abs())
+    )
+    if packed.frame is not None:
+        mean, scale = (packed.frame.section(name, packed.layout) for name in ("mean", "scale"))
+        norm = float(scale.max()) * norm + float(mean.norm(dim=-1).max())
+        element = float(scale.max()) * element + float(mean.abs().max())
+    return max(norm, float(tokens.norm(dim=-1).max())), max(element, float(tokens.abs().max()))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(pairs(), st.data(), st.integers(0, 260), st.sampled_from((1, 1, 3)), st.sampled_from((1, 3)))
+def test_attention_is_that_over_the_tokens_that_a_cache_stands_for(
+    path: str, framed: tuple[Framed, Framed], data: st.DataObject, held: int, new: int, shared: int
+) -> None:
+    case = Case(framed, held, new, shared, data.draw(st.integers(0, 99)))
+    case.mask = data.draw(masks(BATCH, HEADS * shared, new, held + new))
+    case.check(path)
+
+
+@given(st.one_of(framed_layouts(), plain_layouts("key"), plain_layouts("value")))
+def test_unpacked_numbers_are_exactly_those_that_codes_stand_for(framed: Framed) -> None:
+    """But for the turns of rotary keys, which are right to rounding."""
+    layout, frame = framed
+    packed = written(
+        framed, drawn(0, HEADS, 3 * layout.page_size + layout.window + 5, layout.head_dim)
+    )
+    pages = slice(1, 3)
+    unpacked, expected = cpu_pages.unpack(packed, pages), packed.unpack(pages)
+    if layout.rotary:
+        assert (unpacked - expected).abs().max() < 2e-6 * expected.abs().max()
+        return
+    codes = reference.unpack(packed.parts[0][:, :, pages], layout)
+    values = reference.coded_values(codes, packed.parts[1][:, :, pages], layout, frame)
+    assert torch.equal(unpacked, values.flatten(2, 3))
+    assert torch.equal(expected, values.flatten(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("couple", "bits"), [(1, 4), (2, 1), (3, 3), (4, 5), (6, 6), (8, 7), (16, 12)]
+)
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_any_number_of_channels_may_share_an_index_of_any_width(
+    role: Role, couple: int, bits: int
+) -> None:
+    head_dim = 32 * couple if couple < 8 else 256
+    tables = random_tables(
+        HEADS, head_dim, group_size=16, rotary=False, codebook=(couple, bits), seed=0
+    )
+    spec = TensorSpec(bits, couple=couple, tables=tables)
+    layout = CacheSpec(spec, spec, 1, 0, 32).layout(role, head_dim)
+    parts = new_parts(drawn(0, HEADS, 1, head_dim), 3, layout)
+    parts[0].random_(-(2**15), 2**15 - 1, generator=torch.Generator().manual_seed(0))
+    packed = PackedTensor(parts, layout, Frame(tables.words))
+    assert torch.equal(cpu_pages.unpack(packed, slice(0, 3)), packed.unpack(slice(0, 3)))
+
+
+@given(pairs(), st.integers(150, 260))
+def test_the_number_of_splits_does_not_change_the_output(
+    framed: tuple[Framed, Framed], held: int
+) -> None:
+    case = Case(framed, held, shared=2)
+    expected = case.attend()
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_pages, "PARALLEL_FROM", 0)
+        try:
+            torch.set_num_threads(3)
+            torch.testing.assert_close(case.attend(), expected, rtol=1e-4, atol=1e-5)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(framed_layouts("key"), st.sampled_from((-FULL_TURNS, FULL_TURNS, 2**31 - 1000)))
+def test_angles_are_exact_at_any_position(
+    path: str, framed: tuple[PageLayout, Frame], shift: int
+) -> None:
+    layout, frame = framed
+    assume(layout.rotary)
+    shifts = torch.tensor([shift, shift + 3], dtype=torch.int32)
+    spec = TensorSpec(4)
+    value = CacheSpec(spec, spec, layout.sinks, layout.window, layout.page_size).layout("value", 64)
+    Case(((layout, replace(frame, shift=shifts)), (value, None)), 200).check(path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_wrong_shift_or_other_tables_change_the_output(path: str) -> None:
+    def framed(role: Role, seed: int, shift: tuple[int, int]) -> tuple[PageLayout, Frame]:
+        rotary = role == "key"
+        tables = random_tables(HEADS, 64, group_size=16, rotary=rotary, codebook=None, seed=seed)
+        spec = TensorSpec(2, group_size=16, params="fp8", rotary=rotary, tables=tables)
+        layout = CacheSpec(spec, spec, 2, 9, 32).layout(role, 64)
+        return layout, Frame(tables.words, torch.tensor(shift).int() if rotary else None)
+
+    key, value = framed("key", 0, (0, -3)), framed("value", 1, (0, 0))
+    case = Case((key, value), 150)
+    case.check(path)
+    right = case.attend(path)
+    shifted = case.attend(path, key_frame=framed("key", 0, (0, -2))[1])
+    assert torch.equal(shifted[0], right[0])
+    assert (shifted[1] - right[1]).abs().max() > 1e-2
+    for wrong in (
+        {"key_frame": framed("key", 2, (0, -3))[1]},
+        {"value_frame": framed("value", 2, (0, 0))[1]},
+    ):
+        assert (case.attend(path, **wrong) - right).abs().max() > 1e-2
+
+
+def test_tables_that_are_written_to_are_read_again() -> None:
+    tables = random_tables(HEADS, 64, group_size=16, rotary=False, codebook=None, seed=0)
+    spec = TensorSpec(4, group_size=16, tables=tables)
+    cache = CacheSpec(spec, spec, 2, 9, 32)
+    framed = [(cache.layout(role, 64), Frame(tables.words)) for role in ("key", "value")]
+    case = Case((framed[0], framed[1]), 150)
+    case.check()
+    other = random_tables(HEADS, 64, group_size=16, rotary=False, codebook=None, seed=1)
+    tables.words.copy_(other.words)
+    case.check()
+
+
+def test_a_query_that_sees_nothing_gives_zeros() -> None:
+    tables = random_tables(HEADS, 64, group_size=16, rotary=False, codebook=None, seed=0)
+    spec = TensorSpec(4, group_size=16, tables=tables)
+    cache = CacheSpec(spec, spec, 2, 9, 32)
+    framed = [(cache.layout(role, 64), Frame(tables.words)) for role in ("key", "value")]
+    case = Case((framed[0], framed[1]), 150)
+    case.mask = torch.zeros(1, 151, dtype=torch.bool)
+    for path in PATHS:
+        assert not case.attend(path).any()

@@ -1,0 +1,408 @@
+"""Quantize-on-write leaves the bytes of the reference in every format, whatever tables say.
+
+As `test_kernels_quantize_kv`, whose layouts are the plain ones: kernels run natively where there is
+a GPU and in Triton's interpreter elsewhere, the reference always on the CPU. This file also is the
+program that compiles kernels ahead of time: a process that runs them in the interpreter cannot.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile.kernels import encode, frame, quantize_kv, reference
+from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.tables import Tables
+from kvq_compile.small_tables import framed_layouts, random_tables
+
+pytestmark = [  # of numpy, from Triton's interpreter
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+
+NATIVE = torch.cuda.is_available()
+DEVICE = "cuda" if NATIVE else "cpu"
+# The interpreter truncates where fp32 becomes bf16, which reopening a page does.
+DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * NATIVE
+# Shrinking a failure natively would compile a kernel for every attempt.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
+EXAMPLES = settings(max_examples=max(1, settings().max_examples // 3), phases=PHASES)
+CAPACITY = 4
+SPECIAL = (0.0, -0.0, 1e-7, 6e-5, -3.0, 65504.0, -65504.0, 7e4, -7e4)
+# Of e4m3: halves between normal and between subnormal numbers, the largest, and beyond.
+SPECIAL_E4M3 = (17.0, -17.0, 2.0**-10, 3 * 2.0**-10, 448.0, 463.9, -464.0, 1e4)
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+Framed = tuple[PageLayout, Frame | None]
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter, which pays by the operation, hold more at once than registers do."""
+    if not NATIVE:
+        monkeypatch.setattr(quantize_kv, "TILE", 1 << 15)
+
+
+@st.composite
+def plain_layouts(draw: st.DrawFn) -> Framed:
+    """Draw formats that `test_kernels_quantize_kv` does not know, without tables."""
+    head_dim = draw(st.sampled_from([64, 80, 96]))
+    grouping = draw(st.sampled_from(["token", "channel"]))
+    size = draw(st.sampled_from([16, None]))
+    clip = draw(st.sampled_from([1.0, 0.9]))
+    bits = draw(st.sampled_from([1.5, 1.5, 2, 3, 8]))
+    spec = TensorSpec(bits, grouping, size, clip, params="fp8")
+    if bits == 1.5:
+        packing = draw(st.sampled_from(["fields", "trits"]))
+        spec = replace(spec, packing=packing, params=draw(st.sampled_from(["fp16", "fp8"])))
+    cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), 32)
+    return cache.layout(draw(st.sampled_from(["key", "value"])), head_dim), None
+
+
+@st.composite
+def codebooks(draw: st.DrawFn) -> Framed:
+    """Draw codebooks whose entries and tokens are so coarse that many distances are equal."""
+    role: Role = draw(st.sampled_from(["key", "value"]))
+    couple = draw(st.sampled_from([2, 4, 8]))
+    planes = [bits for bits in (1, 2, 4, 8) if 64 // couple * bits % 16 == 0 or role == "value"]
+    bits = sum(draw(st.sets(st.sampled_from(planes), min_size=1, max_size=3)))
+    bits = min(bits, 10)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    order = torch.stack([torch.randperm(64, generator=generator) for _ in range(2)])
+    rotary = role == "key" and draw(st.booleans())
+    frequency = torch.randint(-(2**31), 2**31, (2, 32), generator=generator)
+    tables = Tables.build(
+        order=order, mean=torch.zeros(2, 64), scale=torch.ones(2, 64), margin=torch.zeros(2, 64),
+        frequency=frequency if rotary else None,
+        codebook=torch.randint(-3, 4, (2, 64 // couple, 1 << bits, couple), generator=generator),
+    )  # fmt: skip
+    spec = TensorSpec(bits, couple=couple, tables=tables, rotary=rotary)
+    layout = CacheSpec(spec, spec, 1, draw(st.integers(0, 9)), 32).layout(role, 64)
+    return layout, Frame(tables.words, torch.tensor([-5], dtype=torch.int32) if rotary else None)
+
+
+def uniform(framed: Framed) -> bool:
+    """Return whether a layout is one that the interpreter runs fast and the reference exactly."""
+    return framed[0].coder == "uniform" and framed[0].transform == "none"
+
+
+def formats(batch: int = 1) -> st.SearchStrategy[Framed]:
+    tabled = framed_layouts(batch=batch, head_dims=(64, 80, 96), page_sizes=(32,)).filter(uniform)
+    return st.one_of(tabled, tabled, plain_layouts())
+
+
+def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Return tokens of two sequences with two heads, laid out as a projection leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, tokens, 2, layout.head_dim, generator=generator)
+    return (2 * x).to(dtype).transpose(1, 2)
+
+
+class Caches:
+    """The same cache kept by the reference and by the kernel."""
+
+    def __init__(self, framed: Framed, dtype: torch.dtype, batch: int = 1) -> None:
+        self.layout, self.frame = framed
+        like = torch.zeros(batch, 2, 1, self.layout.head_dim, dtype=dtype)
+        self.expected = new_parts(like, CAPACITY, self.layout)
+        self.actual = tuple(part.to(DEVICE) for part in self.expected)
+        self.moved = self.frame
+        if self.frame is not None:
+            shift = self.frame.shift
+            self.moved = Frame(
+                self.frame.tables.to(DEVICE), None if shift is None else shift.to(DEVICE)
+            )
+
+    def append(self, x: Tensor, start: int, by_position: bool) -> None:
+        x = x[: self.expected[0].shape[0]]
+        reference.append_(*self.expected, x, start, self.layout, self.frame)
+        position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
+        known = None if by_position else start
+        quantize_kv.append_(*self.actual, x.to(DEVICE), position, known, self.layout, self.moved)
+
+    def held(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return what counts: packed pages, exact rows that hold a token, cursor."""
+        codes, params, exact, cursor = (part.cpu() for part in parts)
+        length, pages = cursor.tolist()
+        first = self.layout.sinks + pages * self.layout.page_size
+        rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
+        sinks = torch.arange(min(length, self.layout.sinks))
+        exact = exact[:, :, torch.cat([sinks, rows])]
+        return codes[:, :, :pages], params[:, :, :pages], exact, cursor
+
+    def assert_equal(self) -> None:
+        names = ("codes", "params", "exact", "cursor")
+        parts = self.held(self.expected), self.held(self.actual)
+        for name, expected, actual in zip(names, *parts, strict=True):
+            torch.testing.assert_close(
+                actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def full(layout: PageLayout, pages: int) -> int:
+    return layout.sinks + layout.window + pages * layout.page_size
+
+
+@EXAMPLES
+@given(st.data())
+def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
+    data: st.DataObject,
+) -> None:
+    framed = data.draw(formats(batch=2))
+    dtype = data.draw(st.sampled_from([*DTYPES, torch.bfloat16]))
+    caches, count = Caches(framed, dtype, batch=2), full(framed[0], 2)
+    x = random_tokens(framed[0], count, dtype, 0)
+    edges = [full(framed[0], 1) - 1, full(framed[0], 1), data.draw(st.integers(1, count))]
+    edges = sorted({0, count, *data.draw(st.lists(st.sampled_from(edges), max_size=3))})
+    for start, stop in pairwise(edges):
+        caches.append(x[:, :, start:stop], start, data.draw(st.booleans()))
+    caches.assert_equal()
+
+
+@EXAMPLES
+@given(st.data())
+def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
+    data: st.DataObject,
+) -> None:
+    framed = data.draw(formats() | codebooks())
+    layout = framed[0]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    caches, count = Caches(framed, dtype), full(layout, 1) + data.draw(st.integers(0, 9))
+    caches.append(random_tokens(layout, count, dtype, 0), 0, True)
+    # A page is cut open where fewer tokens are left than it has.
+    start = data.draw(st.integers(layout.sinks, layout.sinks + 31) | st.integers(0, count))
+    tokens = data.draw(st.integers(1, 3))
+    caches.append(random_tokens(layout, tokens, dtype, 1), start, data.draw(st.booleans()))
+    caches.assert_equal()
+    start += tokens
+    rest = max(1, full(layout, 1) - start)
+    caches.append(random_tokens(layout, rest, dtype, 2), start, False)
+    caches.assert_equal()
+
+
+@EXAMPLES
+@given(st.data())
+def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> None:
+    framed = data.draw(formats() | codebooks())
+    caches = Caches(framed, torch.float32)
+    x = random_tokens(framed[0], full(framed[0], 1), torch.float32, 0)[:1].contiguous()
+    for _ in range(data.draw(st.integers(1, 8))):
+        value = data.draw(
+            st.sampled_from(SPECIAL + SPECIAL_E4M3 + NOT_FINITE) | st.floats(width=32)
+        )
+        first, last = sorted(
+            data.draw(st.tuples(st.integers(0, x.numel()), st.integers(0, x.numel())))
+        )
+        x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
+    caches.append(x, 0, True)
+    caches.assert_equal()
+
+
+@EXAMPLES
+@given(st.data())
+def test_entries_are_the_nearest_and_the_first_of_those_as_near(data: st.DataObject) -> None:
+    framed = data.draw(codebooks())
+    caches = Caches(framed, torch.float16)
+    x = (random_tokens(framed[0], full(framed[0], 1), torch.float32, 0) * 2).round() / 2
+    caches.append(x.half(), 0, data.draw(st.booleans()))
+    caches.assert_equal()
+
+
+@EXAMPLES
+@given(st.data())
+def test_a_rotation_that_does_not_round_leaves_the_bytes_of_the_reference(
+    data: st.DataObject,
+) -> None:
+    """Sums of integers do not round, nor do products by the root of 16 or 64 numbers."""
+    head_dim = data.draw(st.sampled_from([64, 80]))
+    tables = random_tables(
+        2, head_dim, group_size=16, rotary=False, codebook=None, seed=data.draw(st.integers(0, 99))
+    )
+    order, _, _, _, margin = (
+        tables.words.view(2, -1)[:, : 5 * head_dim].unflatten(1, (5, -1)).unbind(1)
+    )
+    tables = Tables.build(
+        order=order, mean=(order % 5).float(), scale=2.0 ** (order % 3), margin=margin.view(torch.float32)
+    )  # fmt: skip
+    spec = TensorSpec(
+        data.draw(st.sampled_from([1.5, 2, 4])), group_size=16, transform="hadamard", tables=tables,
+        params=data.draw(st.sampled_from(["fp16", "fp8"])),
+    )  # fmt: skip
+    layout = CacheSpec(spec, spec, 1, 3, 32).layout(
+        data.draw(st.sampled_from(["key", "value"])), head_dim
+    )
+    caches = Caches((layout, Frame(tables.words)), torch.float32)
+    caches.append(random_tokens(layout, full(layout, 1), torch.float32, 0).round(), 0, True)
+    caches.assert_equal()
+    caches.append(random_tokens(layout, 1, torch.float32, 1), 20, True)
+    exact = [caches.held(parts)[2] for parts in (caches.actual, caches.expected)]
+    torch.testing.assert_close(*exact, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def turn_kernel(phase, cosine, sine, N: tl.constexpr):
+    where = tl.arange(0, N)
+    c, s = encode.cosine_and_sine(tl.load(phase + where))
+    tl.store(cosine + where, c)
+    tl.store(sine + where, s)
+
+
+@triton.jit
+def round_kernel(x, byte, value, N: tl.constexpr):
+    where = tl.arange(0, N)
+    rounded = encode.round_e4m3(tl.load(x + where))
+    tl.store(byte + where, rounded)
+    tl.store(value + where, encode.e4m3_value(rounded))
+
+
+@given(st.lists(st.integers(-(2**45), 2**45), min_size=64, max_size=64))
+@example([k * 2**29 + d for k in range(-8, 8) for d in (-1, 0, 1, 2**50)])
+def test_angles_that_wrap_have_the_cosine_and_sine_of_those_that_do_not(phases: list[int]) -> None:
+    phase = torch.tensor(phases)
+    wrapped = ((phase + 2**31) % 2**32 - 2**31).int().to(DEVICE)
+    actual = torch.empty(2, 64, device=DEVICE)
+    turn_kernel[(1,)](wrapped, actual[0], actual[1], N=64, enable_fp_fusion=False)
+    expected = torch.stack(frame.cosine_and_sine(phase))
+    assert torch.equal(actual.cpu().view(torch.int32), expected.view(torch.int32))
+
+
+def test_every_e4m3_number_and_what_lies_around_it_is_rounded_as_the_reference_rounds() -> None:
+    known = frame.e4m3_value(torch.arange(128, dtype=torch.uint8))
+    halves = (known[1:] + known[:-1]) / 2
+    points = torch.cat([known, halves, torch.tensor([500.0, 7e4])])
+    bits = points.view(torch.int32)
+    around = torch.cat([(bits + d).clamp_min(0).view(torch.float32) for d in (-1, 0, 1)])
+    x = torch.cat([around, -around, torch.zeros(2048 - 2 * len(around))]).to(DEVICE)
+    byte, value = torch.empty_like(x, dtype=torch.int32), torch.empty_like(x)
+    round_kernel[(1,)](x, byte, value, N=2048, enable_fp_fusion=False)
+    expected = frame.round_e4m3(x.cpu())
+    assert torch.equal(byte.cpu(), expected.int())
+    assert torch.equal(value.cpu(), frame.e4m3_value(expected))
+
+
+def test_tables_of_the_same_form_share_a_kernel() -> None:
+    layouts = [
+        CacheSpec(TensorSpec(2, tables=random_tables(2, 64, group_size=64, rotary=False, codebook=None,
+                                                     seed=seed))).layout("key", 64)
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert layouts[0] != layouts[1]
+    one, other = (encode.Constants.of(layout) for layout in layouts)
+    assert (one, repr(one)) == (other, repr(other))
+    assert repr(encode.Constants.of(replace(layouts[0], bits=4))) != repr(one)
+
+
+# --- compiled ahead of time -----------------------------------------------------------------------
+
+CASES = {  # role, arguments of TensorSpec, coupled channels and bits of a codebook
+    "fp8-trits": ("value", {"bits": 1.5, "packing": "trits", "params": "fp8", "group_size": 64}, None),
+    "rotary-fp8": ("key", {"bits": 2, "params": "fp8", "group_size": 32, "rotary": True}, None),
+    "channel-hadamard": ("key", {"bits": 3, "grouping": "channel", "group_size": 32,
+                                 "transform": "hadamard"}, None),
+    "rotary-codebook": ("key", {"rotary": True}, (2, 8)),
+    "codebook-10": ("value", {}, (8, 10)),
+}  # fmt: skip
+TARGETS = [(name, "sm_90") for name in CASES] + [
+    (name, "gfx942") for name in ("fp8-trits", "rotary-codebook")
+]
+
+
+def cuobjdump() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Driver:
+    """Stands in for the driver of a GPU that is not there, as far as compiling asks it."""
+
+    def __init__(self, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.gpu = GPUTarget("cuda", 90, 32) if target == "sm_90" else GPUTarget("hip", target, 64)
+
+    def get_current_target(self):
+        return self.gpu
+
+    def get_current_device(self):
+        return self.gpu.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_append(name: str, target: str):
+    """Call `append_` up to the launch; return the kernel that it would launch."""
+    role, options, codebook = CASES[name]
+    rotary = "rotary" in options
+    tables = random_tables(2, 128, group_size=1, rotary=rotary, codebook=codebook, seed=0)
+    if codebook is not None:
+        options = options | {"couple": codebook[0], "bits": codebook[1]}
+    spec = TensorSpec(tables=tables, **options)
+    layout = CacheSpec(spec, spec).layout(role, 128)
+    x, compiled = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), []
+    shift = torch.zeros(1, dtype=torch.int32) if rotary else None
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **constants):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **constants))
+
+    triton.runtime.driver.set_active(Driver(target))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", compile_only)
+        parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
+        quantize_kv.append_(*parts, x, position, None, layout, Frame(tables.words, shift))
+    return compiled[0]
+
+
+def spilled(name: str, target: str) -> int:
+    """Return the bytes of stack that a kernel takes, or the registers spilled to it."""
+    compiled = compile_append(name, target)
+    if target != "sm_90":
+        return int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[0])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump()), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)[0])
+
+
+@pytest.fixture(scope="module")
+def spills() -> dict[str, int]:
+    if not cuobjdump().exists():
+        pytest.skip("this build of triton brings no cuobjdump")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "target"), TARGETS)
+def test_writing_compiles_natively_and_stays_in_registers(
+    spills: dict[str, int], name: str, target: str
+) -> None:
+    assert spills[f"{name} {target}"] == 0
+
+
+if __name__ == "__main__":
+    print(json.dumps({f"{name} {target}": spilled(name, target) for name, target in TARGETS}))
