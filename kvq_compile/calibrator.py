@@ -1,6 +1,7 @@
 """Calibrate a model for a method that learns: capture what its attentions see, fit tables, layer by layer.
 
-The tokens that are kept of each batch follow from the seed alone, so the same call gives the same tables. How
+The tokens that are kept of each batch follow from the seed alone, so on a CPU the same call gives the same
+tables (a GPU sums gradients in no fixed order, which moves the last digits). How
 many are kept bounds the memory: where the samples of all layers would not fit, the texts are read again for
 each group of layers that does. `resume` names a file to which every fitted layer goes, and from which a call
 that was cut short goes on.
@@ -8,7 +9,7 @@ that was cut short goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvq_compile.calibration import Calibration, LayerTables, weight_hash
-from kvq_compile.capture import Activations, Batch, capture
+from kvq_compile.capture import Activations, Batch, Found, capture, find_rotations
 from kvq_compile.choose import CANDIDATES, Choice, Text, choose, measure
 from kvq_compile.fit import Fitted, fit_codebook, fit_uniform
 from kvq_compile.kernels.frame import cosine_and_sine
@@ -52,6 +53,12 @@ class _Samples:
     texts: list[Text] = field(default_factory=list)
     rotation: Rotation | None = None
     note: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def joined(self, role: str) -> tuple[Tensor, Tensor]:
+        """Return all tokens and their weights, on the model's device."""
+        tokens, weights = getattr(self, role), getattr(self, f"{role}_weight")
+        return torch.cat(tokens).to(self.device), torch.cat(weights).to(self.device)
 
 
 def calibrate(
@@ -98,10 +105,11 @@ def calibrate(
     weights = frozenset(weight_hash(parameter) for parameter in model.parameters())
     fitted = _resumed(resume, method, options, weights)
     candidates: list[_Candidates] = []
+    rotations = find_rotations(model, texts[0])
     count = None
     while count is None or len(fitted) + len(candidates) < count:
         first = len(fitted) + len(candidates)
-        samples, count = _sample(model, texts, first, tokens, seed, memory, advance)
+        samples, count = _sample(model, texts, rotations, first, tokens, seed, memory, advance)
         for layer in samples:
             advance("fitting layers", len(fitted) + len(candidates), count)
             if method == "auto":  # which chooses when it has seen all layers
@@ -132,6 +140,7 @@ def _resumed(
 def _sample(
     model: nn.Module,
     texts: Sequence[Batch],
+    rotations: Mapping[int, Found],
     first: int,
     tokens: int,
     seed: int,
@@ -140,9 +149,10 @@ def _sample(
 ) -> tuple[list[_Samples], int]:
     """Return the samples of as many layers, from number ``first`` on, as fit, and how many layers there are."""
     share = -(-tokens // len(texts))
+    found_in = capture(model, texts, gradients=True, rotations=rotations)
     samples: list[_Samples] = []
     layers = 0
-    for number, found in enumerate(capture(model, texts, gradients=True)):
+    for number, found in enumerate(found_in):
         advance("reading texts", number, len(texts))
         layers = len(found)
         if number == 0:
@@ -154,7 +164,7 @@ def _sample(
             _take(sample, seen, share, generator.clone_state())
             if len(sample.texts) < TEXTS and seen.mask is None:
                 parts = (seen.query, seen.key, seen.value)
-                sample.texts.append(Text(*(part[0].detach().float().cpu() for part in parts)))
+                sample.texts.append(Text(*(part[0].float() for part in parts)))
     advance("reading texts", len(texts), len(texts))
     return samples, layers
 
@@ -171,12 +181,13 @@ def _take(sample: _Samples, seen: Activations, share: int, generator: torch.Gene
     )
     position = position.flatten()[picked]
     sample.rotation, sample.note = seen.rotation, seen.rotation_reason
+    sample.device = seen.key.device
     for name, x in (("key", seen.key), ("value", seen.value)):
         gradient = seen.key_gradient if name == "key" else seen.value_gradient
         rows = _rows(x, picked)
         weight = _rows(gradient if gradient is not None else torch.ones_like(x), picked)
         if name == "key" and seen.rotation is not None:
-            rows, weight = (unrotate(t, position, seen.rotation) for t in (rows, weight))
+            rows, weight = unrotate(torch.stack([rows, weight]), position, seen.rotation)
         getattr(sample, name).append(rows)
         getattr(sample, f"{name}_weight").append(weight * weight)
 
@@ -187,7 +198,7 @@ def _rows(x: Tensor, picked: Tensor) -> Tensor:
 
 
 def unrotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
-    """Return keys ``[n, H, D]`` as they were before their rotation, pairs at ``c`` and ``c + D / 2``.
+    """Return keys ``[..., n, H, D]`` as they were before their rotation, pairs at ``c`` and ``c + D / 2``.
 
     Args:
         x: Rotated keys, or their gradients.
@@ -228,8 +239,7 @@ def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candida
     found: dict[Role, list[Choice]] = {"key": [], "value": []}
     rotary = sample.rotation is not None
     for role, choices in found.items():
-        x = torch.cat(getattr(sample, role))
-        weight = torch.cat(getattr(sample, f"{role}_weight"))
+        x, weight = sample.joined(role)
         rotation = sample.rotation if role == "key" else None
         for coding in CANDIDATES:
             if "couple" in coding:
@@ -299,16 +309,17 @@ def _fit(
 
 def to_tables(fitted: Fitted, rotation: Rotation | None) -> Tables:
     """Return what was fitted to unrotated keys, or to values, as `Tables` of the model's channels."""
-    order, frequency = fitted.order, None
+    device, order, frequency = fitted.order.device, fitted.order, None
     if rotation is not None:
-        order = torch.tensor(rotation.order)[fitted.order]
-        half = fitted.order[:, : fitted.order.shape[1] // 2]
+        order = torch.tensor(rotation.order, device=device)[fitted.order]
+        half = fitted.order[:, : fitted.order.shape[1] // 2].cpu()
         frequency = torch.tensor(rotation.frequencies, dtype=torch.int64)[half].int()
+    codebook = fitted.codebook
     return Tables.build(
-        order=order,
-        mean=fitted.mean.gather(1, fitted.order),
-        scale=fitted.scale.gather(1, fitted.order),
-        margin=fitted.margin,
+        order=order.cpu(),
+        mean=fitted.mean.gather(1, fitted.order).cpu(),
+        scale=fitted.scale.gather(1, fitted.order).cpu(),
+        margin=fitted.margin.cpu(),
         frequency=frequency,
-        codebook=fitted.codebook,
+        codebook=None if codebook is None else codebook.cpu(),
     )

@@ -26,6 +26,8 @@ from kvq_compile.lowering.sites import Life, Refusal, SiteReport
 from kvq_compile.methods import make_spec
 
 Batch = Tensor | Mapping[str, Any]
+Found = tuple[Rotation | None, str]  # a layer's rotation, or why there is none
+PROBE = 64  # tokens that suffice to find rotations
 _ANY = make_spec("int8")  # of all methods the one that asks least of the shapes
 
 
@@ -56,7 +58,11 @@ class Activations:
 
 
 def capture(
-    model: nn.Module, batches: Iterable[Batch], *, gradients: bool
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    gradients: bool,
+    rotations: Mapping[int, Found] | None = None,
 ) -> Iterator[list[Activations]]:
     """Run a model on each batch and yield what its attentions saw, one `Activations` for each, in order.
 
@@ -69,12 +75,13 @@ def capture(
             the model knows it. An ``attention_mask`` ``[B, T]`` among them is handed on as ``mask``.
         gradients: Whether to take gradients of the mean next-token cross entropy with respect to keys and
             values. The logits are ``.logits`` of the result, or the result, or its first part.
+        rotations: Rotation of each layer or the reason for none, where they are known (`find_rotations`).
 
     Raises:
         TypeError: A batch is neither token ids nor keyword arguments.
         ValueError: No attention keeps a cache, a batch begins with a filled one, or there is no loss.
     """
-    watch = _Watch(gradients)
+    watch = _Watch(gradients, rotations)
     accepted = inspect.signature(model.forward).parameters
 
     def call(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -96,6 +103,17 @@ def capture(
         yield found
 
 
+def find_rotations(model: nn.Module, batch: Batch) -> dict[int, Found]:
+    """Return the rotation of each layer's keys, found on the first tokens of a batch.
+
+    Rotations are found by running pieces of the graph in fp64, at the length at which it was captured.
+    """
+    if isinstance(batch, Tensor):
+        batch = batch[:1, :PROBE]
+    (found,) = capture(model, [batch], gradients=False)
+    return {seen.layer: (seen.rotation, seen.rotation_reason) for seen in found}
+
+
 class _Watch:
     """The backend, and what the graphs that it compiled have seen.
 
@@ -104,10 +122,10 @@ class _Watch:
         rotations: Rotation of each layer, or the reason why there is none, found in the first graph.
     """
 
-    def __init__(self, gradients: bool) -> None:
+    def __init__(self, gradients: bool, rotations: Mapping[int, Found] | None) -> None:
         self._gradients = gradients
         self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self.rotations: dict[int, tuple[Rotation | None, str]] = {}
+        self.rotations: dict[int, Found] = dict(rotations or {})
         self._left_out: list[SiteReport] = []
         self._error: ValueError | None = None
 
@@ -160,7 +178,7 @@ class _Watch:
             self._left_out = []
 
 
-def _rotation(key: fx.Node, inputs: Mapping[fx.Node, Any]) -> tuple[Rotation | None, str]:
+def _rotation(key: fx.Node, inputs: Mapping[fx.Node, Any]) -> Found:
     try:
         return replace(
             find_rotation(key, inputs), position=None

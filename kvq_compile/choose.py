@@ -72,7 +72,7 @@ def measure(
     for text in texts:
         x = text.key if role == "key" else text.value
         shift = torch.zeros(1, dtype=torch.int32) if layout.rotary else None
-        frame = Frame(tables.words, shift)
+        frame = Frame(tables.on(x.device), shift if shift is None else shift.to(x.device))
         end = layout.sinks + layout.pages_at(x.shape[1]) * layout.page_size
         pages = x[None, :, layout.sinks : end].unflatten(2, (-1, layout.page_size))
         coded = reference.quantize_pages(pages, layout, frame, layout.sinks)
@@ -95,7 +95,7 @@ def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> T
     """
     shared = text.query.shape[0] // text.key.shape[0]
     T = text.key.shape[1]
-    place = torch.arange(T)
+    place = torch.arange(T, device=key.device)
     distance = place[:, None] - place
     far = (distance >= window) & (place >= sinks)
     outputs = []

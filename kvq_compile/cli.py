@@ -356,12 +356,13 @@ def show_scores(scores: Sequence[Score], title: str | None = None) -> None:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold", min_width=16)
     lengths = list(scores[0].recall)
-    heads = ("bits", "perplexity", "diff", "KL", "top-1", "bytes", "tokens/s")
+    heads = ("packed", "bits", "perplexity", "diff", "KL", "top-1", "bytes", "tokens/s")
     for head in (*heads, *(f"recall {length}" for length in lengths)):
         table.add_column(head, justify="right", no_wrap=True)
     for score in scores:
         table.add_row(
             escape(score.method),
+            f"{score.packed_bits:.2f}",
             f"{score.effective_bits:.2f}",
             f"{score.perplexity:.3f}",
             f"{score.difference:+.2f} %",

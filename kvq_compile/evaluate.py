@@ -93,9 +93,13 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """One row of the table; ``difference`` in percent, ``kl`` in nats, ``top1`` in percent."""
+    """One row of the table; ``difference`` in percent, ``kl`` in nats, ``top1`` in percent.
+
+    ``packed_bits`` are those of a number in a packed page, ``effective_bits`` all bytes held over all numbers.
+    """
 
     method: str
+    packed_bits: float
     effective_bits: float
     perplexity: float
     difference: float
@@ -310,6 +314,7 @@ def evaluate(
     return [
         Score(
             method=runner.method.label,
+            packed_bits=found.packed_bits,
             effective_bits=found.effective_bits,
             perplexity=total.perplexity,
             difference=100 * (total.perplexity / base - 1),

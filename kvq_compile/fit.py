@@ -104,7 +104,7 @@ def fit_uniform(
     cost = torch.stack(
         [_margin_cost(x, weight, fitted, m, levels, group_size, fp8, coherence) for m in MARGINS]
     )
-    best = torch.tensor(MARGINS)[cost.argmin(0)]
+    best = torch.tensor(MARGINS, device=x.device)[cost.argmin(0)]
     return replace(fitted, margin=best.repeat_interleave(group_size, -1))
 
 
@@ -145,7 +145,7 @@ def fit_codebook(
     if dim % couple:
         raise ValueError(f"couple must divide the head dimension {dim}, got {couple}")
     weight = _normalised(x, weight)
-    mean, scale = x.mean(0), torch.ones(heads, dim)
+    mean, scale = x.mean(0), x.new_ones(heads, dim)
     if sensitivity:
         scale = _importance_scale(weight, sensitivity, paired)
     order = _order_by_correlation(x, couple, paired) if correlate else _identity(x)
@@ -157,7 +157,7 @@ def fit_codebook(
     ]
     codebook = torch.cat(books).clamp(-65504, 65504).half()
     codebook = codebook.view(heads, dim // couple, 2**bits, couple)
-    return Fitted(order, mean, scale, torch.zeros(heads, dim), codebook)
+    return Fitted(order, mean, scale, torch.zeros_like(mean), codebook)
 
 
 def quantize_dequantize(
@@ -210,7 +210,7 @@ def _normalised(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _identity(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[2]).repeat(x.shape[1], 1)
+    return torch.arange(x.shape[2], device=x.device).repeat(x.shape[1], 1)
 
 
 def _pooled(channels: Tensor, paired: bool) -> Tensor:
@@ -258,7 +258,7 @@ def _order_by_correlation(x: Tensor, couple: int, paired: bool) -> Tensor:
         half = together.shape[0] // 2
         if paired:
             together = torch.maximum(together[:half, :half], together[half:, half:])
-        order = torch.tensor(_grouped(together, couple))
+        order = torch.tensor(_grouped(together.cpu(), couple), device=x.device)
         orders.append(torch.cat([order, order + half]) if paired else order)
     return torch.stack(orders)
 
@@ -314,10 +314,11 @@ def _margin_cost(
     """
     channel_weight = _arranged(weight.mean(0)[None], fitted.order)
     channel_weight = channel_weight * _arranged(fitted.scale[None], fitted.order).square()
-    squared, crossed, energy = (torch.zeros(x.shape[1:]) for _ in range(3))
+    squared, crossed, energy = (x.new_zeros(x.shape[1:]) for _ in range(3))
     groups = x.shape[2] // group_size
     for y in _chunks(x, fitted):
-        error = _uniform(y, torch.full((x.shape[1], groups), margin), levels, group_size, fp8) - y
+        cut = x.new_full((x.shape[1], groups), margin)
+        error = _uniform(y, cut, levels, group_size, fp8) - y
         squared += error.square().sum(0)
         crossed += (error * y).sum(0)
         energy += y.square().sum(0)

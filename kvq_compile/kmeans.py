@@ -69,14 +69,15 @@ def _seed(points: Tensor, weight: Tensor, clusters: int, generator: torch.Genera
 
     Source: Arthur and Vassilvitskii, k-means++, SODA 2007.
     """
-    sample = torch.randperm(points.shape[1], generator=generator)
+    sample = torch.randperm(points.shape[1], generator=generator).to(points.device)
     sample = sample[: _SEEDING_POINTS * clusters]
     points, weight = points[:, sample], weight[:, sample]
-    sets = torch.arange(points.shape[0])
+    sets = torch.arange(points.shape[0], device=points.device)
     distance, chosen = torch.ones_like(weight), []
     for _ in range(clusters):
         mass = (weight * distance).cumsum(1)
-        draw = torch.rand(points.shape[0], 1, generator=generator) * mass[:, -1:]
+        draw = torch.rand(points.shape[0], 1, generator=generator).to(points.device)
+        draw = draw * mass[:, -1:]
         index = torch.searchsorted(mass, draw, right=True).clamp_max(points.shape[1] - 1)[:, 0]
         picked = points[sets, index]
         chosen.append(picked)

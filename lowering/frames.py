@@ -108,12 +108,16 @@ def _positions(
 ) -> dict[fx.Node, fx.Node | None]:
     """Return the node of the positions of each site's new keys, where they are to be coded unrotated."""
     found: dict[fx.Node, fx.Node | None] = {}
+    position: fx.Node | None = None
     for site in sites:
-        if site.key_coding.layout.rotary and site.key.life in MAKES_CACHE:
+        if not site.key_coding.layout.rotary or site.key.life not in MAKES_CACHE:
+            continue
+        if position is None:  # one search serves all layers: a model's layers share their positions
             try:
-                found[site.key.new] = find_rotation(site.key.new, inputs).position
+                position = find_rotation(site.key.new, inputs).position
             except Refusal:
-                found[site.key.new] = None
+                return {}
+        found[site.key.new] = position
     return found
 
 

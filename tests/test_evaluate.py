@@ -151,8 +151,8 @@ def test_evaluating_leaves_the_model_as_it_was(tiny, ids) -> None:
 
 def test_results_are_written_in_two_forms_with_the_same_rows(tmp_path: Path) -> None:
     scores = [
-        Score("plain", 16.0, 30.0, 0.0, 0.0, 100.0, 10, 5.0, {2048: 100.0}),
-        Score("int4", 4.5, 30.1, 0.3, 0.01, 97.0, 3, 6.0, {2048: 96.7}),
+        Score("plain", 16.0, 16.0, 30.0, 0.0, 0.0, 100.0, 10, 5.0, {2048: 100.0}),
+        Score("int4", 4.25, 4.5, 30.1, 0.3, 0.01, 97.0, 3, 6.0, {2048: 96.7}),
     ]
     table, document = write_results(scores, tmp_path / "new", {"model": "m"})
     rows = list(csv.DictReader(table.read_text().splitlines()))
