@@ -113,9 +113,8 @@ class PackedTensor:
 
     def unpack(self, pages: slice) -> Tensor:
         """Return pages as tokens ``[B, H, n, D]`` (fp32) that what `meet` returns meets."""
-        codes = reference.unpack(self.parts[0][:, :, pages], self.layout)
-        params = self.parts[1][:, :, pages]
-        tokens = reference.coded_values(codes, params, self.layout, self.frame)
+        codes, params = (part[:, :, pages] for part in self.parts[:2])
+        tokens = reference.unpacked_values(codes, params, self.layout, self.frame)
         return self.turn(tokens.flatten(2, 3), pages)
 
     def turn(self, coded: Tensor, pages: slice) -> Tensor:

@@ -86,6 +86,11 @@ def is_available() -> bool:
     return _library() is not None
 
 
+def serves(*tensors: PackedTensor) -> bool:
+    """Say whether the library is there and knows the layouts of ``tensors``."""
+    return all(packed.layout.coder != "mixed" for packed in tensors) and is_available()
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     try:

@@ -23,20 +23,23 @@ MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache e
 
 _SCHEMAS = (
     # Quantize x as the first tokens of a new cache for `slots` tokens, with spare room if it grows.
-    "quantize(Tensor x, SymInt slots, bool grows, str layout, Tensor? tables=None, Tensor? shift=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize(Tensor x, SymInt slots, bool grows, str layout, Tensor? tables=None, Tensor? shift=None, "
+    "Tensor? importance=None) -> (Tensor, Tensor, Tensor, Tensor)",
     # Write x behind the tokens held, quantizing the pages that fill up. `after`, the result of the attention
     # that still reads the cache as it was, only orders the two: without it Inductor may run that attention
     # later, and then has to copy the whole cache first.
     "append_(Tensor(a!) codes, Tensor(b!) params, Tensor(c!) exact, Tensor(d!) cursor, Tensor x, "
-    "Tensor? position, SymInt? start, str layout, Tensor? after=None, Tensor? tables=None, Tensor? shift=None) "
-    "-> ()",
+    "Tensor? position, SymInt? start, str layout, Tensor? after=None, Tensor? tables=None, Tensor? shift=None, "
+    "Tensor? importance=None) -> ()",
     # Attend to the tokens before `start` of a cache and to the exact new ones; writes nothing.
     "attend(Tensor query, Tensor key, Tensor value, "
     "Tensor key_codes, Tensor key_params, Tensor key_exact, Tensor key_cursor, "
     "Tensor value_codes, Tensor value_params, Tensor value_exact, Tensor value_cursor, "
     "Tensor? mask, Tensor? position, SymInt? start, float scale, str key_layout, str value_layout, "
     "Tensor? key_tables=None, Tensor? key_shift=None, Tensor? value_tables=None) -> Tensor",
+    # Say how much attention the call's last queries pay to each slot; zeros unless a page is to be quantized.
+    "importance(Tensor query, Tensor key, Tensor[] key_parts, Tensor? mask, SymInt start, SymInt slots, "
+    "float scale, bool causal, int queries, str key_layout, Tensor? tables=None, Tensor? shift=None) -> Tensor",
     # Read slots 0 .. length - 1; those without a token are zero.
     "dequantize(Tensor codes, Tensor params, Tensor exact, Tensor cursor, SymInt length, str layout, "
     "Tensor? tables=None, Tensor? shift=None) -> Tensor",
@@ -53,8 +56,9 @@ def new_parts(
     """Allocate an empty cache for tokens like ``like`` ``[B, H, *, D]``, with room for ``capacity`` pages."""
     B, H = like.shape[:2]
     codes = like.new_zeros(B, H, capacity, layout.rows, layout.units, dtype=torch.int16)
-    params_dtype = torch.uint8 if layout.params == "fp8" else torch.float16
-    params = like.new_zeros(B, H, capacity, *layout.params_shape, 2, dtype=params_dtype)
+    params_dtype = torch.uint8 if layout.has_byte_params else torch.float16
+    params_shape = (*layout.params_shape, layout.param_numbers)
+    params = like.new_zeros(B, H, capacity, *params_shape, dtype=params_dtype)
     exact = like.new_zeros(B, H, layout.exact_rows, layout.head_dim)
     return codes, params, exact, like.new_zeros(2, dtype=torch.int32)
 
@@ -86,10 +90,11 @@ def _quantize(
     layout: str,
     tables: Tensor | None = None,
     shift: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     page_layout = PageLayout.parse(layout)
     parts = new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
-    append_(*parts, x, None, 0, layout, None, tables, shift)
+    append_(*parts, x, None, 0, layout, None, tables, shift, importance)
     return parts
 
 
@@ -105,13 +110,14 @@ def _append_cpu(
     after: Tensor | None = None,
     tables: Tensor | None = None,
     shift: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import blocked
 
     page_layout = PageLayout.parse(layout)
     first = blocked.first_slot(position, start)
     frame = make_frame(tables, shift, page_layout)
-    blocked.append_(codes, params, exact, cursor, x, first, page_layout, frame)
+    blocked.append_(codes, params, exact, cursor, x, first, page_layout, frame, importance)
 
 
 def _append_cuda(
@@ -126,12 +132,15 @@ def _append_cuda(
     after: Tensor | None = None,
     tables: Tensor | None = None,
     shift: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import quantize_kv
 
     page_layout = PageLayout.parse(layout)
     frame = make_frame(tables, shift, page_layout)
-    quantize_kv.append_(codes, params, exact, cursor, x, position, start, page_layout, frame)
+    quantize_kv.append_(
+        codes, params, exact, cursor, x, position, start, page_layout, frame, importance
+    )
 
 
 def _attend_cpu(
@@ -215,6 +224,30 @@ def _attend_cuda(
     )
 
 
+def _importance(
+    query: Tensor,
+    key: Tensor,
+    key_parts: list[Tensor],
+    mask: Tensor | None,
+    start: int,
+    slots: int,
+    scale: float,
+    causal: bool,
+    queries: int,
+    key_layout: str,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    from kvq_compile.kernels.importance import recent_importance
+
+    layout = PageLayout.parse(key_layout)
+    parts = (key_parts[0], key_parts[1], key_parts[2], key_parts[3]) if key_parts else None
+    frame = make_frame(tables, shift, layout) if parts else None
+    return recent_importance(
+        query, key, parts, mask, start, slots, scale, causal, queries, layout, frame
+    )
+
+
 def _dequantize(
     codes: Tensor,
     params: Tensor,
@@ -235,6 +268,7 @@ def _dequantize(
 for _device in ("CPU", "CUDA"):
     _library.impl("quantize", _quantize, _device)
     _library.impl("dequantize", _dequantize, _device)
+    _library.impl("importance", _importance, _device)
 _library.impl("append_", _append_cpu, "CPU")
 _library.impl("append_", _append_cuda, "CUDA")
 _library.impl("attend", _attend_cpu, "CPU")
@@ -249,8 +283,9 @@ def _(
     layout: str,
     tables: Tensor | None = None,
     shift: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del tables, shift
+    del tables, shift, importance
     page_layout = PageLayout.parse(layout)
     return new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
 
@@ -264,6 +299,20 @@ def _(*args: object) -> None:
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     del key, rest
     return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@torch.library.register_fake("kvq::importance", lib=_library)
+def _(
+    query: Tensor,
+    key: Tensor,
+    key_parts: list[Tensor],
+    mask: Tensor | None,
+    start: int,
+    slots: int,
+    *rest: object,
+) -> Tensor:
+    del key_parts, mask, start, rest
+    return query.new_empty(*key.shape[:2], slots, dtype=torch.float32)
 
 
 @torch.library.register_fake("kvq::dequantize", lib=_library)
@@ -285,3 +334,4 @@ quantize = torch.ops.kvq.quantize.default
 append_ = torch.ops.kvq.append_.default
 attend = torch.ops.kvq.attend.default
 dequantize = torch.ops.kvq.dequantize.default
+importance = torch.ops.kvq.importance.default

@@ -30,6 +30,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvq_compile.kernels import mixed
+from kvq_compile.kernels.fp16 import (
+    FP16_MAX,
+)
+from kvq_compile.kernels.fp16 import (
+    round_down_fp16 as round_down_fp16,
+)
+from kvq_compile.kernels.fp16 import (
+    round_up_fp16 as round_up_fp16,
+)
 from kvq_compile.kernels.frame import (
     Frame,
     centroids,
@@ -46,23 +56,6 @@ from kvq_compile.kernels.frame import (
     rotate as rotate,
 )
 from kvq_compile.kernels.spec import TRITS, UNIT_BITS, PageLayout
-
-FP16_MAX = 65504.0
-
-
-def round_down_fp16(x: Tensor) -> Tensor:
-    """Return the largest fp16 number that is not above ``x`` (fp32, within the range of fp16)."""
-    half = x.half()
-    bits = half.view(torch.int16)
-    below = torch.where(half > 0, bits - 1, bits + 1).view(torch.float16)
-    return torch.where(half.float() > x, below, half)
-
-
-def round_up_fp16(x: Tensor) -> Tensor:
-    """Return the smallest fp16 number that is not below ``x`` (fp32, not negative)."""
-    half = x.half()
-    above = (half.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(half.float() < x, above, half)
 
 
 def to_groups(x: Tensor, layout: PageLayout) -> Tensor:
@@ -203,12 +196,40 @@ def _unpack_trits(units: Tensor, layout: PageLayout) -> Tensor:
     return (packed // weights % 3).flatten(-2)[..., : layout.row_length]
 
 
+def quantize_packed(
+    x: Tensor,
+    layout: PageLayout,
+    frame: Frame | None = None,
+    first: int = 0,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize whole pages ``[B, H, P, N, D]`` and pack them: the parts ``codes`` and ``params``.
+
+    ``importance``, ``[B, H, P, N]``, tells mixed layouts where bits matter.
+    """
+    if layout.coder == "mixed":
+        coded = to_coded(x.float(), layout, frame, first)
+        return mixed.quantize_pages(coded, importance if layout.attentive else None, layout.mixed)
+    codes, params = quantize_pages(x, layout, frame, first)
+    return pack(codes, layout), params
+
+
+def unpacked_values(
+    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None
+) -> Tensor:
+    """Return packed pages as numbers ``[..., N, D]`` (fp32) in the basis in which they were coded."""
+    if layout.coder == "mixed":
+        return mixed.dequantize_pages(codes, params, layout.mixed)
+    return coded_values(unpack(codes, layout), params, layout, frame)
+
+
 def dequantize_packed(
     codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None, page: int = 0
 ) -> Tensor:
     """Return packed pages ``[B, H, P, ...]``, from number ``page`` on, as tokens ``[B, H, P * N, D]`` (fp32)."""
     first = layout.sinks + page * layout.page_size
-    return dequantize_pages(unpack(codes, layout), params, layout, frame, first).flatten(-3, -2)
+    coded = unpacked_values(codes, params, layout, frame)
+    return from_coded(coded, layout, frame, first).flatten(-3, -2)
 
 
 def exact_row_index(first: int, last: int, layout: PageLayout, device: torch.device) -> Tensor:
@@ -278,6 +299,7 @@ def append_(
     start: int,
     layout: PageLayout,
     frame: Frame | None = None,
+    importance: Tensor | None = None,
 ) -> None:
     """Write new tokens at ``start`` and quantize the pages that they complete, in place.
 
@@ -287,6 +309,8 @@ def append_(
         start: Slot of the first new token; tokens held from there on are forgotten first.
         layout: The cache's layout.
         frame: What packed tokens are coded relative to, where the layout has tables.
+        importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, which mixed layouts
+            distribute bits by; ``None``: all weigh the same.
 
     Raises:
         ValueError: ``start`` would leave a gap, or the new tokens do not fit.
@@ -307,10 +331,11 @@ def append_(
             :, :, exact_row_index(first, max(first, min(start, last)), layout, x.device)
         ]
         leaving = torch.cat([waiting, x[:, :, max(0, first - start) : max(0, last - start)]], 2)
-        page_codes, page_params = quantize_pages(
-            leaving.unflatten(2, (-1, layout.page_size)), layout, frame, first
-        )
-        codes[:, :, old:new], params[:, :, old:new] = pack(page_codes, layout), page_params
+        pages = leaving.unflatten(2, (-1, layout.page_size))
+        if importance is not None:
+            importance = importance[:, :, first:last].unflatten(2, (-1, layout.page_size))
+        packed = quantize_packed(pages, layout, frame, first, importance)
+        codes[:, :, old:new], params[:, :, old:new] = packed
     sinks = max(0, min(layout.sinks - start, tokens))
     exact[:, :, start : start + sinks] = x[:, :, :sinks].to(exact.dtype)
     kept = max(sinks, min(tokens, last - start))

@@ -21,21 +21,24 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from kvq_compile.kernels.mixed_layout import (
+    PAGE_SIZES,
+    UNIT_BITS,
+    MixedLayout,
+    Params,
+)
 from kvq_compile.kernels.tables import NO_TABLES, Tables
 
 Grouping = Literal["token", "channel"]
 Role = Literal["key", "value"]
 Transform = Literal["none", "hadamard"]
-Coder = Literal["uniform", "codebook"]
+Coder = Literal["uniform", "codebook", "mixed"]
 Packing = Literal["fields", "trits"]
-Params = Literal["fp16", "fp8"]
 
-UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 WIDTHS = (1, 1.5, 2, 3, 4, 8)  # of the codes of a uniform quantizer; 1.5: three levels
 TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
 MAX_INDEX_BITS = 12  # a codebook of more entries could not be learned, searched or held
 HIDES = -1e4  # an additive mask of this or less leaves a token no weight
-PAGE_SIZES = (32, 64, 128, 256)
 
 
 def _check_integers(**values: object) -> None:
@@ -55,10 +58,12 @@ class TensorSpec:
 
     Of a *uniform* quantizer a group of numbers shares a scale and a zero point; a code ``c`` stands for
     ``c * scale + zero``. Of a *codebook* ``couple`` neighbouring channels of a token share an index of
-    ``bits`` bits, which stands for one of ``2 ** bits`` learned vectors.
+    ``bits`` bits, which stands for one of ``2 ** bits`` learned vectors. In *mixed* pages each token has bits
+    of its own, ``bits`` on average.
 
     Args:
-        bits: Width of a code: 1, 1.5 (three levels), 2, 3, 4 or 8; of an index, 1 to 12.
+        bits: Width of a code: 1, 1.5 (three levels), 2, 3, 4 or 8; of an index, 1 to 12; of mixed pages the
+            average, any number that makes whole rows of a page.
         grouping: ``"token"``: a group is ``group_size`` neighbouring channels of one token.
             ``"channel"``: a group is one channel of ``group_size`` neighbouring tokens.
         group_size: Numbers per group; ``None`` takes the whole head dimension (token) or page (channel).
@@ -70,6 +75,12 @@ class TensorSpec:
         couple: Channels that share an index into a codebook; ``None`` for the uniform quantizer.
         rotary: Whether keys are coded as they were before the rotary embedding.
         tables: What calibration found for this tensor; see `Tables`. A codebook, and rotary keys, need it.
+        mixed: Least and most bits of a token in mixed pages; ``None`` for the other quantizers.
+        outliers: Numbers of a token that mixed pages keep exactly, half of them at each end.
+        fit: Whether mixed codes stand for the middles of their segments scaled to keep a token's product with
+            itself, or for the middles.
+        soften: Whether mixed pages distribute bits by softened importance, or by importance as it is.
+        attentive: Whether mixed pages distribute bits by the attention that tokens get, or by range alone.
 
     Raises:
         TypeError: A number of bits or channels is not a number.
@@ -86,15 +97,24 @@ class TensorSpec:
     couple: int | None = None
     rotary: bool = False
     tables: Tables | None = None
+    mixed: tuple[int, int] | None = None
+    outliers: int = 0
+    fit: bool = True
+    soften: bool = True
+    attentive: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits != 1.5 or self.couple is not None:
+        if self.mixed is not None:
+            self._check_mixed()
+        elif self.bits != 1.5 or self.couple is not None:
             _check_integers(bits=self.bits)
         _check_integers(
             group_size=1 if self.group_size is None else self.group_size,
             couple=1 if self.couple is None else self.couple,
         )
-        if self.couple is None:
+        if self.mixed is not None:
+            pass
+        elif self.couple is None:
             _check(self.bits in WIDTHS, f"bits must be one of {list(WIDTHS)}, got {self.bits}")
         else:
             _check(self.couple > 0, f"couple must be positive, got {self.couple}")
@@ -136,6 +156,15 @@ class TensorSpec:
             f'transform must be "none" or "hadamard", got {self.transform!r}',
         )
 
+    def _check_mixed(self) -> None:
+        assert self.mixed is not None
+        least, most = self.mixed
+        _check_integers(least=least, most=most, outliers=self.outliers)
+        if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool):
+            raise TypeError(f"bits must be a number, got {self.bits!r}")
+        plain = self.couple is None and self.grouping == "token" and self.group_size is None
+        _check(plain, "mixed pages have one group a token: no couple, grouping or group_size")
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -171,6 +200,10 @@ class CacheSpec:
             self.page_size in PAGE_SIZES,
             f"page_size must be one of {PAGE_SIZES}, got {self.page_size}",
         )
+        _check(
+            (self.key.mixed is None) == (self.value.mixed is None),
+            "keys and values must both be in mixed pages, or neither",
+        )
 
     def for_layer(self, layer: int) -> CacheSpec | None:
         """Return the spec of one layer; ``None`` says that it stays in 16 bit."""
@@ -198,12 +231,18 @@ class CacheSpec:
             window=self.window,
             page_size=self.page_size,
             head_dim=head_dim,
-            coder="uniform" if spec.couple is None else "codebook",
+            coder="mixed" if spec.mixed else "codebook" if spec.couple else "uniform",
             params="fp16" if spec.couple else spec.params,
             packing=spec.packing,
             couple=spec.couple or 1,
             rotary=spec.rotary and role == "key",
             tables=spec.tables.digest if spec.tables else NO_TABLES,
+            min_bits=spec.mixed[0] if spec.mixed else 0,
+            max_bits=spec.mixed[1] if spec.mixed else 0,
+            outliers=spec.outliers,
+            fit=spec.fit,
+            soften=spec.soften,
+            attentive=spec.attentive,
         )
 
 
@@ -219,6 +258,8 @@ class PageLayout:
         cursor  int32    [2]                      tokens held, pages packed
         tables  int32    [H, table_words]         what calibration found; only where the spec has tables
         shift   int32    [B]                      position minus slot of each sequence; only rotary keys
+
+    Where tokens differ in bits (`mixed`) codes have one row, ``params`` are bytes ``[B, H, P, fields, N, 1]``.
 
     ``groups, members`` is ``D / group_size, N`` when groups lie inside a token, ``N / group_size, D``
     when they lie inside a channel, and ``0, N`` for a codebook. A codebook has one code for ``couple``
@@ -246,8 +287,17 @@ class PageLayout:
     couple: int = 1
     rotary: bool = False
     tables: str = NO_TABLES
+    min_bits: int = 0
+    max_bits: int = 0
+    outliers: int = 0
+    fit: bool = True
+    soften: bool = True
+    attentive: bool = True
 
     def __post_init__(self) -> None:
+        if self.coder == "mixed":
+            _ = self.mixed  # which checks itself
+            return
         divided = self.head_dim if self.grouping == "token" else self.page_size
         what = "head_dim" if self.grouping == "token" else "page_size"
         _check(
@@ -268,6 +318,14 @@ class PageLayout:
         )
 
     @property
+    def mixed(self) -> MixedLayout:
+        """The layout of pages whose tokens differ in bits."""
+        return MixedLayout(
+            self.bits, self.page_size, self.head_dim, self.min_bits, self.max_bits, self.outliers,
+            self.params, self.fit, self.soften,
+        )  # fmt: skip
+
+    @property
     def planes(self) -> tuple[int, ...]:
         """Widths in bits of the planes that a code is split into, low bits first."""
         bits = 2 if self.bits == 1.5 else int(self.bits)
@@ -286,6 +344,8 @@ class PageLayout:
     @property
     def rows(self) -> int:
         """Rows of packed units in a page."""
+        if self.coder == "mixed":
+            return 1
         return self.page_size if self.role == "key" else self.code_channels
 
     @property
@@ -301,6 +361,8 @@ class PageLayout:
     @property
     def units(self) -> int:
         """16-bit units in a row."""
+        if self.coder == "mixed":
+            return self.mixed.units
         if self.packing == "trits":
             return -(-self.row_bytes // 2)
         return self.row_length * sum(self.planes) // UNIT_BITS
@@ -308,6 +370,8 @@ class PageLayout:
     @property
     def params_shape(self) -> tuple[int, int]:
         """``groups, members`` of one page's parameters."""
+        if self.coder == "mixed":
+            return self.mixed.fields, self.page_size
         if self.coder == "codebook":
             return 0, self.page_size
         if self.grouping == "token":
@@ -315,10 +379,22 @@ class PageLayout:
         return self.page_size // self.group_size, self.head_dim
 
     @property
+    def param_numbers(self) -> int:
+        """Numbers of a parameter: scale and zero point, or one byte of a record."""
+        return 1 if self.coder == "mixed" else 2
+
+    @property
+    def has_byte_params(self) -> bool:
+        """Whether parameters are bytes."""
+        return self.coder == "mixed" or self.params == "fp8"
+
+    @property
     def about(self) -> str:
         """Codes in words: ``"2-bit"``, ``"4 channels in 8 bits"``."""
         if self.coder == "codebook":
             return f"{self.couple} channels in {self.bits:g} bits"
+        if self.coder == "mixed":
+            return f"{self.min_bits} to {self.max_bits} bits ({self.bits:g} on average)"
         return f"{self.bits:g}-bit"
 
     @property
@@ -365,6 +441,7 @@ def _number(text: str) -> float:
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "bits": _number,
     "clip": float,
-    "rotary": lambda text: text == "True",
+    **dict.fromkeys(("rotary", "fit", "soften", "attentive"), lambda text: text == "True"),
     **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
+    **dict.fromkeys(("min_bits", "max_bits", "outliers"), int),
 }

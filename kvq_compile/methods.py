@@ -24,6 +24,8 @@ AT_COMPILE = (
     "page_size",
     "packing",
 )  # options that calibration does not depend on
+QAQ_RECORDS = 0.195  # bits a number that records and headers take at 128 channels
+QAQ_KEYS_WIDER = 0.55  # keys get so many bits more than the average, values as many less
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 
 
@@ -123,6 +125,54 @@ def skvq(
     return CacheSpec(key, tensor(value_bits, False, tables.value), sinks, window, page_size)
 
 
+def qaq(
+    *,
+    bits: float = 3.0,
+    key_bits: float | None = None,
+    value_bits: float | None = None,
+    max_bits: int | None = None,
+    min_bits: int | None = None,
+    outliers: int | None = None,
+    variant: Literal["fitted", "paper"] = "fitted",
+    params: Params = "fp8",
+    sinks: int = 5,
+    window: int = 128,
+    page_size: int = 128,
+) -> CacheSpec:
+    """Bits by token, more for those of wide range and for those that get attention; ``bits`` on average.
+
+    A page of tokens has a budget; its bits go where they lower the largest weighted error most. ``bits`` counts
+    codes and records of heads of 128 channels; ``key_bits`` and ``value_bits`` count codes alone.
+    ``variant="fitted"`` weighs attention softly, for keys too, and keeps each token's product with itself;
+    ``"paper"`` does neither and keeps one number at each end exact.
+
+    Source: QAQ (arXiv 2403.04643), with its per-head level, and budgets in place of error targets.
+    """
+    paper = variant == "paper"
+    if variant not in ("fitted", "paper"):
+        raise ValueError(f'variant must be "fitted" or "paper", got {variant!r}')
+    outliers = (2 if paper else 0) if outliers is None else outliers
+    least = (0 if paper else 1) if min_bits is None else min_bits
+    most = (4 if bits <= 3.25 else 6) if max_bits is None else max_bits
+    codes = bits - QAQ_RECORDS - 24 * outliers / 128
+    wide = QAQ_KEYS_WIDER
+    keys = _rows(codes + wide, page_size) if key_bits is None else key_bits
+    values = _rows(codes - wide, page_size) if value_bits is None else value_bits
+
+    def tensor(budget: float, attentive: bool) -> TensorSpec:
+        return TensorSpec(
+            budget, params=params, mixed=(least, most), outliers=outliers, fit=not paper,
+            soften=not paper, attentive=attentive,
+        )  # fmt: skip
+
+    return CacheSpec(tensor(keys, not paper), tensor(values, True), sinks, window, page_size)
+
+
+def _rows(budget: float, page_size: int) -> float:
+    """Return the largest budget not above ``budget`` that makes whole rows of a page."""
+    return int(budget * page_size) / page_size
+
+
 def default_clip(role: str, bits: float) -> float:
     """Return the part of a group's range that pays best: all of it, except for three levels."""
     return 1.0 if bits != 1.5 else 0.9 if role == "key" else 0.8
@@ -161,9 +211,10 @@ def auto(
     return CacheSpec(key, value, sinks, window, page_size)
 
 
-METHODS: dict[str, Callable[..., CacheSpec]] = {
+UNIFORM: dict[str, Callable[..., CacheSpec]] = {
     function.__name__: function for function in (int8, int4, int3, int2, kivi)
 }
+METHODS: dict[str, Callable[..., CacheSpec]] = UNIFORM | {"qaq": qaq}
 CALIBRATED: dict[str, Callable[..., CacheSpec]] = {"skvq": skvq, "cq": cq, "auto": auto}
 
 

@@ -31,7 +31,7 @@ from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.frame import Frame, to_coded
 from kvq_compile.kernels.spec import CacheSpec, Grouping, PageLayout, Role, TensorSpec, Transform
-from kvq_compile.methods import METHODS
+from kvq_compile.methods import UNIFORM
 from kvq_compile.small_decoder import Decoder
 
 HEAD_DIMS = (64, 80, 96, 128, 256)

@@ -14,6 +14,7 @@ from kvq_compile.lowering.frames import FrameNodes, Frames
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
 from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
 from kvq_compile.lowering.unwrap_caches import CacheInput
+from kvq_compile.lowering.weigh_tokens import weigh_tokens
 
 NOT_HIDDEN = "the attention mask must hide the slots of a cache that hold no token"
 
@@ -38,17 +39,19 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
     first = _first_slot(key, key_cache)
     with graph.inserting_before(attention.output):
         _check_room(graph, key)
+        mask = _mask(graph, site, key_cache)
         arguments = (
             *(attention.query, key.new, value.new, *key_cache.parts, *value_cache.parts),
-            *(_mask(graph, site, key_cache), *first, attention.scale),
+            *(mask, *first, attention.scale),
             *(key_cache.layout.token, value_cache.layout.token),
             *(*key_cache.frame, value_cache.frame[0]),
         )
         fused = insert_call(graph, ops.attend, arguments, value_of(attention.output))
+        importance = weigh_tokens(graph, site, key_cache, mask)
         for state, cache in ((key, key_cache), (value, value_cache)):
             first = _first_slot(state, cache)
             arguments = (*cache.parts, state.new, *first, cache.layout.token, fused, *cache.frame)
-            insert_call(graph, ops.append_, arguments)
+            insert_call(graph, ops.append_, (*arguments, importance))
             if state.write is not None:
                 _erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -85,15 +88,25 @@ def attend_to_new_tokens(
             },
         )
         exact.meta.update(attention.output.meta)
+        importance = weigh_tokens(graph, site, None, _seen(graph, attention))
         for state, coding in site.states():
             assert state.past is not None
             frame = frames.of(state, coding)
-            parts = _allocate(graph, state, coding.layout, frame)
+            parts = _allocate(graph, state, coding.layout, frame, importance)
             made[state.past] = (*parts, *frame[1:]) if frame[1] is not None else parts
             _erase_write(graph, state)
     attention.output.replace_all_uses_with(exact)
     graph.erase_node(attention.output)
     return made
+
+
+def weigh_fresh_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, fx.Node]:
+    """Return the importance of the tokens of caches that a call makes of its own tokens, by cache."""
+    if site.key.life not in (Life.FRESH, Life.GROWN_PLAIN):
+        return {}
+    with graph.inserting_before(site.attention.output):
+        importance = weigh_tokens(graph, site, None, _seen(graph, site.attention))
+    return {} if importance is None else {state.base: importance for state, _ in site.states()}
 
 
 def _check_room(graph: fx.Graph, state: State) -> None:
@@ -137,7 +150,11 @@ def _seen(graph: fx.Graph, attention: Attention) -> Any:
 
 
 def _allocate(
-    graph: fx.Graph, state: State, layout: PageLayout, frame: FrameNodes
+    graph: fx.Graph,
+    state: State,
+    layout: PageLayout,
+    frame: FrameNodes,
+    importance: fx.Node | None,
 ) -> tuple[fx.Node, ...]:
     slots = (shape_of(state.past) or (0, 0, 0))[2]
     nothing = insert_call(
@@ -146,7 +163,7 @@ def _allocate(
     made = insert_call(graph, ops.quantize, (nothing, slots, False, layout.token, *frame))
     parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
     arguments = (*parts, state.new, *_written_at(state), layout.token, None, *frame)
-    insert_call(graph, ops.append_, arguments)
+    insert_call(graph, ops.append_, (*arguments, importance))
     return parts
 
 

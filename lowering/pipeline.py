@@ -15,7 +15,11 @@ from kvq_compile.lowering.drop_dead import drop_dead
 from kvq_compile.lowering.extend_refused import extend_refused
 from kvq_compile.lowering.find_sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.frames import Frames
-from kvq_compile.lowering.fuse_attention import attend_to_new_tokens, fuse_attention
+from kvq_compile.lowering.fuse_attention import (
+    attend_to_new_tokens,
+    fuse_attention,
+    weigh_fresh_tokens,
+)
 from kvq_compile.lowering.plan_conversions import Conversion, plan_conversions
 from kvq_compile.lowering.quantize_outputs import Extended, Output, quantize_outputs
 from kvq_compile.lowering.sites import AttentionSite, Coding, Life, SiteReport
@@ -111,12 +115,14 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     )  # its placeholders stand behind those of the captured graph
     caches = unwrap_caches(graph)  # before the rewriting: it speaks of parts
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    importance: dict[fx.Node, fx.Node] = {}
     returned = len(next(iter(reversed(graph.nodes))).args[0])
     conversions = plan_conversions(graph, sites, arguments, sizes)
     for site in sites:
         if site.key.life is Life.ALLOCATED:
             made |= attend_to_new_tokens(graph, site, frames)
         else:
+            importance |= weigh_fresh_tokens(graph, site)
             fuse_attention(graph, site, caches)
     states = [(state, coding) for site in sites for state, coding in site.states()]
     refused = extend_refused(graph, caches, [state for state, _ in states], sizes)
@@ -124,7 +130,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         (state, Coding(caches[state.past].layout)) for state in refused if state.past is not None
     ]
     outputs = quantize_outputs(
-        graph, states, made, frames, arguments, sizes
+        graph, states, made, frames, importance, arguments, sizes
     )  # after it: cat nodes have lost a reader
     drop_dead(graph)
     appended = {plan.argument: plan.tokens for plan in outputs if isinstance(plan, Extended)}

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.spec import PageLayout
-from kvq_compile.lowering.frames import FrameNodes, Frames
+from kvq_compile.lowering.frames import Frames
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
 from kvq_compile.lowering.sites import Coding, Life, State
 from kvq_compile.lowering.sizes import Size, SizeReader
@@ -86,6 +86,7 @@ def quantize_outputs(
     states: Sequence[tuple[State, Coding]],
     made: dict[fx.Node, tuple[fx.Node, ...]],
     frames: Frames,
+    importance: dict[fx.Node, fx.Node],
     arguments: dict[fx.Node, int],
     sizes: SizeReader,
 ) -> list[Output]:
@@ -100,6 +101,7 @@ def quantize_outputs(
         states: The caches of its sites, each with its coding.
         made: Parts that stand for caches allocated in the graph (`attend_to_new_tokens`).
         frames: What new caches are coded relative to.
+        importance: How much attention the tokens of new caches get, where their bits depend on it.
         arguments: Place of each original placeholder among the arguments of a call.
         sizes: Reads lengths from the arguments.
 
@@ -113,6 +115,7 @@ def quantize_outputs(
         {state.base: (state, coding) for state, coding in states},
         made,
         frames,
+        importance,
         arguments,
         sizes,
     )
@@ -136,11 +139,13 @@ class _Planner:
         states: dict[fx.Node, tuple[State, Coding]],
         made: dict[fx.Node, tuple[fx.Node, ...]],
         frames: Frames,
+        importance: dict[fx.Node, fx.Node],
         arguments: dict[fx.Node, int],
         sizes: SizeReader,
     ) -> None:
         self.graph, self.output, self.states, self.made = graph, output, states, made
-        self.frames, self.arguments, self.sizes = frames, arguments, sizes
+        self.frames, self.importance = frames, importance
+        self.arguments, self.sizes = arguments, sizes
         self.flat: list[Any] = []
 
     def plan(self, returned: Any) -> Output:
@@ -171,7 +176,8 @@ class _Planner:
         if parts is None:
             with self.graph.inserting_before(self.output):
                 frame = self.frames.of(state, coding)
-                parts = _quantize(self.graph, returned, length, coding.layout, frame)
+                more = (*frame, self.importance.get(returned))
+                parts = _quantize(self.graph, returned, length, coding.layout, more)
         self.flat.extend(parts)
         kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
         index, tables = len(self.flat) - len(parts), self.frames.words(coding)
@@ -179,11 +185,15 @@ class _Planner:
 
 
 def _quantize(
-    graph: fx.Graph, x: fx.Node, length: Any, layout: PageLayout, frame: FrameNodes
+    graph: fx.Graph,
+    x: fx.Node,
+    length: Any,
+    layout: PageLayout,
+    more: tuple[fx.Node | None, fx.Node | None, fx.Node | None],
 ) -> tuple[fx.Node, ...]:
     slots = length if isinstance(length, int) else graph.call_method("size", (x, 2))
-    quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token, *frame))
-    shift = () if frame[1] is None else (frame[1],)
+    quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token, *more))
+    shift = () if more[1] is None else (more[1],)
     return (
         *(insert_call(graph, operator.getitem, (quantized, i)) for i in range(len(ops.PARTS))),
         *shift,

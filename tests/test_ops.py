@@ -17,7 +17,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.testing import DTYPES, lengths, page_layouts
 
-NAMES = ("append_", "attend", "dequantize", "quantize")
+NAMES = ("append_", "attend", "dequantize", "importance", "quantize")
 SPECS = {
     "int4": CacheSpec(TensorSpec(4), TensorSpec(4), 2, 5, 32),
     "int3": CacheSpec(TensorSpec(3, group_size=16), TensorSpec(1), 0, 0, 32),

@@ -1,0 +1,162 @@
+"""QAQ end to end: bits go where attention and range are, within the budget, and nowhere is anything assumed."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile.kernels import mixed, ops, reference
+from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.importance import recent_importance
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.methods import make_spec
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"sinks": 2, "window": 5, "page_size": 32}
+
+
+def layouts(**options: Any) -> tuple[PageLayout, PageLayout]:
+    spec = make_spec("qaq", **SMALL, **options)
+    return spec.layout("key", 64), spec.layout("value", 64)
+
+
+def tokens(count: int, seed: int = 0, heads: int = 2) -> Tensor:
+    return torch.randn(2, heads, count, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_layout_survives_its_text() -> None:
+    for layout in layouts(bits=2.3, outliers=2):
+        assert PageLayout.parse(layout.token) == layout
+
+
+@given(st.integers(0, 150), st.integers(0, 60), st.integers(1, 6), st.booleans(), st.integers(0, 99))
+def test_importance_is_what_attention_over_the_cache_gives(
+    start: int, new: int, queries: int, causal: bool, seed: int
+) -> None:
+    """Against the definition: softmax over every token as it is read, the largest of the last queries."""
+    layout = layouts()[0]
+    x = tokens(start + new, seed)
+    parts = ops.quantize(x[:, :, :start], start, True, layout.token)
+    rows = max(1, min(new, 7))
+    query = tokens(rows, seed + 1, heads=4)
+    if new == 0:
+        return
+    found = recent_importance(
+        query, x[:, :, start:], parts, None, start, start + new, 0.125, causal, queries, layout, None
+    )
+    if layout.pages_at(start + new) == layout.pages_at(start):
+        assert not found.any()
+        return
+    seen = torch.cat([reference.read(*parts, start, layout), x[:, :, start:]], 2)
+    mask = torch.ones(rows, start + new, dtype=torch.bool)
+    mask = mask.tril(start + new - rows) if causal else mask
+    count = min(queries, rows)
+    expected = mixed.importance(query[:, :, -count:], seen, mask[-count:], 0.125)
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_what_is_attended_to_gets_more_bits() -> None:
+    layout = layouts(bits=2.3)[1]
+    x = tokens(39)
+    importance = torch.full((2, 2, 39), 1e-4)
+    importance[:, :, 10:14] = 0.5
+    codes, params, *_ = ops.quantize(x, 39, True, layout.token, None, None, importance)
+    _, bits = mixed.unpack(codes[:, :, :1], params[:, :, :1], layout.mixed)
+    first = layout.sinks
+    assert (bits[:, :, 0, 10 - first : 14 - first].amin(-1) > bits.float().mean((2, 3))).all()
+    plain = ops.quantize(x, 39, True, layout.token)
+    _, even = mixed.unpack(plain[0][:, :, :1], plain[1][:, :, :1], layout.mixed)
+    assert not torch.equal(bits, even)
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
+        num_hidden_layers=2, intermediate_size=128, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def run(model: Any, **options: Any) -> Any:
+    torch._dynamo.reset()
+
+    def call(ids: Tensor, cache: Any, **more: Any) -> Tensor:
+        return model(ids, past_key_values=cache, use_cache=True, **more).logits
+
+    options = {"method": "qaq", "inner": "eager", **SMALL, **options}
+    return torch.compile(call, backend="kvq", options=options, dynamic=False)
+
+
+@pytest.mark.parametrize("options", [{"bits": 2.3}, {"bits": 4}, {"bits": 3, "variant": "paper"}])
+def test_a_compiled_model_reads_what_its_cache_stands_for(options: dict[str, Any]) -> None:
+    model = make_model()
+    ids = torch.randint(0, 64, (1, 120), generator=torch.Generator().manual_seed(3))
+    call, cache = run(model, **options), transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        for first, last in ((0, 90), (90, 91), (91, 118), (118, 119)):
+            before = None
+            if first:
+                before = transformers.DynamicCache()
+                for index, layer in enumerate(cache.layers):
+                    before.update(layer.keys.dequantize(), layer.values.dequantize(), index)
+            logits = call(ids[:, first:last], cache)
+            expected = model(ids[:, first:last], past_key_values=before, use_cache=True).logits
+            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert isinstance(cache.layers[0].keys, QuantizedKV)
+    assert "bits" in repr(cache.layers[0].keys)
+
+
+def test_the_compiled_call_weighs_tokens_by_its_own_queries() -> None:
+    """Negative twin: without attention the same prompt gives other bits."""
+    model = make_model()
+    ids = torch.randint(0, 64, (1, 90), generator=torch.Generator().manual_seed(3))
+    kept = []
+    for _ in range(2):
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            run(model)(ids, cache)
+        kept.append(cache.layers[1].values)
+    layout = kept[0].page_layout
+    assert torch.equal(kept[0].codes[:, :, :2], kept[1].codes[:, :, :2])
+    even = QuantizedKV.from_dense(kept[0].dequantize(), layout)
+    _, with_attention = mixed.unpack(
+        kept[0].codes[:, :, :1], kept[0].params[:, :, :1], layout.mixed
+    )
+    _, without = mixed.unpack(even.codes[:, :, :1], even.params[:, :, :1], layout.mixed)
+    assert not torch.equal(with_attention, without)
+
+
+def test_a_static_cache_distributes_by_range() -> None:
+    model, cache_length = make_model(), 128
+    ids = torch.randint(0, 64, (1, 90), generator=torch.Generator().manual_seed(3))
+    call = run(model)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=cache_length)
+    with torch.no_grad():
+        for first, last in ((0, 80), (80, 81), (81, 82)):
+            logits = call(ids[:, first:last], cache, cache_position=torch.arange(first, last))
+    assert logits.isfinite().all()
+    assert isinstance(cache.layers[0].keys, QuantizedKV)
+
+
+@pytest.mark.parametrize("bits", [2.3, 3, 4])
+def test_bits_asked_for_are_bits_held(bits: float) -> None:
+    key, value = (
+        make_spec("qaq", bits=bits).layout(role, 128).mixed.bits_per_number
+        for role in ("key", "value")
+    )
+    assert bits - 0.02 < (key + value) / 2 <= bits
+
+
+def test_specs_that_make_no_sense_are_named() -> None:
+    mixed_spec = TensorSpec(2.5, params="fp8", mixed=(1, 4))
+    with pytest.raises(ValueError, match="both be in mixed pages"):
+        CacheSpec(mixed_spec, TensorSpec(4))
+    with pytest.raises(ValueError, match="one group a token"):
+        TensorSpec(2.5, mixed=(1, 4), group_size=32)
+    with pytest.raises(ValueError, match="variant must be"):
+        make_spec("qaq", variant="code")
