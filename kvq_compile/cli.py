@@ -56,7 +56,8 @@ MethodOption = Annotated[
     typer.Option("--method", help="NAME or NAME:OPTION=VALUE,... [default: the backend's]"),
 ]
 MethodsOption = Annotated[
-    list[str], typer.Option("--method", help="NAME or NAME:OPTION=VALUE,...; may be repeated.")
+    list[str] | None,
+    typer.Option("--method", help="NAME or NAME:OPTION=VALUE,...; may be repeated."),
 ]
 DtypeOption = Annotated[
     str,
@@ -121,8 +122,14 @@ def demo(
 @app.command("eval")
 def evaluate_(
     model: ModelOption,
-    method: MethodsOption,
+    method: MethodsOption = None,
     text: TextOption = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also run all methods at many widths and draw a plot.")
+    ] = False,
+    calibrate_on: Annotated[
+        Path | None, typer.Option(help="Text on which --sweep calibrates methods that learn.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows of the text.", min=1)] = 4,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     prefill: Annotated[int, typer.Option(help="Tokens fed at once, not scored.")] = 512,
@@ -143,15 +150,24 @@ def evaluate_(
     from kvq_compile.evaluate import Protocol, make_runners, write_results
 
     compile_plain = read_plain(plain)
-    choices = attempt(lambda: [read_method(item) for item in method])
+    if not method and not sweep:
+        raise typer.BadParameter("give --method, or --sweep for all of them")
+    choices = attempt(lambda: [read_method(item) for item in method or []])
     protocol = attempt(lambda: Protocol(window, prefill, chunk, windows))
     network, tokenizer = load(model, dtype, device)
     ids = attempt(lambda: read_text(tokenizer, text))
+    if sweep:
+        choices += sweep_methods(network, tokenizer, calibrate_on)
     runners = make_runners(network, choices, compile_plain)
     scores = attempt(lambda: measure(runners, tokenizer, ids, protocol, recall or [], exams))
     show_scores(scores)
     about = describe(network, model, text, protocol, plain, exams if recall else 0)
-    for path in write_results(scores, out, about):
+    written = write_results(scores, out, about)
+    if sweep:
+        from kvq_compile.sweep import draw
+
+        written += draw(scores, out)
+    for path in written:
         console.print(f"wrote {escape(str(path))}")
 
 
@@ -239,6 +255,21 @@ def read_method(text: str | None) -> Method:
     if text is None:
         return Method(f"{make_config().spec.method} (default)", {})
     return parse_method(text)
+
+
+def sweep_methods(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Path | None
+) -> list[Method]:
+    """Return all methods, calibrated on a text if one is given."""
+    from kvq_compile.loading import encode_file, spread_windows
+    from kvq_compile.sweep import standard_methods
+
+    if text is None:
+        console.print("without --calibrate-on only methods that need no calibration are run")
+        return standard_methods(network, [])
+    windows = attempt(lambda: spread_windows(encode_file(tokenizer, text), 16, 2048))
+    with stages() as advance:
+        return standard_methods(network, [w.to(network.device) for w in windows], advance)
 
 
 def read_plain(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -11,6 +13,7 @@ from kvq_compile.lowering.check_sites import check_mask, check_order, check_pair
 from kvq_compile.lowering.find_attention import find_attentions
 from kvq_compile.lowering.find_state import find_state
 from kvq_compile.lowering.graph import shape_of, value_of
+from kvq_compile.lowering.remove_bias import without_bias
 from kvq_compile.lowering.sites import (
     Attention,
     AttentionSite,
@@ -27,7 +30,10 @@ BY_OPTION = "left in 16 bit by the option layers"
 
 
 def find_sites(
-    graph: fx.Graph, spec: CacheSpec, sizes: SizeReader
+    graph: fx.Graph,
+    spec: CacheSpec,
+    sizes: SizeReader,
+    inputs: Mapping[fx.Node, Any] | None = None,
 ) -> tuple[list[AttentionSite], list[SiteReport]]:
     """Return the sites that can be rewritten under ``spec`` and a report of each that cannot.
 
@@ -35,6 +41,8 @@ def find_sites(
         graph: The graph.
         spec: What caches are quantized to.
         sizes: Reads lengths from the arguments of a call.
+        inputs: The arguments of the call that is being compiled, by placeholder, where constants of the model
+            may decide how keys are coded.
 
     Raises:
         ValueError: A cache is quantized to something else than ``spec``.
@@ -48,7 +56,7 @@ def find_sites(
         try:
             if not isinstance(found, Attention):
                 raise found[1]
-            site = _site(layer, found, outputs, spec)
+            site = _site(layer, found, outputs, spec, inputs)
             _check_graph(site, graph, sizes, taken)
         except Refusal as reason:
             refused.append(left_alone(layer, node, str(reason)))
@@ -66,7 +74,11 @@ def left_alone(layer: int, node: fx.Node, reason: str) -> SiteReport:
 
 
 def _site(
-    layer: int, attention: Attention, outputs: set[fx.Node], spec: CacheSpec
+    layer: int,
+    attention: Attention,
+    outputs: set[fx.Node],
+    spec: CacheSpec,
+    inputs: Mapping[fx.Node, Any] | None,
 ) -> AttentionSite:
     key = find_state(attention.key, outputs)
     value = find_state(attention.value, outputs)
@@ -76,6 +88,8 @@ def _site(
     check_pair(key, value)
     check_tensors(attention, key, value)
     check_mask(attention, key)
+    if inputs is not None:
+        layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, inputs))
     codings = [_coding("key", layer_spec, key), _coding("value", layer_spec, value)]
     for state, coding in zip((key, value), codings, strict=True):
         if state.life in (Life.GROWN, Life.BUFFER):

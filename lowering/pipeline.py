@@ -103,7 +103,8 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     arguments = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     sizes = SizeReader(list(arguments))
     unchain_writes(graph)  # first: the finders know a cache by one node
-    sites, reports = find_sites(graph, spec, sizes)
+    inputs = dict(zip(arguments, example_inputs, strict=True))
+    sites, reports = find_sites(graph, spec, sizes, inputs)
     if _records_gradients(example_inputs):
         reports += [
             left_alone(site.layer, site.attention.output, RECORDING_GRADIENTS) for site in sites
@@ -111,7 +112,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         sites = []
 
     frames = Frames(
-        graph, sites, dict(zip(arguments, example_inputs, strict=True))
+        graph, sites, inputs
     )  # its placeholders stand behind those of the captured graph
     caches = unwrap_caches(graph)  # before the rewriting: it speaks of parts
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -195,4 +196,6 @@ def _rewritten(site: AttentionSite) -> SiteReport:
         Life.BUFFER: "reads the quantized buffer, quantizes on write",
     }[life]
     bits = f"{site.key_coding.layout.about} keys, {site.value_coding.layout.about} values"
+    if site.key_coding.layout.rotary:
+        bits += ", keys before RoPE"
     return SiteReport(site.layer, output.name, source_line(output), "rewritten", f"{how} ({bits})")

@@ -33,7 +33,9 @@ def test_a_layout_survives_its_text() -> None:
         assert PageLayout.parse(layout.token) == layout
 
 
-@given(st.integers(0, 150), st.integers(0, 60), st.integers(1, 6), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(0, 150), st.integers(0, 60), st.integers(1, 6), st.booleans(), st.integers(0, 99)
+)
 def test_importance_is_what_attention_over_the_cache_gives(
     start: int, new: int, queries: int, causal: bool, seed: int
 ) -> None:
@@ -46,7 +48,17 @@ def test_importance_is_what_attention_over_the_cache_gives(
     if new == 0:
         return
     found = recent_importance(
-        query, x[:, :, start:], parts, None, start, start + new, 0.125, causal, queries, layout, None
+        query,
+        x[:, :, start:],
+        parts,
+        None,
+        start,
+        start + new,
+        0.125,
+        causal,
+        queries,
+        layout,
+        None,
     )
     if layout.pages_at(start + new) == layout.pages_at(start):
         assert not found.any()
