@@ -171,7 +171,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
             torch.cat([getattr(t, name) for t in tensors]) for name in ops.PARTS[:3]
         )
         cursor = first.cursor.clone()
-        shift = None if first.shift is None else torch.cat([t.shift for t in tensors])
+        shift = None if first.shift is None else torch.cat([t.shift for t in tensors])  # type: ignore[attr-defined]
         return QuantizedKV(
             *(codes, params, exact, cursor, first.page_layout, first.kind, first.shape[2]),
             tables=first.tables,

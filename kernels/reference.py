@@ -55,7 +55,8 @@ from kvq_compile.kernels.frame import (
 from kvq_compile.kernels.frame import (
     rotate as rotate,
 )
-from kvq_compile.kernels.spec import TRITS, UNIT_BITS, PageLayout
+from kvq_compile.kernels.mixed_layout import UNIT_BITS
+from kvq_compile.kernels.spec import TRITS, PageLayout
 
 
 def to_groups(x: Tensor, layout: PageLayout) -> Tensor:

@@ -110,9 +110,7 @@ class Calibration:
             )
         about = json.loads(metadata["about"])
         layers = tuple(
-            LayerTables(
-                *(Tables(words[name], about["head_dims"][name]) for name in _names(index)), *rest
-            )
+            _layer([Tables(words[name], about["head_dims"][name]) for name in _names(index)], rest)
             for index, rest in enumerate(about["layers"])
         )
         if _digest(metadata["about"], layers) != metadata.get("digest"):
@@ -154,6 +152,11 @@ def weight_hash(parameter: Tensor) -> str:
     numbers = flat[index.to(flat.device)] if flat.numel() else flat
     content = f"{tuple(parameter.shape)} {numbers.to(torch.bfloat16).tolist()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _layer(tables: list[Tables], rest: list[Any]) -> LayerTables:
+    key, value = tables
+    return LayerTables(key, value, *rest)
 
 
 def _names(layer: int) -> tuple[str, str]:

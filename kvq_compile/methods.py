@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvq_compile.calibration import Calibration, LayerTables
-from kvq_compile.kernels.spec import CacheSpec, Packing, Params, TensorSpec, Transform
+from kvq_compile.kernels.mixed_layout import Params
+from kvq_compile.kernels.spec import CacheSpec, Packing, TensorSpec, Transform
 
 DEFAULT = "int4"
 AT_COMPILE = (

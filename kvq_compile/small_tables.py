@@ -49,20 +49,15 @@ def random_tables(
 
 
 @st.composite
-def framed_layouts(
-    draw: st.DrawFn, role: Role | None = None, heads: int = 2, batch: int = 2,
-    head_dims: tuple[int, ...] = (64, 80, 96, 128), page_sizes: tuple[int, ...] = (32, 64),
-) -> tuple[PageLayout, Frame]:  # fmt: skip
-    """Draw a calibrated layout and its frame: channel tables, rotary keys, codebooks, fp8, three levels."""
-    role = role or draw(st.sampled_from(("key", "value")))
-    head_dim = draw(st.sampled_from(head_dims))
-    page_size = draw(st.sampled_from(page_sizes))
+def framed_tensors(
+    draw: st.DrawFn, role: Role, head_dim: int, page_size: int, heads: int = 2
+) -> TensorSpec:
+    """Draw a calibrated coding: channel tables, rotary keys, codebooks, fp8, three levels."""
     rotary = role == "key" and draw(st.booleans())
-    couples = [c for c in (2, 4, 8) if head_dim // c % 8 == 0]
     options: dict[str, Any] = {"rotary": rotary}
     codebook = None
     if draw(st.booleans()):
-        couple = draw(st.sampled_from(couples))
+        couple = draw(st.sampled_from([c for c in (2, 4, 8) if head_dim // c % 8 == 0]))
         bits = draw(st.sampled_from((2, 4, 8, 10)))
         codebook, options["couple"], options["bits"] = (couple, bits), couple, bits
         group_size = head_dim
@@ -86,10 +81,37 @@ def framed_layouts(
         heads, head_dim, group_size=group_size, rotary=rotary, codebook=codebook,
         seed=draw(st.integers(0, 2**16)),
     )  # fmt: skip
-    spec = TensorSpec(tables=tables, **options)
+    return TensorSpec(tables=tables, **options)
+
+
+@st.composite
+def framed_specs(draw: st.DrawFn, head_dim: int, heads: int = 2) -> CacheSpec:
+    """Draw a cache whose keys and values are calibrated."""
+    page_size = draw(st.sampled_from((32, 64)))
+    return CacheSpec(
+        draw(framed_tensors("key", head_dim, page_size, heads)),
+        draw(framed_tensors("value", head_dim, page_size, heads)),
+        draw(st.integers(0, 5)),
+        draw(st.integers(0, 40)),
+        page_size,
+    )
+
+
+@st.composite
+def framed_layouts(
+    draw: st.DrawFn, role: Role | None = None, heads: int = 2, batch: int = 2,
+    head_dims: tuple[int, ...] = (64, 80, 96, 128), page_sizes: tuple[int, ...] = (32, 64),
+) -> tuple[PageLayout, Frame]:  # fmt: skip
+    """Draw a calibrated layout and its frame."""
+    roles: tuple[Role, ...] = ("key", "value")
+    chosen = role or draw(st.sampled_from(roles))
+    head_dim = draw(st.sampled_from(head_dims))
+    page_size = draw(st.sampled_from(page_sizes))
+    spec = draw(framed_tensors(chosen, head_dim, page_size, heads))
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page_size)
-    layout = cache.layout(role, head_dim)
+    layout = cache.layout(chosen, head_dim)
     shift: Tensor | None = None
     if layout.rotary:
         shift = torch.tensor([draw(st.integers(-9, 9)) for _ in range(batch)], dtype=torch.int32)
-    return layout, Frame(tables.words, shift)
+    assert spec.tables is not None
+    return layout, Frame(spec.tables.words, shift)

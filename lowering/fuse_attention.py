@@ -93,7 +93,7 @@ def attend_to_new_tokens(
             assert state.past is not None
             frame = frames.of(state, coding)
             parts = _allocate(graph, state, coding.layout, frame, importance)
-            made[state.past] = (*parts, *frame[1:]) if frame[1] is not None else parts
+            made[state.past] = parts if frame[1] is None else (*parts, frame[1])
             _erase_write(graph, state)
     attention.output.replace_all_uses_with(exact)
     graph.erase_node(attention.output)

@@ -48,7 +48,7 @@ def without_bias(spec: TensorSpec, key: State, inputs: Mapping[fx.Node, Any]) ->
     if not bool((bias.abs() > SWAMPS * weight.norm(dim=1)).any()):
         return spec
     try:
-        rotation: Rotation | None = find_rotation(key.new, inputs)
+        rotation = find_rotation(key.new, inputs)
     except Refusal:
         return spec
     return replace(spec, rotary=True, tables=_tables(bias.view(heads, head_dim), rotation))

@@ -1,0 +1,68 @@
+"""Attention over calibrated caches is as close to the exact one as `error_bound` says, for every coding."""
+
+from dataclasses import replace
+
+import sympy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile import bounds
+from kvq_compile.kernels import blocked, ops
+from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels.tables import Tables
+from kvq_compile.small_tables import framed_specs, random_tables
+from kvq_compile.testing import assert_within_bound, bound_for, kv_tensors
+
+HEADS = 2
+
+
+def attend(query: Tensor, x: list[Tensor], spec: CacheSpec, held: int) -> Tensor:
+    """Attend to ``held`` tokens of a cache and to the rest exactly."""
+    caches, frames, layouts = [], [], []
+    for tokens, role, part in zip(x, ("key", "value"), (spec.key, spec.value), strict=True):
+        layout = spec.layout(role, tokens.shape[3])
+        words = None if part.tables is None else part.tables.words
+        shift = torch.zeros(tokens.shape[0], dtype=torch.int32) if layout.rotary else None
+        caches.append(ops.quantize(tokens[:, :, :held], held, True, layout.token, words, shift))
+        frames.append(None if words is None else Frame(words, shift))
+        layouts.append(layout)
+    new = [tokens[:, :, held:] for tokens in x]
+    return blocked.attend(
+        query, *new, *caches, None, held, 0.125, layouts[0], layouts[1], frames[0], frames[1]
+    )
+
+
+@given(st.data())
+def test_the_bound_holds_for_calibrated_caches(data: st.DataObject) -> None:
+    head_dim = data.draw(st.sampled_from((64, 80)))
+    spec = data.draw(framed_specs(head_dim, HEADS))
+    held = spec.sinks + spec.window + data.draw(st.integers(0, 2 * spec.page_size))
+    x = [data.draw(kv_tensors((1, HEADS, held + 1, head_dim))).clamp(-400, 400) for _ in range(2)]
+    query = torch.randn(1, 2 * HEADS, 1, head_dim) * data.draw(st.sampled_from((0.01, 0.3)))
+    output = attend(query, x, spec, held)
+    assert_within_bound(output, query, x[0], x[1], spec, held=held, scale=0.125)
+
+
+def test_the_bound_is_not_empty() -> None:
+    """Negative twin: a coding that is worse than the spec says breaks the bound."""
+    one = torch.ones(HEADS, 64)
+    order = torch.arange(64).expand(HEADS, 64)
+    tables = Tables.build(order=order, mean=0 * one, scale=one, margin=0 * one)
+    fine = TensorSpec(8, tables=tables)
+    coarse = CacheSpec(fine, TensorSpec(1, tables=tables), 0, 0, 32)
+    x = [torch.randn(1, HEADS, 33, 64) for _ in range(2)]
+    query = torch.zeros(1, HEADS, 1, 64)
+    off = attend(query, x, coarse, 32) - attend(query, x, replace(coarse, value=fine), 32)
+    bound = bound_for(replace(coarse, value=fine), query, *x, scale=0.125, held=32)
+    assert float(off.abs().max()) > bound
+
+
+def test_the_bound_of_a_codebook_is_in_measured_distances() -> None:
+    tables = random_tables(HEADS, 64, group_size=64, rotary=False, codebook=(4, 4), seed=0)
+    spec = TensorSpec(4, couple=4, tables=tables)
+    free = bounds.error_bound(CacheSpec(spec, spec)).free_symbols
+    assert {bounds.KEY_DISTANCE, bounds.VALUE_DISTANCE} <= free
+    assert isinstance(bounds.error_bound(CacheSpec(spec, spec)), sympy.Expr)
