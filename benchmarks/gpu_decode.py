@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from kvq_compile.kernels import attention, quantize_kv, reference
+from kvq_compile.kernels import attention, mixed, quantize_kv, reference
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
@@ -77,6 +77,12 @@ def cq(couple: int, bits: int) -> CacheSpec:
     return CacheSpec(key, value)
 
 
+def qaq(key_bits: float, value_bits: float) -> CacheSpec:
+    """Return QAQ: tokens of no to 4 bits, and how many they are on average."""
+    key, value = (TensorSpec(bits, params="fp8", mixed=(0, 4)) for bits in (key_bits, value_bits))
+    return CacheSpec(key, value)
+
+
 SPECS = {
     "int8": lambda: CacheSpec(TensorSpec(8), TensorSpec(8)),
     "int4": lambda: CacheSpec(TensorSpec(4), TensorSpec(4)),
@@ -91,6 +97,8 @@ SPECS = {
     "cq-4c8b": lambda: cq(4, 8),
     "cq-8c8b": lambda: cq(8, 8),
     "cq-8c10b": lambda: cq(8, 10),
+    "qaq-2.3": lambda: qaq(2.75, 1.4375),
+    "qaq-3": lambda: qaq(3.25, 2.375),
 }
 
 
@@ -110,6 +118,11 @@ def filled(batch: int, length: int, layout: PageLayout) -> Parts:
     pages = layout.pages_at(length)
     like = torch.empty(batch, KV_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     codes, params, exact, cursor = new_parts(like, pages + 1, layout)
+    exact.normal_()
+    cursor.copy_(torch.tensor([length, pages]))
+    if layout.coder == "mixed":
+        fill_mixed(codes, params, layout)
+        return codes, params, exact, cursor
     codes.view(torch.int8).random_(-128, 128)
     if layout.packing == "trits":
         codes.view(torch.uint8).remainder_(243)
@@ -122,9 +135,24 @@ def filled(batch: int, length: int, layout: PageLayout) -> Parts:
     else:
         params[..., 0].uniform_(4.0, 6.0).div_(layout.levels)
         params[..., 1].uniform_(-3.0, -2.0)
-    exact.normal_()
-    cursor.copy_(torch.tensor([length, pages]))
     return codes, params, exact, cursor
+
+
+def fill_mixed(codes: Tensor, params: Tensor, layout: PageLayout) -> None:
+    """Fill a cache with some pages of normal numbers, of which some tokens matter more, over and over."""
+    x = torch.randn(64, layout.page_size, HEAD_DIM, device="cuda")
+    weight = torch.rand(64, layout.page_size, device="cuda") ** 8
+    some_codes, some_params = mixed.quantize_pages(x, weight, layout.mixed)
+    which = torch.randint(64, codes.shape[:3], device="cuda")
+    codes.copy_(some_codes[which])
+    params.copy_(some_params[which])
+
+
+def importance_of(batch: int, slots: int, layout: PageLayout) -> Tensor | None:
+    """Return what mixed pages distribute their bits by."""
+    if layout.coder != "mixed":
+        return None
+    return torch.rand(batch, KV_HEADS, slots, device="cuda") ** 8
 
 
 def tokens(batch: int, heads: int) -> Tensor:
@@ -170,11 +198,12 @@ def measure(
     boundary = layouts[0].sinks + layouts[0].window + (int(cursor[1]) + 1) * layouts[0].page_size
     last = torch.tensor([boundary - 1], device="cuda")
     full = torch.stack([last[0], cursor[1]]).int()
+    weights = importance_of(batch, boundary + 1, layouts[0])
 
     def append(slot: Tensor, state: Tensor) -> None:
         for part, x, layout, frame in zip(parts, new, layouts, frames, strict=True):
             part[3].copy_(state)
-            quantize_kv.append_(*part, x, slot, None, layout, frame)
+            quantize_kv.append_(*part, x, slot, None, layout, frame, weights)
 
     error, plain = (
         relative_errors(attend, query, new, parts, layouts, frames, length)

@@ -8,10 +8,11 @@ leaves a partial result with its log-sum-exp; a second kernel joins the partials
 programs of their own because they weigh as many bytes as ten times as many packed ones: behind a
 share of the pages they would be a long tail.
 
-What a program does with packed pages is in `attend_pages`. Calibrated keys and values are dealt with where
-it costs least. `prepare_kernel` brings the query, in fp32, to the order, the scale and the basis in which keys
-are coded; the keys' mean adds the same to all packed scores of a query, so it is added to a share's
-log-sum-exp. `join_kernel` brings the packed values' sum back, and adds their mean, once for each query.
+What a program does with packed pages is in `attend_pages`, or `attend_mixed` where tokens differ in bits.
+Calibrated keys and values are dealt with where it costs least. `prepare_kernel` brings the query, in fp32,
+to the order, the scale and the basis in which keys are coded; the keys' mean adds the same to all packed
+scores of a query, so it is added to a share's log-sum-exp. `join_kernel` brings the packed values' sum back,
+and adds their mean, once for each query.
 
 Exact tokens are multiplied in the model's own dtype. All sums are fp32. Models in fp32, and the
 interpreter, use fp32 throughout, except that fp32 tiles of packed tokens of more than 128 x 128 numbers
@@ -34,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_compile.kernels.attend_mixed import attend_mixed_pages
 from kvq_compile.kernels.attend_pages import WEIGHT_BIAS, attend_pages, spread
 from kvq_compile.kernels.dequantize import Coding
 from kvq_compile.kernels.frame import Frame
@@ -51,7 +53,8 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
 MAX_COLUMNS = 32  # more queries than that spill
 MAX_SPLITS = 64
-PROGRAMS_PER_PROCESSOR = 3  # measured best on an H100
+PROGRAMS_PER_PROCESSOR: int | None = None  # in place of what `programs_per_processor` says
+MIXED_REGISTERS = 168  # of a thread, so that three programs share a processor; there are no spills
 TOKENS = 16  # whose angles a program prepares
 LOG2_E = 1.4426950408889634
 
@@ -187,14 +190,25 @@ def attend_kernel(
             key_book += kv_head * (2 * key_words) + KEY.book
         if VALUE.codebook:
             value_book += kv_head * (2 * value_words) + VALUE.book
-        accumulator, running_sum, running_max = attend_pages(
-            packed_query, batch * p_b + q_head * p_h + token * p_t, column_ok, value_group, scale,
-            key_codes + page * KEY.page_units, key_params + page * KEY.page_params, key_tables,
-            key_book, turns, first, value_codes + page * VALUE.page_units,
-            value_params + page * VALUE.page_params, value_book, lo,
-            tl.minimum(lo + share, seen), held, mask, mask_rows, m_s, mask_width, KEY, VALUE,
-            SPREAD, SINKS, BLOCK_Q, STAGES, MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
-        )  # fmt: skip
+        hi = tl.minimum(lo + share, seen)
+        rows = batch * p_b + q_head * p_h + token * p_t
+        key_codes += page * KEY.page_units
+        key_params += page * KEY.page_params
+        value_codes += page * VALUE.page_units
+        value_params += page * VALUE.page_params
+        if KEY.mixed:
+            accumulator, running_sum, running_max = attend_mixed_pages(
+                packed_query, rows, column_ok, scale, key_codes, key_params, value_codes,
+                value_params, lo, hi, held, mask, mask_rows, m_s, mask_width, KEY, VALUE, SINKS,
+                BLOCK_Q, STAGES, MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
+            )  # fmt: skip
+        else:
+            accumulator, running_sum, running_max = attend_pages(
+                packed_query, rows, column_ok, value_group, scale, key_codes, key_params,
+                key_tables, key_book, turns, first, value_codes, value_params, value_book, lo, hi,
+                held, mask, mask_rows, m_s, mask_width, KEY, VALUE, SPREAD, SINKS, BLOCK_Q, STAGES,
+                MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
+            )  # fmt: skip
         if KEY.tables and not KEY.rotary:  # the same for all packed tokens, so it waits till here
             running_max += tl.load(query_bias + row, mask=column_ok, other=0.0) * scale
         if SPREAD > 1:
@@ -320,14 +334,24 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _count_splits(
-    programs: int, pages: int, exact_tokens: int, device: torch.device
-) -> tuple[int, int]:
+def programs_per_processor(key: Coding, value: Coding) -> int:
+    """Return how many programs at a time are best for a processor.
+
+    Measured on an H100 at one sequence of 128k tokens, at 2, 3, 4 and 6 programs; the second numbers are
+    for blocks of 32 exact tokens in place of 64::
+
+        2-bit codes              75 / 75    61 / 68    76 / 58    76 / 57  us
+        2-bit rotary keys       110 / 111  132 / 138  125 / 125  125 / 125
+        8 channels in 8 bits    227        309        258        255
+    """
+    return 2 if key.rotary or key.codebook or value.codebook else 3
+
+
+def _count_splits(programs: int, pages: int, exact_tokens: int, resident: int) -> tuple[int, int]:
     """Return into how many shares exact tokens and pages are split, ``programs`` each being needed.
 
-    Pages are split no more than it takes to keep the processors evenly busy.
+    Pages are split no more than it takes to keep the ``resident`` programs evenly busy.
     """
-    resident = PROGRAMS_PER_PROCESSOR * _processors(device)
     waves = [
         programs * splits / resident for splits in range(1, max(1, min(pages, MAX_SPLITS)) + 1)
     ]
@@ -345,13 +369,20 @@ def launch_constants(
     """Return constants of `attend_kernel` that layouts and shape fix, and its launch options."""
     D, Dv, page = key_layout.head_dim, value_layout.head_dim, key_layout.page_size
     key, value = Coding.of(key_layout), Coding.of(value_layout)
+    if (key.mixed or value.mixed) and (key.tables or value.tables):
+        raise NotImplementedError(
+            "tables must be None where tokens differ in bits (mixed): no GPU kernel reads both"
+        )
+    if key.mixed != value.mixed:
+        raise NotImplementedError("keys and values must both be mixed, or neither, on a GPU")
     copies = spread(value, shared * tokens)
     columns = triton.next_power_of_2(shared * tokens * copies)
     block_q = min(MAX_COLUMNS, max(16 if platform == "hip" else 8, columns))
     full = dtype == torch.float32 or platform == "interpreter"
     even = D & (D - 1) == 0 and Dv & (Dv - 1) == 0
     large = page * triton.next_power_of_2(max(D, Dv)) > 128 * 128
-    loads = not (key.fields and value.fields)  # whose results would be kept in shared memory
+    # Loads of single codes are many, and what they return would be kept in shared memory.
+    loads = not (key.mixed or (key.fields and value.fields))
     one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     stages = 1 if one_stage or loads else 2
     exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
@@ -364,9 +395,12 @@ def launch_constants(
         "EXACT_DTYPE": tl.float32 if full else exact,
         "PRECISION": "tf32x3" if platform == "cuda" else "ieee",
     }  # fmt: skip
-    return constants, {
-        "num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages
-    }  # fmt: skip
+    options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
+    few = max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
+    few &= even and page >= 64
+    if key.mixed and few and platform == "cuda" and block_q == 8 and not (full or large):
+        options["maxnreg"] = MIXED_REGISTERS
+    return constants, options
 
 
 def _attend_new(
@@ -389,7 +423,9 @@ def _attend_new(
 
 
 def _pairs(params: Tensor) -> Tensor:
-    """View parameters as one word for each pair of scale and zero."""
+    """View parameters as one word for each pair of scale and zero; records of mixed pages stay bytes."""
+    if params.shape[-1] == 1:
+        return params
     return params.view(torch.uint16 if params.dtype == torch.uint8 else torch.int32)
 
 
@@ -471,9 +507,13 @@ def attend(
         key_layout, value_layout, shared, T, query.dtype, platform
     )
     tiles = triton.cdiv(shared * T, constants["BLOCK_Q"])
-    exact, packed = _count_splits(
-        B * Hkv * tiles, capacity, key_layout.exact_rows + new, query.device
+    per_processor = PROGRAMS_PER_PROCESSOR or programs_per_processor(
+        Coding.of(key_layout), Coding.of(value_layout)
     )
+    exact, packed = _count_splits(
+        B * Hkv * tiles, capacity, key_layout.exact_rows + new,
+        per_processor * _processors(query.device),
+    )  # fmt: skip
     splits = exact + packed
 
     kind, width = 0, 0
@@ -482,6 +522,7 @@ def attend(
         width = mask.shape[-1]
         mask = mask.expand(B, Hq, T, width)
         kind, mask = (1, mask.view(torch.uint8)) if mask.dtype == torch.bool else (2, mask)
+        options.pop("maxnreg", None)  # it would spill
         strides = mask.stride()
     packed_query, query_bias, turns = _prepare(query, Hkv, key_frame, constants)
     partial = query.new_empty(B * Hq * T, splits, Dv, dtype=torch.float32)

@@ -43,6 +43,9 @@ class Coding:
         block: Rotary keys that are rotated at once; all blocks of a page by the same angles.
         means, scales, frequencies: First words of sections of the tables.
         book: First number of the codebook, in numbers of 16 bits.
+        mixed: Whether tokens differ in bits: ``bits`` are the most, ``page_units`` and ``page_params`` all
+            units and all bytes of records, ``columns`` those of a tile of keys or values.
+        rank_field, outliers: Of a record, where its rank is; outliers of a token.
     """
 
     key: bool
@@ -72,18 +75,24 @@ class Coding:
     scales: int
     frequencies: int
     book: int
+    mixed: bool = False
+    rank_field: int = 0
+    outliers: int = 0
 
     @staticmethod
     def of(layout: PageLayout) -> "Coding":
         """Return the coding of a layout."""
-        dim, trits, codebook = (
+        dim, trits, codebook, mixed = (
             layout.head_dim,
             layout.packing == "trits",
             layout.coder == "codebook",
+            layout.coder == "mixed",
         )
-        bits = sum(layout.planes)
-        fields = not (trits or codebook)
+        bits = layout.max_bits if mixed else sum(layout.planes)
+        fields = not (trits or codebook or mixed)
         per_unit = 16 // (2 if bits == 3 else bits) if fields else 1
+        if mixed:
+            per_unit = 16  # of a plane
         even = all(n & (n - 1) == 0 for n in (dim, layout.couple))
         groups, members = layout.params_shape
         return Coding(
@@ -114,6 +123,9 @@ class Coding:
             scales=section("scale", dim, layout.rotary)[0],
             frequencies=section("frequency", dim, layout.rotary)[0],
             book=2 * section("codebook", dim, layout.rotary)[0],
+            mixed=mixed,
+            rank_field=layout.mixed.rank_field if mixed else 0,
+            outliers=layout.outliers,
         )
 
 

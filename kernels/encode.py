@@ -15,8 +15,9 @@ from functools import lru_cache
 import triton
 import triton.language as tl
 
+from kvq_compile.kernels.mixed_layout import UNIT_BITS
 from kvq_compile.kernels.primitives import join_params, split_params
-from kvq_compile.kernels.spec import TRITS, UNIT_BITS, PageLayout
+from kvq_compile.kernels.spec import TRITS, PageLayout
 from kvq_compile.kernels.tables import CHANNEL_SECTIONS, NO_TABLES, section
 
 FP16_MAX = tl.constexpr(65504.0)
@@ -50,20 +51,23 @@ class Constants(PageLayout):
             name
             for c in (Constants, PageLayout)
             for name, x in vars(c).items()
-            if isinstance(x, property)
+            if isinstance(x, property) and (name != "mixed" or self.coder == "mixed")
         ]
         return f"{[(name, getattr(self, name)) for name in derived]}"
 
     @property
     def in_coded_form(self) -> bool:
-        """Whether tokens are coded as something other than what they are."""
-        return self.has_tables or self.transform != "none"
+        """Whether a page goes to scratch first, for tokens are coded as something other than what they
+        are, or read in more than one shape."""
+        return self.has_tables or self.transform != "none" or self.coder == "mixed"
 
     @property
     def scratch_numbers(self) -> int:
-        """Numbers of scratch for a page: its coded form and, behind it, the entries of a codebook."""
+        """Numbers of scratch for a page: its coded form and, behind it, the entries of a codebook, or of
+        each token of mixed bits its span, bits and rank."""
         coded = self.page_size * self.head_dim if self.in_coded_form else 0
-        return coded + (self.page_size * self.code_channels if self.coder == "codebook" else 0)
+        rows = {"codebook": self.code_channels, "mixed": 4}.get(self.coder, 0)
+        return coded + self.page_size * rows
 
     @property
     def page_words(self) -> int:
@@ -72,9 +76,29 @@ class Constants(PageLayout):
 
     @property
     def page_params(self) -> int:
-        """Groups of a page, each of which has one word of parameters."""
+        """Groups of a page, each of which has one word of parameters; or bytes of its records."""
         groups, members = self.params_shape
         return groups * members
+
+    @property
+    def code_rows(self) -> int:
+        """Rows of all planes of a page of mixed bits."""
+        return self.mixed.code_rows if self.coder == "mixed" else 0
+
+    @property
+    def row_units(self) -> int:
+        """Units of such a row."""
+        return self.mixed.row_units if self.coder == "mixed" else 0
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of a centre or a reach."""
+        return 1 if self.params == "fp8" else 2
+
+    @property
+    def rank_field(self) -> int:
+        """Field of the rank."""
+        return 2 * self.param_bytes
 
     @property
     def plane_units(self) -> tuple[int, ...]:
@@ -202,7 +226,7 @@ def group_params(x, exists, share, AXIS: tl.constexpr, LAYOUT: tl.constexpr):
     else:
         zero = _round_down_fp16(lo)
         step = tl.div_rn(hi - zero.to(tl.float32), levels)
-        return join_params(_round_up_fp16(tl.minimum(step, FP16_MAX)), zero)
+        return join_params(round_up_fp16(tl.minimum(step, FP16_MAX)), zero)
 
 
 @triton.jit
@@ -214,7 +238,7 @@ def _round_down_fp16(x):
 
 
 @triton.jit
-def _round_up_fp16(x):
+def round_up_fp16(x):
     half = x.to(tl.float16)
     above = (half.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
     return tl.where(half.to(tl.float32) < x, above, half)

@@ -82,14 +82,14 @@ def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.con
             codes = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
         elif BITS == 3:
             a, b, c, d, e, f, g, h = _fields_3(low, high)
-            codes = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
+            codes = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
         elif BITS == 2:
             a, b, c, d, e, f, g, h = _fields_2(low)
-            codes = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
+            codes = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
         else:
             a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _fields_1(low)
-            even = _join_8(a, c, e, g, i, k, n, p)
-            odd = _join_8(b, d, f, h, j, m, o, q)
+            even = join_8(a, c, e, g, i, k, n, p)
+            odd = join_8(b, d, f, h, j, m, o, q)
             codes = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 5, 1))
     else:
         codes = _shift_out(low, high, BITS, FIELDS)
@@ -124,8 +124,8 @@ def unpack_halves(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.c
             second = tl.permute(_join_4(e, f, g, h), (0, 2, 3, 1))
         else:
             a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _fields_1(low)
-            first = tl.permute(_join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
-            second = tl.permute(_join_8(i, j, k, m, n, o, p, q), (0, 2, 3, 4, 1))
+            first = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
+            second = tl.permute(join_8(i, j, k, m, n, o, p, q), (0, 2, 3, 4, 1))
     else:
         first = _shift_out(low, high, BITS, HALF)
         second = _shift_out(low >> 8, high >> 8, BITS, HALF)
@@ -269,7 +269,7 @@ def _join_4(a, b, c, d):
 
 
 @triton.jit
-def _join_8(a, b, c, d, e, f, g, h):
+def join_8(a, b, c, d, e, f, g, h):
     """Return eight fields along three new last axes, the highest digit of their number first."""
     return tl.join(_join_4(a, c, e, g), _join_4(b, d, f, h))
 

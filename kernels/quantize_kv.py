@@ -9,7 +9,8 @@ A page is read twice, in the shape in which its groups lie and then in the shape
 lie. That keeps tiles small for any head dimension and grouping, and the second reading hits a
 cache. Where tokens are coded as something other than what they are, that form of the page goes to
 fp32 scratch first, and both read it there. A codebook has no parameters; its first reading finds
-the entries, which lie in scratch behind the page.
+the entries, which lie in scratch behind the page. Pages whose tokens differ in bits go through scratch
+too; what is done with them there is in `quantize_mixed`.
 
 Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor
 by counting arrivals in the upper bits of the page count, which every program reads through a mask
@@ -53,6 +54,7 @@ from kvq_compile.kernels.encode import (
 )
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.primitives import hadamard
+from kvq_compile.kernels.quantize_mixed import mixed_value, quantize_mixed_page
 from kvq_compile.kernels.spec import PageLayout
 
 MAX_PAGES = 1 << 20  # the lower 20 bits of cursor[1]; the other 11 count programs
@@ -113,7 +115,10 @@ def _reopen(source, page, frame, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
         token = block + tl.arange(0, BLOCK)[:, None]
         inside = channel < CHANNELS
         exists = (token < LAYOUT.page_size) & (first + token < start) & inside
-        y = coded_value(codes, params, codebook, token, channel, exists, LAYOUT)
+        if LAYOUT.coder == "mixed":
+            y = mixed_value(codes, params, token, channel, exists, LAYOUT)
+        else:
+            y = coded_value(codes, params, codebook, token, channel, exists, LAYOUT)
         if LAYOUT.transform == "hadamard":
             y = hadamard(y, HEAD_DIM)
         order = channel
@@ -299,12 +304,21 @@ def _pack_trits(source, page, LAYOUT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _quantize_page(source, page, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+def _quantize_page(source, page, frame, weights, LAYOUT: tl.constexpr, TILE: tl.constexpr):
     """Quantize and pack a page."""
-    _tables, codebook, _shift = frame
     if LAYOUT.in_coded_form:
         _write_coded_form(source, page[2], frame, LAYOUT, TILE)
         tl.debug_barrier()
+    if LAYOUT.coder == "mixed":
+        quantize_mixed_page(*page, *weights, source[3], LAYOUT, TILE)
+    else:
+        _quantize_uniformly(source, page, frame, LAYOUT, TILE)
+
+
+@triton.jit
+def _quantize_uniformly(source, page, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """Quantize and pack a page whose codes all have the same width."""
+    _tables, codebook, _shift = frame
     if LAYOUT.coder == "codebook":
         _write_entries(page[2], codebook, LAYOUT, TILE)
     else:
@@ -339,9 +353,10 @@ def _write_rows(
 
 @triton.jit(do_not_specialize=["start"])
 def append_kernel(
-    codes, parameters, exact, cursor, x, scratch, tables, books, shift, position, start, tokens,
-    capacity, heads, table_words, stride_b, stride_h, stride_t, HAS_POSITION: tl.constexpr,
-    LAYOUT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    codes, parameters, exact, cursor, x, scratch, importance, tables, books, shift, position,
+    start, tokens, capacity, heads, slots, weights_b, weights_h, table_words, stride_b, stride_h,
+    stride_t, HAS_POSITION: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor
     too. (Triton's launcher cannot take an argument that is named ``params``.)
@@ -365,12 +380,14 @@ def append_kernel(
         tables += kv_head.to(tl.int64) * table_words
         books += (kv_head.to(tl.int64) * table_words + section_start("codebook", LAYOUT)) * 2
     moved = tl.load(shift + batch) if LAYOUT.rotary else 0
+    if importance is not None:
+        importance += batch.to(tl.int64) * weights_b + kv_head.to(tl.int64) * weights_h
     source = (x, exact, stride_t, SINKS + (old + number) * PAGE, start)
     page, frame = (codes, parameters, scratch), (tables, books, moved)
     if ok & cut & (number == 0):
         _reopen(source, page, frame, LAYOUT, ROWS)
     if ok & (old + number < new):
-        _quantize_page(source, page, frame, LAYOUT, TILE)
+        _quantize_page(source, page, frame, (importance, slots), LAYOUT, TILE)
         tl.debug_barrier()
     if WHOLE:
         if ok:
@@ -438,6 +455,12 @@ def _frame_arguments(frame: Frame | None, unused: Tensor) -> tuple[Tensor, Tenso
     return tables, tables.view(torch.float16), shift
 
 
+def _params_word(layout: PageLayout) -> torch.dtype:
+    if layout.coder == "mixed":
+        return torch.uint8
+    return torch.uint16 if layout.params == "fp8" else torch.int32
+
+
 def append_(
     codes: Tensor,
     params: Tensor,
@@ -448,6 +471,7 @@ def append_(
     start: int | None,
     layout: PageLayout,
     frame: Frame | None = None,
+    importance: Tensor | None = None,
 ) -> None:
     """Write new tokens at ``start`` or ``position[0]`` and quantize the pages that they complete,
     in place.
@@ -459,11 +483,18 @@ def append_(
         start: The first slot; or ``None``.
         layout: The cache's layout.
         frame: What packed tokens are coded relative to, where the layout has tables.
+        importance: Weight of each token's error by slot, ``[B, H, >= slots held then]``, which mixed layouts
+            distribute bits by; ``None``: all weigh the same.
 
     Raises:
+        NotImplementedError: The layout is mixed and has tables.
         ValueError: ``start`` is given and the new tokens do not fit.
     """
     B, H, tokens, head_dim = x.shape
+    if layout.coder == "mixed" and layout.has_tables:
+        raise NotImplementedError(
+            "tables must be None where tokens differ in bits (mixed): no GPU kernel writes both"
+        )
     capacity = codes.shape[2]
     if start is not None and layout.pages_at(start + tokens) > capacity:
         pages = layout.pages_at(start + tokens)
@@ -481,10 +512,18 @@ def append_(
     constants = Constants.of(layout)
     numbers = constants.scratch_numbers
     scratch = x.new_empty(B * H * pages, numbers, dtype=torch.float32) if numbers else x
+    if layout.coder != "mixed" or not layout.attentive:
+        importance = None
+    slots, weights_b, weights_h = 0, 0, 0
+    if importance is not None:
+        importance = importance.float()
+        if importance.stride(2) != 1:
+            importance = importance.contiguous()
+        slots, (weights_b, weights_h) = importance.shape[2], importance.stride()[:2]
     append_kernel[(B * H, pages)](
         codes.view(torch.uint8 if layout.packing == "trits" else torch.uint16),
-        params.view(torch.uint16 if layout.params == "fp8" else torch.int32),
-        exact, cursor, x, scratch, *_frame_arguments(frame, cursor), *where, H,
+        params.view(_params_word(layout)), exact, cursor, x, scratch, importance,
+        *_frame_arguments(frame, cursor), *where, H, slots, weights_b, weights_h,
         0 if frame is None else frame.tables.shape[1], *x.stride()[:3],
         HAS_POSITION=position is not None, LAYOUT=constants, ROWS=rows, TILE=TILE,
         WHOLE=whole, enable_fp_fusion=False,

@@ -101,6 +101,9 @@ class Tables:
         if frequency is not None:
             if frequency.shape != (H, D // 2):
                 raise ValueError(f"frequency must be [{H}, {D // 2}], got {tuple(frequency.shape)}")
+            first, second = scale.chunk(2, 1)  # kernels scale a query before they turn it
+            if not torch.equal(first, second):
+                raise ValueError("scale must be the same for both channels of a rotary pair")
             parts.append(frequency.int())
         if codebook is not None:
             if codebook.dim() != 4 or codebook.shape[:1] != (H,) or codebook[0, :, 0].numel() != D:

@@ -104,7 +104,7 @@ def framed_layouts(
 ) -> tuple[PageLayout, Frame]:  # fmt: skip
     """Draw a calibrated layout and its frame."""
     roles: tuple[Role, ...] = ("key", "value")
-    chosen = role or draw(st.sampled_from(roles))
+    chosen: Role = draw(st.sampled_from(roles)) if role is None else role
     head_dim = draw(st.sampled_from(head_dims))
     page_size = draw(st.sampled_from(page_sizes))
     spec = draw(framed_tensors(chosen, head_dim, page_size, heads))

@@ -178,7 +178,7 @@ def test_tables_that_differ_have_layouts_that_differ() -> None:
     ("name", "value"),
     [("order", torch.zeros(1, 4)), ("scale", torch.zeros(1, 4)), ("margin", torch.full((1, 4), 0.5)),
      ("mean", torch.full((1, 4), math.nan)), ("codebook", torch.zeros(1, 2, 4, 3)),
-     ("frequency", torch.zeros(1, 4))],
+     ("frequency", torch.zeros(1, 4)), ("scale", torch.tensor([[1.0, 1.0, 1.0, 2.0]]))],
 )  # fmt: skip
 def test_tables_of_wrong_shape_or_value_are_refused(name: str, value: torch.Tensor) -> None:
     sections = {
@@ -186,6 +186,7 @@ def test_tables_of_wrong_shape_or_value_are_refused(name: str, value: torch.Tens
         "mean": torch.zeros(1, 4),
         "scale": torch.ones(1, 4),
         "margin": torch.zeros(1, 4),
+        "frequency": torch.zeros(1, 2),
     }
     Tables.build(**sections)
     with pytest.raises(ValueError, match=name):

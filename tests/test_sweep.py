@@ -26,8 +26,8 @@ def test_the_front_is_all_that_nothing_beats(points: list[tuple[int, int]]) -> N
     best = front(scores)
     for score in scores:
         beaten = any(
-            other.packed_bits <= score.packed_bits and other.perplexity < score.perplexity
-            or other.packed_bits < score.packed_bits and other.perplexity <= score.perplexity
+            (other.packed_bits <= score.packed_bits and other.perplexity < score.perplexity)
+            or (other.packed_bits < score.packed_bits and other.perplexity <= score.perplexity)
             for other in scores
         )  # fmt: skip
         same = any(

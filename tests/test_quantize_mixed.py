@@ -1,0 +1,350 @@
+"""Quantize-on-write of pages whose tokens differ in bits leaves the bytes of the reference.
+
+As `test_kernels_quantize_frames`: kernels run natively where there is a GPU and in Triton's interpreter
+elsewhere, the reference always on the CPU. This file also is the program that compiles kernels ahead of time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile.kernels import encode, mixed, quantize_kv, quantize_mixed, reference
+from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.mixed_layout import MixedLayout
+from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.small_tables import random_tables
+
+pytestmark = [  # of numpy, from Triton's interpreter
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+
+NATIVE = torch.cuda.is_available()
+DEVICE = "cuda" if NATIVE else "cpu"
+# The interpreter truncates where fp32 becomes bf16, which reopening a page does.
+DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * NATIVE
+# Shrinking a failure natively would compile a kernel for every attempt.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
+EXAMPLES = settings(max_examples=max(1, settings().max_examples // 3), phases=PHASES)
+CAPACITY = 4
+SPECIAL = (0.0, -0.0, 1e-7, 6e-5, -3.0, 65504.0, -65504.0, 7e4, -7e4)
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter, which pays by the operation, hold more at once than registers do."""
+    if not NATIVE:
+        monkeypatch.setattr(quantize_kv, "TILE", 1 << 15)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, **fixed: Any) -> PageLayout:
+    least = draw(st.integers(0, 3))
+    most = draw(st.integers(least + 1, 8))
+    page = draw(st.sampled_from([32, 32, 64]))
+    rows = draw(st.integers(max(1, page * least), page * most))
+    options: dict[str, Any] = {
+        "params": draw(st.sampled_from(["fp8", "fp16"])),
+        "outliers": draw(st.sampled_from([0, 0, 2, 4])),
+        "fit": draw(st.booleans()),
+        "soften": draw(st.booleans()),
+        "attentive": draw(st.sampled_from([True, True, False])),
+    }
+    spec = TensorSpec(rows / page, mixed=(least, most), **options | fixed)
+    cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
+    role = draw(st.sampled_from(["key", "value"]))
+    return cache.layout(role, draw(st.sampled_from([16, 32, 64, 80])))
+
+
+def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Return tokens of two heads, some of them much larger than others, as a projection leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, tokens, 2, layout.head_dim, generator=generator)
+    x *= 0.1 + 4 * torch.rand(1, tokens, 2, 1, generator=generator) ** 4
+    return x.to(dtype).transpose(1, 2)
+
+
+def random_importance(slots: int, seed: int) -> Tensor:
+    return torch.rand(1, 2, slots, generator=torch.Generator().manual_seed(seed)) ** 8
+
+
+class Caches:
+    """The same cache kept by the reference and by the kernel."""
+
+    def __init__(self, layout: PageLayout, dtype: torch.dtype) -> None:
+        self.layout = layout
+        like = torch.zeros(1, 2, 1, layout.head_dim, dtype=dtype)
+        self.expected = new_parts(like, CAPACITY, layout)
+        self.actual = tuple(part.to(DEVICE) for part in self.expected)
+        for parts in (self.expected, self.actual):
+            parts[0].fill_(0x5A5A)  # what no row of bits overwrites must become zero
+            parts[1].fill_(0xA5)
+
+    def append(
+        self, x: Tensor, start: int, by_position: bool, importance: Tensor | None = None
+    ) -> None:
+        position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
+        known = None if by_position else start
+        weights = None if importance is None else importance.to(DEVICE)
+        quantize_kv.append_(*self.actual, x.to(DEVICE), position, known, self.layout, None, weights)
+        reference.append_(*self.expected, x, start, self.layout, None, importance)
+
+    def held(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return what counts: packed pages, exact rows that hold a token, cursor."""
+        codes, params, exact, cursor = (part.cpu() for part in parts)
+        length, pages = cursor.tolist()
+        first = self.layout.sinks + pages * self.layout.page_size
+        rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
+        sinks = torch.arange(min(length, self.layout.sinks))
+        exact = exact[:, :, torch.cat([sinks, rows])]
+        return codes[:, :, :pages], params[:, :, :pages], exact, cursor
+
+    def assert_equal(self) -> None:
+        names = ("codes", "params", "exact", "cursor")
+        parts = self.held(self.expected), self.held(self.actual)
+        for name, expected, actual in zip(names, *parts, strict=True):
+            torch.testing.assert_close(
+                actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def full(layout: PageLayout, pages: int) -> int:
+    return layout.sinks + layout.window + pages * layout.page_size
+
+
+@EXAMPLES
+@given(st.data())
+def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
+    data: st.DataObject,
+) -> None:
+    layout = data.draw(layouts())
+    dtype = data.draw(st.sampled_from([*DTYPES, torch.bfloat16]))
+    caches, count = Caches(layout, dtype), full(layout, 2)
+    x, importance = random_tokens(layout, count, dtype, 0), random_importance(count + 3, 1)
+    if data.draw(st.booleans()):
+        importance = importance.mT.contiguous().mT  # heads lie together
+    edges = [full(layout, 1) - 1, full(layout, 1), data.draw(st.integers(1, count))]
+    edges = sorted({0, count, *data.draw(st.lists(st.sampled_from(edges), max_size=3))})
+    for start, stop in pairwise(edges):
+        weights = data.draw(st.sampled_from([None, importance, importance]))
+        caches.append(x[:, :, start:stop], start, data.draw(st.booleans()), weights)
+    caches.assert_equal()
+
+
+@EXAMPLES
+@given(st.data())
+def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
+    data: st.DataObject,
+) -> None:
+    layout = data.draw(layouts())
+    dtype = data.draw(st.sampled_from(DTYPES))
+    caches, count = Caches(layout, dtype), full(layout, 1) + data.draw(st.integers(0, 9))
+    importance = random_importance(count, 1)
+    caches.append(random_tokens(layout, count, dtype, 0), 0, True, importance)
+    # A page is cut open where fewer tokens are left than it has.
+    start = data.draw(st.integers(layout.sinks, layout.sinks + 31) | st.integers(0, count))
+    tokens = data.draw(st.integers(1, 3))
+    caches.append(random_tokens(layout, tokens, dtype, 1), start, data.draw(st.booleans()))
+    caches.assert_equal()
+    start += tokens
+    rest = max(1, full(layout, 1) - start)
+    importance = random_importance(start + rest, 2)
+    caches.append(random_tokens(layout, rest, dtype, 2), start, False, importance)
+    caches.assert_equal()
+
+
+@EXAMPLES
+@given(st.data())
+def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> None:
+    layout = data.draw(layouts())
+    caches = Caches(layout, torch.float32)
+    x = random_tokens(layout, full(layout, 1), torch.float32, 0).contiguous()
+    for _ in range(data.draw(st.integers(1, 8))):
+        value = data.draw(st.sampled_from(SPECIAL + NOT_FINITE) | st.floats(width=32))
+        ends = st.integers(0, x.numel())
+        first, last = sorted(data.draw(st.tuples(ends, ends)))
+        x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
+    weights = None
+    if data.draw(st.booleans()):
+        weights = random_importance(x.shape[2], 1)
+        slot = data.draw(st.integers(0, x.shape[2] - 1))
+        weights[:, :, slot:] *= data.draw(st.sampled_from([0.0, 1.0, 1e-30, float("nan")]))
+    caches.append(x, 0, True, weights)
+    caches.assert_equal()
+
+
+@triton.jit
+def allocate_kernel(weighted, bits, ranks, N: tl.constexpr, LAYOUT: tl.constexpr):
+    where = tl.program_id(0) * N + tl.arange(0, N)
+    found = quantize_mixed.allocate(tl.load(weighted + where), LAYOUT)
+    tl.store(bits + where, found)
+    tl.store(ranks + where, quantize_mixed.rank(found, LAYOUT))
+
+
+@EXAMPLES
+@given(
+    st.integers(0, 3), st.integers(1, 5), st.floats(0, 1),
+    st.lists(st.floats(0, 131008, width=32), min_size=64, max_size=64),
+)  # fmt: skip
+@example(0, 4, 0.5, [0.0] * 64)
+@example(1, 7, 0.3, [1.0] * 64)  # all needs are equal
+@example(0, 8, 0.9, [2.0**-i for i in range(64)])
+@example(0, 3, 0.7, [2.0**-149] * 32 + [2.0**-126] * 32)
+def test_a_page_is_given_the_bits_and_the_order_of_the_specification(
+    least: int, more: int, share: float, spans: list[float]
+) -> None:
+    rows = max(1, int(32 * (least + share * more)))
+    plain = MixedLayout(rows / 32, 32, 16, least, least + more, soften=False)
+    spec = TensorSpec(rows / 32, mixed=(least, least + more), params="fp8", soften=False)
+    layout = CacheSpec(spec, spec, 0, 0, 32).layout("key", 16)
+    x = torch.tensor(spans).view(2, 32)
+    bits, ranks = (torch.empty(2, 32, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    allocate_kernel[(2,)](x.to(DEVICE), bits, ranks, N=32, LAYOUT=encode.Constants.of(layout))
+    expected = mixed.allocate(x, None, plain)
+    assert torch.equal(bits.cpu(), expected)
+    assert torch.equal(ranks.cpu(), mixed.rank(expected).int())
+
+
+def test_importance_is_looked_up_by_slot() -> None:
+    """Of otherwise equal tokens those that matter have more bits, whenever the page is packed."""
+    spec = TensorSpec(2, mixed=(0, 4), params="fp8", soften=False)
+    layout = CacheSpec(spec, spec, 3, 7, 32).layout("key", 32)
+    parts = tuple(part.to(DEVICE) for part in new_parts(torch.zeros(1, 1, 1, 32), 2, layout))
+    x = torch.linspace(-1, 1, 32).expand(1, 1, 42, 32).contiguous().to(DEVICE)
+    heavy = torch.tensor([3, 10, 34])
+    importance = torch.full((1, 1, 42), 2.0**-9)
+    importance[..., heavy] = 1.0
+    quantize_kv.append_(*parts, x[:, :, :41], None, 0, layout)
+    slot = torch.tensor([41], device=DEVICE)
+    quantize_kv.append_(*parts, x[:, :, 41:], slot, None, layout, None, importance.to(DEVICE))
+    bits = mixed.unpack(parts[0].cpu(), parts[1].cpu(), layout.mixed)[1][0, 0, 0]
+    assert bits[heavy - 3].tolist() == [4, 4, 4]
+    assert bits.sum() <= 64
+
+
+def test_tables_are_refused_by_name() -> None:
+    tables = random_tables(2, 32, group_size=32, rotary=False, codebook=None, seed=0)
+    spec = TensorSpec(2, mixed=(0, 4), params="fp8", tables=tables)
+    layout = CacheSpec(spec, spec, 3, 7, 32).layout("key", 32)
+    x = torch.zeros(1, 2, 1, 32, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="tables must be None"):
+        quantize_kv.append_(*new_parts(x, 2, layout), x, None, 0, layout, Frame(tables.words))
+
+
+def test_layouts_of_different_bits_do_not_share_a_kernel() -> None:
+    spec = TensorSpec(2, mixed=(0, 4), params="fp8")
+    layout = CacheSpec(spec, spec).layout("key", 64)
+    texts = {
+        repr(encode.Constants.of(replace(layout, **change)))
+        for change in ({}, {"bits": 3}, {"max_bits": 6}, {"fit": False}, {"soften": False})
+    }
+    assert len(texts) == 5
+
+
+# --- compiled ahead of time -----------------------------------------------------------------------
+
+CASES = {  # budget, most bits, other arguments of TensorSpec
+    "qaq": (2.75, 4, {"params": "fp8"}),
+    "qaq-outliers": (2.5, 6, {"params": "fp16", "outliers": 2}),
+    "qaq-hadamard": (2, 4, {"params": "fp8", "transform": "hadamard"}),
+}
+TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942")]
+
+
+def cuobjdump() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Driver:
+    """Stands in for the driver of a GPU that is not there, as far as compiling asks it."""
+
+    def __init__(self, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.gpu = GPUTarget("cuda", 90, 32) if target == "sm_90" else GPUTarget("hip", target, 64)
+
+    def get_current_target(self):
+        return self.gpu
+
+    def get_current_device(self):
+        return self.gpu.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_append(name: str, target: str):
+    """Call `append_` up to the launch; return the kernel that it would launch."""
+    budget, most, options = CASES[name]
+    spec = TensorSpec(budget, mixed=(0, most), **options)
+    layout = CacheSpec(spec, spec).layout("key", 128)
+    x, compiled = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **constants):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **constants))
+
+    triton.runtime.driver.set_active(Driver(target))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", compile_only)
+        parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
+        quantize_kv.append_(*parts, x, position, None, layout, None, torch.zeros(1, 2, 300))
+    return compiled[0]
+
+
+def spilled(name: str, target: str) -> int:
+    """Return the bytes of stack that a kernel takes, or the registers spilled to it."""
+    compiled = compile_append(name, target)
+    if target != "sm_90":
+        return int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[0])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump()), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)[0])
+
+
+@pytest.fixture(scope="module")
+def spills() -> dict[str, int]:
+    if not cuobjdump().exists():
+        pytest.skip("this build of triton brings no cuobjdump")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "target"), TARGETS)
+def test_writing_compiles_natively_and_stays_in_registers(
+    spills: dict[str, int], name: str, target: str
+) -> None:
+    assert spills[f"{name} {target}"] == 0
+
+
+if __name__ == "__main__":
+    print(json.dumps({f"{name} {target}": spilled(name, target) for name, target in TARGETS}))
