@@ -418,3 +418,19 @@ def test_keys_of_a_first_call_are_returned_quantized() -> None:
         )
     assert recorder.last["quantize"] == 2
     assert len(recorder.after) == 2
+
+
+def test_fresh_keys_may_be_joined_from_channels() -> None:
+    """Regression: keys that end in a cat of rotated and passed channels were refused as grown oddly."""
+
+    def first(query, keys, values):
+        keys, values = keys * 1.0, values * 1.0
+        keys = torch.cat([-keys[..., 8:], keys[..., :8]], -1)
+        return sdpa(query, keys, values), keys, values
+
+    query, keys, values = tokens(5), tokens(5, seed=1), tokens(5, seed=2)
+    compiled = torch.compile(first, backend=Recorder())
+    output, new_keys, new_values = compiled(query, keys, values)
+    assert isinstance(new_keys, QuantizedKV)
+    assert isinstance(new_values, QuantizedKV)
+    assert torch.allclose(output, first(query, keys, values)[0], atol=1e-5)
