@@ -41,10 +41,14 @@ point and by ``max(2^-4 s, 2^-10)`` for the scale ``s``, so that the steps may e
 the largest scale ``t`` of a channel: ``e`` becomes ``t (e + 2^-18 M)``, the term for the angles and the arithmetic on
 the way, ``M`` being the largest magnitude of ``y`` and of ``mean / scale``.
 
+**Mixed pages** store a token's centre and reach ``h``, half its range. The centre is off by ``z`` as above, so
+``h <= r / 2 + z``; rounding cuts ``h / 16`` off at most. A token has ``m`` bits or more: ``e = h (2^-m 17/16 + 1/16)``.
+Fitted codes lie on the number's side of the centre and no farther from it than ``2 (17/16) h``: ``e = 17/8 h``.
+
 **A codebook** has no bound that could be told from its size. The error of its keys is the largest distance of a
 coded token from what is stored for it, that of its values the largest difference of a channel, both measured.
 
-**What it leaves out.** Elements beyond the range of fp16, or not finite, are stored as something else and
+**What it leaves out.** Elements beyond the range of fp16 (of fp8 parameters: 448 in coded form), or not finite, are stored as something else and
 have no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
 """
 
@@ -75,6 +79,11 @@ def element_error(spec: TensorSpec, spread: sympy.Expr, largest: sympy.Expr) -> 
         spread: Largest range of a group.
         largest: Largest magnitude of an element.
     """
+    if spec.mixed is not None:
+        reach = spread / 2 + sympy.Max(largest / 16, sympy.Rational(1, 2**10))
+        segment = sympy.Rational(17, 16 * 2 ** spec.mixed[0]) + sympy.Rational(1, 16)
+        widest = reach * (sympy.Rational(17, 8) if spec.fit else segment)
+        return widest + largest * sympy.Rational(1, 2**10)
     levels = 2 if spec.bits == 1.5 else 2 ** int(spec.bits) - 1
     clip = sympy.Rational(str(spec.clip))
     if spec.tables is not None:

@@ -214,12 +214,9 @@ def unrotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
 def _fit_layer(sample: _Samples, method: str, options: dict[str, Any], seed: int) -> LayerTables:
     rotation = sample.rotation
     key, value = (
-        _fit(
-            torch.cat(getattr(sample, role)), torch.cat(getattr(sample, f"{role}_weight")), role,
-            rotation if role == "key" else None, method, options, seed,
-        )
+        _fit(*sample.joined(role), role, rotation if role == "key" else None, method, options, seed)
         for role in ("key", "value")
-    )  # fmt: skip
+    )
     return LayerTables(key, value, rotation is not None, _note(sample))
 
 
@@ -245,7 +242,7 @@ def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candida
             if "couple" in coding:
                 if options["bits"] >= CODEBOOKS_BELOW or x.shape[2] % (8 * coding["couple"]):
                     continue
-                name, full = "cq", dict(coding)
+                name, full = "cq", {"weighted": True, "correlate": True, **coding}
             else:
                 none = dict.fromkeys(
                     ("key_bits", "value_bits", "key_clip", "value_clip", "group_size")
@@ -287,7 +284,13 @@ def _fit(
     paired = rotation is not None
     if base_name(method) == "cq":
         fitted = fit_codebook(
-            x, weight, couple=options["couple"], bits=options["bits"], paired=paired, seed=seed
+            x,
+            weight if options["weighted"] else None,
+            couple=options["couple"],
+            bits=options["bits"],
+            paired=paired,
+            seed=seed,
+            correlate=options["correlate"],
         )
     else:
         bits = options[f"{role}_bits"]

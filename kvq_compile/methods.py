@@ -25,7 +25,7 @@ AT_COMPILE = (
     "page_size",
     "packing",
 )  # options that calibration does not depend on
-QAQ_RECORDS = 0.195  # bits a number that records and headers take at 128 channels
+QAQ_RECORDS = {"fp8": 0.196, "fp16": 0.321}  # bits a number of records and headers at 128 channels
 QAQ_KEYS_WIDER = 0.55  # keys get so many bits more than the average, values as many less
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 
@@ -135,7 +135,7 @@ def qaq(
     min_bits: int | None = None,
     outliers: int | None = None,
     variant: Literal["fitted", "paper"] = "fitted",
-    params: Params = "fp8",
+    params: Params = "fp16",
     sinks: int = 5,
     window: int = 128,
     page_size: int = 128,
@@ -145,17 +145,20 @@ def qaq(
     A page of tokens has a budget; its bits go where they lower the largest weighted error most. ``bits`` counts
     codes and records of heads of 128 channels; ``key_bits`` and ``value_bits`` count codes alone.
     ``variant="fitted"`` weighs attention softly, for keys too, and keeps each token's product with itself;
-    ``"paper"`` does neither and keeps one number at each end exact.
+    ``"paper"`` does neither and keeps one number at each end exact. ``params="fp8"`` saves an eighth of a bit, for
+    models whose keys and values stay below 448: larger numbers would be cut off.
 
     Source: QAQ (arXiv 2403.04643), with its per-head level, and budgets in place of error targets.
     """
     paper = variant == "paper"
     if variant not in ("fitted", "paper"):
         raise ValueError(f'variant must be "fitted" or "paper", got {variant!r}')
+    if params not in QAQ_RECORDS:
+        raise ValueError(f'params must be "fp16" or "fp8", got {params!r}')
     outliers = (2 if paper else 0) if outliers is None else outliers
     least = (0 if paper else 1) if min_bits is None else min_bits
     most = (4 if bits <= 3.25 else 6) if max_bits is None else max_bits
-    codes = bits - QAQ_RECORDS - 24 * outliers / 128
+    codes = bits - QAQ_RECORDS[params] - 24 * outliers / 128
     wide = QAQ_KEYS_WIDER
     keys = _rows(codes + wide, page_size) if key_bits is None else key_bits
     values = _rows(codes - wide, page_size) if value_bits is None else value_bits
@@ -184,14 +187,20 @@ def cq(
     *,
     couple: int,
     bits: int,
+    weighted: bool = True,
+    correlate: bool = True,
     sinks: int = 5,
     window: int = 128,
     page_size: int = 128,
 ) -> CacheSpec:
-    """``couple`` neighbouring channels of a head coded by one index into a learned codebook, keys before RoPE.
+    """``couple`` channels of a head coded by one index into a learned codebook, keys before RoPE.
 
-    Source: CQ (arXiv 2405.03917); ``window=0, sinks=0`` is the paper's setting.
+    ``weighted``: centroids are fitted to samples weighted by Fisher information. ``correlate``: channels that
+    go together are coupled, instead of neighbours.
+
+    Source: CQ (arXiv 2405.03917); its setting is ``correlate=False, window=0, sinks=0``.
     """
+    del weighted, correlate  # calibration's
     key = TensorSpec(bits, couple=couple, rotary=tables.rotary, tables=tables.key)
     value = TensorSpec(bits, couple=couple, tables=tables.value)
     return CacheSpec(key, value, sinks, window, page_size)

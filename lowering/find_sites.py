@@ -88,13 +88,21 @@ def _site(
     check_pair(key, value)
     check_tensors(attention, key, value)
     check_mask(attention, key)
-    if inputs is not None:
+    if inputs is not None and not _is_held_plain(key, layer_spec):
         layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, inputs))
     codings = [_coding("key", layer_spec, key), _coding("value", layer_spec, value)]
     for state, coding in zip((key, value), codings, strict=True):
         if state.life in (Life.GROWN, Life.BUFFER):
             _check_layout(value_of(state.past).page_layout, coding.layout)
     return AttentionSite(layer, attention, key, value, *codings)
+
+
+def _is_held_plain(key: State, spec: CacheSpec) -> bool:
+    """Say whether the keys are held as ``spec`` codes them, by a cache that was quantized outside a graph."""
+    if key.life not in (Life.GROWN, Life.BUFFER):
+        return False
+    held: PageLayout = value_of(key.past).page_layout
+    return not held.has_tables
 
 
 def _coding(role: Role, spec: CacheSpec, state: State) -> Coding:

@@ -65,9 +65,8 @@ class Frames:
         """Return tables and shift of a new cache, inserting what is missing at the graph's insert point."""
         if coding.tables is None:
             return None, None
-        return self._nodes[coding.tables.digest], self._shift(
-            state
-        ) if coding.layout.rotary else None
+        shift = self._shift(state) if coding.layout.rotary else None
+        return self._nodes[coding.tables.digest], shift
 
     def _shift(self, state: State) -> fx.Node:
         """Return position minus slot of each sequence, taken from the last token of the call.

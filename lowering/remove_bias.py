@@ -51,7 +51,8 @@ def without_bias(spec: TensorSpec, key: State, inputs: Mapping[fx.Node, Any]) ->
         rotation = find_rotation(key.new, inputs)
     except Refusal:
         return spec
-    return replace(spec, rotary=True, tables=_tables(bias.view(heads, head_dim), rotation))
+    tables = _tables(bias.view(heads, head_dim), rotation, (1.0 - spec.clip) / 2.0)
+    return replace(spec, rotary=True, tables=tables)
 
 
 def _projection(node: Any) -> tuple[fx.Node, fx.Node] | None:
@@ -91,8 +92,8 @@ def _constant(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> Tensor | None:
     return value.detach().float().cpu() if isinstance(value, torch.nn.Parameter) else None
 
 
-def _tables(bias: Tensor, rotation: Rotation) -> Tables:
-    """Return tables that take a bias ``[H, D]`` off unrotated keys and do nothing else."""
+def _tables(bias: Tensor, rotation: Rotation, margin: float) -> Tables:
+    """Return tables that take a bias ``[H, D]`` off unrotated keys and clip as the spec does."""
     heads, head_dim = bias.shape
     order = torch.tensor(rotation.order).expand(heads, head_dim)
     frequency = torch.tensor(rotation.frequencies, dtype=torch.int64).int()
@@ -100,6 +101,6 @@ def _tables(bias: Tensor, rotation: Rotation) -> Tables:
         order=order,
         mean=bias.gather(1, order),
         scale=torch.ones(heads, head_dim),
-        margin=torch.zeros(heads, head_dim),
+        margin=torch.full((heads, head_dim), margin),
         frequency=frequency.expand(heads, head_dim // 2),
     )

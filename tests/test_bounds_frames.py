@@ -13,6 +13,7 @@ from kvq_compile.kernels import blocked, ops
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.spec import CacheSpec, TensorSpec
 from kvq_compile.kernels.tables import Tables
+from kvq_compile.methods import make_spec
 from kvq_compile.small_tables import framed_specs, random_tables
 from kvq_compile.testing import assert_within_bound, bound_for, kv_tensors
 
@@ -66,3 +67,17 @@ def test_the_bound_of_a_codebook_is_in_measured_distances() -> None:
     free = bounds.error_bound(CacheSpec(spec, spec)).free_symbols
     assert {bounds.KEY_DISTANCE, bounds.VALUE_DISTANCE} <= free
     assert isinstance(bounds.error_bound(CacheSpec(spec, spec)), sympy.Expr)
+
+
+@given(st.data(), st.sampled_from((("fitted", 1), ("paper", 0))), st.sampled_from(("fp8", "fp16")))
+def test_the_bound_holds_for_mixed_pages(
+    data: st.DataObject, kind: tuple[str, int], params: str
+) -> None:
+    variant, least = kind
+    spec = make_spec(
+        "qaq", variant=variant, params=params, min_bits=least, sinks=2, window=5, page_size=32
+    )
+    held = 7 + data.draw(st.integers(0, 70))
+    x = [data.draw(kv_tensors((1, HEADS, held + 1, 64))).clamp(-400, 400) for _ in range(2)]
+    query = torch.randn(1, 2 * HEADS, 1, 64) * data.draw(st.sampled_from((0.001, 0.1)))
+    assert_within_bound(attend(query, x, spec, held), query, *x, spec, held=held, scale=0.125)

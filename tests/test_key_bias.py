@@ -90,3 +90,20 @@ def test_explain_tells_where_keys_are_coded_before_their_rotation() -> None:
     with torch.no_grad():
         told = str(kvq_compile.explain(model, input_ids=ids, use_cache=True, past_key_values=cache))
     assert "keys before RoPE" in told
+
+
+def test_a_cache_that_was_quantized_by_hand_stays_as_it_is() -> None:
+    """The compiled call goes on with the coding that the cache has, and clips as the method says elsewhere."""
+    model, ids = make_model(600.0), torch.randint(0, 64, (1, 104))
+    _, cache = logits(model, ids, compile_=False)
+    kvq_compile.quantize_cache_(cache, "int4", window=5, page_size=32)
+    torch._dynamo.reset()
+    options = {"inner": "eager", "window": 5, "page_size": 32}
+    run = torch.compile(
+        lambda piece: model(piece, past_key_values=cache, use_cache=True).logits,
+        backend="kvq",
+        options=options,
+    )
+    with torch.no_grad():
+        assert run(ids[:, :1]).isfinite().all()
+    assert not cache.layers[0].keys.page_layout.has_tables
