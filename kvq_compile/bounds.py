@@ -48,8 +48,8 @@ Fitted codes lie on the number's side of the centre and no farther from it than 
 **A codebook** has no bound that could be told from its size. The error of its keys is the largest distance of a
 coded token from what is stored for it, that of its values the largest difference of a channel, both measured.
 
-**What it leaves out.** Elements beyond the range of fp16 (of fp8 parameters: 448 in coded form), or not finite, are stored as something else and
-have no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
+**What it leaves out.** Elements beyond the range of fp16 (of fp8 parameters: 448 in coded form), or not finite, are
+stored as something else and have no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
 """
 
 from __future__ import annotations
