@@ -33,6 +33,7 @@ from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.kernels.tables import Tables
+from kvq_compile.methods import make_spec
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 QUICK_SHAPES = [(1, 32), (1, 128), (8, 32)]  # batch, context in units of 1024 tokens
@@ -77,12 +78,6 @@ def cq(couple: int, bits: int) -> CacheSpec:
     return CacheSpec(key, value)
 
 
-def qaq(key_bits: float, value_bits: float) -> CacheSpec:
-    """Return QAQ: tokens of no to 4 bits, and how many they are on average."""
-    key, value = (TensorSpec(bits, params="fp8", mixed=(0, 4)) for bits in (key_bits, value_bits))
-    return CacheSpec(key, value)
-
-
 SPECS = {
     "int8": lambda: CacheSpec(TensorSpec(8), TensorSpec(8)),
     "int4": lambda: CacheSpec(TensorSpec(4), TensorSpec(4)),
@@ -97,8 +92,9 @@ SPECS = {
     "cq-4c8b": lambda: cq(4, 8),
     "cq-8c8b": lambda: cq(8, 8),
     "cq-8c10b": lambda: cq(8, 10),
-    "qaq-2.3": lambda: qaq(2.75, 1.4375),
-    "qaq-3": lambda: qaq(3.25, 2.375),
+    "qaq-2.3": lambda: make_spec("qaq", bits=2.3),
+    "qaq-2.3-fp8": lambda: make_spec("qaq", bits=2.3, params="fp8"),
+    "qaq-3": lambda: make_spec("qaq", bits=3),
 }
 
 

@@ -165,6 +165,14 @@ def test_a_chunk_of_queries_over_whole_pages_is_right(name: str) -> None:
     site.assert_low_precision_error(site.attend(causal), causal)
 
 
+@pytest.mark.parametrize("dims", [(16, 80), (80, 16), (16, 16)])
+def test_small_heads_with_outliers_are_right(dims: tuple[int, int]) -> None:
+    """Failed natively: a token of 16 channels has a single unit, and units were unpacked in pairs."""
+    cache = CacheSpec(mixed_spec(2.5, 0, 3, outliers=2), mixed_spec(3.25, 0, 8, outliers=4), 0, 20, 32)
+    site = Site(cache, dims, 4, (52, 2), torch.float32)
+    site.assert_low_precision_error(site.attend(None), None)
+
+
 def test_pages_of_equal_tokens_have_no_bits_and_are_read() -> None:
     """Their tokens have no extent, so all of them stand for their centres."""
     site = Site(CacheSpec(*CASES["qaq-2.3"], 1, 9, 32), (32, 32), 1, (74, 1), torch.float32)
