@@ -51,6 +51,12 @@ from kvq_compile.kernels.mixed_layout import (
 from kvq_compile.kernels.mixed_layout import (
     MixedLayout as MixedLayout,
 )
+from kvq_compile.kernels.mixed_layout import (
+    key_bound as key_bound,
+)
+from kvq_compile.kernels.mixed_layout import (
+    value_bound as value_bound,
+)
 
 FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
 Level = Literal["head", "layer"]
@@ -60,7 +66,7 @@ Level = Literal["head", "layer"]
 
 
 def allocate(
-    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float = 0.0
+    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float | Tensor = 0.0
 ) -> Tensor:
     """Return the bits of each token, so that ``span * importance / 2 ** bits`` is at most one bound.
 
@@ -73,7 +79,8 @@ def allocate(
         importance: Weight of each token's error, ``[..., N]``; ``None``: all weigh the same.
         layout: Least and most bits, and the budget.
         bound: Width of a segment times importance that is good enough, ``2 sqrt(3) sigma``: see
-            `key_bound` and `value_bound`. 0: as much quality as the budget buys.
+            `key_bound` and `value_bound`; one for all pages or one each, ``[...]``, fp32. 0: as much quality
+            as the budget buys.
 
     Returns:
         ``[..., N]``, int32; in sum over a page at most ``layout.code_rows``.
@@ -88,9 +95,8 @@ def allocate(
     need = weighted[..., None] * torch.exp2(-step.float())  # above the bound: one bit more
     free = layout.code_rows - layout.min_bits * layout.page_size
     ordered = need.flatten(-2).sort(-1, descending=True).values
-    least = (
-        ordered[..., free] if free < ordered.shape[-1] else torch.zeros_like(ordered[..., 0])
-    ).clamp_min(bound)
+    least = ordered[..., free] if free < ordered.shape[-1] else torch.zeros_like(ordered[..., 0])
+    least = torch.maximum(least, torch.as_tensor(bound, dtype=torch.float32, device=span.device))
     return (layout.min_bits + (need > least[..., None, None]).sum(-1)).int()
 
 
@@ -107,29 +113,6 @@ def soften(importance: Tensor) -> Tensor:
     mean = sum_pairs(importance) / importance.shape[-1]
     floor = torch.where(mean > 0, mean * FLOOR, 1.0)
     return (importance + floor[..., None]).sqrt()
-
-
-def key_bound(query_norm: float, target: float, tokens: int, head_dim: int) -> float:
-    """Return the bound on keys at which attention weights have a standard deviation of ``target``.
-
-    Args:
-        query_norm: Squared norm of a query that few exceed.
-        target: Standard deviation of an attention weight.
-        tokens: Tokens that are attended to.
-        head_dim: ``D``; attention divides scores by its root, which the paper neglects.
-
-    Source: QAQ, section 4.1, ``sigma ** 2 = ln(T ** 3 / (T - 1) * target ** 2 + 1) / sum Q ** 2``.
-    """
-    variance = math.log(tokens**3 / (tokens - 1) * target**2 + 1) / (query_norm / head_dim)
-    return 2 * math.sqrt(3 * variance)
-
-
-def value_bound(target: float, tokens: int) -> float:
-    """Return the bound on values at which outputs have a standard deviation of ``target``.
-
-    Source: QAQ, section 4.1, ``sigma = target / (sqrt(T) A)``; `allocate` multiplies with ``A``.
-    """
-    return 2 * math.sqrt(3 / tokens) * target
 
 
 def importance(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -169,7 +152,7 @@ def quantize_pages(
     x: Tensor,
     importance: Tensor | None,
     layout: MixedLayout,
-    bound: float = 0.0,
+    bound: float | Tensor = 0.0,
     level: Level = "head",
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole pages.

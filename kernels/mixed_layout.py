@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +15,7 @@ PAGE_SIZES = (32, 64, 128, 256)
 MAX_BITS = 8
 HEADER = MAX_BITS  # units; also what keeps rows of 128 channels aligned to 16 bytes
 OUTLIER_FIELDS = 3  # channel, low byte, high byte
+LONGEST = 31  # bits of the number of slots of the longest cache
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,41 @@ class MixedLayout:
         """Bits held for each number of a page: codes, header and records."""
         page = UNIT_BITS * self.units + 8 * self.fields * self.page_size
         return page / (self.page_size * self.head_dim)
+
+
+def key_bound(query_norm: float, target: float, tokens: int, head_dim: int) -> float:
+    """Return the bound on keys at which attention weights have a standard deviation of ``target``.
+
+    Args:
+        query_norm: Squared norm of a query that few exceed.
+        target: Standard deviation of an attention weight.
+        tokens: Tokens that are attended to.
+        head_dim: ``D``; attention divides scores by its root, which the paper neglects.
+
+    Source: QAQ, section 4.1, ``sigma ** 2 = ln(T ** 3 / (T - 1) * target ** 2 + 1) / sum Q ** 2``.
+    """
+    variance = math.log(tokens**3 / (tokens - 1) * target**2 + 1) / (query_norm / head_dim)
+    return 2 * math.sqrt(3 * variance)
+
+
+def value_bound(target: float, tokens: int) -> float:
+    """Return the bound on values at which outputs have a standard deviation of ``target``.
+
+    Source: QAQ, section 4.1, ``sigma = target / (sqrt(T) A)``; `mixed.allocate` multiplies with ``A``.
+    """
+    return 2 * math.sqrt(3 / tokens) * target
+
+
+def bounds_by_length(bound: Callable[[int], float]) -> tuple[float, ...]:
+    """Return a bound for caches of ``2 ** 5`` slots, ``2 ** 6`` and so on, rounded to fp32.
+
+    How many tokens a page is attended to with counts up to its end and up to a power of two, so that its bits
+    do not depend on how many tokens came with it, and a kernel looks its bound up.
+    """
+    shortest = min(PAGE_SIZES).bit_length() - 1
+    return tuple(ctypes.c_float(bound(1 << k)).value for k in range(shortest, LONGEST + 1))
+
+
+def length_class(end: int) -> int:
+    """Return the place in `bounds_by_length` for a page that ends before slot ``end``."""
+    return (end - 1).bit_length() - (min(PAGE_SIZES).bit_length() - 1)

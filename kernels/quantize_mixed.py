@@ -17,12 +17,14 @@ from kvq_compile.kernels.mixed import FLOOR as FLOOR_OF_MEAN
 from kvq_compile.kernels.mixed_layout import HEADER as HEADER_UNITS
 from kvq_compile.kernels.mixed_layout import MAX_BITS as MOST_BITS
 from kvq_compile.kernels.mixed_layout import OUTLIER_FIELDS as FIELDS
+from kvq_compile.kernels.mixed_layout import PAGE_SIZES
 
 FP16_MAX = tl.constexpr(65504.0)
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
 FLOOR = tl.constexpr(FLOOR_OF_MEAN)
 HEADER = tl.constexpr(HEADER_UNITS)
 MAX_BITS = tl.constexpr(MOST_BITS)
+LEAST_LENGTH = tl.constexpr(min(PAGE_SIZES))  # slots that the first bound is for
 OUTLIER_FIELDS = tl.constexpr(FIELDS)
 INFINITY = tl.constexpr(0x7F800000)
 HALVINGS = tl.constexpr(31)  # of the numbers from zero to infinity
@@ -93,8 +95,17 @@ def _place(levels, bits):
 
 
 @triton.jit
-def allocate(weighted, LAYOUT: tl.constexpr):
-    """Return the bits ``[N]`` of `mixed.allocate` for spans times importance."""
+def bound_at(end, LAYOUT: tl.constexpr):
+    """Return `PageLayout.bound_at` slot ``end``."""
+    bound = end.to(tl.float32) * 0.0
+    for step in tl.static_range(len(LAYOUT.bounds)):
+        bound = tl.where(end > LEAST_LENGTH << step >> 1, LAYOUT.bounds[step], bound)
+    return bound
+
+
+@triton.jit
+def allocate(weighted, least, LAYOUT: tl.constexpr):
+    """Return the bits ``[N]`` of `mixed.allocate` for spans times importance and the bound ``least``."""
     LEAST: tl.constexpr = LAYOUT.min_bits
     MOST: tl.constexpr = LAYOUT.max_bits
     FREE: tl.constexpr = LAYOUT.code_rows - LEAST * LAYOUT.page_size
@@ -109,7 +120,7 @@ def allocate(weighted, LAYOUT: tl.constexpr):
         fits = tl.sum(over, 0) <= FREE
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
-    bound = high.to(tl.float32, bitcast=True)
+    bound = tl.maximum(high.to(tl.float32, bitcast=True), least)
     bits = tl.full(weighted.shape, LEAST, tl.int32)
     for step in tl.static_range(LEAST, MOST):
         bits += (weighted * (2.0**-step) > bound).to(tl.int32)
@@ -149,7 +160,7 @@ def _distribute(codes, records, spans, importance, slots, first, LAYOUT: tl.cons
         if LAYOUT.soften:
             weight = soften(weight)
         weighted *= weight
-    bits = allocate(weighted, LAYOUT)
+    bits = allocate(weighted, bound_at(first + PAGE, LAYOUT), LAYOUT)
     order = rank(bits, LAYOUT)
     tl.store(spans + 2 * PAGE + token, bits.to(tl.float32))
     tl.store(spans + 3 * PAGE + token, order.to(tl.float32))

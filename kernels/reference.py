@@ -210,9 +210,20 @@ def quantize_packed(
     """
     if layout.coder == "mixed":
         coded = to_coded(x.float(), layout, frame, first)
-        return mixed.quantize_pages(coded, importance if layout.attentive else None, layout.mixed)
+        return mixed.quantize_pages(
+            coded,
+            importance if layout.attentive else None,
+            layout.mixed,
+            page_bounds(layout, first, x.shape[-3], x.device),
+        )
     codes, params = quantize_pages(x, layout, frame, first)
     return pack(codes, layout), params
+
+
+def page_bounds(layout: PageLayout, first: int, pages: int, device: torch.device) -> Tensor:
+    """Return the bounds ``[pages]`` on the weighted error of mixed pages from slot ``first`` on."""
+    ends = (first + (page + 1) * layout.page_size for page in range(pages))
+    return torch.tensor([layout.bound_at(end) for end in ends], dtype=torch.float32, device=device)
 
 
 def unpacked_values(

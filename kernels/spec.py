@@ -16,6 +16,7 @@ a graph as a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -26,6 +27,10 @@ from kvq_compile.kernels.mixed_layout import (
     UNIT_BITS,
     MixedLayout,
     Params,
+    bounds_by_length,
+    key_bound,
+    length_class,
+    value_bound,
 )
 from kvq_compile.kernels.tables import NO_TABLES, Tables
 
@@ -81,6 +86,9 @@ class TensorSpec:
             itself, or for the middles.
         soften: Whether mixed pages distribute bits by softened importance, or by importance as it is.
         attentive: Whether mixed pages distribute bits by the attention that tokens get, or by range alone.
+        target: Error that is good enough in mixed pages, which then use no more of their bits than it takes: the
+            standard deviation of an attention weight (keys) or of the output (values). 0: all bits are used.
+        query_norm: Squared norm of a query that few exceed, which a target of keys needs.
 
     Raises:
         TypeError: A number of bits or channels is not a number.
@@ -102,8 +110,14 @@ class TensorSpec:
     fit: bool = True
     soften: bool = True
     attentive: bool = True
+    target: float = 0.0
+    query_norm: float = 0.0
 
     def __post_init__(self) -> None:
+        _check(
+            self.target == 0 or self.mixed is not None,
+            "a target must go with mixed pages: give mixed",
+        )
         if self.mixed is not None:
             self._check_mixed()
         elif self.bits != 1.5 or self.couple is not None:
@@ -164,6 +178,11 @@ class TensorSpec:
             raise TypeError(f"bits must be a number, got {self.bits!r}")
         plain = self.couple is None and self.grouping == "token" and self.group_size is None
         _check(plain, "mixed pages have one group a token: no couple, grouping or group_size")
+        for name in ("target", "query_norm"):
+            number = getattr(self, name)
+            _check(
+                0 <= number < math.inf, f"{name} must be a finite number of 0 or more, got {number}"
+            )
 
 
 @dataclass(frozen=True)
@@ -204,6 +223,10 @@ class CacheSpec:
             (self.key.mixed is None) == (self.value.mixed is None),
             "keys and values must both be in mixed pages, or neither",
         )
+        _check(
+            self.key.target == 0 or self.key.query_norm > 0,
+            f"query_norm must be positive for a target of keys, got {self.key.query_norm}",
+        )
 
     def for_layer(self, layer: int) -> CacheSpec | None:
         """Return the spec of one layer; ``None`` says that it stays in 16 bit."""
@@ -243,6 +266,8 @@ class CacheSpec:
             fit=spec.fit,
             soften=spec.soften,
             attentive=spec.attentive,
+            target=float(spec.target),
+            query_norm=float(spec.query_norm if role == "key" and spec.target else 0),
         )
 
 
@@ -293,6 +318,8 @@ class PageLayout:
     fit: bool = True
     soften: bool = True
     attentive: bool = True
+    target: float = 0.0
+    query_norm: float = 0.0
 
     def __post_init__(self) -> None:
         if self.coder == "mixed":
@@ -324,6 +351,15 @@ class PageLayout:
             self.bits, self.page_size, self.head_dim, self.min_bits, self.max_bits, self.outliers,
             self.params, self.fit, self.soften,
         )  # fmt: skip
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Bounds on the weighted error of mixed pages that have a target: see `bounds_by_length`."""
+        return _bounds(self.role, self.target, self.query_norm, self.head_dim)
+
+    def bound_at(self, end: int) -> float:
+        """Return the bound of a mixed page that ends before slot ``end``; 0 where there is no target."""
+        return self.bounds[length_class(end)] if self.target else 0.0
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -394,7 +430,10 @@ class PageLayout:
         if self.coder == "codebook":
             return f"{self.couple} channels in {self.bits:g} bits"
         if self.coder == "mixed":
-            return f"{self.min_bits} to {self.max_bits} bits ({self.bits:g} on average)"
+            average = f"{self.bits:g} on average"
+            if self.target:
+                average = f"at most {average}, fewer where they meet target {self.target:g}"
+            return f"{self.min_bits} to {self.max_bits} bits ({average})"
         return f"{self.bits:g}-bit"
 
     @property
@@ -433,6 +472,15 @@ class PageLayout:
         return PageLayout(**{f.name: _FROM_TEXT.get(f.name, str)(text) for f, text in values})
 
 
+@lru_cache(maxsize=256)
+def _bounds(role: Role, target: float, query_norm: float, head_dim: int) -> tuple[float, ...]:
+    if not target:
+        return ()
+    if role == "key":
+        return bounds_by_length(lambda tokens: key_bound(query_norm, target, tokens, head_dim))
+    return bounds_by_length(lambda tokens: value_bound(target, tokens))
+
+
 def _number(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
@@ -440,7 +488,7 @@ def _number(text: str) -> float:
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "bits": _number,
-    "clip": float,
+    **dict.fromkeys(("clip", "target", "query_norm"), float),
     **dict.fromkeys(("rotary", "fit", "soften", "attentive"), lambda text: text == "True"),
     **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
     **dict.fromkeys(("min_bits", "max_bits", "outliers"), int),
