@@ -59,7 +59,12 @@ from kvq_compile.kernels.mixed_layout import (
 )
 
 FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
-Level = Literal["head", "layer"]
+Level = Literal["head", "layer", "token"]
+SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] that share span and bits
+    "head": (),
+    "layer": (-3,),
+    "token": (0, -3),
+}
 
 
 # Bits of a token
@@ -161,25 +166,38 @@ def quantize_pages(
     of its token's span and a NaN as zero would be.
 
     Args:
-        x: Pages of numbers as they are coded, ``[..., N, D]``; at level ``"layer"`` ``[B, H, P, N, D]``.
+        x: Pages of numbers as they are coded, ``[..., N, D]``; at level ``"layer"`` ``[..., H, P, N, D]``, at
+            level ``"token"`` ``[L, B, H, P, N, D]``.
         importance: Weight of each token's error, ``[..., N]``.
         layout: Where the bits go.
         bound: See `allocate`.
-        level: Who shares span and bits: the channels of a ``"head"``, or the heads of a ``"layer"``;
-            fitting is each head's own.
+        level: Who shares span and bits: the channels of a ``"head"``, the heads of a ``"layer"``, or the
+            layers and heads of a ``"token"``; fitting and outliers are each head's own.
 
     Returns:
         Codes ``[..., 1, units]`` (int16) and records ``[..., fields, N, 1]`` (uint8).
+
+    Raises:
+        ValueError: ``x`` has not the dimensions of its level.
     """
+    least = {"head": 2, "layer": 4, "token": 6}[level]
+    if x.dim() < least:
+        raise ValueError(
+            f"x must have {least} dimensions or more at level {level!r}, got {x.dim()}"
+        )
     finite = x.isfinite()
     x = torch.nan_to_num(x.float(), nan=0.0).clamp(-FP16_MAX, FP16_MAX)
     channels, kept = find_outliers(x, finite, layout)
     lo = x.masked_fill(~kept, math.inf).amin(-1)
     hi = x.masked_fill(~kept, -math.inf).amax(-1)
-    if level == "layer":
-        lo, hi = (lo.amin(1, keepdim=True).expand_as(lo), hi.amax(1, keepdim=True).expand_as(hi))
+    if SHARED[level]:
+        dims = SHARED[level]
+        lo, hi = (
+            lo.amin(dims, keepdim=True).expand_as(lo),
+            hi.amax(dims, keepdim=True).expand_as(hi),
+        )
         if importance is not None:
-            importance = importance.amax(1, keepdim=True).expand_as(importance)
+            importance = importance.amax(dims, keepdim=True).expand_as(importance)
     lo, hi = (torch.where(edge.isfinite(), edge, 0.0) for edge in (lo, hi))
     bits = allocate(hi - lo, importance, layout, bound)
     stored_centre = store(lo * 0.5 + hi * 0.5, layout)
