@@ -92,17 +92,29 @@ def allocate(
 
     Source: QAQ, section 4.1, ``B = ceil(log2(range / (2 sqrt(3) sigma)))``.
     """
-    weighted = span
-    if importance is not None:
-        importance = torch.nan_to_num(importance.float(), nan=0.0)
-        weighted = span * (soften(importance) if layout.soften else importance)
-    step = torch.arange(layout.min_bits, layout.max_bits, device=span.device)
-    need = weighted[..., None] * torch.exp2(-step.float())  # above the bound: one bit more
+    need = _needs(span, importance, layout)
     free = layout.code_rows - layout.min_bits * layout.page_size
     ordered = need.flatten(-2).sort(-1, descending=True).values
     least = ordered[..., free] if free < ordered.shape[-1] else torch.zeros_like(ordered[..., 0])
     least = torch.maximum(least, torch.as_tensor(bound, dtype=torch.float32, device=span.device))
     return (layout.min_bits + (need > least[..., None, None]).sum(-1)).int()
+
+
+def needed_bits(
+    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float
+) -> Tensor:
+    """Return the bits that meet a bound, of `allocate` with a budget that is never short."""
+    return (layout.min_bits + (_needs(span, importance, layout) > bound).sum(-1)).int()
+
+
+def _needs(span: Tensor, importance: Tensor | None, layout: MixedLayout) -> Tensor:
+    """Return what must exceed the bound for a token to get one bit more, ``[..., N, max_bits - min_bits]``."""
+    weighted = span
+    if importance is not None:
+        importance = torch.nan_to_num(importance.float(), nan=0.0)
+        weighted = span * (soften(importance) if layout.soften else importance)
+    step = torch.arange(layout.min_bits, layout.max_bits, device=span.device)
+    return weighted[..., None] * torch.exp2(-step.float())
 
 
 def soften(importance: Tensor) -> Tensor:
@@ -346,7 +358,7 @@ def unpack(codes: Tensor, records: Tensor, layout: MixedLayout) -> tuple[Tensor,
     tokens, rows = words[..., :HEADER], words[..., HEADER:].unflatten(-1, (-1, layout.row_units))
     first = tokens.cumsum(-1) - tokens
     order = records[..., layout.rank_field, :, 0].int()
-    bits = (tokens[..., None, :] > order[..., None]).sum(-1).int()
+    bits = held_bits(codes, records, layout)
     place = torch.arange(UNIT_BITS, device=codes.device, dtype=torch.int32)
     levels = torch.zeros((), dtype=torch.int32, device=codes.device)
     for plane in range(layout.max_bits):
@@ -356,6 +368,13 @@ def unpack(codes: Tensor, records: Tensor, layout: MixedLayout) -> tuple[Tensor,
         fields = (((held[..., None] >> place) & 1) * has[..., None, None]).flatten(-2)
         levels = levels + (fields << (MAX_BITS - 1 - plane))
     return levels, bits
+
+
+def held_bits(codes: Tensor, records: Tensor, layout: MixedLayout) -> Tensor:
+    """Return the bits of each token of packed pages, ``[..., N]``, int32."""
+    tokens = codes[..., 0, :HEADER].int() & 0xFFFF
+    order = records[..., layout.rank_field, :, 0].int()
+    return (tokens[..., None, :] > order[..., None]).sum(-1).int()
 
 
 # Stored numbers
@@ -371,6 +390,12 @@ def store(x: Tensor, layout: MixedLayout, up: bool = False) -> Tensor:
 def stored_value(stored: Tensor) -> Tensor:
     """Return the numbers (fp32) that `store` has stored."""
     return e4m3_value(stored) if stored.dtype == torch.uint8 else stored.float()
+
+
+def stored_span(records: Tensor, layout: MixedLayout) -> Tensor:
+    """Return twice the reach of each token of packed pages, ``[..., N]`` (fp32)."""
+    size = layout.param_bytes
+    return 2.0 * stored_value(from_bytes(records[..., size : 2 * size, :, 0].mT))
 
 
 def as_bytes(stored: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Params = Literal["fp16", "fp8"]
@@ -134,16 +134,23 @@ def value_bound(target: float, tokens: int) -> float:
     return 2 * math.sqrt(3 / tokens) * target
 
 
-def bounds_by_length(bound: Callable[[int], float]) -> tuple[float, ...]:
-    """Return a bound for caches of ``2 ** 5`` slots, ``2 ** 6`` and so on, rounded to fp32.
+@lru_cache(maxsize=256)
+def target_bounds(role: str, target: float, query_norm: float, head_dim: int) -> tuple[float, ...]:
+    """Return the bounds on keys or values of caches of ``2 ** 5`` slots, ``2 ** 6`` and so on, rounded to fp32.
 
     How many tokens a page is attended to with counts up to its end and up to a power of two, so that its bits
-    do not depend on how many tokens came with it, and a kernel looks its bound up.
+    do not depend on how many tokens came with it, and a kernel looks its bound up. Without a target, none.
     """
-    shortest = min(PAGE_SIZES).bit_length() - 1
-    return tuple(ctypes.c_float(bound(1 << k)).value for k in range(shortest, LONGEST + 1))
+    if not target:
+        return ()
+    lengths = (1 << k for k in range(min(PAGE_SIZES).bit_length() - 1, LONGEST + 1))
+    if role == "key":
+        bounds = [key_bound(query_norm, target, tokens, head_dim) for tokens in lengths]
+    else:
+        bounds = [value_bound(target, tokens) for tokens in lengths]
+    return tuple(ctypes.c_float(bound).value for bound in bounds)
 
 
 def length_class(end: int) -> int:
-    """Return the place in `bounds_by_length` for a page that ends before slot ``end``."""
+    """Return the place in `target_bounds` for a page that ends before slot ``end``."""
     return (end - 1).bit_length() - (min(PAGE_SIZES).bit_length() - 1)

@@ -27,10 +27,8 @@ from kvq_compile.kernels.mixed_layout import (
     UNIT_BITS,
     MixedLayout,
     Params,
-    bounds_by_length,
-    key_bound,
     length_class,
-    value_bound,
+    target_bounds,
 )
 from kvq_compile.kernels.tables import NO_TABLES, Tables
 
@@ -89,6 +87,7 @@ class TensorSpec:
         target: Error that is good enough in mixed pages, which then use no more of their bits than it takes: the
             standard deviation of an attention weight (keys) or of the output (values). 0: all bits are used.
         query_norm: Squared norm of a query that few exceed, which a target of keys needs.
+        requantize: Whether tokens of mixed pages lose bits that their target needs no more as attention moves on.
 
     Raises:
         TypeError: A number of bits or channels is not a number.
@@ -112,11 +111,15 @@ class TensorSpec:
     attentive: bool = True
     target: float = 0.0
     query_norm: float = 0.0
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         _check(
             self.target == 0 or self.mixed is not None,
             "a target must go with mixed pages: give mixed",
+        )
+        _check(
+            not self.requantize or self.target > 0, "requantize must go with a target: give target"
         )
         if self.mixed is not None:
             self._check_mixed()
@@ -268,6 +271,7 @@ class CacheSpec:
             attentive=spec.attentive,
             target=float(spec.target),
             query_norm=float(spec.query_norm if role == "key" and spec.target else 0),
+            requantize=spec.requantize,
         )
 
 
@@ -320,6 +324,7 @@ class PageLayout:
     attentive: bool = True
     target: float = 0.0
     query_norm: float = 0.0
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         if self.coder == "mixed":
@@ -354,8 +359,8 @@ class PageLayout:
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Bounds on the weighted error of mixed pages that have a target: see `bounds_by_length`."""
-        return _bounds(self.role, self.target, self.query_norm, self.head_dim)
+        """Bounds on the weighted error of mixed pages that have a target: see `target_bounds`."""
+        return target_bounds(self.role, self.target, self.query_norm, self.head_dim)
 
     def bound_at(self, end: int) -> float:
         """Return the bound of a mixed page that ends before slot ``end``; 0 where there is no target."""
@@ -472,15 +477,6 @@ class PageLayout:
         return PageLayout(**{f.name: _FROM_TEXT.get(f.name, str)(text) for f, text in values})
 
 
-@lru_cache(maxsize=256)
-def _bounds(role: Role, target: float, query_norm: float, head_dim: int) -> tuple[float, ...]:
-    if not target:
-        return ()
-    if role == "key":
-        return bounds_by_length(lambda tokens: key_bound(query_norm, target, tokens, head_dim))
-    return bounds_by_length(lambda tokens: value_bound(target, tokens))
-
-
 def _number(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
@@ -489,7 +485,9 @@ def _number(text: str) -> float:
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "bits": _number,
     **dict.fromkeys(("clip", "target", "query_norm"), float),
-    **dict.fromkeys(("rotary", "fit", "soften", "attentive"), lambda text: text == "True"),
+    **dict.fromkeys(
+        ("rotary", "fit", "soften", "attentive", "requantize"), lambda text: text == "True"
+    ),
     **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
     **dict.fromkeys(("min_bits", "max_bits", "outliers"), int),
 }

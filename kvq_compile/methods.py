@@ -140,6 +140,7 @@ def qaq(
     key_target: float | None = None,
     value_target: float | None = None,
     query_norm: float = QAQ_QUERY_NORM,
+    requantize: bool = False,
     params: Params = "fp16",
     sinks: int = 5,
     window: int = 128,
@@ -159,6 +160,9 @@ def qaq(
     The target of keys takes ``query_norm``, the squared norm that one query of ten exceeds: 300 as in the code of
     the paper, or what `calibrate` measured, of each layer the largest of its heads.
 
+    ``requantize=True``: whenever a page fills, tokens of older pages lose the bits that their target needs no more
+    now that attention has moved on, in place. It needs a target: a budget would gain nothing.
+
     Source: QAQ (arXiv 2403.04643), with its per-head level.
     """
     paper = variant == "paper"
@@ -170,6 +174,13 @@ def qaq(
     for name, number in numbers.items():
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be a positive number, got {number!r}")
+    if not isinstance(requantize, bool):
+        raise TypeError(f"requantize must be a bool, got {requantize!r}")
+    if requantize and key_target is None and value_target is None:
+        raise ValueError(
+            "requantize must go with error targets, got none: a page keeps its budget, so that taking bits "
+            "away would gain nothing; give key_target or value_target"
+        )
     outliers = (2 if paper else 0) if outliers is None else outliers
     least = (0 if paper else 1) if min_bits is None else min_bits
     most = (4 if bits <= 3.25 else 6) if max_bits is None else max_bits
@@ -182,7 +193,7 @@ def qaq(
         return TensorSpec(
             budget, params=params, mixed=(least, most), outliers=outliers, fit=not paper,
             soften=not paper and target is None, attentive=attentive, target=target or 0.0,
-            query_norm=query_norm,
+            query_norm=query_norm, requantize=requantize and target is not None,
         )  # fmt: skip
 
     key = tensor(keys, not paper and key_target is None, key_target)

@@ -23,7 +23,14 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import encode, mixed, quantize_kv, quantize_mixed, reference
+from kvq_compile.kernels import (
+    encode,
+    mixed,
+    quantize_kv,
+    quantize_mixed,
+    reference,
+    requantize_mixed,
+)
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.mixed_layout import MixedLayout
 from kvq_compile.kernels.ops import new_parts
@@ -292,8 +299,13 @@ CASES = {  # budget, most bits, other arguments of TensorSpec
         4,
         {"params": "fp16", "soften": False, "target": 0.1, "query_norm": 300.0},
     ),
+    "qaq-requantize": (
+        2.75,
+        4,
+        {"params": "fp8", "target": 0.1, "query_norm": 9.0, "requantize": True},
+    ),
 }
-TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942")]
+TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942"), ("qaq-requantize", "gfx942")]
 
 
 def cuobjdump() -> Path:
@@ -318,8 +330,8 @@ class Driver:
         return 0
 
 
-def compile_append(name: str, target: str):
-    """Call `append_` up to the launch; return the kernel that it would launch."""
+def compile_writes(name: str, target: str):
+    """Call what writes up to the launches; return the kernels that it would launch."""
     budget, most, options = CASES[name]
     spec = TensorSpec(budget, mixed=(0, most), **options)
     layout = CacheSpec(spec, spec).layout("key", 128)
@@ -333,13 +345,22 @@ def compile_append(name: str, target: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.JITFunction, "run", compile_only)
         parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
-        quantize_kv.append_(*parts, x, position, None, layout, None, torch.zeros(1, 2, 300))
-    return compiled[0]
+        weights = torch.zeros(1, 2, 300)
+        codes, params, _, cursor = parts
+        requantize_mixed.requantize_older_(
+            codes, params, cursor, position, None, 1, layout, weights
+        )
+        quantize_kv.append_(*parts, x, position, None, layout, None, weights)
+    assert len(compiled) == 1 + layout.requantize
+    return compiled
 
 
 def spilled(name: str, target: str) -> int:
-    """Return the bytes of stack that a kernel takes, or the registers spilled to it."""
-    compiled = compile_append(name, target)
+    """Return the bytes of stack that kernels take, or the registers spilled to it."""
+    return sum(spilled_by(kernel, target) for kernel in compile_writes(name, target))
+
+
+def spilled_by(compiled, target: str) -> int:
     if target != "sm_90":
         return int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[0])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
