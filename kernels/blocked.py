@@ -13,6 +13,7 @@ The lengths are read on the host, which is free on a CPU. On a GPU `attention` r
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from kvq_compile.kernels import cpu_pages, reference
 from kvq_compile.kernels.bases import PackedTensor, Parts
 from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.requantize import requantize_older_
 from kvq_compile.kernels.spec import HIDES, PageLayout
 
 APPEND_TOKENS = 1024  # new tokens quantized at once
@@ -64,6 +66,9 @@ def append_(
         exact[:, :, layout.exact_row(start)] = x[:, :, 0]
         cursor[0] = start + 1
         return
+    # Once for the whole call: its own pages are all quantized under the attention of now.
+    requantize_older_(codes, params, cursor, start, x.shape[2], layout, importance)
+    layout = replace(layout, requantize=False)
     for first in range(0, x.shape[2], APPEND_TOKENS):
         piece = x[:, :, first : first + APPEND_TOKENS]
         reference.append_(

@@ -18,7 +18,8 @@ behind another: a write at an earlier slot forgets what lies behind it, and thos
 Appending to a view that is not the longest alive copies first, so that what a longer view holds is never
 overwritten; when no longer view is alive the surplus is forgotten in place, which makes a speculative
 reject cost nothing. A token seen through an older view may change once, from its exact value to its
-quantized one, when it leaves the window.
+quantized one, when it leaves the window; and where the layout requantizes, in steps to coarser ones, as the
+longest view's attention moves on.
 """
 
 from __future__ import annotations

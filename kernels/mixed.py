@@ -51,16 +51,27 @@ from kvq_compile.kernels.mixed_layout import (
 from kvq_compile.kernels.mixed_layout import (
     MixedLayout as MixedLayout,
 )
+from kvq_compile.kernels.mixed_layout import (
+    key_bound as key_bound,
+)
+from kvq_compile.kernels.mixed_layout import (
+    value_bound as value_bound,
+)
 
 FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
-Level = Literal["head", "layer"]
+Level = Literal["head", "layer", "token"]
+SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] that share span and bits
+    "head": (),
+    "layer": (-3,),
+    "token": (0, -3),
+}
 
 
 # Bits of a token
 
 
 def allocate(
-    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float = 0.0
+    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float | Tensor = 0.0
 ) -> Tensor:
     """Return the bits of each token, so that ``span * importance / 2 ** bits`` is at most one bound.
 
@@ -73,25 +84,37 @@ def allocate(
         importance: Weight of each token's error, ``[..., N]``; ``None``: all weigh the same.
         layout: Least and most bits, and the budget.
         bound: Width of a segment times importance that is good enough, ``2 sqrt(3) sigma``: see
-            `key_bound` and `value_bound`. 0: as much quality as the budget buys.
+            `key_bound` and `value_bound`; one for all pages or one each, ``[...]``, fp32. 0: as much quality
+            as the budget buys.
 
     Returns:
         ``[..., N]``, int32; in sum over a page at most ``layout.code_rows``.
 
     Source: QAQ, section 4.1, ``B = ceil(log2(range / (2 sqrt(3) sigma)))``.
     """
+    need = _needs(span, importance, layout)
+    free = layout.code_rows - layout.min_bits * layout.page_size
+    ordered = need.flatten(-2).sort(-1, descending=True).values
+    least = ordered[..., free] if free < ordered.shape[-1] else torch.zeros_like(ordered[..., 0])
+    least = torch.maximum(least, torch.as_tensor(bound, dtype=torch.float32, device=span.device))
+    return (layout.min_bits + (need > least[..., None, None]).sum(-1)).int()
+
+
+def needed_bits(
+    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float
+) -> Tensor:
+    """Return the bits that meet a bound, of `allocate` with a budget that is never short."""
+    return (layout.min_bits + (_needs(span, importance, layout) > bound).sum(-1)).int()
+
+
+def _needs(span: Tensor, importance: Tensor | None, layout: MixedLayout) -> Tensor:
+    """Return what must exceed the bound for a token to get one bit more, ``[..., N, max_bits - min_bits]``."""
     weighted = span
     if importance is not None:
         importance = torch.nan_to_num(importance.float(), nan=0.0)
         weighted = span * (soften(importance) if layout.soften else importance)
     step = torch.arange(layout.min_bits, layout.max_bits, device=span.device)
-    need = weighted[..., None] * torch.exp2(-step.float())  # above the bound: one bit more
-    free = layout.code_rows - layout.min_bits * layout.page_size
-    ordered = need.flatten(-2).sort(-1, descending=True).values
-    least = (
-        ordered[..., free] if free < ordered.shape[-1] else torch.zeros_like(ordered[..., 0])
-    ).clamp_min(bound)
-    return (layout.min_bits + (need > least[..., None, None]).sum(-1)).int()
+    return weighted[..., None] * torch.exp2(-step.float())
 
 
 def soften(importance: Tensor) -> Tensor:
@@ -107,29 +130,6 @@ def soften(importance: Tensor) -> Tensor:
     mean = sum_pairs(importance) / importance.shape[-1]
     floor = torch.where(mean > 0, mean * FLOOR, 1.0)
     return (importance + floor[..., None]).sqrt()
-
-
-def key_bound(query_norm: float, target: float, tokens: int, head_dim: int) -> float:
-    """Return the bound on keys at which attention weights have a standard deviation of ``target``.
-
-    Args:
-        query_norm: Squared norm of a query that few exceed.
-        target: Standard deviation of an attention weight.
-        tokens: Tokens that are attended to.
-        head_dim: ``D``; attention divides scores by its root, which the paper neglects.
-
-    Source: QAQ, section 4.1, ``sigma ** 2 = ln(T ** 3 / (T - 1) * target ** 2 + 1) / sum Q ** 2``.
-    """
-    variance = math.log(tokens**3 / (tokens - 1) * target**2 + 1) / (query_norm / head_dim)
-    return 2 * math.sqrt(3 * variance)
-
-
-def value_bound(target: float, tokens: int) -> float:
-    """Return the bound on values at which outputs have a standard deviation of ``target``.
-
-    Source: QAQ, section 4.1, ``sigma = target / (sqrt(T) A)``; `allocate` multiplies with ``A``.
-    """
-    return 2 * math.sqrt(3 / tokens) * target
 
 
 def importance(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -169,7 +169,7 @@ def quantize_pages(
     x: Tensor,
     importance: Tensor | None,
     layout: MixedLayout,
-    bound: float = 0.0,
+    bound: float | Tensor = 0.0,
     level: Level = "head",
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole pages.
@@ -178,25 +178,38 @@ def quantize_pages(
     of its token's span and a NaN as zero would be.
 
     Args:
-        x: Pages of numbers as they are coded, ``[..., N, D]``; at level ``"layer"`` ``[B, H, P, N, D]``.
+        x: Pages of numbers as they are coded, ``[..., N, D]``; at level ``"layer"`` ``[..., H, P, N, D]``, at
+            level ``"token"`` ``[L, B, H, P, N, D]``.
         importance: Weight of each token's error, ``[..., N]``.
         layout: Where the bits go.
         bound: See `allocate`.
-        level: Who shares span and bits: the channels of a ``"head"``, or the heads of a ``"layer"``;
-            fitting is each head's own.
+        level: Who shares span and bits: the channels of a ``"head"``, the heads of a ``"layer"``, or the
+            layers and heads of a ``"token"``; fitting and outliers are each head's own.
 
     Returns:
         Codes ``[..., 1, units]`` (int16) and records ``[..., fields, N, 1]`` (uint8).
+
+    Raises:
+        ValueError: ``x`` has not the dimensions of its level.
     """
+    least = {"head": 2, "layer": 4, "token": 6}[level]
+    if x.dim() < least:
+        raise ValueError(
+            f"x must have {least} dimensions or more at level {level!r}, got {x.dim()}"
+        )
     finite = x.isfinite()
     x = torch.nan_to_num(x.float(), nan=0.0).clamp(-FP16_MAX, FP16_MAX)
     channels, kept = find_outliers(x, finite, layout)
     lo = x.masked_fill(~kept, math.inf).amin(-1)
     hi = x.masked_fill(~kept, -math.inf).amax(-1)
-    if level == "layer":
-        lo, hi = (lo.amin(1, keepdim=True).expand_as(lo), hi.amax(1, keepdim=True).expand_as(hi))
+    if SHARED[level]:
+        dims = SHARED[level]
+        lo, hi = (
+            lo.amin(dims, keepdim=True).expand_as(lo),
+            hi.amax(dims, keepdim=True).expand_as(hi),
+        )
         if importance is not None:
-            importance = importance.amax(1, keepdim=True).expand_as(importance)
+            importance = importance.amax(dims, keepdim=True).expand_as(importance)
     lo, hi = (torch.where(edge.isfinite(), edge, 0.0) for edge in (lo, hi))
     bits = allocate(hi - lo, importance, layout, bound)
     stored_centre = store(lo * 0.5 + hi * 0.5, layout)
@@ -345,7 +358,7 @@ def unpack(codes: Tensor, records: Tensor, layout: MixedLayout) -> tuple[Tensor,
     tokens, rows = words[..., :HEADER], words[..., HEADER:].unflatten(-1, (-1, layout.row_units))
     first = tokens.cumsum(-1) - tokens
     order = records[..., layout.rank_field, :, 0].int()
-    bits = (tokens[..., None, :] > order[..., None]).sum(-1).int()
+    bits = held_bits(codes, records, layout)
     place = torch.arange(UNIT_BITS, device=codes.device, dtype=torch.int32)
     levels = torch.zeros((), dtype=torch.int32, device=codes.device)
     for plane in range(layout.max_bits):
@@ -355,6 +368,13 @@ def unpack(codes: Tensor, records: Tensor, layout: MixedLayout) -> tuple[Tensor,
         fields = (((held[..., None] >> place) & 1) * has[..., None, None]).flatten(-2)
         levels = levels + (fields << (MAX_BITS - 1 - plane))
     return levels, bits
+
+
+def held_bits(codes: Tensor, records: Tensor, layout: MixedLayout) -> Tensor:
+    """Return the bits of each token of packed pages, ``[..., N]``, int32."""
+    tokens = codes[..., 0, :HEADER].int() & 0xFFFF
+    order = records[..., layout.rank_field, :, 0].int()
+    return (tokens[..., None, :] > order[..., None]).sum(-1).int()
 
 
 # Stored numbers
@@ -370,6 +390,12 @@ def store(x: Tensor, layout: MixedLayout, up: bool = False) -> Tensor:
 def stored_value(stored: Tensor) -> Tensor:
     """Return the numbers (fp32) that `store` has stored."""
     return e4m3_value(stored) if stored.dtype == torch.uint8 else stored.float()
+
+
+def stored_span(records: Tensor, layout: MixedLayout) -> Tensor:
+    """Return twice the reach of each token of packed pages, ``[..., N]`` (fp32)."""
+    size = layout.param_bytes
+    return 2.0 * stored_value(from_bytes(records[..., size : 2 * size, :, 0].mT))
 
 
 def as_bytes(stored: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ _SCHEMAS = (
     # Quantize x as the first tokens of a new cache for `slots` tokens, with spare room if it grows.
     "quantize(Tensor x, SymInt slots, bool grows, str layout, Tensor? tables=None, Tensor? shift=None, "
     "Tensor? importance=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    # Write x behind the tokens held, quantizing the pages that fill up. `after`, the result of the attention
+    # Write x behind the tokens held, quantizing the pages that fill up, and, where the layout says so, taking
+    # bits from older pages that attention has moved away from. `after`, the result of the attention
     # that still reads the cache as it was, only orders the two: without it Inductor may run that attention
     # later, and then has to copy the whole cache first.
     "append_(Tensor(a!) codes, Tensor(b!) params, Tensor(c!) exact, Tensor(d!) cursor, Tensor x, "
@@ -134,10 +135,13 @@ def _append_cuda(
     shift: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> None:
-    from kvq_compile.kernels import quantize_kv
+    from kvq_compile.kernels import quantize_kv, requantize_mixed
 
     page_layout = PageLayout.parse(layout)
     frame = make_frame(tables, shift, page_layout)
+    requantize_mixed.requantize_older_(
+        codes, params, cursor, position, start, x.shape[2], page_layout, importance
+    )
     quantize_kv.append_(
         codes, params, exact, cursor, x, position, start, page_layout, frame, importance
     )

@@ -17,12 +17,14 @@ from kvq_compile.kernels.mixed import FLOOR as FLOOR_OF_MEAN
 from kvq_compile.kernels.mixed_layout import HEADER as HEADER_UNITS
 from kvq_compile.kernels.mixed_layout import MAX_BITS as MOST_BITS
 from kvq_compile.kernels.mixed_layout import OUTLIER_FIELDS as FIELDS
+from kvq_compile.kernels.mixed_layout import PAGE_SIZES
 
 FP16_MAX = tl.constexpr(65504.0)
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
 FLOOR = tl.constexpr(FLOOR_OF_MEAN)
 HEADER = tl.constexpr(HEADER_UNITS)
 MAX_BITS = tl.constexpr(MOST_BITS)
+LEAST_LENGTH = tl.constexpr(min(PAGE_SIZES))  # slots that the first bound is for
 OUTLIER_FIELDS = tl.constexpr(FIELDS)
 INFINITY = tl.constexpr(0x7F800000)
 HALVINGS = tl.constexpr(31)  # of the numbers from zero to infinity
@@ -93,8 +95,17 @@ def _place(levels, bits):
 
 
 @triton.jit
-def allocate(weighted, LAYOUT: tl.constexpr):
-    """Return the bits ``[N]`` of `mixed.allocate` for spans times importance."""
+def bound_at(end, LAYOUT: tl.constexpr):
+    """Return `PageLayout.bound_at` slot ``end``."""
+    bound = end.to(tl.float32) * 0.0
+    for step in tl.static_range(len(LAYOUT.bounds)):
+        bound = tl.where(end > LEAST_LENGTH << step >> 1, LAYOUT.bounds[step], bound)
+    return bound
+
+
+@triton.jit
+def allocate(weighted, least, LAYOUT: tl.constexpr):
+    """Return the bits ``[N]`` of `mixed.allocate` for spans times importance and the bound ``least``."""
     LEAST: tl.constexpr = LAYOUT.min_bits
     MOST: tl.constexpr = LAYOUT.max_bits
     FREE: tl.constexpr = LAYOUT.code_rows - LEAST * LAYOUT.page_size
@@ -109,7 +120,14 @@ def allocate(weighted, LAYOUT: tl.constexpr):
         fits = tl.sum(over, 0) <= FREE
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
-    bound = high.to(tl.float32, bitcast=True)
+    return needed_bits(weighted, tl.maximum(high.to(tl.float32, bitcast=True), least), LAYOUT)
+
+
+@triton.jit
+def needed_bits(weighted, bound, LAYOUT: tl.constexpr):
+    """Return the bits ``[N]`` of `mixed.needed_bits` for spans times importance."""
+    LEAST: tl.constexpr = LAYOUT.min_bits
+    MOST: tl.constexpr = LAYOUT.max_bits
     bits = tl.full(weighted.shape, LEAST, tl.int32)
     for step in tl.static_range(LEAST, MOST):
         bits += (weighted * (2.0**-step) > bound).to(tl.int32)
@@ -131,43 +149,65 @@ def rank(bits, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def weigh(span, importance, slots, first, LAYOUT: tl.constexpr):
+    """Return the spans of a page from slot ``first`` on times the importance of its tokens."""
+    weighted = span
+    if importance is not None:
+        slot = first + tl.arange(0, LAYOUT.page_size)
+        weight = tl.load(importance + slot, mask=slot < slots, other=0.0)
+        weight = tl.minimum(tl.maximum(weight.to(tl.float32), -FP32_MAX), FP32_MAX)
+        weight = tl.where(weight == weight, weight, 0.0)
+        if LAYOUT.soften:
+            weight = soften(weight)
+        weighted = span * weight
+    return weighted
+
+
+@triton.jit
 def _distribute(codes, records, spans, importance, slots, first, LAYOUT: tl.constexpr):
     """Write bits and ranks of a page's tokens, its header, and zeros where no row will be.
 
     Returns the first row of each plane.
     """
     PAGE: tl.constexpr = LAYOUT.page_size
-    UNITS: tl.constexpr = LAYOUT.row_units
-    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
-    CODE_ROWS: tl.constexpr = LAYOUT.code_rows
     token = tl.arange(0, PAGE)
-    weighted = tl.load(spans + PAGE + token) - tl.load(spans + token)
-    if importance is not None:
-        weight = tl.load(importance + first + token, mask=first + token < slots, other=0.0)
-        weight = tl.minimum(tl.maximum(weight.to(tl.float32), -FP32_MAX), FP32_MAX)
-        weight = tl.where(weight == weight, weight, 0.0)
-        if LAYOUT.soften:
-            weight = soften(weight)
-        weighted *= weight
-    bits = allocate(weighted, LAYOUT)
+    span = tl.load(spans + PAGE + token) - tl.load(spans + token)
+    weighted = weigh(span, importance, slots, first, LAYOUT)
+    bits = allocate(weighted, bound_at(first + PAGE, LAYOUT), LAYOUT)
     order = rank(bits, LAYOUT)
     tl.store(spans + 2 * PAGE + token, bits.to(tl.float32))
     tl.store(spans + 3 * PAGE + token, order.to(tl.float32))
     tl.store(records + LAYOUT.rank_field * PAGE + token, order.to(tl.uint8))
+    first_rows, used = write_header(codes, bits)
+    write_zero_rows(codes, used, LAYOUT)
+    return first_rows
+
+
+@triton.jit
+def write_header(codes, bits):
+    """Write how many tokens each plane has; return the first row of each plane and the rows of all."""
     first_rows = ()
     used = tl.sum(tl.zeros_like(bits), 0)
     for plane in tl.static_range(MAX_BITS):
         tokens = tl.sum((bits > plane).to(tl.int32), 0)
         tl.store(codes + plane, tokens.to(tl.uint16))
-        first_rows += (used,)  # type: ignore[assignment]  # a tuple that grows
+        first_rows += (used,)  # a tuple that grows
         used += tokens
+    return first_rows, used
+
+
+@triton.jit
+def write_zero_rows(codes, used, LAYOUT: tl.constexpr):
+    """Write zeros to the rows of a page from number ``used`` on."""
+    UNITS: tl.constexpr = LAYOUT.row_units
+    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
+    CODE_ROWS: tl.constexpr = LAYOUT.code_rows
     unit = tl.arange(0, UNITS_PAD)[None, :]
     for block in range(used, CODE_ROWS, 32):
         row = block + tl.arange(0, 32)[:, None]
         where = codes + HEADER + row * UNITS + unit
         nothing = tl.zeros((32, UNITS_PAD), tl.int32).to(tl.uint16)
         tl.store(where, nothing, mask=(row < CODE_ROWS) & (unit < UNITS))
-    return first_rows
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -318,6 +358,14 @@ def _load_bytes(where, exists, SIZE: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def stored_reach(records, token, LAYOUT: tl.constexpr):
+    """Return the reach of tokens of a page."""
+    SIZE: tl.constexpr = LAYOUT.param_bytes
+    where = records + SIZE * LAYOUT.page_size + token
+    return _value(_load_bytes(where, token < LAYOUT.page_size, SIZE, LAYOUT), LAYOUT)
+
+
+@triton.jit
 def mixed_value(codes, records, token, channel, exists, LAYOUT: tl.constexpr):
     """Return the numbers (fp32) of `mixed.dequantize_pages`, a load for each bit; for ``token``
     ``[rows, 1]``, ``channel`` ``[1, channels]``."""
@@ -329,7 +377,7 @@ def mixed_value(codes, records, token, channel, exists, LAYOUT: tl.constexpr):
     where = records + token
     order = tl.load(where + LAYOUT.rank_field * PAGE, mask=real, other=0).to(tl.int32)
     centre = _value(_load_bytes(where, real, SIZE, LAYOUT), LAYOUT)
-    reach = _value(_load_bytes(where + SIZE * PAGE, real, SIZE, LAYOUT), LAYOUT)
+    reach = stored_reach(records, token, LAYOUT)
     levels = tl.zeros(exists.shape, tl.int32)
     bits = tl.zeros(order.shape, tl.int32)
     first = 0

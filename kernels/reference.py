@@ -56,6 +56,7 @@ from kvq_compile.kernels.frame import (
     rotate as rotate,
 )
 from kvq_compile.kernels.mixed_layout import UNIT_BITS
+from kvq_compile.kernels.requantize import requantize_older_
 from kvq_compile.kernels.spec import TRITS, PageLayout
 
 
@@ -210,9 +211,20 @@ def quantize_packed(
     """
     if layout.coder == "mixed":
         coded = to_coded(x.float(), layout, frame, first)
-        return mixed.quantize_pages(coded, importance if layout.attentive else None, layout.mixed)
+        return mixed.quantize_pages(
+            coded,
+            importance if layout.attentive else None,
+            layout.mixed,
+            page_bounds(layout, first, x.shape[-3], x.device),
+        )
     codes, params = quantize_pages(x, layout, frame, first)
     return pack(codes, layout), params
+
+
+def page_bounds(layout: PageLayout, first: int, pages: int, device: torch.device) -> Tensor:
+    """Return the bounds ``[pages]`` on the weighted error of mixed pages from slot ``first`` on."""
+    ends = (first + (page + 1) * layout.page_size for page in range(pages))
+    return torch.tensor([layout.bound_at(end) for end in ends], dtype=torch.float32, device=device)
 
 
 def unpacked_values(
@@ -311,7 +323,8 @@ def append_(
         layout: The cache's layout.
         frame: What packed tokens are coded relative to, where the layout has tables.
         importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, which mixed layouts
-            distribute bits by; ``None``: all weigh the same.
+            distribute bits by; ``None``: all weigh the same. Where the layout requantizes, older pages that
+            the call keeps lose what they need no more, if it completes a page: see `requantize`.
 
     Raises:
         ValueError: ``start`` would leave a gap, or the new tokens do not fit.
@@ -325,6 +338,7 @@ def append_(
     if start < held:
         truncate_(codes, params, exact, cursor, start, layout, frame)
         old = int(cursor[1])
+    requantize_older_(codes, params, cursor, start, tokens, layout, importance)
     new = max(old, new)
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
     if new > old:

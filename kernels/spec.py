@@ -16,6 +16,7 @@ a graph as a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -26,6 +27,8 @@ from kvq_compile.kernels.mixed_layout import (
     UNIT_BITS,
     MixedLayout,
     Params,
+    length_class,
+    target_bounds,
 )
 from kvq_compile.kernels.tables import NO_TABLES, Tables
 
@@ -81,6 +84,10 @@ class TensorSpec:
             itself, or for the middles.
         soften: Whether mixed pages distribute bits by softened importance, or by importance as it is.
         attentive: Whether mixed pages distribute bits by the attention that tokens get, or by range alone.
+        target: Error that is good enough in mixed pages, which then use no more of their bits than it takes: the
+            standard deviation of an attention weight (keys) or of the output (values). 0: all bits are used.
+        query_norm: Squared norm of a query that few exceed, which a target of keys needs.
+        requantize: Whether tokens of mixed pages lose bits that their target needs no more as attention moves on.
 
     Raises:
         TypeError: A number of bits or channels is not a number.
@@ -102,8 +109,18 @@ class TensorSpec:
     fit: bool = True
     soften: bool = True
     attentive: bool = True
+    target: float = 0.0
+    query_norm: float = 0.0
+    requantize: bool = False
 
     def __post_init__(self) -> None:
+        _check(
+            self.target == 0 or self.mixed is not None,
+            "a target must go with mixed pages: give mixed",
+        )
+        _check(
+            not self.requantize or self.target > 0, "requantize must go with a target: give target"
+        )
         if self.mixed is not None:
             self._check_mixed()
         elif self.bits != 1.5 or self.couple is not None:
@@ -164,6 +181,11 @@ class TensorSpec:
             raise TypeError(f"bits must be a number, got {self.bits!r}")
         plain = self.couple is None and self.grouping == "token" and self.group_size is None
         _check(plain, "mixed pages have one group a token: no couple, grouping or group_size")
+        for name in ("target", "query_norm"):
+            number = getattr(self, name)
+            _check(
+                0 <= number < math.inf, f"{name} must be a finite number of 0 or more, got {number}"
+            )
 
 
 @dataclass(frozen=True)
@@ -204,6 +226,10 @@ class CacheSpec:
             (self.key.mixed is None) == (self.value.mixed is None),
             "keys and values must both be in mixed pages, or neither",
         )
+        _check(
+            self.key.target == 0 or self.key.query_norm > 0,
+            f"query_norm must be positive for a target of keys, got {self.key.query_norm}",
+        )
 
     def for_layer(self, layer: int) -> CacheSpec | None:
         """Return the spec of one layer; ``None`` says that it stays in 16 bit."""
@@ -243,6 +269,9 @@ class CacheSpec:
             fit=spec.fit,
             soften=spec.soften,
             attentive=spec.attentive,
+            target=float(spec.target),
+            query_norm=float(spec.query_norm if role == "key" and spec.target else 0),
+            requantize=spec.requantize,
         )
 
 
@@ -293,6 +322,9 @@ class PageLayout:
     fit: bool = True
     soften: bool = True
     attentive: bool = True
+    target: float = 0.0
+    query_norm: float = 0.0
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         if self.coder == "mixed":
@@ -324,6 +356,15 @@ class PageLayout:
             self.bits, self.page_size, self.head_dim, self.min_bits, self.max_bits, self.outliers,
             self.params, self.fit, self.soften,
         )  # fmt: skip
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Bounds on the weighted error of mixed pages that have a target: see `target_bounds`."""
+        return target_bounds(self.role, self.target, self.query_norm, self.head_dim)
+
+    def bound_at(self, end: int) -> float:
+        """Return the bound of a mixed page that ends before slot ``end``; 0 where there is no target."""
+        return self.bounds[length_class(end)] if self.target else 0.0
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -394,7 +435,10 @@ class PageLayout:
         if self.coder == "codebook":
             return f"{self.couple} channels in {self.bits:g} bits"
         if self.coder == "mixed":
-            return f"{self.min_bits} to {self.max_bits} bits ({self.bits:g} on average)"
+            average = f"{self.bits:g} on average"
+            if self.target:
+                average = f"at most {average}, fewer where they meet target {self.target:g}"
+            return f"{self.min_bits} to {self.max_bits} bits ({average})"
         return f"{self.bits:g}-bit"
 
     @property
@@ -440,8 +484,10 @@ def _number(text: str) -> float:
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "bits": _number,
-    "clip": float,
-    **dict.fromkeys(("rotary", "fit", "soften", "attentive"), lambda text: text == "True"),
+    **dict.fromkeys(("clip", "target", "query_norm"), float),
+    **dict.fromkeys(
+        ("rotary", "fit", "soften", "attentive", "requantize"), lambda text: text == "True"
+    ),
     **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
     **dict.fromkeys(("min_bits", "max_bits", "outliers"), int),
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.mixed_layout import HEADER
 from kvq_compile.kernels.ops import FRAME, PARTS
 
 PLAIN = "plain"
@@ -28,6 +29,7 @@ class TensorReport:
             share counts for the first of them.
         kept_exact: Tokens among ``held`` that are exact.
         packed_bits: Bits per number of a packed token; ``None`` where nothing is packed.
+        read_bits: Those of them that attention reads, fewer where tokens use fewer than their page has room for.
     """
 
     name: str
@@ -36,6 +38,7 @@ class TensorReport:
     parts: dict[str, int]
     kept_exact: int
     packed_bits: float | None = None
+    read_bits: float | None = None
 
     @property
     def elements(self) -> int:
@@ -97,8 +100,16 @@ class Report:
         widths = [tensor.packed_bits for tensor in self.tensors if tensor.packed_bits is not None]
         return sum(widths) / len(widths) if widths else 16.0
 
+    @property
+    def read_bits(self) -> float:
+        """Bits per number of packed tokens that attention reads: no more than `packed_bits`."""
+        widths = [tensor.read_bits for tensor in self.tensors if tensor.read_bits is not None]
+        return sum(widths) / len(widths) if widths else 16.0
+
     def __str__(self) -> str:
         rows = [f"  {name:8s} {size:>14,d} bytes" for name, size in self.parts.items()]
+        if self.read_bits < self.packed_bits:
+            rows.append(f"  of {self.packed_bits:.2f} bits packed {self.read_bits:.2f} are read")
         ratio = self.dense_bytes / self.bytes if self.bytes else 0.0
         head = f"{self.layers} layers, {self.tokens:,d} tokens: {self.bytes:,d} bytes, "
         head += f"{self.effective_bits:.2f} bits a number ({ratio:.2f} times less than 16 bit)"
@@ -141,7 +152,16 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
     parts = {
         name: _bytes_once(part, counted) for name, part in held_parts.items() if part is not None
     }
-    return TensorReport(name, shape, held, parts, held - packed, width)
+    return TensorReport(name, shape, held, parts, held - packed, width, _read_bits(tensor, width))
+
+
+def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:
+    """Return the bits per number of packed pages, rows that no token uses left out."""
+    layout, pages = cache.page_layout, int(cache.cursor[1])
+    if layout.coder != "mixed" or not pages:
+        return packed_bits
+    rows = cache.codes[:, :, :pages, 0, :HEADER].float().sum(-1).mean()
+    return packed_bits - layout.bits + float(rows) / layout.page_size
 
 
 def _bytes_once(tensor: Tensor, counted: set[int]) -> int:

@@ -33,18 +33,20 @@ class LayerTables:
     """The tables of one layer.
 
     Attributes:
-        key, value: Tables of its keys and values.
+        key, value: Tables of its keys and values; ``None`` for a method that has none.
         rotary: Whether its keys are coded as they were before the rotary embedding.
         note: Why they are not, where the method would have wanted it.
         key_options, value_options: How ``"auto"`` codes them, as options of `TensorSpec`; else empty.
+        query_norms: Squared norm that few queries of each KV head exceed, for ``"qaq"``; else empty.
     """
 
-    key: Tables
-    value: Tables
+    key: Tables | None
+    value: Tables | None
     rotary: bool
     note: str = ""
     key_options: dict[str, Any] = field(default_factory=dict)
     value_options: dict[str, Any] = field(default_factory=dict)
+    query_norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ class Calibration:
             "options": self.options,
             "head_dims": {name: tables.head_dim for name, tables in self._tables()},
             "layers": [
-                [layer.rotary, layer.note, layer.key_options, layer.value_options]
+                [
+                    *(layer.rotary, layer.note, layer.key_options, layer.value_options),
+                    *([layer.query_norms] if layer.query_norms else []),
+                ]
                 for layer in self.layers
             ],
             "weights": sorted(self.weights),
@@ -110,7 +115,13 @@ class Calibration:
             )
         about = json.loads(metadata["about"])
         layers = tuple(
-            _layer([Tables(words[name], about["head_dims"][name]) for name in _names(index)], rest)
+            _layer(
+                [
+                    Tables(words[name], about["head_dims"][name]) if name in words else None
+                    for name in _names(index)
+                ],
+                rest,
+            )
             for index, rest in enumerate(about["layers"])
         )
         if _digest(metadata["about"], layers) != metadata.get("digest"):
@@ -142,7 +153,9 @@ class Calibration:
 
     def _tables(self) -> Iterable[tuple[str, Tables]]:
         for index, layer in enumerate(self.layers):
-            yield from zip(_names(index), (layer.key, layer.value), strict=True)
+            for name, tables in zip(_names(index), (layer.key, layer.value), strict=True):
+                if tables is not None:
+                    yield name, tables
 
 
 def weight_hash(parameter: Tensor) -> str:
@@ -154,9 +167,12 @@ def weight_hash(parameter: Tensor) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _layer(tables: list[Tables], rest: list[Any]) -> LayerTables:
+def _layer(tables: list[Tables | None], rest: list[Any]) -> LayerTables:
     key, value = tables
-    return LayerTables(key, value, *rest)
+    rotary, note, key_options, value_options, *norms = rest
+    return LayerTables(
+        *(key, value, rotary, note, key_options, value_options), tuple(norms[0]) if norms else ()
+    )
 
 
 def _names(layer: int) -> tuple[str, str]:
@@ -164,5 +180,6 @@ def _names(layer: int) -> tuple[str, str]:
 
 
 def _digest(about: str, layers: Iterable[LayerTables]) -> str:
-    content = about + "".join(layer.key.digest + layer.value.digest for layer in layers)
+    tables = (tables for layer in layers for tables in (layer.key, layer.value))
+    content = about + "".join(x.digest for x in tables if x is not None)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -26,17 +26,18 @@ from kvq_compile.kernels.spec import Role
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find_rotation import Rotation
 from kvq_compile.methods import (
-    CALIBRATED,
+    FROM_LAYER,
     base_name,
     calibrated_options,
     check_method,
     default_clip,
 )
+from kvq_compile.query_norms import measure_query_norms
 
 TOKENS = 16_384
 MEMORY = 2 << 30
 SKIPPED = 5  # first tokens of a text: sinks, which stay exact
-CALIBRATED_NAMES = "skvq, cq-<c>c<b>b or auto"
+CALIBRATED_NAMES = "skvq, cq-<c>c<b>b , auto or qaq"
 CODEBOOKS_BELOW = 2.5  # bits from which they lose against uniform steps
 TEXTS = 2  # whole texts on which "auto" measures its candidates
 Advance = Callable[[str, int, int], None]
@@ -82,7 +83,8 @@ def calibrate(
     Args:
         model: Any decoder that the backend can compile.
         batches: Texts, as token ids ``[B, T]`` or keyword arguments of the model.
-        method: ``"skvq"``, ``"cq-<channels>c<bits>b"``, or ``"auto"`` with ``bits`` on average.
+        method: ``"skvq"``, ``"cq-<channels>c<bits>b"``, ``"auto"`` with ``bits`` on average, or ``"qaq"``, of
+            which only query norms are measured, without gradients.
         tokens: Tokens to fit to, taken evenly from all batches.
         seed: Of every random choice.
         memory: Bytes of samples that may be held at once, at least those of one layer.
@@ -94,7 +96,7 @@ def calibrate(
         ValueError: The method, an option or the batches do not fit, or ``resume`` is of another calibration.
     """
     check_method(method, options)
-    if base_name(method) not in CALIBRATED:
+    if base_name(method) not in FROM_LAYER:
         raise ValueError(
             f"method must be one that is calibrated, {CALIBRATED_NAMES}, got {method!r}"
         )
@@ -104,6 +106,8 @@ def calibrate(
     options = calibrated_options(method, options)
     weights = frozenset(weight_hash(parameter) for parameter in model.parameters())
     fitted = _resumed(resume, method, options, weights)
+    if method == "qaq":
+        return Calibration(method, options, _measured(model, texts, tokens, seed, advance), weights)
     candidates: list[_Candidates] = []
     rotations = find_rotations(model, texts[0])
     count = None
@@ -121,6 +125,13 @@ def calibrate(
     advance("fitting layers", count, count)
     fitted += _chosen(candidates, options)
     return Calibration(method, options, tuple(fitted), weights)
+
+
+def _measured(
+    model: nn.Module, texts: Sequence[Batch], tokens: int, seed: int, advance: Advance
+) -> tuple[LayerTables, ...]:
+    norms = measure_query_norms(model, texts, tokens, seed, SKIPPED, advance)
+    return tuple(LayerTables(None, None, False, query_norms=layer) for layer in norms)
 
 
 def _resumed(

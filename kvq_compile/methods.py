@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -26,6 +27,7 @@ AT_COMPILE = (
     "packing",
 )  # options that calibration does not depend on
 QAQ_RECORDS = {"fp8": 0.196, "fp16": 0.321}  # bits a number of records and headers at 128 channels
+QAQ_QUERY_NORM = 300.0  # squared; what QAQ's code takes for every layer of every model
 QAQ_KEYS_WIDER = 0.55  # keys get so many bits more than the average, values as many less
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 
@@ -135,6 +137,10 @@ def qaq(
     min_bits: int | None = None,
     outliers: int | None = None,
     variant: Literal["fitted", "paper"] = "fitted",
+    key_target: float | None = None,
+    value_target: float | None = None,
+    query_norm: float = QAQ_QUERY_NORM,
+    requantize: bool = False,
     params: Params = "fp16",
     sinks: int = 5,
     window: int = 128,
@@ -148,13 +154,33 @@ def qaq(
     ``"paper"`` does neither and keeps one number at each end exact. ``params="fp8"`` saves an eighth of a bit, for
     models whose keys and values stay below 448: larger numbers would be cut off.
 
-    Source: QAQ (arXiv 2403.04643), with its per-head level, and budgets in place of error targets.
+    Targets are the standard deviations of an attention weight (``key_target``) and of attention's output
+    (``value_target``) that are good enough. Tokens get the bits that meet them, weighed as in the paper: values by
+    attention as it is, keys not at all. The budget stays the cap, and what is held; less of it is used and read.
+    The target of keys takes ``query_norm``, the squared norm that one query of ten exceeds: 300 as in the code of
+    the paper, or what `calibrate` measured, of each layer the largest of its heads.
+
+    ``requantize=True``: whenever a page fills, tokens of older pages lose the bits that their target needs no more
+    now that attention has moved on, in place. It needs a target: a budget would gain nothing.
+
+    Source: QAQ (arXiv 2403.04643), with its per-head level.
     """
     paper = variant == "paper"
     if variant not in ("fitted", "paper"):
         raise ValueError(f'variant must be "fitted" or "paper", got {variant!r}')
     if params not in QAQ_RECORDS:
         raise ValueError(f'params must be "fp16" or "fp8", got {params!r}')
+    numbers = {"key_target": key_target, "value_target": value_target, "query_norm": query_norm}
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {number!r}")
+    if not isinstance(requantize, bool):
+        raise TypeError(f"requantize must be a bool, got {requantize!r}")
+    if requantize and key_target is None and value_target is None:
+        raise ValueError(
+            "requantize must go with error targets, got none: a page keeps its budget, so that taking bits "
+            "away would gain nothing; give key_target or value_target"
+        )
     outliers = (2 if paper else 0) if outliers is None else outliers
     least = (0 if paper else 1) if min_bits is None else min_bits
     most = (4 if bits <= 3.25 else 6) if max_bits is None else max_bits
@@ -163,13 +189,20 @@ def qaq(
     keys = _rows(codes + wide, page_size) if key_bits is None else key_bits
     values = _rows(codes - wide, page_size) if value_bits is None else value_bits
 
-    def tensor(budget: float, attentive: bool) -> TensorSpec:
+    def tensor(budget: float, attentive: bool, target: float | None) -> TensorSpec:
         return TensorSpec(
             budget, params=params, mixed=(least, most), outliers=outliers, fit=not paper,
-            soften=not paper, attentive=attentive,
+            soften=not paper and target is None, attentive=attentive, target=target or 0.0,
+            query_norm=query_norm, requantize=requantize and target is not None,
         )  # fmt: skip
 
-    return CacheSpec(tensor(keys, not paper), tensor(values, True), sinks, window, page_size)
+    key = tensor(keys, not paper and key_target is None, key_target)
+    return CacheSpec(key, tensor(values, True, value_target), sinks, window, page_size)
+
+
+def _measured_qaq(tables: LayerTables, **options: Any) -> CacheSpec:
+    """`qaq` with the query norm that was measured."""
+    return qaq(query_norm=max(tables.query_norms), **options)
 
 
 def _rows(budget: float, page_size: int) -> float:
@@ -226,6 +259,9 @@ UNIFORM: dict[str, Callable[..., CacheSpec]] = {
 }
 METHODS: dict[str, Callable[..., CacheSpec]] = UNIFORM | {"qaq": qaq}
 CALIBRATED: dict[str, Callable[..., CacheSpec]] = {"skvq": skvq, "cq": cq, "auto": auto}
+FROM_LAYER: dict[str, Callable[..., CacheSpec]] = CALIBRATED | {
+    "qaq": _measured_qaq
+}  # which can do without
 
 
 def make_spec(
@@ -325,7 +361,12 @@ def method_options(method: str) -> tuple[str, ...]:
 
 
 def calibrated_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a calibrated method that calibration depends on, defaults filled in."""
+    """Return all options of a calibrated method that calibration depends on, defaults filled in.
+
+    What is measured for QAQ depends on none: its options are defaults for compiling.
+    """
+    if base_name(method) not in CALIBRATED:
+        return dict(options)
     parameters = inspect.signature(CALIBRATED[base_name(method)]).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     every = defaults | preset(method) | dict(options)
@@ -342,14 +383,19 @@ def _calibrated_spec(
         )
     method = calibration.method
     check_method(method, options)
-    for name, value in options.items():
+    if "query_norm" in options:
+        raise ValueError(
+            f"query_norm must be left out beside a calibration, which measured it, got {options['query_norm']!r}"
+        )
+    fixed = options if base_name(method) in CALIBRATED else {}
+    for name, value in fixed.items():
         if name not in AT_COMPILE and calibration.options.get(name) != value:
             raise ValueError(
                 f"{name} must be as calibrated, {calibration.options.get(name)!r}, got {value!r}; "
                 "calibrate anew for other options"
             )
     every = calibration.options | options
-    specs = [CALIBRATED[base_name(method)](tables, **every) for tables in calibration.layers]
+    specs = [FROM_LAYER[base_name(method)](tables, **every) for tables in calibration.layers]
     named = [replace(spec, method=method) for spec in specs]
     return replace(named[0], layers=tuple(enumerate(named)))
 

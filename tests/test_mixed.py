@@ -385,15 +385,6 @@ def test_bounds_are_those_of_the_paper() -> None:
     assert mixed.value_bound(0.5, 400) == 2 * math.sqrt(3) * 0.5 / 20
 
 
-def test_heads_of_a_layer_share_span_and_bits_at_layer_level() -> None:
-    layout = layout_of(2.0, fit=False)
-    x = torch.randn(1, 3, 2, N, 32) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)
-    codes, records = mixed.quantize_pages(x, torch.rand(1, 3, 2, N), layout, level="layer")
-    assert (records == records[:, :1]).all()
-    assert (codes[..., :8] == codes[:, :1, ..., :8]).all()
-    assert not (codes == codes[:, :1]).all()
-
-
 # Importance
 
 

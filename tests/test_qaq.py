@@ -1,5 +1,8 @@
 """QAQ end to end: bits go where attention and range are, within the budget, and nowhere is anything assumed."""
 
+import math
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import kvq_compile
+from kvq_compile.calibration import Calibration
 from kvq_compile.kernels import mixed, ops, reference
 from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.importance import recent_importance
@@ -29,7 +34,8 @@ def tokens(count: int, seed: int = 0, heads: int = 2) -> Tensor:
 
 
 def test_a_layout_survives_its_text() -> None:
-    for layout in layouts(bits=2.3, outliers=2):
+    targets = {"key_target": 0.1, "value_target": 1 / 3, "query_norm": 123.4567}
+    for layout in (*layouts(bits=2.3, outliers=2), *layouts(**targets)):
         assert PageLayout.parse(layout.token) == layout
 
 
@@ -162,6 +168,133 @@ def test_bits_asked_for_are_bits_held(bits: float) -> None:
         for role in ("key", "value")
     )
     assert bits - 0.02 < (key + value) / 2 <= bits
+
+
+# Error targets
+
+TARGETS = {"key_target": 0.05, "value_target": 0.02, "bits": 4}
+
+
+def bits_held(parts: tuple[Tensor, ...], layout: PageLayout) -> Tensor:
+    """Return the bits of each packed token, ``[B, H, P, N]``."""
+    pages = int(parts[3][1])
+    return mixed.unpack(parts[0][:, :, :pages], parts[1][:, :, :pages], layout.mixed)[1]
+
+
+@pytest.mark.parametrize("role", [0, 1])
+def test_a_target_gives_a_token_the_bits_of_the_formula_and_no_more(role: int) -> None:
+    """``ceil(log2(range / (2 sqrt(3) sigma)))`` with the paper's sigma, T the page's end, up to a power of two."""
+    layout = layouts(**TARGETS, max_bits=8, min_bits=0)[role]
+    layout = replace(layout, bits=8)
+    x, importance = tokens(300), torch.rand(2, 2, 300) ** 4
+    parts = ops.quantize(x, 300, True, layout.token, None, None, importance)
+    for page in range(int(parts[3][1])):
+        first = layout.sinks + page * 32
+        T = 1 << (first + 31).bit_length()
+        span = (
+            x[:, :, first : first + 32].amax(-1) - x[:, :, first : first + 32].amin(-1)
+        ).double()
+        if role == 0:
+            sigma = math.sqrt(math.log(T**3 / (T - 1) * 0.05**2 + 1) / (300 / 64))
+            exponent = (span / (2 * math.sqrt(3) * sigma)).log2()
+        else:
+            sigma = 0.02 / math.sqrt(T) / importance[:, :, first : first + 32].double()
+            exponent = (span / (2 * math.sqrt(3) * sigma)).log2()
+        clear = (exponent - exponent.round()).abs() > 1e-4
+        expected = exponent.ceil().clamp(0, 8).int()
+        assert torch.equal(bits_held(parts, layout)[:, :, page][clear], expected[clear])
+
+
+@given(st.lists(st.integers(1, 200), max_size=4), st.integers(0, 9))
+def test_a_target_is_met_alike_in_whatever_pieces_a_prompt_comes(
+    cuts: list[int], seed: int
+) -> None:
+    for layout in layouts(**TARGETS):
+        x = tokens(200, seed)
+        whole = ops.quantize(x, 200, True, layout.token)
+        parts = ops.quantize(x[:, :, :0], 200, True, layout.token)
+        edges = sorted({0, 200, *cuts})
+        for first, last in pairwise(edges):
+            ops.append_(*parts, x[:, :, first:last], None, first, layout.token)
+        pages = int(whole[3][1])
+        for a, b in zip(whole[:2], parts[:2], strict=True):
+            assert torch.equal(a[:, :, :pages], b[:, :, :pages])
+
+
+def test_the_budget_stays_the_cap() -> None:
+    spec = {"key_target": 1e-6, "value_target": 1e-6, "bits": 2.3}
+    for layout in layouts(**spec):
+        parts = ops.quantize(tokens(200), 200, True, layout.token)
+        assert bits_held(parts, layout).sum(-1).max() <= layout.mixed.code_rows
+        loose = replace(layout, target=50.0, min_bits=0)
+        none = ops.quantize(tokens(200), 200, True, loose.token)
+        assert bits_held(none, loose).float().mean() < 0.1
+
+
+def test_a_report_says_how_many_bits_are_read() -> None:
+    layout = layouts(**TARGETS | {"value_target": 20.0})[1]
+    cache = QuantizedKV.from_dense(tokens(200), layout)
+    report = kvq_compile.report([cache, cache])
+    assert report.read_bits < report.packed_bits - 0.5
+    rows = bits_held(cache.parts, layout).float().mean()
+    assert report.read_bits == pytest.approx(
+        layout.mixed.bits_per_number - layout.bits + float(rows), abs=1e-4
+    )
+    assert f"{report.read_bits:.2f} are read" in str(report)
+    assert "fewer where they meet target 20" in layout.about
+
+
+def test_query_norms_are_measured_by_head() -> None:
+    """Against the definition, on the queries that a hook sees."""
+    model = make_model()
+    texts = [
+        torch.randint(0, 64, (1, 80), generator=torch.Generator().manual_seed(i)) for i in (1, 2)
+    ]
+    made = kvq_compile.calibrate(model, texts, "qaq", tokens=1000)
+    seen: list[Tensor] = []
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_hook(
+        lambda module, args, output: seen.append(output.unflatten(-1, (4, 64))[0, 5:])
+    )
+    with torch.no_grad():
+        for text in texts:
+            model(text)
+    hook.remove()
+    norms = torch.cat(seen).square().sum(-1).sort(0).values  # RoPE keeps them
+    found = torch.tensor(made.layers[1].query_norms)
+    expected = norms[math.ceil(0.9 * len(norms)) - 1].view(2, 2).amax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_a_calibration_of_qaq_sets_the_bound_of_each_layer(tmp_path: Any) -> None:
+    model = make_model()
+    text = torch.randint(0, 64, (1, 90), generator=torch.Generator().manual_seed(1))
+    made = kvq_compile.calibrate(model, [text], "qaq", key_target=0.05)
+    made.save(tmp_path / "norms")
+    assert Calibration.load(tmp_path / "norms") == made
+    spec = make_spec(calibration=made, value_target=0.02, **SMALL)
+    for index, layer in enumerate(made.layers):
+        own = spec.for_layer(index)
+        assert own is not None
+        assert own.key.query_norm == max(layer.query_norms)
+        assert (own.key.target, own.value.target) == (0.05, 0.02)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        run(model, method=None, calibration=made, value_target=0.02)(text, cache)
+    layouts = [layer.keys.page_layout for layer in cache.layers]
+    assert layouts[0].query_norm != layouts[1].query_norm
+    with pytest.raises(ValueError, match="query_norm must be left out beside a calibration"):
+        make_spec(calibration=made, query_norm=10.0)
+    with pytest.raises(ValueError, match="one that is calibrated"):
+        kvq_compile.calibrate(model, [text], "int4")
+
+
+@pytest.mark.parametrize("name", ["key_target", "value_target", "query_norm"])
+def test_targets_out_of_range_are_named(name: str) -> None:
+    for wrong in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match=f"{name} must be a positive number"):
+            make_spec("qaq", **{name: wrong})
+    with pytest.raises(ValueError, match="a target must go with mixed pages"):
+        TensorSpec(4, target=0.1)
 
 
 def test_specs_that_make_no_sense_are_named() -> None:

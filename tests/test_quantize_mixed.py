@@ -23,7 +23,14 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import encode, mixed, quantize_kv, quantize_mixed, reference
+from kvq_compile.kernels import (
+    encode,
+    mixed,
+    quantize_kv,
+    quantize_mixed,
+    reference,
+    requantize_mixed,
+)
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.mixed_layout import MixedLayout
 from kvq_compile.kernels.ops import new_parts
@@ -66,6 +73,8 @@ def layouts(draw: st.DrawFn, **fixed: Any) -> PageLayout:
         "fit": draw(st.booleans()),
         "soften": draw(st.booleans()),
         "attentive": draw(st.sampled_from([True, True, False])),
+        "target": draw(st.sampled_from([0.0, 0.0, 1e-3, 0.1])),
+        "query_norm": 30.0,
     }
     spec = TensorSpec(rows / page, mixed=(least, most), **options | fixed)
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
@@ -193,7 +202,7 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
 @triton.jit
 def allocate_kernel(weighted, bits, ranks, N: tl.constexpr, LAYOUT: tl.constexpr):
     where = tl.program_id(0) * N + tl.arange(0, N)
-    found = quantize_mixed.allocate(tl.load(weighted + where), LAYOUT)
+    found = quantize_mixed.allocate(tl.load(weighted + where), 0.0, LAYOUT)
     tl.store(bits + where, found)
     tl.store(ranks + where, quantize_mixed.rank(found, LAYOUT))
 
@@ -220,6 +229,24 @@ def test_a_page_is_given_the_bits_and_the_order_of_the_specification(
     expected = mixed.allocate(x, None, plain)
     assert torch.equal(bits.cpu(), expected)
     assert torch.equal(ranks.cpu(), mixed.rank(expected).int())
+
+
+@triton.jit
+def bound_kernel(ends, bounds, LAYOUT: tl.constexpr):
+    where = tl.program_id(0)
+    tl.store(bounds + where, quantize_mixed.bound_at(tl.load(ends + where), LAYOUT))
+
+
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize("target", [0.0, 0.03])
+def test_a_page_is_held_to_the_bound_of_the_specification(role: Any, target: float) -> None:
+    spec = TensorSpec(2, mixed=(0, 4), target=target, query_norm=300.0)
+    layout = CacheSpec(spec, spec, 0, 0, 32).layout(role, 16)
+    lengths = [1 << k for k in range(6, 31)]
+    ends = torch.tensor([32, *(n + step for n in lengths for step in (-1, 0, 1))], device=DEVICE)
+    bounds = torch.empty(len(ends), device=DEVICE)
+    bound_kernel[(len(ends),)](ends.int(), bounds, LAYOUT=encode.Constants.of(layout))
+    assert bounds.tolist() == [layout.bound_at(end) for end in ends.tolist()]
 
 
 def test_importance_is_looked_up_by_slot() -> None:
@@ -253,9 +280,12 @@ def test_layouts_of_different_bits_do_not_share_a_kernel() -> None:
     layout = CacheSpec(spec, spec).layout("key", 64)
     texts = {
         repr(encode.Constants.of(replace(layout, **change)))
-        for change in ({}, {"bits": 3}, {"max_bits": 6}, {"fit": False}, {"soften": False})
+        for change in (
+            *({}, {"bits": 3}, {"max_bits": 6}, {"fit": False}, {"soften": False}),
+            *({"target": 0.1, "query_norm": 300.0}, {"target": 0.1, "query_norm": 90.0}),
+        )
     }
-    assert len(texts) == 5
+    assert len(texts) == 7
 
 
 # --- compiled ahead of time -----------------------------------------------------------------------
@@ -264,8 +294,18 @@ CASES = {  # budget, most bits, other arguments of TensorSpec
     "qaq": (2.75, 4, {"params": "fp8"}),
     "qaq-outliers": (2.5, 6, {"params": "fp16", "outliers": 2}),
     "qaq-hadamard": (2, 4, {"params": "fp8", "transform": "hadamard"}),
+    "qaq-target": (
+        2.75,
+        4,
+        {"params": "fp16", "soften": False, "target": 0.1, "query_norm": 300.0},
+    ),
+    "qaq-requantize": (
+        2.75,
+        4,
+        {"params": "fp8", "target": 0.1, "query_norm": 9.0, "requantize": True},
+    ),
 }
-TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942")]
+TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942"), ("qaq-requantize", "gfx942")]
 
 
 def cuobjdump() -> Path:
@@ -290,8 +330,8 @@ class Driver:
         return 0
 
 
-def compile_append(name: str, target: str):
-    """Call `append_` up to the launch; return the kernel that it would launch."""
+def compile_writes(name: str, target: str):
+    """Call what writes up to the launches; return the kernels that it would launch."""
     budget, most, options = CASES[name]
     spec = TensorSpec(budget, mixed=(0, most), **options)
     layout = CacheSpec(spec, spec).layout("key", 128)
@@ -305,13 +345,22 @@ def compile_append(name: str, target: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.JITFunction, "run", compile_only)
         parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
-        quantize_kv.append_(*parts, x, position, None, layout, None, torch.zeros(1, 2, 300))
-    return compiled[0]
+        weights = torch.zeros(1, 2, 300)
+        codes, params, _, cursor = parts
+        requantize_mixed.requantize_older_(
+            codes, params, cursor, position, None, 1, layout, weights
+        )
+        quantize_kv.append_(*parts, x, position, None, layout, None, weights)
+    assert len(compiled) == 1 + layout.requantize
+    return compiled
 
 
 def spilled(name: str, target: str) -> int:
-    """Return the bytes of stack that a kernel takes, or the registers spilled to it."""
-    compiled = compile_append(name, target)
+    """Return the bytes of stack that kernels take, or the registers spilled to it."""
+    return sum(spilled_by(kernel, target) for kernel in compile_writes(name, target))
+
+
+def spilled_by(compiled, target: str) -> int:
     if target != "sm_90":
         return int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[0])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
