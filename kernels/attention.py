@@ -49,6 +49,7 @@ from kvq_compile.kernels.primitives import (
 from kvq_compile.kernels.spec import PageLayout
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+Platform = Literal["cuda", "hip", "interpreter"]
 
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
 MAX_COLUMNS = 32  # more queries than that spill
@@ -334,6 +335,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def platform_of(query: Tensor) -> Platform:
+    """Return what kernels over these tensors are compiled for."""
+    if not query.is_cuda:
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
 def programs_per_processor(key: Coding, value: Coding) -> int:
     """Return how many programs at a time are best for a processor.
 
@@ -364,7 +372,7 @@ def _count_splits(programs: int, pages: int, exact_tokens: int, resident: int) -
 
 def launch_constants(
     key_layout: PageLayout, value_layout: PageLayout, shared: int, tokens: int,
-    dtype: torch.dtype, platform: Literal["cuda", "hip", "interpreter"],
+    dtype: torch.dtype, platform: Platform,
 ) -> tuple[dict[str, object], dict[str, int]]:  # fmt: skip
     """Return constants of `attend_kernel` that layouts and shape fix, and its launch options."""
     D, Dv, page = key_layout.head_dim, value_layout.head_dim, key_layout.page_size
@@ -500,11 +508,8 @@ def attend(
     B, Hq, T, _D = query.shape
     Hkv, new, Dv = key.shape[1], key.shape[2], value.shape[3]
     shared, capacity = Hq // Hkv, key_parts[0].shape[2]
-    platform: Literal["cuda", "hip", "interpreter"] = "interpreter"
-    if query.is_cuda:
-        platform = "hip" if torch.version.hip else "cuda"
     constants, options = launch_constants(
-        key_layout, value_layout, shared, T, query.dtype, platform
+        key_layout, value_layout, shared, T, query.dtype, platform_of(query)
     )
     tiles = triton.cdiv(shared * T, constants["BLOCK_Q"])
     per_processor = PROGRAMS_PER_PROCESSOR or programs_per_processor(

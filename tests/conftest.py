@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when kernels are imported
+pytest.register_assert_rewrite("aot", "attention_site", "refused_steps", "written_caches")
 torch.set_num_threads(1)  # small tensors; threads of several workers would only wait for each other
 
 # One example may compile a model, so neither a deadline nor a slow generator is a fault.
@@ -38,3 +39,20 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> "dict[str, dict[str, int]]":
+    """Return what the test file, run as a program, reports of kernels compiled ahead of time."""
+    import aot
+
+    return aot.run(request.path)
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter, which pays by the operation, hold more at once than registers do."""
+    from kvq_compile.kernels import quantize_kv
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(quantize_kv, "TILE", 1 << 15)

@@ -1,111 +1,49 @@
 """Fused attention over pages whose tokens differ in bits is attention to what they stand for.
 
-The same claim as in `test_kernels_attention_frames`, of which this file also takes the way to compile ahead of
-time: the error is that of the same computation in the query's dtype.
+The same claim as in `test_kernels_attention_frames`: the error is that of the same computation in the query's
+dtype.
 """
 
-import json
-import math
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import aot
+from attention_site import (
+    DTYPES,
+    SHARED,
+    Site,
+    assert_right_under_any_mask,
+    assert_shares_do_not_matter,
+    causal,
+    plain_sides,
+    starts,
+)
 from kvq_compile.kernels import attend_mixed, attention, reference
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.small_tables import random_tables
+from native import CONVERSIONS, DEVICE, examples
 
-pytestmark = pytest.mark.filterwarnings(  # of numpy, from Triton's interpreter
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
-
-NATIVE = torch.cuda.is_available()
-DEVICE = "cuda" if NATIVE else "cpu"
-# Shrinking a failure natively would compile a kernel for every attempt.
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
-EXAMPLES = settings(max_examples=max(1, settings().max_examples * 2 // 3), phases=PHASES)
+pytestmark = CONVERSIONS
+EXAMPLES = examples(Fraction(2, 3))
 
 
 def mixed_spec(budget: float, least: int = 0, most: int = 4, **options: Any) -> TensorSpec:
     return TensorSpec(budget, mixed=(least, most), **{"params": "fp8"} | options)
 
 
-class Site:
-    """One attention over a filled cache: layouts, queries and new tokens."""
-
-    def __init__(
-        self, cache: CacheSpec, dims: tuple[int, int], shared: int, lengths: tuple[int, int],
-        dtype: torch.dtype, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.start, new = lengths
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(heads: int, tokens: int, dim: int) -> Tensor:
-            x = torch.randn(2, tokens, heads, dim, generator=generator)
-            return x.to(dtype).transpose(1, 2)
-
-        importance = torch.rand(2, 2, self.start, generator=generator) ** 6
-        self.layouts = cache.layout("key", dims[0]), cache.layout("value", dims[1])
-        self.scale = dims[0] ** -0.5
-        self.parts = []
-        for layout in self.layouts:
-            x = random(2, self.start, layout.head_dim)
-            parts = new_parts(x, layout.pages_at(self.start) + 1, layout)
-            if self.start:
-                reference.append_(*parts, x, 0, layout, None, importance)
-            self.parts.append(parts)
-        self.query = random(2 * shared, new, dims[0])
-        self.new = random(2, new, dims[0]), random(2, new, dims[1])
-
-    def attend(self, mask: Tensor | None, by_position: bool = True) -> Tensor:
-        tensors = [t.to(DEVICE) for t in (self.query, *self.new)]
-        parts = [tuple(p.to(DEVICE) for p in parts) for parts in self.parts]
-        slots = torch.arange(self.start, self.start + self.query.shape[2], device=DEVICE)
-        return attention.attend(
-            *tensors, *parts, None if mask is None else mask.to(DEVICE),
-            slots if by_position else None, None if by_position else self.start, self.scale,
-            *self.layouts,
-        ).cpu()  # fmt: skip
-
-    def expected(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Attend plainly in ``dtype`` to the tokens that the cache stands for."""
-        tokens = []
-        for new, parts, layout in zip(self.new, self.parts, self.layouts, strict=True):
-            codes, params, exact, cursor = parts
-            held = reference.read(codes, params, exact.float(), cursor, self.start, layout)
-            tokens.append(torch.cat([held, new.float()], 2).to(dtype))
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(dtype)
-        return reference.softmax_attention(self.query.to(dtype), *tokens, mask, self.scale)
-
-    def assert_low_precision_error(self, actual: Tensor, mask: Tensor | None) -> None:
-        """Assert that the error is a small multiple of that of the same computation in low precision.
-
-        The second term is the rounding of the result; the third is what fp32 loses where terms cancel:
-        codes are summed apart from what their token adds to all channels.
-        """
-        exact = self.expected(mask, torch.float64)
-        assert actual.dtype == self.query.dtype
-        assert actual.shape == exact.shape
-        assert bool(actual.isfinite().all())
-        dtype = self.query.dtype
-        if NATIVE and dtype == torch.float32:
-            dtype = torch.float16
-        plain = (self.expected(mask, dtype).double() - exact).abs().max()
-        bound = 3 * plain + 2 * torch.finfo(dtype).eps * exact.abs().max() + 5e-5
-        error = (actual.double() - exact).abs().max()
-        assert error <= bound, f"error {error:.2e} beyond {bound:.2e}; plainly {plain:.2e}"
+def mixed_site(
+    cache: CacheSpec, dims: tuple[int, int], shared: int, lengths: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+) -> Site:  # fmt: skip
+    return Site(plain_sides(cache, dims), (2, shared), (*lengths, 0), dtype, importance=True)
 
 
 @st.composite
@@ -124,13 +62,11 @@ def specs(draw: st.DrawFn) -> TensorSpec:
 def sites(draw: st.DrawFn) -> Site:
     page = draw(st.sampled_from((32, 32, 64)))
     cache = CacheSpec(draw(specs()), draw(specs()), draw(st.integers(0, 5)), 20, page)
-    boundary = cache.sinks + cache.window + page
-    start = draw(st.sampled_from([1, boundary - 1, boundary, boundary + page, boundary + 75]))
     dims = st.sampled_from((16, 32, 64, 80, 128))
-    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
-    return Site(
-        cache, (draw(dims), draw(dims)), draw(st.sampled_from([1, 2, 4, 7])),
-        (start, draw(st.sampled_from([1, 1, 2, 5]))), dtype,
+    start = draw(st.sampled_from(starts(cache.layout("key", 64))))
+    return mixed_site(
+        cache, (draw(dims), draw(dims)), draw(st.sampled_from(SHARED)),
+        (start, draw(st.sampled_from([1, 1, 2, 5]))), draw(st.sampled_from(DTYPES)),
     )  # fmt: skip
 
 
@@ -139,15 +75,7 @@ def sites(draw: st.DrawFn) -> Site:
 def test_attention_has_the_error_of_the_same_computation_in_low_precision(
     site: Site, data: st.DataObject
 ) -> None:
-    kind = data.draw(st.sampled_from(["none", "bool", "additive", "heads"]))
-    tokens, width = site.query.shape[2], site.start + site.query.shape[2]
-    mask = None
-    if kind != "none":
-        shape = (2, site.query.shape[1] if kind == "heads" else 1, tokens, width)
-        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.7
-        if kind == "additive":
-            mask = torch.zeros(shape).masked_fill(~mask, -math.inf)
-    site.assert_low_precision_error(site.attend(mask, data.draw(st.booleans())), mask)
+    assert_right_under_any_mask(site, data)
 
 
 CASES = {  # keys and values
@@ -160,33 +88,32 @@ CASES = {  # keys and values
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_chunk_of_queries_over_whole_pages_is_right(name: str) -> None:
-    site = Site(CacheSpec(*CASES[name], 5, 20, 64), (128, 128), 2, (160, 9), torch.float32)
-    causal = torch.arange(169) <= torch.arange(160, 169)[:, None]
-    site.assert_low_precision_error(site.attend(causal), causal)
+    site = mixed_site(CacheSpec(*CASES[name], 5, 20, 64), (128, 128), 2, (160, 9))
+    site.assert_low_precision_error(site.attend(causal(site)), causal(site))
 
 
 @pytest.mark.parametrize("dims", [(16, 80), (80, 16), (16, 16)])
 def test_small_heads_with_outliers_are_right(dims: tuple[int, int]) -> None:
     """Failed natively: a token of 16 channels has a single unit, and units were unpacked in pairs."""
-    cache = CacheSpec(mixed_spec(2.5, 0, 3, outliers=2), mixed_spec(3.25, 0, 8, outliers=4), 0, 20, 32)
-    site = Site(cache, dims, 4, (52, 2), torch.float32)
+    cache = CacheSpec(
+        mixed_spec(2.5, 0, 3, outliers=2), mixed_spec(3.25, 0, 8, outliers=4), 0, 20, 32
+    )
+    site = Site(plain_sides(cache, dims), (2, 4), (52, 2, 0), torch.float32, importance=True)
     site.assert_low_precision_error(site.attend(None), None)
 
 
 def test_pages_of_equal_tokens_have_no_bits_and_are_read() -> None:
     """Their tokens have no extent, so all of them stand for their centres."""
-    site = Site(CacheSpec(*CASES["qaq-2.3"], 1, 9, 32), (32, 32), 1, (74, 1), torch.float32)
-    for parts, layout in zip(site.parts, site.layouts, strict=True):
+    site = mixed_site(CacheSpec(*CASES["qaq-2.3"], 1, 9, 32), (32, 32), 1, (74, 1))
+    for parts, (layout, _) in zip(site.parts, site.sides, strict=True):
         reference.append_(*parts, torch.full((2, 2, 74, 32), 0.5), 0, layout)
         assert not parts[0].any()
     site.assert_low_precision_error(site.attend(None), None)
 
 
 def test_the_number_of_shares_does_not_change_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    site = Site(CacheSpec(*CASES["six bits"], 1, 20, 32), (64, 64), 4, (120, 1), torch.float32)
-    expected = site.attend(None)
-    monkeypatch.setattr(attention, "PROGRAMS_PER_PROCESSOR", 1000)
-    torch.testing.assert_close(site.attend(None), expected, rtol=1e-5, atol=1e-5)
+    site = mixed_site(CacheSpec(*CASES["six bits"], 1, 20, 32), (64, 64), 4, (120, 1))
+    assert_shares_do_not_matter(site, 1000, monkeypatch)
 
 
 def test_tables_are_refused_by_name() -> None:
@@ -283,84 +210,18 @@ def test_rotary_keys_and_codebooks_take_two_programs_a_processor_and_others_thre
 # --- ahead of time --------------------------------------------------------------------------------
 
 
-def tool() -> Path | None:
-    """Return the disassembler's companion that Triton brings along, if it does."""
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return path if path.exists() else None
-
-
-def argument_type(name: str) -> str:
-    """Return the type of a kernel's argument that is no constant."""
-    types = {"scale": "fp32", "partial": "*fp32", "lse": "*fp32", "position": "*i64"}
-    types |= dict.fromkeys(("query", "packed_query", "key", "value"), "*bf16")
-    types |= dict.fromkeys(("key_exact", "value_exact", "turns", "key_book", "value_book"), "*bf16")
-    types |= dict.fromkeys(("key_codes", "value_codes"), "*u16")
-    types |= dict.fromkeys(("key_params", "value_params"), "*u8")
-    types |= dict.fromkeys(("key_cursor", "value_cursor", "key_tables", "shift"), "*i32")
-    return types.get(name, "i32")
-
-
-def compile_case(name: str, target: tuple[str, Any, int]) -> dict[str, int]:
-    """Compile one case; for an H100 return registers, bytes of stack and of shared memory."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    layouts = [CacheSpec(*CASES[name]).layout(role, 128) for role in ("key", "value")]
-    constants, options = attention.launch_constants(*layouts, 4, 1, torch.bfloat16, target[0])
-    constants |= {"HAS_POSITION": True, "MASK_KIND": 0, "MASK_SHARED": False}
-    constants |= {"mask": None, "query_bias": None, "tokens": 1, "m_s": 1}
-    signature, attributes = {}, {}
-    for index, argument in enumerate(attention.attend_kernel.arg_names):
-        kind = argument_type(argument)
-        signature[argument] = "constexpr" if argument in constants else kind
-        aligned = kind.startswith("*") or argument.endswith(("_b", "_h", "_t", "_words"))
-        if aligned and argument not in constants:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=attention.attend_kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
-    compiled = triton.compile(source, target=GPUTarget(*target), options=options)
-    if target[0] == "hip":
-        return {"stack": 0}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool()), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)[0]
-    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, int]]:
-    if tool() is None:
-        pytest.skip("this build of triton brings no cuobjdump")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def compile_case(name: str, target: str) -> Any:
+    return aot.compile_attend(*plain_sides(CacheSpec(*CASES[name]), (128, 128)), target)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decoding_keeps_its_state_in_registers(
-    compiled: dict[str, dict[str, int]], name: str
-) -> None:
+def test_decoding_keeps_its_state_in_registers(compiled: dict[str, aot.Usage], name: str) -> None:
     """Two programs share a processor, too."""
-    assert compiled[name]["stack"] == 0
-    assert compiled[name]["registers"] * 128 * 2 <= 65536
-    assert compiled[name]["shared"] * 2 <= 227 * 1024
+    used = compiled[f"{name} sm_90"]
+    assert used["stack"] == 0
+    assert used["registers"] * 128 * 2 <= 65536
+    assert used["shared"] * 2 <= 227 * 1024
 
 
 if __name__ == "__main__":
-    compile_case("qaq-2.3", ("hip", "gfx942", 64))
-    print(json.dumps({case: compile_case(case, ("cuda", 90, 32)) for case in CASES}))
+    aot.report(compile_case, [(name, "sm_90") for name in CASES] + [("qaq-2.3", "gfx942")])

@@ -16,10 +16,11 @@ from kvq_compile.kernels.bases import PackedTensor
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.tables import Tables
 from kvq_compile.small_tables import framed_layouts, random_tables
 from kvq_compile.testing import masks
+from uncalibrated import Framed, plain_layouts
 
-Framed = tuple[PageLayout, Frame | None]
 BATCH, HEADS = 2, 2
 PATHS = ("at once", "in blocks", "in torch")
 FULL_TURNS = 1 << 20  # a position at which fp32 angles would be off by a tenth
@@ -36,26 +37,15 @@ def through(path: str) -> Iterator[None]:
         yield
 
 
-@st.composite
-def plain_layouts(draw: st.DrawFn, role: Role) -> Framed:
-    """Draw a layout without tables; three levels and fp8 parameters go without them too."""
-    bits = draw(st.sampled_from((1, 1.5, 2, 3, 4, 8)))
-    spec = TensorSpec(
-        bits,
-        grouping=draw(st.sampled_from(("token", "channel"))),
-        group_size=draw(st.sampled_from((None, 16))),
-        params=draw(st.sampled_from(("fp16", "fp8"))),
-        packing=draw(st.sampled_from(("fields", "trits"))) if bits == 1.5 else "fields",
-        transform=draw(st.sampled_from(("none", "hadamard"))),
-    )
-    return CacheSpec(spec, spec, 0, 0, 32).layout(role, draw(st.sampled_from((64, 80, 256)))), None
+def plain(role: Role) -> st.SearchStrategy[Framed]:
+    return plain_layouts(role, (64, 80, 256), ("none", "hadamard"))
 
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Framed, Framed]:
     """Draw layouts of keys and of values, each with or without tables, that go into one cache."""
     key, value = (
-        draw(st.one_of(framed_layouts(role), framed_layouts(role), plain_layouts(role)))
+        draw(st.one_of(framed_layouts(role), framed_layouts(role), plain(role)))
         for role in ("key", "value")
     )
     page_size = min(key[0].page_size, value[0].page_size)
@@ -162,7 +152,7 @@ def test_attention_is_that_over_the_tokens_that_a_cache_stands_for(
     case.check(path)
 
 
-@given(st.one_of(framed_layouts(), plain_layouts("key"), plain_layouts("value")))
+@given(st.one_of(framed_layouts(), plain("key"), plain("value")))
 def test_unpacked_numbers_are_exactly_those_that_codes_stand_for(framed: Framed) -> None:
     """But for the turns of rotary keys, which are right to rounding."""
     layout, frame = framed
@@ -251,12 +241,16 @@ def test_a_wrong_shift_or_other_tables_change_the_output(path: str) -> None:
         assert (case.attend(path, **wrong) - right).abs().max() > 1e-2
 
 
-def test_tables_that_are_written_to_are_read_again() -> None:
+def tabled_case() -> tuple[Tables, Case]:
     tables = random_tables(HEADS, 64, group_size=16, rotary=False, codebook=None, seed=0)
     spec = TensorSpec(4, group_size=16, tables=tables)
     cache = CacheSpec(spec, spec, 2, 9, 32)
     framed = [(cache.layout(role, 64), Frame(tables.words)) for role in ("key", "value")]
-    case = Case((framed[0], framed[1]), 150)
+    return tables, Case((framed[0], framed[1]), 150)
+
+
+def test_tables_that_are_written_to_are_read_again() -> None:
+    tables, case = tabled_case()
     case.check()
     other = random_tables(HEADS, 64, group_size=16, rotary=False, codebook=None, seed=1)
     tables.words.copy_(other.words)
@@ -264,11 +258,7 @@ def test_tables_that_are_written_to_are_read_again() -> None:
 
 
 def test_a_query_that_sees_nothing_gives_zeros() -> None:
-    tables = random_tables(HEADS, 64, group_size=16, rotary=False, codebook=None, seed=0)
-    spec = TensorSpec(4, group_size=16, tables=tables)
-    cache = CacheSpec(spec, spec, 2, 9, 32)
-    framed = [(cache.layout(role, 64), Frame(tables.words)) for role in ("key", "value")]
-    case = Case((framed[0], framed[1]), 150)
+    _, case = tabled_case()
     case.mask = torch.zeros(1, 151, dtype=torch.bool)
     for path in PATHS:
         assert not case.attend(path).any()

@@ -8,25 +8,28 @@ import math
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_site import (
+    DTYPES,
+    SHARED,
+    Site,
+    assert_right_under_any_mask,
+    assert_shares_do_not_matter,
+    causal,
+    plain_sides,
+    random_mask,
+    starts,
+)
 from kvq_compile.kernels import attention, blocked, reference
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from native import CONVERSIONS, DEVICE, NATIVE, examples
 
-pytestmark = pytest.mark.filterwarnings(  # of numpy, from Triton's interpreter
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
-
-NATIVE = torch.cuda.is_available()
-DEVICE = "cuda" if NATIVE else "cpu"
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# Shrinking a failure natively would compile a kernel for every attempt.
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
-EXAMPLES = settings(max_examples=settings().max_examples, phases=PHASES)
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+pytestmark = CONVERSIONS
+EXAMPLES = examples()
 
 
 @st.composite
@@ -38,110 +41,6 @@ def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> TensorSpec:
     return TensorSpec(draw(st.sampled_from([1, 2, 3, 4, 8])), grouping, size, 1.0, transform)
 
 
-def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
-    """Attend in the dtype of the arguments; a row that sees nothing gives zeros."""
-    shared = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    scores = query @ key.transpose(-2, -1) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    floor = max(-1e38, torch.finfo(scores.dtype).min)
-    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(floor)).exp()
-    total = weights.sum(-1, keepdim=True)
-    return (weights @ value) / torch.where(total == 0, 1, total)
-
-
-class Site:
-    """One attention: a filled cache, queries and new tokens."""
-
-    def __init__(
-        self, spec: CacheSpec, dims: tuple[int, int], heads: tuple[int, int],
-        lengths: tuple[int, int, int], dtype: torch.dtype, batch: int = 2,
-    ) -> None:  # fmt: skip
-        (kv_heads, shared), (self.start, new, extra) = heads, lengths
-        generator = torch.Generator().manual_seed(0)
-
-        def random(heads: int, tokens: int, dim: int) -> Tensor:
-            x = torch.randn(batch, tokens, heads, dim, generator=generator)
-            return x.to(dtype).transpose(1, 2)
-
-        self.spec, self.scale = spec, dims[0] ** -0.5
-        self.key_layout, self.value_layout = (
-            spec.layout("key", dims[0]),
-            spec.layout("value", dims[1]),
-        )
-        held = self.start + extra
-        capacity = self.key_layout.pages_at(held) + 1
-        self.key_parts = self.fill(random(kv_heads, held, dims[0]), capacity, self.key_layout)
-        self.value_parts = self.fill(random(kv_heads, held, dims[1]), capacity, self.value_layout)
-        self.query = random(kv_heads * shared, new, dims[0])
-        self.key, self.value = random(kv_heads, new, dims[0]), random(kv_heads, new, dims[1])
-
-    @staticmethod
-    def fill(x: Tensor, capacity: int, layout: PageLayout) -> Parts:
-        parts = new_parts(x, capacity, layout)
-        if x.shape[2]:
-            reference.append_(*parts, x, 0, layout)
-        return parts
-
-    def attend(
-        self, mask: Tensor | None, by_position: bool = True, start: int | None = None
-    ) -> Tensor:
-        """Run the kernels, where they run."""
-        tensors = [t.to(DEVICE) for t in (self.query, self.key, self.value)]
-        parts = [tuple(p.to(DEVICE) for p in parts) for parts in (self.key_parts, self.value_parts)]
-        start = self.start if start is None else start
-        position = (
-            torch.arange(start, start + self.key.shape[2], device=DEVICE) if by_position else None
-        )
-        if mask is not None:  # keep the strides of an expanded mask
-            mask = mask.to(DEVICE) if NATIVE else mask
-        return attention.attend(
-            *tensors, *parts, mask, position, None if by_position else start, self.scale,
-            self.key_layout, self.value_layout,
-        ).cpu()  # fmt: skip
-
-    def expected(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Attend plainly in ``dtype`` to the tokens that the cache stands for."""
-        end = self.start + self.key.shape[2]
-        tokens = []
-        for new, parts, layout in (
-            (self.key, self.key_parts, self.key_layout),
-            (self.value, self.value_parts, self.value_layout),
-        ):
-            codes, params, exact, cursor = parts
-            held = reference.read(codes, params, exact.float(), cursor, self.start, layout)
-            tokens.append(torch.cat([held, new.float()], 2).to(dtype))
-        if mask is not None:
-            end = min(end, mask.shape[-1])
-            mask = mask[..., :end] if mask.dtype == torch.bool else mask[..., :end].to(dtype)
-        key, value = (t[:, :, :end] for t in tokens)
-        return softmax_attention(self.query.to(dtype), key, value, mask, self.scale)
-
-    def assert_low_precision_error(self, actual: Tensor, mask: Tensor | None) -> None:
-        """Assert that the error is a small multiple of that of the same computation in the query's
-        dtype.
-
-        The second term is the rounding of the result, for the cases in which the plain computation
-        happens to be exact; the third is what folding a scale and a zero point costs in fp32, where
-        two products cancel.
-        """
-        dtype = self.query.dtype
-        widest = max(self.key_layout.head_dim, self.value_layout.head_dim)
-        if NATIVE and self.spec.page_size * widest > 96 * 128 and dtype == torch.float32:
-            dtype = torch.float16  # what large packed tiles are multiplied in
-        exact = self.expected(mask, torch.float64)
-        assert actual.dtype == self.query.dtype
-        assert actual.shape == exact.shape
-        assert bool(actual.isfinite().all())
-        plain = (self.expected(mask, dtype).double() - exact).abs().max()
-        bound = 3 * plain + 2 * torch.finfo(dtype).eps * exact.abs().max() + 2e-5
-        error = (actual.double() - exact).abs().max()
-        assert error <= bound, f"error {error:.2e} beyond {bound:.2e}; plainly {plain:.2e}"
-
-
 @st.composite
 def sites(draw: st.DrawFn) -> Site:
     page = draw(st.sampled_from([32, 64, 128, 256] if NATIVE else [32]))
@@ -150,37 +49,11 @@ def sites(draw: st.DrawFn) -> Site:
         dims = dims[0], dims[0]
     specs = draw(tensor_specs(dims[0], page)), draw(tensor_specs(dims[1], page))
     spec = CacheSpec(*specs, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
-    boundary = spec.sinks + spec.window + page
-    start = draw(
-        st.sampled_from(
-            [1, 2, boundary - 1, boundary, boundary + 1, boundary + page, boundary + 50]
-        )
-    )
-    lengths = start, draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([0, 0, 1, 30]))
-    heads = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3, 4, 7]))
-    return Site(spec, dims, heads, lengths, draw(st.sampled_from(DTYPES)))
-
-
-def random_mask(site: Site, kind: str, width: int) -> Tensor:
-    """Return a mask of ``width`` columns that hides slots without a token and some others."""
-    batch, heads, new, _ = site.query.shape
-    shape = {
-        "one row": (width,), "tokens": (new, width), "batch": (batch, 1, new, width),
-        "heads": (heads, new, width), "all": (batch, heads, new, width),
-        "additive": (batch, 1, new, width), "lowest": (1, 1, new, width),
-    }[kind]  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    seen = torch.rand(shape, generator=generator) < 0.6
-    seen[..., site.start + new :] = False
-    if kind == "additive":
-        bias = torch.randn(shape, generator=generator).to(site.query.dtype)
-        return bias.masked_fill(~seen, -math.inf).expand(batch, heads, new, width)
-    if kind == "lowest":
-        lowest = torch.finfo(
-            torch.bfloat16 if site.query.dtype == torch.float16 else site.query.dtype
-        ).min
-        return torch.zeros(shape).masked_fill(~seen, lowest)
-    return seen
+    sides = plain_sides(spec, dims)
+    lengths = draw(st.sampled_from(starts(sides[0][0]))), draw(st.sampled_from([1, 1, 2, 5]))
+    heads = draw(st.sampled_from([1, 2])), draw(st.sampled_from(SHARED))
+    extra = draw(st.sampled_from([0, 0, 1, 30]))
+    return Site(sides, heads, (*lengths, extra), draw(st.sampled_from(DTYPES)))
 
 
 @EXAMPLES
@@ -188,13 +61,7 @@ def random_mask(site: Site, kind: str, width: int) -> Tensor:
 def test_attention_has_the_error_of_the_same_computation_in_low_precision(
     site: Site, data: st.DataObject
 ) -> None:
-    kinds = ["none", "one row", "tokens", "batch", "heads", "all", "additive", "lowest"]
-    kind = data.draw(st.sampled_from(kinds))
-    end = site.start + site.key.shape[2]
-    width = end + data.draw(st.sampled_from([0, 0, 13, -1, 1 - site.start]))
-    mask = None if kind == "none" else random_mask(site, kind, max(1, width))
-    actual = site.attend(mask, data.draw(st.booleans()))
-    site.assert_low_precision_error(actual, mask)
+    assert_right_under_any_mask(site, data)
 
 
 def plain_site(**changes: object) -> Site:
@@ -202,15 +69,15 @@ def plain_site(**changes: object) -> Site:
     values = defaults | changes
     tensor = TensorSpec(values["bits"])
     spec = CacheSpec(tensor, tensor, 3, 20, 32)
-    return Site(spec, (64, 64), (2, 4), values["lengths"], values["dtype"])
+    return Site(plain_sides(spec, (64, 64)), (2, 4), values["lengths"], values["dtype"])
 
 
 def test_the_kernel_agrees_with_the_cpu_path() -> None:
     site = plain_site(dtype=torch.float32)
     mask = random_mask(site, "heads", 142)
     expected = blocked.attend(
-        site.query, site.key, site.value, site.key_parts, site.value_parts, mask, site.start,
-        site.scale, site.key_layout, site.value_layout,
+        site.query, *site.new, *site.parts, mask, site.start, site.scale,
+        *(layout for layout, _ in site.sides),
     )  # fmt: skip
     torch.testing.assert_close(site.attend(mask), expected, rtol=1e-5, atol=1e-5)
 
@@ -234,8 +101,8 @@ def test_hidden_tokens_do_not_matter() -> None:
     mask = torch.rand(142, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[-1] = True
     before = site.attend(mask)
-    recent = reference.exact_row_index(131, 140, site.key_layout, mask.device)
-    for parts in (site.key_parts, site.value_parts):
+    recent = reference.exact_row_index(131, 140, site.sides[0][0], mask.device)
+    for parts in site.parts:
         parts[2][:, :, recent[~mask[131:140]]] = 100.0
     assert torch.equal(site.attend(mask), before)
 
@@ -244,23 +111,19 @@ def test_hidden_tokens_do_not_matter() -> None:
 def test_the_number_of_shares_does_not_change_the_output(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = plain_site(dtype=torch.float32)
-    expected = site.attend(None)
-    monkeypatch.setattr(attention, "PROGRAMS_PER_PROCESSOR", programs)
-    torch.testing.assert_close(site.attend(None), expected, rtol=1e-5, atol=1e-6)
+    assert_shares_do_not_matter(plain_site(dtype=torch.float32), programs, monkeypatch)
 
 
 def test_many_queries_are_attended_in_tiles() -> None:
     site = plain_site(lengths=(70, 20, 0), dtype=torch.float32)
-    causal = torch.arange(90) <= torch.arange(70, 90)[:, None]
-    site.assert_low_precision_error(site.attend(causal), causal)
+    site.assert_low_precision_error(site.attend(causal(site)), causal(site))
 
 
 @pytest.mark.parametrize("by_position", [True, False])
 def test_a_prompt_attends_to_itself(by_position: bool) -> None:
     site = plain_site(lengths=(0, 9, 0))
-    causal = torch.arange(12) <= torch.arange(9)[:, None]
-    site.assert_low_precision_error(site.attend(causal, by_position), causal)
+    mask = torch.arange(12) <= torch.arange(9)[:, None]
+    site.assert_low_precision_error(site.attend(mask, by_position), mask)
     site.assert_low_precision_error(site.attend(None, by_position), None)
 
 
@@ -274,7 +137,7 @@ def test_large_and_constant_values_survive() -> None:
         site = plain_site(dtype=torch.float32)
         value = torch.randn(2, 2, 140, 64, generator=torch.Generator().manual_seed(0)).sign() * fill
         value[:, :, :70] = 3.0
-        site.value_parts = Site.fill(value, 4, site.value_layout)
+        site.parts[1] = Site.fill(value, site.sides[1])
         exact = site.expected(None, torch.float64)
         error = (site.attend(None).double() - exact).abs().max()
         assert error <= 1e-4 * (1 + fill)
@@ -285,19 +148,18 @@ def test_a_captured_graph_serves_every_later_length() -> None:
     from kvq_compile.kernels import quantize_kv
 
     site = plain_site(lengths=(0, 1, 0), dtype=torch.bfloat16)
+    layouts = [layout for layout, _ in site.sides]
     parts = [
-        tuple(p.to(DEVICE) for p in new_parts(site.key, 6, layout))
-        for layout in (site.key_layout, site.value_layout)
+        tuple(p.to(DEVICE) for p in new_parts(x, 6, layout))
+        for x, layout in zip(site.new, layouts, strict=True)
     ]
-    tensors = [t.to(DEVICE) for t in (site.query, site.key, site.value)]
+    tensors = [t.to(DEVICE) for t in (site.query, *site.new)]
     position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def step() -> Tensor:
-        out = attention.attend(
-            *tensors, *parts, None, position, None, site.scale, site.key_layout, site.value_layout
-        )
-        quantize_kv.append_(*parts[0], tensors[1], position, None, site.key_layout)
-        quantize_kv.append_(*parts[1], tensors[2], position, None, site.value_layout)
+        out = attention.attend(*tensors, *parts, None, position, None, site.scale, *layouts)
+        for x, part, layout in zip(tensors[1:], parts, layouts, strict=True):
+            quantize_kv.append_(*part, x, position, None, layout)
         return out
 
     step()
@@ -309,8 +171,8 @@ def test_a_captured_graph_serves_every_later_length() -> None:
         graph.replay()
         if index % 17 == 0:
             site.start = index
-            site.key_parts, site.value_parts = (
-                Site.fill(t[:, :, :1].expand(-1, -1, index, -1), 6, layout)
-                for t, layout in ((site.key, site.key_layout), (site.value, site.value_layout))
-            )
+            site.parts = [
+                Site.fill(x.expand(-1, -1, index, -1), side)
+                for x, side in zip(site.new, site.sides, strict=True)
+            ]
             site.assert_low_precision_error(out.cpu(), None)

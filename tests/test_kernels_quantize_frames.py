@@ -1,76 +1,35 @@
 """Quantize-on-write leaves the bytes of the reference in every format, whatever tables say.
 
 As `test_kernels_quantize_kv`, whose layouts are the plain ones: kernels run natively where there is
-a GPU and in Triton's interpreter elsewhere, the reference always on the CPU. This file also is the
-program that compiles kernels ahead of time: a process that runs them in the interpreter cannot.
+a GPU and in Triton's interpreter elsewhere, the reference always on the CPU.
 """
 
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import Phase, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import encode, frame, quantize_kv, reference
+import aot
+import written_caches
+from kvq_compile.kernels import encode, frame
 from kvq_compile.kernels.frame import Frame
-from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.small_tables import framed_layouts, random_tables
+from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
+from uncalibrated import Framed, plain_layouts
+from written_caches import DTYPES, REOPENING_DTYPES, SPECIAL, SPECIAL_E4M3, full, pieces, spoil
 
-pytestmark = [  # of numpy, from Triton's interpreter
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-]
-
-NATIVE = torch.cuda.is_available()
-DEVICE = "cuda" if NATIVE else "cpu"
-# The interpreter truncates where fp32 becomes bf16, which reopening a page does.
-DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * NATIVE
-# Shrinking a failure natively would compile a kernel for every attempt.
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
-EXAMPLES = settings(max_examples=max(1, settings().max_examples // 3), phases=PHASES)
-CAPACITY = 4
-SPECIAL = (0.0, -0.0, 1e-7, 6e-5, -3.0, 65504.0, -65504.0, 7e4, -7e4)
-# Of e4m3: halves between normal and between subnormal numbers, the largest, and beyond.
-SPECIAL_E4M3 = (17.0, -17.0, 2.0**-10, 3 * 2.0**-10, 448.0, 463.9, -464.0, 1e4)
-NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
-Framed = tuple[PageLayout, Frame | None]
-
-
-@pytest.fixture(autouse=True)
-def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter, which pays by the operation, hold more at once than registers do."""
-    if not NATIVE:
-        monkeypatch.setattr(quantize_kv, "TILE", 1 << 15)
-
-
-@st.composite
-def plain_layouts(draw: st.DrawFn) -> Framed:
-    """Draw formats that `test_kernels_quantize_kv` does not know, without tables."""
-    head_dim = draw(st.sampled_from([64, 80, 96]))
-    grouping = draw(st.sampled_from(["token", "channel"]))
-    size = draw(st.sampled_from([16, None]))
-    clip = draw(st.sampled_from([1.0, 0.9]))
-    bits = draw(st.sampled_from([1.5, 1.5, 2, 3, 8]))
-    spec = TensorSpec(bits, grouping, size, clip, params="fp8")
-    if bits == 1.5:
-        packing = draw(st.sampled_from(["fields", "trits"]))
-        spec = replace(spec, packing=packing, params=draw(st.sampled_from(["fp16", "fp8"])))
-    cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), 32)
-    return cache.layout(draw(st.sampled_from(["key", "value"])), head_dim), None
+pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
+EXAMPLES = examples(Fraction(1, 3))
 
 
 @st.composite
@@ -112,49 +71,9 @@ def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int
     return (2 * x).to(dtype).transpose(1, 2)
 
 
-class Caches:
-    """The same cache kept by the reference and by the kernel."""
-
-    def __init__(self, framed: Framed, dtype: torch.dtype, batch: int = 1) -> None:
-        self.layout, self.frame = framed
-        like = torch.zeros(batch, 2, 1, self.layout.head_dim, dtype=dtype)
-        self.expected = new_parts(like, CAPACITY, self.layout)
-        self.actual = tuple(part.to(DEVICE) for part in self.expected)
-        self.moved = self.frame
-        if self.frame is not None:
-            shift = self.frame.shift
-            self.moved = Frame(
-                self.frame.tables.to(DEVICE), None if shift is None else shift.to(DEVICE)
-            )
-
-    def append(self, x: Tensor, start: int, by_position: bool) -> None:
-        x = x[: self.expected[0].shape[0]]
-        reference.append_(*self.expected, x, start, self.layout, self.frame)
-        position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
-        known = None if by_position else start
-        quantize_kv.append_(*self.actual, x.to(DEVICE), position, known, self.layout, self.moved)
-
-    def held(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return what counts: packed pages, exact rows that hold a token, cursor."""
-        codes, params, exact, cursor = (part.cpu() for part in parts)
-        length, pages = cursor.tolist()
-        first = self.layout.sinks + pages * self.layout.page_size
-        rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
-        sinks = torch.arange(min(length, self.layout.sinks))
-        exact = exact[:, :, torch.cat([sinks, rows])]
-        return codes[:, :, :pages], params[:, :, :pages], exact, cursor
-
-    def assert_equal(self) -> None:
-        names = ("codes", "params", "exact", "cursor")
-        parts = self.held(self.expected), self.held(self.actual)
-        for name, expected, actual in zip(names, *parts, strict=True):
-            torch.testing.assert_close(
-                actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-
-def full(layout: PageLayout, pages: int) -> int:
-    return layout.sinks + layout.window + pages * layout.page_size
+def make_caches(framed: Framed, dtype: torch.dtype, batch: int = 1) -> written_caches.Caches:
+    layout, frame = framed
+    return written_caches.Caches(layout, dtype, frame, batch)
 
 
 @EXAMPLES
@@ -163,12 +82,10 @@ def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
     data: st.DataObject,
 ) -> None:
     framed = data.draw(formats(batch=2))
-    dtype = data.draw(st.sampled_from([*DTYPES, torch.bfloat16]))
-    caches, count = Caches(framed, dtype, batch=2), full(framed[0], 2)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    caches, count = make_caches(framed, dtype, batch=2), full(framed[0], 2)
     x = random_tokens(framed[0], count, dtype, 0)
-    edges = [full(framed[0], 1) - 1, full(framed[0], 1), data.draw(st.integers(1, count))]
-    edges = sorted({0, count, *data.draw(st.lists(st.sampled_from(edges), max_size=3))})
-    for start, stop in pairwise(edges):
+    for start, stop in pairwise(pieces(data, framed[0], count)):
         caches.append(x[:, :, start:stop], start, data.draw(st.booleans()))
     caches.assert_equal()
 
@@ -180,8 +97,8 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
 ) -> None:
     framed = data.draw(formats() | codebooks())
     layout = framed[0]
-    dtype = data.draw(st.sampled_from(DTYPES))
-    caches, count = Caches(framed, dtype), full(layout, 1) + data.draw(st.integers(0, 9))
+    dtype = data.draw(st.sampled_from(REOPENING_DTYPES))
+    caches, count = make_caches(framed, dtype), full(layout, 1) + data.draw(st.integers(0, 9))
     caches.append(random_tokens(layout, count, dtype, 0), 0, True)
     # A page is cut open where fewer tokens are left than it has.
     start = data.draw(st.integers(layout.sinks, layout.sinks + 31) | st.integers(0, count))
@@ -198,16 +115,9 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
 @given(st.data())
 def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> None:
     framed = data.draw(formats() | codebooks())
-    caches = Caches(framed, torch.float32)
+    caches = make_caches(framed, torch.float32)
     x = random_tokens(framed[0], full(framed[0], 1), torch.float32, 0)[:1].contiguous()
-    for _ in range(data.draw(st.integers(1, 8))):
-        value = data.draw(
-            st.sampled_from(SPECIAL + SPECIAL_E4M3 + NOT_FINITE) | st.floats(width=32)
-        )
-        first, last = sorted(
-            data.draw(st.tuples(st.integers(0, x.numel()), st.integers(0, x.numel())))
-        )
-        x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
+    spoil(data, x, SPECIAL + SPECIAL_E4M3)
     caches.append(x, 0, True)
     caches.assert_equal()
 
@@ -216,7 +126,7 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
 @given(st.data())
 def test_entries_are_the_nearest_and_the_first_of_those_as_near(data: st.DataObject) -> None:
     framed = data.draw(codebooks())
-    caches = Caches(framed, torch.float16)
+    caches = make_caches(framed, torch.float16)
     x = (random_tokens(framed[0], full(framed[0], 1), torch.float32, 0) * 2).round() / 2
     caches.append(x.half(), 0, data.draw(st.booleans()))
     caches.assert_equal()
@@ -245,7 +155,7 @@ def test_a_rotation_that_does_not_round_leaves_the_bytes_of_the_reference(
     layout = CacheSpec(spec, spec, 1, 3, 32).layout(
         data.draw(st.sampled_from(["key", "value"])), head_dim
     )
-    caches = Caches((layout, Frame(tables.words)), torch.float32)
+    caches = make_caches((layout, Frame(tables.words)), torch.float32)
     caches.append(random_tokens(layout, full(layout, 1), torch.float32, 0).round(), 0, True)
     caches.assert_equal()
     caches.append(random_tokens(layout, 1, torch.float32, 1), 20, True)
@@ -321,30 +231,7 @@ TARGETS = [(name, "sm_90") for name in CASES] + [
 ]
 
 
-def cuobjdump() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Driver:
-    """Stands in for the driver of a GPU that is not there, as far as compiling asks it."""
-
-    def __init__(self, target: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.gpu = GPUTarget("cuda", 90, 32) if target == "sm_90" else GPUTarget("hip", target, 64)
-
-    def get_current_target(self):
-        return self.gpu
-
-    def get_current_device(self):
-        return self.gpu.arch
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def compile_append(name: str, target: str):
-    """Call `append_` up to the launch; return the kernel that it would launch."""
+def compile_case(name: str, target: str) -> Any:
     role, options, codebook = CASES[name]
     rotary = "rotary" in options
     tables = random_tables(2, 128, group_size=1, rotary=rotary, codebook=codebook, seed=0)
@@ -352,57 +239,15 @@ def compile_append(name: str, target: str):
         options = options | {"couple": codebook[0], "bits": codebook[1]}
     spec = TensorSpec(tables=tables, **options)
     layout = CacheSpec(spec, spec).layout(role, 128)
-    x, compiled = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), []
-    shift = torch.zeros(1, dtype=torch.int32) if rotary else None
-    run = triton.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **constants):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **constants))
-
-    triton.runtime.driver.set_active(Driver(target))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
-        quantize_kv.append_(*parts, x, position, None, layout, Frame(tables.words, shift))
-    return compiled[0]
-
-
-def spilled(name: str, target: str) -> int:
-    """Return the bytes of stack that a kernel takes, or the registers spilled to it."""
-    compiled = compile_append(name, target)
-    if target != "sm_90":
-        return int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[0])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(cuobjdump()), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)[0])
-
-
-@pytest.fixture(scope="module")
-def spills() -> dict[str, int]:
-    if not cuobjdump().exists():
-        pytest.skip("this build of triton brings no cuobjdump")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return aot.compile_append(layout, target, aot.frame_of(spec))
 
 
 @pytest.mark.parametrize(("name", "target"), TARGETS)
 def test_writing_compiles_natively_and_stays_in_registers(
-    spills: dict[str, int], name: str, target: str
+    compiled: dict[str, aot.Usage], name: str, target: str
 ) -> None:
-    assert spills[f"{name} {target}"] == 0
+    assert compiled[f"{name} {target}"]["stack"] == 0
 
 
 if __name__ == "__main__":
-    print(json.dumps({f"{name} {target}": spilled(name, target) for name, target in TARGETS}))
+    aot.report(compile_case, TARGETS)

@@ -1,35 +1,26 @@
 """Quantize-on-write leaves the bytes of the reference, however tokens arrive.
 
 Kernels run natively where there is a GPU and in Triton's interpreter elsewhere. The reference
-always runs on the CPU: division of a tensor by a number is not the same operation on the two
-devices.
+always runs on the CPU.
 """
+
+from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import written_caches
 from kvq_compile.kernels import quantize_kv, reference
-from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
+from written_caches import DTYPES, REOPENING_DTYPES, full, spoil
 
-pytestmark = [  # of numpy, from Triton's interpreter
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-]
-
-NATIVE = torch.cuda.is_available()
-DEVICE = "cuda" if NATIVE else "cpu"
-# The interpreter truncates where fp32 becomes bf16, which reopening a page does.
-REOPENING_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * NATIVE
-# Shrinking a failure natively would compile a kernel for every attempt.
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
-EXAMPLES = settings(max_examples=settings().max_examples // 2, phases=PHASES)
+pytestmark = [CONVERSIONS, OVERFLOWS]
+EXAMPLES = examples(Fraction(1, 2))
 CAPACITY = 5
-SPECIAL = (0.0, -0.0, 1e-7, -1e-7, 6e-5, 1.0, -3.0, 65504.0, -65504.0, 7e4, -7e4)
-NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 @st.composite
@@ -48,7 +39,7 @@ def layouts(draw: st.DrawFn, transform: str = "none") -> PageLayout:
 @st.composite
 def lengths(draw: st.DrawFn, layout: PageLayout) -> int:
     """Draw a number of tokens, often one that just does or does not fill a page."""
-    boundary = layout.sinks + layout.window + layout.page_size
+    boundary = full(layout, 1)
     near = boundary + draw(st.integers(-1, 1)) + layout.page_size * draw(st.integers(0, 1))
     return draw(st.sampled_from([1, 2, near, draw(st.integers(1, boundary))]))
 
@@ -64,43 +55,8 @@ def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int
     )
 
 
-class Caches:
-    """The same cache kept by the reference and by the kernel."""
-
-    def __init__(self, layout: PageLayout, dtype: torch.dtype) -> None:
-        self.layout = layout
-        self.expected = new_parts(
-            torch.zeros(2, 2, 1, layout.head_dim, dtype=dtype), CAPACITY, layout
-        )
-        self.actual = tuple(part.to(DEVICE) for part in self.expected)
-
-    def append(self, x: Tensor, start: int, by_position: bool) -> None:
-        reference.append_(*self.expected, x, start, self.layout)
-        position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
-        known = None if by_position else start
-        quantize_kv.append_(*self.actual, x.to(DEVICE), position, known, self.layout)
-
-    def held(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return what counts: packed pages, exact rows that hold a token, cursor."""
-        codes, params, exact, cursor = (part.cpu() for part in parts)
-        length, pages = cursor.tolist()
-        first = self.layout.sinks + pages * self.layout.page_size
-        rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
-        sinks = torch.arange(min(length, self.layout.sinks))
-        return (
-            codes[:, :, :pages],
-            params[:, :, :pages],
-            exact[:, :, torch.cat([sinks, rows])],
-            cursor,
-        )
-
-    def assert_equal(self) -> None:
-        names = ("codes", "params", "exact", "cursor")
-        parts = self.held(self.expected), self.held(self.actual)
-        for name, expected, actual in zip(names, *parts, strict=True):
-            torch.testing.assert_close(
-                actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-            )
+def make_caches(layout: PageLayout, dtype: torch.dtype) -> written_caches.Caches:
+    return written_caches.Caches(layout, dtype, batch=2, capacity=CAPACITY)
 
 
 @EXAMPLES
@@ -109,8 +65,8 @@ def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
     data: st.DataObject,
 ) -> None:
     layout = data.draw(layouts())
-    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
-    caches, start = Caches(layout, dtype), 0
+    dtype = data.draw(st.sampled_from(DTYPES))
+    caches, start = make_caches(layout, dtype), 0
     for piece in range(data.draw(st.integers(1, 3))):
         tokens = data.draw(lengths(layout))
         if layout.pages_at(start + tokens) > CAPACITY:
@@ -127,10 +83,10 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
 ) -> None:
     layout = data.draw(layouts())
     dtype = data.draw(st.sampled_from(REOPENING_DTYPES))
-    caches = Caches(layout, dtype)
-    full = layout.sinks + layout.window + 2 * layout.page_size + data.draw(st.integers(0, 9))
-    caches.append(random_tokens(layout, full, dtype, 0), 0, True)
-    start = data.draw(st.integers(0, full))
+    caches = make_caches(layout, dtype)
+    count = full(layout, 2) + data.draw(st.integers(0, 9))
+    caches.append(random_tokens(layout, count, dtype, 0), 0, True)
+    start = data.draw(st.integers(0, count))
     tokens = data.draw(lengths(layout))
     caches.append(random_tokens(layout, tokens, dtype, 1), start, data.draw(st.booleans()))
     caches.assert_equal()
@@ -143,15 +99,9 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
 @given(st.data())
 def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> None:
     layout = data.draw(layouts())
-    caches = Caches(layout, torch.float32)
-    tokens = layout.sinks + layout.window + layout.page_size
-    x = random_tokens(layout, tokens, torch.float32, 0).contiguous()
-    for _ in range(data.draw(st.integers(1, 6))):
-        value = data.draw(st.sampled_from(SPECIAL + NOT_FINITE) | st.floats(width=32))
-        first, last = sorted(
-            data.draw(st.tuples(st.integers(0, x.numel()), st.integers(0, x.numel())))
-        )
-        x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
+    caches = make_caches(layout, torch.float32)
+    x = random_tokens(layout, full(layout, 1), torch.float32, 0).contiguous()
+    spoil(data, x)
     caches.append(x, 0, True)
     caches.assert_equal()
 
@@ -161,10 +111,10 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
 def test_rotated_tokens_are_read_within_one_step_of_the_reference(data: st.DataObject) -> None:
     """The rotation may round differently, which moves a number at the edge of a code by one."""
     layout = data.draw(layouts(transform="hadamard"))
-    caches = Caches(layout, torch.float32)
-    full = layout.sinks + layout.window + 2 * layout.page_size
-    caches.append(random_tokens(layout, full, torch.float32, 0), 0, True)
-    start = data.draw(st.integers(0, full))
+    caches = make_caches(layout, torch.float32)
+    count = full(layout, 2)
+    caches.append(random_tokens(layout, count, torch.float32, 0), 0, True)
+    start = data.draw(st.integers(0, count))
     caches.append(random_tokens(layout, 3, torch.float32, 1), start, True)
     torch.testing.assert_close(caches.actual[3].cpu(), caches.expected[3])
     pages = int(caches.expected[3][1])
@@ -191,7 +141,7 @@ def test_many_heads_take_more_launches_and_leave_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(quantize_kv, "MAX_ARRIVALS", 3)
     layout = CacheSpec(sinks=2, window=5, page_size=32).layout("key", 64)
-    caches = Caches(layout, torch.float16)
+    caches = make_caches(layout, torch.float16)
     for start, tokens in ((0, 38), (38, 1), (39, 1), (20, 1)):
         caches.append(random_tokens(layout, tokens, torch.float16, start), start, True)
         caches.assert_equal()
@@ -200,7 +150,7 @@ def test_many_heads_take_more_launches_and_leave_the_same_bytes(
 @pytest.mark.parametrize("start", [11, 1000])
 def test_a_write_that_would_leave_a_gap_changes_nothing(start: int) -> None:
     layout = CacheSpec(sinks=2, window=5, page_size=32).layout("value", 64)
-    caches = Caches(layout, torch.float16)
+    caches = make_caches(layout, torch.float16)
     caches.append(random_tokens(layout, 10, torch.float16, 0), 0, True)
     x = random_tokens(layout, 40, torch.float16, 1).to(DEVICE)
     position = torch.arange(start, start + 40, device=DEVICE)
@@ -211,7 +161,7 @@ def test_a_write_that_would_leave_a_gap_changes_nothing(start: int) -> None:
 
 def test_a_write_that_does_not_fit_changes_nothing() -> None:
     layout = CacheSpec(sinks=0, window=0, page_size=32).layout("value", 64)
-    caches = Caches(layout, torch.float16)
+    caches = make_caches(layout, torch.float16)
     caches.append(random_tokens(layout, 32 * CAPACITY + 31, torch.float16, 0), 0, True)
     x = random_tokens(layout, 1, torch.float16, 1).to(DEVICE)
     start = 32 * CAPACITY + 31
@@ -224,7 +174,7 @@ def test_a_write_that_does_not_fit_changes_nothing() -> None:
 @pytest.mark.skipif(not NATIVE, reason="CUDA graphs need a GPU")
 def test_a_captured_graph_serves_every_later_position() -> None:
     layout = CacheSpec(TensorSpec(2), sinks=2, window=5, page_size=32).layout("key", 128)
-    caches = Caches(layout, torch.bfloat16)
+    caches = make_caches(layout, torch.bfloat16)
     tokens = random_tokens(layout, 100, torch.bfloat16, 0)
     x, position = tokens[:, :, :1].to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     quantize_kv.append_(*caches.actual, x, position, None, layout)  # compiles

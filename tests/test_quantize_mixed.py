@@ -4,31 +4,25 @@ As `test_kernels_quantize_frames`: kernels run natively where there is a GPU and
 elsewhere, the reference always on the CPU. This file also is the program that compiles kernels ahead of time.
 """
 
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import Phase, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import aot
 from kvq_compile.kernels import (
     encode,
     mixed,
     quantize_kv,
     quantize_mixed,
-    reference,
     requantize_mixed,
 )
 from kvq_compile.kernels.frame import Frame
@@ -36,29 +30,11 @@ from kvq_compile.kernels.mixed_layout import MixedLayout
 from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.small_tables import random_tables
+from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
+from written_caches import DTYPES, REOPENING_DTYPES, Caches, full, pieces, spoil
 
-pytestmark = [  # of numpy, from Triton's interpreter
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-]
-
-NATIVE = torch.cuda.is_available()
-DEVICE = "cuda" if NATIVE else "cpu"
-# The interpreter truncates where fp32 becomes bf16, which reopening a page does.
-DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * NATIVE
-# Shrinking a failure natively would compile a kernel for every attempt.
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
-EXAMPLES = settings(max_examples=max(1, settings().max_examples // 3), phases=PHASES)
-CAPACITY = 4
-SPECIAL = (0.0, -0.0, 1e-7, 6e-5, -3.0, 65504.0, -65504.0, 7e4, -7e4)
-NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
-
-
-@pytest.fixture(autouse=True)
-def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter, which pays by the operation, hold more at once than registers do."""
-    if not NATIVE:
-        monkeypatch.setattr(quantize_kv, "TILE", 1 << 15)
+pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
+EXAMPLES = examples(Fraction(1, 3))
 
 
 @st.composite
@@ -94,64 +70,18 @@ def random_importance(slots: int, seed: int) -> Tensor:
     return torch.rand(1, 2, slots, generator=torch.Generator().manual_seed(seed)) ** 8
 
 
-class Caches:
-    """The same cache kept by the reference and by the kernel."""
-
-    def __init__(self, layout: PageLayout, dtype: torch.dtype) -> None:
-        self.layout = layout
-        like = torch.zeros(1, 2, 1, layout.head_dim, dtype=dtype)
-        self.expected = new_parts(like, CAPACITY, layout)
-        self.actual = tuple(part.to(DEVICE) for part in self.expected)
-        for parts in (self.expected, self.actual):
-            parts[0].fill_(0x5A5A)  # what no row of bits overwrites must become zero
-            parts[1].fill_(0xA5)
-
-    def append(
-        self, x: Tensor, start: int, by_position: bool, importance: Tensor | None = None
-    ) -> None:
-        position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
-        known = None if by_position else start
-        weights = None if importance is None else importance.to(DEVICE)
-        quantize_kv.append_(*self.actual, x.to(DEVICE), position, known, self.layout, None, weights)
-        reference.append_(*self.expected, x, start, self.layout, None, importance)
-
-    def held(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return what counts: packed pages, exact rows that hold a token, cursor."""
-        codes, params, exact, cursor = (part.cpu() for part in parts)
-        length, pages = cursor.tolist()
-        first = self.layout.sinks + pages * self.layout.page_size
-        rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
-        sinks = torch.arange(min(length, self.layout.sinks))
-        exact = exact[:, :, torch.cat([sinks, rows])]
-        return codes[:, :, :pages], params[:, :, :pages], exact, cursor
-
-    def assert_equal(self) -> None:
-        names = ("codes", "params", "exact", "cursor")
-        parts = self.held(self.expected), self.held(self.actual)
-        for name, expected, actual in zip(names, *parts, strict=True):
-            torch.testing.assert_close(
-                actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-
-def full(layout: PageLayout, pages: int) -> int:
-    return layout.sinks + layout.window + pages * layout.page_size
-
-
 @EXAMPLES
 @given(st.data())
 def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
     data: st.DataObject,
 ) -> None:
     layout = data.draw(layouts())
-    dtype = data.draw(st.sampled_from([*DTYPES, torch.bfloat16]))
+    dtype = data.draw(st.sampled_from(DTYPES))
     caches, count = Caches(layout, dtype), full(layout, 2)
     x, importance = random_tokens(layout, count, dtype, 0), random_importance(count + 3, 1)
     if data.draw(st.booleans()):
         importance = importance.mT.contiguous().mT  # heads lie together
-    edges = [full(layout, 1) - 1, full(layout, 1), data.draw(st.integers(1, count))]
-    edges = sorted({0, count, *data.draw(st.lists(st.sampled_from(edges), max_size=3))})
-    for start, stop in pairwise(edges):
+    for start, stop in pairwise(pieces(data, layout, count)):
         weights = data.draw(st.sampled_from([None, importance, importance]))
         caches.append(x[:, :, start:stop], start, data.draw(st.booleans()), weights)
     caches.assert_equal()
@@ -163,7 +93,7 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
     data: st.DataObject,
 ) -> None:
     layout = data.draw(layouts())
-    dtype = data.draw(st.sampled_from(DTYPES))
+    dtype = data.draw(st.sampled_from(REOPENING_DTYPES))
     caches, count = Caches(layout, dtype), full(layout, 1) + data.draw(st.integers(0, 9))
     importance = random_importance(count, 1)
     caches.append(random_tokens(layout, count, dtype, 0), 0, True, importance)
@@ -185,11 +115,7 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
     layout = data.draw(layouts())
     caches = Caches(layout, torch.float32)
     x = random_tokens(layout, full(layout, 1), torch.float32, 0).contiguous()
-    for _ in range(data.draw(st.integers(1, 8))):
-        value = data.draw(st.sampled_from(SPECIAL + NOT_FINITE) | st.floats(width=32))
-        ends = st.integers(0, x.numel())
-        first, last = sorted(data.draw(st.tuples(ends, ends)))
-        x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
+    spoil(data, x)
     weights = None
     if data.draw(st.booleans()):
         weights = random_importance(x.shape[2], 1)
@@ -308,92 +234,28 @@ CASES = {  # budget, most bits, other arguments of TensorSpec
 TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942"), ("qaq-requantize", "gfx942")]
 
 
-def cuobjdump() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Driver:
-    """Stands in for the driver of a GPU that is not there, as far as compiling asks it."""
-
-    def __init__(self, target: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.gpu = GPUTarget("cuda", 90, 32) if target == "sm_90" else GPUTarget("hip", target, 64)
-
-    def get_current_target(self):
-        return self.gpu
-
-    def get_current_device(self):
-        return self.gpu.arch
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def compile_writes(name: str, target: str):
-    """Call what writes up to the launches; return the kernels that it would launch."""
+def compile_case(name: str, target: str) -> Any:
     budget, most, options = CASES[name]
     spec = TensorSpec(budget, mixed=(0, most), **options)
     layout = CacheSpec(spec, spec).layout("key", 128)
-    x, compiled = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), []
-    run = triton.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **constants):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **constants))
-
-    triton.runtime.driver.set_active(Driver(target))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
-        weights = torch.zeros(1, 2, 300)
-        codes, params, _, cursor = parts
+    if not layout.requantize:
+        return aot.compile_append(layout, target, importance=True)
+    x, position = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+    codes, params, _, cursor = new_parts(x, aot.CAPACITY, layout)
+    weights = torch.zeros(1, 2, 300)
+    with aot.launches(target) as compiled:
         requantize_mixed.requantize_older_(
             codes, params, cursor, position, None, 1, layout, weights
         )
-        quantize_kv.append_(*parts, x, position, None, layout, None, weights)
-    assert len(compiled) == 1 + layout.requantize
-    return compiled
-
-
-def spilled(name: str, target: str) -> int:
-    """Return the bytes of stack that kernels take, or the registers spilled to it."""
-    return sum(spilled_by(kernel, target) for kernel in compile_writes(name, target))
-
-
-def spilled_by(compiled, target: str) -> int:
-    if target != "sm_90":
-        return int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])[0])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(cuobjdump()), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)[0])
-
-
-@pytest.fixture(scope="module")
-def spills() -> dict[str, int]:
-    if not cuobjdump().exists():
-        pytest.skip("this build of triton brings no cuobjdump")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return compiled["requantize_kernel"]
 
 
 @pytest.mark.parametrize(("name", "target"), TARGETS)
 def test_writing_compiles_natively_and_stays_in_registers(
-    spills: dict[str, int], name: str, target: str
+    compiled: dict[str, aot.Usage], name: str, target: str
 ) -> None:
-    assert spills[f"{name} {target}"] == 0
+    assert compiled[f"{name} {target}"]["stack"] == 0
 
 
 if __name__ == "__main__":
-    print(json.dumps({f"{name} {target}": spilled(name, target) for name, target in TARGETS}))
+    aot.report(compile_case, TARGETS)

@@ -1,0 +1,183 @@
+"""One attention over a quantized cache: run by the kernels, and computed plainly from what the cache stands for."""
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile.kernels import attention, reference
+from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.spec import CacheSpec, PageLayout
+from native import DEVICE, NATIVE, frame_on_device
+
+BATCH = 2
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SHARED = [1, 2, 3, 4, 7]  # query heads to a KV head
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+Side = tuple[PageLayout, Frame | None]
+
+
+def plain_sides(cache: CacheSpec, dims: tuple[int, int]) -> tuple[Side, Side]:
+    """Return keys and values without tables."""
+    return (cache.layout("key", dims[0]), None), (cache.layout("value", dims[1]), None)
+
+
+class Site:
+    """A filled cache of keys and values, queries and new tokens.
+
+    Args:
+        sides: Keys and values: layout, and frame where there are tables.
+        heads: KV heads, and query heads to each of them.
+        lengths: Tokens before the new ones, new ones, and those that the cache holds beyond the first.
+        dtype: Of all tokens.
+        importance: Whether tokens differ in the bits that they get when they are packed.
+    """
+
+    def __init__(
+        self, sides: tuple[Side, Side], heads: tuple[int, int], lengths: tuple[int, int, int],
+        dtype: torch.dtype, importance: bool = False,
+    ) -> None:  # fmt: skip
+        (kv_heads, shared), (self.start, new, extra) = heads, lengths
+        self.sides = sides
+        generator = torch.Generator().manual_seed(0)
+
+        def random(heads: int, tokens: int, dim: int) -> Tensor:
+            x = torch.randn(BATCH, tokens, heads, dim, generator=generator)
+            return x.to(dtype).transpose(1, 2)
+
+        held = self.start + extra
+        weights = torch.rand(BATCH, kv_heads, held, generator=generator) ** 6
+        dims = [layout.head_dim for layout, _ in sides]
+        self.scale = dims[0] ** -0.5
+        self.parts = [
+            self.fill(random(kv_heads, held, dim), side, weights if importance else None)
+            for dim, side in zip(dims, sides, strict=True)
+        ]
+        self.query = random(kv_heads * shared, new, dims[0])
+        self.new = random(kv_heads, new, dims[0]), random(kv_heads, new, dims[1])
+
+    @staticmethod
+    def fill(x: Tensor, side: Side, importance: Tensor | None = None) -> Parts:
+        layout, frame = side
+        parts = new_parts(x, layout.pages_at(x.shape[2]) + 1, layout)
+        if x.shape[2]:
+            reference.append_(*parts, x, 0, layout, frame, importance)
+        return parts
+
+    def attend(
+        self, mask: Tensor | None, by_position: bool = True, start: int | None = None,
+        **changed: Frame,
+    ) -> Tensor:  # fmt: skip
+        """Run the kernels, where they run; with another start or other frames if asked to."""
+        (key_layout, key_frame), (value_layout, value_frame) = self.sides
+        frames = {"key_frame": key_frame, "value_frame": value_frame} | changed
+        tensors = [t.to(DEVICE) for t in (self.query, *self.new)]
+        parts = [tuple(p.to(DEVICE) for p in parts) for parts in self.parts]
+        start = self.start if start is None else start
+        position = None
+        if by_position:
+            position = torch.arange(start, start + self.query.shape[2], device=DEVICE)
+        return attention.attend(
+            *tensors, *parts, None if mask is None else mask.to(DEVICE), position,
+            None if by_position else start, self.scale, key_layout, value_layout,
+            **{name: frame_on_device(frame) for name, frame in frames.items()},
+        ).cpu()  # fmt: skip
+
+    def expected(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Attend plainly in ``dtype`` to the tokens that the cache stands for."""
+        end, tokens = self.start + self.query.shape[2], []
+        for new, parts, (layout, frame) in zip(self.new, self.parts, self.sides, strict=True):
+            codes, params, exact, cursor = parts
+            held = reference.read(codes, params, exact.float(), cursor, self.start, layout, frame)
+            tokens.append(torch.cat([held, new.float()], 2).to(dtype))
+        if mask is not None:
+            end = min(end, mask.shape[-1])
+            mask = mask[..., :end] if mask.dtype == torch.bool else mask[..., :end].to(dtype)
+        key, value = (t[:, :, :end] for t in tokens)
+        return reference.softmax_attention(self.query.to(dtype), key, value, mask, self.scale)
+
+    @property
+    def folds_all(self) -> bool:
+        """Whether parameters of groups are all that is folded into scores and weights."""
+        return all(frame is None and layout.coder == "uniform" for layout, frame in self.sides)
+
+    @property
+    def plain_dtype(self) -> torch.dtype:
+        """The dtype in which packed tokens are multiplied, as far as an error can tell."""
+        layouts = [layout for layout, _ in self.sides]
+        widest = max(layout.head_dim for layout in layouts)
+        small = self.folds_all and layouts[0].page_size * widest <= 96 * 128
+        if NATIVE and self.query.dtype == torch.float32 and not small:
+            return torch.float16
+        return self.query.dtype
+
+    def assert_low_precision_error(self, actual: Tensor, mask: Tensor | None) -> None:
+        """Assert that the error is a small multiple of that of the same computation in low precision.
+
+        The second term is the rounding of the result, for the cases in which the plain computation happens to
+        be exact; the third is what fp32 loses where terms cancel: codes are summed apart from their zero
+        points, coded values apart from their mean.
+        """
+        exact, dtype = self.expected(mask, torch.float64), self.plain_dtype
+        assert actual.dtype == self.query.dtype
+        assert actual.shape == exact.shape
+        assert bool(actual.isfinite().all())
+        plain = (self.expected(mask, dtype).double() - exact).abs().max()
+        cancelled = 2e-5 if self.folds_all else 5e-5
+        bound = 3 * plain + 2 * torch.finfo(dtype).eps * exact.abs().max() + cancelled
+        error = (actual.double() - exact).abs().max()
+        assert error <= bound, f"error {error:.2e} beyond {bound:.2e}; plainly {plain:.2e}"
+
+
+def starts(layout: PageLayout) -> list[int]:
+    """Return numbers of tokens that leave no page, and a page or more, just or not just full."""
+    page = layout.page_size
+    boundary = layout.sinks + layout.window + page
+    return [1, 2, boundary - 1, boundary, boundary + 1, boundary + page, boundary + page + 43]
+
+
+def random_mask(site: Site, kind: str, width: int) -> Tensor | None:
+    """Return a mask of ``width`` columns that hides slots without a token and some others."""
+    if kind == "none":
+        return None
+    batch, heads, new, _ = site.query.shape
+    shape = {
+        "one row": (width,), "tokens": (new, width), "batch": (batch, 1, new, width),
+        "heads": (heads, new, width), "all": (batch, heads, new, width),
+        "additive": (batch, 1, new, width), "lowest": (1, 1, new, width),
+    }[kind]  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.rand(shape, generator=generator) < 0.6
+    seen[..., site.start + new :] = False
+    if kind == "additive":
+        bias = torch.randn(shape, generator=generator).to(site.query.dtype)
+        return bias.masked_fill(~seen, -math.inf).expand(batch, heads, new, width)
+    if kind == "lowest":
+        lowest = torch.finfo(
+            torch.bfloat16 if site.query.dtype == torch.float16 else site.query.dtype
+        ).min
+        return torch.zeros(shape).masked_fill(~seen, lowest)
+    return seen
+
+
+def assert_right_under_any_mask(site: Site, data: st.DataObject) -> None:
+    kinds = ["none", "one row", "tokens", "batch", "heads", "all", "additive", "lowest"]
+    kind = data.draw(st.sampled_from(kinds))
+    end = site.start + site.query.shape[2]
+    width = end + data.draw(st.sampled_from([0, 0, 13, -1, 1 - site.start]))
+    mask = random_mask(site, kind, max(1, width))
+    site.assert_low_precision_error(site.attend(mask, data.draw(st.booleans())), mask)
+
+
+def causal(site: Site) -> Tensor:
+    end = site.start + site.query.shape[2]
+    return torch.arange(end) <= torch.arange(site.start, end)[:, None]
+
+
+def assert_shares_do_not_matter(site: Site, programs: int, patch: Any) -> None:
+    expected = site.attend(None)
+    patch.setattr(attention, "PROGRAMS_PER_PROCESSOR", programs)
+    torch.testing.assert_close(site.attend(None), expected, rtol=1e-5, atol=1e-5)

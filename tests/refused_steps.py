@@ -1,0 +1,84 @@
+"""Steps of a decoder that a compiler refuses to rewrite: what they take, and what must hold of them."""
+
+import re
+
+import pytest
+import torch
+
+from kvq_compile import KVQWarning, QuantizedKV, quantize_cache_
+from kvq_compile.history import watching
+
+EXACT = {"method": "int8", "sinks": 1, "window": 256, "page_size": 32, "inner": "eager"}
+SLOTS = 64
+
+
+def tokens(
+    number: int, heads: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 100 * number)
+    return torch.randn(2, heads, number, 16, generator=generator).to(dtype)
+
+
+def compile_(step, **options):
+    return torch.compile(step, backend="kvq", options=EXACT | options)
+
+
+def assert_left_alone(step, arguments, reason: str, warns: bool = True) -> list:
+    """Run a step compiled and not, on arguments made anew each time; compare, and check what is said."""
+    with torch.no_grad():
+        expected = step(*arguments())
+        given = arguments()
+        with watching() as graphs:
+            if warns:
+                with pytest.warns(KVQWarning, match=re.escape(reason)):
+                    outputs = compile_(step)(*given)
+            else:
+                outputs = compile_(step)(*given)
+    sites = [site for graph in graphs for site in graph.sites]
+    assert sites
+    assert all(site.outcome == "left alone" for site in sites)
+    assert any(reason in site.detail for site in sites)
+    torch.testing.assert_close(dense(outputs), dense(expected), rtol=1e-4, atol=1e-5)
+    return given
+
+
+def dense(x):
+    if isinstance(x, (tuple, list)):
+        return [dense(item) for item in x]
+    return x.dequantize() if isinstance(x, QuantizedKV) else x
+
+
+def grown(
+    length: int = 40, new: int = 2, quantized: bool = False, dtype: torch.dtype = torch.float32
+):
+    """Return a function that makes query, key, value, keys, values for a step that grows its cache."""
+
+    def make():
+        caches = [tokens(length, seed=3, dtype=dtype), tokens(length, seed=4, dtype=dtype)]
+        if quantized:
+            quantize_cache_(caches, **{k: v for k, v in EXACT.items() if k != "inner"})
+        return [tokens(new, seed=s, dtype=dtype) for s in range(3)] + caches
+
+    return make
+
+
+def buffers(first: int = 0, new: int = 5, quantized: bool = False):
+    """Return a function that makes query, key, value, keys, values, position, mask for a step that writes."""
+
+    def make():
+        caches = [torch.zeros(2, 2, SLOTS, 16), torch.zeros(2, 2, SLOTS, 16)]
+        for seed, cache in enumerate(caches):
+            cache[:, :, :first] = tokens(first, seed=seed) if first else 0
+        if quantized:
+            quantize_cache_(
+                caches, **{k: v for k, v in EXACT.items() if k != "inner"}, length=first
+            )
+        position = torch.arange(first, first + new)
+        mask = torch.arange(SLOTS)[None] <= position[:, None]
+        return [*(tokens(new, seed=s) for s in range(3)), *caches, position, mask]
+
+    return make
+
+
+def join(keys, values, key, value):
+    return torch.cat([keys, key], 2), torch.cat([values, value], 2)

@@ -1,0 +1,280 @@
+"""Caches that are kept in another way are left alone; quantized ones stay right and quantized all the same."""
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvq_compile import KVQWarning, QuantizedKV
+from refused_steps import assert_left_alone, buffers, compile_, grown, join, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def test_no_cache_is_left_alone_without_a_warning() -> None:
+    def step(query, key, value):
+        return sdpa(query, key * 2, value * 2, is_causal=True)
+
+    assert_left_alone(
+        step, lambda: grown()()[:3], "keys and values are not kept after the call", warns=False
+    )
+
+
+def test_heads_repeated_in_tile_order_are_left_alone() -> None:
+    """Regression: this was reported as a call that keeps no cache, which warns nobody."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        query = torch.cat([query, query], 1)
+        return sdpa(query, keys.repeat(1, 2, 1, 1), values.repeat(1, 2, 1, 1)), keys, values
+
+    assert_left_alone(step, grown(), "the cache reaches attention through repeat")
+
+
+def test_a_cache_with_tokens_before_heads_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys = torch.cat([keys, key.transpose(1, 2)], 1)
+        values = torch.cat([values, value.transpose(1, 2)], 1)
+        return sdpa(query, keys.transpose(1, 2), values.transpose(1, 2)), keys, values
+
+    def arguments():
+        query, key, value, keys, values = grown()()
+        return (
+            query,
+            key,
+            value,
+            keys.transpose(1, 2).contiguous(),
+            values.transpose(1, 2).contiguous(),
+        )
+
+    assert_left_alone(step, arguments, "the cache reaches attention through transpose")
+
+
+def test_keys_rotated_after_they_are_read_are_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        angle = torch.arange(keys.shape[2])[:, None] / 10
+        return sdpa(query, keys * angle.cos() + keys.flip(-1) * angle.sin(), values), keys, values
+
+    assert_left_alone(step, grown(), "the cache reaches attention through add")
+
+
+def test_keys_and_values_returned_in_one_stack_are_left_alone() -> None:
+    def step(query, key, value, past):
+        keys, values = join(past[0], past[1], key, value)
+        return sdpa(query, keys, values), torch.stack((keys, values))
+
+    def arguments():
+        query, key, value, keys, values = grown()()
+        return query, key, value, torch.stack((keys, values))
+
+    assert_left_alone(
+        step, arguments, "keys and values are returned through stack, not as they are"
+    )
+
+
+def test_a_sliding_window_is_left_alone() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(query, keys, values), keys[:, :, -8:], values[:, :, -8:]
+
+    assert_left_alone(step, grown(), "only a part of the keys and values is kept")
+
+
+def test_keys_and_values_in_one_tensor_are_left_alone() -> None:
+    """Regression: the shared tensor came back quantized as values and was refused as keys in the next call."""
+
+    def step(query, key, keys):
+        keys = torch.cat([keys, key], 2)
+        return sdpa(query, keys, keys), keys
+
+    assert_left_alone(
+        step, lambda: [tokens(2), tokens(2, seed=1), tokens(40)], "keys and values are one tensor"
+    )
+
+
+def test_a_cache_that_a_second_attention_reads_is_left_to_the_first() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(sdpa(query, keys, values), keys, values), keys, values
+
+    with (
+        torch.no_grad(),
+        pytest.warns(KVQWarning, match="another attention has taken over the same cache"),
+    ):
+        compiled = compile_(step)
+        state, plain = grown()()[3:], grown()()[3:]
+        for new in (2, 1, 1, 3):
+            arguments = [tokens(new, seed=seed) for seed in range(3)]
+            output, *state = compiled(*arguments, *state)
+            expected, *plain = step(*arguments, *plain)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+            assert all(isinstance(cache, QuantizedKV) for cache in state)
+
+
+def test_a_buffer_without_a_mask_is_left_alone() -> None:
+    def step(query, key, value, keys, values, position, mask):
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return sdpa(query, keys, values)
+
+    given = assert_left_alone(
+        step, buffers(), "attention reads slots that hold no token: there is no mask"
+    )
+    assert type(given[3]) is torch.Tensor
+
+
+def write_twice(keys, position, key):
+    keys.index_copy_(2, position, key)
+    keys.index_copy_(2, position, key)
+
+
+def write_channels(keys, position, key):
+    keys[:, :, position, :8] = key[..., :8]
+
+
+def write_one_sequence(keys, position, key):
+    keys[:1, :, position] = key[:1]
+
+
+def write_with_gaps(keys, position, key):
+    keys[:, :, : 2 * key.shape[2] : 2] = key
+
+
+def write_one_token_everywhere(keys, position, key):
+    keys[:, :, :5] = key[:, :, :1]
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (write_twice, "the cache is written more than once in a call"),
+        (write_channels, "the cache is written at something else than whole tokens"),
+        (write_one_sequence, "the cache is written at something else than whole tokens"),
+        (write_with_gaps, "the cache is written with gaps"),
+        (write_one_token_everywhere, "one token is written into several slots"),
+    ],
+)
+def test_a_write_of_something_else_than_whole_tokens_is_left_alone(write, reason) -> None:
+    def step(query, key, value, keys, values, position, mask):
+        write(keys, position, key)
+        write(values, position, value)
+        return sdpa(query, keys, values, attn_mask=mask)
+
+    given = assert_left_alone(step, buffers(), reason)
+    assert type(given[3]) is torch.Tensor
+
+
+def test_a_buffer_that_is_read_elsewhere_is_left_alone() -> None:
+    def step(query, key, value, keys, values, position, mask):
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return sdpa(query, keys, values, attn_mask=mask) + keys.mean()
+
+    assert_left_alone(step, buffers(), "the cache is read outside attention in the same call")
+
+
+def test_a_buffer_read_before_it_is_written_is_left_alone() -> None:
+    """Regression: attention was shown the new tokens although it had read the cache before they were written."""
+
+    def step(query, key, value, keys, values, position, mask):
+        output = sdpa(query, keys, values, attn_mask=mask)
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return output
+
+    assert_left_alone(step, buffers(first=4, new=1), "the cache is read before it is written")
+
+
+def test_tokens_changed_after_they_are_written_are_left_alone() -> None:
+    """Regression: the write moves behind the attention and took the changed tokens along."""
+
+    def step(query, key, value, keys, values, position, mask):
+        key = key * 1
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        key.mul_(2)
+        position.add_(1)
+        return sdpa(query, keys, values, attn_mask=mask)
+
+    assert_left_alone(
+        step, buffers(), "what is written changes between the write and the attention"
+    )
+
+
+# Refused although the cache is quantized: read as ordinary tensors, kept quantized
+
+
+def test_a_refused_attention_over_a_grown_cache_is_right_and_keeps_it_quantized() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return torch.softmax(torch.tanh(query @ keys.transpose(2, 3)), -1) @ values, keys, values
+
+    compiled, state, plain = compile_(step), grown(quantized=True)()[3:], grown()()[3:]
+    with torch.no_grad(), pytest.warns(KVQWarning, match="tanh"):
+        for new in (2, 1, 1, 3):
+            arguments = [tokens(new, seed=seed) for seed in range(3)]
+            output, *state = compiled(*arguments, *state)
+            expected, *plain = step(*arguments, *plain)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+            assert all(isinstance(cache, QuantizedKV) for cache in state)
+
+
+def test_a_refused_attention_over_a_buffer_is_right() -> None:
+    def step(query, key, value, keys, values, position, mask):
+        keys = keys.index_copy_(2, position, key)
+        values = values.index_copy_(2, position, value)
+        return sdpa(query, keys, values, attn_mask=mask) + keys.mean(), keys
+
+    given = assert_left_alone(
+        step, buffers(4, quantized=True), "the cache is read outside attention"
+    )
+    assert isinstance(given[3], QuantizedKV)
+    assert given[3].held() == 9
+
+
+def test_a_quantized_cache_may_pass_through() -> None:
+    """Regression: a cache that a call hands back unchanged crashed the backend."""
+
+    def step(keys, x):
+        return keys, x + keys.sum()
+
+    keys = grown(quantized=True)()[3]
+    same, total = compile_(step)(keys, torch.zeros(()))
+    assert isinstance(same, QuantizedKV)
+    torch.testing.assert_close(same.dequantize(), keys.dequantize())
+    torch.testing.assert_close(total, keys.dequantize().sum())
+
+
+def test_a_quantized_buffer_can_be_emptied_in_the_graph() -> None:
+    def step(keys, x):
+        keys.zero_()
+        return x + 1
+
+    keys = buffers(4, quantized=True)()[3]
+    compile_(step)(keys, torch.zeros(()))
+    assert keys.held() == 0
+
+
+def test_a_write_that_a_quantized_buffer_cannot_take_is_an_error_and_not_lost() -> None:
+    """Regression: a write into a view went into a copy."""
+
+    def step(keys, x):
+        keys[:, :, 1:2].copy_(x)
+        return x + 1
+
+    with pytest.raises(BackendCompilerFailed, match="cannot write into a quantized cache"):
+        compile_(step)(buffers(4, quantized=True)()[3], tokens(1))
+
+
+def test_keys_and_values_of_different_length_are_an_error() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return sdpa(query, keys, values), keys, values
+
+    compiled = compile_(step)
+    for new in (2, 1, 1):
+        compiled(*grown(40 + new, new, quantized=True)())
+    query, key, value, keys, _ = grown(quantized=True)()
+    with pytest.raises((ValueError, RuntimeError), match="equally many tokens|must match|Expected"):
+        compiled(query, key, value, keys, grown(45, quantized=True)()[4])

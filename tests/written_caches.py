@@ -1,0 +1,88 @@
+"""The same cache written by the reference and by the kernel; the reference always runs on the CPU, where division
+of a tensor by a number is another operation than on a GPU.
+"""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvq_compile.kernels import quantize_kv, reference
+from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.spec import PageLayout
+from native import DEVICE, NATIVE, frame_on_device
+
+# The interpreter truncates where fp32 becomes bf16, which reopening a page does.
+REOPENING_DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * NATIVE
+DTYPES = [torch.float16, torch.float32, torch.bfloat16]
+SPECIAL = (0.0, -0.0, 1e-7, -1e-7, 6e-5, 1.0, -3.0, 65504.0, -65504.0, 7e4, -7e4)
+# Of e4m3: halves between normal and between subnormal numbers, the largest, and beyond.
+SPECIAL_E4M3 = (17.0, -17.0, 2.0**-10, 3 * 2.0**-10, 448.0, 463.9, -464.0, 1e4)
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+def full(layout: PageLayout, pages: int) -> int:
+    """Return the number of tokens that fill so many pages."""
+    return layout.sinks + layout.window + pages * layout.page_size
+
+
+def spoil(data: st.DataObject, x: Tensor, special: tuple[float, ...] = SPECIAL) -> None:
+    """Put unusual numbers into contiguous tokens: in one place, or all over a stretch."""
+    for _ in range(data.draw(st.integers(1, 8))):
+        value = data.draw(st.sampled_from(special + NOT_FINITE) | st.floats(width=32))
+        ends = st.integers(0, x.numel())
+        first, last = sorted(data.draw(st.tuples(ends, ends)))
+        x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
+
+
+def pieces(data: st.DataObject, layout: PageLayout, count: int) -> list[int]:
+    """Draw where ``count`` tokens are cut, often just before or where they fill a page."""
+    edges = [full(layout, 1) - 1, full(layout, 1), data.draw(st.integers(1, count))]
+    return sorted({0, count, *data.draw(st.lists(st.sampled_from(edges), max_size=3))})
+
+
+class Caches:
+    """One cache kept twice; what writing leaves alone is not zero."""
+
+    def __init__(
+        self, layout: PageLayout, dtype: torch.dtype, frame: Frame | None = None, batch: int = 1,
+        capacity: int = 4,
+    ) -> None:  # fmt: skip
+        self.layout, self.frame, self.batch = layout, frame, batch
+        self.moved = frame_on_device(frame)
+        like = torch.zeros(batch, 2, 1, layout.head_dim, dtype=dtype)
+        self.expected = new_parts(like, capacity, layout)
+        self.actual: tuple[Tensor, ...] = tuple(part.to(DEVICE) for part in self.expected)
+        for codes, params, _, _ in (self.expected, self.actual):
+            codes.view(torch.uint8).fill_(0x5A)
+            params.view(torch.uint8).fill_(0xA5)
+
+    def append(
+        self, x: Tensor, start: int, by_position: bool, importance: Tensor | None = None
+    ) -> None:
+        x = x[: self.batch]
+        reference.append_(*self.expected, x, start, self.layout, self.frame, importance)
+        position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
+        weights = None if importance is None else importance.to(DEVICE)
+        known = None if by_position else start
+        quantize_kv.append_(
+            *self.actual, x.to(DEVICE), position, known, self.layout, self.moved, weights
+        )
+
+    def held(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return what counts: packed pages, exact rows that hold a token, cursor."""
+        codes, params, exact, cursor = (part.cpu() for part in parts)
+        length, pages = cursor.tolist()
+        first = self.layout.sinks + pages * self.layout.page_size
+        rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
+        sinks = torch.arange(min(length, self.layout.sinks))
+        exact = exact[:, :, torch.cat([sinks, rows])]
+        return codes[:, :, :pages], params[:, :, :pages], exact, cursor
+
+    def assert_equal(self) -> None:
+        names = ("codes", "params", "exact", "cursor")
+        parts = self.held(self.expected), self.held(self.actual)
+        for name, expected, actual in zip(names, *parts, strict=True):
+            torch.testing.assert_close(
+                actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
