@@ -26,7 +26,7 @@ from kvq_compile.evaluate import (
     held,
     make_runners,
 )
-from kvq_compile.loading import longest_context
+from kvq_compile.loading import cache_argument, longest_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,12 +101,12 @@ def generate(
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
             pad_token_id=model.generation_config.eos_token_id,
             streamer=clock,
+            **{cache_argument(model): cache},
         )
     new: list[int] = output[0, prompt.shape[1] :].tolist()
     found = held(cache, method)

@@ -36,7 +36,7 @@ def example(path: Path) -> Path:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Return the name under which a model's ``forward`` takes its cache; transformers 5.24 changed it."""
+    """Return the name under which a model takes its cache and gives it back; transformers 5.24 changed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

@@ -31,6 +31,7 @@ from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.frame import Frame, to_coded
 from kvq_compile.kernels.spec import CacheSpec, Grouping, PageLayout, Role, TensorSpec, Transform
+from kvq_compile.loading import cache_argument
 from kvq_compile.methods import UNIFORM
 from kvq_compile.small_decoder import Decoder
 
@@ -266,20 +267,19 @@ def assert_decodes_like(
     half = input_ids.shape[1] // 2
     pieces = [input_ids[:, :half], *input_ids[:, half:].split(chunk, 1)]
     cache: Any = None
+    name = cache_argument(model)
     with torch.no_grad(), watching() as graphs:
         for piece in pieces:
             plain = [_plain_cache(cache, kind) for kind in (dtype, torch.float64)]
-            got = compiled(input_ids=piece, past_key_values=cache, use_cache=True)
+            got = compiled(input_ids=piece, use_cache=True, **{name: cache})
             same = [
-                m(input_ids=piece, past_key_values=c)
-                for m, c in zip((model, exact), plain, strict=True)
+                m(input_ids=piece, **{name: c}) for m, c in zip((model, exact), plain, strict=True)
             ]
             expected, wanted = same[0].logits.double(), same[1].logits
-            layers = len(got.past_key_values.layers)
-            unit = torch.finfo(dtype).eps * float(wanted.abs().max()) * layers
+            cache = getattr(got, name)
+            unit = torch.finfo(dtype).eps * float(wanted.abs().max()) * len(cache.layers)
             rounding = 4 * float((expected - wanted).abs().max()) + unit
             _assert_close(got.logits, wanted, rounding, "rounding")
-            cache = got.past_key_values
     assert graphs, "nothing was compiled: the call went around the compiled code"
 
 

@@ -85,6 +85,7 @@ def test_the_demo_shows_both_caches(run, fresh_dynamo) -> None:
     assert "Perplexity on the text" in output
 
 
+@pytest.mark.filterwarnings("error:`past_key_values` is deprecated")
 def test_the_demo_generates_what_it_was_asked_for(fresh_dynamo) -> None:
     model, tokenizer = load_model(str(DEMO_MODEL), "float32", "cpu")
     ids = encode_file(tokenizer, DEMO_TEXT)[:200]
