@@ -104,7 +104,9 @@ def test_e4m3_numbers_are_those_of_torch() -> None:
     known = every.view(torch.float8_e4m3fn).float()
     finite = known.isfinite()
     assert torch.equal(e4m3_value(every)[finite], known[finite])
-    x = torch.randn(1 << 16) * torch.rand(1 << 16) * 200
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1 << 16, generator=generator) * torch.rand(1 << 16, generator=generator) * 200
+    x = x.clamp(-448, 448)  # beyond, PyTorch 2.11 gives NaN and 2.13 the largest number
     assert torch.equal(e4m3_value(round_e4m3(x)), x.to(torch.float8_e4m3fn).float())
 
 

@@ -5,6 +5,7 @@ always runs on the CPU.
 """
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import aot
 import written_caches
 from kvq_compile.kernels import quantize_kv, reference
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
 from written_caches import DTYPES, REOPENING_DTYPES, full, spoil
 
@@ -171,19 +174,43 @@ def test_a_write_that_does_not_fit_changes_nothing() -> None:
         quantize_kv.append_(*caches.actual, x, None, start, layout)
 
 
+def tabled(
+    codebook: tuple[int, int] | None = None, rotary: bool = True, **options: Any
+) -> TensorSpec:
+    tables = random_tables(2, 128, group_size=64, rotary=rotary, codebook=codebook, seed=0)
+    return TensorSpec(tables=tables, rotary=rotary, **options)
+
+
+CAPTURED = {
+    "int2": TensorSpec(2),
+    "kivi": TensorSpec(2, "channel", 32),
+    "qaq": TensorSpec(2.5, mixed=(1, 4)),
+    "skvq": tabled(bits=2, group_size=64, params="fp8"),
+    "trits": tabled(bits=1.5, group_size=64, packing="trits", rotary=False),
+    "cq-4c8b": tabled((4, 8), bits=8, couple=4),
+}
+
+
 @pytest.mark.skipif(not NATIVE, reason="CUDA graphs need a GPU")
-def test_a_captured_graph_serves_every_later_position() -> None:
-    layout = CacheSpec(TensorSpec(2), sinks=2, window=5, page_size=32).layout("key", 128)
-    caches = make_caches(layout, torch.bfloat16)
-    tokens = random_tokens(layout, 100, torch.bfloat16, 0)
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_graph_serves_every_later_position(name: str) -> None:
+    spec = CAPTURED[name]
+    layout = CacheSpec(spec, spec, sinks=2, window=5, page_size=32).layout("key", 128)
+    frame = aot.frame_of(spec)
+    caches = written_caches.Caches(layout, torch.bfloat16, frame, capacity=CAPACITY)
+    tokens = random_tokens(layout, 100, torch.bfloat16, 0)[:1]
     x, position = tokens[:, :, :1].to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    quantize_kv.append_(*caches.actual, x, position, None, layout)  # compiles
+
+    def write() -> None:
+        quantize_kv.append_(*caches.actual, x, position, None, layout, caches.moved)
+
+    write()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        quantize_kv.append_(*caches.actual, x, position, None, layout)
+        write()
     for step in range(100):
         x.copy_(tokens[:, :, step : step + 1])
         position.fill_(step)
         graph.replay()
-        reference.append_(*caches.expected, tokens[:, :, step : step + 1], step, layout)
+        reference.append_(*caches.expected, tokens[:, :, step : step + 1], step, layout, frame)
     caches.assert_equal()
