@@ -139,6 +139,86 @@ def _group_vector(params, value_group, C: tl.constexpr, SPREAD: tl.constexpr):
 
 
 @triton.jit
+def _start_rotation(
+    query, rows, column_ok, scale, tables, turns, first, KEY: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Return pairs of the query turned against the angle of slot ``first``, offsets of key channels, the
+    angles of a block's tokens and that of a block.
+    """
+    HALF: tl.constexpr = KEY.dim // 2
+    channel, channel_ok = half_channels(KEY)
+    q_a = _load_query(query, rows, column_ok, scale, channel, channel_ok)
+    q_b = _load_query(query + HALF, rows, column_ok, scale, channel, channel_ok)
+    offset_a = _load_offset(tables, channel, channel_ok, KEY, DTYPE)
+    offset_b = _load_offset(tables, HALF + channel, channel_ok, KEY, DTYPE)
+    frequency = tl.load(tables + KEY.frequencies + channel, mask=channel_ok, other=0)
+    cosine, sine = cosine_and_sine(first * frequency)
+    q_a, q_b = _turn_query(q_a, q_b, cosine, sine)
+    step_cosine, step_sine = cosine_and_sine(KEY.block * frequency)
+    where = turns + tl.arange(0, KEY.block)[:, None] * HALF + channel[None, :]
+    cosine = tl.load(where, mask=channel_ok[None, :], other=0).to(DTYPE)
+    sine = tl.load(where + KEY.block * HALF, mask=channel_ok[None, :], other=0).to(DTYPE)
+    return q_a, q_b, offset_a, offset_b, cosine, sine, step_cosine, step_sine
+
+
+@triton.jit
+def _rotary_page_scores(
+    codes, params, book, q_a, q_b, offset_a, offset_b, cosine, sine, step_cosine, step_sine,
+    KEY: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the scores of a page, and the query turned to the next."""
+    BLOCK: tl.constexpr = KEY.block
+    scores = _rotary_scores(
+        codes, params, book, q_a, q_b, offset_a, offset_b, cosine, sine, KEY, 0, BLOCK, FAST, DTYPE,
+        PRECISION,
+    )  # fmt: skip
+    q_a, q_b = _turn_query(q_a, q_b, step_cosine, step_sine)
+    if KEY.page > BLOCK:
+        second = _rotary_scores(
+            codes, params, book, q_a, q_b, offset_a, offset_b, cosine, sine, KEY, BLOCK, BLOCK,
+            FAST, DTYPE, PRECISION,
+        )  # fmt: skip
+        q_a, q_b = _turn_query(q_a, q_b, step_cosine, step_sine)
+        scores = tl.permute(tl.join(scores, second), (2, 0, 1))
+        scores = tl.reshape(scores, (KEY.page, q_a.shape[1]))
+    return scores, q_a, q_b
+
+
+@triton.jit
+def _page_scores(
+    k, params, q, q_sum, channel, channel_ok, KEY: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the scores of a page whose keys ``k`` have been read."""
+    if not (KEY.channel or KEY.codebook) and KEY.group == KEY.dim:
+        k_scale, k_zero = load_params(params + tl.arange(0, KEY.page), None, KEY.fp8)
+        scores = tl.dot(k, q, input_precision=PRECISION)
+        scores = scores * k_scale.to(tl.float32)[:, None]
+        scores += k_zero.to(tl.float32)[:, None] * q_sum[None, :]
+    else:
+        if not KEY.codebook:
+            k = dequantize_keys(params, k, channel, channel_ok, KEY, 0, 0, FAST)
+        scores = tl.dot(k, q, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _folded_update(
+    scores, running_max, params, value_group, VALUE: tl.constexpr, SPREAD: tl.constexpr
+):  # fmt: skip
+    """Return `softmax_update` of weights that carry the values' scales, the plain weights, and these times
+    the zero points.
+
+    The scale joins the score, so that scaled weights are bounded; codes at scale 0 are 0.
+    """
+    v_scale, v_zero = _group_vector(params, value_group, VALUE, SPREAD)
+    v_scale = tl.log2(tl.maximum(v_scale, 2.0**-24))
+    scaled, decay, running_max = softmax_update(scores + v_scale, running_max, WEIGHT_BIAS)
+    weights = tl.exp2(scores - (tl.maximum(running_max, HIDDEN) - WEIGHT_BIAS)[None, :])
+    return scaled, decay, running_max, weights, weights * v_zero
+
+
+@triton.jit
 def attend_pages(
     query, rows, column_ok, value_group, scale, key_codes, key_params, key_tables, key_book,
     turns, shift, value_codes, value_params, value_book, lo, hi, held, mask, mask_rows, stride_m,
@@ -148,27 +228,12 @@ def attend_pages(
 ):  # fmt: skip
     """Attend to the packed pages ``lo .. hi - 1``; return accumulator, sum and maximum."""
     PAGE: tl.constexpr = KEY.page
-    BLOCK: tl.constexpr = KEY.block
-    BLOCK_V: tl.constexpr = triton.next_power_of_2(VALUE.dim)
-    FOLD_KEY: tl.constexpr = not (KEY.channel or KEY.codebook) and KEY.group == KEY.dim
-    FOLD_VALUE: tl.constexpr = (
-        not (VALUE.channel or VALUE.codebook) and VALUE.group * SPREAD == VALUE.dim
-    )
+    FOLD: tl.constexpr = not (VALUE.channel or VALUE.codebook) and VALUE.group * SPREAD == VALUE.dim
     DEFER: tl.constexpr = BLOCK_Q <= 16  # sum over keys once, at the end: no exchange between warps
-    token = tl.arange(0, PAGE)
     if KEY.rotary:
-        channel, channel_ok = half_channels(KEY)
-        q_a = _load_query(query, rows, column_ok, scale, channel, channel_ok)
-        q_b = _load_query(query + KEY.dim // 2, rows, column_ok, scale, channel, channel_ok)
-        offset_a = _load_offset(key_tables, channel, channel_ok, KEY, DTYPE)
-        offset_b = _load_offset(key_tables, KEY.dim // 2 + channel, channel_ok, KEY, DTYPE)
-        frequency = tl.load(key_tables + KEY.frequencies + channel, mask=channel_ok, other=0)
-        cosine, sine = cosine_and_sine((SINKS + lo * PAGE + shift) * frequency)
-        q_a, q_b = _turn_query(q_a, q_b, cosine, sine)
-        step_cosine, step_sine = cosine_and_sine(BLOCK * frequency)
-        where = turns + tl.arange(0, BLOCK)[:, None] * (KEY.dim // 2) + channel[None, :]
-        cosine = tl.load(where, mask=channel_ok[None, :], other=0).to(DTYPE)
-        sine = tl.load(where + BLOCK * (KEY.dim // 2), mask=channel_ok[None, :], other=0).to(DTYPE)
+        q_a, q_b, offset_a, offset_b, cosine, sine, step_cosine, step_sine = _start_rotation(
+            query, rows, column_ok, scale, key_tables, turns, SINKS + lo * PAGE + shift, KEY, DTYPE
+        )
     else:
         channel, channel_ok = key_channels(KEY)
         q = _load_query(query, rows, column_ok, scale, channel, channel_ok).to(DTYPE)
@@ -176,52 +241,33 @@ def attend_pages(
     running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     running_sum = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
     running_zero = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
-    accumulator = tl.zeros([BLOCK_V, BLOCK_Q], tl.float32)
+    accumulator = tl.zeros([triton.next_power_of_2(VALUE.dim), BLOCK_Q], tl.float32)
     for page in tl.range(lo, hi, num_stages=STAGES):
         at = tl.cast(page, tl.int64)
         k_codes = key_codes + at * KEY.page_units
         k_params = key_params + at * KEY.page_params
+        v_codes = value_codes + at * VALUE.page_units
         v_params = value_params + at * VALUE.page_params
         if KEY.rotary:
-            scores = _rotary_scores(
-                k_codes, k_params, key_book, q_a, q_b, offset_a, offset_b, cosine, sine, KEY, 0,
-                BLOCK, FAST, DTYPE, PRECISION,
+            scores, q_a, q_b = _rotary_page_scores(
+                k_codes, k_params, key_book, q_a, q_b, offset_a, offset_b, cosine, sine,
+                step_cosine, step_sine, KEY, FAST, DTYPE, PRECISION,
             )  # fmt: skip
-            q_a, q_b = _turn_query(q_a, q_b, step_cosine, step_sine)
-            if BLOCK < PAGE:
-                second = _rotary_scores(
-                    k_codes, k_params, key_book, q_a, q_b, offset_a, offset_b, cosine, sine, KEY,
-                    BLOCK, BLOCK, FAST, DTYPE, PRECISION,
-                )  # fmt: skip
-                q_a, q_b = _turn_query(q_a, q_b, step_cosine, step_sine)
-                scores = tl.permute(tl.join(scores, second), (2, 0, 1))
-                scores = tl.reshape(scores, (PAGE, BLOCK_Q))
-            v = read_values(value_codes + at * VALUE.page_units, value_book, VALUE, FAST, DTYPE)
+            v = read_values(v_codes, value_book, VALUE, FAST, DTYPE)
         else:
             k = read_keys(k_codes, key_book, KEY, FAST, DTYPE)
-            v = read_values(value_codes + at * VALUE.page_units, value_book, VALUE, FAST, DTYPE)
-            if FOLD_KEY:
-                k_scale, k_zero = load_params(k_params + token, None, KEY.fp8)
-                scores = tl.dot(k, q, input_precision=PRECISION)
-                scores = scores * k_scale.to(tl.float32)[:, None]
-                scores += k_zero.to(tl.float32)[:, None] * q_sum[None, :]
-            else:
-                if not KEY.codebook:
-                    k = dequantize_keys(k_params, k, channel, channel_ok, KEY, 0, 0, FAST)
-                scores = tl.dot(k, q, input_precision=PRECISION)
-        slot = SINKS + page * PAGE + token
+            v = read_values(v_codes, value_book, VALUE, FAST, DTYPE)
+            scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, FAST, PRECISION)
+        slot = SINKS + page * PAGE + tl.arange(0, PAGE)
         if MASK_KIND > 0:
             scores += load_mask(
                 mask, mask_rows, column_ok, slot, stride_m, mask_width, MASK_KIND, MASK_SHARED
             )
         scores = tl.where((slot < held)[:, None], scores, float("-inf"))
-        if FOLD_VALUE:
-            # The scale joins the score, so that scaled weights are bounded; codes at scale 0 are 0.
-            v_scale, v_zero = _group_vector(v_params, value_group, VALUE, SPREAD)
-            v_scale = tl.log2(tl.maximum(v_scale, 2.0**-24))
-            scaled, decay, running_max = softmax_update(scores + v_scale, running_max, WEIGHT_BIAS)
-            weights = tl.exp2(scores - (tl.maximum(running_max, HIDDEN) - WEIGHT_BIAS)[None, :])
-            offset = weights * v_zero
+        if FOLD:
+            scaled, decay, running_max, weights, offset = _folded_update(
+                scores, running_max, v_params, value_group, VALUE, SPREAD
+            )
         else:
             scaled, decay, running_max = softmax_update(scores, running_max, WEIGHT_BIAS)
             weights, offset = scaled, scaled
@@ -230,11 +276,11 @@ def attend_pages(
         if not DEFER:
             weights, offset = tl.sum(weights, 0)[None, :], tl.sum(offset, 0)[None, :]
         running_sum = running_sum * decay[None, :] + weights
-        if FOLD_VALUE:
+        if FOLD:
             running_zero = running_zero * decay[None, :] + offset
         accumulator = tl.dot(
             v, scaled.to(DTYPE), accumulator * decay[None, :], input_precision=PRECISION
         )
-    if FOLD_VALUE:
+    if FOLD:
         accumulator += tl.sum(running_zero, 0)[None, :]
     return accumulator, tl.sum(running_sum, 0), running_max

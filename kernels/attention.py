@@ -8,11 +8,10 @@ leaves a partial result with its log-sum-exp; a second kernel joins the partials
 programs of their own because they weigh as many bytes as ten times as many packed ones: behind a
 share of the pages they would be a long tail.
 
-What a program does with packed pages is in `attend_pages`, or `attend_mixed` where tokens differ in bits.
-Calibrated keys and values are dealt with where it costs least. `prepare_kernel` brings the query, in fp32,
-to the order, the scale and the basis in which keys are coded; the keys' mean adds the same to all packed
-scores of a query, so it is added to a share's log-sum-exp. `join_kernel` brings the packed values' sum back,
-and adds their mean, once for each query.
+What a program does with exact tokens is in `attend_exact`; with packed pages in `attend_pages`, or `attend_mixed`
+where tokens differ in bits. Calibrated keys and values are dealt with where it costs least, before and behind
+all that (`attend_ends`); what the keys' mean adds to all packed scores of a query is added to a share's
+log-sum-exp.
 
 Exact tokens are multiplied in the model's own dtype. All sums are fp32. Models in fp32, and the
 interpreter, use fp32 throughout, except that fp32 tiles of packed tokens of more than 128 x 128 numbers
@@ -35,17 +34,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_compile.kernels.attend_ends import join, prepare
+from kvq_compile.kernels.attend_exact import attend_exact
 from kvq_compile.kernels.attend_mixed import attend_mixed_pages
 from kvq_compile.kernels.attend_pages import WEIGHT_BIAS, attend_pages, spread
 from kvq_compile.kernels.dequantize import Coding
 from kvq_compile.kernels.frame import Frame
-from kvq_compile.kernels.primitives import (
-    HIDDEN,
-    cosine_and_sine,
-    hadamard,
-    load_mask,
-    softmax_update,
-)
 from kvq_compile.kernels.spec import PageLayout
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -56,68 +50,70 @@ MAX_COLUMNS = 32  # more queries than that spill
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR: int | None = None  # in place of what `programs_per_processor` says
 MIXED_REGISTERS = 168  # of a thread, so that three programs share a processor; there are no spills
-TOKENS = 16  # whose angles a program prepares
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend_exact(
-    query, rows, column_ok, scale, key, value, key_exact, value_exact, first, last, packed_end,
-    start, held, new_visible, stride_kt, stride_vt, mask, mask_rows, stride_m, mask_width,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, MASK_KIND: tl.constexpr,
-    MASK_SHARED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+def _attend_packed(
+    query, rows, query_bias, row, column_ok, value_group, scale, head, batch, kv_head, key_codes,
+    key_params, key_tables, key_book, turns, shift, value_codes, value_params, value_book, capacity,
+    split, splits, pages, held, mask, mask_rows, stride_m, mask_width, key_words, value_words,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SPREAD: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, STAGES: tl.constexpr, MASK_KIND: tl.constexpr,
+    MASK_SHARED: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the exact tokens ``first .. last - 1`` in the order sinks, ring, new."""
-    BLOCK_K: tl.constexpr = triton.next_power_of_2(KEY_DIM)
-    BLOCK_V: tl.constexpr = triton.next_power_of_2(VALUE_DIM)
-    k_dim = tl.arange(0, BLOCK_K)
-    v_dim = tl.arange(0, BLOCK_V)
-    q_ok = (k_dim < KEY_DIM)[:, None] & column_ok[None, :]
-    q = tl.load(query + rows[None, :] + k_dim[:, None], mask=q_ok, other=0.0).to(DTYPE)
-    running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_Q], tl.float32)
-    accumulator = tl.zeros([BLOCK_V, BLOCK_Q], tl.float32)
-    # Not pipelined: its buffers would cost the programs that read pages their room.
-    for block in tl.range(first, last, BLOCK, num_stages=1):
-        index = block + tl.arange(0, BLOCK)
-        fresh = index - (SINKS + RING)
-        slot = tl.where(index < SINKS, index, packed_end - SINKS + index)
-        old = (fresh < 0) & (slot < held)
-        new = (fresh >= 0) & (fresh < new_visible)
-        row = tl.where(index < SINKS, index, SINKS + tl.maximum(slot - SINKS, 0) % RING)
-        slot = tl.where(fresh >= 0, start + fresh, slot)
-        fresh = fresh.to(tl.int64)
-        k_ok = (k_dim < KEY_DIM)[None, :]
-        k = tl.load(
-            key_exact + row[:, None] * KEY_DIM + k_dim[None, :], mask=old[:, None] & k_ok, other=0.0
-        )
-        k_new = tl.load(
-            key + fresh[:, None] * stride_kt + k_dim[None, :], mask=new[:, None] & k_ok, other=0.0
-        )
-        v_ok = (v_dim < VALUE_DIM)[:, None]
-        v = tl.load(
-            value_exact + row[None, :] * VALUE_DIM + v_dim[:, None],
-            mask=old[None, :] & v_ok,
-            other=0.0,
-        )
-        v_new = tl.load(
-            value + fresh[None, :] * stride_vt + v_dim[:, None], mask=new[None, :] & v_ok, other=0.0
-        )
-        k = tl.where(new[:, None], k_new.to(DTYPE), k.to(DTYPE))
-        v = tl.where(new[None, :], v_new.to(DTYPE), v.to(DTYPE))
-        scores = tl.dot(k, q, input_precision=PRECISION) * scale
-        if MASK_KIND > 0:
-            scores += load_mask(
-                mask, mask_rows, column_ok, slot, stride_m, mask_width, MASK_KIND, MASK_SHARED
-            )
-        scores = tl.where((old | new)[:, None], scores, float("-inf"))
-        weights, decay, running_max = softmax_update(scores, running_max, WEIGHT_BIAS)
-        running_sum = running_sum * decay + tl.sum(weights, 0)
-        accumulator = tl.dot(
-            v, weights.to(DTYPE), accumulator * decay[None, :], input_precision=PRECISION
-        )
+    """Attend to share ``split`` of a head's packed pages; return accumulator, sum and maximum."""
+    seen = tl.minimum(pages, tl.cdiv(tl.maximum(held - SINKS, 0), KEY.page))
+    share = tl.cdiv(seen, splits)
+    lo = split * share
+    hi = tl.minimum(lo + share, seen)
+    page = head.to(tl.int64) * capacity
+    key_codes += page * KEY.page_units
+    key_params += page * KEY.page_params
+    value_codes += page * VALUE.page_units
+    value_params += page * VALUE.page_params
+    if KEY.mixed:
+        accumulator, running_sum, running_max = attend_mixed_pages(
+            query, rows, column_ok, scale, key_codes, key_params, value_codes, value_params, lo, hi,
+            held, mask, mask_rows, stride_m, mask_width, KEY, VALUE, SINKS, BLOCK_Q, STAGES,
+            MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
+        )  # fmt: skip
+    else:
+        first = 0
+        if KEY.rotary:
+            first = tl.load(shift + batch)
+            turns += kv_head * (KEY.block * KEY.dim)
+        if KEY.tables:
+            key_tables += kv_head * key_words
+        if KEY.codebook:
+            key_book += kv_head * (2 * key_words) + KEY.book
+        if VALUE.codebook:
+            value_book += kv_head * (2 * value_words) + VALUE.book
+        accumulator, running_sum, running_max = attend_pages(
+            query, rows, column_ok, value_group, scale, key_codes, key_params, key_tables, key_book,
+            turns, first, value_codes, value_params, value_book, lo, hi, held, mask, mask_rows,
+            stride_m, mask_width, KEY, VALUE, SPREAD, SINKS, BLOCK_Q, STAGES, MASK_KIND,
+            MASK_SHARED, FAST, DTYPE, PRECISION,
+        )  # fmt: skip
+    if KEY.tables and not KEY.rotary:  # the same for all packed tokens, so it waits till here
+        running_max += tl.load(query_bias + row, mask=column_ok, other=0.0) * scale
     return accumulator, running_sum, running_max
+
+
+@triton.jit
+def _store_share(
+    partial, lse, where, accumulator, running_sum, running_max, bias, stored, first_copy,
+    VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store the result of a share, and its log-sum-exp plus ``bias`` once for all copies of a column."""
+    dim = tl.arange(0, accumulator.shape[0])
+    total = tl.where(running_sum == 0, 1.0, running_sum)
+    tl.store(
+        partial + where[None, :] * VALUE_DIM + dim[:, None], accumulator / total[None, :],
+        mask=stored,
+    )  # fmt: skip
+    point = tl.where(running_sum == 0, float("-inf"), running_max - WEIGHT_BIAS + tl.log2(total))
+    tl.store(lse + where, point + bias, mask=first_copy)
 
 
 @triton.jit(do_not_specialize=["start", "mask_width"])
@@ -151,7 +147,7 @@ def attend_kernel(
     else:
         mask_rows = batch * m_b + q_head * m_h + token * m_t
 
-    # What there is to see: slots before `visible`, tokens before `held`, pages up to `packed_end`.
+    # What there is to see: slots before `visible`, tokens before `held`, whole `pages`.
     if HAS_POSITION:
         start = tl.load(position).to(tl.int32)
     visible = start + new
@@ -159,173 +155,39 @@ def attend_kernel(
         visible = tl.minimum(visible, mask_width)
     held = tl.minimum(start, visible)
     pages = tl.minimum(tl.load(key_cursor + 1), tl.load(value_cursor + 1))
-    packed_end = SINKS + pages * KEY.page
     row = head.to(tl.int64) * (SHARED_BY * tokens) + column
     dim = tl.arange(0, triton.next_power_of_2(VALUE.dim))
     stored = (dim < VALUE.dim)[:, None] & column_ok[None, :]
     if split < exact_splits:
-        total = SINKS + RING + new
-        share = tl.cdiv(tl.cdiv(total, BLOCK_N), exact_splits) * BLOCK_N
         ring = head.to(tl.int64) * (SINKS + RING)
-        accumulator, running_sum, running_max = _attend_exact(
+        accumulator, running_sum, running_max = attend_exact(
             query, batch * q_b + q_head * q_h + token * q_t, column_ok, scale,
             key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h,
-            key_exact + ring * KEY.dim, value_exact + ring * VALUE.dim, split * share,
-            tl.minimum(split * share + share, total), packed_end, start, held, visible - start,
-            k_t, v_t, mask, mask_rows, m_s, mask_width, KEY.dim, VALUE.dim, SINKS, RING, BLOCK_N,
-            BLOCK_Q, MASK_KIND, MASK_SHARED, EXACT_DTYPE, PRECISION,
+            key_exact + ring * KEY.dim, value_exact + ring * VALUE.dim, split, exact_splits,
+            SINKS + pages * KEY.page, start, held, new, visible, k_t, v_t, mask, mask_rows, m_s,
+            mask_width, KEY.dim, VALUE.dim, SINKS, RING, BLOCK_N, BLOCK_Q, MASK_KIND, MASK_SHARED,
+            EXACT_DTYPE, PRECISION,
         )  # fmt: skip
         stored &= (value_group == 0)[None, :] | (SPREAD == 1)
     else:
-        seen = tl.minimum(pages, tl.cdiv(tl.maximum(held - SINKS, 0), KEY.page))
-        share = tl.cdiv(seen, splits - exact_splits)
-        lo = (split - exact_splits) * share
-        page = head.to(tl.int64) * capacity
-        first = 0
-        if KEY.rotary:
-            first = tl.load(shift + batch)
-            turns += kv_head * (KEY.block * KEY.dim)
-        if KEY.tables:
-            key_tables += kv_head * key_words
-        if KEY.codebook:
-            key_book += kv_head * (2 * key_words) + KEY.book
-        if VALUE.codebook:
-            value_book += kv_head * (2 * value_words) + VALUE.book
-        hi = tl.minimum(lo + share, seen)
-        rows = batch * p_b + q_head * p_h + token * p_t
-        key_codes += page * KEY.page_units
-        key_params += page * KEY.page_params
-        value_codes += page * VALUE.page_units
-        value_params += page * VALUE.page_params
-        if KEY.mixed:
-            accumulator, running_sum, running_max = attend_mixed_pages(
-                packed_query, rows, column_ok, scale, key_codes, key_params, value_codes,
-                value_params, lo, hi, held, mask, mask_rows, m_s, mask_width, KEY, VALUE, SINKS,
-                BLOCK_Q, STAGES, MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
-            )  # fmt: skip
-        else:
-            accumulator, running_sum, running_max = attend_pages(
-                packed_query, rows, column_ok, value_group, scale, key_codes, key_params,
-                key_tables, key_book, turns, first, value_codes, value_params, value_book, lo, hi,
-                held, mask, mask_rows, m_s, mask_width, KEY, VALUE, SPREAD, SINKS, BLOCK_Q, STAGES,
-                MASK_KIND, MASK_SHARED, FAST, DTYPE, PRECISION,
-            )  # fmt: skip
-        if KEY.tables and not KEY.rotary:  # the same for all packed tokens, so it waits till here
-            running_max += tl.load(query_bias + row, mask=column_ok, other=0.0) * scale
+        accumulator, running_sum, running_max = _attend_packed(
+            packed_query, batch * p_b + q_head * p_h + token * p_t, query_bias, row, column_ok,
+            value_group, scale, head, batch, kv_head, key_codes, key_params, key_tables, key_book,
+            turns, shift, value_codes, value_params, value_book, capacity, split - exact_splits,
+            splits - exact_splits, pages, held, mask, mask_rows, m_s, mask_width, key_words,
+            value_words, KEY, VALUE, SPREAD, SINKS, BLOCK_Q, STAGES, MASK_KIND, MASK_SHARED, FAST,
+            DTYPE, PRECISION,
+        )  # fmt: skip
         if SPREAD > 1:
             stored &= (dim // VALUE.group)[:, None] == value_group[None, :]
 
     # A cache that holds too few tokens shows as NaN in the first share.
     missing = (start > tl.minimum(tl.load(key_cursor), tl.load(value_cursor))) & (split == 0)
-    bias = tl.where(missing, float("nan"), 0.0)
-    total = tl.where(running_sum == 0, 1.0, running_sum)
-    where = row * splits + split
-    tl.store(
-        partial + where[None, :] * VALUE.dim + dim[:, None], accumulator / total[None, :],
-        mask=stored,
+    _store_share(
+        partial, lse, row * splits + split, accumulator, running_sum, running_max,
+        tl.where(missing, float("nan"), 0.0), stored,
+        column_ok & ((value_group == 0) | (SPREAD == 1)), VALUE.dim,
     )  # fmt: skip
-    point = tl.where(running_sum == 0, float("-inf"), running_max - WEIGHT_BIAS + tl.log2(total))
-    tl.store(lse + where, point + bias, mask=column_ok & ((value_group == 0) | (SPREAD == 1)))
-
-
-@triton.jit
-def join_kernel(
-    partial, lse, out, tables, splits, exact_splits, kv_heads, columns, words,
-    VALUE: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Join the partial results of one column, those of pages from the basis and the order in which
-    values are coded; ``columns`` of a KV head lie together.
-
-    Grid: (B * Hq * T,).
-    """
-    DIM: tl.constexpr = VALUE.dim
-    BLOCK_V: tl.constexpr = triton.next_power_of_2(DIM)
-    column = tl.program_id(0).to(tl.int64)
-    split, dim = tl.arange(0, SPLITS), tl.arange(0, BLOCK_V)
-    is_exact = split < exact_splits
-    channel = dim
-    if VALUE.tables:
-        tables += column // columns % kv_heads * words
-        channel = tl.load(tables + dim, mask=dim < DIM, other=0)
-    weight = tl.load(lse + column * splits + split, mask=split < splits, other=float("-inf"))
-    weight = tl.exp2(weight - tl.maximum(tl.max(weight, 0), HIDDEN))
-    ok = (weight != 0)[:, None] & (dim < DIM)[None, :]
-    where = tl.where(is_exact[:, None], channel[None, :], dim[None, :])
-    part = tl.load(partial + (column * splits + split)[:, None] * DIM + where, mask=ok, other=0.0)
-    part *= weight[:, None]
-    if VALUE.hadamard or VALUE.tables:
-        packed = tl.sum(tl.where(is_exact[:, None], 0.0, part), 0)
-        exact = tl.sum(tl.where(is_exact[:, None], part, 0.0), 0)
-        if VALUE.hadamard:
-            packed = tl.reshape(hadamard(tl.reshape(packed, (1, BLOCK_V)), DIM), (BLOCK_V,))
-        if VALUE.tables:
-            mean = tl.load(tables + VALUE.means + dim, mask=dim < DIM, other=0)
-            unit = tl.load(tables + VALUE.scales + dim, mask=dim < DIM, other=0)
-            packed = packed * unit.to(tl.float32, bitcast=True)
-            packed += mean.to(tl.float32, bitcast=True) * tl.sum(tl.where(is_exact, 0.0, weight), 0)
-        total = packed + exact
-    else:
-        total = tl.sum(part, 0)
-    weight = tl.sum(weight, 0)
-    total = total / tl.where(weight == 0, 1.0, weight)
-    tl.store(out + column * DIM + channel, total.to(out.dtype.element_ty), mask=dim < DIM)
-
-
-@triton.jit
-def _prepare_query(
-    x, tables, out, query_bias, row, heads, kv_heads, tokens, words, x_b, x_h, x_t,
-    KEY: tl.constexpr,
-):  # fmt: skip
-    """Write a query row as it meets coded keys, and what their mean adds to its scores."""
-    DIM: tl.constexpr = KEY.dim
-    dim = tl.arange(0, triton.next_power_of_2(DIM))
-    ok = dim < DIM
-    x += row // tokens // heads * x_b + row // tokens % heads * x_h + row % tokens * x_t
-    channel = dim
-    if KEY.tables:
-        tables += row // tokens % heads // (heads // kv_heads) * words
-        channel = tl.load(tables + dim, mask=ok, other=0)
-    y = tl.load(x + channel, mask=ok, other=0.0).to(tl.float32)
-    if KEY.tables:
-        if not KEY.rotary:
-            mean = tl.load(tables + KEY.means + dim, mask=ok, other=0)
-            tl.store(query_bias + row, tl.sum(y * mean.to(tl.float32, bitcast=True), 0))
-        unit = tl.load(tables + KEY.scales + dim, mask=ok, other=0)
-        y = y * unit.to(tl.float32, bitcast=True)
-    y = y[None, :]
-    if KEY.hadamard:
-        y = hadamard(y, DIM)
-    tl.store(out + row * DIM + dim[None, :], y, mask=ok[None, :])
-
-
-@triton.jit
-def prepare_kernel(
-    query, tables, out, query_bias, turns, rows, heads, kv_heads, tokens, words, q_b, q_h, q_t,
-    KEY: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Bring one query row to the basis of the keys; or tabulate cosine and sine of the angles by which
-    rotary keys of a block are rotated, ``[Hkv, 2, block, D / 2]``.
-
-    Grid: (B * Hq * T, then for rotary keys Hkv * block / TOKENS).
-    """
-    row = tl.program_id(0).to(tl.int64)
-    if row < rows:
-        _prepare_query(
-            query, tables, out, query_bias, row, heads, kv_heads, tokens, words, q_b, q_h, q_t, KEY
-        )
-    elif KEY.rotary:
-        HALF: tl.constexpr = KEY.dim // 2
-        BLOCKS: tl.constexpr = KEY.block // TOKENS
-        head, block = (row - rows) // BLOCKS, (row - rows) % BLOCKS
-        pair = tl.arange(0, triton.next_power_of_2(HALF))
-        tables += head * words + KEY.frequencies
-        frequency = tl.load(tables + pair, mask=pair < HALF, other=0)
-        token = block.to(tl.int32) * TOKENS + tl.arange(0, TOKENS)
-        cosine, sine = cosine_and_sine(token[:, None] * frequency[None, :])
-        where = turns + head * (KEY.block * KEY.dim) + token[:, None] * HALF + pair[None, :]
-        ok = (pair < HALF)[None, :]
-        tl.store(where, cosine.to(turns.dtype.element_ty), mask=ok)
-        tl.store(where + KEY.block * HALF, sine.to(turns.dtype.element_ty), mask=ok)
 
 
 @lru_cache
@@ -441,29 +303,19 @@ def _halves(tables: Tensor | None) -> Tensor | None:
     return None if tables is None else tables.view(torch.float16)
 
 
-def _prepare(
-    query: Tensor, kv_heads: int, frame: Frame | None, constants: dict[str, object]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the query as it meets packed keys, the means' share of its scores, and angles of keys."""
-    coding = constants["KEY"]
-    assert isinstance(coding, Coding)
-    if not (coding.tables or coding.hadamard):
-        return query, None, None
-    B, Hq, T, D = query.shape
-    rows, tables, words, bias, turns, programs = B * Hq * T, None, 0, None, None, 0
-    if frame is not None:
-        tables, words = frame.tables, frame.tables.shape[1]
-        bias = query.new_empty(rows, dtype=torch.float32)
-    if coding.rotary:
-        dtype = torch.float32 if constants["DTYPE"] == tl.float32 else torch.float16
-        turns = query.new_empty(kv_heads, 2, coding.block, D // 2, dtype=dtype)
-        programs = kv_heads * coding.block // TOKENS
-    out = query.new_empty(B, Hq, T, D, dtype=torch.float32)
-    prepare_kernel[(rows + programs,)](
-        query, tables, out, bias, turns, rows, Hq, kv_heads, T, words, *query.stride()[:3],
-        KEY=coding, TOKENS=TOKENS,
-    )  # fmt: skip
-    return out, bias, turns
+def _read_mask(
+    mask: Tensor | None, shape: torch.Size
+) -> tuple[Tensor | None, Literal[0, 1, 2], bool]:
+    """Return a mask with all four dimensions of scores, its kind, and whether columns of a tile share its rows.
+
+    Kinds are none, boolean and additive.
+    """
+    if mask is None:
+        return None, 0, False
+    B, Hq, T, _D = shape
+    mask = mask.expand(B, Hq, T, mask.shape[-1])
+    shared = mask.stride(1) == 0 and (T == 1 or mask.stride(2) == 0)
+    return (mask.view(torch.uint8), 1, shared) if mask.dtype == torch.bool else (mask, 2, shared)
 
 
 def attend(
@@ -488,10 +340,8 @@ def attend(
         query: ``[B, Hq, T, D]``.
         key, value: Exact new tokens, ``[B, Hkv, Tn, D]`` and ``[B, Hkv, Tn, Dv]``.
         key_parts, value_parts: The cache before the new tokens are written, contiguous.
-        mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with
-            one column
-            a slot; slots beyond its ``M`` columns, and slots that hold no token, are not attended
-            to.
+        mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column
+            a slot; slots beyond its ``M`` columns, and slots that hold no token, are not attended to.
         position: Slots of the new tokens on the device, one behind the other; or ``None``.
         start: The first of them; or ``None``.
         scale: Factor on the scores.
@@ -511,25 +361,18 @@ def attend(
     constants, options = launch_constants(
         key_layout, value_layout, shared, T, query.dtype, platform_of(query)
     )
+    coding = Coding.of(key_layout), Coding.of(value_layout)
     tiles = triton.cdiv(shared * T, constants["BLOCK_Q"])
-    per_processor = PROGRAMS_PER_PROCESSOR or programs_per_processor(
-        Coding.of(key_layout), Coding.of(value_layout)
-    )
+    resident = PROGRAMS_PER_PROCESSOR or programs_per_processor(*coding)
     exact, packed = _count_splits(
-        B * Hkv * tiles, capacity, key_layout.exact_rows + new,
-        per_processor * _processors(query.device),
-    )  # fmt: skip
+        B * Hkv * tiles, capacity, key_layout.exact_rows + new, resident * _processors(query.device)
+    )
     splits = exact + packed
-
-    kind, width = 0, 0
-    strides: tuple[int, ...] = (0, 0, 0, 0)
+    mask, kind, mask_shared = _read_mask(mask, query.shape)
     if mask is not None:
-        width = mask.shape[-1]
-        mask = mask.expand(B, Hq, T, width)
-        kind, mask = (1, mask.view(torch.uint8)) if mask.dtype == torch.bool else (2, mask)
         options.pop("maxnreg", None)  # it would spill
-        strides = mask.stride()
-    packed_query, query_bias, turns = _prepare(query, Hkv, key_frame, constants)
+    single = constants["DTYPE"] == tl.float32
+    packed_query, query_bias, turns = prepare(query, Hkv, key_frame, coding[0], single)
     partial = query.new_empty(B * Hq * T, splits, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, splits, dtype=torch.float32)
     key_tables, value_tables = (None if f is None else f.tables for f in (key_frame, value_frame))
@@ -539,15 +382,10 @@ def attend(
         _pairs(key_parts[1]), *key_parts[2:], key_tables, _halves(key_tables), turns,
         None if key_frame is None else key_frame.shift, value_parts[0].view(torch.uint16),
         _pairs(value_parts[1]), *value_parts[2:], _halves(value_tables), mask, position, partial,
-        lse, scale * LOG2_E, start or 0, Hkv, T, new, capacity, exact, width, key_words,
-        value_words, *query.stride()[:3], *packed_query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], *strides, HAS_POSITION=position is not None, MASK_KIND=kind,
-        MASK_SHARED=kind > 0 and strides[1] == 0 and (T == 1 or strides[2] == 0), **constants,
-        **options,
+        lse, scale * LOG2_E, start or 0, Hkv, T, new, capacity, exact,
+        0 if mask is None else mask.shape[-1], key_words, value_words, *query.stride()[:3],
+        *packed_query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *((0, 0, 0, 0) if mask is None else mask.stride()), HAS_POSITION=position is not None,
+        MASK_KIND=kind, MASK_SHARED=mask_shared, **constants, **options,
     )  # fmt: skip
-    out = query.new_empty(B, Hq, T, Dv)
-    join_kernel[(B * Hq * T,)](
-        partial, lse, out, value_tables, splits, exact, Hkv, shared * T, value_words,
-        VALUE=constants["VALUE"], SPLITS=triton.next_power_of_2(splits),
-    )  # fmt: skip
-    return out
+    return join(partial, lse, query, value_frame, coding[1], exact, Hkv)

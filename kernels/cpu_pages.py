@@ -27,6 +27,7 @@ from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.kernels.tables import section
 
 SOURCE = Path(__file__).with_name("cpu_pages.cpp")
+HEADER = Path(__file__).with_name("unpack_pages.h")  # which the source includes
 # Sums may be taken in any order; infinities and NaN keep their meaning, which -ffast-math would take away.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -110,7 +111,8 @@ def _build() -> Path:
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler was found")
-    identity = "\n".join([compiler, *FLAGS, _processor(), SOURCE.read_text()])
+    texts = [path.read_text() for path in (SOURCE, HEADER)]
+    identity = "\n".join([compiler, *FLAGS, _processor(), *texts])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq_compile"
     library = folder / f"cpu_pages-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.exists():
