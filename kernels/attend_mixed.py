@@ -118,8 +118,8 @@ def unpack_planes(
     BITS: tl.constexpr = C.bits
     PAGE: tl.constexpr = C.page
     COLUMNS: tl.constexpr = C.columns
-    # A head of 16 channels has one unit a token. With pack=2 the instructions below then gave wrong codes on an
-    # H100 (Triton 3.6), where outliers followed; so small heads take the plain way.
+    # A head of 16 channels has one unit a token. With pack=2 the instructions below then led to wrong scores on an
+    # H100 (Triton 3.6) where the key has outliers; so such heads take the plain way.
     if FAST and COLUMNS > 16:
         a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = tl.inline_asm_elementwise(
             MERGE[C.bits - 1],

@@ -39,8 +39,10 @@ def requantize_older_(
         importance: Weight of each token's error by slot, ``[B, H, >= start + tokens]``. Nothing is done where
             the layout distributes bits by attention and there is none.
     """
+    if not layout.requantize or (layout.attentive and importance is None):
+        return
     old, new = pages_before_and_after(cursor, start, tokens, layout)
-    if not layout.requantize or new == old or (layout.attentive and importance is None):
+    if new == old:
         return
     bound = layout.bound_at(layout.sinks + new * layout.page_size)
     needed = mixed.needed_bits(

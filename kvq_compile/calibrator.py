@@ -31,13 +31,14 @@ from kvq_compile.methods import (
     calibrated_options,
     check_method,
     default_clip,
+    make_spec,
 )
 from kvq_compile.query_norms import measure_query_norms
 
 TOKENS = 16_384
 MEMORY = 2 << 30
 SKIPPED = 5  # first tokens of a text: sinks, which stay exact
-CALIBRATED_NAMES = "skvq, cq-<c>c<b>b , auto or qaq"
+CALIBRATED_NAMES = "skvq, cq-<c>c<b>b, auto or qaq"
 CODEBOOKS_BELOW = 2.5  # bits from which they lose against uniform steps
 TEXTS = 2  # whole texts on which "auto" measures its candidates
 Advance = Callable[[str, int, int], None]
@@ -88,7 +89,7 @@ def calibrate(
         tokens: Tokens to fit to, taken evenly from all batches.
         seed: Of every random choice.
         memory: Bytes of samples that may be held at once, at least those of one layer.
-        resume: A file that keeps the layers fitted so far.
+        resume: A file that keeps the layers fitted so far; what is measured for ``"qaq"`` takes no such file.
         advance: Called with a stage, how much of it is done and how much there is to do.
         **options: The method's options.
 
@@ -100,14 +101,20 @@ def calibrate(
         raise ValueError(
             f"method must be one that is calibrated, {CALIBRATED_NAMES}, got {method!r}"
         )
+    if method == "qaq":
+        if "query_norm" in options:
+            raise ValueError(
+                f"query_norm must be left out of a calibration, which measures it, got {options['query_norm']!r}"
+            )
+        make_spec(method, **options)  # an error before texts are read
     texts = list(batches)
     if not texts:
         raise ValueError("batches must hold a text or more, got none")
     options = calibrated_options(method, options)
     weights = frozenset(weight_hash(parameter) for parameter in model.parameters())
-    fitted = _resumed(resume, method, options, weights)
     if method == "qaq":
         return Calibration(method, options, _measured(model, texts, tokens, seed, advance), weights)
+    fitted = _resumed(resume, method, options, weights)
     candidates: list[_Candidates] = []
     rotations = find_rotations(model, texts[0])
     count = None

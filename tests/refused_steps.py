@@ -82,3 +82,13 @@ def buffers(first: int = 0, new: int = 5, quantized: bool = False):
 
 def join(keys, values, key, value):
     return torch.cat([keys, key], 2), torch.cat([values, value], 2)
+
+
+def assert_grows_alike(compiled, step, state: list, plain: list) -> None:
+    """Take four steps compiled and not, from their caches on; compare, and see that caches stay quantized."""
+    for new in (2, 1, 1, 3):
+        arguments = [tokens(new, seed=seed) for seed in range(3)]
+        output, *state = compiled(*arguments, *state)
+        expected, *plain = step(*arguments, *plain)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        assert all(isinstance(cache, QuantizedKV) for cache in state)

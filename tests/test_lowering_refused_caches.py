@@ -6,7 +6,15 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import KVQWarning, QuantizedKV
-from refused_steps import assert_left_alone, buffers, compile_, grown, join, tokens
+from refused_steps import (
+    assert_grows_alike,
+    assert_left_alone,
+    buffers,
+    compile_,
+    grown,
+    join,
+    tokens,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -104,12 +112,7 @@ def test_a_cache_that_a_second_attention_reads_is_left_to_the_first() -> None:
     ):
         compiled = compile_(step)
         state, plain = grown()()[3:], grown()()[3:]
-        for new in (2, 1, 1, 3):
-            arguments = [tokens(new, seed=seed) for seed in range(3)]
-            output, *state = compiled(*arguments, *state)
-            expected, *plain = step(*arguments, *plain)
-            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-            assert all(isinstance(cache, QuantizedKV) for cache in state)
+        assert_grows_alike(compiled, step, state, plain)
 
 
 def test_a_buffer_without_a_mask_is_left_alone() -> None:
@@ -212,12 +215,7 @@ def test_a_refused_attention_over_a_grown_cache_is_right_and_keeps_it_quantized(
 
     compiled, state, plain = compile_(step), grown(quantized=True)()[3:], grown()()[3:]
     with torch.no_grad(), pytest.warns(KVQWarning, match="tanh"):
-        for new in (2, 1, 1, 3):
-            arguments = [tokens(new, seed=seed) for seed in range(3)]
-            output, *state = compiled(*arguments, *state)
-            expected, *plain = step(*arguments, *plain)
-            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-            assert all(isinstance(cache, QuantizedKV) for cache in state)
+        assert_grows_alike(compiled, step, state, plain)
 
 
 def test_a_refused_attention_over_a_buffer_is_right() -> None:

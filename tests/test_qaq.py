@@ -18,10 +18,9 @@ from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.importance import recent_importance
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.methods import make_spec
+from qaq_model import SMALL, make_model, run
 
 transformers = pytest.importorskip("transformers")
-
-SMALL = {"sinks": 2, "window": 5, "page_size": 32}
 
 
 def layouts(**options: Any) -> tuple[PageLayout, PageLayout]:
@@ -89,25 +88,6 @@ def test_what_is_attended_to_gets_more_bits() -> None:
     plain = ops.quantize(x, 39, True, layout.token)
     _, even = mixed.unpack(plain[0][:, :, :1], plain[1][:, :, :1], layout.mixed)
     assert not torch.equal(bits, even)
-
-
-def make_model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
-        num_hidden_layers=2, intermediate_size=128, initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def run(model: Any, **options: Any) -> Any:
-    torch._dynamo.reset()
-
-    def call(ids: Tensor, cache: Any, **more: Any) -> Tensor:
-        return model(ids, past_key_values=cache, use_cache=True, **more).logits
-
-    options = {"method": "qaq", "inner": "eager", **SMALL, **options}
-    return torch.compile(call, backend="kvq", options=options, dynamic=False)
 
 
 @pytest.mark.parametrize("options", [{"bits": 2.3}, {"bits": 4}, {"bits": 3, "variant": "paper"}])
@@ -286,6 +266,17 @@ def test_a_calibration_of_qaq_sets_the_bound_of_each_layer(tmp_path: Any) -> Non
         make_spec(calibration=made, query_norm=10.0)
     with pytest.raises(ValueError, match="one that is calibrated"):
         kvq_compile.calibrate(model, [text], "int4")
+
+
+def test_what_calibration_measures_or_does_not_know_is_refused_before_texts_are_read() -> None:
+    def never():
+        raise AssertionError("a text was read")
+        yield
+
+    with pytest.raises(ValueError, match="query_norm must be left out of a calibration"):
+        kvq_compile.calibrate(make_model(), never(), method="qaq", query_norm=10.0)
+    with pytest.raises(ValueError, match="key_target must be a positive number"):
+        kvq_compile.calibrate(make_model(), never(), method="qaq", key_target=-1.0)
 
 
 @pytest.mark.parametrize("name", ["key_target", "value_target", "query_norm"])

@@ -15,6 +15,7 @@ from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.requantize import requantize_older_
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.methods import make_spec
+from qaq_model import SMALL, make_model, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,7 +24,6 @@ pytestmark = [  # of numpy, from Triton's interpreter
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {"sinks": 2, "window": 5, "page_size": 32}
 TARGETS = {"key_target": 0.05, "value_target": 0.02, "query_norm": 30.0}
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -223,30 +223,14 @@ def test_requantizing_a_budget_is_refused() -> None:
 # In a model
 
 
-def make_model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
-        num_hidden_layers=2, intermediate_size=128, initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def run(model: Any, **options: Any) -> Any:
-    torch._dynamo.reset()
-
-    def call(ids: Tensor, cache: Any) -> Tensor:
-        return model(ids, past_key_values=cache, use_cache=True).logits
-
-    options = {"method": "qaq", "inner": "eager", "bits": 4, **SMALL, **TARGETS, **options}
-    return torch.compile(call, backend="kvq", options=options, dynamic=False)
-
-
 def test_a_compiled_model_reads_what_its_requantized_cache_stands_for() -> None:
     model = make_model()
     ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(3))
-    call, cache = run(model, requantize=True), transformers.DynamicCache(config=model.config)
-    kept = run(model), transformers.DynamicCache(config=model.config)
+    call, cache = (
+        run(model, bits=4, **TARGETS, requantize=True),
+        transformers.DynamicCache(config=model.config),
+    )
+    kept = run(model, bits=4, **TARGETS), transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         for first, last in ((0, 90), (90, 150), (150, 151), (151, 199)):
             before = None
