@@ -21,6 +21,7 @@ from torch import Tensor
 from kvq_compile.kernels import cpu_pages, reference
 from kvq_compile.kernels.bases import PackedTensor, Parts
 from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.originals import keep_, renew_
 from kvq_compile.kernels.requantize import requantize_older_
 from kvq_compile.kernels.spec import HIDES, PageLayout
 
@@ -56,6 +57,7 @@ def append_(
     layout: PageLayout,
     frame: Frame | None = None,
     importance: Tensor | None = None,
+    originals: Tensor | None = None,
 ) -> None:
     """Append in steps, so that quantizing a long prompt needs little scratch.
 
@@ -67,10 +69,14 @@ def append_(
         cursor[0] = start + 1
         return
     # Once for the whole call: its own pages are all quantized under the attention of now.
+    if originals is not None:
+        renew_(codes, params, cursor, originals, start, x.shape[2], layout, importance)
     requantize_older_(codes, params, cursor, start, x.shape[2], layout, importance)
     layout = replace(layout, requantize=False)
     for first in range(0, x.shape[2], APPEND_TOKENS):
         piece = x[:, :, first : first + APPEND_TOKENS]
+        if originals is not None:
+            keep_(originals, exact, cursor, piece, start + first, layout)
         reference.append_(
             codes, params, exact, cursor, piece, start + first, layout, frame, importance
         )

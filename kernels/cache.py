@@ -19,7 +19,8 @@ Appending to a view that is not the longest alive copies first, so that what a l
 overwritten; when no longer view is alive the surplus is forgotten in place, which makes a speculative
 reject cost nothing. A token seen through an older view may change once, from its exact value to its
 quantized one, when it leaves the window; and where the layout requantizes, in steps to coarser ones, as the
-longest view's attention moves on.
+longest view's attention moves on. Where it keeps exact copies such a token may become finer again; copies in
+host memory (`originals`) belong to the memory that views share, and move to no device.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvq_compile.kernels import ops
+from kvq_compile.kernels.originals import held_by_host
 from kvq_compile.kernels.read_only import read_only
 from kvq_compile.kernels.spec import PageLayout
 
 Kind = Literal["grown", "static"]
-INNER = (*ops.PARTS, *ops.FRAME)
+INNER = (*ops.PARTS, *ops.FRAME, ops.ORIGINALS)
 GROWS_BY_CAT = (
     "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
 )
@@ -69,6 +71,7 @@ class QuantizedKV(Tensor):
         codes, params, exact, cursor: The parts, as `PageLayout` describes them.
         tables, shift: What packed tokens are coded relative to, where the layout has it, else ``None``.
             Caches of a layer share their tables.
+        originals: Exact packed tokens in host memory, where the layout keeps them, else ``None``.
         page_layout: Their layout.
         kind: ``"grown"`` or ``"static"``.
     """
@@ -79,6 +82,7 @@ class QuantizedKV(Tensor):
     cursor: Tensor
     tables: Tensor | None
     shift: Tensor | None
+    originals: Tensor | None
     page_layout: PageLayout
     kind: Kind
     _lineage: _Lineage
@@ -97,8 +101,16 @@ class QuantizedKV(Tensor):
         lineage: _Lineage | None = None,
         tables: Tensor | None = None,
         shift: Tensor | None = None,
+        originals: Tensor | None = None,
     ) -> QuantizedKV:
-        """Wrap parts as a tensor of ``length`` slots; ``lineage`` names the memory they share."""
+        """Wrap parts as a tensor of ``length`` slots; ``lineage`` names the memory they share.
+
+        Raises:
+            ValueError: Originals are missing, or there are some that the layout does not keep.
+        """
+        if layout.keep_exact != (originals is not None):
+            given = None if originals is None else tuple(originals.shape)
+            raise ValueError(f"originals must be given as the layout says, {layout}, got {given}")
         B, H, _, D = exact.shape
         shape = (B, H, length, D)
         self: QuantizedKV = Tensor._make_wrapper_subclass(
@@ -106,10 +118,10 @@ class QuantizedKV(Tensor):
         )
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
-        self.tables, self.shift = tables, shift
+        self.tables, self.shift, self.originals = tables, shift, originals
         if not isinstance(cursor, FakeTensor):
-            for part, page_axis in ((codes, 2), (params, 2)):
-                if kind == "grown":
+            for part, page_axis in ((codes, 2), (params, 2), (originals, 2)):
+                if kind == "grown" and part is not None:
                     torch._dynamo.maybe_mark_dynamic(part, page_axis)
             self._lineage = lineage or _Lineage(int(length))
             self._lineage.add(self)
@@ -132,7 +144,12 @@ class QuantizedKV(Tensor):
 
         A static cache gets as many slots as ``x`` has, a grown one as many as it has tokens. ``tables``
         are the words of the layout's `Tables`; ``shift``, ``[B]``, is zero if it is not given.
+
+        Raises:
+            ValueError: The layout keeps exact copies, and the cache is static.
         """
+        if layout.keep_exact and kind == "static":
+            raise ValueError("keep_exact must go with a cache that grows, got a static one")
         tokens = x.shape[2] if length is None else length
         slots = x.shape[2] if kind == "static" else tokens
         if layout.rotary and shift is None:
@@ -140,7 +157,11 @@ class QuantizedKV(Tensor):
         codes, params, exact, cursor = ops.quantize(
             x[:, :, :tokens], slots, kind == "grown", layout.token, tables, shift
         )
-        return cls(codes, params, exact, cursor, layout, kind, slots, tables=tables, shift=shift)
+        originals = None
+        if layout.keep_exact:
+            originals = ops.originals(x[:, :, :tokens], slots, kind == "grown", layout.token)
+        parts = codes, params, exact, cursor
+        return cls(*parts, layout, kind, slots, tables=tables, shift=shift, originals=originals)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,16 +215,20 @@ class QuantizedKV(Tensor):
 
     def _grow(self, tokens: int) -> None:
         capacity = ops.page_capacity(self.shape[2] + tokens, True, self.page_layout)
-        for name in ("codes", "params"):
+        for name in ("codes", "params", ops.ORIGINALS):
             old = getattr(self, name)
+            if old is None:
+                continue
             new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            if name == ops.ORIGINALS:
+                new = held_by_host(new, self.device)
             new[:, :, : old.shape[2]] = old
             torch._dynamo.maybe_mark_dynamic(new, 2)
             setattr(self, name, new)
 
     def _fork(self, tokens: int) -> None:
         copy = self.clone_packed()
-        for name in ops.PARTS:
+        for name in (*ops.PARTS, ops.ORIGINALS):
             setattr(self, name, getattr(copy, name))
         self._lineage = _Lineage(copy._lineage.held)
         self._lineage.add(self)
@@ -227,9 +252,12 @@ class QuantizedKV(Tensor):
         codes, params, exact, cursor = (change(part) for part in self.parts)
         tables = self.tables if self.tables is None else self.tables.to(codes.device)
         shift = self.shift if self.shift is None else change(self.shift)
+        originals = self.originals
+        if originals is not None:
+            originals = held_by_host(change(originals), codes.device)
         return QuantizedKV(
             *(codes, params, exact, cursor, self.page_layout, self.kind, self.shape[2]),
-            *(lineage, tables, shift),
+            *(lineage, tables, shift, originals),
         )
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
@@ -237,7 +265,8 @@ class QuantizedKV(Tensor):
 
     def _view(self, length: int) -> QuantizedKV:
         lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
-        return QuantizedKV(*self.parts, self.page_layout, self.kind, length, lineage, *self.frame)
+        about = self.page_layout, self.kind, length, lineage
+        return QuantizedKV(*self.parts, *about, *self.frame, self.originals)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -252,7 +281,7 @@ class QuantizedKV(Tensor):
         if dim not in (0, -4):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
         return self._map_batch(
-            lambda part: part.repeat_interleave(repeats, 0, output_size=output_size)
+            lambda part: part.repeat_interleave(on(repeats, part), 0, output_size=output_size)
         )
 
     def __copy__(self) -> QuantizedKV:
@@ -266,7 +295,7 @@ class QuantizedKV(Tensor):
         # Loaded views would not know of each other, so that each takes memory of its own.
         owner = self.clone_packed() if self._lineage.others(self) else self
         about = self.page_layout.token, self.kind, int(self.shape[2])
-        return rebuild, (*owner.parts, *about, *owner.frame)
+        return rebuild, (*owner.parts, *about, *owner.frame, owner.originals)
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)
@@ -295,9 +324,12 @@ class QuantizedKV(Tensor):
     ) -> QuantizedKV:
         layout, kind = meta
         codes, params, exact, cursor = (inner[name] for name in ops.PARTS)
-        tables, shift = (inner.get(name) for name in ops.FRAME)
+        tables, shift, originals = (inner.get(name) for name in (*ops.FRAME, ops.ORIGINALS))
         return QuantizedKV(
-            codes, params, exact, cursor, layout, kind, outer_size[2], tables=tables, shift=shift
+            *(codes, params, exact, cursor, layout, kind, outer_size[2]),
+            tables=tables,
+            shift=shift,
+            originals=originals,
         )
 
     @classmethod
@@ -307,6 +339,11 @@ class QuantizedKV(Tensor):
         from kvq_compile.kernels.cache_operations import dispatch  # which imports this file
 
         return dispatch(func, args, kwargs or {})
+
+
+def on(index: Any, part: Tensor) -> Any:
+    """Return an index along the batch where ``part`` is: the originals are in host memory."""
+    return index.to(part.device) if isinstance(index, Tensor) else index
 
 
 def rebuild(
@@ -319,12 +356,14 @@ def rebuild(
     length: int,
     tables: Tensor | None = None,
     shift: Tensor | None = None,
+    originals: Tensor | None = None,
 ) -> QuantizedKV:
     """Wrap unpickled parts."""
     lineage = _Lineage(int(cursor[0]))
     page_layout = PageLayout.parse(layout)
     return QuantizedKV(
-        codes, params, exact, cursor, page_layout, kind, length, lineage, tables, shift
+        *(codes, params, exact, cursor, page_layout, kind, length, lineage, tables, shift),
+        None if originals is None else held_by_host(originals, codes.device),
     )
 
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.cache import QuantizedKV, on
+from kvq_compile.kernels.originals import held_by_host
 from kvq_compile.kernels.read_only import read_only
 
 aten = torch.ops.aten
@@ -122,7 +123,10 @@ def _write(
         _check_slots(cache, position, start, int(count))
     elif cache.kind == "grown":
         raise NotImplementedError(GROWS_BY_CAT)
-    ops.append_(*cache.parts, x, position, start, cache.page_layout.token, None, *cache.frame)
+    if cache.originals is not None and start is None:
+        start, position = int(position[0]), None  # type: ignore[index]  # grown: the host knows its slots
+    about = cache.page_layout.token, None, *cache.frame, None, cache.originals
+    ops.append_(*cache.parts, x, position, start, *about)
 
 
 def _check_writable(cache: QuantizedKV) -> None:
@@ -172,10 +176,15 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         )
         cursor = first.cursor.clone()
         shift = None if first.shift is None else torch.cat([t.shift for t in tensors])  # type: ignore[attr-defined]
+        originals = None
+        if first.originals is not None:
+            joined = torch.cat([t.originals for t in tensors])  # type: ignore[attr-defined]
+            originals = held_by_host(joined, first.device)
         return QuantizedKV(
             *(codes, params, exact, cursor, first.page_layout, first.kind, first.shape[2]),
             tables=first.tables,
             shift=shift,
+            originals=originals,
         )
     if _dim(first, dim) != 2 or first.kind != "grown":
         return NotImplemented
@@ -191,7 +200,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         first.shape[2],
         first.page_layout.token,
         None,
-        *first.frame,
+        *(*first.frame, None, first.originals),
     )
     return first.extended(new.shape[2])
 
@@ -246,13 +255,15 @@ def _same(a: Any, b: Any) -> bool:
 def _index(x: QuantizedKV, indices: list[Tensor | None]) -> Any:
     if not isinstance(x, QuantizedKV) or any(i is not None for i in indices[1:]):
         return NotImplemented
-    return x._map_batch(lambda part: part[indices[0]]) if indices[0].dim() == 1 else NotImplemented  # type: ignore[union-attr]
+    if indices[0].dim() != 1:  # type: ignore[union-attr]
+        return NotImplemented
+    return x._map_batch(lambda part: part[on(indices[0], part)])
 
 
 def _index_select(x: QuantizedKV, dim: int, index: Tensor) -> Any:
     if not isinstance(x, QuantizedKV) or _dim(x, dim) != 0:
         return NotImplemented
-    return x._map_batch(lambda part: part.index_select(0, index))
+    return x._map_batch(lambda part: part.index_select(0, on(index, part)))
 
 
 def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:
@@ -291,6 +302,8 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
         mine.copy_(theirs, non_blocking)
     if x.shift is not None:
         x.shift.copy_(source.shift, non_blocking)  # type: ignore[attr-defined]
+    if x.originals is not None:
+        x.originals.copy_(source.originals)  # type: ignore[attr-defined]
     if not isinstance(x.cursor, FakeTensor):
         x._lineage.held = source._lineage.held  # type: ignore[attr-defined]
     return x
@@ -331,8 +344,9 @@ def _to_copy(
         return NotImplemented
 
     def move(part: Tensor) -> Tensor:
-        kind = dtype if part is x.exact else None
-        moved = part.to(device=device, dtype=kind, non_blocking=non_blocking, copy=True)
+        kind = dtype if part is x.exact or part is x.originals else None
+        where = part.device if part is x.originals else device
+        moved = part.to(device=where, dtype=kind, non_blocking=non_blocking, copy=True)
         return moved
 
     return x._map(move)

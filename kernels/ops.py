@@ -19,6 +19,7 @@ from kvq_compile.kernels.spec import PageLayout
 
 PARTS = ("codes", "params", "exact", "cursor")
 FRAME = ("tables", "shift")  # what packed tokens are coded relative to, where the layout has it
+ORIGINALS = "originals"  # exact packed tokens in host memory, where the layout has them
 MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache enters a graph
 
 _SCHEMAS = (
@@ -31,7 +32,9 @@ _SCHEMAS = (
     # later, and then has to copy the whole cache first.
     "append_(Tensor(a!) codes, Tensor(b!) params, Tensor(c!) exact, Tensor(d!) cursor, Tensor x, "
     "Tensor? position, SymInt? start, str layout, Tensor? after=None, Tensor? tables=None, Tensor? shift=None, "
-    "Tensor? importance=None) -> ()",
+    "Tensor? importance=None, Tensor(e!)? originals=None) -> ()",
+    # Copy the tokens of the pages that x fills to host memory, with spare room if the cache grows.
+    "originals(Tensor x, SymInt slots, bool grows, str layout) -> Tensor",
     # Attend to the tokens before `start` of a cache and to the exact new ones; writes nothing.
     "attend(Tensor query, Tensor key, Tensor value, "
     "Tensor key_codes, Tensor key_params, Tensor key_exact, Tensor key_cursor, "
@@ -112,13 +115,16 @@ def _append_cpu(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
     importance: Tensor | None = None,
+    originals: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import blocked
 
     page_layout = PageLayout.parse(layout)
     first = blocked.first_slot(position, start)
     frame = make_frame(tables, shift, page_layout)
-    blocked.append_(codes, params, exact, cursor, x, first, page_layout, frame, importance)
+    blocked.append_(
+        codes, params, exact, cursor, x, first, page_layout, frame, importance, originals
+    )
 
 
 def _append_cuda(
@@ -134,17 +140,35 @@ def _append_cuda(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
     importance: Tensor | None = None,
+    originals: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import quantize_kv, requantize_mixed
+    from kvq_compile.kernels.originals import keep_, renew_
 
     page_layout = PageLayout.parse(layout)
     frame = make_frame(tables, shift, page_layout)
+    if originals is not None:
+        assert start is not None  # only grown caches have originals
+        renew_(codes, params, cursor, originals, start, x.shape[2], page_layout, importance)
+        keep_(originals, exact, cursor, x, start, page_layout)
     requantize_mixed.requantize_older_(
         codes, params, cursor, position, start, x.shape[2], page_layout, importance
     )
     quantize_kv.append_(
         codes, params, exact, cursor, x, position, start, page_layout, frame, importance
     )
+
+
+def _originals(x: Tensor, slots: int, grows: bool, layout: str) -> Tensor:
+    from kvq_compile.kernels.originals import new_originals
+
+    page_layout = PageLayout.parse(layout)
+    capacity, first = page_capacity(slots, grows, page_layout), page_layout.sinks
+    originals = new_originals(x, capacity, page_layout)
+    pages = page_layout.pages_at(x.shape[2])
+    tokens = x[:, :, first : first + pages * page_layout.page_size]
+    originals[:, :, :pages] = tokens.unflatten(2, (pages, page_layout.page_size)).cpu()
+    return originals
 
 
 def _attend_cpu(
@@ -273,6 +297,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("quantize", _quantize, _device)
     _library.impl("dequantize", _dequantize, _device)
     _library.impl("importance", _importance, _device)
+    _library.impl("originals", _originals, _device)
 _library.impl("append_", _append_cpu, "CPU")
 _library.impl("append_", _append_cuda, "CUDA")
 _library.impl("attend", _attend_cpu, "CPU")
@@ -319,6 +344,14 @@ def _(
     return query.new_empty(*key.shape[:2], slots, dtype=torch.float32)
 
 
+@torch.library.register_fake("kvq::originals", lib=_library)
+def _(x: Tensor, slots: int, grows: bool, layout: str) -> Tensor:
+    from kvq_compile.kernels.originals import new_originals
+
+    page_layout = PageLayout.parse(layout)
+    return new_originals(x, page_capacity(slots, grows, page_layout), page_layout)
+
+
 @torch.library.register_fake("kvq::dequantize", lib=_library)
 def _(
     codes: Tensor,
@@ -339,3 +372,4 @@ append_ = torch.ops.kvq.append_.default
 attend = torch.ops.kvq.attend.default
 dequantize = torch.ops.kvq.dequantize.default
 importance = torch.ops.kvq.importance.default
+originals = torch.ops.kvq.originals.default

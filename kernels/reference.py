@@ -342,11 +342,7 @@ def append_(
     new = max(old, new)
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
     if new > old:
-        waiting = exact[
-            :, :, exact_row_index(first, max(first, min(start, last)), layout, x.device)
-        ]
-        leaving = torch.cat([waiting, x[:, :, max(0, first - start) : max(0, last - start)]], 2)
-        pages = leaving.unflatten(2, (-1, layout.page_size))
+        pages = leaving_pages(exact, x, start, old, new, layout)
         if importance is not None:
             importance = importance[:, :, first:last].unflatten(2, (-1, layout.page_size))
         packed = quantize_packed(pages, layout, frame, first, importance)
@@ -358,6 +354,18 @@ def append_(
         :, :, kept:
     ].to(exact.dtype)
     cursor[0], cursor[1] = start + tokens, new
+
+
+def leaving_pages(
+    exact: Tensor, x: Tensor, start: int, old: int, new: int, layout: PageLayout
+) -> Tensor:
+    """Return the tokens ``[B, H, new - old, N, D]`` of pages that new tokens ``x`` at ``start`` complete."""
+    first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
+    rows = exact_row_index(first, max(first, min(start, last)), layout, x.device)
+    leaving = torch.cat(
+        [exact[:, :, rows], x[:, :, max(0, first - start) : max(0, last - start)]], 2
+    )
+    return leaving.unflatten(2, (-1, layout.page_size))
 
 
 def softmax_attention(

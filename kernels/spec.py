@@ -88,6 +88,7 @@ class TensorSpec:
             standard deviation of an attention weight (keys) or of the output (values). 0: all bits are used.
         query_norm: Squared norm of a query that few exceed, which a target of keys needs.
         requantize: Whether tokens of mixed pages lose bits that their target needs no more as attention moves on.
+        keep_exact: Whether host memory holds packed tokens exactly, for them to gain bits when attention returns.
 
     Raises:
         TypeError: A number of bits or channels is not a number.
@@ -112,19 +113,17 @@ class TensorSpec:
     target: float = 0.0
     query_norm: float = 0.0
     requantize: bool = False
+    keep_exact: bool = False
 
     def __post_init__(self) -> None:
-        _check(
-            self.target == 0 or self.mixed is not None,
-            "a target must go with mixed pages: give mixed",
-        )
-        _check(
-            not self.requantize or self.target > 0, "requantize must go with a target: give target"
-        )
         if self.mixed is not None:
             self._check_mixed()
         elif self.bits != 1.5 or self.couple is not None:
             _check_integers(bits=self.bits)
+        _check(
+            self.mixed is not None or not (self.target or self.requantize or self.keep_exact),
+            "target, requantize and keep_exact must go with mixed pages: give mixed",
+        )
         _check_integers(
             group_size=1 if self.group_size is None else self.group_size,
             couple=1 if self.couple is None else self.couple,
@@ -181,11 +180,18 @@ class TensorSpec:
             raise TypeError(f"bits must be a number, got {self.bits!r}")
         plain = self.couple is None and self.grouping == "token" and self.group_size is None
         _check(plain, "mixed pages have one group a token: no couple, grouping or group_size")
-        for name in ("target", "query_norm"):
-            number = getattr(self, name)
-            _check(
-                0 <= number < math.inf, f"{name} must be a finite number of 0 or more, got {number}"
-            )
+        _check(
+            not self.requantize or self.target > 0, "requantize must go with a target: give target"
+        )
+        _check(
+            not self.keep_exact or (self.attentive and self.tables is None),
+            "keep_exact must go with bits that depend on attention, without tables",
+        )
+        _check(
+            0 <= self.target < math.inf and 0 <= self.query_norm < math.inf,
+            "target and query_norm must be finite numbers of 0 or more, "
+            f"got {self.target} and {self.query_norm}",
+        )
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,7 @@ class CacheSpec:
             target=float(spec.target),
             query_norm=float(spec.query_norm if role == "key" and spec.target else 0),
             requantize=spec.requantize,
+            keep_exact=spec.keep_exact,
         )
 
 
@@ -286,6 +293,7 @@ class PageLayout:
         exact   model's  [B, H, exact_rows, D]    sinks, then a ring of the recent tokens
         cursor  int32    [2]                      tokens held, pages packed
         tables  int32    [H, table_words]         what calibration found; only where the spec has tables
+        originals  model's  [B, H, P, N, D]       packed tokens as they were, in host memory; only by option
         shift   int32    [B]                      position minus slot of each sequence; only rotary keys
 
     Where tokens differ in bits (`mixed`) codes have one row, ``params`` are bytes ``[B, H, P, fields, N, 1]``.
@@ -325,6 +333,7 @@ class PageLayout:
     target: float = 0.0
     query_norm: float = 0.0
     requantize: bool = False
+    keep_exact: bool = False
 
     def __post_init__(self) -> None:
         if self.coder == "mixed":
@@ -438,7 +447,8 @@ class PageLayout:
             average = f"{self.bits:g} on average"
             if self.target:
                 average = f"at most {average}, fewer where they meet target {self.target:g}"
-            return f"{self.min_bits} to {self.max_bits} bits ({average})"
+            exact = ", exact copies in host memory" if self.keep_exact else ""
+            return f"{self.min_bits} to {self.max_bits} bits ({average}){exact}"
         return f"{self.bits:g}-bit"
 
     @property
@@ -477,16 +487,12 @@ class PageLayout:
         return PageLayout(**{f.name: _FROM_TEXT.get(f.name, str)(text) for f, text in values})
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
-    "bits": _number,
+    "bits": lambda text: int(text) if text.isdecimal() else float(text),
     **dict.fromkeys(("clip", "target", "query_norm"), float),
     **dict.fromkeys(
-        ("rotary", "fit", "soften", "attentive", "requantize"), lambda text: text == "True"
+        ("rotary", "fit", "soften", "attentive", "requantize", "keep_exact"),
+        lambda text: text == "True",
     ),
     **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
     **dict.fromkeys(("min_bits", "max_bits", "outliers"), int),

@@ -29,6 +29,7 @@ class TensorReport:
             share counts for the first of them.
         kept_exact: Tokens among ``held`` that are exact.
         packed_bits: Bits per number of a packed token; ``None`` where nothing is packed.
+        host_bytes: Bytes of exact copies in host memory, which are no part of ``parts``.
         read_bits: Those of them that attention reads, fewer where tokens use fewer than their page has room for.
     """
 
@@ -39,6 +40,7 @@ class TensorReport:
     kept_exact: int
     packed_bits: float | None = None
     read_bits: float | None = None
+    host_bytes: int = 0
 
     @property
     def elements(self) -> int:
@@ -68,6 +70,11 @@ class Report:
     def bytes(self) -> int:
         """All bytes held, spare room included."""
         return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of exact copies in host memory, beside `bytes`: only where the option ``keep_exact`` is set."""
+        return sum(tensor.host_bytes for tensor in self.tensors)
 
     @property
     def elements(self) -> int:
@@ -110,6 +117,8 @@ class Report:
         rows = [f"  {name:8s} {size:>14,d} bytes" for name, size in self.parts.items()]
         if self.read_bits < self.packed_bits:
             rows.append(f"  of {self.packed_bits:.2f} bits packed {self.read_bits:.2f} are read")
+        if self.host_bytes:
+            rows.append(f"  and {self.host_bytes:,d} bytes of exact copies in host memory")
         ratio = self.dense_bytes / self.bytes if self.bytes else 0.0
         head = f"{self.layers} layers, {self.tokens:,d} tokens: {self.bytes:,d} bytes, "
         head += f"{self.effective_bits:.2f} bits a number ({ratio:.2f} times less than 16 bit)"
@@ -152,7 +161,9 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
     parts = {
         name: _bytes_once(part, counted) for name, part in held_parts.items() if part is not None
     }
-    return TensorReport(name, shape, held, parts, held - packed, width, _read_bits(tensor, width))
+    host = 0 if tensor.originals is None else _bytes_once(tensor.originals, counted)
+    read = _read_bits(tensor, width)
+    return TensorReport(name, shape, held, parts, held - packed, width, read, host)
 
 
 def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:

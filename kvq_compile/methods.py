@@ -141,6 +141,7 @@ def qaq(
     value_target: float | None = None,
     query_norm: float = QAQ_QUERY_NORM,
     requantize: bool = False,
+    keep_exact: Literal["cpu"] | None = None,
     params: Params = "fp16",
     sinks: int = 5,
     window: int = 128,
@@ -162,6 +163,8 @@ def qaq(
 
     ``requantize=True``: whenever a page fills, tokens of older pages lose the bits that their target needs no more
     now that attention has moved on, in place. It needs a target: a budget would gain nothing.
+    ``keep_exact="cpu"`` holds packed tokens whose bits depend on attention exactly in host memory, as in the paper,
+    and quantizes a page anew, within its budget, when a token of it would gain bits. Only of caches that grow.
 
     Source: QAQ (arXiv 2403.04643), with its per-head level.
     """
@@ -176,10 +179,12 @@ def qaq(
             raise ValueError(f"{name} must be a positive number, got {number!r}")
     if not isinstance(requantize, bool):
         raise TypeError(f"requantize must be a bool, got {requantize!r}")
-    if requantize and key_target is None and value_target is None:
+    if keep_exact not in (None, "cpu"):
+        raise ValueError(f'keep_exact must be "cpu" or None, got {keep_exact!r}')
+    if requantize and key_target is None and value_target is None and keep_exact is None:
         raise ValueError(
             "requantize must go with error targets, got none: a page keeps its budget, so that taking bits "
-            "away would gain nothing; give key_target or value_target"
+            'away would gain nothing; give key_target or value_target, or keep_exact="cpu"'
         )
     outliers = (2 if paper else 0) if outliers is None else outliers
     least = (0 if paper else 1) if min_bits is None else min_bits
@@ -194,6 +199,7 @@ def qaq(
             budget, params=params, mixed=(least, most), outliers=outliers, fit=not paper,
             soften=not paper and target is None, attentive=attentive, target=target or 0.0,
             query_norm=query_norm, requantize=requantize and target is not None,
+            keep_exact=keep_exact is not None and attentive,
         )  # fmt: skip
 
     key = tensor(keys, not paper and key_target is None, key_target)

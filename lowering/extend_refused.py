@@ -48,7 +48,7 @@ def extend_refused(
         with graph.inserting_before(grown[0].next):
             tokens = graph.call_method("detach", (new,)) if torch.is_grad_enabled() else new
             arguments = (*cache.parts, tokens, None, cache.length, cache.layout.token)
-            insert_call(graph, ops.append_, (*arguments, None, *cache.frame))
+            insert_call(graph, ops.append_, (*arguments, None, *cache.frame, None, cache.originals))
         extended.append(State(Life.GROWN, grown[0], new, past))
     return extended
 

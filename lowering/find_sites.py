@@ -27,6 +27,8 @@ from kvq_compile.lowering.sizes import SizeReader
 from kvq_compile.lowering.why_not_kept import NO_CACHE
 
 BY_OPTION = "left in 16 bit by the option layers"
+KEEPS_NOT = "keep_exact needs a cache that grows: the host does not know which pages of a cache of fixed size fill up"
+GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
 
 
 def find_sites(
@@ -92,6 +94,8 @@ def _site(
         layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, inputs))
     codings = [_coding("key", layer_spec, key), _coding("value", layer_spec, value)]
     for state, coding in zip((key, value), codings, strict=True):
+        if coding.layout.keep_exact and state.life not in GROWS:
+            raise Refusal(KEEPS_NOT)
         if state.life in (Life.GROWN, Life.BUFFER):
             _check_layout(value_of(state.past).page_layout, coding.layout)
     return AttentionSite(layer, attention, key, value, *codings)

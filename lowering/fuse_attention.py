@@ -51,7 +51,7 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
         for state, cache in ((key, key_cache), (value, value_cache)):
             first = _first_slot(state, cache)
             arguments = (*cache.parts, state.new, *first, cache.layout.token, fused, *cache.frame)
-            insert_call(graph, ops.append_, (*arguments, importance))
+            insert_call(graph, ops.append_, (*arguments, importance, cache.originals))
             if state.write is not None:
                 _erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})

@@ -81,7 +81,7 @@ class Lowered:
         for index, arg in enumerate(args):
             if index in self.unwrapped:
                 flat.extend(arg.parts)
-                flat.extend(part for part in arg.frame if part is not None)
+                flat.extend(part for part in (*arg.frame, arg.originals) if part is not None)
                 if self.unwrapped[index]:
                     flat.append(arg.shape[2])
             else:

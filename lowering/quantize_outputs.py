@@ -33,7 +33,8 @@ class Plain:
 class Made:
     """Wrap four outputs from number ``index`` on as a cache of ``length`` slots.
 
-    Of rotary keys the shift is a fifth. The tables are the same for every call.
+    Of rotary keys the shift is a fifth; exact copies in host memory are the last. The tables are the same for every
+    call.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Made:
             *(codes, params, exact, cursor, self.layout, self.kind, self.length(args)),
             tables=self.tables,
             shift=results[behind] if self.layout.rotary else None,
+            originals=results[behind + self.layout.rotary] if self.layout.keep_exact else None,
         )
 
 
@@ -193,8 +195,10 @@ def _quantize(
 ) -> tuple[fx.Node, ...]:
     slots = length if isinstance(length, int) else graph.call_method("size", (x, 2))
     quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token, *more))
-    shift = () if more[1] is None else (more[1],)
+    rest: tuple[fx.Node, ...] = () if more[1] is None else (more[1],)
+    if layout.keep_exact:
+        rest += (insert_call(graph, ops.originals, (x, slots, True, layout.token)),)
     return (
         *(insert_call(graph, operator.getitem, (quantized, i)) for i in range(len(ops.PARTS))),
-        *shift,
+        *rest,
     )

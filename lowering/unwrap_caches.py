@@ -10,7 +10,7 @@ from torch import fx
 from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
 
 from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.ops import FRAME, PARTS
+from kvq_compile.kernels.ops import FRAME, ORIGINALS, PARTS
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.lowering.graph import value_of
 
@@ -22,6 +22,7 @@ class CacheInput:
     Attributes:
         parts: Placeholders of its four parts.
         frame: Placeholders of its tables and its shift; ``None`` for what it has not.
+        originals: Placeholder of its exact copies in host memory, if it has them.
         length: Placeholder of its length, or the length where it is constant.
         owns_length: Whether that placeholder was made for this cache.
         layout: Its layout.
@@ -32,6 +33,7 @@ class CacheInput:
     length: Any
     owns_length: bool
     layout: PageLayout
+    originals: fx.Node | None = None
 
 
 def unwrap_caches(graph: fx.Graph) -> dict[fx.Node, CacheInput]:
@@ -50,12 +52,13 @@ def unwrap_caches(graph: fx.Graph) -> dict[fx.Node, CacheInput]:
             continue
         with graph.inserting_before(node):
             parts = tuple(_part(graph, node, cache, name) for name in PARTS)
-            tables, shift = (
+            tables, shift, originals = (
                 None if getattr(cache, name) is None else _part(graph, node, cache, name)
-                for name in FRAME
+                for name in (*FRAME, ORIGINALS)
             )
             length, owned = _length(graph, node, cache)
-        inputs[node] = CacheInput(parts, (tables, shift), length, owned, cache.page_layout)
+        about = length, owned, cache.page_layout
+        inputs[node] = CacheInput(parts, (tables, shift), *about, originals)
     return inputs
 
 

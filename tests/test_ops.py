@@ -17,7 +17,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.testing import DTYPES, lengths, page_layouts
 
-NAMES = ("append_", "attend", "dequantize", "importance", "quantize")
+NAMES = ("append_", "attend", "dequantize", "importance", "originals", "quantize")
 SPECS = {
     "int4": CacheSpec(TensorSpec(4), TensorSpec(4), 2, 5, 32),
     "int3": CacheSpec(TensorSpec(3, group_size=16), TensorSpec(1), 0, 0, 32),
@@ -99,7 +99,7 @@ def test_only_the_operator_with_an_underscore_mutates(name: str) -> None:
     written = [
         a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     ]
-    assert written == (list(ops.PARTS) if name.endswith("_") else [])
+    assert written == ([*ops.PARTS, ops.ORIGINALS] if name.endswith("_") else [])
     assert schema.is_mutable == name.endswith("_")
 
 

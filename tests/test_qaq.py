@@ -284,7 +284,9 @@ def test_targets_out_of_range_are_named(name: str) -> None:
     for wrong in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match=f"{name} must be a positive number"):
             make_spec("qaq", **{name: wrong})
-    with pytest.raises(ValueError, match="a target must go with mixed pages"):
+    with pytest.raises(
+        ValueError, match="target, requantize and keep_exact must go with mixed pages"
+    ):
         TensorSpec(4, target=0.1)
 
 
