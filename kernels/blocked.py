@@ -173,7 +173,7 @@ def attend(
     visible = start + new if mask is None else min(start + new, mask.shape[-1])
     _check_lengths(keys, values, start, mask, start + new)
     rows = (query.reshape(B, Hkv, -1, query.shape[3]).float() * scale).contiguous()
-    if rows.shape[2] <= FEW_ROWS and cpu_pages.serves(keys, values):
+    if rows.shape[2] <= FEW_ROWS and cpu_pages.is_available():
         bias = (
             None
             if mask is None
@@ -218,7 +218,7 @@ def _read_in_blocks(
     softmax = _Softmax(rows, value.shape[3])
     layout, held, pages = keys.layout, min(start, visible), min(keys.pages, values.pages)
     coded, constant = keys.meet(rows)
-    unpack = cpu_pages.unpack if cpu_pages.serves(keys, values) else PackedTensor.unpack
+    unpack = cpu_pages.unpack if cpu_pages.is_available() else PackedTensor.unpack
     step = max(1, SCRATCH_NUMBERS // (shape[0] * shape[1] * layout.page_size * layout.head_dim))
     for page in range(0, pages, step):
         block = slice(page, min(page + step, pages))

@@ -132,6 +132,25 @@ struct Split {
       online_softmax(row, N, running_max[q], running_sum[q], accumulator + static_cast<int64_t>(q) * value_dim, value_dim);
     }
   }
+
+  // Add the first n values of the tile, [n, value_dim], by the weights that weigh_tile left.
+  void add_tokens(int n) {
+    for (int q = 0; q < a.query_rows; ++q) {
+      float* out = accumulator + static_cast<int64_t>(q) * value_dim;
+      for (int i = 0; i < n; ++i) {
+        const float weight = s.scores[static_cast<int64_t>(q) * a.page_size + i];
+        const float* value = s.tile + static_cast<int64_t>(i) * value_dim;
+#pragma omp simd
+        for (int d = 0; d < value_dim; ++d) out[d] += weight * value[d];
+      }
+    }
+  }
+
+  // The same of a whole tile whose channels come first, [value_dim, page_size].
+  void add_channels() {
+    const int N = a.page_size;
+    for (int d = 0; d < value_dim; ++d) dot_rows<true>(s.scores, N, s.tile + static_cast<int64_t>(d) * N, N, a.query_rows, accumulator + d, value_dim);
+  }
 };
 
 __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t h, int split, Scratch& s) {
@@ -152,7 +171,10 @@ __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t
     }
     state.weigh_tile(a.key.frequency ? s.query : query, constant, left < N ? static_cast<int>(left) : N, slot);
     unpack_page(a.value, b, h, page, s.tile, s);
-    for (int d = 0; d < state.value_dim; ++d) dot_rows<true>(s.scores, N, s.tile + static_cast<int64_t>(d) * N, N, a.query_rows, state.accumulator + d, state.value_dim);
+    if (a.value.max_bits)
+      state.add_tokens(N);
+    else
+      state.add_channels();
   }
 }
 
@@ -193,15 +215,7 @@ void attend_exact(const Attend& a, int64_t b, int64_t h, Scratch& s) {
       for (int i = 0; i < n; ++i) load_exact(a, a.exact_key, b, h, slot + i, dim, s.tile + static_cast<int64_t>(i) * dim);
       state.weigh_tile(a.query + state.first_row() * dim, nullptr, n, slot);
       for (int i = 0; i < n; ++i) load_exact(a, a.exact_value, b, h, slot + i, value_dim, s.tile + static_cast<int64_t>(i) * value_dim);
-      for (int q = 0; q < a.query_rows; ++q) {
-        float* out = state.accumulator + static_cast<int64_t>(q) * value_dim;
-        for (int i = 0; i < n; ++i) {
-          const float weight = s.scores[static_cast<int64_t>(q) * a.page_size + i];
-          const float* value = s.tile + static_cast<int64_t>(i) * value_dim;
-#pragma omp simd
-          for (int d = 0; d < value_dim; ++d) out[d] += weight * value[d];
-        }
-      }
+      state.add_tokens(n);
     }
   }
 }

@@ -50,6 +50,7 @@ class _Packed(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("rows", "row_length", "units", "group_size")),
         *((name, ctypes.c_int32) for name in ("along_rows", "is_key", "couple", "entries")),
         *((name, ctypes.c_int32) for name in ("head_dim", "page_size")),
+        *((name, ctypes.c_int32) for name in ("max_bits", "rank_field", "outliers")),
     )
 
 
@@ -85,11 +86,6 @@ class _Attend(ctypes.Structure):
 def is_available() -> bool:
     """Say whether the library is there, building it at the first call."""
     return _library() is not None
-
-
-def serves(*tensors: PackedTensor) -> bool:
-    """Say whether the library is there and knows the layouts of ``tensors``."""
-    return all(packed.layout.coder != "mixed" for packed in tensors) and is_available()
 
 
 @cache
@@ -139,11 +135,13 @@ def _processor() -> str:
 @cache
 def _sizes(layout: PageLayout) -> tuple[int, ...]:
     """Return the integers of `_Packed` from ``bits`` on."""
+    mixed = layout.mixed if layout.coder == "mixed" else None
     return (
         *(sum(layout.planes), layout.packing == "trits", layout.params == "fp8"),
         *(layout.rows, layout.row_length, layout.units, layout.group_size),
         *((layout.role == "key") == (layout.grouping == "token"), layout.role == "key"),
         *(layout.couple, layout.levels + 1, layout.head_dim, layout.page_size),
+        *((mixed.max_bits, mixed.rank_field, mixed.outliers) if mixed else (0, 0, 0)),
     )
 
 
@@ -189,7 +187,7 @@ def unpack(packed: PackedTensor, pages: slice) -> Tensor:
     layout = packed.layout
     B, H = packed.parts[0].shape[:2]
     count = pages.stop - pages.start
-    channels_first = layout.role == "value"
+    channels_first = layout.role == "value" and layout.coder != "mixed"
     tile = (layout.page_size, layout.head_dim)
     out = torch.empty(B, H, count, *(reversed(tile) if channels_first else tile))
     library = _library()

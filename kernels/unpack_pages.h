@@ -43,7 +43,7 @@ extern "C" {
 // One packed tensor. Strides count elements of the part between sequences, heads and pages.
 struct Packed {
   const uint16_t* codes;
-  const void* params;      // (scale, zero) pairs, fp16 or e4m3
+  const void* params;      // (scale, zero) pairs, fp16 or e4m3; or records (mixed.py)
   const uint16_t* book;    // [row_length (keys) or rows (values), entries, couple], fp16; null: uniform codes
   const float* mean;       // [head_dim], with scale and frequency [head_dim / 2]; null unless keys are rotary
   const float* scale;
@@ -56,6 +56,7 @@ struct Packed {
   int32_t bits, trits, fp8, rows, row_length, units, group_size;
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
   int32_t is_key, couple, entries, head_dim, page_size;
+  int32_t max_bits, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
 };
 
 }  // extern "C"
@@ -64,6 +65,7 @@ namespace {
 
 constexpr int kUnitBits = 16;
 constexpr int kTrits = 5;
+constexpr int kPlanes = 8;  // counted in the header of a mixed page
 constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // of an angle's unit
 constexpr size_t kAlignment = 64;  // bytes of a cache line
 
@@ -199,10 +201,46 @@ void unpack_coupled_page(const Packed& t, const uint16_t* codes, int64_t h, floa
   }
 }
 
-// Unpack a page into a tile: a key's is [page_size, head_dim], a value's [head_dim, page_size].
+// Channels 16 u + f are bits f of units u of a row in each of kBits planes, upper bits first.
+template <int kBits>
+void unpack_token(const uint16_t* const* planes, int units, float reach, float centre, float* out) {
+  constexpr float kStep = 2.0f / (1 << kBits), kFirst = 1.0f / (1 << kBits) - 1.0f;
+  for (int u = 0; u < units; ++u, out += kUnitBits) {
+#pragma omp simd
+    for (int f = 0; f < kUnitBits; ++f) {
+      int32_t level = 0;
+      for (int plane = 0; plane < kBits; ++plane) level = 2 * level + ((planes[plane][u] >> f) & 1);
+      out[f] = (static_cast<float>(level) * kStep + kFirst) * reach + centre;
+    }
+  }
+}
+
+// Unpack a page whose tokens differ in bits (mixed.py) into a tile [page_size, head_dim].
+void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* records, float* tile) {
+  using Unpack = void (*)(const uint16_t* const*, int, float, float, float*);
+  constexpr Unpack kUnpack[kPlanes + 1] = {unpack_token<0>, unpack_token<1>, unpack_token<2>, unpack_token<3>, unpack_token<4>, unpack_token<5>, unpack_token<6>, unpack_token<7>, unpack_token<8>};
+  const int units = t.head_dim / kUnitBits;
+  const uint16_t* first[kPlanes];  // row of rank 0 in each plane
+  const uint16_t* next = codes + kPlanes;
+  for (int plane = 0; plane < t.max_bits; next += codes[plane++] * units) first[plane] = next;
+  for (int n = 0; n < t.page_size; ++n, tile += t.head_dim) {
+    const auto field = [&](int number) { return records[static_cast<int64_t>(number) * t.page_size + n]; };
+    const auto half_at = [&](int number) { return from_half(static_cast<uint16_t>(field(number) | field(number + 1) << 8)); };
+    const float centre = t.fp8 ? from_e4m3(field(0)) : half_at(0), reach = t.fp8 ? from_e4m3(field(1)) : half_at(2);
+    const int rank = field(t.rank_field);
+    const uint16_t* planes[kPlanes];
+    int bits = 0;
+    for (; bits < t.max_bits && codes[bits] > rank; ++bits) planes[bits] = first[bits] + rank * units;
+    kUnpack[bits](planes, units, reach, centre, tile);
+    for (int i = 0, at = t.rank_field + 1; i < t.outliers; ++i, at += 3) tile[field(at)] = half_at(at + 1);
+  }
+}
+
+// Unpack a page into a tile: a key's is [page_size, head_dim], a value's [head_dim, page_size] unless mixed.
 void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* tile, Scratch& s) {
   const uint16_t* codes = t.codes + b * t.codes_stride[0] + h * t.codes_stride[1] + page * t.codes_stride[2];
   const int64_t params = b * t.params_stride[0] + h * t.params_stride[1] + page * t.params_stride[2];
+  if (t.max_bits) return unpack_mixed_page(t, codes, static_cast<const uint8_t*>(t.params) + params, tile);
   if (t.book) {
     const auto unpack = t.couple == 2 ? unpack_coupled_page<2> : t.couple == 4 ? unpack_coupled_page<4> : t.couple == 8 ? unpack_coupled_page<8> : unpack_coupled_page<0>;
     return unpack(t, codes, h, tile, s);

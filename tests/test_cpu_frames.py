@@ -1,4 +1,4 @@
-"""Attention on the CPU over calibrated caches is that over the tokens that they stand for."""
+"""Attention on the CPU over caches of all codings is that over the tokens that they stand for."""
 
 import math
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.small_tables import framed_layouts, random_tables
 from kvq_compile.testing import masks
-from uncalibrated import Framed, plain_layouts
+from uncalibrated import Framed, mixed_layouts, plain_layouts
 
 BATCH, HEADS = 2, 2
+ROLES: tuple[Role, ...] = ("key", "value")
 PATHS = ("at once", "in blocks", "in torch")
 FULL_TURNS = 1 << 20  # a position at which fp32 angles would be off by a tenth
 
@@ -41,11 +42,15 @@ def plain(role: Role) -> st.SearchStrategy[Framed]:
     return plain_layouts(role, (64, 80, 256), ("none", "hadamard"))
 
 
+def mixed(role: Role) -> st.SearchStrategy[Framed]:
+    return mixed_layouts(role, (16, 64, 80), (32,)).map(lambda layout: (layout, None))
+
+
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Framed, Framed]:
-    """Draw layouts of keys and of values, each with or without tables, that go into one cache."""
+    """Draw layouts of keys and of values, of any coding each, that go into one cache."""
     key, value = (
-        draw(st.one_of(framed_layouts(role), framed_layouts(role), plain(role)))
+        draw(st.one_of(framed_layouts(role), framed_layouts(role), plain(role), mixed(role)))
         for role in ("key", "value")
     )
     page_size = min(key[0].page_size, value[0].page_size)
@@ -129,9 +134,8 @@ class Case:
 def reach(packed: PackedTensor, tokens: Tensor) -> tuple[float, float]:
     """Return the largest norm, and the largest element, of the numbers that sum up to a token."""
     pages = slice(0, packed.pages)
-    codes = reference.unpack(packed.parts[0][:, :, pages], packed.layout)
-    params = packed.parts[1][:, :, pages]
-    coded = reference.coded_values(codes, params, packed.layout, packed.frame)
+    codes, params = (part[:, :, pages] for part in packed.parts[:2])
+    coded = reference.unpacked_values(codes, params, packed.layout, packed.frame)
     norm, element = (
         float(x.max()) if x.numel() else 0.0 for x in (coded.norm(dim=-1), coded.abs())
     )
@@ -152,7 +156,7 @@ def test_attention_is_that_over_the_tokens_that_a_cache_stands_for(
     case.check(path)
 
 
-@given(st.one_of(framed_layouts(), plain("key"), plain("value")))
+@given(st.one_of(framed_layouts(), *(kind(role) for kind in (plain, mixed) for role in ROLES)))
 def test_unpacked_numbers_are_exactly_those_that_codes_stand_for(framed: Framed) -> None:
     """But for the turns of rotary keys, which are right to rounding."""
     layout, frame = framed
@@ -164,8 +168,8 @@ def test_unpacked_numbers_are_exactly_those_that_codes_stand_for(framed: Framed)
     if layout.rotary:
         assert (unpacked - expected).abs().max() < 2e-6 * expected.abs().max()
         return
-    codes = reference.unpack(packed.parts[0][:, :, pages], layout)
-    values = reference.coded_values(codes, packed.parts[1][:, :, pages], layout, frame)
+    codes, params = (part[:, :, pages] for part in packed.parts[:2])
+    values = reference.unpacked_values(codes, params, layout, frame)
     assert torch.equal(unpacked, values.flatten(2, 3))
     assert torch.equal(expected, values.flatten(2, 3))
 

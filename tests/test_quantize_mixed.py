@@ -31,31 +31,11 @@ from kvq_compile.kernels.ops import new_parts
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
+from uncalibrated import mixed_layouts
 from written_caches import DTYPES, REOPENING_DTYPES, Caches, full, pieces, spoil
 
 pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
 EXAMPLES = examples(Fraction(1, 3))
-
-
-@st.composite
-def layouts(draw: st.DrawFn, **fixed: Any) -> PageLayout:
-    least = draw(st.integers(0, 3))
-    most = draw(st.integers(least + 1, 8))
-    page = draw(st.sampled_from([32, 32, 64]))
-    rows = draw(st.integers(max(1, page * least), page * most))
-    options: dict[str, Any] = {
-        "params": draw(st.sampled_from(["fp8", "fp16"])),
-        "outliers": draw(st.sampled_from([0, 0, 2, 4])),
-        "fit": draw(st.booleans()),
-        "soften": draw(st.booleans()),
-        "attentive": draw(st.sampled_from([True, True, False])),
-        "target": draw(st.sampled_from([0.0, 0.0, 1e-3, 0.1])),
-        "query_norm": 30.0,
-    }
-    spec = TensorSpec(rows / page, mixed=(least, most), **options | fixed)
-    cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
-    role = draw(st.sampled_from(["key", "value"]))
-    return cache.layout(role, draw(st.sampled_from([16, 32, 64, 80])))
 
 
 def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -75,7 +55,7 @@ def random_importance(slots: int, seed: int) -> Tensor:
 def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
     data: st.DataObject,
 ) -> None:
-    layout = data.draw(layouts())
+    layout = data.draw(mixed_layouts())
     dtype = data.draw(st.sampled_from(DTYPES))
     caches, count = Caches(layout, dtype), full(layout, 2)
     x, importance = random_tokens(layout, count, dtype, 0), random_importance(count + 3, 1)
@@ -92,7 +72,7 @@ def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
 def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
     data: st.DataObject,
 ) -> None:
-    layout = data.draw(layouts())
+    layout = data.draw(mixed_layouts())
     dtype = data.draw(st.sampled_from(REOPENING_DTYPES))
     caches, count = Caches(layout, dtype), full(layout, 1) + data.draw(st.integers(0, 9))
     importance = random_importance(count, 1)
@@ -112,7 +92,7 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
 @EXAMPLES
 @given(st.data())
 def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> None:
-    layout = data.draw(layouts())
+    layout = data.draw(mixed_layouts())
     caches = Caches(layout, torch.float32)
     x = random_tokens(layout, full(layout, 1), torch.float32, 0).contiguous()
     spoil(data, x)

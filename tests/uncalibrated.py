@@ -1,4 +1,6 @@
-"""Layouts without tables in all codings that ones with tables may have."""
+"""Layouts without tables: in all codings that ones with tables may have, and of tokens that differ in bits."""
+
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -26,3 +28,27 @@ def plain_layouts(
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), 32)
     role = role or draw(st.sampled_from(("key", "value")))
     return cache.layout(role, draw(st.sampled_from(head_dims))), None
+
+
+@st.composite
+def mixed_layouts(
+    draw: st.DrawFn, role: Role | None = None, head_dims: tuple[int, ...] = (16, 32, 64, 80),
+    page_sizes: tuple[int, ...] = (32, 32, 64), **fixed: Any,
+) -> PageLayout:  # fmt: skip
+    least = draw(st.integers(0, 3))
+    most = draw(st.integers(least + 1, 8))
+    page = draw(st.sampled_from(page_sizes))
+    rows = draw(st.integers(max(1, page * least), page * most))
+    options: dict[str, Any] = {
+        "params": draw(st.sampled_from(["fp8", "fp16"])),
+        "outliers": draw(st.sampled_from([0, 0, 2, 4])),
+        "fit": draw(st.booleans()),
+        "soften": draw(st.booleans()),
+        "attentive": draw(st.sampled_from([True, True, False])),
+        "target": draw(st.sampled_from([0.0, 0.0, 1e-3, 0.1])),
+        "query_norm": 30.0,
+    }
+    spec = TensorSpec(rows / page, mixed=(least, most), **options | fixed)
+    cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
+    role = role or draw(st.sampled_from(("key", "value")))
+    return cache.layout(role, draw(st.sampled_from(head_dims)))
