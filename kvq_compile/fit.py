@@ -257,7 +257,8 @@ def _arranged(y: Tensor, order: Tensor) -> Tensor:
     return y.gather(-1, order.expand_as(y))
 
 
-def _rounded(x: Tensor, fp8: bool) -> Tensor:
+def rounded(x: Tensor, fp8: bool) -> Tensor:
+    """Return numbers as parameters are kept, in e4m3 or in fp16, saturated."""
     if fp8:
         return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
     return x.clamp(-65504, 65504).half().float()
@@ -268,8 +269,8 @@ def _uniform(y: Tensor, margin: Tensor, levels: int, group_size: int, fp8: bool)
     groups = y.reshape(*y.shape[:2], -1, group_size)
     low, high = groups.amin(-1), groups.amax(-1)
     cut = (high - low) * margin
-    zero = _rounded(low + cut, fp8)[..., None]
-    step = _rounded((high - cut - zero[..., 0]) / levels, fp8)[..., None]
+    zero = rounded(low + cut, fp8)[..., None]
+    step = rounded((high - cut - zero[..., 0]) / levels, fp8)[..., None]
     # A group whose range rounds to nothing is its zero point.
     divisor = torch.where(step > 0, step, 1.0)
     codes = ((groups - zero) / divisor + 0.5).floor().clamp(0, levels)
