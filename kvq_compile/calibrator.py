@@ -51,7 +51,7 @@ Advance = Callable[[str, int, int], None]
 
 @dataclass
 class _Samples:
-    """Tokens kept of one layer: keys and values ``[n, H, D]``, and squared gradients of the loss."""
+    """Tokens kept of one layer: keys and values ``[n, H, D]``, and squared gradients of the loss, if taken."""
 
     key: list[Tensor] = field(default_factory=list)
     value: list[Tensor] = field(default_factory=list)
@@ -62,10 +62,11 @@ class _Samples:
     note: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def joined(self, role: str) -> tuple[Tensor, Tensor]:
-        """Return all tokens and their weights, on the model's device."""
+    def joined(self, role: str) -> tuple[Tensor, Tensor | None]:
+        """Return all tokens and their weights, if there are any, on the model's device."""
         tokens, weights = getattr(self, role), getattr(self, f"{role}_weight")
-        return torch.cat(tokens).to(self.device), torch.cat(weights).to(self.device)
+        weight = torch.cat(weights).to(self.device) if weights else None
+        return torch.cat(tokens).to(self.device), weight
 
 
 def calibrate(
@@ -192,7 +193,7 @@ def _sample(
         advance("reading texts", number, len(texts))
         layers = len(found)
         if number == 0:
-            rows = tokens * 4 + TEXTS * 2 * found[0].key.shape[2]
+            rows = tokens * (4 if gradients else 2) + TEXTS * 2 * found[0].key.shape[2]
             a_layer = 4 * rows * found[0].key.shape[1] * found[0].key.shape[3]
             samples = [_Samples() for _ in found[first : first + max(1, memory // a_layer)]]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -217,14 +218,16 @@ def _take(sample: _Samples, seen: Activations, share: int, generator: torch.Gene
     position = position.flatten()[picked]
     sample.rotation, sample.note = seen.rotation, seen.rotation_reason
     sample.device = seen.key.device
-    for name, x in (("key", seen.key), ("value", seen.value)):
-        gradient = seen.key_gradient if name == "key" else seen.value_gradient
-        rows = _rows(x, picked)
-        weight = _rows(gradient if gradient is not None else torch.ones_like(x), picked)
+    for name, x, gradient in (
+        ("key", seen.key, seen.key_gradient),
+        ("value", seen.value, seen.value_gradient),
+    ):
+        rows = torch.stack([_rows(part, picked) for part in (x, gradient) if part is not None])
         if name == "key" and seen.rotation is not None:
-            rows, weight = unrotate(torch.stack([rows, weight]), position, seen.rotation)
-        getattr(sample, name).append(rows)
-        getattr(sample, f"{name}_weight").append(weight * weight)
+            rows = unrotate(rows, position, seen.rotation)
+        getattr(sample, name).append(rows[0])
+        if gradient is not None:
+            getattr(sample, f"{name}_weight").append(rows[1].square())
 
 
 def _text(seen: Activations, generator: torch.Generator) -> Text:

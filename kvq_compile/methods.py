@@ -236,8 +236,10 @@ def _is_number(x: Any) -> bool:
 
 
 def default_clip(role: str, bits: float) -> float:
-    """Return the part of a group's range that pays best: all of it, except for three levels."""
-    return 1.0 if bits != 1.5 else 0.9 if role == "key" else 0.8
+    """Return the part of a group's range that pays best: all of it, except for two bits and less."""
+    if bits > 2:
+        return 1.0
+    return 0.85 if role == "key" else 0.75 if bits == 2 else 0.7
 
 
 def cq(
