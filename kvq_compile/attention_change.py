@@ -34,13 +34,18 @@ def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> T
     distance = text.place[:, None] - slot
     far = (distance >= window) & (slot >= sinks)
     outputs = []
-    for queries, *exact, k, v in zip(
+    for queries, exact_key, exact_value, old_key, old_value in zip(
         text.query.chunk(len(key)), text.key, text.value, key, value, strict=True
     ):
-        scores = torch.where(far, queries @ k.T, queries @ exact[0].T) * queries.shape[-1] ** -0.5
-        weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(-1)
-        old = weights * far
-        outputs.append(old @ v + weights.sub_(old) @ exact[1])
+        scores = queries @ exact_key.T
+        if key is not text.key:
+            scores = torch.where(far, queries @ old_key.T, scores)
+        scores = scores.mul_(queries.shape[-1] ** -0.5).masked_fill_(distance < 0, -torch.inf)
+        weights = scores.softmax(-1)
+        output = weights @ exact_value
+        if value is not text.value:
+            output += (weights * far) @ (old_value - exact_value)
+        outputs.append(output)
     return torch.cat(outputs)
 
 
