@@ -17,36 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvq_compile.attention_change import Text
 from kvq_compile.calibration import Calibration, LayerTables, weight_hash
 from kvq_compile.capture import Activations, Batch, Found, capture, find_rotations
-from kvq_compile.choose import CANDIDATES, Choice, Text, choose, measure
-from kvq_compile.fit import Fitted, fit_codebook, fit_uniform
-from kvq_compile.kernels.frame import cosine_and_sine
+from kvq_compile.choose import CANDIDATES, Choice, choose, measure
+from kvq_compile.fit import EQUALIZE, Fitted, fit_codebook, fit_uniform
 from kvq_compile.kernels.spec import Role
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find_rotation import Rotation
+from kvq_compile.margins import search_margins
 from kvq_compile.methods import (
     FROM_LAYER,
     base_name,
     calibrated_options,
     check_method,
+    check_skvq,
     default_clip,
     make_spec,
 )
 from kvq_compile.query_norms import measure_query_norms
+from kvq_compile.rotate import unrotate
 
 TOKENS = 16_384
 MEMORY = 2 << 30
 SKIPPED = 5  # first tokens of a text: sinks, which stay exact
+WINDOW = 128  # last tokens before a query: they stay exact too
+FAR = SKIPPED + WINDOW  # first slot from which a query sees tokens that do not
 CALIBRATED_NAMES = "skvq, cq-<c>c<b>b, auto or qaq"
 CODEBOOKS_BELOW = 2.5  # bits from which they lose against uniform steps
-TEXTS = 2  # whole texts on which "auto" measures its candidates
+TEXTS, QUERIES = 4, 256  # texts and queries of each by which attention's output is judged
 Advance = Callable[[str, int, int], None]
 
 
 @dataclass
 class _Samples:
-    """Tokens kept of one layer: keys and values ``[n, H, D]``, and squared gradients of the loss."""
+    """Tokens kept of one layer: keys and values ``[n, H, D]``, and squared gradients of the loss, if taken."""
 
     key: list[Tensor] = field(default_factory=list)
     value: list[Tensor] = field(default_factory=list)
@@ -57,10 +62,11 @@ class _Samples:
     note: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def joined(self, role: str) -> tuple[Tensor, Tensor]:
-        """Return all tokens and their weights, on the model's device."""
+    def joined(self, role: str) -> tuple[Tensor, Tensor | None]:
+        """Return all tokens and their weights, if there are any, on the model's device."""
         tokens, weights = getattr(self, role), getattr(self, f"{role}_weight")
-        return torch.cat(tokens).to(self.device), torch.cat(weights).to(self.device)
+        weight = torch.cat(weights).to(self.device) if weights else None
+        return torch.cat(tokens).to(self.device), weight
 
 
 def calibrate(
@@ -111,6 +117,8 @@ def calibrate(
     if not texts:
         raise ValueError("batches must hold a text or more, got none")
     options = calibrated_options(method, options)
+    if method == "skvq":
+        check_skvq(options)
     weights = frozenset(weight_hash(parameter) for parameter in model.parameters())
     if method == "qaq":
         return Calibration(method, options, _measured(model, texts, tokens, seed, advance), weights)
@@ -120,7 +128,17 @@ def calibrate(
     count = None
     while count is None or len(fitted) + len(candidates) < count:
         first = len(fitted) + len(candidates)
-        samples, count = _sample(model, texts, rotations, first, tokens, seed, memory, advance)
+        samples, count = _sample(
+            model,
+            texts,
+            rotations,
+            first,
+            tokens,
+            seed,
+            memory,
+            advance,
+            gradients=method != "skvq",
+        )
         for layer in samples:
             advance("fitting layers", len(fitted) + len(candidates), count)
             if method == "auto":  # which chooses when it has seen all layers
@@ -164,25 +182,25 @@ def _sample(
     seed: int,
     memory: int,
     advance: Advance,
+    gradients: bool,
 ) -> tuple[list[_Samples], int]:
     """Return the samples of as many layers, from number ``first`` on, as fit, and how many layers there are."""
     share = -(-tokens // len(texts))
-    found_in = capture(model, texts, gradients=True, rotations=rotations)
+    found_in = capture(model, texts, gradients=gradients, rotations=rotations)
     samples: list[_Samples] = []
     layers = 0
     for number, found in enumerate(found_in):
         advance("reading texts", number, len(texts))
         layers = len(found)
         if number == 0:
-            a_layer = tokens * 4 * (found[0].key.element_size() * 2)
-            a_layer *= found[0].key.shape[1] * found[0].key.shape[3]
+            rows = tokens * (4 if gradients else 2) + TEXTS * 2 * found[0].key.shape[2]
+            a_layer = 4 * rows * found[0].key.shape[1] * found[0].key.shape[3]
             samples = [_Samples() for _ in found[first : first + max(1, memory // a_layer)]]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         for sample, seen in zip(samples, found[first:], strict=False):
             _take(sample, seen, share, generator.clone_state())
-            if len(sample.texts) < TEXTS and seen.mask is None:
-                parts = (seen.query, seen.key, seen.value)
-                sample.texts.append(Text(*(part[0].float() for part in parts)))
+            if len(sample.texts) < TEXTS and seen.mask is None and seen.key.shape[2] > FAR:
+                sample.texts.append(_text(seen, generator.clone_state()))
     advance("reading texts", len(texts), len(texts))
     return samples, layers
 
@@ -200,14 +218,24 @@ def _take(sample: _Samples, seen: Activations, share: int, generator: torch.Gene
     position = position.flatten()[picked]
     sample.rotation, sample.note = seen.rotation, seen.rotation_reason
     sample.device = seen.key.device
-    for name, x in (("key", seen.key), ("value", seen.value)):
-        gradient = seen.key_gradient if name == "key" else seen.value_gradient
-        rows = _rows(x, picked)
-        weight = _rows(gradient if gradient is not None else torch.ones_like(x), picked)
+    for name, x, gradient in (
+        ("key", seen.key, seen.key_gradient),
+        ("value", seen.value, seen.value_gradient),
+    ):
+        rows = torch.stack([_rows(part, picked) for part in (x, gradient) if part is not None])
         if name == "key" and seen.rotation is not None:
-            rows, weight = unrotate(torch.stack([rows, weight]), position, seen.rotation)
-        getattr(sample, name).append(rows)
-        getattr(sample, f"{name}_weight").append(weight * weight)
+            rows = unrotate(rows, position, seen.rotation)
+        getattr(sample, name).append(rows[0])
+        if gradient is not None:
+            getattr(sample, f"{name}_weight").append(rows[1].square())
+
+
+def _text(seen: Activations, generator: torch.Generator) -> Text:
+    """Return what an attention saw of the first text of a batch, with queries that look beyond the window."""
+    places = torch.randperm(seen.key.shape[2] - FAR, generator=generator)[:QUERIES] + FAR
+    place = places.sort().values.to(seen.key.device)
+    query, key, value = (x.detach()[0].float() for x in (seen.query, seen.key, seen.value))
+    return Text(query[:, place], place, key, value)
 
 
 def _rows(x: Tensor, picked: Tensor) -> Tensor:
@@ -215,27 +243,10 @@ def _rows(x: Tensor, picked: Tensor) -> Tensor:
     return x.detach().transpose(1, 2).flatten(0, 1)[picked.to(x.device)].float().cpu()
 
 
-def unrotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
-    """Return keys ``[..., n, H, D]`` as they were before their rotation, pairs at ``c`` and ``c + D / 2``.
-
-    Args:
-        x: Rotated keys, or their gradients.
-        position: Position of each, ``[n]``.
-        rotation: How they were rotated.
-    """
-    frequency = torch.tensor(rotation.frequencies, dtype=torch.int64)
-    cosine, sine = cosine_and_sine(position[:, None, None] * frequency)
-    a, b = x[..., list(rotation.order)].chunk(2, -1)
-    return torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)
-
-
 def _fit_layer(sample: _Samples, method: str, options: dict[str, Any], seed: int) -> LayerTables:
-    rotation = sample.rotation
-    key, value = (
-        _fit(*sample.joined(role), role, rotation if role == "key" else None, method, options, seed)
-        for role in ("key", "value")
-    )
-    return LayerTables(key, value, rotation is not None, _note(sample))
+    roles: tuple[Role, Role] = ("key", "value")
+    key, value = (_fit(sample, role, method, options, seed) for role in roles)
+    return LayerTables(key, value, sample.rotation is not None, _note(sample))
 
 
 @dataclass
@@ -249,25 +260,22 @@ class _Candidates:
 
 
 def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candidates:
-    if not sample.texts:
-        raise ValueError("batches must hold texts without padding for auto, got only padded ones")
     found: dict[Role, list[Choice]] = {"key": [], "value": []}
     rotary = sample.rotation is not None
     for role, choices in found.items():
-        x, weight = sample.joined(role)
-        rotation = sample.rotation if role == "key" else None
+        head_dim = sample.value[0].shape[2]
         for coding in CANDIDATES:
             if "couple" in coding:
-                if options["bits"] >= CODEBOOKS_BELOW or x.shape[2] % (8 * coding["couple"]):
+                if options["bits"] >= CODEBOOKS_BELOW or head_dim % (8 * coding["couple"]):
                     continue
                 name, full = "cq", {"weighted": True, "correlate": True, **coding}
             else:
                 none = dict.fromkeys(
                     ("key_bits", "value_bits", "key_clip", "value_clip", "group_size")
                 )
-                name, full = "skvq", {"reorder": False, **none, **coding}
-            tables = _fit(x, weight, role, rotation, name, full, seed)
-            choices.append(measure(role, coding, tables, rotary, sample.texts))
+                name, full = "skvq", {"reorder": False, "equalize": EQUALIZE, **none, **coding}
+            tables = _fit(sample, role, name, full, seed)
+            choices.append(measure(role, coding, tables, rotary, _texts(sample, "auto")))
     return _Candidates(found["key"], found["value"], rotary, _note(sample))
 
 
@@ -290,15 +298,18 @@ def _note(sample: _Samples) -> str:
     return f"keys are coded as attention sees them: {sample.note}" if sample.note else ""
 
 
-def _fit(
-    x: Tensor,
-    weight: Tensor,
-    role: str,
-    rotation: Rotation | None,
-    method: str,
-    options: dict[str, Any],
-    seed: int,
-) -> Tables:
+def _texts(sample: _Samples, what: str) -> list[Text]:
+    if not sample.texts:
+        raise ValueError(
+            f"batches must hold a text without padding of more than {FAR} tokens for {what}, got none; "
+            "pass longer texts"
+        )
+    return sample.texts
+
+
+def _fit(sample: _Samples, role: Role, method: str, options: dict[str, Any], seed: int) -> Tables:
+    x, weight = sample.joined(role)
+    rotation = sample.rotation if role == "key" else None
     paired = rotation is not None
     if base_name(method) == "cq":
         fitted = fit_codebook(
@@ -310,20 +321,31 @@ def _fit(
             seed=seed,
             correlate=options["correlate"],
         )
-    else:
-        bits = options[f"{role}_bits"]
-        bits = options["bits"] if bits is None else bits
-        clip = options[f"{role}_clip"]
-        clip = default_clip(role, bits) if clip is None else clip
-        fitted = fit_uniform(
-            x,
-            weight,
+        return to_tables(fitted, rotation)
+    bits = options[f"{role}_bits"]
+    bits = options["bits"] if bits is None else bits
+    clip = options[f"{role}_clip"]
+    clip = default_clip(role, bits) if clip is None else clip
+    group_size = options["group_size"] or x.shape[2]
+    fitted = fit_uniform(
+        x,
+        group_size=group_size,
+        paired=paired,
+        margin=0.0 if clip == "search" else (1.0 - clip) / 2.0,
+        equalize=options["equalize"],
+        reorder=options["reorder"],
+    )
+    if clip == "search":
+        fitted = search_margins(
+            fitted,
+            _texts(sample, f'{role}_clip="search"'),
+            role,
+            rotation,
             levels=2 if bits == 1.5 else (1 << int(bits)) - 1,
-            group_size=options["group_size"] or x.shape[2],
-            paired=paired,
+            group_size=group_size,
             fp8=options["params"] == "fp8",
-            margin=None if clip == "search" else (1.0 - clip) / 2.0,
-            reorder=options["reorder"],
+            sinks=SKIPPED,
+            window=WINDOW,
         )
     return to_tables(fitted, rotation)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvq_compile.attention_change import Text, attend, exact
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.spec import CacheSpec, Role, TensorSpec
@@ -30,15 +31,6 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"bits": 8, "params": "fp16"},
 )
 GRAIN = 64  # parts of a bit that the budget is counted in
-
-
-@dataclass(frozen=True)
-class Text:
-    """What one attention saw of one text: ``[Hq, T, D]`` and ``[H, T, D]``, fp32, as attention reads them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,33 +72,11 @@ def measure(
         read = reference.dequantize_pages(*coded, layout, frame, layout.sinks)
         stored[:, layout.sinks : end] = read[0].flatten(1, 2)
         pair = (stored, text.value) if role == "key" else (text.key, stored)
-        exact = attend(text, text.key, text.value, layout.sinks, layout.window)
+        output = exact(text)
         changed = attend(text, *pair, layout.sinks, layout.window)
-        off += float((changed - exact).square().sum(dtype=torch.float64))
-        size += float(exact.square().sum(dtype=torch.float64))
+        off += float((changed - output).square().sum(dtype=torch.float64))
+        size += float(output.square().sum(dtype=torch.float64))
     return Choice(options, tables, bits / (layout.page_size * layout.head_dim), off / size)
-
-
-def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> Tensor:
-    """Attend causally; tokens farther back than the window, sinks apart, are ``key`` and ``value``'s.
-
-    Returns:
-        ``[Hq, T, D]``.
-    """
-    shared = text.query.shape[0] // text.key.shape[0]
-    T = text.key.shape[1]
-    place = torch.arange(T, device=key.device)
-    distance = place[:, None] - place
-    far = (distance >= window) & (place >= sinks)
-    outputs = []
-    for head, query in enumerate(text.query):
-        kv = head // shared
-        scores = query @ text.key[kv].T
-        scores = torch.where(far, query @ key[kv].T, scores) * query.shape[-1] ** -0.5
-        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
-        old = weights * far
-        outputs.append(old @ value[kv] + (weights - old) @ text.value[kv])
-    return torch.stack(outputs)
 
 
 def choose(candidates: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:

@@ -6,15 +6,10 @@ codebook for a few coupled channels (CQ). The functions here know nothing of mod
 ``[tokens, H, D]`` and how much each number matters, and return tables.
 
 **What is minimised.** To second order a change ``e`` of the stored numbers costs ``e' F e / 2``, with the
-Fisher information ``F`` estimated by squared gradients of the loss. Two things keep plain weighted squared
-error from being that cost.
-
-1.  *The weights have heavy tails*: in the reference models a hundredth of the tokens carries most of the
-    squared gradient. Fitted to those alone a table overfits, so codebooks may temper the weights by a power.
-2.  *Errors of many tokens add up in attention.* Rounding noise averages out over the tokens that are
-    attended to; shrinkage does not. Clipping for the least squared error shrinks each outlier: the least
-    squared error is bought with a bias that all tokens share. The search for margins therefore counts
-    bias separately (``coherence``), and a margin of zero is hard to beat: ``docs/decisions.md``.
+Fisher information ``F`` estimated by squared gradients of the loss, which weigh the samples of codebooks. The
+weights have heavy tails: in the reference models a hundredth of the tokens carries most of the squared gradient.
+Fitted to those alone a table overfits, so the weights may be tempered by a power. Uniform steps need no weights:
+their margins are searched by attention's own output (`margins`).
 
 Sources: SKVQ (arXiv 2405.06219): grouped channels, clipping, eight-bit parameters; CQ (arXiv 2405.03917):
 coupled channels, Fisher-weighted centroids.
@@ -22,18 +17,18 @@ coupled channels, Fisher-weighted centroids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvq_compile.clusters import order_by_range
 from kvq_compile.kmeans import assign, weighted_kmeans
 
 # Coded numbers reach this magnitude, so that e4m3 (2^-9 to 448) expresses both steps and zero points.
 _LARGEST = 128.0
-# Margins that are tried: none to a fifth of the range at each end.
-MARGINS = tuple(i / 100 for i in range(0, 21, 2))
+# Power of a channel's spread by which it is divided.
+EQUALIZE = 0.5
 # Tokens that are coded at a time.
 _TOKENS = 4096
 
@@ -60,52 +55,45 @@ class Fitted:
 
 def fit_uniform(
     x: Tensor,
-    weight: Tensor | None = None,
     *,
-    levels: int,
     group_size: int,
     paired: bool,
-    fp8: bool,
-    margin: float | None = 0.0,
+    margin: float = 0.0,
+    equalize: float = EQUALIZE,
     reorder: bool = False,
-    coherence: float = 1000.0,
 ) -> Fitted:
-    """Fit mean, scale, order and margins of uniform steps.
-
-    Channels are brought to equal spread, so that a group's step serves all of its channels alike.
+    """Fit mean, scale and order of uniform steps.
 
     Args:
         x: Samples, ``[tokens, H, D]`` fp32; keys without their rotation.
-        weight: Nonnegative importance of each number, like ``x``, or None for equal ones.
-        levels: Largest code: ``2**bits - 1``, or 2 for "1.5 bit".
         group_size: Coded channels that share a step and a zero point; divides ``D``.
         paired: Channels ``c`` and ``c + D/2`` are rotated together: they share a scale and stay a pair.
-        fp8: Parameters are rounded to e4m3, otherwise to fp16.
-        margin: Part of a group's range to cut off at each end; None searches one for each group.
-        reorder: Sort channels by range, so that groups hold channels of like range.
-        coherence: How many times the squared error's shared part, shrinkage, counts in the search.
+        margin: Part of a group's range to cut off at each end, in [0, .5); `search_margins` finds better ones.
+        equalize: Channels are divided by their spread to this power: 0 is the paper's, 1 gives all channels of
+            a group the same relative error, 1/2 is best.
+        reorder: Whether to gather channels of like range in a group (`order_by_range`).
 
-    Source: SKVQ, section 3; equal spread and the bias term are ours.
+    Raises:
+        ValueError: The shape of the samples, ``group_size`` or ``equalize`` does not fit.
+
+    Source: SKVQ, section 3; means and spreads that are taken off are ours.
     """
-    _check(x, weight, paired)
+    _check(x, None, paired)
     if x.shape[2] % group_size:
         raise ValueError(
             f"group_size must divide the head dimension {x.shape[2]}, got {group_size}"
         )
+    if not 0 <= equalize <= 1:
+        raise ValueError(f"equalize must be between 0 and 1, got {equalize}")
     mean = x.mean(0)
     spread = _pooled(x.std(0, correction=0), paired)
-    scale = _to_range(x - mean, spread.clamp_min(1e-4 * float(spread.mean())).clamp_min(1e-30))
-    largest = (x - mean).abs().amax(0) / scale
-    order = _order_by_range(largest, paired) if reorder else _identity(x)
-    fitted = Fitted(order, mean, scale, torch.full_like(mean, margin or 0.0))
-    if margin is not None:
-        return fitted
-    weight = _normalised(x, weight)
-    cost = torch.stack(
-        [_margin_cost(x, weight, fitted, m, levels, group_size, fp8, coherence) for m in MARGINS]
-    )
-    best = torch.tensor(MARGINS, device=x.device)[cost.argmin(0)]
-    return replace(fitted, margin=best.repeat_interleave(group_size, -1))
+    spread = spread.clamp_min(1e-4 * float(spread.mean())).clamp_min(1e-30)
+    scale = _to_range(x - mean, spread.pow(equalize))
+    order = _identity(x)
+    if reorder:
+        low, high = ((end - mean) / scale for end in (x.amin(0), x.amax(0)))
+        order = order_by_range(low, high, group_size, paired)
+    return Fitted(order, mean, scale, torch.full_like(mean, margin))
 
 
 def fit_codebook(
@@ -236,15 +224,6 @@ def _to_range(centred: Tensor, scale: Tensor) -> Tensor:
     return scale * torch.where(largest > 0, largest / _LARGEST, 1.0)
 
 
-def _order_by_range(largest: Tensor, paired: bool) -> Tensor:
-    """Sort the channels, or the pairs, of each head by range."""
-    if not paired:
-        return largest.argsort(dim=-1, stable=True)
-    half = largest.shape[-1] // 2
-    first = _pooled(largest, paired)[:, :half].argsort(dim=-1, stable=True)
-    return torch.cat([first, first + half], -1)
-
-
 def _order_by_correlation(x: Tensor, couple: int, paired: bool) -> Tensor:
     """Put channels next to each other that go together, ``couple`` at a time, greedily.
 
@@ -278,7 +257,8 @@ def _arranged(y: Tensor, order: Tensor) -> Tensor:
     return y.gather(-1, order.expand_as(y))
 
 
-def _rounded(x: Tensor, fp8: bool) -> Tensor:
+def rounded(x: Tensor, fp8: bool) -> Tensor:
+    """Return numbers as parameters are kept, in e4m3 or in fp16, saturated."""
     if fp8:
         return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
     return x.clamp(-65504, 65504).half().float()
@@ -289,47 +269,13 @@ def _uniform(y: Tensor, margin: Tensor, levels: int, group_size: int, fp8: bool)
     groups = y.reshape(*y.shape[:2], -1, group_size)
     low, high = groups.amin(-1), groups.amax(-1)
     cut = (high - low) * margin
-    zero = _rounded(low + cut, fp8)[..., None]
-    step = _rounded((high - cut - zero[..., 0]) / levels, fp8)[..., None]
+    zero = rounded(low + cut, fp8)[..., None]
+    step = rounded((high - cut - zero[..., 0]) / levels, fp8)[..., None]
     # A group whose range rounds to nothing is its zero point.
     divisor = torch.where(step > 0, step, 1.0)
     codes = ((groups - zero) / divisor + 0.5).floor().clamp(0, levels)
     restored: Tensor = codes * step + zero
     return restored.flatten(-2)
-
-
-def _margin_cost(
-    x: Tensor,
-    weight: Tensor,
-    fitted: Fitted,
-    margin: float,
-    levels: int,
-    group_size: int,
-    fp8: bool,
-    coherence: float,
-) -> Tensor:
-    """Return each group's weighted squared error plus what its shrinkage costs, ``[H, D/g]``.
-
-    With ``a`` the slope of a channel's error over its number, the shrinkage is ``a^2`` of its energy.
-    """
-    channel_weight = _arranged(weight.mean(0)[None], fitted.order)
-    channel_weight = channel_weight * _arranged(fitted.scale[None], fitted.order).square()
-    squared, crossed, energy = (x.new_zeros(x.shape[1:]) for _ in range(3))
-    groups = x.shape[2] // group_size
-    for y in _chunks(x, fitted):
-        cut = x.new_full((x.shape[1], groups), margin)
-        error = _uniform(y, cut, levels, group_size, fp8) - y
-        squared += error.square().sum(0)
-        crossed += (error * y).sum(0)
-        energy += y.square().sum(0)
-    shrinkage = crossed.square() / energy.clamp_min(1e-30)
-    cost = (squared + coherence * shrinkage) * channel_weight[0]
-    return cost.view(*cost.shape[:1], -1, group_size).sum(-1)
-
-
-def _chunks(x: Tensor, fitted: Fitted) -> Iterator[Tensor]:
-    for chunk in x.split(_TOKENS):
-        yield _arranged((chunk - fitted.mean) / fitted.scale, fitted.order)
 
 
 def _coupled(x: Tensor, couple: int) -> Tensor:

@@ -100,6 +100,7 @@ def skvq(
     key_clip: float | Literal["search"] | None = None,
     value_clip: float | Literal["search"] | None = None,
     reorder: bool = True,
+    equalize: float = 0.5,
     params: Params = "fp8",
     packing: Packing = "fields",
     sinks: int = 5,
@@ -109,13 +110,15 @@ def skvq(
     """Clipped groups of channels reordered by calibration, keys before RoPE, fp8 scales and zero points.
 
     A width of 1.5 is three levels: two bits each in ``packing="fields"``, 1.6 in ``"trits"``. A clip is the part
-    of a group's range that its codes span, ``"search"`` finds one for each group, ``None`` is the best known:
-    `default_clip`.
+    of a group's range that its codes span, ``"search"`` finds the one of each group that changes attention's output
+    least, ``None`` is the best known: `default_clip`. ``reorder`` gathers channels of like range in a group; it
+    changes nothing where a group is a head, or, for keys before RoPE, half a head. Channels are divided by their
+    spread to the power ``equalize``, 0 being the paper's choice.
 
     Source: SKVQ (arXiv 2405.06219). Channels are reordered within a head, in equal groups, which is what a
-    fused kernel needs; the authors' code clusters across heads. The clip is about the midpoint.
+    fused kernel needs; the authors' code clusters across heads (`cross_head`). The clip is about the midpoint.
     """
-    del key_clip, value_clip, reorder  # calibration's
+    del key_clip, value_clip, reorder, equalize  # calibration's
 
     def tensor(width: float | None, rotary: bool, which: Any) -> TensorSpec:
         width = bits if width is None else width
@@ -216,9 +219,33 @@ def _rows(budget: float, page_size: int) -> float:
     return int(budget * page_size) / page_size
 
 
+def check_skvq(options: Mapping[str, Any]) -> None:
+    """Make sure that what only the calibration of SKVQ depends on can be fitted.
+
+    Raises:
+        ValueError: A clip, ``equalize`` or ``reorder`` is out of range.
+    """
+    for name in ("key_clip", "value_clip"):
+        clip = options[name]
+        if clip not in (None, "search") and not (_is_number(clip) and 0 < clip <= 1):
+            raise ValueError(f'{name} must be a number in (0, 1], "search" or None, got {clip!r}')
+    if not (_is_number(options["equalize"]) and 0 <= options["equalize"] <= 1):
+        raise ValueError(
+            f"equalize must be a number from 0, channels as they are, to 1, equal spread, got {options['equalize']!r}"
+        )
+    if not isinstance(options["reorder"], bool):
+        raise ValueError(f"reorder must be True or False, got {options['reorder']!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
 def default_clip(role: str, bits: float) -> float:
-    """Return the part of a group's range that pays best: all of it, except for three levels."""
-    return 1.0 if bits != 1.5 else 0.9 if role == "key" else 0.8
+    """Return the part of a group's range that pays best: all of it, except for two bits and less."""
+    if bits > 2:
+        return 1.0
+    return 0.85 if role == "key" else 0.75 if bits == 2 else 0.7
 
 
 def cq(

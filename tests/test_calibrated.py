@@ -17,6 +17,7 @@ from kvq_compile.choose import Choice, choose
 from kvq_compile.errors import KVQError
 from kvq_compile.history import watching
 from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.tables import read_section
 from kvq_compile.methods import make_spec
 from kvq_compile.small_tables import random_tables
 
@@ -165,6 +166,66 @@ def test_a_truncated_or_altered_file_is_refused(tmp_path: Path) -> None:
         Calibration.load(path)
     with pytest.raises(FileNotFoundError, match="calibration must be a file"):
         Calibration.load(tmp_path / "none")
+
+
+def test_a_file_from_before_an_option_is_read_as_it_was_made(tmp_path: Path) -> None:
+    whole = calibrated("skvq")
+    options = {name: value for name, value in whole.options.items() if name != "equalize"}
+    Calibration(whole.method, options, whole.layers, whole.weights).save(tmp_path / "old")
+    assert make_spec(calibration=tmp_path / "old") == make_spec(calibration=whole)
+    with pytest.raises(ValueError, match="equalize must be as calibrated, None, got 0.5"):
+        make_spec(calibration=tmp_path / "old", equalize=0.5)
+
+
+def test_clips_that_are_searched_differ_by_group() -> None:
+    texts = [ids(300, seed) for seed in range(2)]
+    options = {"key_clip": "search", "value_clip": "search", "group_size": 32}
+    found = kvq_compile.calibrate(make_model(), texts, "skvq", tokens=256, **options)
+    found_margins = set()
+    for layer in found.layers:
+        for tables in (layer.key, layer.value):
+            assert tables is not None
+            margin = read_section(tables.words, "margin", 64).unflatten(-1, (2, 32))
+            assert torch.equal(margin, margin[..., :1].expand_as(margin))
+            found_margins |= set(margin.unique().tolist())
+    assert len(found_margins) > 1
+
+
+def test_skvq_needs_no_gradients() -> None:
+    model, seen = make_model(), set()
+    model.lm_head.register_forward_pre_hook(lambda *_: seen.add(torch.is_grad_enabled()))
+    kvq_compile.calibrate(model, [ids(300)], "skvq", tokens=256)
+    assert seen == {False}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("auto", {"bits": 3}), ("skvq", {"key_clip": "search"}), ("skvq", {"value_clip": "search"})],
+)
+def test_texts_that_no_query_outgrows_are_too_short(method: str, options: Any) -> None:
+    with pytest.raises(ValueError, match="text without padding of more than 133 tokens for "):
+        kvq_compile.calibrate(make_model(), [ids(133)], method, tokens=128, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"key_clip": "serch"},
+            "key_clip must be a number in (0, 1], \"search\" or None, got 'serch'",
+        ),
+        ({"value_clip": 1.5}, "value_clip must be a number in (0, 1]"),
+        ({"equalize": -1}, "equalize must be a number from 0, channels as they are, to 1"),
+        ({"equalize": "half"}, "got 'half'"),
+        ({"reorder": 1}, "reorder must be True or False, got 1"),
+    ],
+)
+def test_options_that_cannot_be_fitted_are_named_before_texts_are_read(
+    options: Any, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below, brackets and all
+        kvq_compile.calibrate(torch.nn.Identity(), [ids(20)], "skvq", **options)
+    assert message in str(caught.value)
 
 
 def test_another_model_is_refused() -> None:

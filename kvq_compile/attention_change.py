@@ -1,0 +1,54 @@
+"""What quantized keys or values change in the output of one attention, on queries that it has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one attention saw of one text, fp32, as attention reads it.
+
+    Attributes:
+        query: Some of the queries, ``[Hq, n, D]``.
+        place: Their slots in the text, ``[n]``.
+        key, value: All keys and values, ``[H, T, D]``.
+    """
+
+    query: Tensor
+    place: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> Tensor:
+    """Attend causally; tokens farther back than the window, sinks apart, are ``key`` and ``value``'s.
+
+    Returns:
+        Outputs of the text's queries, ``[Hq, n, D]``.
+    """
+    slot = torch.arange(text.key.shape[1], device=key.device)
+    distance = text.place[:, None] - slot
+    far = (distance >= window) & (slot >= sinks)
+    outputs = []
+    for queries, exact_key, exact_value, old_key, old_value in zip(
+        text.query.chunk(len(key)), text.key, text.value, key, value, strict=True
+    ):
+        scores = queries @ exact_key.T
+        if key is not text.key:
+            scores = torch.where(far, queries @ old_key.T, scores)
+        scores = scores.mul_(queries.shape[-1] ** -0.5).masked_fill_(distance < 0, -torch.inf)
+        weights = scores.softmax(-1)
+        output = weights @ exact_value
+        if value is not text.value:
+            output += (weights * far) @ (old_value - exact_value)
+        outputs.append(output)
+    return torch.cat(outputs)
+
+
+def exact(text: Text) -> Tensor:
+    """Return the outputs of the text's queries with nothing quantized, ``[Hq, n, D]``."""
+    return attend(text, text.key, text.value, 0, 1)
