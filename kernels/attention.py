@@ -122,7 +122,7 @@ def attend_kernel(
     key_tables, key_book, turns, shift, value_codes, value_params, value_exact, value_cursor,
     value_book, mask, position, partial, lse, scale, start, heads, tokens, new, capacity,
     exact_splits, mask_width, key_words, value_words, q_b, q_h, q_t, p_b, p_h, p_t, k_b, k_h, k_t,
-    v_b, v_h, v_t, m_b, m_h, m_t, m_s, HAS_POSITION: tl.constexpr, SHARED_BY: tl.constexpr,
+    v_b, v_h, v_t, m_b, m_h, m_t, m_s, e_h, HAS_POSITION: tl.constexpr, SHARED_BY: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SPREAD: tl.constexpr, SINKS: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MASK_KIND: tl.constexpr, MASK_SHARED: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr,
@@ -159,11 +159,11 @@ def attend_kernel(
     dim = tl.arange(0, triton.next_power_of_2(VALUE.dim))
     stored = (dim < VALUE.dim)[:, None] & column_ok[None, :]
     if split < exact_splits:
-        ring = head.to(tl.int64) * (SINKS + RING)
         accumulator, running_sum, running_max = attend_exact(
             query, batch * q_b + q_head * q_h + token * q_t, column_ok, scale,
             key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h,
-            key_exact + ring * KEY.dim, value_exact + ring * VALUE.dim, split, exact_splits,
+            key_exact + head.to(tl.int64) * e_h,
+            value_exact + head.to(tl.int64) * ((SINKS + RING) * VALUE.dim), split, exact_splits,
             SINKS + pages * KEY.page, start, held, new, visible, k_t, v_t, mask, mask_rows, m_s,
             mask_width, KEY.dim, VALUE.dim, SINKS, RING, BLOCK_N, BLOCK_Q, MASK_KIND, MASK_SHARED,
             EXACT_DTYPE, PRECISION,
@@ -365,7 +365,7 @@ def attend(
     tiles = triton.cdiv(shared * T, constants["BLOCK_Q"])
     resident = PROGRAMS_PER_PROCESSOR or programs_per_processor(*coding)
     exact, packed = _count_splits(
-        B * Hkv * tiles, capacity, key_layout.exact_rows + new, resident * _processors(query.device)
+        B * Hkv * tiles, capacity, key_layout.token_rows + new, resident * _processors(query.device)
     )
     splits = exact + packed
     mask, kind, mask_shared = _read_mask(mask, query.shape)
@@ -385,7 +385,8 @@ def attend(
         lse, scale * LOG2_E, start or 0, Hkv, T, new, capacity, exact,
         0 if mask is None else mask.shape[-1], key_words, value_words, *query.stride()[:3],
         *packed_query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        *((0, 0, 0, 0) if mask is None else mask.stride()), HAS_POSITION=position is not None,
-        MASK_KIND=kind, MASK_SHARED=mask_shared, **constants, **options,
+        *((0, 0, 0, 0) if mask is None else mask.stride()), key_parts[2].stride(1),
+        HAS_POSITION=position is not None, MASK_KIND=kind, MASK_SHARED=mask_shared, **constants,
+        **options,
     )  # fmt: skip
     return join(partial, lse, query, value_frame, coding[1], exact, Hkv)
