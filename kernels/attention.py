@@ -191,7 +191,8 @@ def attend_kernel(
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Return how many processors a GPU has; 1 for what interprets kernels."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -232,6 +233,19 @@ def _count_splits(programs: int, pages: int, exact_tokens: int, resident: int) -
     ), page_splits
 
 
+def operand_constants(dtype: torch.dtype, platform: Platform, large: bool) -> dict[str, object]:
+    """Return how keys of ``dtype`` are unpacked and multiplied, from ``large`` tiles of packed tokens or small ones."""
+    interpreted = platform == "interpreter"
+    full = dtype == torch.float32 or interpreted
+    exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
+    return {
+        "FAST": platform == "cuda",
+        "DTYPE": tl.float32 if full and (interpreted or not large) else tl.float16,
+        "EXACT_DTYPE": tl.float32 if full else exact,
+        "PRECISION": "tf32x3" if platform == "cuda" else "ieee",
+    }
+
+
 def launch_constants(
     key_layout: PageLayout, value_layout: PageLayout, shared: int, tokens: int,
     dtype: torch.dtype, platform: Platform,
@@ -255,15 +269,11 @@ def launch_constants(
     loads = not (key.mixed or (key.fields and value.fields))
     one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     stages = 1 if one_stage or loads else 2
-    exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
     constants = {
         "SHARED_BY": shared, "KEY": key, "VALUE": value, "SPREAD": copies,
         "SINKS": key_layout.sinks, "WINDOW": key_layout.window, "BLOCK_Q": block_q,
         "BLOCK_N": BLOCK_EXACT // 2 if full else BLOCK_EXACT, "STAGES": stages,
-        "FAST": platform == "cuda",
-        "DTYPE": tl.float32 if full and (platform == "interpreter" or not large) else tl.float16,
-        "EXACT_DTYPE": tl.float32 if full else exact,
-        "PRECISION": "tf32x3" if platform == "cuda" else "ieee",
+        **operand_constants(dtype, platform, large),
     }  # fmt: skip
     options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
     few = max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
@@ -303,7 +313,7 @@ def _halves(tables: Tensor | None) -> Tensor | None:
     return None if tables is None else tables.view(torch.float16)
 
 
-def _read_mask(
+def read_mask(
     mask: Tensor | None, shape: torch.Size
 ) -> tuple[Tensor | None, Literal[0, 1, 2], bool]:
     """Return a mask with all four dimensions of scores, its kind, and whether columns of a tile share its rows.
@@ -365,10 +375,10 @@ def attend(
     tiles = triton.cdiv(shared * T, constants["BLOCK_Q"])
     resident = PROGRAMS_PER_PROCESSOR or programs_per_processor(*coding)
     exact, packed = _count_splits(
-        B * Hkv * tiles, capacity, key_layout.token_rows + new, resident * _processors(query.device)
+        B * Hkv * tiles, capacity, key_layout.token_rows + new, resident * processors(query.device)
     )
     splits = exact + packed
-    mask, kind, mask_shared = _read_mask(mask, query.shape)
+    mask, kind, mask_shared = read_mask(mask, query.shape)
     if mask is not None:
         options.pop("maxnreg", None)  # it would spill
     single = constants["DTYPE"] == tl.float32

@@ -257,7 +257,7 @@ def _attend_cuda(
     )
 
 
-def _importance(
+def _importance_cpu(
     query: Tensor,
     key: Tensor,
     key_parts: list[Tensor],
@@ -284,6 +284,36 @@ def _importance(
     )
 
 
+def _importance_cuda(
+    query: Tensor,
+    key: Tensor,
+    key_parts: list[Tensor],
+    mask: Tensor | None,
+    position: Tensor | None,
+    start: int | None,
+    slots: int,
+    scale: float,
+    causal: bool,
+    queries: int,
+    key_layout: str,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    layout = PageLayout.parse(key_layout)
+    if not key_parts:  # a few rows times the call's own keys, and nothing to wait for
+        from kvq_compile.kernels.importance import recent_importance
+
+        about = 0, slots, scale, causal, queries, layout, None
+        return recent_importance(query, key, None, mask, *about)
+    from kvq_compile.kernels import importance_mixed
+
+    codes, params, exact, cursor = key_parts
+    return importance_mixed.recent_importance(
+        *(query, key, (codes, params, exact, cursor), mask, position, start, slots),
+        *(scale, causal, queries, layout),
+    )
+
+
 def _dequantize(
     codes: Tensor,
     params: Tensor,
@@ -304,10 +334,11 @@ def _dequantize(
 for _device in ("CPU", "CUDA"):
     _library.impl("quantize", _quantize, _device)
     _library.impl("dequantize", _dequantize, _device)
-    _library.impl("importance", _importance, _device)
     _library.impl("originals", _originals, _device)
 _library.impl("append_", _append_cpu, "CPU")
 _library.impl("append_", _append_cuda, "CUDA")
+_library.impl("importance", _importance_cpu, "CPU")
+_library.impl("importance", _importance_cuda, "CUDA")
 _library.impl("attend", _attend_cpu, "CPU")
 _library.impl("attend", _attend_cuda, "CUDA")
 
