@@ -206,6 +206,20 @@ def test_after_a_rewind_importance_reads_the_keys_that_attention_reads(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("slot", ["position", "start"])
+def test_operators_keep_their_declarations(slot: str) -> None:
+    layout, x, query = layout_of(), tokens(FILLS), tokens(FILLS, 1, 2 * SHARED)
+    parts = written(x[:, :, :-1], query, [0, FILLS - 1], layout)
+    new, asked = x[:, :, -1:].contiguous(), query[:, :, -1:].contiguous()
+    where = (torch.tensor([FILLS - 1]), None) if slot == "position" else (None, FILLS - 1)
+    about = FILLS + 9, 0.2, False, QUERIES, layout.token
+    torch.library.opcheck(ops.importance, (asked, new, list(parts), None, *where, *about))
+    about = layout.token, None, None, None, None, None, asked
+    torch.library.opcheck(ops.append_, (*parts, new, *where, *about))
+    about = FILLS, slot == "start", layout.token, None, None, None, query
+    torch.library.opcheck(ops.quantize, (x, *about))
+
+
 # In Triton
 
 
