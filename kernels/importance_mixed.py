@@ -200,7 +200,9 @@ def weigh_kernel(
                     MASK_SHARED,
                 )  # fmt: skip
                 point, total = _take(scores, slot, was | now, tile, result, point, total, JOINS)
-            if not JOINS:
+            if JOINS:
+                tl.debug_barrier()  # the next tile reads what this one has written
+            else:
                 point += tl.log2(tl.where(total == 0, 1.0, total))
                 tl.store(partial + split * COLUMNS + column, point)
 

@@ -499,16 +499,13 @@ class PageLayout:
     def parse(token: str) -> PageLayout:
         """Rebuild a layout from its `token`."""
         values = zip(fields(PageLayout), token.split(","), strict=True)
-        return PageLayout(**{f.name: _FROM_TEXT.get(f.name, str)(text) for f, text in values})
+        return PageLayout(**{f.name: _FROM_TEXT.get(str(f.type), str)(text) for f, text in values})
 
 
-_FROM_TEXT: dict[str, Callable[[str], Any]] = {
-    "bits": lambda text: int(text) if text.isdecimal() else float(text),
-    **dict.fromkeys(("clip", "target", "query_norm"), float),
-    **dict.fromkeys(
-        ("rotary", "fit", "soften", "attentive", "requantize", "keep_exact"),
-        lambda text: text == "True",
-    ),
-    **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
-    **dict.fromkeys(("min_bits", "max_bits", "outliers", "queries", "shared_by"), int),
-}
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {  # by type; all others are texts
+    "int": int, "float": _number, "bool": lambda text: text == "True"
+}  # fmt: skip
