@@ -13,6 +13,31 @@ from kvq_compile.kernels.primitives import load_mask, softmax_update
 
 
 @triton.jit
+def exact_place(index, packed_end, start, held, visible, SINKS: tl.constexpr, RING: tl.constexpr):
+    """Return slots, rows of ``exact`` and numbers among the new tokens of the tokens ``index`` in the order sinks,
+    ring, new; and which of them the cache holds, and which are new.
+    """
+    fresh = index - (SINKS + RING)
+    slot = tl.where(index < SINKS, index, packed_end - SINKS + index)
+    old = (fresh < 0) & (slot < held)
+    now = (fresh >= 0) & (fresh < visible - start)
+    row = tl.where(index < SINKS, index, SINKS + tl.maximum(slot - SINKS, 0) % RING)
+    slot = tl.where(fresh >= 0, start + fresh, slot)
+    return slot, row, fresh.to(tl.int64), old, now
+
+
+@triton.jit
+def load_keys(exact, key, row, fresh, old, now, stride, DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the keys ``[tokens, DIM padded]`` of tokens from `exact_place`; zeros for what is neither."""
+    dim = tl.arange(0, triton.next_power_of_2(DIM))
+    ok = (dim < DIM)[None, :]
+    k = tl.load(exact + row[:, None] * DIM + dim[None, :], mask=old[:, None] & ok, other=0.0)
+    new = key + fresh[:, None] * stride + dim[None, :]
+    k_new = tl.load(new, mask=now[:, None] & ok, other=0.0)
+    return tl.where(now[:, None], k_new.to(DTYPE), k.to(DTYPE))
+
+
+@triton.jit
 def attend_exact(
     query, rows, column_ok, scale, key, value, key_exact, value_exact, split, splits, packed_end,
     start, held, new, visible, stride_kt, stride_vt, mask, mask_rows, stride_m, mask_width,
@@ -37,21 +62,10 @@ def attend_exact(
     accumulator = tl.zeros([BLOCK_V, BLOCK_Q], tl.float32)
     # Not pipelined: its buffers would cost the programs that read pages their room.
     for block in tl.range(split * share, last, BLOCK, num_stages=1):
-        index = block + tl.arange(0, BLOCK)
-        fresh = index - (SINKS + RING)
-        slot = tl.where(index < SINKS, index, packed_end - SINKS + index)
-        old = (fresh < 0) & (slot < held)
-        now = (fresh >= 0) & (fresh < visible - start)
-        row = tl.where(index < SINKS, index, SINKS + tl.maximum(slot - SINKS, 0) % RING)
-        slot = tl.where(fresh >= 0, start + fresh, slot)
-        fresh = fresh.to(tl.int64)
-        k_ok = (k_dim < KEY_DIM)[None, :]
-        k = tl.load(
-            key_exact + row[:, None] * KEY_DIM + k_dim[None, :], mask=old[:, None] & k_ok, other=0.0
+        slot, row, fresh, old, now = exact_place(
+            block + tl.arange(0, BLOCK), packed_end, start, held, visible, SINKS, RING
         )
-        k_new = tl.load(
-            key + fresh[:, None] * stride_kt + k_dim[None, :], mask=now[:, None] & k_ok, other=0.0
-        )
+        k = load_keys(key_exact, key, row, fresh, old, now, stride_kt, KEY_DIM, DTYPE)
         v_ok = (v_dim < VALUE_DIM)[:, None]
         v = tl.load(
             value_exact + row[None, :] * VALUE_DIM + v_dim[:, None],
@@ -61,7 +75,6 @@ def attend_exact(
         v_new = tl.load(
             value + fresh[None, :] * stride_vt + v_dim[:, None], mask=now[None, :] & v_ok, other=0.0
         )
-        k = tl.where(now[:, None], k_new.to(DTYPE), k.to(DTYPE))
         v = tl.where(now[None, :], v_new.to(DTYPE), v.to(DTYPE))
         scores = tl.dot(k, q, input_precision=PRECISION) * scale
         if MASK_KIND > 0:

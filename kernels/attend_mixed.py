@@ -221,6 +221,26 @@ def _place_outliers(x, records, factor, offset, KEYS: tl.constexpr, C: tl.conste
     return x
 
 
+@triton.jit
+def page_scores(
+    q, q_sum, planes, fields, header, records, C: tl.constexpr, FAST: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the products ``[page, columns of q]`` of a page's keys with queries.
+
+    ``q`` are the queries in ``DTYPE``, their channels in the order of `tile_channels`; ``q_sum`` is its sum over them.
+    """
+    k = unpack_planes(planes, True, C, FAST, DTYPE)
+    factor, offset = token_terms(fields, header, C)
+    if C.outliers == 0:
+        scores = tl.dot(k, q, input_precision=PRECISION) * factor[:, None]
+        scores += offset[:, None] * q_sum[None, :]
+    else:
+        k = _place_outliers(k, records, factor, offset, True, C)
+        scores = tl.dot(k, q, input_precision=PRECISION)
+    return scores
+
+
 # --- the loop -------------------------------------------------------------------------------------
 
 
@@ -260,14 +280,10 @@ def attend_mixed_pages(
         v_rank = v_fields[VALUE.rank_field].to(tl.int32)
         k_planes = load_planes(key_codes + at * KEY.page_units, k_rank, k_header, KEY)
         v_planes = load_planes(value_codes + at * VALUE.page_units, v_rank, v_header, VALUE)
-        k = unpack_planes(k_planes, True, KEY, FAST, DTYPE)
-        factor, offset = token_terms(k_fields, k_header, KEY)
-        if KEY.outliers == 0:
-            scores = tl.dot(k, q, input_precision=PRECISION) * factor[:, None]
-            scores += offset[:, None] * q_sum[None, :]
-        else:
-            k = _place_outliers(k, key_records + at * KEY.page_params, factor, offset, True, KEY)
-            scores = tl.dot(k, q, input_precision=PRECISION)
+        scores = page_scores(
+            q, q_sum, k_planes, k_fields, k_header, key_records + at * KEY.page_params, KEY, FAST,
+            DTYPE, PRECISION,
+        )  # fmt: skip
         slot = SINKS + page * PAGE + token
         if MASK_KIND > 0:
             scores += load_mask(

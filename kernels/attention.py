@@ -122,7 +122,7 @@ def attend_kernel(
     key_tables, key_book, turns, shift, value_codes, value_params, value_exact, value_cursor,
     value_book, mask, position, partial, lse, scale, start, heads, tokens, new, capacity,
     exact_splits, mask_width, key_words, value_words, q_b, q_h, q_t, p_b, p_h, p_t, k_b, k_h, k_t,
-    v_b, v_h, v_t, m_b, m_h, m_t, m_s, HAS_POSITION: tl.constexpr, SHARED_BY: tl.constexpr,
+    v_b, v_h, v_t, m_b, m_h, m_t, m_s, e_h, HAS_POSITION: tl.constexpr, SHARED_BY: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SPREAD: tl.constexpr, SINKS: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MASK_KIND: tl.constexpr, MASK_SHARED: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr,
@@ -159,11 +159,11 @@ def attend_kernel(
     dim = tl.arange(0, triton.next_power_of_2(VALUE.dim))
     stored = (dim < VALUE.dim)[:, None] & column_ok[None, :]
     if split < exact_splits:
-        ring = head.to(tl.int64) * (SINKS + RING)
         accumulator, running_sum, running_max = attend_exact(
             query, batch * q_b + q_head * q_h + token * q_t, column_ok, scale,
             key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h,
-            key_exact + ring * KEY.dim, value_exact + ring * VALUE.dim, split, exact_splits,
+            key_exact + head.to(tl.int64) * e_h,
+            value_exact + head.to(tl.int64) * ((SINKS + RING) * VALUE.dim), split, exact_splits,
             SINKS + pages * KEY.page, start, held, new, visible, k_t, v_t, mask, mask_rows, m_s,
             mask_width, KEY.dim, VALUE.dim, SINKS, RING, BLOCK_N, BLOCK_Q, MASK_KIND, MASK_SHARED,
             EXACT_DTYPE, PRECISION,
@@ -191,7 +191,8 @@ def attend_kernel(
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Return how many processors a GPU has; 1 for what interprets kernels."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -232,6 +233,19 @@ def _count_splits(programs: int, pages: int, exact_tokens: int, resident: int) -
     ), page_splits
 
 
+def operand_constants(dtype: torch.dtype, platform: Platform, large: bool) -> dict[str, object]:
+    """Return how keys of ``dtype`` are unpacked and multiplied, from ``large`` tiles of packed tokens or small ones."""
+    interpreted = platform == "interpreter"
+    full = dtype == torch.float32 or interpreted
+    exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
+    return {
+        "FAST": platform == "cuda",
+        "DTYPE": tl.float32 if full and (interpreted or not large) else tl.float16,
+        "EXACT_DTYPE": tl.float32 if full else exact,
+        "PRECISION": "tf32x3" if platform == "cuda" else "ieee",
+    }
+
+
 def launch_constants(
     key_layout: PageLayout, value_layout: PageLayout, shared: int, tokens: int,
     dtype: torch.dtype, platform: Platform,
@@ -255,15 +269,11 @@ def launch_constants(
     loads = not (key.mixed or (key.fields and value.fields))
     one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     stages = 1 if one_stage or loads else 2
-    exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
     constants = {
         "SHARED_BY": shared, "KEY": key, "VALUE": value, "SPREAD": copies,
         "SINKS": key_layout.sinks, "WINDOW": key_layout.window, "BLOCK_Q": block_q,
         "BLOCK_N": BLOCK_EXACT // 2 if full else BLOCK_EXACT, "STAGES": stages,
-        "FAST": platform == "cuda",
-        "DTYPE": tl.float32 if full and (platform == "interpreter" or not large) else tl.float16,
-        "EXACT_DTYPE": tl.float32 if full else exact,
-        "PRECISION": "tf32x3" if platform == "cuda" else "ieee",
+        **operand_constants(dtype, platform, large),
     }  # fmt: skip
     options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
     few = max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
@@ -303,7 +313,7 @@ def _halves(tables: Tensor | None) -> Tensor | None:
     return None if tables is None else tables.view(torch.float16)
 
 
-def _read_mask(
+def read_mask(
     mask: Tensor | None, shape: torch.Size
 ) -> tuple[Tensor | None, Literal[0, 1, 2], bool]:
     """Return a mask with all four dimensions of scores, its kind, and whether columns of a tile share its rows.
@@ -365,10 +375,10 @@ def attend(
     tiles = triton.cdiv(shared * T, constants["BLOCK_Q"])
     resident = PROGRAMS_PER_PROCESSOR or programs_per_processor(*coding)
     exact, packed = _count_splits(
-        B * Hkv * tiles, capacity, key_layout.exact_rows + new, resident * _processors(query.device)
+        B * Hkv * tiles, capacity, key_layout.token_rows + new, resident * processors(query.device)
     )
     splits = exact + packed
-    mask, kind, mask_shared = _read_mask(mask, query.shape)
+    mask, kind, mask_shared = read_mask(mask, query.shape)
     if mask is not None:
         options.pop("maxnreg", None)  # it would spill
     single = constants["DTYPE"] == tl.float32
@@ -385,7 +395,8 @@ def attend(
         lse, scale * LOG2_E, start or 0, Hkv, T, new, capacity, exact,
         0 if mask is None else mask.shape[-1], key_words, value_words, *query.stride()[:3],
         *packed_query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        *((0, 0, 0, 0) if mask is None else mask.stride()), HAS_POSITION=position is not None,
-        MASK_KIND=kind, MASK_SHARED=mask_shared, **constants, **options,
+        *((0, 0, 0, 0) if mask is None else mask.stride()), key_parts[2].stride(1),
+        HAS_POSITION=position is not None, MASK_KIND=kind, MASK_SHARED=mask_shared, **constants,
+        **options,
     )  # fmt: skip
     return join(partial, lse, query, value_frame, coding[1], exact, Hkv)

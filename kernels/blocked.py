@@ -22,6 +22,7 @@ from kvq_compile.kernels import cpu_pages, reference
 from kvq_compile.kernels.bases import PackedTensor, Parts
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.originals import keep_, renew_
+from kvq_compile.kernels.queries import remember_
 from kvq_compile.kernels.requantize import requantize_older_
 from kvq_compile.kernels.spec import HIDES, PageLayout
 
@@ -58,6 +59,7 @@ def append_(
     frame: Frame | None = None,
     importance: Tensor | None = None,
     originals: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> None:
     """Append in steps, so that quantizing a long prompt needs little scratch.
 
@@ -66,6 +68,7 @@ def append_(
     held, pages = cursor.tolist()
     if x.shape[2] == 1 and start == held and layout.pages_at(start + 1) <= pages:
         exact[:, :, layout.exact_row(start)] = x[:, :, 0]
+        remember_(exact, query, held, start, 1, layout)
         cursor[0] = start + 1
         return
     # Once for the whole call: its own pages are all quantized under the attention of now.
@@ -73,12 +76,16 @@ def append_(
         renew_(codes, params, cursor, originals, start, x.shape[2], layout, importance)
     requantize_older_(codes, params, cursor, start, x.shape[2], layout, importance)
     layout = replace(layout, requantize=False)
+    silent = 0 if query is None else x.shape[2] - query.shape[2]  # tokens before the first query
     for first in range(0, x.shape[2], APPEND_TOKENS):
-        piece = x[:, :, first : first + APPEND_TOKENS]
+        last = first + APPEND_TOKENS
+        piece, asked = x[:, :, first:last], query
+        if query is not None:
+            asked = query[:, :, max(0, first - silent) : max(0, last - silent)]
         if originals is not None:
             keep_(originals, exact, cursor, piece, start + first, layout)
         reference.append_(
-            codes, params, exact, cursor, piece, start + first, layout, frame, importance
+            codes, params, exact, cursor, piece, start + first, layout, frame, importance, asked
         )
 
 

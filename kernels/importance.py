@@ -1,7 +1,9 @@
 """Which tokens recent queries paid attention to: what mixed pages distribute their bits by.
 
-It is asked only when a page is about to be quantized, once in ``page_size`` tokens, so it is written in plain
-torch for every device. Packed keys are read block by block; what is held at once are a few rows of scores.
+It matters only when a page is about to be quantized, once in ``page_size`` tokens. The last ``n`` queries are those
+of the call and, where it has fewer, those that the cache of the keys holds of the tokens before (`queries`). A query
+of zeros pays no attention: it may stand for one that nobody knows. Packed keys are read block by block; what is held
+at once are a few rows of scores.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from kvq_compile.kernels import mixed, reference
 from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.queries import recall
+from kvq_compile.kernels.requantize import pages_before_and_after
 from kvq_compile.kernels.spec import PageLayout
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -30,17 +34,19 @@ def recent_importance(
     layout: PageLayout,
     frame: Frame | None,
 ) -> Tensor:
-    """Return the largest weight that the last queries of a call paid to each slot.
+    """Return the largest weight that the last queries paid to each slot.
 
     Args:
-        query: ``[B, Hq, T, D]``.
-        key: The call's own keys, ``[B, Hkv, slots - start, D]``.
-        parts: The cache of the keys before ``start``; ``None`` where there is none.
-        mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, >= slots]``, or ``None``.
+        query: ``[B, Hq, T, D]``, those of the last of the call's tokens.
+        key: The call's own keys, ``[B, Hkv, tokens, D]``.
+        parts: The cache of the keys before the call; ``None`` where there is none.
+        mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column a slot, or
+            ``None``; slots beyond its ``M`` columns are not attended to. For queries of earlier calls its first
+            row holds.
         start: Slot of the first of the call's keys.
-        slots: Slots after the call.
+        slots: Slots of the result, ``start + tokens`` or more.
         scale: Factor on the scores.
-        causal: Whether query ``T - 1 - i`` sees no slot behind ``slots - 1 - i``.
+        causal: Whether the call's queries see no slot behind their own. Those of earlier calls never do.
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
         frame: What they are coded relative to, where the layout has tables.
@@ -48,36 +54,64 @@ def recent_importance(
     Returns:
         ``[B, Hkv, slots]``, fp32; zeros if the call completes no page.
     """
-    result = query.new_zeros(*key.shape[:2], slots, dtype=torch.float32)
-    if layout.pages_at(slots) == layout.pages_at(start):
+    (B, H, tokens, _), end = key.shape, start + key.shape[2]
+    result = query.new_zeros(B, H, slots, dtype=torch.float32)
+    old, new = 0, layout.pages_at(end)
+    if parts is not None:
+        old, new = pages_before_and_after(parts[3], start, tokens, layout)
+    if new == old:
         return result
-    count = min(queries, query.shape[2])
-    rows = (
-        query[:, :, query.shape[2] - count :].float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    )
-    pieces = [] if parts is None else _cached_scores(rows, parts, start, layout, frame)
-    scores = torch.cat([*pieces, rows @ key.float().mT], -1) * scale
-    scores = scores.unflatten(2, (-1, count)).flatten(1, 2)  # [B, Hq, count, slots]
+    rows = query[:, :, -queries:].unflatten(1, (H, -1))  # [B, H, G, count, D]
+    count, pieces = rows.shape[3], []
+    ends = torch.arange(end - count + 1, end + 1, device=query.device)  # of what each row sees
+    ends = ends if causal else torch.full_like(ends, end)
+    if parts is not None and layout.queries:
+        last = min(start, end - count)
+        asked, first = recall(parts[2], int(parts[3][0]), end - queries, last, layout)
+        rows = torch.cat([asked.transpose(2, 3), rows], 3)
+        ends = torch.cat([torch.arange(first + 1, max(first, last) + 1, device=ends.device), ends])
+    rows = rows.float()
+    if parts is not None:
+        pieces = _cached_scores(rows.flatten(2, 3), parts, start, layout, frame)
+    scores = torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1) * scale
+    scores = scores.view(B, -1, len(ends), end)
+    seen = torch.arange(end, device=ends.device) < ends[:, None]
+    seen = seen & rows.any(-1).view(B, -1, len(ends), 1)
     if mask is not None:
-        mask = mask[..., :slots] if mask.dim() < 2 else mask[..., -count:, :slots]
-    elif causal:
-        mask = torch.ones(count, slots, dtype=torch.bool, device=query.device).tril(slots - count)
-    return mixed.importance_of(scores, mask, key.shape[1])
+        mask = _for_rows(mask, len(ends) - count, count)[..., :end]
+        scores, seen = scores[..., : mask.shape[-1]], seen[..., : mask.shape[-1]]
+        if mask.dtype == torch.bool:
+            seen = seen & mask
+        else:
+            scores = scores + mask
+    result[:, :, : seen.shape[-1]] = mixed.importance_of(scores, seen, H)
+    return result
+
+
+def _for_rows(mask: Tensor, earlier: int, count: int) -> Tensor:
+    """Return the rows of a mask for the last ``count`` queries, behind ``earlier`` times its first one."""
+    if mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    first = mask[..., :1, :].expand(*mask.shape[:-2], earlier, -1)
+    return torch.cat([first, mask[..., mask.shape[-2] - count :, :]], -2)
 
 
 def _cached_scores(
     rows: Tensor, parts: Parts, start: int, layout: PageLayout, frame: Frame | None
 ) -> list[Tensor]:
-    """Return products of query rows with the cached keys, ``[B, Hkv, rows, n]`` each, ``start`` in all."""
-    codes, params, exact, _ = parts
-    pages = layout.pages_at(start)
-    recent = layout.sinks + pages * layout.page_size
+    """Return products of query rows with the keys before ``start``, ``[B, Hkv, rows, n]`` each, ``start`` in all."""
+    codes, params, exact, cursor = parts
+    packed = int(cursor[1])
+    pages = min(
+        packed, -(-max(0, start - layout.sinks) // layout.page_size)
+    )  # read, the last in part
     pieces = [rows @ exact[:, :, : min(start, layout.sinks)].float().mT]
     for first in range(0, pages, PAGES):
         block = slice(first, min(first + PAGES, pages))
         keys = reference.dequantize_packed(
             codes[:, :, block], params[:, :, block], layout, frame, first
         )
-        pieces.append(rows @ keys.mT)
+        pieces.append(rows @ keys[:, :, : start - layout.sinks - first * layout.page_size].mT)
+    recent = layout.sinks + packed * layout.page_size
     held = reference.exact_row_index(recent, max(recent, start), layout, exact.device)
     return [*pieces, rows @ exact[:, :, held].float().mT]

@@ -4,9 +4,9 @@ Schemas, fakes and registrations live here so that they exist before a graph is 
 implementation is imported when the dispatcher first needs it: importing this file imports no Triton.
 
 Every op names the packed tensor by its four parts (`PageLayout` gives their shapes) and its layout as
-text; where the layout has tables they come with it. New tokens go to slots ``start, start + 1, ...``: the
-graph knows ``start`` either as an integer or as the first element of ``position`` ``[T]`` on the device,
-never both.
+text; where the layout has tables they come with it, and where it holds queries those of new keys. New tokens go
+to slots ``start, start + 1, ...``: the graph knows ``start`` either as an integer or as the first element of
+``position`` ``[T]`` on the device, never both.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache e
 _SCHEMAS = (
     # Quantize x as the first tokens of a new cache for `slots` tokens, with spare room if it grows.
     "quantize(Tensor x, SymInt slots, bool grows, str layout, Tensor? tables=None, Tensor? shift=None, "
-    "Tensor? importance=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? importance=None, Tensor? query=None) -> (Tensor, Tensor, Tensor, Tensor)",
     # Write x behind the tokens held, quantizing the pages that fill up, and, where the layout says so, taking
     # bits from older pages that attention has moved away from. `after`, the result of the attention
     # that still reads the cache as it was, only orders the two: without it Inductor may run that attention
     # later, and then has to copy the whole cache first.
     "append_(Tensor(a!) codes, Tensor(b!) params, Tensor(c!) exact, Tensor(d!) cursor, Tensor x, "
     "Tensor? position, SymInt? start, str layout, Tensor? after=None, Tensor? tables=None, Tensor? shift=None, "
-    "Tensor? importance=None, Tensor(e!)? originals=None) -> ()",
+    "Tensor? importance=None, Tensor(e!)? originals=None, Tensor? query=None) -> ()",
     # Copy the tokens of the pages that x fills to host memory, with spare room if the cache grows.
     "originals(Tensor x, SymInt slots, bool grows, str layout) -> Tensor",
     # Attend to the tokens before `start` of a cache and to the exact new ones; writes nothing.
@@ -41,9 +41,11 @@ _SCHEMAS = (
     "Tensor value_codes, Tensor value_params, Tensor value_exact, Tensor value_cursor, "
     "Tensor? mask, Tensor? position, SymInt? start, float scale, str key_layout, str value_layout, "
     "Tensor? key_tables=None, Tensor? key_shift=None, Tensor? value_tables=None) -> Tensor",
-    # Say how much attention the call's last queries pay to each slot; zeros unless a page is to be quantized.
-    "importance(Tensor query, Tensor key, Tensor[] key_parts, Tensor? mask, SymInt start, SymInt slots, "
-    "float scale, bool causal, int queries, str key_layout, Tensor? tables=None, Tensor? shift=None) -> Tensor",
+    # Say how much attention the last queries, the call's and those held, pay to each slot up to the call's last;
+    # nothing of use unless a page is to be quantized.
+    "importance(Tensor query, Tensor key, Tensor[] key_parts, Tensor? mask, Tensor? position, SymInt? start, "
+    "SymInt slots, float scale, bool causal, int queries, str key_layout, Tensor? tables=None, "
+    "Tensor? shift=None) -> Tensor",
     # Read slots 0 .. length - 1; those without a token are zero.
     "dequantize(Tensor codes, Tensor params, Tensor exact, Tensor cursor, SymInt length, str layout, "
     "Tensor? tables=None, Tensor? shift=None) -> Tensor",
@@ -95,10 +97,11 @@ def _quantize(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
     importance: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     page_layout = PageLayout.parse(layout)
     parts = new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
-    append_(*parts, x, None, 0, layout, None, tables, shift, importance)
+    append_(*parts, x, None, 0, layout, None, tables, shift, importance, None, query)
     return parts
 
 
@@ -116,6 +119,7 @@ def _append_cpu(
     shift: Tensor | None = None,
     importance: Tensor | None = None,
     originals: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import blocked
 
@@ -123,7 +127,7 @@ def _append_cpu(
     first = blocked.first_slot(position, start)
     frame = make_frame(tables, shift, page_layout)
     blocked.append_(
-        codes, params, exact, cursor, x, first, page_layout, frame, importance, originals
+        codes, params, exact, cursor, x, first, page_layout, frame, importance, originals, query
     )
 
 
@@ -141,6 +145,7 @@ def _append_cuda(
     shift: Tensor | None = None,
     importance: Tensor | None = None,
     originals: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> None:
     from kvq_compile.kernels import quantize_kv, requantize_mixed
     from kvq_compile.kernels.originals import keep_, renew_
@@ -155,7 +160,7 @@ def _append_cuda(
         codes, params, cursor, position, start, x.shape[2], page_layout, importance
     )
     quantize_kv.append_(
-        codes, params, exact, cursor, x, position, start, page_layout, frame, importance
+        codes, params, exact, cursor, x, position, start, page_layout, frame, importance, query
     )
 
 
@@ -252,12 +257,13 @@ def _attend_cuda(
     )
 
 
-def _importance(
+def _importance_cpu(
     query: Tensor,
     key: Tensor,
     key_parts: list[Tensor],
     mask: Tensor | None,
-    start: int,
+    position: Tensor | None,
+    start: int | None,
     slots: int,
     scale: float,
     causal: bool,
@@ -266,13 +272,45 @@ def _importance(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
+    from kvq_compile.kernels import blocked
     from kvq_compile.kernels.importance import recent_importance
 
     layout = PageLayout.parse(key_layout)
     parts = (key_parts[0], key_parts[1], key_parts[2], key_parts[3]) if key_parts else None
     frame = make_frame(tables, shift, layout) if parts else None
+    first = blocked.first_slot(position, start)
     return recent_importance(
-        query, key, parts, mask, start, slots, scale, causal, queries, layout, frame
+        query, key, parts, mask, first, slots, scale, causal, queries, layout, frame
+    )
+
+
+def _importance_cuda(
+    query: Tensor,
+    key: Tensor,
+    key_parts: list[Tensor],
+    mask: Tensor | None,
+    position: Tensor | None,
+    start: int | None,
+    slots: int,
+    scale: float,
+    causal: bool,
+    queries: int,
+    key_layout: str,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    layout = PageLayout.parse(key_layout)
+    if not key_parts:  # a few rows times the call's own keys, and nothing to wait for
+        from kvq_compile.kernels.importance import recent_importance
+
+        about = 0, slots, scale, causal, queries, layout, None
+        return recent_importance(query, key, None, mask, *about)
+    from kvq_compile.kernels import importance_mixed
+
+    codes, params, exact, cursor = key_parts
+    return importance_mixed.recent_importance(
+        *(query, key, (codes, params, exact, cursor), mask, position, start, slots),
+        *(scale, causal, queries, layout),
     )
 
 
@@ -296,10 +334,11 @@ def _dequantize(
 for _device in ("CPU", "CUDA"):
     _library.impl("quantize", _quantize, _device)
     _library.impl("dequantize", _dequantize, _device)
-    _library.impl("importance", _importance, _device)
     _library.impl("originals", _originals, _device)
 _library.impl("append_", _append_cpu, "CPU")
 _library.impl("append_", _append_cuda, "CUDA")
+_library.impl("importance", _importance_cpu, "CPU")
+_library.impl("importance", _importance_cuda, "CUDA")
 _library.impl("attend", _attend_cpu, "CPU")
 _library.impl("attend", _attend_cuda, "CUDA")
 
@@ -313,8 +352,9 @@ def _(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
     importance: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del tables, shift, importance
+    del tables, shift, importance, query
     page_layout = PageLayout.parse(layout)
     return new_parts(x, page_capacity(slots, grows, page_layout), page_layout)
 
@@ -336,11 +376,12 @@ def _(
     key: Tensor,
     key_parts: list[Tensor],
     mask: Tensor | None,
-    start: int,
+    position: Tensor | None,
+    start: int | None,
     slots: int,
     *rest: object,
 ) -> Tensor:
-    del key_parts, mask, start, rest
+    del key_parts, mask, position, start, rest
     return query.new_empty(*key.shape[:2], slots, dtype=torch.float32)
 
 

@@ -28,8 +28,6 @@ new tokens from slot ``start`` on, rows of the ring before, and the first slot o
 head.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -52,32 +50,22 @@ from kvq_compile.kernels.encode import (
     section_start,
     to_units,
 )
+from kvq_compile.kernels.exact_rows import (
+    ARRIVAL,
+    MAX_PAGES,
+    cursor_kernel,
+    plan,
+    rows_kernel,
+    write_queries,
+    write_rows,
+)
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.primitives import hadamard
 from kvq_compile.kernels.quantize_mixed import mixed_value, quantize_mixed_page
 from kvq_compile.kernels.spec import PageLayout
 
-MAX_PAGES = 1 << 20  # the lower 20 bits of cursor[1]; the other 11 count programs
-MAX_ARRIVALS = (1 << 11) - 1
-ARRIVAL = tl.constexpr(MAX_PAGES)
+MAX_ARRIVALS = (1 << 11) - 1  # in the upper bits of cursor[1]
 TILE = 4096  # elements a program holds at once: 32 fp32 registers of each of 128 threads
-
-
-@triton.jit
-def _plan(
-    cursor, position, start, tokens, capacity, HAS_POSITION: tl.constexpr, SINKS: tl.constexpr,
-    WINDOW: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Return ``start``, pages kept, whether the page behind them is cut open, pages after,
-    validity."""
-    held = tl.load(cursor)
-    pages = tl.load(cursor + 1) % ARRIVAL
-    if HAS_POSITION:
-        start = tl.load(position).to(tl.int32)
-    whole = tl.maximum(start - SINKS, 0) // PAGE
-    old = tl.where(start < held, tl.minimum(pages, whole), pages)
-    new = tl.maximum(old, tl.maximum(start + tokens - SINKS - WINDOW, 0) // PAGE)
-    return start, old, old < pages, new, (start >= 0) & (start <= held) & (new <= capacity)
 
 
 @triton.jit
@@ -331,32 +319,12 @@ def _quantize_uniformly(source, page, frame, LAYOUT: tl.constexpr, TILE: tl.cons
             _pack_plane(source, page, LAYOUT, TILE, plane)
 
 
-@triton.jit
-def _write_rows(
-    exact, x, stride, first_row, start, tokens, last, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr,
-    RING: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write those of ``BLOCK`` new tokens that stay exact: sinks, and tokens from ``last`` on.
-
-    Of more new tokens than sinks and ring have rows, only the first and the last can stay.
-    """
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    token = first_row + tl.arange(0, BLOCK)[:, None]
-    token += tl.where(token < SINKS, 0, tl.maximum(tokens - SINKS - RING, 0))
-    slot = start + token
-    row = tl.where(slot < SINKS, slot, SINKS + tl.maximum(slot - SINKS, 0) % RING)
-    stays = (token < tokens) & ((slot < SINKS) | (slot >= last)) & (channel < HEAD_DIM)
-    new = tl.load(x + token.to(tl.int64) * stride + channel, mask=stays, other=0.0)
-    tl.store(exact + row * HEAD_DIM + channel, new.to(exact.dtype.element_ty), mask=stays)
-
-
 @triton.jit(do_not_specialize=["start"])
 def append_kernel(
-    codes, parameters, exact, cursor, x, scratch, importance, tables, books, shift, position,
-    start, tokens, capacity, heads, slots, weights_b, weights_h, table_words, stride_b, stride_h,
-    stride_t, HAS_POSITION: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, WHOLE: tl.constexpr,
+    codes, parameters, exact, cursor, x, query, scratch, importance, tables, books, shift, position,
+    start, tokens, capacity, known, heads, slots, weights_b, weights_h, table_words, stride_b,
+    stride_h, stride_t, q_b, q_h, q_t, HAS_POSITION: tl.constexpr, LAYOUT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor
     too. (Triton's launcher cannot take an argument that is named ``params``.)
@@ -367,7 +335,7 @@ def append_kernel(
     PAGE: tl.constexpr = LAYOUT.page_size
     head, number = tl.program_id(0), tl.program_id(1)
     batch, kv_head = head // heads, head % heads
-    start, old, cut, new, ok = _plan(
+    start, old, cut, new, ok = plan(
         cursor, position, start, tokens, capacity, HAS_POSITION, SINKS, LAYOUT.window, PAGE
     )
     x += batch.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
@@ -392,59 +360,20 @@ def append_kernel(
     if WHOLE:
         if ok:
             for row in range(0, tokens, ROWS):
-                _write_rows(
+                write_rows(
                     exact, x, stride_t, row, start, tokens, SINKS + new * PAGE, LAYOUT.head_dim,
                     SINKS, LAYOUT.ring, ROWS,
                 )  # fmt: skip
+            write_queries(
+                query, exact, cursor, start, tokens, known, head.to(tl.int64), heads, q_b, q_h, q_t,
+                LAYOUT,
+            )  # fmt: skip
         tl.debug_barrier()
         word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
         if word // ARRIVAL == tl.num_programs(0) - 1:
             tl.store(cursor + 1, tl.where(ok, new, word % ARRIVAL))
             if ok:
                 tl.store(cursor, start + tokens)
-
-
-@triton.jit(do_not_specialize=["start"])
-def rows_kernel(
-    exact, cursor, x, position, start, tokens, capacity, heads, stride_b, stride_h, stride_t,
-    HAS_POSITION: tl.constexpr, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    PAGE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write the new tokens that stay exact, after `append_kernel` has read the rows they replace.
-
-    Grid: (B * Hkv, blocks of ``ROWS`` among the tokens that can stay).
-    """
-    RING: tl.constexpr = WINDOW + PAGE
-    head = tl.program_id(0)
-    start, _old, _cut, new, ok = _plan(
-        cursor, position, start, tokens, capacity, HAS_POSITION, SINKS, WINDOW, PAGE
-    )
-    if ok:
-        x += (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
-        exact += head.to(tl.int64) * ((SINKS + RING) * HEAD_DIM)
-        last = SINKS + new * PAGE
-        _write_rows(
-            exact, x, stride_t, tl.program_id(1) * ROWS, start, tokens, last, HEAD_DIM, SINKS, RING,
-            ROWS,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["start"])
-def cursor_kernel(
-    cursor, position, start, tokens, capacity, HAS_POSITION: tl.constexpr, SINKS: tl.constexpr,
-    WINDOW: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Move the cursor behind the new tokens.
-
-    Grid: (1,).
-    """
-    start, _old, _cut, new, ok = _plan(
-        cursor, position, start, tokens, capacity, HAS_POSITION, SINKS, WINDOW, PAGE
-    )
-    tl.debug_barrier()
-    if ok:
-        tl.store(cursor, start + tokens)
-        tl.store(cursor + 1, new)
 
 
 def _frame_arguments(frame: Frame | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -472,6 +401,7 @@ def append_(
     layout: PageLayout,
     frame: Frame | None = None,
     importance: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> None:
     """Write new tokens at ``start`` or ``position[0]`` and quantize the pages that they complete,
     in place.
@@ -485,6 +415,7 @@ def append_(
         frame: What packed tokens are coded relative to, where the layout has tables.
         importance: Weight of each token's error by slot, ``[B, H, >= slots held then]``, which mixed layouts
             distribute bits by; ``None``: all weigh the same.
+        query: Queries of the last of the new tokens, ``[B, Hq, T, D]``, for layouts that hold them.
 
     Raises:
         NotImplementedError: The layout is mixed and has tables.
@@ -505,9 +436,11 @@ def append_(
         x = x.contiguous()
     pages = triton.cdiv(tokens, layout.page_size)
     whole = pages == 1 and B * H <= MAX_ARRIVALS and capacity < MAX_PAGES
+    known = 0 if query is None else min(query.shape[2], tokens)
+    query = x if query is None else query[:, :, query.shape[2] - known :]  # of none, none is read
+    if query.stride(3) != 1:
+        query = query.contiguous()
     where = (position, start or 0, tokens, capacity)
-    regions: dict[str, Any] = {"SINKS": layout.sinks, "WINDOW": layout.window}
-    regions |= {"PAGE": layout.page_size, "HAS_POSITION": position is not None}
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
     constants = Constants.of(layout)
     numbers = constants.scratch_numbers
@@ -522,15 +455,20 @@ def append_(
         slots, (weights_b, weights_h) = importance.shape[2], importance.stride()[:2]
     append_kernel[(B * H, pages)](
         codes.view(torch.uint8 if layout.packing == "trits" else torch.uint16),
-        params.view(_params_word(layout)), exact, cursor, x, scratch, importance,
-        *_frame_arguments(frame, cursor), *where, H, slots, weights_b, weights_h,
-        0 if frame is None else frame.tables.shape[1], *x.stride()[:3],
+        params.view(_params_word(layout)), exact, cursor, x, query, scratch, importance,
+        *_frame_arguments(frame, cursor), *where, known, H, slots, weights_b, weights_h,
+        0 if frame is None else frame.tables.shape[1], *x.stride()[:3], *query.stride()[:3],
         HAS_POSITION=position is not None, LAYOUT=constants, ROWS=rows, TILE=TILE,
         WHOLE=whole, enable_fp_fusion=False,
     )  # fmt: skip
     if not whole:
-        blocks = triton.cdiv(min(tokens, layout.exact_rows), rows)
+        has_position = position is not None
+        blocks = triton.cdiv(min(tokens, layout.token_rows), rows)
         rows_kernel[(B * H, blocks)](
-            exact, cursor, x, *where, H, *x.stride()[:3], HEAD_DIM=head_dim, ROWS=rows, **regions
-        )
-        cursor_kernel[(1,)](cursor, *where, **regions)
+            exact, cursor, x, query, *where, known, H, *x.stride()[:3], *query.stride()[:3],
+            HAS_POSITION=has_position, LAYOUT=constants, ROWS=rows,
+        )  # fmt: skip
+        cursor_kernel[(1,)](
+            cursor, *where, HAS_POSITION=has_position, SINKS=layout.sinks, WINDOW=layout.window,
+            PAGE=layout.page_size,
+        )  # fmt: skip

@@ -56,6 +56,7 @@ from kvq_compile.kernels.frame import (
     rotate as rotate,
 )
 from kvq_compile.kernels.mixed_layout import UNIT_BITS
+from kvq_compile.kernels.queries import remember_
 from kvq_compile.kernels.requantize import requantize_older_
 from kvq_compile.kernels.spec import TRITS, PageLayout
 
@@ -300,6 +301,7 @@ def truncate_(
         page = dequantize_packed(codes[:, :, cut], params[:, :, cut], layout, frame, pages)
         rows = exact_row_index(first, length, layout, exact.device)
         exact[:, :, rows] = page[:, :, : length - first].to(exact.dtype)
+    remember_(exact, None, int(cursor[0]), length, 0, layout)
     cursor[0], cursor[1] = length, pages
 
 
@@ -313,6 +315,7 @@ def append_(
     layout: PageLayout,
     frame: Frame | None = None,
     importance: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> None:
     """Write new tokens at ``start`` and quantize the pages that they complete, in place.
 
@@ -325,6 +328,7 @@ def append_(
         importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, which mixed layouts
             distribute bits by; ``None``: all weigh the same. Where the layout requantizes, older pages that
             the call keeps lose what they need no more, if it completes a page: see `requantize`.
+        query: Queries of the last of the new tokens, for layouts that hold them: see `queries`.
 
     Raises:
         ValueError: ``start`` would leave a gap, or the new tokens do not fit.
@@ -353,6 +357,7 @@ def append_(
     exact[:, :, exact_row_index(start + kept, start + tokens, layout, x.device)] = x[
         :, :, kept:
     ].to(exact.dtype)
+    remember_(exact, query, start, start, tokens, layout)
     cursor[0], cursor[1] = start + tokens, new
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.encode import Constants
-from kvq_compile.kernels.quantize_kv import _plan
+from kvq_compile.kernels.exact_rows import plan
 from kvq_compile.kernels.quantize_mixed import (
     HEADER,
     MAX_BITS,
@@ -83,7 +83,7 @@ def requantize_kernel(
     SINKS: tl.constexpr = LAYOUT.sinks
     PAGE: tl.constexpr = LAYOUT.page_size
     head, page = tl.program_id(0), tl.program_id(1)
-    _start, old, _cut, new, ok = _plan(
+    _start, old, _cut, new, ok = plan(
         cursor, position, start, tokens, capacity, HAS_POSITION, SINKS, LAYOUT.window, PAGE
     )
     if ok & (new > old) & (page < old):

@@ -42,6 +42,7 @@ WIDTHS = (1, 1.5, 2, 3, 4, 8)  # of the codes of a uniform quantizer; 1.5: three
 TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
 MAX_INDEX_BITS = 12  # a codebook of more entries could not be learned, searched or held
 HIDES = -1e4  # an additive mask of this or less leaves a token no weight
+QUERIES = 5  # whose attention mixed pages go by, the last; the paper's attention window
 
 
 def _check_integers(**values: object) -> None:
@@ -244,13 +245,18 @@ class CacheSpec:
                 return override
         return replace(self, layers=()) if self.layers else self
 
-    def layout(self, role: Role, head_dim: int) -> PageLayout:
+    def layout(self, role: Role, head_dim: int, shared_by: int = 0) -> PageLayout:
         """Bind this spec to the keys or values of heads of ``head_dim`` channels.
+
+        Where bits depend on attention, keys of which ``shared_by``, the query heads of a KV head, is known also
+        hold the last queries.
 
         Raises:
             ValueError: ``head_dim`` cannot be packed or grouped as the spec says.
         """
         spec = self.key if role == "key" else self.value
+        attentive = any(x.mixed and x.attentive for x in (self.key, self.value))
+        shared_by = shared_by if attentive and role == "key" else 0
         whole = head_dim if spec.grouping == "token" else self.page_size
         return PageLayout(
             role=role,
@@ -279,6 +285,8 @@ class CacheSpec:
             query_norm=float(spec.query_norm if role == "key" and spec.target else 0),
             requantize=spec.requantize,
             keep_exact=spec.keep_exact,
+            queries=QUERIES if shared_by else 0,
+            shared_by=shared_by,
         )
 
 
@@ -290,7 +298,7 @@ class PageLayout:
 
         codes   int16    [B, H, P, rows, units]   keys: rows are tokens; values: rows are channels
         params  float16  [B, H, P, groups, members, 2]   (scale, zero) of each group; uint8 for fp8
-        exact   model's  [B, H, exact_rows, D]    sinks, then a ring of the recent tokens
+        exact   model's  [B, H, exact_rows, D]    sinks, a ring of the recent tokens, a ring of `queries`
         cursor  int32    [2]                      tokens held, pages packed
         tables  int32    [H, table_words]         what calibration found; only where the spec has tables
         originals  model's  [B, H, P, N, D]       packed tokens as they were, in host memory; only by option
@@ -334,6 +342,8 @@ class PageLayout:
     query_norm: float = 0.0
     requantize: bool = False
     keep_exact: bool = False
+    queries: int = 0
+    shared_by: int = 0
 
     def __post_init__(self) -> None:
         if self.coder == "mixed":
@@ -462,9 +472,14 @@ class PageLayout:
         return self.window + self.page_size
 
     @property
-    def exact_rows(self) -> int:
-        """Exact rows kept: sinks and ring."""
+    def token_rows(self) -> int:
+        """Exact rows of tokens: sinks and ring."""
         return self.sinks + self.ring
+
+    @property
+    def exact_rows(self) -> int:
+        """Exact rows kept: of tokens, and of the last ``queries`` in each of ``shared_by`` query heads."""
+        return self.token_rows + self.queries * self.shared_by
 
     def pages_at(self, length: int) -> int:
         """Return how many pages ``length`` appended tokens have filled."""
@@ -484,16 +499,13 @@ class PageLayout:
     def parse(token: str) -> PageLayout:
         """Rebuild a layout from its `token`."""
         values = zip(fields(PageLayout), token.split(","), strict=True)
-        return PageLayout(**{f.name: _FROM_TEXT.get(f.name, str)(text) for f, text in values})
+        return PageLayout(**{f.name: _FROM_TEXT.get(str(f.type), str)(text) for f, text in values})
 
 
-_FROM_TEXT: dict[str, Callable[[str], Any]] = {
-    "bits": lambda text: int(text) if text.isdecimal() else float(text),
-    **dict.fromkeys(("clip", "target", "query_norm"), float),
-    **dict.fromkeys(
-        ("rotary", "fit", "soften", "attentive", "requantize", "keep_exact"),
-        lambda text: text == "True",
-    ),
-    **dict.fromkeys(("group_size", "sinks", "window", "page_size", "head_dim", "couple"), int),
-    **dict.fromkeys(("min_bits", "max_bits", "outliers"), int),
-}
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {  # by type; all others are texts
+    "int": int, "float": _number, "bool": lambda text: text == "True"
+}  # fmt: skip

@@ -150,7 +150,9 @@ def qaq(
     window: int = 128,
     page_size: int = 128,
 ) -> CacheSpec:
-    """Bits by token, more for those of wide range and for those that get attention; ``bits`` on average.
+    """Bits by token, more for those of wide range and for those that the last five queries attended to.
+
+    They are ``bits`` on average.
 
     A page of tokens has a budget; its bits go where they lower the largest weighted error most. ``bits`` counts
     codes and records of heads of 128 channels; ``key_bits`` and ``value_bits`` count codes alone.

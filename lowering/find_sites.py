@@ -92,12 +92,11 @@ def _site(
     check_mask(attention, key)
     if inputs is not None and not _is_held_plain(key, layer_spec):
         layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, inputs))
-    codings = [_coding("key", layer_spec, key), _coding("value", layer_spec, value)]
+    heads = int(value_of(attention.query).shape[1])
+    codings = [_coding("key", layer_spec, key, heads), _coding("value", layer_spec, value, heads)]
     for state, coding in zip((key, value), codings, strict=True):
         if coding.layout.keep_exact and state.life not in GROWS:
             raise Refusal(KEEPS_NOT)
-        if state.life in (Life.GROWN, Life.BUFFER):
-            _check_layout(value_of(state.past).page_layout, coding.layout)
     return AttentionSite(layer, attention, key, value, *codings)
 
 
@@ -109,12 +108,12 @@ def _is_held_plain(key: State, spec: CacheSpec) -> bool:
     return not held.has_tables
 
 
-def _coding(role: Role, spec: CacheSpec, state: State) -> Coding:
+def _coding(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Coding:
     """Return how a site's keys or values are coded.
 
     Raises:
         Refusal: Their head dimension cannot be packed so.
-        ValueError: They were calibrated for other shapes.
+        ValueError: They were calibrated for other shapes, or are held in another way.
     """
     tables = (spec.key if role == "key" else spec.value).tables
     _, heads, _, head_dim = value_of(state.base).shape
@@ -124,17 +123,26 @@ def _coding(role: Role, spec: CacheSpec, state: State) -> Coding:
             f"got {tables.heads} heads of {tables.head_dim}"
         )
     try:
-        return Coding(spec.layout(role, int(head_dim)), tables)
+        layout = spec.layout(role, int(head_dim), query_heads // int(heads))
     except ValueError as error:
         raise Refusal(str(error)) from None
+    if state.life in (Life.GROWN, Life.BUFFER):
+        layout = _as_held(value_of(state.past).page_layout, layout)
+    return Coding(layout, tables)
 
 
-def _check_layout(held: PageLayout, wanted: PageLayout) -> None:
-    if held != wanted:
+def _as_held(held: PageLayout, wanted: PageLayout) -> PageLayout:
+    """Return the layout of a cache that is held; one that was quantized outside a graph holds no queries.
+
+    Raises:
+        ValueError: It is not quantized as this model is compiled.
+    """
+    if held not in (wanted, replace(wanted, queries=0, shared_by=0)):
         raise ValueError(
             f"the cache must be quantized as this model is compiled, {wanted}, got {held}; start with an empty "
             "cache, or compile with the options that made this one"
         )
+    return held
 
 
 def _check_graph(

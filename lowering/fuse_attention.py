@@ -12,9 +12,14 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.spec import HIDES, PageLayout
 from kvq_compile.lowering.frames import FrameNodes, Frames
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
-from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
+from kvq_compile.lowering.sites import Attention, AttentionSite, Life, Seen, State
 from kvq_compile.lowering.unwrap_caches import CacheInput
-from kvq_compile.lowering.weigh_tokens import weigh_tokens
+from kvq_compile.lowering.weigh_tokens import (
+    first_slot,
+    query_to_hold,
+    weigh_tokens,
+    written_at,
+)
 
 NOT_HIDDEN = "the attention mask must hide the slots of a cache that hold no token"
 
@@ -36,7 +41,7 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
         return
     assert key.past is not None and value.past is not None
     key_cache, value_cache = caches[key.past], caches[value.past]
-    first = _first_slot(key, key_cache)
+    first = first_slot(key, key_cache)
     with graph.inserting_before(attention.output):
         _check_room(graph, key)
         mask = _mask(graph, site, key_cache)
@@ -49,9 +54,10 @@ def fuse_attention(graph: fx.Graph, site: AttentionSite, caches: dict[fx.Node, C
         fused = insert_call(graph, ops.attend, arguments, value_of(attention.output))
         importance = weigh_tokens(graph, site, key_cache, mask)
         for state, cache in ((key, key_cache), (value, value_cache)):
-            first = _first_slot(state, cache)
+            first = first_slot(state, cache)
             arguments = (*cache.parts, state.new, *first, cache.layout.token, fused, *cache.frame)
-            insert_call(graph, ops.append_, (*arguments, importance, cache.originals))
+            more = importance, cache.originals, query_to_hold(site, state)
+            insert_call(graph, ops.append_, (*arguments, *more))
             if state.write is not None:
                 _erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -92,7 +98,8 @@ def attend_to_new_tokens(
         for state, coding in site.states():
             assert state.past is not None
             frame = frames.of(state, coding)
-            parts = _allocate(graph, state, coding.layout, frame, importance)
+            seen = importance, query_to_hold(site, state)
+            parts = _allocate(graph, state, coding.layout, frame, seen)
             made[state.past] = parts if frame[1] is None else (*parts, frame[1])
             _erase_write(graph, state)
     attention.output.replace_all_uses_with(exact)
@@ -100,18 +107,18 @@ def attend_to_new_tokens(
     return made
 
 
-def weigh_fresh_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, fx.Node]:
-    """Return the importance of the tokens of caches that a call makes of its own tokens, by cache."""
+def weigh_fresh_tokens(graph: fx.Graph, site: AttentionSite) -> dict[fx.Node, Seen]:
+    """Return what attention says to caches that a call makes of its own tokens, by cache."""
     if site.key.life not in (Life.FRESH, Life.GROWN_PLAIN):
         return {}
     with graph.inserting_before(site.attention.output):
         importance = weigh_tokens(graph, site, None, _seen(graph, site.attention))
-    return {} if importance is None else {state.base: importance for state, _ in site.states()}
+    return {state.base: (importance, query_to_hold(site, state)) for state, _ in site.states()}
 
 
 def _check_room(graph: fx.Graph, state: State) -> None:
     """Let the call fail if it writes behind the last slot, as the write that is replaced did."""
-    if state.life is Life.GROWN or _written_at(state)[0] is None:
+    if state.life is Life.GROWN or written_at(state)[0] is None:
         return  # a cache that grows has room; a slice was checked against the buffer when it was captured
     last = insert_call(graph, operator.getitem, (state.position, -1))
     slots = (shape_of(state.past) or ())[2]
@@ -154,7 +161,7 @@ def _allocate(
     state: State,
     layout: PageLayout,
     frame: FrameNodes,
-    importance: fx.Node | None,
+    seen: Seen,
 ) -> tuple[fx.Node, ...]:
     slots = (shape_of(state.past) or (0, 0, 0))[2]
     nothing = insert_call(
@@ -162,22 +169,9 @@ def _allocate(
     )
     made = insert_call(graph, ops.quantize, (nothing, slots, False, layout.token, *frame))
     parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
-    arguments = (*parts, state.new, *_written_at(state), layout.token, None, *frame)
-    insert_call(graph, ops.append_, (*arguments, importance))
+    arguments = (*parts, state.new, *written_at(state), layout.token, None, *frame)
+    insert_call(graph, ops.append_, (*arguments, seen[0], None, seen[1]))
     return parts
-
-
-def _written_at(state: State) -> tuple[Any, Any]:
-    """Return the ``position`` and ``start`` arguments of the ops for a write in place."""
-    is_tensor = isinstance(value_of(state.position), torch.Tensor)
-    return (state.position, None) if is_tensor else (None, state.position)
-
-
-def _first_slot(state: State, cache: CacheInput) -> tuple[Any, Any]:
-    """Return the ``position`` and ``start`` arguments of the ops for one state."""
-    if state.life is Life.GROWN:
-        return None, cache.length
-    return _written_at(state)
 
 
 def _erase_write(graph: fx.Graph, state: State) -> None:

@@ -22,7 +22,7 @@ from kvq_compile.lowering.fuse_attention import (
 )
 from kvq_compile.lowering.plan_conversions import Conversion, plan_conversions
 from kvq_compile.lowering.quantize_outputs import Extended, Output, quantize_outputs
-from kvq_compile.lowering.sites import AttentionSite, Coding, Life, SiteReport
+from kvq_compile.lowering.sites import AttentionSite, Coding, Life, Seen, SiteReport
 from kvq_compile.lowering.sizes import Size, SizeReader
 from kvq_compile.lowering.unchain_writes import unchain_writes
 from kvq_compile.lowering.unwrap_caches import unwrap_caches
@@ -116,14 +116,14 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     )  # its placeholders stand behind those of the captured graph
     caches = unwrap_caches(graph)  # before the rewriting: it speaks of parts
     made: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    importance: dict[fx.Node, fx.Node] = {}
+    seen: dict[fx.Node, Seen] = {}
     returned = len(next(iter(reversed(graph.nodes))).args[0])
     conversions = plan_conversions(graph, sites, arguments, sizes)
     for site in sites:
         if site.key.life is Life.ALLOCATED:
             made |= attend_to_new_tokens(graph, site, frames)
         else:
-            importance |= weigh_fresh_tokens(graph, site)
+            seen |= weigh_fresh_tokens(graph, site)
             fuse_attention(graph, site, caches)
     states = [(state, coding) for site in sites for state, coding in site.states()]
     refused = extend_refused(graph, caches, [state for state, _ in states], sizes)
@@ -131,7 +131,7 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         (state, Coding(caches[state.past].layout)) for state in refused if state.past is not None
     ]
     outputs = quantize_outputs(
-        graph, states, made, frames, importance, arguments, sizes
+        graph, states, made, frames, seen, arguments, sizes
     )  # after it: cat nodes have lost a reader
     drop_dead(graph)
     appended = {plan.argument: plan.tokens for plan in outputs if isinstance(plan, Extended)}

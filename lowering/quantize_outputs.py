@@ -14,7 +14,7 @@ from kvq_compile.kernels.cache import Kind, QuantizedKV
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.lowering.frames import Frames
 from kvq_compile.lowering.graph import insert_call, shape_of, value_of
-from kvq_compile.lowering.sites import Coding, Life, State
+from kvq_compile.lowering.sites import Coding, Life, Seen, State
 from kvq_compile.lowering.sizes import Size, SizeReader
 
 
@@ -88,7 +88,7 @@ def quantize_outputs(
     states: Sequence[tuple[State, Coding]],
     made: dict[fx.Node, tuple[fx.Node, ...]],
     frames: Frames,
-    importance: dict[fx.Node, fx.Node],
+    seen: dict[fx.Node, Seen],
     arguments: dict[fx.Node, int],
     sizes: SizeReader,
 ) -> list[Output]:
@@ -103,7 +103,7 @@ def quantize_outputs(
         states: The caches of its sites, each with its coding.
         made: Parts that stand for caches allocated in the graph (`attend_to_new_tokens`).
         frames: What new caches are coded relative to.
-        importance: How much attention the tokens of new caches get, where their bits depend on it.
+        seen: What attention says to new caches, where their bits depend on it.
         arguments: Place of each original placeholder among the arguments of a call.
         sizes: Reads lengths from the arguments.
 
@@ -117,7 +117,7 @@ def quantize_outputs(
         {state.base: (state, coding) for state, coding in states},
         made,
         frames,
-        importance,
+        seen,
         arguments,
         sizes,
     )
@@ -141,12 +141,12 @@ class _Planner:
         states: dict[fx.Node, tuple[State, Coding]],
         made: dict[fx.Node, tuple[fx.Node, ...]],
         frames: Frames,
-        importance: dict[fx.Node, fx.Node],
+        seen: dict[fx.Node, Seen],
         arguments: dict[fx.Node, int],
         sizes: SizeReader,
     ) -> None:
         self.graph, self.output, self.states, self.made = graph, output, states, made
-        self.frames, self.importance = frames, importance
+        self.frames, self.seen = frames, seen
         self.arguments, self.sizes = arguments, sizes
         self.flat: list[Any] = []
 
@@ -178,7 +178,7 @@ class _Planner:
         if parts is None:
             with self.graph.inserting_before(self.output):
                 frame = self.frames.of(state, coding)
-                more = (*frame, self.importance.get(returned))
+                more = (*frame, *self.seen.get(returned, (None, None)))
                 parts = _quantize(self.graph, returned, length, coding.layout, more)
         self.flat.extend(parts)
         kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
@@ -191,7 +191,7 @@ def _quantize(
     x: fx.Node,
     length: Any,
     layout: PageLayout,
-    more: tuple[fx.Node | None, fx.Node | None, fx.Node | None],
+    more: tuple[fx.Node | None, ...],
 ) -> tuple[fx.Node, ...]:
     slots = length if isinstance(length, int) else graph.call_method("size", (x, 2))
     quantized = insert_call(graph, ops.quantize, (x, slots, True, layout.token, *more))

@@ -11,6 +11,9 @@ from torch import fx
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.kernels.tables import Tables
 
+# Importance of a cache's tokens and the queries that it is to hold, where its layout asks.
+Seen = tuple[fx.Node | None, fx.Node | None]
+
 
 class Refusal(Exception):
     """A reason to leave a site as it is; its text is what `explain` shows."""

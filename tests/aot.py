@@ -112,8 +112,9 @@ def compile_append(
     x = torch.zeros(1, HEADS, 1, layout.head_dim, dtype=torch.bfloat16)
     parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
     weights = torch.zeros(1, HEADS, 300) if importance else None
+    query = x.repeat(1, layout.shared_by, 1, 1) if layout.queries else None
     with launches(target) as compiled:
-        quantize_kv.append_(*parts, x, position, None, layout, frame, weights)
+        quantize_kv.append_(*parts, x, position, None, layout, frame, weights, query)
     return next(iter(compiled.values()))
 
 

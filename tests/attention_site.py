@@ -20,9 +20,9 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 Side = tuple[PageLayout, Frame | None]
 
 
-def plain_sides(cache: CacheSpec, dims: tuple[int, int]) -> tuple[Side, Side]:
+def plain_sides(cache: CacheSpec, dims: tuple[int, int], shared_by: int = 0) -> tuple[Side, Side]:
     """Return keys and values without tables."""
-    return (cache.layout("key", dims[0]), None), (cache.layout("value", dims[1]), None)
+    return (cache.layout("key", dims[0], shared_by), None), (cache.layout("value", dims[1]), None)
 
 
 class Site:

@@ -43,7 +43,9 @@ def mixed_site(
     cache: CacheSpec, dims: tuple[int, int], shared: int, lengths: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> Site:  # fmt: skip
-    return Site(plain_sides(cache, dims), (2, shared), (*lengths, 0), dtype, importance=True)
+    """The keys hold queries, which attention does not look at."""
+    sides = plain_sides(cache, dims, shared)
+    return Site(sides, (2, shared), (*lengths, 0), dtype, importance=True)
 
 
 @st.composite

@@ -16,6 +16,7 @@ from kvq_compile.calibration import Calibration
 from kvq_compile.kernels import mixed, ops, reference
 from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.importance import recent_importance
+from kvq_compile.kernels.queries import recall
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.methods import make_spec
 from qaq_model import SMALL, make_model, run
@@ -129,16 +130,55 @@ def test_the_compiled_call_weighs_tokens_by_its_own_queries() -> None:
     assert not torch.equal(with_attention, without)
 
 
-def test_a_static_cache_distributes_by_range() -> None:
-    model, cache_length = make_model(), 128
-    ids = torch.randint(0, 64, (1, 90), generator=torch.Generator().manual_seed(3))
-    call = run(model)
-    cache = transformers.StaticCache(config=model.config, max_cache_len=cache_length)
-    with torch.no_grad():
-        for first, last in ((0, 80), (80, 81), (81, 82)):
-            logits = call(ids[:, first:last], cache, cache_position=torch.arange(first, last))
+@pytest.mark.parametrize("options", [{}, {"requantize": True, "value_target": 0.02, "bits": 4}])
+def test_a_static_cache_holds_the_bytes_of_a_grown_one(options: dict[str, Any]) -> None:
+    """Its pages are weighed alike, where it is filled in a compiled call; of the first layer, so that no rounding
+    of the attention before it matters.
+    """
+    model = make_model()
+    ids = torch.randint(0, 64, (1, 72), generator=torch.Generator().manual_seed(3))
+    static = transformers.StaticCache(config=model.config, max_cache_len=128)
+    caches = [transformers.DynamicCache(config=model.config), static]
+    for cache in caches:
+        call = run(model, **options)
+        with torch.no_grad():
+            for first, last in ((0, 66), *((slot, slot + 1) for slot in range(66, 72))):
+                more = {"cache_position": torch.arange(first, last)} if cache is static else {}
+                logits = call(ids[:, first:last], cache, **more)
     assert logits.isfinite().all()
-    assert isinstance(cache.layers[0].keys, QuantizedKV)
+    for name in ("keys", "values"):
+        grown, fixed = (getattr(cache.layers[0], name) for cache in caches)
+        assert isinstance(fixed, QuantizedKV)
+        assert torch.equal(grown.cursor, fixed.cursor)
+        assert int(fixed.cursor[1]) == 2
+        for a, b in zip(grown.parts[:2], fixed.parts[:2], strict=True):
+            assert torch.equal(a[:, :, :2], b[:, :, :2])
+        even = QuantizedKV.from_dense(fixed.dequantize()[:, :, :72], fixed.page_layout)
+        bits = bits_held(fixed.parts, fixed.page_layout), bits_held(even.parts, even.page_layout)
+        assert name == "keys" or not torch.equal(*bits)
+
+
+def test_a_buffer_that_was_filled_in_16_bit_is_quantized_by_range_and_weighed_from_then_on() -> (
+    None
+):
+    model = make_model()
+    ids = torch.randint(0, 64, (1, 100), generator=torch.Generator().manual_seed(3))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=128)
+    with torch.no_grad():
+        model(ids[:, :70], past_key_values=cache, use_cache=True)
+        dense = cache.layers[0].values.clone()
+        call = run(model)
+        for slot in range(70, 74):
+            call(ids[:, slot : slot + 1], cache, cache_position=torch.tensor([slot]))
+    values = cache.layers[0].values
+    layout = values.page_layout
+    assert int(values.cursor[1]) == 2
+    even = QuantizedKV.from_dense(dense[:, :, :70], layout)
+    assert torch.equal(even.codes[:, :, 0], values.codes[:, :, 0])
+    keys = cache.layers[0].keys
+    held, first = recall(keys.exact, 74, 0, 74, keys.page_layout)
+    assert first == 69
+    assert [bool(held[:, :, i].any()) for i in range(5)] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("bits", [2.3, 3, 4])

@@ -217,7 +217,7 @@ TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942"), ("qaq-requan
 def compile_case(name: str, target: str) -> Any:
     budget, most, options = CASES[name]
     spec = TensorSpec(budget, mixed=(0, most), **options)
-    layout = CacheSpec(spec, spec).layout("key", 128)
+    layout = CacheSpec(spec, spec).layout("key", 128, aot.SHARED)
     if not layout.requantize:
         return aot.compile_append(layout, target, importance=True)
     x, position = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)

@@ -58,25 +58,28 @@ class Caches:
             params.view(torch.uint8).fill_(0xA5)
 
     def append(
-        self, x: Tensor, start: int, by_position: bool, importance: Tensor | None = None
-    ) -> None:
+        self, x: Tensor, start: int, by_position: bool, importance: Tensor | None = None,
+        query: Tensor | None = None,
+    ) -> None:  # fmt: skip
         x = x[: self.batch]
-        reference.append_(*self.expected, x, start, self.layout, self.frame, importance)
+        reference.append_(*self.expected, x, start, self.layout, self.frame, importance, query)
         position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
         weights = None if importance is None else importance.to(DEVICE)
         known = None if by_position else start
         quantize_kv.append_(
-            *self.actual, x.to(DEVICE), position, known, self.layout, self.moved, weights
-        )
+            *self.actual, x.to(DEVICE), position, known, self.layout, self.moved, weights,
+            None if query is None else query.to(DEVICE),
+        )  # fmt: skip
 
     def held(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return what counts: packed pages, exact rows that hold a token, cursor."""
+        """Return what counts: packed pages, exact rows that hold a token or a query, cursor."""
         codes, params, exact, cursor = (part.cpu() for part in parts)
         length, pages = cursor.tolist()
         first = self.layout.sinks + pages * self.layout.page_size
         rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
         sinks = torch.arange(min(length, self.layout.sinks))
-        exact = exact[:, :, torch.cat([sinks, rows])]
+        queries = torch.arange(self.layout.token_rows, self.layout.exact_rows)
+        exact = exact[:, :, torch.cat([sinks, rows, queries])]
         return codes[:, :, :pages], params[:, :, :pages], exact, cursor
 
     def assert_equal(self) -> None:
