@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvq_compile.calibration import Calibration, LayerTables
+from kvq_compile.fit import EQUALIZE
 from kvq_compile.kernels.mixed_layout import Params
 from kvq_compile.kernels.spec import CacheSpec, Packing, TensorSpec, Transform
 
@@ -100,7 +101,7 @@ def skvq(
     key_clip: float | Literal["search"] | None = None,
     value_clip: float | Literal["search"] | None = None,
     reorder: bool = True,
-    equalize: float = 0.5,
+    equalize: float = EQUALIZE,
     params: Params = "fp8",
     packing: Packing = "fields",
     sinks: int = 5,
