@@ -28,7 +28,7 @@ from kvq_compile.kernels.primitives import HIDDEN, hadamard, load_mask, softmax_
 from kvq_compile.kernels.spec import PageLayout
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-MAX_COLUMNS = 64  # queries at once
+MAX_COLUMNS = 64  # queries at once; of fp32 numbers or large tiles a quarter fits beside the keys
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 2
 BLOCK_EXACT = 64  # exact tokens at once
@@ -251,10 +251,12 @@ def recent_importance(
         return result
     query, key = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key))
     platform, shared_by = attention.platform_of(query), query.shape[1] // H
-    columns = triton.next_power_of_2(queries * shared_by)
-    block_q = min(MAX_COLUMNS, max(16 if platform == "hip" else 8, columns))
-    tiles = triton.cdiv(queries * shared_by, block_q)
     large = layout.page_size * triton.next_power_of_2(D) > 128 * 128
+    single = query.dtype == torch.float32
+    most = MAX_COLUMNS // 4 if single or large else MAX_COLUMNS
+    columns = triton.next_power_of_2(queries * shared_by)
+    block_q = max(16 if platform == "hip" else 8, min(most, columns))
+    tiles = triton.cdiv(queries * shared_by, block_q)
     operands = attention.operand_constants(query.dtype, platform, large)
     work = max(capacity, triton.cdiv(layout.token_rows + new, BLOCK_EXACT))
     resident = PROGRAMS_PER_PROCESSOR * attention.processors(query.device)
@@ -270,8 +272,8 @@ def recent_importance(
             HAS_POSITION=position is not None, KEY=Coding.of(layout), LAYOUT=Constants.of(layout),
             SHARED_BY=shared_by, QUERIES=queries, CAUSAL=causal, JOINS=joins,
             SPLITS=triton.next_power_of_2(splits), TILES=tiles, BLOCK_Q=block_q,
-            BLOCK_N=BLOCK_EXACT, MASK_KIND=kind, MASK_SHARED=mask_shared, **operands,
-            num_warps=8 if block_q > 16 or large or query.dtype == torch.float32 else 4,
-            num_stages=1,
+            BLOCK_N=BLOCK_EXACT // 2 if single else BLOCK_EXACT, MASK_KIND=kind,
+            MASK_SHARED=mask_shared, **operands,
+            num_warps=8 if block_q > 16 or large or single else 4, num_stages=1,
         )  # fmt: skip
     return result

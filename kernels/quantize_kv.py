@@ -17,7 +17,7 @@ by counting arrivals in the upper bits of the page count, which every program re
 and the last one clears: no memory besides the cursor, no order between programs. More tokens take
 three launches.
 
-Where tokens go follows from lengths on the device, and the host never waits for them. It checks
+Where tokens go (`exact_rows`) follows from lengths on the device, and the host never waits for them. It checks
 what it knows: the room for pages, when `start` is an integer. What it cannot know is guarded: a
 write that would leave a gap or does not fit is left out as a whole, cursor included, so that
 attention at the next position finds tokens missing and gives NaN.

@@ -165,12 +165,12 @@ def test_the_number_of_shares_does_not_matter(shares: int, monkeypatch: pytest.M
     Call(layout_of(), 3 + 9 + 95, 3 + 9 + 95, 1, 1).assert_right()
 
 
-@pytest.mark.parametrize("columns", [8, 16])
+@pytest.mark.parametrize("columns", [32, 64])
 def test_queries_taken_in_tiles_weigh_the_same(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest weight of a slot may be in any tile: each takes what those before it have left."""
-    monkeypatch.setattr(importance_mixed, "MAX_COLUMNS", columns)
+    monkeypatch.setattr(importance_mixed, "MAX_COLUMNS", columns)  # a quarter of which fp32 takes
     for shared in (3, 4):
         Call(layout_of(shared), 3 + 9 + 63, 3 + 9 + 63, 1, 1).assert_right()
 
@@ -260,34 +260,39 @@ def test_a_captured_step_weighs_when_a_page_fills_and_only_then() -> None:
 # --- ahead of time --------------------------------------------------------------------------------
 
 
-CASES = {
-    "decode": (4, 128, 0),
-    "outliers": (4, 128, 2),
-    "heads of 16": (4, 16, 0),
-    "one KV head": (32, 128, 0),
+CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # heads that share, channels, page, spec
+    "decode": (4, 128, 128, {}),
+    "outliers": (4, 128, 128, {"outliers": 2}),
+    "heads of 16": (4, 16, 128, {}),
+    "one KV head": (32, 128, 128, {}),
+    "large": (8, 256, 256, {}),
+    "fp32": (4, 128, 128, {"transform": "hadamard"}),
+    "fp32, large": (8, 256, 256, {}),
 }
+IN_REGISTERS = ["decode", "outliers", "heads of 16", "one KV head"]
 
 
 def compile_case(name: str, target: str) -> Any:
-    shared, dim, outliers = CASES[name]
-    spec = mixed_spec(2.75, outliers=outliers)
-    layout = CacheSpec(spec, spec).layout("key", dim, shared)
-    key = torch.zeros(1, 2, 1, dim, dtype=torch.bfloat16)
-    query = torch.zeros(1, 2 * shared, 1, dim, dtype=torch.bfloat16)
+    shared, dim, page, options = CASES[name]
+    spec = mixed_spec(2.75, **options)
+    layout = CacheSpec(spec, spec, page_size=page).layout("key", dim, shared)
+    dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
+    key, query = (torch.zeros(1, heads, 1, dim, dtype=dtype) for heads in (2, 2 * shared))
     position = torch.zeros(1, dtype=torch.int64)
+    mask = torch.ones(1, 1, 1, 700, dtype=torch.bool)
     with aot.launches(target) as compiled:
         importance_mixed.recent_importance(
-            query, key, new_parts(key, 4, layout), None, position, None, 700, 1.0, False, QUERIES,
+            query, key, new_parts(key, 4, layout), mask, position, None, 700, 1.0, False, QUERIES,
             layout,
         )  # fmt: skip
     return compiled["weigh_kernel"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernel_keeps_its_state_in_registers(compiled: dict[str, aot.Usage], name: str) -> None:
+def test_the_kernel_fits_a_processor(compiled: dict[str, aot.Usage], name: str) -> None:
     used = compiled[f"{name} sm_90"]
-    assert used["stack"] == 0
     assert used["shared"] <= 227 * 1024
+    assert name not in IN_REGISTERS or used["stack"] == 0
 
 
 if __name__ == "__main__":
