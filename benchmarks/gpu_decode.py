@@ -28,14 +28,15 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from kvq_compile.kernels import attention, mixed, quantize_kv, reference
+from kvq_compile.kernels import attention, importance_mixed, mixed, quantize_kv, reference
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+ROLES: tuple[Role, ...] = ("key", "value")
 QUICK_SHAPES = [(1, 32), (1, 128), (8, 32)]  # batch, context in units of 1024 tokens
 SHAPES = [(1, 32), (1, 128), (8, 4), (8, 32), (32, 16)]
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -144,13 +145,6 @@ def fill_mixed(codes: Tensor, params: Tensor, layout: PageLayout) -> None:
     params.copy_(some_params[which])
 
 
-def importance_of(batch: int, slots: int, layout: PageLayout) -> Tensor | None:
-    """Return what mixed pages distribute their bits by."""
-    if layout.coder != "mixed":
-        return None
-    return torch.rand(batch, KV_HEADS, slots, device="cuda") ** 8
-
-
 def tokens(batch: int, heads: int) -> Tensor:
     """Return one new token, strided as a projection leaves it."""
     x = torch.randn(batch, 1, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
@@ -179,7 +173,7 @@ def measure(
 ) -> dict[str, object]:
     """Return one row of the table, with the costs of writing if ``writes``."""
     spec = SPECS[name]()
-    layouts = [spec.layout("key", HEAD_DIM), spec.layout("value", HEAD_DIM)]
+    layouts = [spec.layout(role, HEAD_DIM, HEADS // KV_HEADS) for role in ROLES]
     parts = [filled(batch, length, layout) for layout in layouts]
     frames = [make_frame(tensor, layout, batch) for tensor, layout in
               zip((spec.key, spec.value), layouts, strict=True)]  # fmt: skip
@@ -194,12 +188,19 @@ def measure(
     boundary = layouts[0].sinks + layouts[0].window + (int(cursor[1]) + 1) * layouts[0].page_size
     last = torch.tensor([boundary - 1], device="cuda")
     full = torch.stack([last[0], cursor[1]]).int()
-    weights = importance_of(batch, boundary + 1, layouts[0])
 
     def append(slot: Tensor, state: Tensor) -> None:
-        for part, x, layout, frame in zip(parts, new, layouts, frames, strict=True):
+        for part in parts:
             part[3].copy_(state)
-            quantize_kv.append_(*part, x, slot, None, layout, frame, weights)
+        weights, keys = None, layouts[0]
+        if keys.queries:  # a cache of fixed size weighs tokens at every step, a page filling or not
+            weights = importance_mixed.recent_importance(
+                query, new[0], parts[0], None, slot, None, boundary + 1, scale, True, keys.queries,
+                keys,
+            )  # fmt: skip
+        for part, x, layout, frame in zip(parts, new, layouts, frames, strict=True):
+            asked = query if layout.queries else None
+            quantize_kv.append_(*part, x, slot, None, layout, frame, weights, asked)
 
     error, plain = (
         relative_errors(attend, query, new, parts, layouts, frames, length)
@@ -239,7 +240,7 @@ def check_errors(names: list[str]) -> None:
     for name in names:
         for batch, length in ((2, 1500), (1, 5000)):
             spec = SPECS[name]()
-            layouts = [spec.layout("key", HEAD_DIM), spec.layout("value", HEAD_DIM)]
+            layouts = [spec.layout(role, HEAD_DIM, HEADS // KV_HEADS) for role in ROLES]
             parts = [filled(batch, length, layout) for layout in layouts]
             frames = [make_frame(tensor, layout, batch) for tensor, layout in
                       zip((spec.key, spec.value), layouts, strict=True)]  # fmt: skip

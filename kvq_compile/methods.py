@@ -30,6 +30,8 @@ AT_COMPILE = (
 QAQ_RECORDS = {"fp8": 0.196, "fp16": 0.321}  # bits a number of records and headers at 128 channels
 QAQ_QUERY_NORM = 300.0  # squared; what QAQ's code takes for every layer of every model
 QAQ_KEYS_WIDER = 0.55  # keys get so many bits more than the average, values as many less
+# Bits of SKVQ's codes to the parts of a group's range that they span, of keys and of values: docs/decisions.md.
+DEFAULT_CLIPS = {1: (0.85, 0.7), 1.5: (0.85, 0.7), 2: (0.85, 0.75), 3: (0.95, 0.9)}
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 
 
@@ -245,10 +247,9 @@ def _is_number(x: Any) -> bool:
 
 
 def default_clip(role: str, bits: float) -> float:
-    """Return the part of a group's range that pays best: all of it, except for two bits and less."""
-    if bits > 2:
-        return 1.0
-    return 0.85 if role == "key" else 0.75 if bits == 2 else 0.7
+    """Return the part of a group's range that pays best: the less, the fewer the codes."""
+    key, value = DEFAULT_CLIPS.get(bits, (1.0, 1.0))
+    return key if role == "key" else value
 
 
 def cq(
