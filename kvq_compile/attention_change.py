@@ -16,12 +16,14 @@ class Text:
         query: Some of the queries, ``[Hq, n, D]``.
         place: Their slots in the text, ``[n]``.
         key, value: All keys and values, ``[H, T, D]``.
+        scale: Factor on the scores.
     """
 
     query: Tensor
     place: Tensor
     key: Tensor
     value: Tensor
+    scale: float
 
 
 def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> Tensor:
@@ -40,7 +42,7 @@ def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> T
         scores = queries @ exact_key.T
         if key is not text.key:
             scores = torch.where(far, queries @ old_key.T, scores)
-        scores = scores.mul_(queries.shape[-1] ** -0.5).masked_fill_(distance < 0, -torch.inf)
+        scores = scores.mul_(text.scale).masked_fill_(distance < 0, -torch.inf)
         weights = scores.softmax(-1)
         output = weights @ exact_value
         if value is not text.value:

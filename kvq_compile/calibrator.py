@@ -235,7 +235,7 @@ def _text(seen: Activations, generator: torch.Generator) -> Text:
     places = torch.randperm(seen.key.shape[2] - FAR, generator=generator)[:QUERIES] + FAR
     place = places.sort().values.to(seen.key.device)
     query, key, value = (x.detach()[0].float() for x in (seen.query, seen.key, seen.value))
-    return Text(query[:, place], place, key, value)
+    return Text(query[:, place], place, key, value, seen.scale)
 
 
 def _rows(x: Tensor, picked: Tensor) -> Tensor:

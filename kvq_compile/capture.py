@@ -38,6 +38,7 @@ class Activations:
     Attributes:
         layer: Number of the attention in the order of execution.
         query, key, value: ``[B, Hq, T, D]`` and ``[B, Hkv, T, D]``, in the model's dtype, as attention reads them.
+        scale: Factor on the scores of queries and keys.
         key_gradient, value_gradient: Gradients of the mean loss of the batch's next tokens, or ``None``.
         rotation: How the keys were rotated, without the node of the positions, or ``None``.
         rotation_reason: Why ``rotation`` is ``None``, else empty.
@@ -49,6 +50,7 @@ class Activations:
     query: Tensor
     key: Tensor
     value: Tensor
+    scale: float
     key_gradient: Tensor | None
     value_gradient: Tensor | None
     rotation: Rotation | None
@@ -118,13 +120,13 @@ class _Watch:
     """The backend, and what the graphs that it compiled have seen.
 
     Attributes:
-        seen: Layer, query, key and value of each attention of the latest call.
+        seen: Layer, scale, query, key and value of each attention of the latest call.
         rotations: Rotation of each layer, or the reason why there is none, found in the first graph.
     """
 
     def __init__(self, gradients: bool, rotations: Mapping[int, Found] | None) -> None:
         self._gradients = gradients
-        self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.seen: list[tuple[int, float, Tensor, Tensor, Tensor]] = []
         self.rotations: dict[int, Found] = dict(rotations or {})
         self._left_out: list[SiteReport] = []
         self._error: ValueError | None = None
@@ -146,7 +148,8 @@ class _Watch:
         def run(*args: Any) -> list[Any]:
             outputs, seen = watched.run(args)
             self.seen = [
-                (site.layer, *tensors) for site, tensors in zip(watched.sites, seen, strict=True)
+                (site.layer, site.attention.scale, *tensors)
+                for site, tensors in zip(watched.sites, seen, strict=True)
             ]
             return outputs
 
@@ -226,7 +229,7 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
     """Return the activations of the latest call; with a result, gradients of its loss as well."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    pairs = [tensor for _, _, key, value in watch.seen for tensor in (key, value)]
+    pairs = [tensor for *_, key, value in watch.seen for tensor in (key, value)]
     gradients: list[Tensor | None] = [None] * len(pairs)
     if result is not None:
         loss = _loss(_logits(result), _ids(batch), mask)
@@ -234,7 +237,7 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
             raise ValueError("logits must depend on the keys, got some that record no gradient")
         gradients = list(torch.autograd.grad(loss, pairs, allow_unused=True))
     found = []
-    for index, (layer, query, key, value) in enumerate(watch.seen):
+    for index, (layer, scale, query, key, value) in enumerate(watch.seen):
         rotation, reason = watch.rotations[layer]
         key_gradient, value_gradient = gradients[2 * index : 2 * index + 2]
         found.append(
@@ -243,6 +246,7 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
                 query=query.detach(),
                 key=key.detach(),
                 value=value.detach(),
+                scale=scale,
                 key_gradient=key_gradient,
                 value_gradient=value_gradient,
                 rotation=rotation,

@@ -53,13 +53,16 @@ def measure_query_norms(
 def _squared_norms(
     seen: Activations, share: int, skipped: int, generator: torch.Generator
 ) -> Tensor:
-    """Return squared norms of ``share`` queries of a batch, ``[n, Hq]``, padding left out."""
-    B, _, T, _ = seen.query.shape
+    """Return squared norms of ``share`` queries of a batch, ``[n, Hq]``, padding left out.
+
+    The bound on keys divides them by ``D``, the square of the usual scale; another scale is made up for here.
+    """
+    B, _, T, D = seen.query.shape
     usable = torch.ones(B, T, dtype=torch.bool) if seen.mask is None else seen.mask.cpu().bool()
     places = (usable & (torch.arange(T) >= skipped)).flatten().nonzero()[:, 0]
     picked = places[torch.randperm(len(places), generator=generator)[:share]]
     rows = seen.query.transpose(1, 2).flatten(0, 1)[picked.to(seen.query.device)]
-    return rows.float().square().sum(-1).cpu()
+    return rows.float().square().sum(-1).cpu() * (D * seen.scale**2)
 
 
 def _quantiles(norms: Tensor, kv_heads: int) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 import importlib.util
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kvq_compile import KVQWarning
+from kvq_compile.attention_change import Text, exact
 from kvq_compile.capture import capture
 
 transformers = pytest.importorskip("transformers")
@@ -95,6 +97,22 @@ def test_captured_keys_and_values_are_those_that_the_cache_holds() -> None:
         assert seen.rotation is not None and seen.rotation_reason == ""
         assert not seen.key.requires_grad and not seen.query.requires_grad
     pickle.dumps(found)  # nothing holds on to the graph
+
+
+def test_attention_over_what_is_captured_is_that_of_the_model_whatever_its_scale() -> None:
+    model, ids, outputs = make_llama(), texts(1), []
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.7
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: outputs.append(*args))
+    with torch.no_grad():
+        model(ids)
+    (found,) = capture(model, [ids], gradients=False)
+    for seen, output in zip(found, outputs, strict=False):
+        assert seen.scale == pytest.approx(0.7)
+        text = Text(seen.query[0], torch.arange(12), seen.key[0], seen.value[0], seen.scale)
+        torch.testing.assert_close(exact(text).transpose(0, 1).flatten(1), output[0])
+        twin = replace(text, scale=0.25)
+        assert float((exact(twin) - exact(text)).abs().max()) > 1e-2 * float(output.abs().max())
 
 
 @pytest.mark.parametrize("trained", [True, False])

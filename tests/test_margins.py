@@ -26,7 +26,7 @@ def text(seed: int, T: int = 60, queries_per_kv: int = 2) -> Text:
     key, value = key * key.abs(), value * value.abs()
     place = (torch.randperm(T - SINKS - WINDOW, generator=generator)[:20] + SINKS + WINDOW).sort()
     query = torch.randn(H * queries_per_kv, 20, D, generator=generator)
-    return Text(query, place.values, key, value)
+    return Text(query, place.values, key, value, D**-0.5)
 
 
 def fitted(texts: list[Text], role: str, rotation: Rotation | None) -> Fitted:

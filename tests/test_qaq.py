@@ -264,9 +264,12 @@ def test_a_report_says_how_many_bits_are_read() -> None:
     assert "fewer where they meet target 20" in layout.about
 
 
-def test_query_norms_are_measured_by_head() -> None:
-    """Against the definition, on the queries that a hook sees."""
+@pytest.mark.parametrize("scale", [64**-0.5, 0.25])
+def test_query_norms_are_measured_by_head(scale: float) -> None:
+    """Against the definition, on the queries that a hook sees; as of the usual scale, whatever the model's is."""
     model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = scale
     texts = [
         torch.randint(0, 64, (1, 80), generator=torch.Generator().manual_seed(i)) for i in (1, 2)
     ]
@@ -279,7 +282,7 @@ def test_query_norms_are_measured_by_head() -> None:
         for text in texts:
             model(text)
     hook.remove()
-    norms = torch.cat(seen).square().sum(-1).sort(0).values  # RoPE keeps them
+    norms = (torch.cat(seen) * scale * 8).square().sum(-1).sort(0).values  # RoPE keeps them
     found = torch.tensor(made.layers[1].query_norms)
     expected = norms[math.ceil(0.9 * len(norms)) - 1].view(2, 2).amax(-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
