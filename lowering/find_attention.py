@@ -21,8 +21,8 @@ from torch import fx
 from kvq_compile.lowering.graph import (
     argument,
     calls,
+    fixed_number,
     input_of,
-    is_number,
     shape_of,
     sizes_argument,
     target_name,
@@ -58,7 +58,8 @@ def _read_sdpa(node: fx.Node) -> Attention:
     scale, causal = argument(node, 6, "scale"), argument(node, 5, "is_causal", False)
     shape = shape_of(query)
     assert shape is not None
-    if isinstance(scale, fx.Node):
+    factor = 1 / math.sqrt(shape[-1]) if scale is None else fixed_number(scale)
+    if factor is None:
         raise Refusal("the scale of the scores is computed in the graph")
     if not isinstance(causal, bool):
         raise Refusal("the causal flag is computed in the graph")
@@ -68,7 +69,7 @@ def _read_sdpa(node: fx.Node) -> Attention:
         key=key,
         value=value,
         mask=argument(node, 3, "attn_mask"),
-        scale=1 / math.sqrt(shape[-1]) if scale is None else float(scale),
+        scale=factor,
         causal=causal,
         grouped=bool(argument(node, 7, "enable_gqa", False)),
     )
@@ -179,7 +180,8 @@ def _split_mask(scores: Any) -> tuple[Any, fx.Node | None, bool]:
 
 def _check_fill(fill: Any, scores: fx.Node) -> None:
     lowest = torch.finfo(value_of(scores).dtype).min
-    if not is_number(fill) or fill > lowest:
+    number = fixed_number(fill)
+    if number is None or number > lowest:
         raise Refusal(f"hidden scores are set to {fill}, which does not hide them")
 
 
@@ -196,11 +198,12 @@ def _split_scale(scores: Any) -> tuple[Any, float]:
     factor = 1.0
     while (name := target_name(scores)) in SCALINGS:
         left, right = scores.args[:2]
-        if is_number(left):
+        if fixed_number(left) is not None:
             left, right = right, left
-        if not is_number(right):
+        number = fixed_number(right)
+        if number is None:
             raise Refusal("the scale of the scores is computed in the graph")
-        factor = factor / right if "div" in name else factor * right
+        factor = factor / number if "div" in name else factor * number
         scores = _through_casts(left)
     return scores, factor
 

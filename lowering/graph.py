@@ -82,9 +82,16 @@ def calls(graph: fx.Graph, *names: str) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if target_name(node) in names)
 
 
-def is_number(x: Any) -> bool:
-    """Say whether an argument is a Python number."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+def fixed_number(x: Any) -> float | None:
+    """Return an argument that is a number, guarding on one that Dynamo keeps symbolic; ``None`` for all else.
+
+    A float of a model is symbolic once Dynamo has met the same code with another one: in a model of another size.
+    """
+    if isinstance(x, fx.Node):
+        x = value_of(x)
+    if isinstance(x, torch.SymFloat):
+        return float(x) if x.node.has_hint() else None
+    return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
 
 
 def sizes_argument(node: fx.Node) -> tuple[Any, ...]:

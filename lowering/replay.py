@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 
 from kvq_compile.lowering.graph import (
     changed_roots,
+    fixed_number,
     getitem_index,
     order_of,
     root_of,
@@ -25,6 +26,7 @@ from kvq_compile.lowering.sites import Refusal
 # slice, which stands at this place in its index.
 Leaf = fx.Node | tuple[fx.Node, int]
 
+SYMBOLIC = (torch.SymInt, torch.SymFloat)
 _WIDER = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
     **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
@@ -78,7 +80,7 @@ class Replay:
             if node in seen or node is self._source or node in self._integers:
                 continue
             seen.add(node)
-            if not isinstance(value_of(node), torch.SymInt):  # whose value is known
+            if not isinstance(value_of(node), SYMBOLIC):  # whose value is known
                 stack.extend(operands(node))
         if {root_of(node) for node in (*seen, self._source)} & changed_roots(self._key.graph.nodes):
             raise Refusal("the key is rotated by writing in place")
@@ -86,7 +88,7 @@ class Replay:
 
     def _constant(self, node: fx.Node) -> Any:
         value = value_of(node)
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, SYMBOLIC):
             return number(value)
         if node.op == "get_attr":
             value = node.graph.owning_module
@@ -147,7 +149,7 @@ class Replay:
 
 
 def _called(node: fx.Node) -> bool:
-    symbolic = isinstance(value_of(node), torch.SymInt)
+    symbolic = isinstance(value_of(node), SYMBOLIC)
     return node.op in ("call_function", "call_method", "call_module") and not symbolic
 
 
@@ -157,7 +159,7 @@ def _widened(x: Any) -> Any:
         return _WIDER.get(x, x)
     if isinstance(x, torch.device) or (isinstance(x, str) and x.startswith("cuda")):
         return torch.device("cpu")
-    return number(x) if isinstance(x, torch.SymInt) else x
+    return number(x) if isinstance(x, SYMBOLIC) else x
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -184,12 +186,17 @@ def is_integer(node: fx.Node) -> bool:
     return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
 
 
-def number(size: Any) -> int:
-    """Return a size as it is in the call that is being compiled, without a guard on it.
+def number(size: Any) -> Any:
+    """Return a size as it is in the call that is being compiled, without a guard on it; of a float, with one.
 
     Raises:
         Refusal: The size is known only when the graph runs.
     """
+    if isinstance(size, torch.SymFloat):
+        fixed = fixed_number(size)
+        if fixed is None:
+            raise Refusal(f"the number {size} depends on data")
+        return fixed
     if not isinstance(size, torch.SymInt):
         return int(size)
     if not size.node.has_hint():

@@ -108,6 +108,25 @@ def test_every_attention_of_a_transformers_model_is_rewritten(name, attention, k
     assert all(int(tensor.cursor[1]) == 1 for tensor in cache_tensors(cache))  # one page is packed
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_models_of_one_class_may_scale_their_scores_differently(attention) -> None:
+    """From the second on Dynamo keeps the scale symbolic; another one than was compiled for compiles anew."""
+    model = make_model("Llama", attention)
+    outputs, chunks = [], (40, 5)
+    for scale in (0.25, 3.0, 0.05):
+        model.model.layers[0].self_attn.scaling = scale
+        expected = feed(model, make_cache("dynamic", model), chunks)
+        cache = make_cache("dynamic", model)
+        forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
+        with watching() as graphs:
+            logits = feed(forward, cache, chunks)
+        assert all(site.outcome == "rewritten" for graph in graphs for site in graph.sites)
+        assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
+        assert_close_to(logits, expected)
+        outputs.append(expected)
+    assert float((outputs[1] - outputs[2]).abs().max() / outputs[1].abs().max()) > 5 * TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_sliding_window_is_refused_by_name_and_stays_right(kind) -> None:
     model = make_model("Mistral", sliding_window=16)
