@@ -225,7 +225,6 @@ def _read_in_blocks(
     softmax = _Softmax(rows, value.shape[3])
     layout, held, pages = keys.layout, min(start, visible), min(keys.pages, values.pages)
     coded, constant = keys.meet(rows)
-    unpack = cpu_pages.unpack if cpu_pages.is_available() else PackedTensor.unpack
     step = max(1, SCRATCH_NUMBERS // (shape[0] * shape[1] * layout.page_size * layout.head_dim))
     for page in range(0, pages, step):
         block = slice(page, min(page + step, pages))
@@ -233,11 +232,11 @@ def _read_in_blocks(
         last = min(layout.sinks + block.stop * layout.page_size, held)
         if last <= first:
             break
-        scores = coded @ unpack(keys, block)[:, :, : last - first].transpose(-2, -1)
+        scores = coded @ cpu_pages.unpack(keys, block)[:, :, : last - first].transpose(-2, -1)
         if constant is not None:
             scores += constant
         scores = _apply_mask(scores, mask, slice(first, last), shape)
-        softmax.update(scores, unpack(values, block)[:, :, : last - first], 0)
+        softmax.update(scores, cpu_pages.unpack(values, block)[:, :, : last - first], 0)
     packed_end = layout.sinks + pages * layout.page_size
     runs = ((0, min(layout.sinks, held)), (packed_end, held), (start, visible))
     slots = torch.cat([torch.arange(first, max(first, last)) for first, last in runs])

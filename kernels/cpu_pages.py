@@ -183,15 +183,16 @@ def _packed(packed: PackedTensor, first: int = 0) -> _Packed:
 
 
 def unpack(packed: PackedTensor, pages: slice) -> Tensor:
-    """Return pages as tokens ``[B, H, n, D]`` (fp32), as `PackedTensor.unpack` does."""
+    """Return pages as tokens ``[B, H, n, D]`` (fp32), as `PackedTensor.unpack` does, which stands in where need be."""
+    library = _library() if is_available() else None
+    if library is None:
+        return packed.unpack(pages)
     layout = packed.layout
     B, H = packed.parts[0].shape[:2]
     count = pages.stop - pages.start
     channels_first = layout.role == "value" and layout.coder != "mixed"
     tile = (layout.page_size, layout.head_dim)
     out = torch.empty(B, H, count, *(reversed(tile) if channels_first else tile))
-    library = _library()
-    assert library is not None
     struct = _packed(packed, pages.start)
     library.kvq_unpack_pages(
         ctypes.byref(struct), B, H, count, ctypes.c_void_p(out.data_ptr()), torch.get_num_threads()

@@ -8,16 +8,18 @@ at once are a few rows of scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kvq_compile.kernels import mixed, reference
+from kvq_compile.kernels.bases import PackedTensor, Parts
 from kvq_compile.kernels.frame import Frame
 from kvq_compile.kernels.queries import recall
 from kvq_compile.kernels.requantize import pages_before_and_after
 from kvq_compile.kernels.spec import PageLayout
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 PAGES = 64  # packed pages read at once
 
 
@@ -33,6 +35,7 @@ def recent_importance(
     queries: int,
     layout: PageLayout,
     frame: Frame | None,
+    unpack: Callable[[PackedTensor, slice], Tensor] = PackedTensor.unpack,
 ) -> Tensor:
     """Return the largest weight that the last queries paid to each slot.
 
@@ -50,6 +53,7 @@ def recent_importance(
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
         frame: What they are coded relative to, where the layout has tables.
+        unpack: Reads pages of them, as `PackedTensor.unpack` does.
 
     Returns:
         ``[B, Hkv, slots]``, fp32; zeros if the call completes no page.
@@ -72,7 +76,9 @@ def recent_importance(
         ends = torch.cat([torch.arange(first + 1, max(first, last) + 1, device=ends.device), ends])
     rows = rows.float()
     if parts is not None:
-        pieces = _cached_scores(rows.flatten(2, 3), parts, start, layout, frame)
+        pieces = _cached_scores(
+            rows.flatten(2, 3), PackedTensor(parts, layout, frame), start, unpack
+        )
     scores = torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1) * scale
     scores = scores.view(B, -1, len(ends), end)
     seen = torch.arange(end, device=ends.device) < ends[:, None]
@@ -97,21 +103,18 @@ def _for_rows(mask: Tensor, earlier: int, count: int) -> Tensor:
 
 
 def _cached_scores(
-    rows: Tensor, parts: Parts, start: int, layout: PageLayout, frame: Frame | None
+    rows: Tensor, keys: PackedTensor, start: int, unpack: Callable[[PackedTensor, slice], Tensor]
 ) -> list[Tensor]:
     """Return products of query rows with the keys before ``start``, ``[B, Hkv, rows, n]`` each, ``start`` in all."""
-    codes, params, exact, cursor = parts
-    packed = int(cursor[1])
-    pages = min(
-        packed, -(-max(0, start - layout.sinks) // layout.page_size)
-    )  # read, the last in part
+    layout, exact = keys.layout, keys.parts[2]
+    coded, constant = keys.meet(rows)
+    held = -(-max(0, start - layout.sinks) // layout.page_size)  # pages, the last in part
     pieces = [rows @ exact[:, :, : min(start, layout.sinks)].float().mT]
-    for first in range(0, pages, PAGES):
-        block = slice(first, min(first + PAGES, pages))
-        keys = reference.dequantize_packed(
-            codes[:, :, block], params[:, :, block], layout, frame, first
-        )
-        pieces.append(rows @ keys[:, :, : start - layout.sinks - first * layout.page_size].mT)
-    recent = layout.sinks + packed * layout.page_size
-    held = reference.exact_row_index(recent, max(recent, start), layout, exact.device)
-    return [*pieces, rows @ exact[:, :, held].float().mT]
+    for first in range(0, min(keys.pages, held), PAGES):
+        block = slice(first, min(first + PAGES, keys.pages, held))
+        left = start - layout.sinks - first * layout.page_size
+        scores = coded @ unpack(keys, block)[:, :, :left].mT
+        pieces.append(scores if constant is None else scores + constant)
+    recent = layout.sinks + keys.pages * layout.page_size
+    places = reference.exact_row_index(recent, max(recent, start), layout, exact.device)
+    return [*pieces, rows @ exact[:, :, places].float().mT]

@@ -272,16 +272,15 @@ def _importance_cpu(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    from kvq_compile.kernels import blocked
+    from kvq_compile.kernels import blocked, cpu_pages
     from kvq_compile.kernels.importance import recent_importance
 
     layout = PageLayout.parse(key_layout)
     parts = (key_parts[0], key_parts[1], key_parts[2], key_parts[3]) if key_parts else None
     frame = make_frame(tables, shift, layout) if parts else None
     first = blocked.first_slot(position, start)
-    return recent_importance(
-        query, key, parts, mask, first, slots, scale, causal, queries, layout, frame
-    )
+    about = first, slots, scale, causal, queries, layout, frame
+    return recent_importance(query, key, parts, mask, *about, cpu_pages.unpack)
 
 
 def _importance_cuda(

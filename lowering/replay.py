@@ -89,7 +89,7 @@ class Replay:
     def _constant(self, node: fx.Node) -> Any:
         value = value_of(node)
         if isinstance(value, SYMBOLIC):
-            return number(value)
+            return _known(value)
         if node.op == "get_attr":
             value = node.graph.owning_module
             for name in str(node.target).split("."):
@@ -159,7 +159,7 @@ def _widened(x: Any) -> Any:
         return _WIDER.get(x, x)
     if isinstance(x, torch.device) or (isinstance(x, str) and x.startswith("cuda")):
         return torch.device("cpu")
-    return number(x) if isinstance(x, SYMBOLIC) else x
+    return _known(x) if isinstance(x, SYMBOLIC) else x
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -186,19 +186,24 @@ def is_integer(node: fx.Node) -> bool:
     return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
 
 
-def number(size: Any) -> Any:
-    """Return a size as it is in the call that is being compiled, without a guard on it; of a float, with one.
+def number(size: Any) -> int:
+    """Return a size as it is in the call that is being compiled, without a guard on it.
 
     Raises:
         Refusal: The size is known only when the graph runs.
     """
-    if isinstance(size, torch.SymFloat):
-        fixed = fixed_number(size)
-        if fixed is None:
-            raise Refusal(f"the number {size} depends on data")
-        return fixed
     if not isinstance(size, torch.SymInt):
         return int(size)
     if not size.node.has_hint():
         raise Refusal(f"the size {size} depends on data")
     return int(size.node.hint)
+
+
+def _known(value: torch.SymInt | torch.SymFloat) -> float:
+    """Return what a symbol stands for in the call that is being compiled, guarding on it if it is no size."""
+    if isinstance(value, torch.SymInt):
+        return number(value)
+    fixed = fixed_number(value)
+    if fixed is None:
+        raise Refusal(f"the number {value} depends on data")
+    return fixed
