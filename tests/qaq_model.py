@@ -1,5 +1,6 @@
-"""A small decoder, and a call of it that is compiled with QAQ."""
+"""A small decoder, a call of it that is compiled with QAQ, and what such a call must return."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ def make_model() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def small_text(count: int) -> Tensor:
+    return torch.randint(0, 64, (1, count), generator=torch.Generator().manual_seed(3))
+
+
 def run(model: Any, **options: Any) -> Any:
     torch._dynamo.reset()
 
@@ -28,3 +33,17 @@ def run(model: Any, **options: Any) -> Any:
 
     options = {"method": "qaq", "inner": "eager", **SMALL, **options}
     return torch.compile(call, backend="kvq", options=options, dynamic=False)
+
+
+def assert_reads_its_cache(model: Any, call: Any, cache: Any, ids: Tensor, *cuts: int) -> None:
+    """Assert that a call gives each piece of a text the logits over what its cache stands for at that time."""
+    with torch.no_grad():
+        for first, last in pairwise((0, *cuts)):
+            before = None
+            if first:
+                before = transformers.DynamicCache()
+                for index, layer in enumerate(cache.layers):
+                    before.update(layer.keys.dequantize(), layer.values.dequantize(), index)
+            logits = call(ids[:, first:last], cache)
+            expected = model(ids[:, first:last], past_key_values=before, use_cache=True).logits
+            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()

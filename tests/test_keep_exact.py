@@ -16,10 +16,10 @@ from kvq_compile.kernels import mixed, ops
 from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.spec import PageLayout, TensorSpec
 from kvq_compile.methods import make_spec
+from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {"sinks": 2, "window": 5, "page_size": 32}
 OPTIONS = [
     {"bits": 3},
     {"bits": 3, "variant": "paper"},
@@ -244,40 +244,12 @@ def test_what_cannot_be_served_is_named() -> None:
 # In a model
 
 
-def make_model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
-        num_hidden_layers=2, intermediate_size=128, initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def ids(count: int) -> Tensor:
-    return torch.randint(0, 64, (1, count), generator=torch.Generator().manual_seed(3))
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_compiled_model_reads_what_its_cache_stands_for(options: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    model, text = make_model(), ids(200)
-
-    def run(tokens: Tensor, cache: Any) -> Tensor:
-        return model(tokens, past_key_values=cache, use_cache=True).logits
-
-    about = {"method": "qaq", "keep_exact": "cpu", "inner": "eager", **SMALL, **options}
-    call = torch.compile(run, backend="kvq", options=about, dynamic=False)
+    model = make_model()
+    call = run(model, keep_exact="cpu", **options)
     cache = transformers.DynamicCache(config=model.config)
-    with torch.no_grad():
-        for first, last in ((0, 90), (90, 150), (150, 151), (151, 199)):
-            before = None
-            if first:
-                before = transformers.DynamicCache()
-                for index, layer in enumerate(cache.layers):
-                    before.update(layer.keys.dequantize(), layer.values.dequantize(), index)
-            logits = call(text[:, first:last], cache)
-            expected = model(text[:, first:last], past_key_values=before, use_cache=True).logits
-            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert_reads_its_cache(model, call, cache, small_text(200), 90, 150, 151, 199)
     assert cache.layers[0].values.originals is not None
 
 
@@ -287,12 +259,12 @@ def test_copies_are_written_in_place_under_inductor(fresh_dynamo: None) -> None:
     options["inductor"] = {"force_disable_caches": True}
     step = torch.compile(model.forward, backend="kvq", options=options)
     cache = transformers.DynamicCache(config=model.config)
-    text = ids(103)
+    ids = small_text(103)
     with torch.no_grad():
-        step(input_ids=text[:, :100], past_key_values=cache, use_cache=True)
+        step(input_ids=ids[:, :100], past_key_values=cache, use_cache=True)
         ReinplaceCounters.clear()
         for place in (100, 101, 102):
-            step(input_ids=text[:, place : place + 1], past_key_values=cache, use_cache=True)
+            step(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
     assert ReinplaceCounters.get_total_missed() == 0
     kept = cache.layers[0].values
     assert int(kept.cursor[1]) == 3
@@ -304,7 +276,7 @@ def test_a_static_cache_is_refused_with_the_reason(fresh_dynamo: None) -> None:
     cache = transformers.StaticCache(config=model.config, max_cache_len=128)
     with torch.no_grad():
         explanation = kvq_compile.explain(
-            model, ids(80), past_key_values=cache, use_cache=True,
+            model, small_text(80), past_key_values=cache, use_cache=True,
             options={"method": "qaq", "keep_exact": "cpu", **SMALL},
         )  # fmt: skip
     assert "keep_exact needs a cache that grows" in str(explanation)

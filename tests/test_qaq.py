@@ -19,7 +19,7 @@ from kvq_compile.kernels.importance import recent_importance
 from kvq_compile.kernels.queries import recall
 from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.methods import make_spec
-from qaq_model import SMALL, make_model, run
+from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
 transformers = pytest.importorskip("transformers")
 
@@ -94,18 +94,8 @@ def test_what_is_attended_to_gets_more_bits() -> None:
 @pytest.mark.parametrize("options", [{"bits": 2.3}, {"bits": 4}, {"bits": 3, "variant": "paper"}])
 def test_a_compiled_model_reads_what_its_cache_stands_for(options: dict[str, Any]) -> None:
     model = make_model()
-    ids = torch.randint(0, 64, (1, 120), generator=torch.Generator().manual_seed(3))
     call, cache = run(model, **options), transformers.DynamicCache(config=model.config)
-    with torch.no_grad():
-        for first, last in ((0, 90), (90, 91), (91, 118), (118, 119)):
-            before = None
-            if first:
-                before = transformers.DynamicCache()
-                for index, layer in enumerate(cache.layers):
-                    before.update(layer.keys.dequantize(), layer.values.dequantize(), index)
-            logits = call(ids[:, first:last], cache)
-            expected = model(ids[:, first:last], past_key_values=before, use_cache=True).logits
-            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert_reads_its_cache(model, call, cache, small_text(120), 90, 91, 118, 119)
     assert isinstance(cache.layers[0].keys, QuantizedKV)
     assert "bits" in repr(cache.layers[0].keys)
 

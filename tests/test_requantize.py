@@ -15,7 +15,7 @@ from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.requantize import requantize_older_
 from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.methods import make_spec
-from qaq_model import SMALL, make_model, run
+from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
 transformers = pytest.importorskip("transformers")
 
@@ -225,30 +225,18 @@ def test_requantizing_a_budget_is_refused() -> None:
 
 def test_a_compiled_model_reads_what_its_requantized_cache_stands_for() -> None:
     model = make_model()
-    ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(3))
-    call, cache = (
-        run(model, bits=4, **TARGETS, requantize=True),
-        transformers.DynamicCache(config=model.config),
-    )
-    kept = run(model, bits=4, **TARGETS), transformers.DynamicCache(config=model.config)
-    with torch.no_grad():
-        for first, last in ((0, 90), (90, 150), (150, 151), (151, 199)):
-            before = None
-            if first:
-                before = transformers.DynamicCache()
-                for index, layer in enumerate(cache.layers):
-                    before.update(layer.keys.dequantize(), layer.values.dequantize(), index)
-            logits = call(ids[:, first:last], cache)
-            expected = model(ids[:, first:last], past_key_values=before, use_cache=True).logits
-            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
-            kept[0](ids[:, first:last], kept[1])
+    cuts, caches = (90, 150, 151, 199), []
+    for requantize in (True, False):
+        call = run(model, bits=4, **TARGETS, requantize=requantize)
+        caches.append(transformers.DynamicCache(config=model.config))
+        assert_reads_its_cache(model, call, caches[-1], small_text(200), *cuts)
     held = [
         sum(
             int(bits_of(x.parts, slice(0, int(x.cursor[1])), x.page_layout).sum())
             for layer in some.layers
             for x in (layer.keys, layer.values)
         )
-        for some in (cache, kept[1])
+        for some in caches
     ]
     assert held[0] < held[1]
 
