@@ -30,8 +30,8 @@ from kvq_compile.methods import (
     FROM_LAYER,
     base_name,
     calibrated_options,
+    check_calibrated,
     check_method,
-    check_skvq,
     default_clip,
     make_spec,
 )
@@ -117,14 +117,15 @@ def calibrate(
     if not texts:
         raise ValueError("batches must hold a text or more, got none")
     options = calibrated_options(method, options)
-    if method == "skvq":
-        check_skvq(options)
+    check_calibrated(options)
     weights = frozenset(weight_hash(parameter) for parameter in model.parameters())
     if method == "qaq":
         return Calibration(method, options, _measured(model, texts, tokens, seed, advance), weights)
     fitted = _resumed(resume, method, options, weights)
     candidates: list[_Candidates] = []
     rotations = find_rotations(model, texts[0])
+    if not options.get("pre_rope", True):
+        rotations = dict.fromkeys(rotations, (None, "by the option pre_rope"))
     count = None
     while count is None or len(fitted) + len(candidates) < count:
         first = len(fitted) + len(candidates)

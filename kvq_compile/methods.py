@@ -32,6 +32,7 @@ QAQ_QUERY_NORM = 300.0  # squared; what QAQ's code takes for every layer of ever
 QAQ_KEYS_WIDER = 0.55  # keys get so many bits more than the average, values as many less
 # Bits of SKVQ's codes to the parts of a group's range that they span, of keys and of values: docs/decisions.md.
 DEFAULT_CLIPS = {1: (0.85, 0.7), 1.5: (0.85, 0.7), 2: (0.85, 0.75), 3: (0.95, 0.9)}
+SWITCHES = ("reorder", "weighted", "correlate", "pre_rope")  # of calibrations
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 
 
@@ -104,6 +105,7 @@ def skvq(
     value_clip: float | Literal["search"] | None = None,
     reorder: bool = True,
     equalize: float = EQUALIZE,
+    pre_rope: bool = True,
     params: Params = "fp8",
     packing: Packing = "fields",
     sinks: int = 5,
@@ -116,12 +118,12 @@ def skvq(
     of a group's range that its codes span, ``"search"`` finds the one of each group that changes attention's output
     least, ``None`` is the best known: `default_clip`. ``reorder`` gathers channels of like range in a group; it
     changes nothing where a group is a head, or, for keys before RoPE, half a head. Channels are divided by their
-    spread to the power ``equalize``, 0 being the paper's choice.
+    spread to the power ``equalize``, 0 being the paper's choice. ``pre_rope=False`` codes keys as attention sees them.
 
     Source: SKVQ (arXiv 2405.06219). Channels are reordered within a head, in equal groups, which is what a
     fused kernel needs; the authors' code clusters across heads (`cross_head`). The clip is about the midpoint.
     """
-    del key_clip, value_clip, reorder, equalize  # calibration's
+    del key_clip, value_clip, reorder, equalize, pre_rope  # calibration's
 
     def tensor(width: float | None, rotary: bool, which: Any) -> TensorSpec:
         width = bits if width is None else width
@@ -224,22 +226,24 @@ def _rows(budget: float, page_size: int) -> float:
     return int(budget * page_size) / page_size
 
 
-def check_skvq(options: Mapping[str, Any]) -> None:
-    """Make sure that what only the calibration of SKVQ depends on can be fitted.
+def check_calibrated(options: Mapping[str, Any]) -> None:
+    """Make sure that what only the calibration of a method depends on can be fitted.
 
     Raises:
-        ValueError: A clip, ``equalize`` or ``reorder`` is out of range.
+        ValueError: A clip or ``equalize`` is out of range, or a switch is neither on nor off.
     """
-    for name in ("key_clip", "value_clip"):
+    for name in sorted({"key_clip", "value_clip"} & set(options)):
         clip = options[name]
         if clip not in (None, "search") and not (_is_number(clip) and 0 < clip <= 1):
             raise ValueError(f'{name} must be a number in (0, 1], "search" or None, got {clip!r}')
-    if not (_is_number(options["equalize"]) and 0 <= options["equalize"] <= 1):
+    equalize = options.get("equalize", EQUALIZE)
+    if not (_is_number(equalize) and 0 <= equalize <= 1):
         raise ValueError(
-            f"equalize must be a number from 0, channels as they are, to 1, equal spread, got {options['equalize']!r}"
+            f"equalize must be a number from 0, channels as they are, to 1, equal spread, got {equalize!r}"
         )
-    if not isinstance(options["reorder"], bool):
-        raise ValueError(f"reorder must be True or False, got {options['reorder']!r}")
+    for name in SWITCHES:
+        if not isinstance(options.get(name, True), bool):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
 
 
 def _is_number(x: Any) -> bool:
@@ -259,6 +263,7 @@ def cq(
     bits: int,
     weighted: bool = True,
     correlate: bool = True,
+    pre_rope: bool = True,
     sinks: int = 5,
     window: int = 128,
     page_size: int = 128,
@@ -266,11 +271,11 @@ def cq(
     """``couple`` channels of a head coded by one index into a learned codebook, keys before RoPE.
 
     ``weighted``: centroids are fitted to samples weighted by Fisher information. ``correlate``: channels that
-    go together are coupled, instead of neighbours.
+    go together are coupled, instead of neighbours. ``pre_rope=False`` codes keys as attention sees them.
 
     Source: CQ (arXiv 2405.03917); its setting is ``correlate=False, window=0, sinks=0``.
     """
-    del weighted, correlate  # calibration's
+    del weighted, correlate, pre_rope  # calibration's
     key = TensorSpec(bits, couple=couple, rotary=tables.rotary, tables=tables.key)
     value = TensorSpec(bits, couple=couple, tables=tables.value)
     return CacheSpec(key, value, sinks, window, page_size)

@@ -20,6 +20,7 @@ from kvq_compile.kernels.cache import QuantizedKV
 from kvq_compile.kernels.tables import read_section
 from kvq_compile.methods import make_spec
 from kvq_compile.small_tables import random_tables
+from qaq_model import assert_reads_its_cache
 
 METHODS = ("skvq", "cq-4c4b", "auto")
 RUNTIME = {"window": 8, "page_size": 32}
@@ -70,16 +71,26 @@ def test_a_compiled_model_reads_what_its_cache_stands_for(method: str) -> None:
         compiled(model, calibrated(method)),
         transformers.DynamicCache(config=make_model().config),
     )
-    with torch.no_grad():
-        for first, last in ((0, 90), (90, 91), (91, 118), (118, 119)):
-            before = None if first == 0 else dense(cache)
-            logits = run(text[:, first:last], cache)
-            expected = model(text[:, first:last], past_key_values=before, use_cache=True).logits
-            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert_reads_its_cache(model, run, cache, text, 90, 91, 118, 119)
     for layer in cache.layers:
         assert isinstance(layer.keys, QuantizedKV)
         assert layer.keys.page_layout.rotary
         assert layer.keys.page_layout.has_tables
+
+
+@pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
+def test_keys_are_coded_after_rope_where_the_option_says_so(method: str) -> None:
+    model = make_model()
+    calibration = kvq_compile.calibrate(model, [ids(300)], method, tokens=256, pre_rope=False)
+    assert all(
+        not layer.rotary and "the option pre_rope" in layer.note for layer in calibration.layers
+    )
+    cache = transformers.DynamicCache(config=model.config)
+    assert_reads_its_cache(model, compiled(model, calibration), cache, ids(120, 5), 90, 91, 119)
+    for layer in cache.layers:
+        assert layer.keys.page_layout.has_tables and not layer.keys.page_layout.rotary
+    with pytest.raises(ValueError, match="pre_rope must be as calibrated, False, got True"):
+        make_spec(calibration=calibration, pre_rope=True)
 
 
 @pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
@@ -218,6 +229,7 @@ def test_texts_that_no_query_outgrows_are_too_short(method: str, options: Any) -
         ({"equalize": -1}, "equalize must be a number from 0, channels as they are, to 1"),
         ({"equalize": "half"}, "got 'half'"),
         ({"reorder": 1}, "reorder must be True or False, got 1"),
+        ({"pre_rope": "no"}, "pre_rope must be True or False, got 'no'"),
     ],
 )
 def test_options_that_cannot_be_fitted_are_named_before_texts_are_read(
