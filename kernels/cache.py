@@ -190,22 +190,11 @@ class QuantizedKV(Tensor):
         if any(view.shape[2] > self.shape[2] for view in self._lineage.others(self)):
             self._fork(tokens)
         elif self._lineage.held > self.shape[2]:
-            if self.device.type == "cpu":
+            if self.device.type == "cpu":  # kernels truncate as they append
                 from kvq_compile.kernels import reference
 
                 frame = ops.make_frame(*self.frame, self.page_layout)
                 reference.truncate_(*self.parts, self.shape[2], self.page_layout, frame)
-            else:
-                nothing = self.exact[:, :, :0]
-                ops.append_(
-                    *self.parts,
-                    nothing,
-                    None,
-                    self.shape[2],
-                    self.page_layout.token,
-                    None,
-                    *self.frame,
-                )
             self._lineage.held = self.shape[2]
         if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
             if self._lineage.others(self):

@@ -108,11 +108,7 @@ def calibrate(
             f"method must be one that is calibrated, {CALIBRATED_NAMES}, got {method!r}"
         )
     if method == "qaq":
-        if "query_norm" in options:
-            raise ValueError(
-                f"query_norm must be left out of a calibration, which measures it, got {options['query_norm']!r}"
-            )
-        make_spec(method, **options)  # an error before texts are read
+        _check_measured(options)
     texts = list(batches)
     if not texts:
         raise ValueError("batches must hold a text or more, got none")
@@ -129,17 +125,8 @@ def calibrate(
     count = None
     while count is None or len(fitted) + len(candidates) < count:
         first = len(fitted) + len(candidates)
-        samples, count = _sample(
-            model,
-            texts,
-            rotations,
-            first,
-            tokens,
-            seed,
-            memory,
-            advance,
-            gradients=method != "skvq",
-        )
+        about = tokens, seed, memory, advance, method != "skvq"
+        samples, count = _sample(model, texts, rotations, first, *about)
         for layer in samples:
             advance("fitting layers", len(fitted) + len(candidates), count)
             if method == "auto":  # which chooses when it has seen all layers
@@ -151,6 +138,15 @@ def calibrate(
     advance("fitting layers", count, count)
     fitted += _chosen(candidates, options)
     return Calibration(method, options, tuple(fitted), weights)
+
+
+def _check_measured(options: Mapping[str, Any]) -> None:
+    """Make sure that QAQ takes the options, before texts are read, and that its norms are left to measuring."""
+    if "query_norm" in options:
+        raise ValueError(
+            f"query_norm must be left out of a calibration, which measures it, got {options['query_norm']!r}"
+        )
+    make_spec("qaq", **options)
 
 
 def _measured(
@@ -200,7 +196,8 @@ def _sample(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         for sample, seen in zip(samples, found[first:], strict=False):
             _take(sample, seen, share, generator.clone_state())
-            if len(sample.texts) < TEXTS and seen.mask is None and seen.key.shape[2] > FAR:
+            whole = seen.mask is None or bool(seen.mask[0].all())
+            if len(sample.texts) < TEXTS and whole and seen.key.shape[2] > FAR:
                 sample.texts.append(_text(seen, generator.clone_state()))
     advance("reading texts", len(texts), len(texts))
     return samples, layers
@@ -262,7 +259,7 @@ class _Candidates:
 
 def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candidates:
     found: dict[Role, list[Choice]] = {"key": [], "value": []}
-    rotary = sample.rotation is not None
+    rotary, texts = sample.rotation is not None, _texts(sample, "auto")
     for role, choices in found.items():
         head_dim = sample.value[0].shape[2]
         for coding in CANDIDATES:
@@ -276,7 +273,7 @@ def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candida
                 )
                 name, full = "skvq", {"reorder": False, "equalize": EQUALIZE, **none, **coding}
             tables = _fit(sample, role, name, full, seed)
-            choices.append(measure(role, coding, tables, rotary, _texts(sample, "auto")))
+            choices.append(measure(role, coding, tables, rotary, texts))
     return _Candidates(found["key"], found["value"], rotary, _note(sample))
 
 

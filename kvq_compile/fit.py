@@ -70,7 +70,7 @@ def fit_uniform(
         paired: Channels ``c`` and ``c + D/2`` are rotated together: they share a scale and stay a pair.
         margin: Part of a group's range to cut off at each end, in [0, .5); `search_margins` finds better ones.
         equalize: Channels are divided by their spread to this power: 0 is the paper's, 1 gives all channels of
-            a group the same relative error, 1/2 is best.
+            a group the same relative error, 1/2 did best on the reference model.
         reorder: Whether to gather channels of like range in a group (`order_by_range`).
 
     Raises:

@@ -24,6 +24,9 @@ from qaq_model import assert_reads_its_cache
 
 METHODS = ("skvq", "cq-4c4b", "auto")
 RUNTIME = {"window": 8, "page_size": 32}
+LOOKS_FAR: list[tuple[str, dict[str, Any]]] = [  # what is judged by attention beyond the window
+    ("auto", {"bits": 3}), ("skvq", {"key_clip": "search"}), ("skvq", {"value_clip": "search"})
+]  # fmt: skip
 
 
 def make_model(seed: int = 0, layers: int = 2) -> Any:
@@ -209,10 +212,18 @@ def test_skvq_needs_no_gradients() -> None:
     assert seen == {False}
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("auto", {"bits": 3}), ("skvq", {"key_clip": "search"}), ("skvq", {"value_clip": "search"})],
-)
+@pytest.mark.parametrize(("method", "options"), LOOKS_FAR)
+def test_texts_whose_mask_hides_nothing_are_whole_texts(method: str, options: Any) -> None:
+    plain = [ids(150, seed) for seed in range(2)]
+    masked = [{"input_ids": text, "attention_mask": torch.ones_like(text)} for text in plain]
+    made = [
+        kvq_compile.calibrate(make_model(), texts, method, tokens=128, **options)
+        for texts in (plain, masked)
+    ]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(("method", "options"), LOOKS_FAR)
 def test_texts_that_no_query_outgrows_are_too_short(method: str, options: Any) -> None:
     with pytest.raises(ValueError, match="text without padding of more than 133 tokens for "):
         kvq_compile.calibrate(make_model(), [ids(133)], method, tokens=128, **options)
