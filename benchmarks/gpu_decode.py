@@ -28,11 +28,15 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from kvq_compile.kernels import attention, importance_mixed, mixed, quantize_kv, reference
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.tables import Tables
+from kvq_compile.kernels.triton import append as quantize_kv
+from kvq_compile.kernels.triton import attend as attention
+from kvq_compile.kernels.triton import importance as importance_mixed
 from kvq_compile.methods import make_spec
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

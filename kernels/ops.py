@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.frame import Frame
-from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.reference.frame import Frame
 
 PARTS = ("codes", "params", "exact", "cursor")
 FRAME = ("tables", "shift")  # what packed tokens are coded relative to, where the layout has it
@@ -121,7 +121,7 @@ def _append_cpu(
     originals: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
-    from kvq_compile.kernels import blocked
+    from kvq_compile.kernels.cpu import attend as blocked
 
     page_layout = PageLayout.parse(layout)
     first = blocked.first_slot(position, start)
@@ -147,8 +147,9 @@ def _append_cuda(
     originals: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
-    from kvq_compile.kernels import quantize_kv, requantize_mixed
-    from kvq_compile.kernels.originals import keep_, renew_
+    from kvq_compile.kernels.adaptive.originals import keep_, renew_
+    from kvq_compile.kernels.triton import append as quantize_kv
+    from kvq_compile.kernels.triton import requantize as requantize_mixed
 
     page_layout = PageLayout.parse(layout)
     frame = make_frame(tables, shift, page_layout)
@@ -165,7 +166,7 @@ def _append_cuda(
 
 
 def _originals(x: Tensor, slots: int, grows: bool, layout: str) -> Tensor:
-    from kvq_compile.kernels.originals import new_originals
+    from kvq_compile.kernels.adaptive.originals import new_originals
 
     page_layout = PageLayout.parse(layout)
     capacity, first = page_capacity(slots, grows, page_layout), page_layout.sinks
@@ -198,7 +199,7 @@ def _attend_cpu(
     key_shift: Tensor | None = None,
     value_tables: Tensor | None = None,
 ) -> Tensor:
-    from kvq_compile.kernels import blocked
+    from kvq_compile.kernels.cpu import attend as blocked
 
     layouts = PageLayout.parse(key_layout), PageLayout.parse(value_layout)
     return blocked.attend(
@@ -238,7 +239,7 @@ def _attend_cuda(
     key_shift: Tensor | None = None,
     value_tables: Tensor | None = None,
 ) -> Tensor:
-    from kvq_compile.kernels import attention
+    from kvq_compile.kernels.triton import attend as attention
 
     layouts = PageLayout.parse(key_layout), PageLayout.parse(value_layout)
     return attention.attend(
@@ -272,8 +273,9 @@ def _importance_cpu(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    from kvq_compile.kernels import blocked, cpu_pages
-    from kvq_compile.kernels.importance import recent_importance
+    from kvq_compile.kernels.cpu import attend as blocked
+    from kvq_compile.kernels.cpu import native as cpu_pages
+    from kvq_compile.kernels.reference.importance import recent_importance
 
     layout = PageLayout.parse(key_layout)
     parts = (key_parts[0], key_parts[1], key_parts[2], key_parts[3]) if key_parts else None
@@ -300,11 +302,11 @@ def _importance_cuda(
 ) -> Tensor:
     layout = PageLayout.parse(key_layout)
     if not key_parts:  # a few rows times the call's own keys, and nothing to wait for
-        from kvq_compile.kernels.importance import recent_importance
+        from kvq_compile.kernels.reference.importance import recent_importance
 
         about = 0, slots, scale, causal, queries, layout, None
         return recent_importance(query, key, None, mask, *about)
-    from kvq_compile.kernels import importance_mixed
+    from kvq_compile.kernels.triton import importance as importance_mixed
 
     codes, params, exact, cursor = key_parts
     return importance_mixed.recent_importance(
@@ -323,7 +325,7 @@ def _dequantize(
     tables: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    from kvq_compile.kernels import reference
+    from kvq_compile.kernels.reference import cache as reference
 
     page_layout = PageLayout.parse(layout)
     frame = make_frame(tables, shift, page_layout)
@@ -386,7 +388,7 @@ def _(
 
 @torch.library.register_fake("kvq::originals", lib=_library)
 def _(x: Tensor, slots: int, grows: bool, layout: str) -> Tensor:
-    from kvq_compile.kernels.originals import new_originals
+    from kvq_compile.kernels.adaptive.originals import new_originals
 
     page_layout = PageLayout.parse(layout)
     return new_originals(x, page_capacity(slots, grows, page_layout), page_layout)

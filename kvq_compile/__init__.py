@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from kvq_compile.accounting import Report, report
     from kvq_compile.api import Explanation, compile, explain, quantize_cache_
     from kvq_compile.bounds import error_bound
-    from kvq_compile.calibration import Calibration
-    from kvq_compile.calibrator import calibrate
+    from kvq_compile.calibration.artifact import Calibration
+    from kvq_compile.calibration.calibrator import calibrate
     from kvq_compile.errors import KVQError, KVQWarning
-    from kvq_compile.kernels.cache import QuantizedKV
-    from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+    from kvq_compile.kernels.cache.tensor import QuantizedKV
+    from kvq_compile.kernels.layout import CacheSpec, TensorSpec
     from kvq_compile.methods import make_spec
 
 __version__ = "0.1.0"
@@ -39,11 +39,11 @@ __all__ = [
 _HOMES = {
     "api": ("Explanation", "compile", "explain", "quantize_cache_"),
     "bounds": ("error_bound",),
-    "calibration": ("Calibration",),
-    "calibrator": ("calibrate",),
+    "calibration.artifact": ("Calibration",),
+    "calibration.calibrator": ("calibrate",),
     "errors": ("KVQError", "KVQWarning"),
-    "kernels.cache": ("QuantizedKV",),
-    "kernels.spec": ("CacheSpec", "TensorSpec"),
+    "kernels.cache.tensor": ("QuantizedKV",),
+    "kernels.layout": ("CacheSpec", "TensorSpec"),
     "methods": ("make_spec",),
     "accounting": ("Report", "report"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.mixed_layout import HEADER
 from kvq_compile.kernels.ops import FRAME, PARTS
 

@@ -18,8 +18,8 @@ from kvq_compile.config import make_config
 from kvq_compile.convert import become, check_can_become_quantized
 from kvq_compile.errors import KVQError
 from kvq_compile.history import GraphReport, watching
-from kvq_compile.kernels.cache import Kind, QuantizedKV
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role
+from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
 

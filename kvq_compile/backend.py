@@ -15,7 +15,7 @@ from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, record
 from kvq_compile.lowering.pipeline import Lowered, lower
-from kvq_compile.lowering.quantize_outputs import Plain
+from kvq_compile.lowering.rewrite.quantize_outputs import Plain
 
 logger = logging.getLogger("kvq_compile")
 

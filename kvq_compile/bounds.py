@@ -56,7 +56,7 @@ from __future__ import annotations
 
 import sympy
 
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, TensorSpec
 from kvq_compile.kernels.tables import read_section
 
 QUERY_NORM = sympy.Symbol("query_norm", nonnegative=True)

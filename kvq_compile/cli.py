@@ -1,6 +1,6 @@
 """The command line: ``kvq demo``, ``kvq eval``, ``kvq calibrate`` and ``kvq explain``.
 
-Commands parse, call and print; the work is in `kvq_compile.demo`, `kvq_compile.evaluate` and
+Commands parse, call and print; the work is in `kvq_compile.demo`, `kvq_compile.evaluation` and
 `kvq_compile.calibrator`, which are imported when a command runs.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvq_compile.demo import Comparison, Generation
-    from kvq_compile.evaluate import Method, Protocol, Runner, Score
+    from kvq_compile.evaluation.perplexity import Method, Protocol, Runner, Score
 
 T = TypeVar("T")
 
@@ -147,7 +147,7 @@ def evaluate_(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure perplexity, divergence, recall, bytes and speed against the plain cache."""
-    from kvq_compile.evaluate import Protocol, make_runners, write_results
+    from kvq_compile.evaluation.perplexity import Protocol, make_runners, write_results
 
     compile_plain = read_plain(plain)
     if not method and not sweep:
@@ -164,7 +164,7 @@ def evaluate_(
     about = describe(network, model, text, protocol, plain, exams if recall else 0)
     written = write_results(scores, out, about)
     if sweep:
-        from kvq_compile.sweep import draw
+        from kvq_compile.evaluation.sweep import draw
 
         written += draw(scores, out)
     for path in written:
@@ -187,8 +187,8 @@ def calibrate(
     device: DeviceOption = "auto",
 ) -> None:
     """Fit a method's tables to a model. A run that was cut short goes on where it stopped."""
-    from kvq_compile.calibrator import calibrate as fit
-    from kvq_compile.evaluate import parse_options
+    from kvq_compile.calibration.calibrator import calibrate as fit
+    from kvq_compile.evaluation.perplexity import parse_options
     from kvq_compile.loading import encode_file, spread_windows
 
     name, options = attempt(lambda: parse_options(method))
@@ -250,7 +250,7 @@ def explain(
 def read_method(text: str | None) -> Method:
     """Return the method an option spells; the backend's default where there is none."""
     from kvq_compile.config import make_config
-    from kvq_compile.evaluate import Method, parse_method
+    from kvq_compile.evaluation.perplexity import Method, parse_method
 
     if text is None:
         return Method(f"{make_config().spec.method} (default)", {})
@@ -261,8 +261,8 @@ def sweep_methods(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Path | None
 ) -> list[Method]:
     """Return all methods, calibrated on a text if one is given."""
+    from kvq_compile.evaluation.sweep import standard_methods
     from kvq_compile.loading import encode_file, spread_windows
-    from kvq_compile.sweep import standard_methods
 
     if text is None:
         console.print("without --calibrate-on only methods that need no calibration are run")
@@ -307,8 +307,8 @@ def measure(
     """Score runners under a progress bar, recall included."""
     from dataclasses import replace
 
-    from kvq_compile.evaluate import chunks_to_do, evaluate
-    from kvq_compile.recall import recall
+    from kvq_compile.evaluation.perplexity import chunks_to_do, evaluate
+    from kvq_compile.evaluation.recall import recall
 
     with progress("perplexity", chunks_to_do(protocol, runners)) as advance:
         scores = evaluate(runners, ids, protocol, advance)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvq_compile.calibration import Calibration
-from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.calibration.artifact import Calibration
+from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.methods import (
     DEFAULT,
     as_calibration,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.lowering.plan_conversions import Conversion
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.rewrite.plan_conversions import Conversion
 
 
 def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.accounting import Report
-from kvq_compile.evaluate import (
+from kvq_compile.evaluation.perplexity import (
     PLAIN,
     Method,
     Protocol,

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvq_compile.calibration import Calibration, LayerTables
-from kvq_compile.fit import EQUALIZE
+from kvq_compile.calibration.artifact import Calibration, LayerTables
+from kvq_compile.calibration.fit import EQUALIZE
+from kvq_compile.kernels.layout import CacheSpec, Packing, TensorSpec, Transform
 from kvq_compile.kernels.mixed_layout import Params
-from kvq_compile.kernels.spec import CacheSpec, Packing, TensorSpec, Transform
 
 DEFAULT = "int4"
 AT_COMPILE = (

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.lowering.dequantize_reads import dequantize_reads
-from kvq_compile.lowering.drop_dead import drop_dead
-from kvq_compile.lowering.extend_refused import extend_refused
-from kvq_compile.lowering.find_sites import find_sites, left_alone, source_line
-from kvq_compile.lowering.frames import Frames
-from kvq_compile.lowering.fuse_attention import (
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
+from kvq_compile.lowering.rewrite.dequantize_reads import dequantize_reads
+from kvq_compile.lowering.rewrite.drop_dead import drop_dead
+from kvq_compile.lowering.rewrite.extend_refused import extend_refused
+from kvq_compile.lowering.rewrite.frames import Frames
+from kvq_compile.lowering.rewrite.fuse_attention import (
     attend_to_new_tokens,
     fuse_attention,
     weigh_fresh_tokens,
 )
-from kvq_compile.lowering.plan_conversions import Conversion, plan_conversions
-from kvq_compile.lowering.quantize_outputs import Extended, Output, quantize_outputs
+from kvq_compile.lowering.rewrite.plan_conversions import Conversion, plan_conversions
+from kvq_compile.lowering.rewrite.quantize_outputs import Extended, Output, quantize_outputs
+from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
+from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
 from kvq_compile.lowering.sites import AttentionSite, Coding, Life, Seen, SiteReport
 from kvq_compile.lowering.sizes import Size, SizeReader
-from kvq_compile.lowering.unchain_writes import unchain_writes
-from kvq_compile.lowering.unwrap_caches import unwrap_caches
 
 RECORDING_GRADIENTS = (
     "gradients are being recorded, and rounding has none; "

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.tables import Tables
 
 # Importance of a cache's tokens and the queries that it is to hold, where its layout asks.

@@ -20,10 +20,11 @@ import pytest
 import torch
 import triton
 
-from kvq_compile.kernels import attention, quantize_kv
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.layout import PageLayout, TensorSpec
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import PageLayout, TensorSpec
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.triton import append as quantize_kv
+from kvq_compile.kernels.triton import attend as attention
 
 CAPACITY = 4  # pages
 HEADS, SHARED = 2, 4  # KV heads, and query heads to each of them

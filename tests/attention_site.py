@@ -7,10 +7,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import attention, reference
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec, PageLayout
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, PageLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.triton import attend as attention
 from native import DEVICE, NATIVE, frame_on_device
 
 BATCH = 2

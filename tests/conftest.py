@@ -52,7 +52,7 @@ def compiled(request: pytest.FixtureRequest) -> "dict[str, dict[str, int]]":
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter, which pays by the operation, hold more at once than registers do."""
-    from kvq_compile.kernels import quantize_kv
+    from kvq_compile.kernels.triton import append as quantize_kv
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(quantize_kv, "TILE", 1 << 15)

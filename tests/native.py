@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.reference.frame import Frame
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"

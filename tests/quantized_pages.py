@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import reference
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.testing import kv_tensors, page_layouts
 
 WHOLE_WIDTHS = (1, 2, 3, 4, 8)

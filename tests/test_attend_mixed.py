@@ -24,11 +24,13 @@ from attention_site import (
     plain_sides,
     starts,
 )
-from kvq_compile.kernels import attend_mixed, attention, reference
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
-from kvq_compile.small_tables import random_tables
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.triton import attend as attention
+from kvq_compile.kernels.triton import attend_mixed
+from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, examples
 
 pytestmark = CONVERSIONS

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import bounds, error_bound, make_spec
-from kvq_compile.kernels import blocked, reference
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
-from kvq_compile.small_decoder import Decoder
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.cpu import attend as blocked
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.testing import (
     DTYPES,
     HEAD_DIMS,
@@ -29,6 +29,7 @@ from kvq_compile.testing import (
     page_layouts,
     specs,
 )
+from kvq_compile.testing.small_decoder import Decoder
 
 SYMBOLS = (
     bounds.QUERY_NORM,

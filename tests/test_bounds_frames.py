@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import bounds
-from kvq_compile.kernels import blocked, ops
-from kvq_compile.kernels.frame import Frame
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.cpu import attend as blocked
+from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
-from kvq_compile.small_tables import framed_specs, random_tables
 from kvq_compile.testing import assert_within_bound, bound_for, kv_tensors
+from kvq_compile.testing.small_tables import framed_specs, random_tables
 
 HEADS = 2
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.read_only import ReadOnlyTokens
-from kvq_compile.small_cache import (
+from kvq_compile.kernels.cache.read_only import ReadOnlyTokens
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.testing import kv_tensors, lengths, page_layouts
+from kvq_compile.testing.small_cache import (
     LAYOUT,
     B,
     D,
@@ -27,7 +28,6 @@ from kvq_compile.small_cache import (
     static,
     tokens,
 )
-from kvq_compile.testing import kv_tensors, lengths, page_layouts
 
 # Growing
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.read_only import ReadOnlyTokens
-from kvq_compile.small_cache import (
+from kvq_compile.kernels.cache.read_only import ReadOnlyTokens
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.testing.small_cache import (
     LAYOUT,
     B,
     D,

@@ -12,14 +12,14 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import kvq_compile
-from kvq_compile.calibration import Calibration
-from kvq_compile.choose import Choice, choose
+from kvq_compile.calibration.artifact import Calibration
+from kvq_compile.calibration.choose import Choice, choose
 from kvq_compile.errors import KVQError
 from kvq_compile.history import watching
-from kvq_compile.kernels.cache import QuantizedKV
+from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.tables import read_section
 from kvq_compile.methods import make_spec
-from kvq_compile.small_tables import random_tables
+from kvq_compile.testing.small_tables import random_tables
 from qaq_model import assert_reads_its_cache
 
 METHODS = ("skvq", "cq-4c4b", "auto")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kvq_compile import KVQWarning
-from kvq_compile.attention_change import Text, exact
-from kvq_compile.capture import capture
+from kvq_compile.calibration.attention_change import Text, exact
+from kvq_compile.calibration.capture import capture
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import kvq_compile.cli as cli
 from kvq_compile.demo import compare, protocol_for
-from kvq_compile.evaluate import parse_method
+from kvq_compile.evaluation.perplexity import parse_method
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model
 
 SMALL = "sinks=2,window=32,page_size=32,inner=eager"

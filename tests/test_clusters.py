@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.clusters import balanced_order, order_by_range, scatter
+from kvq_compile.calibration.clusters import balanced_order, order_by_range, scatter
 
 
 def ranges(seed: int, heads: int = 2, dim: int = 32) -> tuple[Tensor, Tensor]:

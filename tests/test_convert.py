@@ -8,8 +8,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvq_compile.convert import become
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.small_cache import (
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.testing.small_cache import (
     LAYOUT,
     assert_same_bytes,
     static,

@@ -11,14 +11,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import blocked, cpu_pages, reference
-from kvq_compile.kernels.bases import PackedTensor
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.cpu import attend as blocked
+from kvq_compile.kernels.cpu import native as cpu_pages
+from kvq_compile.kernels.cpu.packed import PackedTensor
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.small_tables import framed_layouts, random_tables
 from kvq_compile.testing import masks
+from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from uncalibrated import Framed, mixed_layouts, plain_layouts
 
 BATCH, HEADS = 2, 2

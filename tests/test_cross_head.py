@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.cross_head import (
+from kvq_compile.calibration.cross_head import (
     CrossHead,
     cluster_across_heads,
     quantize_dequantize_across_heads,

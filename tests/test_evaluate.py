@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from kvq_compile.evaluate import (
+from kvq_compile.evaluation.perplexity import (
     PLAIN,
     Protocol,
     Runner,
@@ -25,8 +25,8 @@ from kvq_compile.evaluate import (
     parse_value,
     write_results,
 )
+from kvq_compile.evaluation.recall import DIGITS, FACTS, Exam, count_right, make_exam, sit_exam
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model, pick_dtype
-from kvq_compile.recall import DIGITS, FACTS, Exam, count_right, make_exam, sit_exam
 
 SHORT = Protocol(window=160, prefill=96, chunk=32, windows=1)
 SMALL = "int8:sinks=2,window=32,page_size=32,inner=eager"

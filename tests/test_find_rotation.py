@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kvq_compile.capture import capture
-from kvq_compile.lowering.find_attention import find_attentions
-from kvq_compile.lowering.find_rotation import TURN, Rotation, find_rotation
-from kvq_compile.lowering.find_state import find_state
+from kvq_compile.calibration.capture import capture
+from kvq_compile.lowering.find.attention import find_attentions
+from kvq_compile.lowering.find.rotation import TURN, Rotation, find_rotation
+from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import Refusal
-from kvq_compile.lowering.unchain_writes import unchain_writes
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,14 +6,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.fit import (
+from kvq_compile.calibration.fit import (
     Fitted,
     fit_codebook,
     fit_uniform,
     quantize_dequantize,
     weighted_error,
 )
-from kvq_compile.kmeans import assign, weighted_kmeans
+from kvq_compile.calibration.kmeans import assign, weighted_kmeans
 
 
 def samples(seed: int, tokens: int = 120, heads: int = 2, dim: int = 16) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,7 @@ def test_chunks_do_not_change_what_is_stored(monkeypatch: pytest.MonkeyPatch) ->
     x, weight = samples(4)
     fitted = fit_codebook(x, weight, couple=4, bits=4, paired=False)
     whole = quantize_dequantize(x, fitted)
-    monkeypatch.setattr("kvq_compile.fit._TOKENS", 7)
+    monkeypatch.setattr("kvq_compile.calibration.fit._TOKENS", 7)
     monkeypatch.setattr("kvq_compile.kmeans._MAX_DISTANCES", 500)
     torch.testing.assert_close(quantize_dequantize(x, fitted), whole, rtol=0, atol=0)
 

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvq_compile.kernels import reference
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.frame import (
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.frame import (
     Frame,
     cosine_and_sine,
     e4m3_value,
@@ -20,10 +22,8 @@ from kvq_compile.kernels.frame import (
     round_e4m3,
     to_coded,
 )
-from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import PageLayout
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.small_tables import framed_layouts, random_tables
+from kvq_compile.testing.small_tables import framed_layouts, random_tables
 
 Framed = tuple[PageLayout, Frame]
 

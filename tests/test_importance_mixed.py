@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import aot
-from kvq_compile.kernels import importance, importance_mixed, ops, reference
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.layout import QUERIES, CacheSpec, PageLayout, TensorSpec
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import QUERIES, CacheSpec, PageLayout, TensorSpec
-from kvq_compile.small_tables import random_tables
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import importance
+from kvq_compile.kernels.triton import importance as importance_mixed
+from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
 
 pytestmark = [CONVERSIONS, OVERFLOWS]

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._dynamo.utils import ReinplaceCounters
 
 import kvq_compile
-from kvq_compile.kernels import mixed, ops
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.spec import PageLayout, TensorSpec
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.layout import PageLayout, TensorSpec
+from kvq_compile.kernels.reference import mixed
 from kvq_compile.methods import make_spec
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 

@@ -23,9 +23,11 @@ from attention_site import (
     random_mask,
     starts,
 )
-from kvq_compile.kernels import attention, blocked, reference
+from kvq_compile.kernels.cpu import attend as blocked
+from kvq_compile.kernels.layout import CacheSpec, TensorSpec
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.triton import attend as attention
 from native import CONVERSIONS, DEVICE, NATIVE, examples
 
 pytestmark = CONVERSIONS
@@ -145,7 +147,7 @@ def test_large_and_constant_values_survive() -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="CUDA graphs need a GPU")
 def test_a_captured_graph_serves_every_later_length() -> None:
-    from kvq_compile.kernels import quantize_kv
+    from kvq_compile.kernels.triton import append as quantize_kv
 
     site = plain_site(lengths=(0, 1, 0), dtype=torch.bfloat16)
     layouts = [layout for layout, _ in site.sides]

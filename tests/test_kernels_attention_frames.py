@@ -23,9 +23,9 @@ from attention_site import (
     causal,
     starts,
 )
-from kvq_compile.kernels.frame import Frame
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
-from kvq_compile.small_tables import framed_layouts, random_tables
+from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, examples
 
 pytestmark = CONVERSIONS

@@ -6,7 +6,7 @@ import pytest
 
 import aot
 from attention_site import plain_sides
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, TensorSpec
 
 CASES = {  # bits, grouping and group size of keys and values
     "int8": ((8, "token", 128), (8, "token", 128)),

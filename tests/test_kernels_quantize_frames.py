@@ -19,11 +19,12 @@ from torch import Tensor
 
 import aot
 import written_caches
-from kvq_compile.kernels import encode, frame
-from kvq_compile.kernels.frame import Frame
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.reference import frame
+from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.small_tables import framed_layouts, random_tables
+from kvq_compile.kernels.triton import encode
+from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
 from uncalibrated import Framed, plain_layouts
 from written_caches import DTYPES, REOPENING_DTYPES, SPECIAL, SPECIAL_E4M3, full, pieces, spoil

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import aot
 import written_caches
-from kvq_compile.kernels import quantize_kv, reference
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
-from kvq_compile.small_tables import random_tables
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.triton import append as quantize_kv
+from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
 from written_caches import DTYPES, REOPENING_DTYPES, full, spoil
 

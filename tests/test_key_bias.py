@@ -9,8 +9,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import kvq_compile
-from kvq_compile.kernels import reference
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
 
 
 def make_model(bias: float) -> Any:
@@ -59,7 +59,7 @@ def test_the_default_does_not_break_on_a_huge_key_bias(
     exact, _ = logits(model, ids, compile_=False)
     found, cache = logits(model, ids)
     assert cache.layers[0].keys.page_layout.rotary
-    monkeypatch.setattr("kvq_compile.lowering.find_sites.without_bias", lambda spec, *_: spec)
+    monkeypatch.setattr("kvq_compile.lowering.find.sites.without_bias", lambda spec, *_: spec)
     broken, cache = logits(model, ids)
     assert not cache.layers[0].keys.page_layout.rotary
     assert divergence(found, exact) < 0.2 * divergence(broken, exact)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.attention_change import Text, attend, exact
-from kvq_compile.fit import Fitted, fit_uniform, quantize_dequantize
-from kvq_compile.lowering.find_rotation import Rotation
-from kvq_compile.margins import MARGINS, search_margins
-from kvq_compile.rotate import rotate, unrotate
+from kvq_compile.calibration.attention_change import Text, attend, exact
+from kvq_compile.calibration.fit import Fitted, fit_uniform, quantize_dequantize
+from kvq_compile.calibration.margins import MARGINS, search_margins
+from kvq_compile.calibration.rotate import rotate, unrotate
+from kvq_compile.lowering.find.rotation import Rotation
 
 H, D, GROUP, SINKS, WINDOW = 2, 16, 4, 2, 4
 NEIGHBOURS = tuple(range(0, D, 2)) + tuple(range(1, D, 2))  # pairs of neighbouring channels

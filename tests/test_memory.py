@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from kvq_compile import QuantizedKV, report
-from kvq_compile.small_decoder import Decoder
+from kvq_compile.testing.small_decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {

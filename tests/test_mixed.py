@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import mixed, reference
-from kvq_compile.kernels.mixed import MixedLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.mixed import MixedLayout
 from kvq_compile.testing import kv_tensors
 
 FP8_ROUNDING = 1 / 16  # half the distance of neighbours, relative to a normal number of e4m3

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import mixed
-from kvq_compile.kernels.mixed import MixedLayout
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.mixed import MixedLayout
 
 N = 32  # tokens of a page
 LAYOUTS = st.builds(

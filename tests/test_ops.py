@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.testing import DTYPES, lengths, page_layouts
 
 NAMES = ("append_", "attend", "dequantize", "importance", "originals", "quantize")

@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = sorted((ROOT / "kvq_compile").glob("*.py"))
-LOWERING = sorted((ROOT / "lowering").glob("*.py"))
-KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+LINKED = ("kernels", "lowering")
+LOWERING = sorted((ROOT / "lowering").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+TOP = sorted(
+    path
+    for path in (ROOT / "kvq_compile").rglob("*.py")
+    if path.relative_to(ROOT / "kvq_compile").parts[0] not in LINKED
+)
 
 
 def run_python(code: str) -> str:
@@ -52,6 +57,16 @@ def test_the_name_kernels_is_left_to_hugging_face() -> None:
 def test_linked_folders_have_no_init_file(folder: str) -> None:
     assert (ROOT / "kvq_compile" / folder).resolve() == ROOT / folder
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_every_folder_of_code_is_a_package_that_gets_installed() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
+    folders = {path.parent.relative_to(ROOT) for path in (*KERNELS, *LOWERING)}
+    folders = {Path("kvq_compile") / folder for folder in folders}
+    folders |= {path.parent.relative_to(ROOT) for path in TOP}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["packages"]) == {".".join(folder.parts) for folder in folders}
+    assert len(folders) > 10  # an empty walk would prove nothing
 
 
 def test_the_installed_package_is_an_ordinary_one() -> None:

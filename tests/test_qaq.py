@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvq_compile
-from kvq_compile.calibration import Calibration
-from kvq_compile.kernels import mixed, ops, reference
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.importance import recent_importance
-from kvq_compile.kernels.queries import recall
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.calibration.artifact import Calibration
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.importance import recent_importance
+from kvq_compile.kernels.reference.queries import recall
 from kvq_compile.methods import make_spec
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 

@@ -18,18 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import aot
-from kvq_compile.kernels import (
-    encode,
-    mixed,
-    quantize_kv,
-    quantize_mixed,
-    requantize_mixed,
-)
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
 from kvq_compile.kernels.mixed_layout import MixedLayout
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, TensorSpec
-from kvq_compile.small_tables import random_tables
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.triton import append as quantize_kv
+from kvq_compile.kernels.triton import encode, quantize_mixed
+from kvq_compile.kernels.triton import requantize as requantize_mixed
+from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
 from uncalibrated import mixed_layouts
 from written_caches import DTYPES, REOPENING_DTYPES, Caches, full, pieces, spoil

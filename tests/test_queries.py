@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import blocked, mixed, ops, reference
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.importance import recent_importance
-from kvq_compile.kernels.queries import recall
-from kvq_compile.kernels.spec import QUERIES, PageLayout
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.cpu import attend as blocked
+from kvq_compile.kernels.layout import QUERIES, PageLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.importance import recent_importance
+from kvq_compile.kernels.reference.queries import recall
 from kvq_compile.methods import make_spec
 from native import CONVERSIONS, OVERFLOWS, examples
 from qaq_model import SMALL, make_model, run

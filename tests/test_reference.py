@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import reference
+from kvq_compile.kernels.layout import UNIT_BITS, CacheSpec, PageLayout, TensorSpec
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import UNIT_BITS, CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.testing import HEAD_DIMS, kv_tensors, lengths, page_layouts
 from quantized_pages import WHOLE_WIDTHS, pages, stored, token_layout
 

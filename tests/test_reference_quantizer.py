@@ -9,8 +9,8 @@ from hypothesis import example, find, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import reference
-from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.testing import kv_tensors, page_layouts
 from quantized_pages import WHOLE_WIDTHS, page_of, pages, stored, token_layout
 

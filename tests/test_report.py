@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import QuantizedKV, report
-from kvq_compile.kernels.spec import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, TensorSpec
 from kvq_compile.testing import lengths, specs
 
 SPEC = CacheSpec(TensorSpec(4), TensorSpec(2, group_size=32), sinks=2, window=5, page_size=32)

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import ReinplaceCounters
 
-from kvq_compile.kernels import mixed, ops, reference, requantize_mixed
-from kvq_compile.kernels.cache import QuantizedKV
-from kvq_compile.kernels.requantize import requantize_older_
-from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.adaptive.requantize import requantize_older_
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.triton import requantize as requantize_mixed
 from kvq_compile.methods import make_spec
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
@@ -186,7 +189,7 @@ def test_the_kernel_leaves_the_bytes_of_the_reference(
 def test_a_long_prompt_is_requantized_once_whatever_the_steps_it_is_appended_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kvq_compile.kernels import blocked
+    from kvq_compile.kernels.cpu import attend as blocked
 
     layout = layout_of("value")
     parts, count = filled(layout, 2, 0)

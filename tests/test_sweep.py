@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvq_compile.evaluate import Score
+from kvq_compile.evaluation.perplexity import Score
 
 pytest.importorskip("matplotlib")
 
-from kvq_compile.sweep import draw, front
+from kvq_compile.evaluation.sweep import draw, front
 
 BASE = Score("plain", 16.0, 16.0, 30.0, 0.0, 0.0, 100.0, 10, 5.0)
 POINTS = st.lists(st.tuples(st.integers(1, 8), st.integers(30, 40)), min_size=1, max_size=12)

@@ -4,8 +4,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvq_compile.kernels.frame import Frame
-from kvq_compile.kernels.spec import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.reference.frame import Frame
 
 Framed = tuple[PageLayout, Frame | None]
 

@@ -6,10 +6,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import quantize_kv, reference
-from kvq_compile.kernels.frame import Frame
+from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.spec import PageLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.triton import append as quantize_kv
 from native import DEVICE, NATIVE, frame_on_device
 
 # The interpreter truncates where fp32 becomes bf16, which reopening a page does.

@@ -1,0 +1,100 @@
+"""Exact copies of packed tokens, off the device: what lets tokens gain bits when attention comes back to them.
+
+Every token of a packed page is also held as it was, in host memory, ``[B, H, pages, N, D]`` in the model's
+dtype, which is pinned where the cache is on a GPU. When a call completes pages, bits are distributed anew under
+the importance of now; a page in which a token would gain a bit is quantized anew from its original, within its
+budget, so that others may lose bits. Pages where no token gains are left alone: of their originals not a byte is
+moved.
+
+**What it costs.** A call that completes pages waits for the device twice: for the pages that it is to copy to
+the host, and for which pages gain. Other calls do not. Written in plain torch for every device, as
+`importance` is; a page is looked at once in ``page_size`` tokens.
+
+A page that truncation cut open comes back as it was read: its original is what it is when the page fills again.
+
+Source: QAQ (arXiv 2403.04643), section 4.2, steps 2 and 5 of its decoding loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kvq_compile.kernels.adaptive.requantize import pages_before_and_after, weighed_span
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.frame import rotate
+
+PAGES = 64  # moved to the device at once
+
+
+def new_originals(like: Tensor, capacity: int | torch.SymInt, layout: PageLayout) -> Tensor:
+    """Allocate room for the originals of ``capacity`` pages of tokens like ``like`` ``[B, H, *, D]``."""
+    shape = (*like.shape[:2], capacity, layout.page_size, layout.head_dim)
+    return held_by_host(like.new_zeros(shape, device="cpu"), like.device)
+
+
+def held_by_host(originals: Tensor, device: torch.device) -> Tensor:
+    """Return originals pinned, if the cache that they belong to is on a GPU."""
+    if device.type != "cuda" or isinstance(originals, FakeTensor):
+        return originals
+    return originals.pin_memory()
+
+
+def keep_(
+    originals: Tensor, exact: Tensor, cursor: Tensor, x: Tensor, start: int, layout: PageLayout
+) -> None:
+    """Copy the tokens of the pages that new tokens ``x`` complete to the host, before they are appended.
+
+    Args:
+        originals: Where they go.
+        exact, cursor: Parts of the cache before the call.
+        x: New tokens, ``[B, H, T, D]``.
+        start: Slot of the first of them.
+        layout: The cache's layout.
+    """
+    if layout.pages_at(start + x.shape[2]) == layout.pages_at(start):
+        return
+    old, new = pages_before_and_after(cursor, start, x.shape[2], layout)
+    if new > old:
+        leaving = reference.leaving_pages(exact, x, start, old, new, layout)
+        originals[:, :, old:new] = leaving.to(device=originals.device, dtype=originals.dtype)
+
+
+def renew_(
+    codes: Tensor,
+    params: Tensor,
+    cursor: Tensor,
+    originals: Tensor,
+    start: int,
+    tokens: int,
+    layout: PageLayout,
+    importance: Tensor | None,
+) -> None:
+    """Quantize pages anew in which a token gains a bit, if the call completes others, before it appends.
+
+    Args:
+        codes, params, cursor: Parts of the cache before the call, changed in place.
+        originals: Exact tokens of its pages.
+        start: Slot of the call's first token.
+        tokens: Tokens of the call.
+        layout: The cache's layout.
+        importance: Weight of each token's error by slot, ``[B, H, >= start + tokens]``; without it nothing is done.
+    """
+    if importance is None or layout.pages_at(start + tokens) == layout.pages_at(start):
+        return
+    old, new = pages_before_and_after(cursor, start, tokens, layout)
+    if new == old or old == 0:
+        return
+    bound = layout.bound_at(layout.sinks + new * layout.page_size)
+    span, weight = weighed_span(params[:, :, :old], layout, importance)
+    assert weight is not None  # originals are kept where bits depend on attention
+    wanted = mixed.allocate(span, weight, layout.mixed, bound)
+    gains = wanted > mixed.held_bits(codes[:, :, :old], params[:, :, :old], layout.mixed)
+    for where in gains.any(-1).nonzero().split(PAGES):
+        at = tuple(where.unbind(-1))
+        page = originals[tuple(where.cpu().unbind(-1))].to(codes.device)
+        coded = rotate(page.float(), layout)
+        codes[at], params[at] = mixed.quantize_pages(coded, weight[at], layout.mixed, bound)

@@ -1,0 +1,368 @@
+"""What each operator does to a `QuantizedKV`; `cache` tells the whole story.
+
+`dispatch` takes a call that PyTorch hands over: a handler acts on the packed form, everything else reads
+a dequantized copy. A handler returns ``NotImplemented`` for what it leaves to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache.read_only import read_only
+from kvq_compile.kernels.cache.tensor import QuantizedKV, on
+
+aten = torch.ops.aten
+GROWS_BY_CAT = (
+    "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
+)
+
+
+def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator on the packed form if it can be, else on dequantized copies.
+
+    Raises:
+        NotImplementedError: The operator would write into a copy.
+    """
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        result = handler(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func._schema.is_mutable and _writes_into_cache(func, args, kwargs):
+        raise NotImplementedError(
+            f"{func} cannot write into a QuantizedKV; write to its dequantize() instead"
+        )
+    result = func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+    if _is_view(func) and not any(isinstance(x, FakeTensor) for x in tree_leaves(result)):
+        return tree_map(read_only, result)
+    return result
+
+
+def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
+    """Write tokens as ``cache[index] = x`` says."""
+    slots = _token_index(index)
+    if isinstance(slots, slice):
+        if slots.step not in (None, 1):
+            raise NotImplementedError(f"slot slices must have step 1, got {slots}")
+        if isinstance(cache.cursor, FakeTensor):
+            _write(cache, x, None, slots.start or 0, x.shape[2])
+        else:
+            start, stop, _ = slots.indices(cache.shape[2])
+            _write(cache, x, None, start, max(0, stop - start))
+    elif (
+        isinstance(slots, Tensor) and slots.dtype in (torch.int64, torch.int32) and slots.dim() == 1
+    ):
+        _write(cache, x, slots, None, slots.shape[0])
+    elif isinstance(slots, int) and not isinstance(slots, bool):
+        x = x.unsqueeze(-2) if isinstance(x, Tensor) and x.dim() else x
+        _write(cache, x, None, slots % cache.shape[2], 1)
+    else:
+        raise NotImplementedError(f"slots must be a slice or a vector of positions, got {slots!r}")
+
+
+def _dense(x: Any) -> Any:
+    return x.dequantize() if isinstance(x, QuantizedKV) else x
+
+
+def _dim(x: QuantizedKV, dim: int) -> int:
+    return dim % x.dim()
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _writes_into_cache(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if any(isinstance(x, QuantizedKV) for x in tree_leaves(value)):
+                return True
+    return False
+
+
+def _token_index(index: Any) -> Any:
+    """Return what an index into ``[B, H, S, D]`` says of the tokens; it must take all else whole."""
+    index = index if isinstance(index, tuple) else (index,)
+    dots = [place for place, part in enumerate(index) if part is Ellipsis]
+    place = dots[0] if dots else len(index)
+    rest = index[place + 1 :]
+    index = (*index[:place], *[slice(None)] * (4 - place - len(rest)), *rest)
+    whole = (*index[:2], *index[3:])
+    if len(index) != 4 or any(not isinstance(part, slice) or part != slice(None) for part in whole):
+        raise NotImplementedError(
+            f"a QuantizedKV can be assigned along its tokens only, as cache[:, :, positions] = x, got {index}"
+        )
+    return index[2]
+
+
+def _write(
+    cache: QuantizedKV,
+    x: Any,
+    position: Tensor | None,
+    start: int | None,
+    count: int | torch.SymInt,
+) -> None:
+    """Write ``count`` tokens at the slots ``position`` or from ``start`` on."""
+    if not isinstance(x, Tensor):
+        x = cache.exact.new_full((1, 1, 1, 1), x)
+    x = _dense(x).expand(*cache.shape[:2], count, cache.shape[3])
+    if not isinstance(cache.cursor, FakeTensor):
+        if count == 0:
+            return
+        _check_writable(cache)
+        _check_slots(cache, position, start, int(count))
+    elif cache.kind == "grown":
+        raise NotImplementedError(GROWS_BY_CAT)
+    if cache.originals is not None and start is None:
+        start, position = int(position[0]), None  # type: ignore[index]  # grown: the host knows its slots
+    about = cache.page_layout.token, None, *cache.frame, None, cache.originals
+    ops.append_(*cache.parts, x, position, start, *about)
+
+
+def _check_writable(cache: QuantizedKV) -> None:
+    if cache._is_slice_copy:
+        raise NotImplementedError(
+            "a QuantizedKV sliced along its batch is a copy, in which a write would be lost; "
+            "write to the whole cache, or clone() the slice first"
+        )
+    if cache.kind == "grown" and cache._lineage.others(cache):
+        raise NotImplementedError(
+            "a grown QuantizedKV that shares its memory with other views cannot be overwritten; "
+            "clone() it first"
+        )
+
+
+def _check_slots(
+    cache: QuantizedKV, position: Tensor | None, start: int | None, count: int
+) -> None:
+    slots = cache.shape[2]
+    if position is not None and position.device.type != "cpu":
+        torch._assert_async(position[-1] < slots)  # the host does not wait for the positions
+        return
+    end = int(position.max()) + 1 if position is not None else (start or 0) + count
+    if end > slots:
+        raise ValueError(f"position must be below the {slots} slots of the cache, got {end - 1}")
+    if cache.kind == "grown" and end < slots:
+        raise NotImplementedError(GROWS_BY_CAT)
+
+
+def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
+    tensors = [t for t in tensors if not (t.dim() == 1 and t.shape[0] == 0)]
+    first = tensors[0]
+    if not isinstance(first, QuantizedKV):
+        return NotImplemented
+    if len(tensors) == 1:
+        return first._view(first.shape[2]) if first.kind == "grown" else first.clone_packed()
+    if _dim(first, dim) == 0 and all(
+        isinstance(t, QuantizedKV)
+        and t.page_layout == first.page_layout
+        and t.shape[2] == first.shape[2]
+        for t in tensors
+    ):
+        if not _aligned(tensors):
+            return NotImplemented
+        codes, params, exact = (
+            torch.cat([getattr(t, name) for t in tensors]) for name in ops.PARTS[:3]
+        )
+        cursor = first.cursor.clone()
+        shift = None if first.shift is None else torch.cat([t.shift for t in tensors])  # type: ignore[attr-defined]
+        originals = None
+        if first.originals is not None:
+            joined = torch.cat([t.originals for t in tensors])  # type: ignore[attr-defined]
+            originals = held_by_host(joined, first.device)
+        return QuantizedKV(
+            *(codes, params, exact, cursor, first.page_layout, first.kind, first.shape[2]),
+            tables=first.tables,
+            shift=shift,
+            originals=originals,
+        )
+    if _dim(first, dim) != 2 or first.kind != "grown":
+        return NotImplemented
+    new = torch.cat([_dense(t) for t in tensors[1:]], 2)
+    if new.shape[:2] != first.shape[:2] or new.shape[3] != first.shape[3]:
+        return NotImplemented  # torch says what does not fit
+    if not isinstance(first.cursor, FakeTensor):
+        first.claim(new.shape[2])
+    ops.append_(
+        *first.parts,
+        new.to(first.dtype),
+        None,
+        first.shape[2],
+        first.page_layout.token,
+        None,
+        *(*first.frame, None, first.originals),
+    )
+    return first.extended(new.shape[2])
+
+
+def _aligned(caches: list[Any]) -> bool:
+    """Say whether caches agree in everything but their sequences, so that batches may be joined."""
+    if any(isinstance(cache.cursor, FakeTensor) for cache in caches):
+        return False
+    first = caches[0]
+    return all(
+        torch.equal(cache.cursor, first.cursor) and cache.codes.shape[2] == first.codes.shape[2]
+        for cache in caches
+    )
+
+
+def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    size = x.shape[_dim(x, dim)]
+    start, end = _bound(start, 0, size), _bound(end, size, size)
+    if step != 1:
+        return NotImplemented
+    if _same(start, 0) and _same(end, size):
+        return x._view(x.shape[2])
+    if _dim(x, dim) == 0:
+        copy = x._map_batch(lambda part: part[start:end].clone())
+        copy._is_slice_copy = True
+        return copy
+    if _dim(x, dim) == 2 and _same(start, 0) and x.kind == "grown":
+        return x._view(end)
+    return NotImplemented
+
+
+def _bound(value: Any, default: Any, size: Any) -> Any:
+    if value is None:
+        return default
+    if _is_known(value < 0):
+        value = value + size
+    if _is_known(value < 0):
+        return 0
+    return size if _is_known(value > size) else value
+
+
+def _is_known(condition: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return _is_known(a == b)
+
+
+def _index(x: QuantizedKV, indices: list[Tensor | None]) -> Any:
+    if not isinstance(x, QuantizedKV) or any(i is not None for i in indices[1:]):
+        return NotImplemented
+    if indices[0].dim() != 1:  # type: ignore[union-attr]
+        return NotImplemented
+    return x._map_batch(lambda part: part[on(indices[0], part)])
+
+
+def _index_select(x: QuantizedKV, dim: int, index: Tensor) -> Any:
+    if not isinstance(x, QuantizedKV) or _dim(x, dim) != 0:
+        return NotImplemented
+    return x._map_batch(lambda part: part.index_select(0, on(index, part)))
+
+
+def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:
+    if not isinstance(x, QuantizedKV) or _dim(x, dim) != 2:
+        return NotImplemented
+    _write(x, source, index.reshape(-1), None, index.numel())
+    return x
+
+
+def _index_put(
+    x: QuantizedKV, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Any:
+    if (
+        not isinstance(x, QuantizedKV)
+        or len(indices) != 3
+        or indices[0] is not None
+        or indices[1] is not None
+    ):
+        return NotImplemented
+    position = indices[2]
+    if accumulate or position is None or position.dim() != 1 or position.dtype == torch.bool:
+        return NotImplemented
+    _write(x, values, position, None, position.shape[0])
+    return x
+
+
+def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(x, QuantizedKV):
+        return NotImplemented
+    if not isinstance(x.cursor, FakeTensor):
+        _check_writable(x)
+    if not _is_alike(x, source):
+        _write(x, source, None, 0, x.shape[2])
+        return x
+    for mine, theirs in zip(x.parts, source.parts, strict=True):  # type: ignore[attr-defined]
+        mine.copy_(theirs, non_blocking)
+    if x.shift is not None:
+        x.shift.copy_(source.shift, non_blocking)  # type: ignore[attr-defined]
+    if x.originals is not None:
+        x.originals.copy_(source.originals)  # type: ignore[attr-defined]
+    if not isinstance(x.cursor, FakeTensor):
+        x._lineage.held = source._lineage.held  # type: ignore[attr-defined]
+    return x
+
+
+def _is_alike(x: QuantizedKV, source: Tensor) -> bool:
+    return (
+        isinstance(source, QuantizedKV)
+        and (source.page_layout, source.kind) == (x.page_layout, x.kind)
+        and source.shape == x.shape
+        and source.codes.shape == x.codes.shape
+    )
+
+
+def _zero(x: QuantizedKV) -> QuantizedKV:
+    if x.kind == "grown" and not isinstance(x.cursor, FakeTensor):
+        _write(x, 0.0, None, 0, x.shape[2])
+    else:
+        if not isinstance(x.cursor, FakeTensor):
+            _check_writable(x)
+        x.cursor.zero_()
+    return x
+
+
+def _clone(x: QuantizedKV, *, memory_format: Any = None) -> QuantizedKV:
+    return x.clone_packed()
+
+
+def _to_copy(
+    x: QuantizedKV,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    non_blocking: bool = False,
+    **rest: Any,
+) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+
+    def move(part: Tensor) -> Tensor:
+        kind = dtype if part is x.exact or part is x.originals else None
+        where = part.device if part is x.originals else device
+        moved = part.to(device=where, dtype=kind, non_blocking=non_blocking, copy=True)
+        return moved
+
+    return x._map(move)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda x: x._view(x.shape[2]),
+    aten.alias.default: lambda x: x._view(x.shape[2]),
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _slice,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+    aten.index_copy_.default: _index_copy,
+    aten.index_put_.default: _index_put,
+    aten.copy_.default: _copy,
+    aten.zero_.default: _zero,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+}

@@ -1,0 +1,359 @@
+"""`QuantizedKV`: a tensor that looks like ``[B, H, S, D]`` of the model's dtype and holds packed codes.
+
+To model code, cache classes and Dynamo it is the key or value tensor of a layer. Inside it are the
+parts of `PageLayout`. Operations that a cache performs act on the packed form:
+
+- writes (``cat`` of new tokens, ``index_copy_``, slice and index assignment, ``zero_``) quantize;
+- operations along the batch (``index_select``, indexing, ``repeat_interleave``: beam search) gather parts;
+- truncation, ``clone``, ``deepcopy``, ``to``, pickling keep the packed form;
+- everything else reads: the tokens are dequantized into an ordinary tensor, which is correct and slow.
+  A write that is not listed raises, since it would be lost in such a copy; so does a write into a view,
+  such as ``cache[:, :, 3:5].zero_()``, outside compiled code (`ReadOnlyTokens`).
+
+**Two kinds.** A *grown* cache has exactly as many slots as tokens, and ``cat`` returns a longer view of the
+same memory; capacity grows in pages. A *static* cache has a fixed number of slots. Tokens are written one
+behind another: a write at an earlier slot forgets what lies behind it, and those slots read as zero.
+
+**Views of one memory.** Views of different length share their parts, and each is a prefix of the longest.
+Appending to a view that is not the longest alive copies first, so that what a longer view holds is never
+overwritten; when no longer view is alive the surplus is forgotten in place, which makes a speculative
+reject cost nothing. A token seen through an older view may change once, from its exact value to its
+quantized one, when it leaves the window; and where the layout requantizes, in steps to coarser ones, as the
+longest view's attention moves on. Where it keeps exact copies such a token may become finer again; copies in
+host memory (`originals`) belong to the memory that views share, and move to no device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import EllipsisType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache.read_only import read_only
+from kvq_compile.kernels.layout import PageLayout
+
+Kind = Literal["grown", "static"]
+INNER = (*ops.PARTS, *ops.FRAME, ops.ORIGINALS)
+GROWS_BY_CAT = (
+    "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
+)
+
+
+class _Lineage:
+    """The views of one memory, and how many tokens the longest of them has written."""
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+        self._views: list[weakref.ref[QuantizedKV]] = []
+
+    def add(self, view: QuantizedKV) -> None:
+        self._views = [ref for ref in self._views if ref() is not None]
+        self._views.append(weakref.ref(view))
+
+    def others(self, view: QuantizedKV) -> list[QuantizedKV]:
+        alive = (ref() for ref in self._views)
+        return [other for other in alive if other is not None and other is not view]
+
+
+class QuantizedKV(Tensor):
+    """Keys or values of one layer, quantized.
+
+    Build one with `QuantizedKV.from_dense`; ``QuantizedKV(...)`` wraps existing parts.
+
+    Attributes:
+        codes, params, exact, cursor: The parts, as `PageLayout` describes them.
+        tables, shift: What packed tokens are coded relative to, where the layout has it, else ``None``.
+            Caches of a layer share their tables.
+        originals: Exact packed tokens in host memory, where the layout keeps them, else ``None``.
+        page_layout: Their layout.
+        kind: ``"grown"`` or ``"static"``.
+    """
+
+    codes: Tensor
+    params: Tensor
+    exact: Tensor
+    cursor: Tensor
+    tables: Tensor | None
+    shift: Tensor | None
+    originals: Tensor | None
+    page_layout: PageLayout
+    kind: Kind
+    _lineage: _Lineage
+    _is_slice_copy = False  # stands for a view along the batch, which packed memory cannot give
+
+    @staticmethod
+    def __new__(
+        cls,
+        codes: Tensor,
+        params: Tensor,
+        exact: Tensor,
+        cursor: Tensor,
+        layout: PageLayout,
+        kind: Kind,
+        length: int,
+        lineage: _Lineage | None = None,
+        tables: Tensor | None = None,
+        shift: Tensor | None = None,
+        originals: Tensor | None = None,
+    ) -> QuantizedKV:
+        """Wrap parts as a tensor of ``length`` slots; ``lineage`` names the memory they share.
+
+        Raises:
+            ValueError: Originals are missing, or there are some that the layout does not keep.
+        """
+        if layout.keep_exact != (originals is not None):
+            given = None if originals is None else tuple(originals.shape)
+            raise ValueError(f"originals must be given as the layout says, {layout}, got {given}")
+        B, H, _, D = exact.shape
+        shape = (B, H, length, D)
+        self: QuantizedKV = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=exact.dtype, device=exact.device
+        )
+        self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
+        self.page_layout, self.kind = layout, kind
+        self.tables, self.shift, self.originals = tables, shift, originals
+        if not isinstance(cursor, FakeTensor):
+            for part, page_axis in ((codes, 2), (params, 2), (originals, 2)):
+                if kind == "grown" and part is not None:
+                    torch._dynamo.maybe_mark_dynamic(part, page_axis)
+            self._lineage = lineage or _Lineage(int(length))
+            self._lineage.add(self)
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def from_dense(
+        cls,
+        x: Tensor,
+        layout: PageLayout,
+        *,
+        kind: Kind = "grown",
+        length: int | None = None,
+        tables: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> QuantizedKV:
+        """Quantize the first ``length`` (default: all) tokens of ``x`` ``[B, H, S, D]``.
+
+        A static cache gets as many slots as ``x`` has, a grown one as many as it has tokens. ``tables``
+        are the words of the layout's `Tables`; ``shift``, ``[B]``, is zero if it is not given.
+
+        Raises:
+            ValueError: The layout keeps exact copies, and the cache is static.
+        """
+        if layout.keep_exact and kind == "static":
+            raise ValueError("keep_exact must go with a cache that grows, got a static one")
+        tokens = x.shape[2] if length is None else length
+        slots = x.shape[2] if kind == "static" else tokens
+        if layout.rotary and shift is None:
+            shift = x.new_zeros(x.shape[0], dtype=torch.int32)
+        codes, params, exact, cursor = ops.quantize(
+            x[:, :, :tokens], slots, kind == "grown", layout.token, tables, shift
+        )
+        originals = None
+        if layout.keep_exact:
+            originals = ops.originals(x[:, :, :tokens], slots, kind == "grown", layout.token)
+        parts = codes, params, exact, cursor
+        return cls(*parts, layout, kind, slots, tables=tables, shift=shift, originals=originals)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four parts, in the order of `ops.PARTS`."""
+        return self.codes, self.params, self.exact, self.cursor
+
+    @property
+    def frame(self) -> tuple[Tensor | None, Tensor | None]:
+        """``tables, shift``, as the ops take them."""
+        return self.tables, self.shift
+
+    def dequantize(self) -> Tensor:
+        """Return the tokens as an ordinary tensor ``[B, H, S, D]``; empty slots are zero."""
+        return ops.dequantize(*self.parts, self.shape[2], self.page_layout.token, *self.frame)
+
+    def held(self) -> int:
+        """Return how many tokens the cache holds; waits for the device if the cache is static."""
+        return int(self.cursor[0]) if self.kind == "static" else self.shape[2]
+
+    def part_bytes(self) -> dict[str, int]:
+        """Return the bytes of each part's storage."""
+        return {name: getattr(self, name).untyped_storage().nbytes() for name in ops.PARTS}
+
+    def claim(self, tokens: int) -> None:
+        """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
+        if any(view.shape[2] > self.shape[2] for view in self._lineage.others(self)):
+            self._fork(tokens)
+        elif self._lineage.held > self.shape[2]:
+            if self.device.type == "cpu":  # kernels truncate as they append
+                from kvq_compile.kernels.reference import cache as reference
+
+                frame = ops.make_frame(*self.frame, self.page_layout)
+                reference.truncate_(*self.parts, self.shape[2], self.page_layout, frame)
+            self._lineage.held = self.shape[2]
+        if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
+            if self._lineage.others(self):
+                self._fork(tokens)
+            else:
+                self._grow(tokens)
+
+    def _grow(self, tokens: int) -> None:
+        capacity = ops.page_capacity(self.shape[2] + tokens, True, self.page_layout)
+        for name in ("codes", "params", ops.ORIGINALS):
+            old = getattr(self, name)
+            if old is None:
+                continue
+            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            if name == ops.ORIGINALS:
+                new = held_by_host(new, self.device)
+            new[:, :, : old.shape[2]] = old
+            torch._dynamo.maybe_mark_dynamic(new, 2)
+            setattr(self, name, new)
+
+    def _fork(self, tokens: int) -> None:
+        copy = self.clone_packed()
+        for name in (*ops.PARTS, ops.ORIGINALS):
+            setattr(self, name, getattr(copy, name))
+        self._lineage = _Lineage(copy._lineage.held)
+        self._lineage.add(self)
+        self.claim(tokens)
+
+    def extended(self, tokens: int) -> QuantizedKV:
+        """Return the view that also shows ``tokens`` just appended behind this one."""
+        length = self.shape[2] + tokens
+        if not isinstance(self.cursor, FakeTensor):
+            self._lineage.held = int(length)
+        return self._view(length)
+
+    def clone_packed(self) -> QuantizedKV:
+        """Return a copy that shares no memory."""
+        return self._map(lambda part: part.clone())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
+        lineage = None
+        if not isinstance(self.cursor, FakeTensor):
+            lineage = _Lineage(self._lineage.held)
+        codes, params, exact, cursor = (change(part) for part in self.parts)
+        tables = self.tables if self.tables is None else self.tables.to(codes.device)
+        shift = self.shift if self.shift is None else change(self.shift)
+        originals = self.originals
+        if originals is not None:
+            originals = held_by_host(change(originals), codes.device)
+        return QuantizedKV(
+            *(codes, params, exact, cursor, self.page_layout, self.kind, self.shape[2]),
+            *(lineage, tables, shift, originals),
+        )
+
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
+        return self._map(lambda part: part.clone() if part is self.cursor else change(part))
+
+    def _view(self, length: int) -> QuantizedKV:
+        lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
+        about = self.page_layout, self.kind, length, lineage
+        return QuantizedKV(*self.parts, *about, *self.frame, self.originals)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"QuantizedKV({list(self.shape)}, {self.page_layout.about} {self.page_layout.role}s, {self.kind}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def repeat_interleave(
+        self, repeats: Any, dim: Any = None, *, output_size: Any = None
+    ) -> Tensor:
+        """Repeat as a tensor does; along the batch the result stays quantized."""
+        if dim not in (0, -4):
+            return super().repeat_interleave(repeats, dim, output_size=output_size)
+        return self._map_batch(
+            lambda part: part.repeat_interleave(on(repeats, part), 0, output_size=output_size)
+        )
+
+    def __copy__(self) -> QuantizedKV:
+        return self._view(self.shape[2])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
+        copy: QuantizedKV = memo.setdefault(id(self), self.clone_packed())
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Loaded views would not know of each other, so that each takes memory of its own.
+        owner = self.clone_packed() if self._lineage.others(self) else self
+        about = self.page_layout.token, self.kind, int(self.shape[2])
+        return rebuild, (*owner.parts, *about, *owner.frame, owner.originals)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        read = super().__getitem__(index)
+        if isinstance(read, QuantizedKV) and read._is_view() and not read._is_slice_copy:
+            # A shorter view of a cache (crop) is a cache like any other; autograd's notion of a view of
+            # the longer one would make Dynamo relate their lengths.
+            return read._view(read.shape[2])
+        if type(read) is not Tensor or isinstance(self.cursor, FakeTensor):
+            return read
+        places = index if isinstance(index, tuple) else (index,)
+        is_view = all(i is None or isinstance(i, (int, slice, EllipsisType)) for i in places)
+        return read_only(read) if is_view else read
+
+    def __setitem__(self, index: Any, x: Any) -> None:
+        from kvq_compile.kernels.cache.dispatch import assign  # which imports this file
+
+        assign(self, index, x)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = [name for name in INNER if getattr(self, name) is not None]
+        return names, (self.page_layout, self.kind)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: Any, outer_size: Any, outer_stride: Any
+    ) -> QuantizedKV:
+        layout, kind = meta
+        codes, params, exact, cursor = (inner[name] for name in ops.PARTS)
+        tables, shift, originals = (inner.get(name) for name in (*ops.FRAME, ops.ORIGINALS))
+        return QuantizedKV(
+            *(codes, params, exact, cursor, layout, kind, outer_size[2]),
+            tables=tables,
+            shift=shift,
+            originals=originals,
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from kvq_compile.kernels.cache.dispatch import dispatch  # which imports this file
+
+        return dispatch(func, args, kwargs or {})
+
+
+def on(index: Any, part: Tensor) -> Any:
+    """Return an index along the batch where ``part`` is: the originals are in host memory."""
+    return index.to(part.device) if isinstance(index, Tensor) else index
+
+
+def rebuild(
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    layout: str,
+    kind: Kind,
+    length: int,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
+    originals: Tensor | None = None,
+) -> QuantizedKV:
+    """Wrap unpickled parts."""
+    lineage = _Lineage(int(cursor[0]))
+    page_layout = PageLayout.parse(layout)
+    return QuantizedKV(
+        *(codes, params, exact, cursor, page_layout, kind, length, lineage, tables, shift),
+        None if originals is None else held_by_host(originals, codes.device),
+    )
+
+
+torch.serialization.add_safe_globals([rebuild])

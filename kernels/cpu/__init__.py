@@ -1,0 +1,1 @@
+"""The CPU backend: packed pages read in C++."""

@@ -1,0 +1,130 @@
+"""One packed tensor on the CPU, and the changes of basis that save decoding it token by token.
+
+Exact tokens are in the basis of the model. A packed one is ``x[order] = R(mean + scale * H(yhat))`` of what its
+codes stand for, ``yhat``, with the layout's transform ``H`` and, for rotary keys, the rotation ``R`` of its
+position. Instead of all that,
+
+- a query meets packed keys as ``H(scale * query[order])`` and adds ``mean . query[order]`` to its scores;
+- rotary keys are taken to ``R(mean + scale * yhat)``, which ``query[order]`` meets;
+- values are summed as ``yhat``, and the sum is taken back once: ``mean`` counts as often as they weigh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.frame import Frame, rotate
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Tables of the channels, ready to use: each ``[1, H, 1, D]``.
+
+    Attributes:
+        order, mean, scale: As `Tables` has them, in coded order.
+        place: The coded channel of each of the model's channels.
+    """
+
+    order: Tensor
+    place: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(frame: Frame, layout: PageLayout) -> Channels:
+        """Return the tables of a frame, made once while its tensor lives and stays as it is."""
+        words = frame.tables
+        version = 0 if words.is_inference() else words._version
+        known = _known_channels.get(words)
+        if known is not None and known[0] == version:
+            return known[1]
+        order, mean, scale = (
+            frame.section(name, layout)[None, :, None] for name in ("order", "mean", "scale")
+        )
+        channels = Channels(order.long(), order.argsort(-1), mean.clone(), scale.clone())
+        _known_channels[words] = version, channels
+        return channels
+
+
+_known_channels: MutableMapping[Tensor, tuple[int, Channels]] = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """The keys or the values of a cache.
+
+    Attributes:
+        parts: ``codes, params, exact, cursor``, as `PageLayout` describes them.
+        layout: Their layout.
+        frame: What packed tokens are coded relative to, where the layout has tables.
+    """
+
+    parts: Parts
+    layout: PageLayout
+    frame: Frame | None = None
+
+    @property
+    def held(self) -> int:
+        """Tokens held."""
+        return int(self.parts[3][0])
+
+    @property
+    def pages(self) -> int:
+        """Pages packed."""
+        return int(self.parts[3][1])
+
+    def meet(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take query rows ``[B, H, rows, D]`` (fp32) to the basis of unpacked keys.
+
+        Returns:
+            The rows, contiguous, and what to add to their scores, ``[B, H, rows, 1]``, if anything.
+        """
+        if self.frame is None:
+            return rotate(rows, self.layout).contiguous(), None
+        channels = Channels.of(self.frame, self.layout)
+        rows = rows.gather(-1, channels.order.expand(rows.shape))
+        if self.layout.rotary:
+            return rows, None
+        coded = rotate(rows * channels.scale, self.layout).contiguous()
+        return coded, (rows * channels.mean).sum(-1, keepdim=True)
+
+    def leave(self, total: Tensor, weight: Tensor) -> Tensor:
+        """Take a weighted sum of unpacked values ``[B, H, rows, D]`` to the basis of the model.
+
+        Args:
+            total: The sum.
+            weight: Sum of the weights, ``[B, H, rows, 1]``.
+        """
+        total = rotate(total, self.layout)
+        if self.frame is None:
+            return total
+        channels = Channels.of(self.frame, self.layout)
+        total = total * channels.scale + weight * channels.mean
+        return total.gather(-1, channels.place.expand(total.shape))
+
+    def unpack(self, pages: slice) -> Tensor:
+        """Return pages as tokens ``[B, H, n, D]`` (fp32) that what `meet` returns meets."""
+        codes, params = (part[:, :, pages] for part in self.parts[:2])
+        tokens = reference.unpacked_values(codes, params, self.layout, self.frame)
+        return self.turn(tokens.flatten(2, 3), pages)
+
+    def turn(self, coded: Tensor, pages: slice) -> Tensor:
+        """Turn rotary keys ``[B, H, n, D]`` of whole pages to their position; leave others as they are."""
+        if not self.layout.rotary:
+            return coded
+        assert self.frame is not None
+        channels = Channels.of(self.frame, self.layout)
+        first = self.layout.sinks + pages.start * self.layout.page_size
+        turns = self.frame.turns(self.layout, first, pages.stop - pages.start)
+        cosine, sine = (x.flatten(2, 3) for x in turns)
+        a, b = (coded * channels.scale + channels.mean).chunk(2, -1)
+        return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)

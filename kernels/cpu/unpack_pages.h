@@ -1,0 +1,302 @@
+// Unpack pages of a quantized cache to fp32 on a CPU, a tile at a time; what native.cpp is built of.
+//
+// The layout is PageLayout's (spec.py). Unpacked numbers are in the basis in which they were coded (bases.py);
+// only rotary keys are turned to their position, since what meets them then is the same for all of them.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+float from_half(uint16_t bits) {
+#ifdef __FLT16_MAX__
+  _Float16 half;
+  std::memcpy(&half, &bits, sizeof half);
+  return static_cast<float>(half);
+#else
+  const uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 0x1F, mantissa = bits & 0x3FF;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(static_cast<float>(mantissa), -24);
+  const uint32_t wide = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | mantissa << 13;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+#endif
+}
+
+// The fields of an e4m3 byte, read with fp16's bias.
+float from_e4m3(uint8_t byte) {
+  return 256 * from_half(static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7F) << 7));
+}
+
+}  // namespace
+
+extern "C" {
+
+// One packed tensor. Strides count elements of the part between sequences, heads and pages.
+struct Packed {
+  const uint16_t* codes;
+  const void* params;      // (scale, zero) pairs, fp16 or e4m3; or records (mixed.py)
+  const uint16_t* book;    // [row_length (keys) or rows (values), entries, couple], fp16; null: uniform codes
+  const float* mean;       // [head_dim], with scale and frequency [head_dim / 2]; null unless keys are rotary
+  const float* scale;
+  const int32_t* frequency;
+  const int32_t* shift;    // position minus slot of each sequence
+  int64_t codes_stride[3];
+  int64_t params_stride[3];
+  int64_t tables_stride;   // words between heads in book, mean, scale and frequency
+  int64_t first_slot;      // of page 0
+  int32_t bits, trits, fp8, rows, row_length, units, group_size;
+  int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
+  int32_t is_key, couple, entries, head_dim, page_size;
+  int32_t max_bits, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int kUnitBits = 16;
+constexpr int kTrits = 5;
+constexpr int kPlanes = 8;  // counted in the header of a mixed page
+constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // of an angle's unit
+constexpr size_t kAlignment = 64;  // bytes of a cache line
+
+// What a thread needs while it unpacks and attends.
+struct Scratch {
+  std::vector<float> numbers;
+  std::vector<uint16_t> index;
+  float *tile, *scores, *query, *scale, *zero, *turns;
+
+  Scratch(int64_t page_size, int64_t dim, int64_t query_rows, bool with_tile) {
+    const int64_t wide = dim > page_size ? dim : page_size, tile_size = with_tile ? page_size * dim : 0;
+    numbers.resize(tile_size + query_rows * (page_size + dim) + 3 * wide + kAlignment);
+    index.resize(wide);
+    void* first = numbers.data();
+    size_t room = numbers.size() * sizeof(float);
+    tile = static_cast<float*>(std::align(kAlignment, room - kAlignment, first, room)), scores = tile + tile_size, query = scores + query_rows * page_size;
+    scale = query + query_rows * dim, zero = scale + wide, turns = zero + wide;
+  }
+};
+
+// Write the codes of one plane: field f of unit u to place f * units + u, above the `below` bits of others.
+template <int kWidth, bool kAdd, typename T>
+void unpack_plane(const uint16_t* units, int count, int below, T* out) {
+  for (int field = 0; field < kUnitBits / kWidth; ++field) {
+    T* run = out + field * count;
+    const int shift = field * kWidth;
+#pragma omp simd
+    for (int u = 0; u < count; ++u) {
+      const int32_t code = (static_cast<int32_t>(units[u]) >> shift) & ((1 << kWidth) - 1);
+      run[u] = static_cast<T>(kAdd ? run[u] + static_cast<T>(code << below) : static_cast<T>(code));
+    }
+  }
+}
+
+// Unpack the plane of width kWidth, if the code has one, behind the planes of its lower bits.
+template <int kWidth, typename T>
+void unpack_plane_maybe(const Packed& t, const uint16_t* units, T* out) {
+  if (!(t.bits & kWidth)) return;
+  const int below = t.bits & ~(2 * kWidth - 1);  // bits in wider planes, which come first
+  units += t.row_length * below / kUnitBits;
+  const int count = t.row_length * kWidth / kUnitBits;
+  if (below)
+    unpack_plane<kWidth, true>(units, count, below, out);
+  else
+    unpack_plane<kWidth, false>(units, count, 0, out);
+}
+
+// Digit f in base 3 of byte u goes to place f * bytes + u. Dividing by 3 is exact for a byte.
+template <typename T>
+void unpack_trits(const uint16_t* units, int count, T* out) {
+  constexpr int kPiece = 64;
+  const int bytes = (count + kTrits - 1) / kTrits;
+  uint16_t left[kPiece];
+  for (int first = 0; first < bytes; first += kPiece) {
+    const int n = bytes - first < kPiece ? bytes - first : kPiece;
+    for (int u = 0; u < n; u += 2) left[u] = units[(first + u) / 2] & 0xFF, left[u + 1] = units[(first + u) / 2] >> 8;
+    for (int digit = 0; digit < kTrits; ++digit) {
+      const int place = digit * bytes + first, rest = count - place < n ? count - place : n;
+      T* run = out + place;
+#pragma omp simd
+      for (int u = 0; u < rest; ++u) {
+        const uint16_t third = static_cast<uint16_t>(left[u] * 171) >> 9;
+        run[u] = static_cast<T>(left[u] - 3 * third);
+        left[u] = third;
+      }
+    }
+  }
+}
+
+template <typename T>
+void unpack_codes(const Packed& t, const uint16_t* units, T* out) {
+  if (t.trits) return unpack_trits(units, t.row_length, out);
+  unpack_plane_maybe<8>(t, units, out);
+  unpack_plane_maybe<4>(t, units, out);
+  unpack_plane_maybe<2>(t, units, out);
+  unpack_plane_maybe<1>(t, units, out);
+}
+
+// Load the pair of parameters `at` pairs behind the first of a page.
+inline void load_pair(const Packed& t, int64_t page, int64_t at, float& scale, float& zero) {
+  if (t.fp8) {
+    const uint8_t* pair = static_cast<const uint8_t*>(t.params) + page + 2 * at;
+    scale = from_e4m3(pair[0]), zero = from_e4m3(pair[1]);
+  } else {
+    const uint16_t* pair = static_cast<const uint16_t*>(t.params) + page + 2 * at;
+    scale = from_half(pair[0]), zero = from_half(pair[1]);
+  }
+}
+
+// Copy a centroid for each index: of coupled channels side by side (keys).
+template <int kCouple>
+void copy_centroids(const Packed& t, const uint16_t* book, const uint16_t* index, float* out) {
+  const int couple = kCouple ? kCouple : t.couple;
+  for (int group = 0; group < t.row_length; ++group, book += static_cast<int64_t>(t.entries) * couple) {
+    const uint16_t* from = book + index[group] * couple;
+    float* to = out + group * couple;
+    int c = 0;
+#ifdef __F16C__
+    for (; c + 4 <= couple; c += 4) _mm_storeu_ps(to + c, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + c))));
+#endif
+    for (; c < couple; ++c) to[c] = from_half(from[c]);
+  }
+}
+
+// Copy the centroids of one group of channels, each channel a row of row_length tokens (values).
+template <int kCouple>
+void spread_centroids(const Packed& t, const uint16_t* book, const uint16_t* index, float* out) {
+  const int couple = kCouple ? kCouple : t.couple, n = t.row_length;
+  int c = 0;
+#ifdef __F16C__
+  for (; c + 4 <= couple; c += 4)  // four tokens at a time; a row is a multiple of four long
+    for (int i = 0; i < n; i += 4) {
+      __m128 rows[4];
+      for (int k = 0; k < 4; ++k) rows[k] = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(book + index[i + k] * couple + c)));
+      _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+      for (int k = 0; k < 4; ++k) _mm_storeu_ps(out + static_cast<int64_t>(c + k) * n + i, rows[k]);
+    }
+#endif
+  for (; c < couple; ++c)
+    for (int i = 0; i < n; ++i) out[static_cast<int64_t>(c) * n + i] = from_half(book[index[i] * couple + c]);
+}
+
+template <int kCouple>
+void unpack_coupled_page(const Packed& t, const uint16_t* codes, int64_t h, float* tile, Scratch& s) {
+  const uint16_t* book = t.book + 2 * h * t.tables_stride;
+  const int64_t out_stride = static_cast<int64_t>(t.row_length) * t.couple;
+  for (int row = 0; row < t.rows; ++row, codes += t.units, tile += out_stride) {
+    unpack_codes(t, codes, s.index.data());
+    if (t.is_key)
+      copy_centroids<kCouple>(t, book, s.index.data(), tile);
+    else
+      spread_centroids<kCouple>(t, book + static_cast<int64_t>(row) * t.entries * t.couple, s.index.data(), tile);
+  }
+}
+
+// Channels 16 u + f are bits f of units u of a row in each of kBits planes, upper bits first.
+template <int kBits>
+void unpack_token(const uint16_t* const* planes, int units, float reach, float centre, float* out) {
+  constexpr float kStep = 2.0f / (1 << kBits), kFirst = 1.0f / (1 << kBits) - 1.0f;
+  for (int u = 0; u < units; ++u, out += kUnitBits) {
+#pragma omp simd
+    for (int f = 0; f < kUnitBits; ++f) {
+      int32_t level = 0;
+      for (int plane = 0; plane < kBits; ++plane) level = 2 * level + ((planes[plane][u] >> f) & 1);
+      out[f] = (static_cast<float>(level) * kStep + kFirst) * reach + centre;
+    }
+  }
+}
+
+// Unpack a page whose tokens differ in bits (mixed.py) into a tile [page_size, head_dim].
+void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* records, float* tile) {
+  using Unpack = void (*)(const uint16_t* const*, int, float, float, float*);
+  constexpr Unpack kUnpack[kPlanes + 1] = {unpack_token<0>, unpack_token<1>, unpack_token<2>, unpack_token<3>, unpack_token<4>, unpack_token<5>, unpack_token<6>, unpack_token<7>, unpack_token<8>};
+  const int units = t.head_dim / kUnitBits;
+  const uint16_t* first[kPlanes];  // row of rank 0 in each plane
+  const uint16_t* next = codes + kPlanes;
+  for (int plane = 0; plane < t.max_bits; next += codes[plane++] * units) first[plane] = next;
+  for (int n = 0; n < t.page_size; ++n, tile += t.head_dim) {
+    const auto field = [&](int number) { return records[static_cast<int64_t>(number) * t.page_size + n]; };
+    const auto half_at = [&](int number) { return from_half(static_cast<uint16_t>(field(number) | field(number + 1) << 8)); };
+    const float centre = t.fp8 ? from_e4m3(field(0)) : half_at(0), reach = t.fp8 ? from_e4m3(field(1)) : half_at(2);
+    const int rank = field(t.rank_field);
+    const uint16_t* planes[kPlanes];
+    int bits = 0;
+    for (; bits < t.max_bits && codes[bits] > rank; ++bits) planes[bits] = first[bits] + rank * units;
+    kUnpack[bits](planes, units, reach, centre, tile);
+    for (int i = 0, at = t.rank_field + 1; i < t.outliers; ++i, at += 3) tile[field(at)] = half_at(at + 1);
+  }
+}
+
+// Unpack a page into a tile: a key's is [page_size, head_dim], a value's [head_dim, page_size] unless mixed.
+void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* tile, Scratch& s) {
+  const uint16_t* codes = t.codes + b * t.codes_stride[0] + h * t.codes_stride[1] + page * t.codes_stride[2];
+  const int64_t params = b * t.params_stride[0] + h * t.params_stride[1] + page * t.params_stride[2];
+  if (t.max_bits) return unpack_mixed_page(t, codes, static_cast<const uint8_t*>(t.params) + params, tile);
+  if (t.book) {
+    const auto unpack = t.couple == 2 ? unpack_coupled_page<2> : t.couple == 4 ? unpack_coupled_page<4> : t.couple == 8 ? unpack_coupled_page<8> : unpack_coupled_page<0>;
+    return unpack(t, codes, h, tile, s);
+  }
+  for (int row = 0; row < t.rows; ++row) {
+    float* out = tile + static_cast<int64_t>(row) * t.row_length;
+    unpack_codes(t, codes + static_cast<int64_t>(row) * t.units, out);
+    if (t.along_rows) {
+      int64_t at = row;
+      for (int first = 0; first < t.row_length; first += t.group_size, at += t.rows) {
+        float scale, zero;
+        load_pair(t, params, at, scale, zero);
+#pragma omp simd
+        for (int i = first; i < first + t.group_size; ++i) out[i] = out[i] * scale + zero;
+      }
+    } else {
+      const int64_t at = static_cast<int64_t>(row / t.group_size) * t.row_length;
+      if (row % t.group_size == 0)
+        for (int i = 0; i < t.row_length; ++i) load_pair(t, params, at + i, s.scale[i], s.zero[i]);
+      const float *scale = s.scale, *zero = s.zero;
+#pragma omp simd
+      for (int i = 0; i < t.row_length; ++i) out[i] = out[i] * scale[i] + zero[i];
+    }
+  }
+}
+
+// Cosines, then sines, of the angles at a position; frame.cosine_and_sine specifies them. Integers wrap around
+// as angles do.
+void turns_at(const Packed& t, int64_t h, int64_t position, float* turns) {
+  const int32_t* frequency = t.frequency + h * t.tables_stride;
+  const int half = t.head_dim / 2;
+  const uint32_t at = static_cast<uint32_t>(position);
+#pragma omp simd
+  for (int c = 0; c < half; ++c) {
+    const uint32_t phase = at * static_cast<uint32_t>(frequency[c]);
+    const uint32_t quarters = (phase + (1u << 29)) >> 30;
+    const float x = static_cast<float>(static_cast<int32_t>(phase - (quarters << 30))) * kRadians;
+    const float square = x * x;
+    const float sine = (((2.7557314e-6f * square - 1.9841270e-4f) * square + 8.3333333e-3f) * square - 1.6666667e-1f) * square * x + x;
+    const float cosine = (((2.4801587e-5f * square - 1.3888889e-3f) * square + 4.1666667e-2f) * square - 0.5f) * square + 1.0f;
+    const float across = quarters & 1 ? cosine : sine, along = quarters & 1 ? sine : cosine;
+    turns[c] = along * static_cast<float>(1 - static_cast<int32_t>((quarters + 1) & 2));
+    turns[half + c] = across * static_cast<float>(1 - static_cast<int32_t>(quarters & 2));
+  }
+}
+
+// Take an unpacked rotary key off its tables and turn it.
+void turn_key(const Packed& t, int64_t h, const float* turns, float* key) {
+  const float *mean = t.mean + h * t.tables_stride, *scale = t.scale + h * t.tables_stride;
+  const int half = t.head_dim / 2;
+#pragma omp simd
+  for (int c = 0; c < half; ++c) {
+    const float a = key[c] * scale[c] + mean[c], b = key[half + c] * scale[half + c] + mean[half + c];
+    key[c] = a * turns[c] - b * turns[half + c];
+    key[half + c] = b * turns[c] + a * turns[half + c];
+  }
+}
+
+}  // namespace

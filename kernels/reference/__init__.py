@@ -1,0 +1,1 @@
+"""The specification in plain torch, which every backend is held to."""

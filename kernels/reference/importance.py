@@ -1,0 +1,121 @@
+"""Which tokens recent queries paid attention to: what mixed pages distribute their bits by.
+
+It matters only when a page is about to be quantized, once in ``page_size`` tokens. The last ``n`` queries are those
+of the call and, where it has fewer, those that the cache of the keys holds of the tokens before (`queries`). A query
+of zeros pays no attention: it may stand for one that nobody knows. Packed keys are read block by block; what is held
+at once are a few rows of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.adaptive.requantize import pages_before_and_after
+from kvq_compile.kernels.cpu.packed import PackedTensor, Parts
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.reference.queries import recall
+
+PAGES = 64  # packed pages read at once
+
+
+def recent_importance(
+    query: Tensor,
+    key: Tensor,
+    parts: Parts | None,
+    mask: Tensor | None,
+    start: int,
+    slots: int,
+    scale: float,
+    causal: bool,
+    queries: int,
+    layout: PageLayout,
+    frame: Frame | None,
+    unpack: Callable[[PackedTensor, slice], Tensor] = PackedTensor.unpack,
+) -> Tensor:
+    """Return the largest weight that the last queries paid to each slot.
+
+    Args:
+        query: ``[B, Hq, T, D]``, those of the last of the call's tokens.
+        key: The call's own keys, ``[B, Hkv, tokens, D]``.
+        parts: The cache of the keys before the call; ``None`` where there is none.
+        mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column a slot, or
+            ``None``; slots beyond its ``M`` columns are not attended to. For queries of earlier calls its first
+            row holds.
+        start: Slot of the first of the call's keys.
+        slots: Slots of the result, ``start + tokens`` or more.
+        scale: Factor on the scores.
+        causal: Whether the call's queries see no slot behind their own. Those of earlier calls never do.
+        queries: How many of the last queries count.
+        layout: Layout of the cached keys.
+        frame: What they are coded relative to, where the layout has tables.
+        unpack: Reads pages of them, as `PackedTensor.unpack` does.
+
+    Returns:
+        ``[B, Hkv, slots]``, fp32; zeros if the call completes no page.
+    """
+    (B, H, tokens, _), end = key.shape, start + key.shape[2]
+    result = query.new_zeros(B, H, slots, dtype=torch.float32)
+    old, new = 0, layout.pages_at(end)
+    if parts is not None:
+        old, new = pages_before_and_after(parts[3], start, tokens, layout)
+    if new == old:
+        return result
+    rows = query[:, :, -queries:].unflatten(1, (H, -1))  # [B, H, G, count, D]
+    count, pieces = rows.shape[3], []
+    ends = torch.arange(end - count + 1, end + 1, device=query.device)  # of what each row sees
+    ends = ends if causal else torch.full_like(ends, end)
+    if parts is not None and layout.queries:
+        last = min(start, end - count)
+        asked, first = recall(parts[2], int(parts[3][0]), end - queries, last, layout)
+        rows = torch.cat([asked.transpose(2, 3), rows], 3)
+        ends = torch.cat([torch.arange(first + 1, max(first, last) + 1, device=ends.device), ends])
+    rows = rows.float()
+    if parts is not None:
+        pieces = _cached_scores(
+            rows.flatten(2, 3), PackedTensor(parts, layout, frame), start, unpack
+        )
+    scores = torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1) * scale
+    scores = scores.view(B, -1, len(ends), end)
+    seen = torch.arange(end, device=ends.device) < ends[:, None]
+    seen = seen & rows.any(-1).view(B, -1, len(ends), 1)
+    if mask is not None:
+        mask = _for_rows(mask, len(ends) - count, count)[..., :end]
+        scores, seen = scores[..., : mask.shape[-1]], seen[..., : mask.shape[-1]]
+        if mask.dtype == torch.bool:
+            seen = seen & mask
+        else:
+            scores = scores + mask
+    result[:, :, : seen.shape[-1]] = mixed.importance_of(scores, seen, H)
+    return result
+
+
+def _for_rows(mask: Tensor, earlier: int, count: int) -> Tensor:
+    """Return the rows of a mask for the last ``count`` queries, behind ``earlier`` times its first one."""
+    if mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    first = mask[..., :1, :].expand(*mask.shape[:-2], earlier, -1)
+    return torch.cat([first, mask[..., mask.shape[-2] - count :, :]], -2)
+
+
+def _cached_scores(
+    rows: Tensor, keys: PackedTensor, start: int, unpack: Callable[[PackedTensor, slice], Tensor]
+) -> list[Tensor]:
+    """Return products of query rows with the keys before ``start``, ``[B, Hkv, rows, n]`` each, ``start`` in all."""
+    layout, exact = keys.layout, keys.parts[2]
+    coded, constant = keys.meet(rows)
+    held = -(-max(0, start - layout.sinks) // layout.page_size)  # pages, the last in part
+    pieces = [rows @ exact[:, :, : min(start, layout.sinks)].float().mT]
+    for first in range(0, min(keys.pages, held), PAGES):
+        block = slice(first, min(first + PAGES, keys.pages, held))
+        left = start - layout.sinks - first * layout.page_size
+        scores = coded @ unpack(keys, block)[:, :, :left].mT
+        pieces.append(scores if constant is None else scores + constant)
+    recent = layout.sinks + keys.pages * layout.page_size
+    places = reference.exact_row_index(recent, max(recent, start), layout, exact.device)
+    return [*pieces, rows @ exact[:, :, places].float().mT]

@@ -1,0 +1,107 @@
+"""``method="auto"``: choose how each layer's keys and values are coded, within a budget of bits.
+
+Every candidate coding of every tensor is tried on sequences that the model has run: the tensor alone is coded
+as a cache would hold it, tokens that have left the window by the time a query sees them are read as they
+are stored, and the change of the attention's output is measured. The choice with the least sum of relative
+changes among all whose average width is within the budget is found exactly, by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_compile.calibration.attention_change import Text, attend, exact
+from kvq_compile.kernels.layout import CacheSpec, Role, TensorSpec
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.tables import Tables
+
+# The codings to choose from, as options of `TensorSpec`; a group is a whole head.
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    {"bits": 8, "couple": 8},
+    {"bits": 1.5, "packing": "trits", "params": "fp8"},
+    {"bits": 2, "params": "fp8"},
+    {"bits": 3, "params": "fp8"},
+    {"bits": 4, "params": "fp8"},
+    {"bits": 8, "params": "fp16"},
+)
+GRAIN = 64  # parts of a bit that the budget is counted in
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate for one tensor.
+
+    Attributes:
+        options: Options of its `TensorSpec`.
+        tables: Its tables.
+        bits: Bits a number of packed pages, parameters included.
+        error: Relative squared change of the attention's output.
+    """
+
+    options: Mapping[str, Any]
+    tables: Tables
+    bits: float
+    error: float
+
+
+def measure(
+    role: Role, options: Mapping[str, Any], tables: Tables, rotary: bool, texts: Sequence[Text]
+) -> Choice:
+    """Code one tensor as a candidate says and measure what that changes."""
+    spec = TensorSpec(**options, rotary=rotary and role == "key", tables=tables)
+    layout = CacheSpec(spec, spec).layout(role, tables.head_dim)
+    bits = 16 * layout.rows * layout.units
+    bits += (
+        2 * (8 if layout.params == "fp8" else 16) * layout.params_shape[0] * layout.params_shape[1]
+    )
+    off, size = 0.0, 0.0
+    for text in texts:
+        x = text.key if role == "key" else text.value
+        shift = torch.zeros(1, dtype=torch.int32) if layout.rotary else None
+        frame = Frame(tables.on(x.device), shift if shift is None else shift.to(x.device))
+        end = layout.sinks + layout.pages_at(x.shape[1]) * layout.page_size
+        pages = x[None, :, layout.sinks : end].unflatten(2, (-1, layout.page_size))
+        coded = reference.quantize_pages(pages, layout, frame, layout.sinks)
+        stored = x.clone()
+        read = reference.dequantize_pages(*coded, layout, frame, layout.sinks)
+        stored[:, layout.sinks : end] = read[0].flatten(1, 2)
+        pair = (stored, text.value) if role == "key" else (text.key, stored)
+        output = exact(text)
+        changed = attend(text, *pair, layout.sinks, layout.window)
+        off += float((changed - output).square().sum(dtype=torch.float64))
+        size += float(output.square().sum(dtype=torch.float64))
+    return Choice(options, tables, bits / (layout.page_size * layout.head_dim), off / size)
+
+
+def choose(candidates: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:
+    """Return one choice for each tensor, of least error among those of ``bits`` on average.
+
+    Raises:
+        ValueError: The narrowest choices are wider than the budget.
+    """
+    room = int(bits * GRAIN * len(candidates) + 1e-6)
+    best = torch.zeros(room + 1, dtype=torch.float64)  # least error within a budget
+    picks: list[Tensor] = []
+    for tensor in candidates:
+        table = torch.full((len(tensor), room + 1), torch.inf, dtype=torch.float64)
+        for row, choice in zip(table, tensor, strict=True):
+            width = -int(-choice.bits * GRAIN // 1)
+            if width <= room:
+                row[width:] = best[: room + 1 - width] + choice.error
+        best, pick = table.min(0)
+        picks.append(pick)
+    if not torch.isfinite(best[room]):
+        least = sum(min(c.bits for c in tensor) for tensor in candidates) / len(candidates)
+        raise ValueError(f"bits must be {least:.2f} or more for this model, got {bits}")
+    chosen: list[Choice] = []
+    for tensor, pick in zip(reversed(candidates), reversed(picks), strict=True):
+        choice = tensor[int(pick[room])]
+        chosen.append(choice)
+        room -= -int(-choice.bits * GRAIN // 1)
+    return chosen[::-1]

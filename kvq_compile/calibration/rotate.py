@@ -1,0 +1,36 @@
+"""Turn captured keys back to what they were before their rotary embedding, and forth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.reference.frame import cosine_and_sine
+from kvq_compile.lowering.find.rotation import Rotation
+
+
+def unrotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
+    """Return keys ``[..., n, H, D]`` as they were before their rotation, pairs at ``c`` and ``c + D / 2``.
+
+    Args:
+        x: Rotated keys, or their gradients.
+        position: Position of each, ``[n]``.
+        rotation: How they were rotated.
+    """
+    cosine, sine = _turns(position, rotation, x.device)
+    a, b = x[..., list(rotation.order)].chunk(2, -1)
+    return torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)
+
+
+def rotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
+    """Undo `unrotate`."""
+    cosine, sine = _turns(position, rotation, x.device)
+    a, b = x.chunk(2, -1)
+    turned = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+    return turned[..., torch.tensor(rotation.order, device=x.device).argsort()]
+
+
+def _turns(position: Tensor, rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine ``[n, 1, D / 2]``."""
+    frequency = torch.tensor(rotation.frequencies, dtype=torch.int64, device=device)
+    return cosine_and_sine(position.to(device)[:, None, None] * frequency)

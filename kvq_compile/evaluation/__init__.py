@@ -1,0 +1,1 @@
+"""The protocols behind every figure of quality: perplexity, passkey retrieval, sweeps."""

@@ -1,0 +1,1 @@
+"""Questions asked of a captured graph: which attentions, which states, how they are written."""

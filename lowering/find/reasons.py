@@ -1,0 +1,106 @@
+"""Say why keys and values that no finder took for a cache are none, or what hides the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.writes import writes_of
+from kvq_compile.lowering.graph import shape_of, target_name, value_of
+
+NO_CACHE = "keys and values are not kept after the call"
+A_PART_IS_KEPT = "only a part of the keys and values is kept (sliding window); left in 16 bit"
+OVERWRITTEN = "the cache is overwritten as a whole (sliding window); left in 16 bit"
+_REACH = (
+    32  # steps followed from an attention's operand to a cache, far more than any spelling takes
+)
+_MIXES = ("matmul", "bmm", "linear", "scaled_dot_product_attention", "softmax", "einsum")
+_HINTS = {
+    "transpose": "only caches laid out as [B, H, S, D] are rewritten",
+    "permute": "only caches laid out as [B, H, S, D] are rewritten",
+    "repeat": "repeat heads next to one another, as repeat_interleave does",
+    "getitem": "attention reads a part of it (sliding window?)",
+}
+
+
+def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
+    """Return the reason why the keys or values ``base`` are not what the model keeps.
+
+    Args:
+        base: What attention reads, heads and slots peeled away.
+        outputs: Nodes that the graph returns.
+    """
+    for user in _neighbours(base.users):
+        if target_name(user) == "getitem" and (user in outputs or _copied(user)):
+            return A_PART_IS_KEPT
+    if _overwritten(base):
+        return OVERWRITTEN
+    if _reaches_cache(base, outputs):
+        name = target_name(base)
+        hint = f"; {_HINTS[name]}" if name in _HINTS else ""
+        return f"the cache reaches attention through {name}{hint}"
+    through = _returned_through(base, outputs)
+    return (
+        NO_CACHE
+        if through is None
+        else f"keys and values are returned through {through}, not as they are"
+    )
+
+
+def _neighbours(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that hold keys or values in some form: those of four dimensions and more."""
+    return [
+        node for node in nodes if len(shape_of(node) or ()) >= 4 and target_name(node) not in _MIXES
+    ]
+
+
+def _copied(node: fx.Node) -> bool:
+    return any(
+        target_name(user) in ("copy_", "setitem") and user.args[0] is not node
+        for user in node.users
+    )
+
+
+def _overwritten(node: fx.Node) -> bool:
+    return any(target_name(user) == "copy_" and user.args[0] is node for user in node.users)
+
+
+def _is_cache(node: fx.Node, outputs: set[fx.Node]) -> bool:
+    if node.op == "placeholder":
+        return (
+            isinstance(value_of(node), QuantizedKV) or bool(writes_of(node)) or _overwritten(node)
+        )
+    return node in outputs
+
+
+def _reaches_cache(base: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Say whether a cache lies behind ``base``, moved or changed on its way to attention."""
+    seen: set[fx.Node] = set()
+    front = [base]
+    for _ in range(_REACH):
+        front = [
+            node
+            for node in _neighbours(n for f in front for n in f.all_input_nodes)
+            if node not in seen
+        ]
+        if any(_is_cache(node, outputs) for node in front):
+            return True
+        seen.update(front)
+    return False
+
+
+def _returned_through(base: fx.Node, outputs: set[fx.Node]) -> str | None:
+    """Return the name of the step from which keys or values are returned, if they are."""
+    seen: set[fx.Node] = set()
+    front = [base]
+    for _ in range(_REACH):
+        front = [
+            node for node in _neighbours(n for f in front for n in f.users) if node not in seen
+        ]
+        for node in front:
+            if node in outputs:
+                return target_name(node)
+        seen.update(front)
+    return None

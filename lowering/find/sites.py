@@ -1,0 +1,176 @@
+"""Join attentions to the cache tensors they read; say why where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role
+from kvq_compile.lowering.find.attention import find_attentions
+from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
+from kvq_compile.lowering.find.key_bias import without_bias
+from kvq_compile.lowering.find.reasons import NO_CACHE
+from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.graph import shape_of, value_of
+from kvq_compile.lowering.sites import (
+    Attention,
+    AttentionSite,
+    Coding,
+    Life,
+    Refusal,
+    SiteReport,
+    State,
+)
+from kvq_compile.lowering.sizes import SizeReader
+
+BY_OPTION = "left in 16 bit by the option layers"
+KEEPS_NOT = "keep_exact needs a cache that grows: the host does not know which pages of a cache of fixed size fill up"
+GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
+
+
+def find_sites(
+    graph: fx.Graph,
+    spec: CacheSpec,
+    sizes: SizeReader,
+    inputs: Mapping[fx.Node, Any] | None = None,
+) -> tuple[list[AttentionSite], list[SiteReport]]:
+    """Return the sites that can be rewritten under ``spec`` and a report of each that cannot.
+
+    Args:
+        graph: The graph.
+        spec: What caches are quantized to.
+        sizes: Reads lengths from the arguments of a call.
+        inputs: The arguments of the call that is being compiled, by placeholder, where constants of the model
+            may decide how keys are coded.
+
+    Raises:
+        ValueError: A cache is quantized to something else than ``spec``.
+    """
+    outputs = set(next(iter(reversed(graph.nodes))).all_input_nodes)
+    sites: list[AttentionSite] = []
+    refused: list[SiteReport] = []
+    taken: set[fx.Node] = set()
+    for layer, found in enumerate(find_attentions(graph)):
+        node = found.output if isinstance(found, Attention) else found[0]
+        try:
+            if not isinstance(found, Attention):
+                raise found[1]
+            site = _site(layer, found, outputs, spec, inputs)
+            _check_graph(site, graph, sizes, taken)
+        except Refusal as reason:
+            refused.append(left_alone(layer, node, str(reason)))
+        else:
+            sites.append(site)
+            taken.update(state.base for state, _ in site.states())
+    return sites, refused
+
+
+def left_alone(layer: int, node: fx.Node, reason: str) -> SiteReport:
+    """Return the report of a site that stays as it is."""
+    return SiteReport(
+        layer, node.name, source_line(node), "left alone", reason, reason in (NO_CACHE, BY_OPTION)
+    )
+
+
+def _site(
+    layer: int,
+    attention: Attention,
+    outputs: set[fx.Node],
+    spec: CacheSpec,
+    inputs: Mapping[fx.Node, Any] | None,
+) -> AttentionSite:
+    key = find_state(attention.key, outputs)
+    value = find_state(attention.value, outputs)
+    layer_spec = spec.for_layer(layer)
+    if layer_spec is None:
+        raise Refusal(BY_OPTION)
+    check_pair(key, value)
+    check_tensors(attention, key, value)
+    check_mask(attention, key)
+    if inputs is not None and not _is_held_plain(key, layer_spec):
+        layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, inputs))
+    heads = int(value_of(attention.query).shape[1])
+    codings = [_coding("key", layer_spec, key, heads), _coding("value", layer_spec, value, heads)]
+    for state, coding in zip((key, value), codings, strict=True):
+        if coding.layout.keep_exact and state.life not in GROWS:
+            raise Refusal(KEEPS_NOT)
+    return AttentionSite(layer, attention, key, value, *codings)
+
+
+def _is_held_plain(key: State, spec: CacheSpec) -> bool:
+    """Say whether the keys are held as ``spec`` codes them, by a cache that was quantized outside a graph."""
+    if key.life not in (Life.GROWN, Life.BUFFER):
+        return False
+    held: PageLayout = value_of(key.past).page_layout
+    return not held.has_tables
+
+
+def _coding(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Coding:
+    """Return how a site's keys or values are coded.
+
+    Raises:
+        Refusal: Their head dimension cannot be packed so.
+        ValueError: They were calibrated for other shapes, or are held in another way.
+    """
+    tables = (spec.key if role == "key" else spec.value).tables
+    _, heads, _, head_dim = value_of(state.base).shape
+    if tables is not None and (tables.heads, tables.head_dim) != (int(heads), int(head_dim)):
+        raise ValueError(
+            f"calibration must be of this model, whose {role}s have {heads} heads of {head_dim} channels, "
+            f"got {tables.heads} heads of {tables.head_dim}"
+        )
+    try:
+        layout = spec.layout(role, int(head_dim), query_heads // int(heads))
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    if state.life in (Life.GROWN, Life.BUFFER):
+        layout = _as_held(value_of(state.past).page_layout, layout)
+    return Coding(layout, tables)
+
+
+def _as_held(held: PageLayout, wanted: PageLayout) -> PageLayout:
+    """Return the layout of a cache that is held; one that was quantized outside a graph holds no queries.
+
+    Raises:
+        ValueError: It is not quantized as this model is compiled.
+    """
+    if held not in (wanted, replace(wanted, queries=0, shared_by=0)):
+        raise ValueError(
+            f"the cache must be quantized as this model is compiled, {wanted}, got {held}; start with an empty "
+            "cache, or compile with the options that made this one"
+        )
+    return held
+
+
+def _check_graph(
+    site: AttentionSite, graph: fx.Graph, sizes: SizeReader, taken: set[fx.Node]
+) -> None:
+    """Make sure that the rest of the graph lets the site be rewritten."""
+    states = (site.key, site.value)
+    if taken & {state.base for state in states}:
+        raise Refusal("another attention has taken over the same cache")
+    check_order(site.attention, states, list(graph.nodes))
+    for state in states:
+        for length in _lengths(state):
+            sizes.size(length)  # raises where the arguments of a call do not tell
+
+
+def _lengths(state: State) -> list[Any]:
+    """Return the sizes that the callable around the graph has to know."""
+    tokens, slots = (shape_of(node)[2] for node in (state.new, state.base))  # type: ignore[index]
+    first = value_of(state.position)
+    ends = [first + tokens] if state.life is Life.BUFFER_PLAIN and not hasattr(first, "dim") else []
+    return [tokens, *ends] if state.life is Life.GROWN else [slots, *ends]
+
+
+def source_line(node: fx.Node) -> str:
+    """Return ``file:line`` of the innermost line of model code behind a node."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    file, line = lines[-1].split(", ")[:2]
+    return f"{file.removeprefix('File ').strip(chr(34))}:{line.removeprefix('line ')}"

@@ -1,0 +1,212 @@
+"""Find the cache tensor behind the key or the value of an attention.
+
+From the operand back: repeated heads and cut-off slots are peeled away until the tensor that the model
+keeps is reached. How that tensor enters and leaves the graph is its `Life`::
+
+    cat([past, new], 2), returned                 GROWN (past is quantized) or GROWN_PLAIN
+    new, returned                                 FRESH
+    zeros(...), index_copy_(2, pos, new), returned   ALLOCATED
+    placeholder, index_copy_(2, pos, new)         BUFFER or BUFFER_PLAIN; ``cache[:, :, pos] = new`` as well
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
+from kvq_compile.lowering.find.writes import read_write, writes_of
+from kvq_compile.lowering.graph import (
+    argument,
+    getitem_index,
+    input_of,
+    is_full,
+    root_of,
+    same,
+    shape_of,
+    target_name,
+    value_of,
+    writes_in_place,
+)
+from kvq_compile.lowering.sites import Life, Refusal, State
+
+ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")
+
+
+@dataclass(frozen=True)
+class _Read:
+    base: fx.Node
+    repeats: Any
+    slots: Any
+
+
+def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
+    """Return the state behind an attention's key or value.
+
+    Args:
+        operand: The key, not transposed, or the value: ``[B, H, S, D]``.
+        outputs: Nodes that the graph returns.
+
+    Raises:
+        Refusal: The tensor is not a cache, or not one that can be quantized.
+    """
+    read = _peel(operand)
+    base = read.base
+    shape = shape_of(base)
+    if shape is None or len(shape) != 4:
+        raise Refusal(f"keys and values must be [B, H, S, D], got {shape}")
+    if target_name(base) in ("cat", "concat"):
+        return _grown(read, outputs)
+    if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
+        return _written(read, outputs)
+    if base in outputs:
+        return State(Life.FRESH, base, base, repeats=read.repeats, slots=read.slots)
+    raise Refusal(why_not_kept(base, outputs))
+
+
+def _peel(node: Any) -> _Read:
+    """Walk back along repeated heads and cut-off slots."""
+    repeats: Any = 1
+    slots: Any = None
+    while True:
+        name = target_name(node)
+        step = _repeat_of(node)
+        if step is not None:
+            node, times = step
+            repeats = repeats * times
+        elif name == "contiguous" or (
+            name == "to" and value_of(node).dtype == value_of(node.args[0]).dtype
+        ):
+            node = input_of(node)
+        elif name == "getitem" and slots is None and (cut := _prefix_of(node)) is not None:
+            slots, node = cut, input_of(node)
+        else:
+            return _Read(node, repeats, slots)
+
+
+def _repeat_of(node: Any) -> tuple[fx.Node, Any] | None:
+    """Return the tensor whose heads ``node`` repeats next to one another, and how often."""
+    name = target_name(node)
+    if name == "repeat_interleave" and argument(node, 2, "dim") in (1, -3):
+        times = argument(node, 1, "repeats")
+        return (input_of(node), times) if isinstance(times, int) else None
+    if name == "expand":
+        source, shape = shape_of(node.args[0]), shape_of(node)
+        if source and shape and len(source) == len(shape) == 4 and same(source[1], 1):
+            widened = not all(same(source[dim], shape[dim]) for dim in (0, 2, 3))
+            return None if widened else (input_of(node), shape[1])
+    if name in ("reshape", "view", "flatten") and target_name(node.args[0]) == "expand":
+        expand = input_of(node)
+        wide, inner, shape = shape_of(expand), shape_of(expand.args[0]), shape_of(node)
+        if (
+            wide is None
+            or inner is None
+            or shape is None
+            or (len(wide), len(inner), len(shape)) != (5, 5, 4)
+        ):
+            return None
+        merged = (
+            same(shape[1], wide[1] * wide[2])
+            and same(shape[2], wide[3])
+            and same(shape[3], wide[4])
+        )
+        if same(inner[2], 1) and same(inner[1], wide[1]) and merged:
+            narrow = _inserted_axis(input_of(expand))
+            return None if narrow is None else (narrow, wide[2])
+    return None
+
+
+def _inserted_axis(node: Any) -> fx.Node | None:
+    """Return the 4-d tensor that ``node`` gave an axis of size 1 behind its heads."""
+    if target_name(node) == "unsqueeze" and argument(node, 1, "dim") in (2, -3):
+        return input_of(node)
+    index = getitem_index(node)
+    if (
+        index is not None
+        and len(index) == 5
+        and index[2] is None
+        and all(is_full(i) for i in index if i is not None)
+    ):
+        return input_of(node)
+    return None
+
+
+def _prefix_of(node: fx.Node) -> Any:
+    """Return how many leading slots a subscript keeps, if that is all it does."""
+    index, shape = getitem_index(node), shape_of(node.args[0])
+    if index is None or shape is None or len(index) != 4:
+        return None
+    cut = index[2]
+    if not all(is_full(index[i], shape[i]) for i in (0, 1, 3)) or not isinstance(cut, slice):
+        return None
+    starts = cut.start is None or same(value_of(cut.start), 0)
+    return cut.stop if starts and cut.step in (None, 1) and cut.stop is not None else None
+
+
+def _grown(read: _Read, outputs: set[fx.Node]) -> State:
+    cat = read.base
+    tensors = [t for t in argument(cat, 0, "tensors") if not _is_empty(t)]
+    if argument(cat, 1, "dim", 0) not in (2, -2):
+        if cat in outputs and not any(root_of(t).op == "placeholder" for t in tensors):
+            return State(Life.FRESH, cat, cat, repeats=read.repeats, slots=read.slots)
+        raise Refusal("new tokens are joined along another dimension than 2")
+    if read.slots is not None:
+        raise Refusal("attention reads only a part of the grown cache")
+    if cat not in outputs:
+        raise Refusal(why_not_kept(cat, outputs))
+    if len(tensors) == 1:
+        return State(Life.FRESH, cat, cat, repeats=read.repeats)
+    past, *new = tensors
+    if any(isinstance(value_of(tensor), QuantizedKV) for tensor in new):
+        raise Refusal("new tokens are joined in front of the cache")
+    if past.op != "placeholder":
+        return State(Life.FRESH, cat, cat, repeats=read.repeats)
+    if len(new) != 1:
+        raise Refusal("more than one tensor is joined to the cache")
+    if isinstance(value_of(past), QuantizedKV):
+        if value_of(past).kind != "grown":
+            raise Refusal("a quantized buffer of fixed size is grown by cat")
+        return State(Life.GROWN, cat, new[0], past, repeats=read.repeats)
+    return State(Life.GROWN_PLAIN, cat, cat, past, repeats=read.repeats)
+
+
+def _is_empty(node: Any) -> bool:
+    shape = shape_of(node)
+    return shape is not None and len(shape) == 1 and same(shape[0], 0)
+
+
+def _written(read: _Read, outputs: set[fx.Node]) -> State:
+    past = read.base
+    writes = writes_of(past)
+    if not writes:
+        raise Refusal(_why_not_written(past, outputs))
+    if len(writes) > 1:
+        raise Refusal("the cache is written more than once in a call")
+    position, new = read_write(writes[0])
+    quantized = isinstance(value_of(past), QuantizedKV)
+    if quantized and value_of(past).kind != "static":
+        raise Refusal("a quantized cache that grows by cat is written in place")
+    if past.op != "placeholder":
+        if past not in outputs:
+            raise Refusal(why_not_kept(past, outputs))
+        life = Life.ALLOCATED
+    else:
+        life = Life.BUFFER if quantized else Life.BUFFER_PLAIN
+    readers = [user for user in past.users if user is not writes[0] and not _is_dead(user)]
+    if len([user for user in readers if user.op != "output"]) > 1:
+        raise Refusal("the cache is read outside attention in the same call")
+    return State(life, past, new, past, writes[0], position, read.repeats, read.slots)
+
+
+def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:
+    reason = why_not_kept(past, outputs)
+    if reason != NO_CACHE or past.op != "placeholder":
+        return reason
+    return "attention reads a cache that this call does not write"
+
+
+def _is_dead(node: fx.Node) -> bool:
+    return not node.users and node.op != "output" and not writes_in_place(node)

@@ -1,0 +1,114 @@
+"""Let a graph return what its attentions see, without knowing the names of the model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.lowering.find.sites import find_sites
+from kvq_compile.lowering.graph import changed_roots, insert_call, value_of
+from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
+from kvq_compile.lowering.sites import AttentionSite, SiteReport
+from kvq_compile.lowering.sizes import SizeReader
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A graph that returns query, key and value of each attention behind its own results.
+
+    Attributes:
+        module: The graph.
+        sites: The attentions that keep a cache, in order of execution.
+        reports: Why others were left out.
+        placeholders: The graph's inputs.
+        written: Places of the inputs that the graph writes into.
+        returned: How many results the captured graph has.
+    """
+
+    module: fx.GraphModule
+    sites: list[AttentionSite]
+    reports: list[SiteReport]
+    placeholders: list[fx.Node]
+    written: list[int]
+    returned: int
+
+    def run(self, args: Sequence[Any]) -> tuple[list[Any], list[tuple[Tensor, Tensor, Tensor]]]:
+        """Run the graph eagerly; what it would write into is copied first, so no input changes.
+
+        Returns:
+            The results of the captured graph, and ``(query, key, value)`` of each site.
+        """
+        own = list(args)
+        for index in self.written:
+            own[index] = own[index].detach().clone()
+        outputs = list(self.module.forward(*own))
+        seen = outputs[self.returned :]
+        return outputs[: self.returned], [
+            (seen[i], seen[i + 1], seen[i + 2]) for i in range(0, len(seen), 3)
+        ]
+
+
+def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Watched:
+    """Return a copy of a captured graph that hands out what its attentions see.
+
+    Before:  attend(query, key, value); return logits, key, value
+    After:   key' = with_gradient(key); value' = with_gradient(value); attend(query, key', value');
+             return logits, key', value', query, key', value'
+    Because: calibration wants keys, values and the gradients of a loss with respect to them, of any model.
+             A gradient has to begin somewhere: without ``with_gradient`` a model of which no parameter is
+             trained records none.
+
+    Leaves alone: Attentions that keep no cache; ``reports`` has the reasons.
+
+    Args:
+        gm: The graph that Dynamo captured; it is left untouched.
+        spec: What the caches would be quantized to, which decides on the attentions that can be.
+        gradients: Whether keys and values begin a gradient.
+
+    Raises:
+        ValueError: The graph reads a quantized cache.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for node, copy in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
+    module = fx.GraphModule(gm, graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    unchain_writes(graph)  # first: the finders know a cache by one node
+    sites, reports = find_sites(graph, spec, SizeReader(placeholders))
+    changed = changed_roots(graph.nodes)
+    written = [index for index, node in enumerate(placeholders) if node in changed]
+    output = next(iter(reversed(graph.nodes)))
+    seen: list[fx.Node] = []
+    for site in sites:
+        key, value = site.key.new, site.value.new
+        if gradients:
+            key, value = _begin_gradient(graph, key), _begin_gradient(graph, value)
+        seen += [site.attention.query, key, value]
+    results = list(output.args[0])
+    output.args = ((*results, *seen),)
+    graph.lint()
+    module.recompile()
+    return Watched(module, sites, reports, placeholders, written, len(results))
+
+
+def with_gradient(x: Tensor) -> Tensor:
+    """Return a tensor that a gradient can be taken with respect to: ``x`` itself, or a new leaf."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _begin_gradient(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Let everything that reads ``node`` read what a gradient can be taken with respect to."""
+    place = node
+    while place.next.op == "placeholder":
+        place = place.next
+    with graph.inserting_after(place):
+        begun = insert_call(graph, with_gradient, (node,), value_of(node))
+    node.replace_all_uses_with(begun, delete_user_cb=lambda user: user is not begun)
+    return begun

@@ -1,0 +1,20 @@
+"""Name a cache by one node, whatever has been written into it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from kvq_compile.lowering.find.writes import is_write
+from kvq_compile.lowering.graph import target_name
+
+
+def unchain_writes(graph: fx.Graph) -> None:
+    """Let everything that reads the result of a cache write read the cache.
+
+    Before:  written = cache.index_copy_(2, position, key); attend(query, written)
+    After:   cache.index_copy_(2, position, key); attend(query, cache)
+    Because: a write in place returns its first argument, and no later pass should have to know both names.
+    """
+    for node in graph.nodes:
+        if is_write(node) and target_name(node) != "setitem":  # which returns nothing
+            node.replace_all_uses_with(node.args[0])
