@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from kvq_compile.lowering.graph import value_of
+from kvq_compile.lowering.nodes import value_of
 from kvq_compile.lowering.sites import Refusal
 
 Size = Callable[[Sequence[Any]], int]

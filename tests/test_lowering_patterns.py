@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from kvq_compile import QuantizedKV
 from kvq_compile.backend import compile_graph
 from kvq_compile.config import make_config
-from kvq_compile.lowering.graph import target_name
+from kvq_compile.lowering.nodes import target_name
 from kvq_compile.lowering.pipeline import lower
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

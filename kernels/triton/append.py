@@ -29,10 +29,10 @@ head.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.triton.encode import (

@@ -30,10 +30,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.triton.attend_ends import join, prepare

@@ -6,10 +6,10 @@ values' sum back, and adds their mean, once for each query.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.triton.dequantize import Coding
 from kvq_compile.kernels.triton.primitives import HIDDEN, cosine_and_sine, hadamard

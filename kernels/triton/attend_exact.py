@@ -7,7 +7,6 @@ the model's own dtype.
 
 import triton
 import triton.language as tl
-
 from kvq_compile.kernels.triton.attend_pages import WEIGHT_BIAS
 from kvq_compile.kernels.triton.primitives import load_mask, softmax_update
 

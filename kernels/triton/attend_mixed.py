@@ -21,7 +21,6 @@ two bits, those of even and those of odd fields apart, then pairs of these to fi
 
 import triton
 import triton.language as tl
-
 from kvq_compile.kernels.mixed_layout import HEADER as HEADER_UNITS
 from kvq_compile.kernels.mixed_layout import MAX_BITS
 from kvq_compile.kernels.mixed_layout import OUTLIER_FIELDS as FIELDS

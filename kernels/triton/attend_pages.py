@@ -19,7 +19,6 @@ softmax do not underflow.
 
 import triton
 import triton.language as tl
-
 from kvq_compile.kernels.triton.dequantize import (
     Coding,
     dequantize_keys,

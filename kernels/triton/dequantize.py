@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.tables import section
 from kvq_compile.kernels.triton.primitives import (

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import triton
 import triton.language as tl
-
 from kvq_compile.kernels.layout import TRITS, PageLayout
 from kvq_compile.kernels.mixed_layout import UNIT_BITS
 from kvq_compile.kernels.tables import CHANNEL_SECTIONS, NO_TABLES, section

@@ -14,10 +14,10 @@ can stand in a captured graph and run at every step; where the host knows the sl
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.triton import attend as attention
 from kvq_compile.kernels.triton.attend_exact import exact_place, load_keys

@@ -11,7 +11,6 @@ tokens: for the spans, and to be coded.
 
 import triton
 import triton.language as tl
-
 from kvq_compile.kernels.mixed_layout import HEADER as HEADER_UNITS
 from kvq_compile.kernels.mixed_layout import MAX_BITS as MOST_BITS
 from kvq_compile.kernels.mixed_layout import OUTLIER_FIELDS as FIELDS

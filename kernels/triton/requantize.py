@@ -9,10 +9,10 @@ Runs before the call's own tokens are appended, when the cursor still tells whic
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.triton.encode import Constants
 from kvq_compile.kernels.triton.exact_rows import plan

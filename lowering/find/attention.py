@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.graph import (
+from kvq_compile.lowering.nodes import (
     argument,
     calls,
     fixed_number,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from kvq_compile.lowering.graph import changed_roots, root_of, same, shape_of, value_of
+from kvq_compile.lowering.nodes import changed_roots, root_of, same, shape_of, value_of
 from kvq_compile.lowering.sites import Attention, Life, Refusal, State
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels.layout import TensorSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
-from kvq_compile.lowering.graph import VIEWS, argument, target_name, value_of
+from kvq_compile.lowering.nodes import VIEWS, argument, target_name, value_of
 from kvq_compile.lowering.sites import Refusal, State
 
 SWAMPS = 4.0  # times the size that the weights alone give a key's channel for inputs of unit size

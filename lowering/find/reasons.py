@@ -8,7 +8,7 @@ from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.writes import writes_of
-from kvq_compile.lowering.graph import shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import shape_of, target_name, value_of
 
 NO_CACHE = "keys and values are not kept after the call"
 A_PART_IS_KEPT = "only a part of the keys and values is kept (sliding window); left in 16 bit"

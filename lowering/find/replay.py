@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from kvq_compile.lowering.graph import (
+from kvq_compile.lowering.nodes import (
     changed_roots,
     fixed_number,
     getitem_index,

@@ -33,7 +33,7 @@ from kvq_compile.lowering.find.replay import (
     operands,
     quietly,
 )
-from kvq_compile.lowering.graph import (
+from kvq_compile.lowering.nodes import (
     VIEWS,
     argument,
     getitem_index,

@@ -14,7 +14,7 @@ from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.find.states import find_state
-from kvq_compile.lowering.graph import shape_of, value_of
+from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.sites import (
     Attention,
     AttentionSite,

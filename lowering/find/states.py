@@ -19,7 +19,7 @@ from torch import fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
 from kvq_compile.lowering.find.writes import read_write, writes_of
-from kvq_compile.lowering.graph import (
+from kvq_compile.lowering.nodes import (
     argument,
     getitem_index,
     input_of,

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvq_compile.lowering.graph import argument, is_full, same, shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import argument, is_full, same, shape_of, target_name, value_of
 from kvq_compile.lowering.sites import Refusal
 
 WRITES = ("index_copy_", "setitem", "index_put_")

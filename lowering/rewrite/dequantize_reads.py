@@ -9,7 +9,7 @@ from torch import fx
 
 from kvq_compile.kernels import ops
 from kvq_compile.lowering.find.writes import is_write, read_write
-from kvq_compile.lowering.graph import (
+from kvq_compile.lowering.nodes import (
     insert_call,
     root_of,
     shape_of,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from kvq_compile.lowering.graph import root_of, writes_in_place
+from kvq_compile.lowering.nodes import root_of, writes_in_place
 
 
 def drop_dead(graph: fx.Graph) -> None:

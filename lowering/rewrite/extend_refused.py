@@ -9,7 +9,7 @@ from torch import fx
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.graph import argument, insert_call, shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import argument, insert_call, shape_of, target_name, value_of
 from kvq_compile.lowering.rewrite.unwrap_caches import CacheInput
 from kvq_compile.lowering.sites import Life, Refusal, State
 from kvq_compile.lowering.sizes import SizeReader

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
 from kvq_compile.lowering.find.rotation import find_rotation
-from kvq_compile.lowering.graph import insert_call, shape_of, value_of
+from kvq_compile.lowering.nodes import insert_call, shape_of, value_of
 from kvq_compile.lowering.sites import AttentionSite, Coding, Life, Refusal, State
 
 FrameNodes = tuple[fx.Node | None, fx.Node | None]

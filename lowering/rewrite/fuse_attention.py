@@ -10,7 +10,7 @@ from torch import fx
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.layout import HIDES, PageLayout
-from kvq_compile.lowering.graph import insert_call, shape_of, value_of
+from kvq_compile.lowering.nodes import insert_call, shape_of, value_of
 from kvq_compile.lowering.rewrite.frames import FrameNodes, Frames
 from kvq_compile.lowering.rewrite.unwrap_caches import CacheInput
 from kvq_compile.lowering.rewrite.weigh_tokens import (

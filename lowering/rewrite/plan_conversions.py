@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.graph import shape_of, value_of
+from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.sites import AttentionSite, Coding, Life, State
 from kvq_compile.lowering.sizes import Size, SizeReader
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import PageLayout
-from kvq_compile.lowering.graph import insert_call, shape_of, value_of
+from kvq_compile.lowering.nodes import insert_call, shape_of, value_of
 from kvq_compile.lowering.rewrite.frames import Frames
 from kvq_compile.lowering.sites import Coding, Life, Seen, State
 from kvq_compile.lowering.sizes import Size, SizeReader

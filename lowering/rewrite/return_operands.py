@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering.find.sites import find_sites
-from kvq_compile.lowering.graph import changed_roots, insert_call, value_of
+from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import AttentionSite, SiteReport
 from kvq_compile.lowering.sizes import SizeReader

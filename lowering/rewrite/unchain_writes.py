@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from kvq_compile.lowering.find.writes import is_write
-from kvq_compile.lowering.graph import target_name
+from kvq_compile.lowering.nodes import target_name
 
 
 def unchain_writes(graph: fx.Graph) -> None:

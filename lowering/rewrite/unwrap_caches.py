@@ -12,7 +12,7 @@ from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySourc
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.ops import FRAME, ORIGINALS, PARTS
-from kvq_compile.lowering.graph import value_of
+from kvq_compile.lowering.nodes import value_of
 
 
 @dataclass(frozen=True)
