@@ -6,15 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvq_compile.accounting import Report, report
-    from kvq_compile.api import Explanation, compile, explain, quantize_cache_
+    from kvq_compile.api import compile, quantize_cache_
     from kvq_compile.bounds import error_bound
     from kvq_compile.calibration.artifact import Calibration
     from kvq_compile.calibration.calibrator import calibrate
     from kvq_compile.errors import KVQError, KVQWarning
+    from kvq_compile.explanations import Explanation, explain
     from kvq_compile.kernels.cache.tensor import QuantizedKV
     from kvq_compile.kernels.layout import CacheSpec, TensorSpec
     from kvq_compile.methods import make_spec
+    from kvq_compile.reports import Report, report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,15 +38,16 @@ __all__ = [
 
 # Imported when first used: torch's compiler takes seconds, which `kvq --help` need not wait for.
 _HOMES = {
-    "api": ("Explanation", "compile", "explain", "quantize_cache_"),
+    "api": ("compile", "quantize_cache_"),
     "bounds": ("error_bound",),
     "calibration.artifact": ("Calibration",),
     "calibration.calibrator": ("calibrate",),
     "errors": ("KVQError", "KVQWarning"),
+    "explanations": ("Explanation", "explain"),
     "kernels.cache.tensor": ("QuantizedKV",),
     "kernels.layout": ("CacheSpec", "TensorSpec"),
     "methods": ("make_spec",),
-    "accounting": ("Report", "report"),
+    "reports": ("Report", "report"),
 }
 
 
@@ -56,3 +58,7 @@ def __getattr__(name: str) -> Any:
             globals()[name] = value
             return value
     raise AttributeError(f"module 'kvq_compile' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

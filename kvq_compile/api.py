@@ -1,27 +1,22 @@
-"""The calls a user makes beside ``torch.compile``: decorate, explain, quantize a cache by hand."""
+"""The calls a user makes beside ``torch.compile``: decorate, quantize a cache by hand."""
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvq_compile.accounting import cache_tensors
 from kvq_compile.backend import kvq
-from kvq_compile.bounds import error_bound
-from kvq_compile.config import make_config
 from kvq_compile.convert import become, check_can_become_quantized
 from kvq_compile.errors import KVQError
-from kvq_compile.history import GraphReport, watching
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
+from kvq_compile.options import make_config
+from kvq_compile.reports import cache_tensors
 
 T = TypeVar("T")
 
@@ -58,61 +53,6 @@ def compile(target: T | None = None, /, *, mode: str | None = None, **options: A
     raise TypeError(
         f"target must be a function, a module or a module class, got {type(target).__name__}"
     )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What became of every attention of the graphs that a call compiled.
-
-    Attributes:
-        graphs: The graphs, in the order in which they were compiled.
-        result: What the call returned.
-    """
-
-    graphs: tuple[GraphReport, ...]
-    result: Any
-
-    def __str__(self) -> str:
-        lines: list[str] = []
-        for number, graph in enumerate(self.graphs):
-            rewritten = sum(site.outcome == "rewritten" for site in graph.sites)
-            lines.append(
-                f"graph {number}: {len(graph.sites)} attentions, {rewritten} rewritten ({graph.spec.method})"
-            )
-            for site in graph.sites:
-                lines.append(f"  attention {site.layer:3d}  {site.outcome}: {site.detail}")
-                if site.source:
-                    lines.append(f"                 at {site.source}")
-        if self.graphs:
-            lines.append(
-                f"error of a packed layer's attention output, at most: {error_bound(self.graphs[0].spec).evalf(3)}"
-            )
-        return "\n".join(lines) or "nothing was compiled: the call went around the compiled code"
-
-
-def explain(
-    function: Callable[..., Any],
-    /,
-    *args: Any,
-    options: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-) -> Explanation:
-    """Call a function or module once under the backend and say what became of each attention.
-
-    The call is made for real, caches it is given included; the graphs run without Inductor.
-
-    Args:
-        function: What to explain; a module, its ``forward``, or a function.
-        *args: Its arguments.
-        options: Options of the backend.
-        **kwargs: Its keyword arguments.
-    """
-    backend = functools.partial(kvq, options={**(options or {}), "inner": "eager"})
-    forward = function.forward if isinstance(function, torch.nn.Module) else function
-    with watching() as graphs, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a warning would say is in the explanation
-        result = torch.compile(forward, backend=backend)(*args, **kwargs)
-    return Explanation(tuple(graphs), result)
 
 
 def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **options: Any) -> Any:

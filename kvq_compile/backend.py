@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.config import Config, make_config
 from kvq_compile.convert import convert
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, record
 from kvq_compile.lowering.pipeline import Lowered, lower
 from kvq_compile.lowering.rewrite.quantize_outputs import Plain
+from kvq_compile.options import Config, make_config
 
 logger = logging.getLogger("kvq_compile")
 
@@ -40,7 +40,7 @@ def kvq(
         gm: The captured graph.
         example_inputs: Arguments of the call that is being compiled.
         mode: As for ``torch.compile``; handed on to Inductor.
-        options: See `kvq_compile.config.make_config`.
+        options: See `kvq_compile.options.make_config`.
 
     Raises:
         ValueError: An option is unknown or out of range.

@@ -249,8 +249,8 @@ def explain(
 
 def read_method(text: str | None) -> Method:
     """Return the method an option spells; the backend's default where there is none."""
-    from kvq_compile.config import make_config
     from kvq_compile.evaluation.perplexity import Method, parse_method
+    from kvq_compile.options import make_config
 
     if text is None:
         return Method(f"{make_config().spec.method} (default)", {})

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvq_compile.accounting import Report
 from kvq_compile.evaluation.perplexity import (
     PLAIN,
     Method,
@@ -27,6 +26,7 @@ from kvq_compile.evaluation.perplexity import (
     make_runners,
 )
 from kvq_compile.loading import cache_argument, longest_context
+from kvq_compile.reports import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+import kvq_compile  # noqa: F401  (a checkout named by PYTHONPATH is tested, not the one that is installed)
+
 # Keeps `import kernels` meaning Hugging Face's package: transformers looks for it by that name.
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]
 

@@ -6,8 +6,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import KVQError, KVQWarning, QuantizedKV, make_spec, quantize_cache_
-from kvq_compile.config import make_config
 from kvq_compile.history import watching
+from kvq_compile.options import make_config
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -9,9 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import QuantizedKV
 from kvq_compile.backend import compile_graph
-from kvq_compile.config import make_config
 from kvq_compile.lowering.nodes import target_name
 from kvq_compile.lowering.pipeline import lower
+from kvq_compile.options import make_config
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -1,5 +1,6 @@
 """What a report says is what the storages hold."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile import QuantizedKV, report
+from kvq_compile import QuantizedKV, explain, report
 from kvq_compile.kernels.layout import CacheSpec, TensorSpec
 from kvq_compile.testing import lengths, specs
 
@@ -133,5 +134,66 @@ def test_what_holds_no_cache_is_refused(holder: object) -> None:
 
 def test_the_text_of_a_report_names_every_part() -> None:
     text = str(report(pair(100)))
-    for word in ("1 layers, 100 tokens", "codes", "params", "exact", "cursor", "bits a number"):
+    for word in ("1 layer, 100 tokens", "codes", "params", "exact", "cursor", "bits an element"):
         assert word in text
+
+
+@given(st.integers(0, 5000), st.integers(1, 80), st.booleans())
+def test_reports_fit_80_columns_and_hold_no_tensor(tokens: int, layers: int, plain: bool) -> None:
+    """A representation that printed tensors would fill screens and wait for devices."""
+    tensor = torch.zeros(1, 1, tokens, 8) if plain else pair(min(tokens, 50))[0]
+    found = report([tensor, tensor.clone() if plain else pair(3)[0]] * layers)
+    for text in (str(found), repr(found)):
+        assert max(map(len, text.splitlines())) <= 80
+    assert "tensor(" not in repr(found) + found._repr_html_() + found.json()
+    assert repr(found).count("\n") == 0
+
+
+def test_the_json_of_a_report_has_its_totals_and_tensors() -> None:
+    found = report(pair(100))
+    stored = json.loads(found.json())
+    assert (stored["bytes"], stored["tokens"], stored["layers"]) == (found.bytes, 100, 1)
+    assert sum(stored["parts"].values()) == found.bytes
+    assert [tensor["name"] for tensor in stored["tensors"]] == ["cache[0]", "cache[1]"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [(0, ": 0 bytes"), (2000, "times less"), (1, "times more")]
+)
+def test_a_report_says_less_only_where_it_is_less(tokens: int, words: str) -> None:
+    found = report(pair(tokens) if tokens else torch.zeros(1, 2, 0, 4))
+    assert words in str(found)
+    assert ("times less" in str(found)) == (found.elements > 0 and found.bytes <= found.dense_bytes)
+
+
+def step(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Any:
+    keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values), keys, values
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_an_explanation_holds_no_tensor_and_fits_80_columns() -> None:
+    told = explain(step, *(torch.randn(1, 1, 3, 16) for _ in range(5)), options={"method": "int8"})
+    assert told.rewritten == 1
+    assert "tensor(" not in repr(told) + str(told) + told._repr_html_() + told.json()
+    assert [len(graph["attentions"]) for graph in json.loads(told.json())["graphs"]] == [1]
+    long = [line for line in str(told).splitlines() if len(line) > 80]
+    assert all(len(line.split()) <= 2 for line in long)  # a path or a formula without a space
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_a_bound_is_told_only_where_something_is_packed() -> None:
+    def plain(x: Tensor) -> Tensor:
+        return x + 1
+
+    told = explain(plain, torch.zeros(3))
+    assert told.bound is None
+    assert "at most" not in str(told)
+
+
+@pytest.mark.parametrize("target", [3, "model", None])
+def test_what_cannot_be_called_is_refused_by_name(target: object) -> None:
+    with pytest.raises(TypeError, match="function must be a module or a function, got "):
+        explain(target)  # type: ignore[arg-type]

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvq_compile.accounting import Report, report
-from kvq_compile.config import make_config
 from kvq_compile.loading import cache_argument
+from kvq_compile.options import make_config
+from kvq_compile.reports import Report, report
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import json
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from kvq_compile.kernels.mixed_layout import HEADER
 from kvq_compile.kernels.ops import FRAME, PARTS
 
 PLAIN = "plain"
+COLUMNS = 80  # what a line of text may take
 NAMES = (*PARTS, *FRAME)
 
 
@@ -49,7 +53,7 @@ class TensorReport:
         return B * H * self.held * D
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a cache holds.
 
@@ -113,16 +117,46 @@ class Report:
         widths = [tensor.read_bits for tensor in self.tensors if tensor.read_bits is not None]
         return sum(widths) / len(widths) if widths else 16.0
 
+    @property
+    def saving(self) -> float:
+        """How many times fewer bytes than at 16 bit; 0 of an empty cache."""
+        return self.dense_bytes / self.bytes if self.bytes else 0.0
+
+    def json(self) -> str:
+        """Return the report as JSON: totals, bytes by part, and one object a tensor."""
+        names = ("layers", "tokens", "bytes", "dense_bytes", "host_bytes")
+        widths = ("effective_bits", "packed_bits", "read_bits")
+        totals = {name: getattr(self, name) for name in (*names, *widths)}
+        tensors = [asdict(tensor) for tensor in self.tensors]
+        return json.dumps({**totals, "parts": self.parts, "tensors": tensors}, indent=2)
+
     def __str__(self) -> str:
         rows = [f"  {name:8s} {size:>14,d} bytes" for name, size in self.parts.items()]
         if self.read_bits < self.packed_bits:
             rows.append(f"  of {self.packed_bits:.2f} bits packed {self.read_bits:.2f} are read")
         if self.host_bytes:
             rows.append(f"  and {self.host_bytes:,d} bytes of exact copies in host memory")
-        ratio = self.dense_bytes / self.bytes if self.bytes else 0.0
-        head = f"{self.layers} layers, {self.tokens:,d} tokens: {self.bytes:,d} bytes, "
-        head += f"{self.effective_bits:.2f} bits a number ({ratio:.2f} times less than 16 bit)"
-        return "\n".join([head, *rows])
+        head = (
+            f"{_count(self.layers, 'layer')}, {_count(self.tokens, 'token')}: {self.bytes:,d} bytes"
+        )
+        if self.elements:
+            less = (
+                f"{self.saving:.2f} times less"
+                if self.saving >= 1
+                else f"{1 / self.saving:.2f} times more"
+            )
+            head += f", {self.effective_bits:.2f} bits an element, {less} than 16 bit"
+        return "\n".join([*textwrap.wrap(head, COLUMNS), *rows])
+
+    def __repr__(self) -> str:
+        return f"<Report: {_count(self.layers, 'layer')}, {_count(self.tokens, 'token')}, {self.bytes:,d} bytes>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,d} {noun}" + ("" if number == 1 else "s")
 
 
 def report(cache_or_module: Any) -> Report:
