@@ -90,7 +90,10 @@ class Tables:
                 raise ValueError(
                     f"{name} must be finite numbers [{H}, {D}], got {tuple(part.shape)}"
                 )
-        if not torch.equal(order.sort(-1).values, torch.arange(D).expand(H, D)):
+        if not torch.equal(
+            order.sort(-1).values,
+            torch.arange(D, dtype=torch.int64, device=order.device).expand(H, D),
+        ):
             raise ValueError(f"order must be a permutation of {D} channels for each head")
         if not (scale > 0).all():
             raise ValueError(f"scale must be positive, got {float(scale.min())}")

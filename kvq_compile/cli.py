@@ -235,7 +235,7 @@ def explain(
 
     from kvq_compile.loading import cache_argument
 
-    ids = torch.tensor([read_text(tokenizer, None)[:64]], device=network.device)
+    ids = torch.tensor([read_text(tokenizer, None)[:64]], device=network.device, dtype=torch.int64)
     with torch.no_grad():
         explanation = kvq_compile.explain(
             network,

@@ -158,7 +158,7 @@ def compare(
             f"tokens must be 2 or more and fit into the model's context of {context}, "
             f"got {new_tokens}"
         )
-    prompt = torch.tensor(ids[:prompt_tokens], device=model.device)[None]
+    prompt = torch.tensor(ids[:prompt_tokens], device=model.device, dtype=torch.int64)[None]
     say("measuring perplexity with both caches")
     runners = make_runners(model, [method], compile_plain=False)
     scores = evaluate(runners, ids, protocol_for(model, len(ids), windows))

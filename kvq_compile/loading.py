@@ -124,4 +124,7 @@ def spread_windows(ids: list[int], windows: int, window: int) -> list[torch.Tens
             "take fewer or shorter windows"
         )
     starts = range(0, len(ids) - window + 1, max(1, (len(ids) - window) // max(1, windows - 1)))
-    return [torch.tensor(ids[start : start + window])[None] for start in list(starts)[:windows]]
+    return [
+        torch.tensor(ids[start : start + window], dtype=torch.int64, device="cpu")[None]
+        for start in list(starts)[:windows]
+    ]

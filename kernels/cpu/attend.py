@@ -240,7 +240,12 @@ def _read_in_blocks(
         softmax.update(scores, cpu_pages.unpack(values, block)[:, :, : last - first], 0)
     packed_end = layout.sinks + pages * layout.page_size
     runs = ((0, min(layout.sinks, held)), (packed_end, held), (start, visible))
-    slots = torch.cat([torch.arange(first, max(first, last)) for first, last in runs])
+    slots = torch.cat(
+        [
+            torch.arange(first, max(first, last), dtype=torch.int64, device="cpu")
+            for first, last in runs
+        ]
+    )
     if len(slots):
         exact_key, exact_value = (
             _exact_tokens(packed.parts[2], new, slots, start, packed.layout)

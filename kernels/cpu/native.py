@@ -192,7 +192,14 @@ def unpack(packed: PackedTensor, pages: slice) -> Tensor:
     count = pages.stop - pages.start
     channels_first = layout.role == "value" and layout.coder != "mixed"
     tile = (layout.page_size, layout.head_dim)
-    out = torch.empty(B, H, count, *(reversed(tile) if channels_first else tile))
+    out = torch.empty(
+        B,
+        H,
+        count,
+        *(reversed(tile) if channels_first else tile),
+        dtype=torch.float32,
+        device="cpu",
+    )
     struct = _packed(packed, pages.start)
     library.kvq_unpack_pages(
         ctypes.byref(struct), B, H, count, ctypes.c_void_p(out.data_ptr()), torch.get_num_threads()
@@ -233,11 +240,20 @@ def attend(
     work = B * H * pages * layout.page_size * layout.head_dim
     threads = torch.get_num_threads() if work > PARALLEL_FROM else 1
     splits = min(pages, -(-4 * threads // (B * H))) if threads > 1 else min(pages, 1)
-    state = torch.empty(B, H, splits + 1, rows, Dv + 2)  # accumulators, maxima and sums
+    state = torch.empty(
+        B, H, splits + 1, rows, Dv + 2, dtype=torch.float32, device="cpu"
+    )  # accumulators, maxima and sums
     count = B * H * (splits + 1) * rows
-    turns = torch.empty(H, layout.page_size, layout.head_dim) if layout.rotary else None
-    packed, exact = torch.empty(B, H, rows, Dv), torch.empty(B, H, rows, Dv)
-    weight = torch.empty(B, H, rows, 1)
+    turns = (
+        torch.empty(H, layout.page_size, layout.head_dim, dtype=torch.float32, device="cpu")
+        if layout.rotary
+        else None
+    )
+    packed, exact = (
+        torch.empty(B, H, rows, Dv, dtype=torch.float32, device="cpu"),
+        torch.empty(B, H, rows, Dv, dtype=torch.float32, device="cpu"),
+    )
+    weight = torch.empty(B, H, rows, 1, dtype=torch.float32, device="cpu")
     key, value = _with_contiguous_rows(key), _with_contiguous_rows(value)
     address = state.data_ptr()
     call = _Attend(

@@ -158,7 +158,7 @@ def pack(codes: Tensor, layout: PageLayout) -> Tensor:
     for width in layout.planes:
         plane = (rows >> shift) & ((1 << width) - 1)
         fields = plane.unflatten(-1, (UNIT_BITS // width, -1))
-        shifts = torch.arange(0, UNIT_BITS, width, device=codes.device)[:, None]
+        shifts = torch.arange(0, UNIT_BITS, width, device=codes.device, dtype=torch.int64)[:, None]
         planes.append((fields << shifts).sum(-2))
         shift += width
     return _to_int16(torch.cat(planes, -1))
@@ -186,7 +186,7 @@ def _to_int16(words: Tensor) -> Tensor:
 def _pack_trits(rows: Tensor, layout: PageLayout) -> Tensor:
     padding = (0, TRITS * layout.row_bytes - layout.row_length)
     digits = F.pad(rows, padding).unflatten(-1, (TRITS, -1))
-    weights = 3 ** torch.arange(TRITS, device=rows.device)[:, None]
+    weights = 3 ** torch.arange(TRITS, device=rows.device, dtype=torch.int64)[:, None]
     packed = F.pad((digits * weights).sum(-2), (0, 2 * layout.units - layout.row_bytes))
     low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
     return _to_int16(low + (high << 8))
@@ -248,7 +248,7 @@ def dequantize_packed(
 
 def exact_row_index(first: int, last: int, layout: PageLayout, device: torch.device) -> Tensor:
     """Return the rows of ``exact`` that hold the tokens ``first .. last - 1``, ``[last - first]``."""
-    token = torch.arange(first, last, device=device)
+    token = torch.arange(first, last, device=device, dtype=torch.int64)
     return torch.where(
         token < layout.sinks, token, layout.sinks + (token - layout.sinks) % layout.ring
     )

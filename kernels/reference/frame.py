@@ -63,7 +63,9 @@ class Frame:
             Two tensors ``[B, H, pages, N, D / 2]`` (fp32).
         """
         assert self.shift is not None
-        slots = torch.arange(first, first + pages * layout.page_size, device=self.tables.device)
+        slots = torch.arange(
+            first, first + pages * layout.page_size, device=self.tables.device, dtype=torch.int64
+        )
         position = slots.view(1, 1, pages, layout.page_size, 1) + self.shift.view(-1, 1, 1, 1, 1)
         frequency = self.section("frequency", layout)[None, :, None, None, :]
         return cosine_and_sine(position * frequency.long())
@@ -77,7 +79,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     two that divides it.
     """
     block = size & -size
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, device=device, dtype=torch.float32)
     while matrix.shape[0] < block:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
@@ -153,10 +155,10 @@ def nearest_centroid(y: Tensor, codebook: Tensor) -> Tensor:
     rows = (
         y.transpose(0, 1).flatten(1, 3).unflatten(-1, (groups, couple))
     )  # [H, tokens, groups, couple]
-    index = torch.arange(entries, device=y.device)
+    index = torch.arange(entries, device=y.device, dtype=torch.int64)
     found = []
     for piece in rows.split(max(1, CENTROID_NUMBERS // (rows.shape[0] * groups * entries)), 1):
-        distance = torch.zeros(())
+        distance = torch.zeros((), dtype=torch.float32, device=y.device)
         for channel in range(couple):
             difference = piece[..., channel, None] - codebook[:, None, :, :, channel]
             distance = distance + difference * difference

@@ -68,13 +68,22 @@ def recent_importance(
         return result
     rows = query[:, :, -queries:].unflatten(1, (H, -1))  # [B, H, G, count, D]
     count, pieces = rows.shape[3], []
-    ends = torch.arange(end - count + 1, end + 1, device=query.device)  # of what each row sees
+    ends = torch.arange(
+        end - count + 1, end + 1, device=query.device, dtype=torch.int64
+    )  # of what each row sees
     ends = ends if causal else torch.full_like(ends, end)
     if parts is not None and layout.queries:
         last = min(start, end - count)
         asked, first = recall(parts[2], int(parts[3][0]), end - queries, last, layout)
         rows = torch.cat([asked.transpose(2, 3), rows], 3)
-        ends = torch.cat([torch.arange(first + 1, max(first, last) + 1, device=ends.device), ends])
+        ends = torch.cat(
+            [
+                torch.arange(
+                    first + 1, max(first, last) + 1, device=ends.device, dtype=torch.int64
+                ),
+                ends,
+            ]
+        )
     rows = rows.float()
     if parts is not None:
         pieces = _cached_scores(
@@ -82,7 +91,7 @@ def recent_importance(
         )
     scores = torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1) * scale
     scores = scores.view(B, -1, len(ends), end)
-    seen = torch.arange(end, device=ends.device) < ends[:, None]
+    seen = torch.arange(end, device=ends.device, dtype=torch.int64) < ends[:, None]
     seen = seen & rows.any(-1).view(B, -1, len(ends), 1)
     if mask is not None:
         mask = _for_rows(mask, len(ends) - count, count)[..., :end]

@@ -113,7 +113,7 @@ def _needs(span: Tensor, importance: Tensor | None, layout: MixedLayout) -> Tens
     if importance is not None:
         importance = torch.nan_to_num(importance.float(), nan=0.0)
         weighted = span * (soften(importance) if layout.soften else importance)
-    step = torch.arange(layout.min_bits, layout.max_bits, device=span.device)
+    step = torch.arange(layout.min_bits, layout.max_bits, device=span.device, dtype=torch.int64)
     return weighted[..., None] * torch.exp2(-step.float())
 
 
@@ -332,7 +332,7 @@ def rank(bits: Tensor) -> Tensor:
 
 def first_rows(bits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tokens in each plane and the row at which the plane begins, ``[..., MAX_BITS]``."""
-    plane = torch.arange(MAX_BITS, device=bits.device)
+    plane = torch.arange(MAX_BITS, device=bits.device, dtype=torch.int64)
     tokens = (bits[..., None] > plane).sum(-2)
     return tokens, tokens.cumsum(-1) - tokens
 

@@ -161,7 +161,9 @@ class Calibration:
 def weight_hash(parameter: Tensor) -> str:
     """Return a hash of ``SAMPLES`` numbers of a parameter and its shape."""
     flat = parameter.detach().reshape(-1)
-    index = torch.linspace(0, max(0, flat.numel() - 1), SAMPLES, dtype=torch.float64).long()
+    index = torch.linspace(
+        0, max(0, flat.numel() - 1), SAMPLES, dtype=torch.float64, device="cpu"
+    ).long()
     numbers = flat[index.to(flat.device)] if flat.numel() else flat
     content = f"{tuple(parameter.shape)} {numbers.to(torch.bfloat16).tolist()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]

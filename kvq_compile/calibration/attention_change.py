@@ -32,7 +32,7 @@ def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> T
     Returns:
         Outputs of the text's queries, ``[Hq, n, D]``.
     """
-    slot = torch.arange(text.key.shape[1], device=key.device)
+    slot = torch.arange(text.key.shape[1], device=key.device, dtype=torch.int64)
     distance = text.place[:, None] - slot
     far = (distance >= window) & (slot >= sinks)
     outputs = []

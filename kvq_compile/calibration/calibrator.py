@@ -206,13 +206,13 @@ def _sample(
 def _take(sample: _Samples, seen: Activations, share: int, generator: torch.Generator) -> None:
     """Keep ``share`` tokens of a batch, keys as they were before their rotation."""
     B, _, T, _ = seen.key.shape
-    usable = torch.ones(B, T, dtype=torch.bool) if seen.mask is None else seen.mask.cpu().bool()
-    usable = usable & (torch.arange(T) >= SKIPPED)
+    slot = torch.arange(T, dtype=torch.int64, device="cpu")
+    usable = (slot >= 0).expand(B, T) if seen.mask is None else seen.mask.cpu().bool()
+    usable = usable & (slot >= SKIPPED)
     places = usable.flatten().nonzero()[:, 0]
-    picked = places[torch.randperm(len(places), generator=generator)[:share].sort().values]
-    position = (
-        (usable.cumsum(-1) - 1 + SKIPPED) if seen.mask is not None else torch.arange(T).expand(B, T)
-    )
+    order = torch.randperm(len(places), generator=generator, dtype=torch.int64, device="cpu")
+    picked = places[order[:share].sort().values]
+    position = (usable.cumsum(-1) - 1 + SKIPPED) if seen.mask is not None else slot.expand(B, T)
     position = position.flatten()[picked]
     sample.rotation, sample.note = seen.rotation, seen.rotation_reason
     sample.device = seen.key.device
@@ -230,7 +230,9 @@ def _take(sample: _Samples, seen: Activations, share: int, generator: torch.Gene
 
 def _text(seen: Activations, generator: torch.Generator) -> Text:
     """Return what an attention saw of the first text of a batch, with queries that look beyond the window."""
-    places = torch.randperm(seen.key.shape[2] - FAR, generator=generator)[:QUERIES] + FAR
+    far = seen.key.shape[2] - FAR
+    order = torch.randperm(far, generator=generator, dtype=torch.int64, device="cpu")
+    places = order[:QUERIES] + FAR
     place = places.sort().values.to(seen.key.device)
     query, key, value = (x.detach()[0].float() for x in (seen.query, seen.key, seen.value))
     return Text(query[:, place], place, key, value, seen.scale)
@@ -352,9 +354,9 @@ def to_tables(fitted: Fitted, rotation: Rotation | None) -> Tables:
     """Return what was fitted to unrotated keys, or to values, as `Tables` of the model's channels."""
     device, order, frequency = fitted.order.device, fitted.order, None
     if rotation is not None:
-        order = torch.tensor(rotation.order, device=device)[fitted.order]
+        order = torch.tensor(rotation.order, device=device, dtype=torch.int64)[fitted.order]
         half = fitted.order[:, : fitted.order.shape[1] // 2].cpu()
-        frequency = torch.tensor(rotation.frequencies, dtype=torch.int64)[half].int()
+        frequency = torch.tensor(rotation.frequencies, dtype=torch.int64, device="cpu")[half].int()
     codebook = fitted.codebook
     return Tables.build(
         order=order.cpu(),

@@ -63,7 +63,7 @@ def measure(
     off, size = 0.0, 0.0
     for text in texts:
         x = text.key if role == "key" else text.value
-        shift = torch.zeros(1, dtype=torch.int32) if layout.rotary else None
+        shift = torch.zeros(1, dtype=torch.int32, device="cpu") if layout.rotary else None
         frame = Frame(tables.on(x.device), shift if shift is None else shift.to(x.device))
         end = layout.sinks + layout.pages_at(x.shape[1]) * layout.page_size
         pages = x[None, :, layout.sinks : end].unflatten(2, (-1, layout.page_size))
@@ -86,10 +86,10 @@ def choose(candidates: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:
         ValueError: The narrowest choices are wider than the budget.
     """
     room = int(bits * GRAIN * len(candidates) + 1e-6)
-    best = torch.zeros(room + 1, dtype=torch.float64)  # least error within a budget
+    best = torch.zeros(room + 1, dtype=torch.float64, device="cpu")  # least error within a budget
     picks: list[Tensor] = []
     for tensor in candidates:
-        table = torch.full((len(tensor), room + 1), torch.inf, dtype=torch.float64)
+        table = torch.full((len(tensor), room + 1), torch.inf, dtype=torch.float64, device="cpu")
         for row, choice in zip(table, tensor, strict=True):
             width = -int(-choice.bits * GRAIN // 1)
             if width <= room:

@@ -59,11 +59,13 @@ def balanced_order(features: Tensor, size: int) -> Tensor:
     """
     H, N, _ = features.shape
     if size == N:
-        return torch.arange(N, device=features.device).repeat(H, 1)
+        return torch.arange(N, device=features.device, dtype=torch.int64).repeat(H, 1)
     points = features.double()
     starts = [*_sorted_labels(points, size), *_kmeans_labels(points, size)]
     cost = torch.stack([scatter(points, labels, N // size) for labels in starts])
-    best = torch.stack(starts)[cost.argmin(0), torch.arange(H, device=features.device)]
+    best = torch.stack(starts)[
+        cost.argmin(0), torch.arange(H, device=features.device, dtype=torch.int64)
+    ]
     return _exchanged(points, best, size).argsort(dim=-1, stable=True)
 
 
@@ -80,7 +82,7 @@ def _sums(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 def _sorted_labels(points: Tensor, size: int) -> list[Tensor]:
     """Return clusters ``[H, N]`` of points as they come and of those sorted by middle and by range."""
-    run = torch.arange(points.shape[1], device=points.device) // size
+    run = torch.arange(points.shape[1], device=points.device, dtype=torch.int64) // size
     keys = (run.expand(points.shape[:2]), points[..., :2].sum(-1), points[..., 1] - points[..., 0])
     return [run[key.argsort(dim=-1, stable=True).argsort(dim=-1)] for key in keys]
 
@@ -108,9 +110,9 @@ def _filled(distance: Tensor, size: int) -> Tensor:
         Cluster of each point, ``[H, N]``.
     """
     H, N, clusters = distance.shape
-    heads = torch.arange(H, device=distance.device)
+    heads = torch.arange(H, device=distance.device, dtype=torch.int64)
     labels = distance.new_zeros(H, N, dtype=torch.int64)
-    room = torch.full((H, clusters), size, device=distance.device)
+    room = torch.full((H, clusters), size, device=distance.device, dtype=torch.int64)
     nearest = distance.topk(2, largest=False).values
     for point in (nearest[..., 0] - nearest[..., 1]).argsort(dim=-1, stable=True).unbind(1):
         open_to_it = distance[heads, point].masked_fill(room == 0, torch.inf)
@@ -133,7 +135,7 @@ def _exchanged(points: Tensor, labels: Tensor, size: int) -> Tensor:
     """
     labels = labels.clone()
     H, N, _ = points.shape
-    heads = torch.arange(H, device=points.device)
+    heads = torch.arange(H, device=points.device, dtype=torch.int64)
     apart = torch.cdist(points, points).square()
     least = _LEAST_GAIN * points.square().sum((1, 2))
     while True:

@@ -198,7 +198,7 @@ def _normalised(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _identity(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[2], device=x.device).repeat(x.shape[1], 1)
+    return torch.arange(x.shape[2], device=x.device, dtype=torch.int64).repeat(x.shape[1], 1)
 
 
 def _pooled(channels: Tensor, paired: bool) -> Tensor:
@@ -237,7 +237,7 @@ def _order_by_correlation(x: Tensor, couple: int, paired: bool) -> Tensor:
         half = together.shape[0] // 2
         if paired:
             together = torch.maximum(together[:half, :half], together[half:, half:])
-        order = torch.tensor(_grouped(together.cpu(), couple), device=x.device)
+        order = torch.tensor(_grouped(together.cpu(), couple), device=x.device, dtype=torch.int64)
         orders.append(torch.cat([order, order + half]) if paired else order)
     return torch.stack(orders)
 

@@ -69,14 +69,17 @@ def _seed(points: Tensor, weight: Tensor, clusters: int, generator: torch.Genera
 
     Source: Arthur and Vassilvitskii, k-means++, SODA 2007.
     """
-    sample = torch.randperm(points.shape[1], generator=generator).to(points.device)
+    order = torch.randperm(points.shape[1], generator=generator, dtype=torch.int64, device="cpu")
+    sample = order.to(points.device)
     sample = sample[: _SEEDING_POINTS * clusters]
     points, weight = points[:, sample], weight[:, sample]
-    sets = torch.arange(points.shape[0], device=points.device)
+    sets = torch.arange(points.shape[0], device=points.device, dtype=torch.int64)
     distance, chosen = torch.ones_like(weight), []
     for _ in range(clusters):
         mass = (weight * distance).cumsum(1)
-        draw = torch.rand(points.shape[0], 1, generator=generator).to(points.device)
+        shape = points.shape[0], 1
+        draw = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        draw = draw.to(points.device)
         draw = draw * mass[:, -1:]
         index = torch.searchsorted(mass, draw, right=True).clamp_max(points.shape[1] - 1)[:, 0]
         picked = points[sets, index]

@@ -109,11 +109,13 @@ def _least(
 def _unrotated(text: Text, role: Role, rotation: Rotation | None) -> Tensor:
     """Return a text's keys or values as they are coded, ``[T, H, D]``."""
     x = (text.key if role == "key" else text.value).transpose(0, 1)
-    return x if rotation is None else unrotate(x, torch.arange(len(x)), rotation)
+    if rotation is None:
+        return x
+    return unrotate(x, torch.arange(len(x), dtype=torch.int64, device="cpu"), rotation)
 
 
 def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
     """Undo `_unrotated`, ``[H, T, D]``."""
     if rotation is not None:
-        x = rotate(x, torch.arange(len(x)), rotation)
+        x = rotate(x, torch.arange(len(x), dtype=torch.int64, device="cpu"), rotation)
     return x.transpose(0, 1)

@@ -58,9 +58,11 @@ def _squared_norms(
     The bound on keys divides them by ``D``, the square of the usual scale; another scale is made up for here.
     """
     B, _, T, D = seen.query.shape
-    usable = torch.ones(B, T, dtype=torch.bool) if seen.mask is None else seen.mask.cpu().bool()
-    places = (usable & (torch.arange(T) >= skipped)).flatten().nonzero()[:, 0]
-    picked = places[torch.randperm(len(places), generator=generator)[:share]]
+    slot = torch.arange(T, dtype=torch.int64, device="cpu")
+    usable = (slot >= 0).expand(B, T) if seen.mask is None else seen.mask.cpu().bool()
+    places = (usable & (slot >= skipped)).flatten().nonzero()[:, 0]
+    order = torch.randperm(len(places), generator=generator, dtype=torch.int64, device="cpu")
+    picked = places[order[:share]]
     rows = seen.query.transpose(1, 2).flatten(0, 1)[picked.to(seen.query.device)]
     return rows.float().square().sum(-1).cpu() * (D * seen.scale**2)
 

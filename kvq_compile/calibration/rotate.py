@@ -27,7 +27,7 @@ def rotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
     cosine, sine = _turns(position, rotation, x.device)
     a, b = x.chunk(2, -1)
     turned = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
-    return turned[..., torch.tensor(rotation.order, device=x.device).argsort()]
+    return turned[..., torch.tensor(rotation.order, device=x.device, dtype=torch.int64).argsort()]
 
 
 def _turns(position: Tensor, rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor]:

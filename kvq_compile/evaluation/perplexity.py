@@ -88,7 +88,10 @@ class Protocol:
                 f"got {len(ids)}; pass fewer or shorter windows"
             )
         starts = range(0, self.window * self.windows, self.window)
-        return [torch.tensor(ids[start : start + self.window + 1]) for start in starts]
+        return [
+            torch.tensor(ids[start : start + self.window + 1], dtype=torch.int64, device="cpu")
+            for start in starts
+        ]
 
 
 @dataclass(frozen=True)

@@ -118,14 +118,22 @@ def count_right(answer: str, digits: str) -> int:
 def sit_exam(runner: Runner, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> int:
     """Return how many digits a runner answers rightly, of ``FACTS * DIGITS``."""
     runner.start()
-    runner.prefill(torch.tensor(exam.context))
+    runner.prefill(torch.tensor(exam.context, dtype=torch.int64, device="cpu"))
     right = 0
     before: list[int] = []
     for question in exam.questions:
-        token = runner.feed(torch.tensor(before + question.prompt))[-1].argmax()
+        token = runner.feed(
+            torch.tensor(before + question.prompt, dtype=torch.int64, device="cpu")
+        )[-1].argmax()
         answer = [int(token)]
         while len(answer) < question.answer_length:
-            answer.append(int(runner.feed(torch.tensor(answer[-1:]))[-1].argmax()))
+            answer.append(
+                int(
+                    runner.feed(torch.tensor(answer[-1:], dtype=torch.int64, device="cpu"))[
+                        -1
+                    ].argmax()
+                )
+            )
         right += count_right(tokenizer.decode(answer), question.digits)
         before = [*answer[-1:], *question.ending]
     runner.cache = None

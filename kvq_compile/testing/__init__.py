@@ -150,7 +150,9 @@ def _measured(
     frame = None
     if spec.tables is not None:
         words = spec.tables.on(pages.device)
-        shift = torch.zeros(pages.shape[0], dtype=torch.int32) if layout.rotary else None
+        shift = (
+            torch.zeros(pages.shape[0], dtype=torch.int32, device="cpu") if layout.rotary else None
+        )
         frame = Frame(words, shift)
     if frame is None:
         coded = pages.double()
@@ -370,12 +372,14 @@ def kv_tensors(
 ) -> Tensor:
     """Draw tokens ``shape``: channels and tokens of different size, some elements set to nasty numbers."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     x = x * (
-        torch.rand(shape[-1], generator=generator) * 4
+        torch.rand(shape[-1], generator=generator, dtype=torch.float32, device="cpu") * 4
         + draw(st.sampled_from((0.0, 0.0, 5.0, 300.0)))
     )
-    x = x + torch.randn(shape[-1], generator=generator) * draw(st.sampled_from((0.0, 0.0, 3.0)))
+    x = x + torch.randn(shape[-1], generator=generator, dtype=torch.float32, device="cpu") * draw(
+        st.sampled_from((0.0, 0.0, 3.0))
+    )
     numbers = st.sampled_from(SPECIAL) | st.floats(-65504.0, 65504.0, width=16)
     if not finite:
         numbers |= st.sampled_from((math.nan, math.inf, -math.inf, 7e4, -1e30))
@@ -398,18 +402,22 @@ def masks(draw: st.DrawFn, batch: int, heads: int, tokens: int, slots: int) -> T
         return None
     shape = draw(st.sampled_from(((), (1, 1), (batch, 1), (1, heads), (batch, heads))))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    own = torch.eye(tokens, slots).roll(slots - tokens, 1).bool()
-    seen = torch.ones(*shape, tokens, slots, dtype=torch.bool)
+    own = torch.eye(tokens, slots, dtype=torch.float32, device="cpu").roll(slots - tokens, 1).bool()
+    seen = torch.ones(*shape, tokens, slots, dtype=torch.bool, device="cpu")
     if draw(st.booleans()):
         seen = seen.tril(slots - tokens)
     if draw(st.booleans()):
-        seen &= torch.rand(seen.shape, generator=generator) < draw(st.sampled_from((0.1, 0.9)))
+        seen &= torch.rand(
+            seen.shape, generator=generator, dtype=torch.float32, device="cpu"
+        ) < draw(st.sampled_from((0.1, 0.9)))
     if draw(st.booleans()):
         seen[..., : draw(st.integers(0, slots))] = False
     seen |= own
     if kind == "bool":
         return seen
-    bias = torch.randn(seen.shape, generator=generator) * draw(st.sampled_from((0.0, 2.0)))
+    bias = torch.randn(seen.shape, generator=generator, dtype=torch.float32, device="cpu") * draw(
+        st.sampled_from((0.0, 2.0))
+    )
     return bias.masked_fill(
         ~seen, draw(st.sampled_from((-math.inf, torch.finfo(torch.float32).min)))
     )

@@ -18,7 +18,9 @@ B, H, D = 2, 2, LAYOUT.head_dim
 
 def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return ``count`` normal tokens ``[B, H, count, D]``."""
-    return torch.randn(B, H, count, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    shape = B, H, count, D
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
 def grown(count: int, seed: int = 0, layout: PageLayout = LAYOUT) -> QuantizedKV:
@@ -37,7 +39,8 @@ def used(cache: QuantizedKV) -> list[Tensor]:
     layout = cache.page_layout
     first = layout.sinks + pages * layout.page_size
     rows = reference.exact_row_index(first, max(first, length), layout, cache.device)
-    rows = torch.cat([torch.arange(min(length, layout.sinks)), rows])
+    sinks = reference.exact_row_index(0, min(length, layout.sinks), layout, cache.device)
+    rows = torch.cat([sinks, rows])
     return [
         cache.codes[:, :, :pages],
         cache.params[:, :, :pages],

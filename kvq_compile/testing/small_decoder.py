@@ -40,6 +40,10 @@ class Call:
     held: int
 
 
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 class Decoder(nn.Module):
     """A small decoder, attention alone, that keeps its cache as custom models do, and what to feed it.
 
@@ -74,15 +78,15 @@ class Decoder(nn.Module):
         sizes = [(self.width, (query + 2 * kv) * head_dim), (query * head_dim, self.width)]
         for layer in range(layers):
             for name, (rows, columns) in zip(("project", "merge"), sizes, strict=True):
-                weight = torch.randn(rows, columns, generator=generator) * rows**-0.5
+                weight = _normal(generator, rows, columns) * rows**-0.5
                 self.register_buffer(f"{name}_{layer}", weight.to(dtype))
-        self.inputs = torch.randn(len(padding), sum(chunks), self.width, generator=generator).to(
-            dtype
-        )
+        self.inputs = _normal(generator, len(padding), sum(chunks), self.width).to(dtype)
         if kind == "static":
             for layer in range(layers):
                 for name in ("keys", "values"):
-                    empty = torch.zeros(len(padding), kv, self.slots, head_dim, dtype=dtype)
+                    empty = torch.zeros(
+                        len(padding), kv, self.slots, head_dim, dtype=dtype, device="cpu"
+                    )
                     self.register_buffer(f"{name}_{layer}", empty)
 
     def __repr__(self) -> str:
@@ -133,12 +137,13 @@ class Decoder(nn.Module):
         if self.mask_kind == "none":
             return None
         slots = self.slots if self.kind == "static" else start + tokens
-        column, row = torch.arange(slots), torch.arange(start, start + tokens)[:, None]
-        padding = torch.tensor(self.padding)[:, None, None, None]
+        column = torch.arange(slots, dtype=torch.int64, device="cpu")
+        row = torch.arange(start, start + tokens, dtype=torch.int64, device="cpu")[:, None]
+        padding = torch.tensor(self.padding, dtype=torch.int64, device="cpu")[:, None, None, None]
         seen = (column <= row) & (column >= padding) | (column == row)
         if self.mask_kind == "bool":
             return seen
-        hidden = torch.zeros(seen.shape, dtype=self.dtype)
+        hidden = torch.zeros(seen.shape, dtype=self.dtype, device="cpu")
         return hidden.masked_fill(~seen, torch.finfo(self.dtype).min)
 
     def run(self, **options: Any) -> Iterator[Call]:
@@ -147,18 +152,19 @@ class Decoder(nn.Module):
             self.forward, backend="kvq", options={"strict": True, **self.options, **options}
         )
         past: Any = None
-        history = [[torch.zeros(0)] * 2 for _ in range(self.layers)]
+        history: list[list[Tensor]] = [[] for _ in range(self.layers)]
         start = 0
         for tokens in self.chunks:
-            mask, position = self.mask(start, tokens), torch.arange(start, start + tokens)
+            mask = self.mask(start, tokens)
+            position = torch.arange(start, start + tokens, dtype=torch.int64, device="cpu")
             caches = [self._caches(layer, past) for layer in range(self.layers)]
             with torch.no_grad():
                 _, past, seen = compiled(
                     self.inputs[:, start : start + tokens], mask, position, past
                 )
             for layer, (q, k, v, output) in enumerate(seen):
-                for i, new in enumerate((k, v)):
-                    history[layer][i] = torch.cat([history[layer][i], new], 2) if start else new
+                pairs = zip(history[layer], (k, v), strict=True)
+                history[layer] = [torch.cat(pair, 2) for pair in pairs] if start else [k, v]
                 before = history[layer][0], history[layer][1]
                 yield Call(q, k, v, output, mask, caches[layer], before, start)
             start += tokens

@@ -27,12 +27,12 @@ def random_tables(
         seed: Of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(3, heads, head_dim, generator=generator)
+    uniform = torch.rand(3, heads, head_dim, generator=generator, dtype=torch.float32, device="cpu")
     if rotary:
         half = uniform[0, :, : head_dim // 2].argsort(-1)
         order = torch.cat([half, half + head_dim // 2], -1)
         scale = (0.5 + uniform[1, :, : head_dim // 2]).repeat(1, 2)
-        exponent = half / (head_dim // 2)
+        exponent = half.float() / (head_dim // 2)
         frequency = (2.0**32 / 6.3 * 1e-4**exponent).round().int()
     else:
         order, scale, frequency = uniform[0].argsort(-1), 0.5 + uniform[1], None
@@ -41,8 +41,8 @@ def random_tables(
     if codebook is not None:
         couple, bits = codebook
         shape = (heads, head_dim // couple, 1 << bits, couple)
-        book = torch.randn(shape, generator=generator)
-    mean = torch.randn(heads, head_dim, generator=generator)
+        book = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    mean = torch.randn(heads, head_dim, generator=generator, dtype=torch.float32, device="cpu")
     return Tables.build(
         order=order, mean=mean, scale=scale, margin=margin, frequency=frequency, codebook=book
     )
@@ -112,6 +112,8 @@ def framed_layouts(
     layout = cache.layout(chosen, head_dim)
     shift: Tensor | None = None
     if layout.rotary:
-        shift = torch.tensor([draw(st.integers(-9, 9)) for _ in range(batch)], dtype=torch.int32)
+        shift = torch.tensor(
+            [draw(st.integers(-9, 9)) for _ in range(batch)], dtype=torch.int32, device="cpu"
+        )
     assert spec.tables is not None
     return layout, Frame(spec.tables.words, shift)

@@ -95,12 +95,12 @@ def _constant(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> Tensor | None:
 def _tables(bias: Tensor, rotation: Rotation, margin: float) -> Tables:
     """Return tables that take a bias ``[H, D]`` off unrotated keys and clip as the spec does."""
     heads, head_dim = bias.shape
-    order = torch.tensor(rotation.order).expand(heads, head_dim)
-    frequency = torch.tensor(rotation.frequencies, dtype=torch.int64).int()
+    order = torch.tensor(rotation.order, dtype=torch.int64, device="cpu").expand(heads, head_dim)
+    frequency = torch.tensor(rotation.frequencies, dtype=torch.int64, device="cpu").int()
     return Tables.build(
         order=order,
         mean=bias.gather(1, order),
-        scale=torch.ones(heads, head_dim),
-        margin=torch.full((heads, head_dim), margin),
+        scale=torch.ones(heads, head_dim, dtype=torch.float32, device="cpu"),
+        margin=torch.full((heads, head_dim), margin, dtype=torch.float32, device="cpu"),
         frequency=frequency.expand(heads, head_dim // 2),
     )

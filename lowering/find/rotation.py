@@ -296,16 +296,20 @@ class _Turn:
     def __init__(self, replay: Replay) -> None:
         self._replay, self.shape = replay, replay.shape
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(replay.source_shape, dtype=replay.dtype, generator=generator)
+        start = torch.randn(
+            replay.source_shape, dtype=replay.dtype, generator=generator, device="cpu"
+        )
         self._start = start.requires_grad_()
-        zero = torch.zeros(self.tokens, dtype=torch.int64)
+        zero = torch.zeros(self.tokens, dtype=torch.int64, device="cpu")
         self._key = replay(start, zero)
         if not self._key.requires_grad or self._key.shape != self.shape:
             raise Refusal("the key is no differentiable function of what is rotated")
-        self._factor = torch.ones(self.width, dtype=torch.float64)
-        squared = self(torch.ones(self.shape, dtype=torch.float64), zero)[0, 0, 0]
+        self._factor = torch.ones(self.width, dtype=torch.float64, device="cpu")
+        squared = self(torch.ones(self.shape, dtype=torch.float64, device="cpu"), zero)[0, 0, 0]
         self._factor = squared.clamp_min(0).sqrt()
-        self.random = torch.randn(self.shape, dtype=torch.float64, generator=generator)
+        self.random = torch.randn(
+            self.shape, dtype=torch.float64, generator=generator, device="cpu"
+        )
         kept = bool((self._factor > 0).all())
         if not kept or not torch.allclose(self(self.random, zero), self.random, 1e-6, 1e-6):
             raise Refusal("the key at position 0 is not the un-rotated key times a constant")
@@ -340,7 +344,10 @@ class _Turn:
         limit = FARTHEST
         while True:
             try:
-                self(self.random, torch.full((self.tokens,), limit - 1))
+                self(
+                    self.random,
+                    torch.full((self.tokens,), limit - 1, dtype=torch.int64, device="cpu"),
+                )
             except Refusal:
                 if limit <= 2:
                     raise
@@ -351,12 +358,15 @@ class _Turn:
     def matrix(self, position: int) -> Tensor:
         """Return the ``[D, D]`` map of the channels at a position."""
         batch, heads, tokens, width = self.shape
-        identity = torch.eye(width, dtype=torch.float64)
+        identity = torch.eye(width, dtype=torch.float64, device="cpu")
         columns: list[Tensor] = []
         for units in identity.split(batch * heads * tokens):
-            key = torch.zeros(batch * heads * tokens, width, dtype=torch.float64)
+            key = torch.zeros(batch * heads * tokens, width, dtype=torch.float64, device="cpu")
             key[: len(units)] = units
-            turned = self(key.view(self.shape), torch.full((tokens,), position))
+            turned = self(
+                key.view(self.shape),
+                torch.full((tokens,), position, dtype=torch.int64, device="cpu"),
+            )
             columns.append(turned.reshape(-1, width)[: len(units)])
         return torch.cat(columns).T
 
@@ -374,7 +384,9 @@ def _read(replay: Replay) -> tuple[tuple[int, ...], tuple[int, ...]]:
     half = len(rest) // 2
     order = (*first, *rest[:half], *second, *rest[half:])
     powers = [1 << k for k in range(limit.bit_length() - 1)]
-    positions = torch.tensor(sorted({*range(min(limit, _DENSE)), *powers, limit - 1}))
+    positions = torch.tensor(
+        sorted({*range(min(limit, _DENSE)), *powers, limit - 1}), dtype=torch.int64, device="cpu"
+    )
     frequencies = (*_frequencies(turn, first, second, powers), *[0] * half)
     _verify(turn, order, frequencies, positions, replay.epsilon)
     return order, frequencies
@@ -400,10 +412,10 @@ def _frequencies(
     The angle at a position tells the frequency up to whole turns, and more exactly the farther away the
     position is; the estimate from half the distance says how many turns those were.
     """
-    unit = torch.zeros(turn.shape, dtype=torch.float64)
+    unit = torch.zeros(turn.shape, dtype=torch.float64, device="cpu")
     unit[..., list(first)] = 1.0
-    angles = torch.empty(len(powers), len(first), dtype=torch.float64)
-    for rows, positions in turn.in_calls(torch.tensor(powers)):
+    angles = torch.empty(len(powers), len(first), dtype=torch.float64, device="cpu")
+    for rows, positions in turn.in_calls(torch.tensor(powers, dtype=torch.int64, device="cpu")):
         turned = turn(unit, positions)[0, 0, : rows.stop - rows.start]
         angles[rows] = torch.atan2(turned[:, list(second)], turned[:, list(first)])
     turns = angles / (2 * math.pi)
@@ -432,10 +444,10 @@ def _verify(
     half = turn.width // 2
     lower, upper = turn.random[..., list(order[:half])], turn.random[..., list(order[half:])]
     for rows, chunk in turn.in_calls(positions):
-        phase = (chunk[:, None] * torch.tensor(frequencies)) % TURN
+        phase = (chunk[:, None] * torch.tensor(frequencies, dtype=torch.int64, device="cpu")) % TURN
         angle = phase.double() * (2 * math.pi / TURN)
         cos, sin = angle.cos(), angle.sin()
-        wanted = torch.empty(turn.shape, dtype=torch.float64)
+        wanted = torch.empty(turn.shape, dtype=torch.float64, device="cpu")
         wanted[..., list(order[:half])] = lower * cos - upper * sin
         wanted[..., list(order[half:])] = upper * cos + lower * sin
         allowed = (4 * epsilon + chunk[:, None] * 2.0**-22) * turn.random.abs().max()
