@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvq_compile.backend import kvq
-from kvq_compile.convert import become, check_can_become_quantized
 from kvq_compile.errors import KVQError
+from kvq_compile.kernels.cache.become import become, check_can_become_quantized
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role
 from kvq_compile.kernels.tables import Tables

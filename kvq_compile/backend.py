@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from kvq_compile.convert import convert
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, record
-from kvq_compile.lowering.pipeline import Lowered, lower
-from kvq_compile.lowering.rewrite.quantize_outputs import Plain
+from kvq_compile.lowering.pipeline import lower
+from kvq_compile.lowering.runtime import Compiled
+from kvq_compile.lowering.sites import SiteReport
 from kvq_compile.options import Config, make_config
 
 logger = logging.getLogger("kvq_compile")
-
-Compiled = Callable[..., Any]
 
 watch_generate()
 
@@ -57,25 +55,31 @@ def compile_graph(
     if config.calibration is not None and lowered.reports:
         config.calibration.check(example_inputs, len(lowered.reports))
     record(GraphReport(tuple(lowered.reports), config.spec))
-    _tell(lowered, config)
+    _tell(lowered.reports, config)
+
+    def compile_inner(args: Sequence[Any]) -> Compiled:
+        return _compile_inner(lowered.module, lowered.flatten(args), config, mode)
+
+    def stays_plain(reason: RuntimeError) -> None:
+        text = f"a 16-bit cache was left as it is: {reason}"
+        if config.strict:
+            raise KVQError(text) from reason
+        warnings.warn(text, KVQWarning, stacklevel=3)
+
     if lowered.conversions:
-        return _run_once_then_convert(lowered, config, mode)
-    return _around(
-        _compile_inner(lowered.module, lowered.flatten(example_inputs), config, mode), lowered
-    )
+        return lowered.run_once_then_convert(compile_inner, stays_plain)
+    return lowered.around(compile_inner(example_inputs))
 
 
-def _tell(lowered: Lowered, config: Config) -> None:
+def _tell(reports: Sequence[SiteReport], config: Config) -> None:
     """Log what became of each attention; warn about those that keep a cache in 16 bit."""
-    for site in lowered.reports:
+    for site in reports:
         logger.info("attention %d (%s) %s: %s", site.layer, site.source, site.outcome, site.detail)
-    refused = [
-        site for site in lowered.reports if site.outcome == "left alone" and not site.expected
-    ]
+    refused = [site for site in reports if site.outcome == "left alone" and not site.expected]
     if not refused:
         return
     reasons = "; ".join(sorted({site.detail for site in refused}))
-    text = f"{len(refused)} of {len(lowered.reports)} attentions were left as they are: {reasons}"
+    text = f"{len(refused)} of {len(reports)} attentions were left as they are: {reasons}"
     if config.strict:
         raise KVQError(text)
     warnings.warn(text, KVQWarning, stacklevel=2)
@@ -95,42 +99,3 @@ def _compile_inner(
 
     patches = {**(list_mode_options(mode) if mode else {}), **config.inductor}
     return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
-
-
-def _around(inner: Compiled, lowered: Lowered) -> Compiled:
-    """Wrap the inner callable: caches are unwrapped on the way in and wrapped on the way out."""
-    if not lowered.unwrapped and all(isinstance(plan, Plain) for plan in lowered.outputs):
-        return inner
-    return lambda *args: _call(inner, lowered, args)
-
-
-def _call(inner: Compiled, lowered: Lowered, args: Sequence[Any]) -> list[Any]:
-    lowered.claim(args)
-    results = inner(*lowered.flatten(args))
-    return [plan.build(results, args) for plan in lowered.outputs]
-
-
-def _run_once_then_convert(lowered: Lowered, config: Config, mode: str | None) -> Compiled:
-    """Run the graph as captured and quantize its 16-bit buffers afterwards.
-
-    Each buffer meets this graph once, and then is no longer what it was compiled for, so compiling it
-    would cost more than it brings. Where a buffer cannot be converted none is, and the graph is compiled
-    after all.
-    """
-    compiled: list[Compiled] = []
-
-    def call(*args: Any) -> list[Any]:
-        outputs = _call(compiled[0] if compiled else lowered.module.forward, lowered, args)
-        if compiled:
-            return outputs[: lowered.returned]
-        try:
-            convert(lowered.conversions, args, outputs)
-        except RuntimeError as reason:
-            text = f"a 16-bit cache was left as it is: {reason}"
-            if config.strict:
-                raise KVQError(text) from reason
-            warnings.warn(text, KVQWarning, stacklevel=2)
-            compiled.append(_compile_inner(lowered.module, lowered.flatten(args), config, mode))
-        return outputs[: lowered.returned]
-
-    return call

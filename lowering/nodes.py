@@ -49,6 +49,24 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def size_of(node: fx.Node, dim: int) -> Any:
+    """Return a size as an argument of a call: a number, or a node, made at the graph's insert point if need be.
+
+    A symbolic size itself is no argument: only some compilers know the symbol by its name. Nodes that know the
+    size already come first, so that a buffer which nobody else reads is not kept for its size.
+    """
+    size = (shape_of(node) or ())[dim]
+    if not isinstance(size, torch.SymInt):
+        return size
+    for known in (*node.graph.find_nodes(op="placeholder"), *node.all_input_nodes):
+        value = value_of(known)
+        if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+            return known
+    call = node.graph.call_method("size", (node, dim))
+    call.meta["example_value"] = size
+    return call
+
+
 def same(a: Any, b: Any) -> bool:
     """Say whether two sizes are equal for every input that the graph serves."""
     return bool(statically_known_true(a == b))

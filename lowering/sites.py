@@ -11,12 +11,17 @@ from torch import fx
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.tables import Tables
 
-# Importance of a cache's tokens and the queries that it is to hold, where its layout asks.
-Seen = tuple[fx.Node | None, fx.Node | None]
-
 
 class Refusal(Exception):
     """A reason to leave a site as it is; its text is what `explain` shows."""
+
+
+class Contradiction(ValueError):
+    """The call contradicts what the model is compiled for: an error, since no numbers would be right."""
+
+
+class LostWrite(NotImplementedError):
+    """A write that a quantized cache cannot take: an error, since it would be lost."""
 
 
 @dataclass(frozen=True)

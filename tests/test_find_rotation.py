@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from kvq_compile import make_spec
 from kvq_compile.calibration.capture import capture
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.rotation import TURN, Rotation, find_rotation
 from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import Refusal
 
@@ -30,14 +32,15 @@ class Finder:
         self.found: list[Rotation | str] = []
 
     def __call__(self, gm, example_inputs):
-        unchain_writes(gm.graph)
-        outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
-        for attention in find_attentions(gm.graph):
+        graph = Graph.copy_of(gm, make_spec(), example_inputs)
+        unchain_writes(graph)
+        outputs = set(graph.output.all_input_nodes)
+        for attention in find_attentions(graph.fx):
             key = attention.key
             with contextlib.suppress(Refusal):  # no cache: the key is the call's own as it is
                 key = find_state(key, outputs).new
             try:
-                self.found.append(find_rotation(key, example_inputs))
+                self.found.append(find_rotation(key, graph.inputs))
             except Refusal as reason:
                 self.found.append(str(reason))
         return gm.forward

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,58 +13,49 @@ from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.sites import (
     Attention,
     AttentionSite,
     Coding,
+    Contradiction,
     Life,
     Refusal,
     SiteReport,
     State,
 )
-from kvq_compile.lowering.sizes import SizeReader
 
 BY_OPTION = "left in 16 bit by the option layers"
 KEEPS_NOT = "keep_exact needs a cache that grows: the host does not know which pages of a cache of fixed size fill up"
 GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
 
 
-def find_sites(
-    graph: fx.Graph,
-    spec: CacheSpec,
-    sizes: SizeReader,
-    inputs: Mapping[fx.Node, Any] | None = None,
-) -> tuple[list[AttentionSite], list[SiteReport]]:
-    """Return the sites that can be rewritten under ``spec`` and a report of each that cannot.
+def find_sites(graph: Graph) -> PassReport:
+    """Find the attentions whose caches can be quantized, and say of each other one why it cannot.
 
-    Args:
-        graph: The graph.
-        spec: What caches are quantized to.
-        sizes: Reads lengths from the arguments of a call.
-        inputs: The arguments of the call that is being compiled, by placeholder, where constants of the model
-            may decide how keys are coded.
+    Before:  a graph
+    After:   the same graph, ``graph.sites`` and ``graph.reports``
+    Because: what is not understood for certain is left as it is, with a reason.
 
     Raises:
-        ValueError: A cache is quantized to something else than ``spec``.
+        Contradiction: A cache is quantized to something else than the call asks for.
     """
-    outputs = set(next(iter(reversed(graph.nodes))).all_input_nodes)
-    sites: list[AttentionSite] = []
-    refused: list[SiteReport] = []
+    outputs = set(graph.output.all_input_nodes)
     taken: set[fx.Node] = set()
-    for layer, found in enumerate(find_attentions(graph)):
+    for layer, found in enumerate(find_attentions(graph.fx)):
         node = found.output if isinstance(found, Attention) else found[0]
         try:
             if not isinstance(found, Attention):
                 raise found[1]
-            site = _site(layer, found, outputs, spec, inputs)
-            _check_graph(site, graph, sizes, taken)
+            site = _site(layer, found, outputs, graph)
+            _check_graph(site, graph, taken)
         except Refusal as reason:
-            refused.append(left_alone(layer, node, str(reason)))
+            graph.reports.append(left_alone(layer, node, str(reason)))
         else:
-            sites.append(site)
+            graph.sites.append(site)
             taken.update(state.base for state, _ in site.states())
-    return sites, refused
+    return PassReport(tuple(f"{site.attention.output} is a site" for site in graph.sites))
 
 
 def left_alone(layer: int, node: fx.Node, reason: str) -> SiteReport:
@@ -79,19 +69,18 @@ def _site(
     layer: int,
     attention: Attention,
     outputs: set[fx.Node],
-    spec: CacheSpec,
-    inputs: Mapping[fx.Node, Any] | None,
+    graph: Graph,
 ) -> AttentionSite:
     key = find_state(attention.key, outputs)
     value = find_state(attention.value, outputs)
-    layer_spec = spec.for_layer(layer)
+    layer_spec = graph.spec.for_layer(layer)
     if layer_spec is None:
         raise Refusal(BY_OPTION)
     check_pair(key, value)
     check_tensors(attention, key, value)
     check_mask(attention, key)
-    if inputs is not None and not _is_held_plain(key, layer_spec):
-        layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, inputs))
+    if not _is_held_plain(key, layer_spec):
+        layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, graph.inputs))
     heads = int(value_of(attention.query).shape[1])
     codings = [_coding("key", layer_spec, key, heads), _coding("value", layer_spec, value, heads)]
     for state, coding in zip((key, value), codings, strict=True):
@@ -113,12 +102,12 @@ def _coding(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Codi
 
     Raises:
         Refusal: Their head dimension cannot be packed so.
-        ValueError: They were calibrated for other shapes, or are held in another way.
+        Contradiction: They were calibrated for other shapes, or are held in another way.
     """
     tables = (spec.key if role == "key" else spec.value).tables
     _, heads, _, head_dim = value_of(state.base).shape
     if tables is not None and (tables.heads, tables.head_dim) != (int(heads), int(head_dim)):
-        raise ValueError(
+        raise Contradiction(
             f"calibration must be of this model, whose {role}s have {heads} heads of {head_dim} channels, "
             f"got {tables.heads} heads of {tables.head_dim}"
         )
@@ -135,27 +124,25 @@ def _as_held(held: PageLayout, wanted: PageLayout) -> PageLayout:
     """Return the layout of a cache that is held; one that was quantized outside a graph holds no queries.
 
     Raises:
-        ValueError: It is not quantized as this model is compiled.
+        Contradiction: It is not quantized as this model is compiled.
     """
     if held not in (wanted, replace(wanted, queries=0, shared_by=0)):
-        raise ValueError(
+        raise Contradiction(
             f"the cache must be quantized as this model is compiled, {wanted}, got {held}; start with an empty "
             "cache, or compile with the options that made this one"
         )
     return held
 
 
-def _check_graph(
-    site: AttentionSite, graph: fx.Graph, sizes: SizeReader, taken: set[fx.Node]
-) -> None:
+def _check_graph(site: AttentionSite, graph: Graph, taken: set[fx.Node]) -> None:
     """Make sure that the rest of the graph lets the site be rewritten."""
     states = (site.key, site.value)
     if taken & {state.base for state in states}:
         raise Refusal("another attention has taken over the same cache")
-    check_order(site.attention, states, list(graph.nodes))
+    check_order(site.attention, states, list(graph.fx.nodes))
     for state in states:
         for length in _lengths(state):
-            sizes.size(length)  # raises where the arguments of a call do not tell
+            graph.sizes.size(length)  # raises where the arguments of a call do not tell
 
 
 def _lengths(state: State) -> list[Any]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import fx
 
-from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.nodes import argument, insert_call, shape_of, target_name, value_of
-from kvq_compile.lowering.rewrite.unwrap_caches import CacheInput
-from kvq_compile.lowering.sites import Life, Refusal, State
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import argument, shape_of, target_name, value_of
+from kvq_compile.lowering.sites import Coding, Life, Refusal, State
 from kvq_compile.lowering.sizes import SizeReader
 
 
-def extend_refused(
-    graph: fx.Graph, caches: dict[fx.Node, CacheInput], fused: Iterable[State], sizes: SizeReader
-) -> list[State]:
+def extend_refused(graph: Graph) -> PassReport:
     """Append the new tokens of every grown cache that no rewritten site has taken over.
 
     Before:  keys = cat([past_keys, key], 2); ...; return keys
@@ -25,17 +20,12 @@ def extend_refused(
     Because: what leaves the call stays quantized, even if this call has to read it as ordinary tensors.
 
     Leaves alone: a cache that grows in another way, or twice. It leaves the call in 16 bit.
-
-    Returns:
-        The caches that leave the call as longer views.
     """
-    output = next(iter(reversed(graph.nodes)))
-    taken = {state.base for state in fused}
-    extended: list[State] = []
-    for past, cache in caches.items():
-        grown = [
-            user for user in past.users if user in output.all_input_nodes and user not in taken
-        ]
+    changes = []
+    taken = {state.base for state, _ in graph.states()}
+    returned = graph.output.all_input_nodes
+    for past, cache in graph.caches.items():
+        grown = [user for user in past.users if user in returned and user not in taken]
         if (
             value_of(past).kind != "grown"
             or len(grown) != 1
@@ -43,14 +33,14 @@ def extend_refused(
         ):
             continue
         new = _new_tokens(grown[0], past)
-        if new is None or not _is_known(sizes, new):
+        if new is None or not _is_known(graph.sizes, new):
             continue
-        with graph.inserting_before(grown[0].next):
-            tokens = graph.call_method("detach", (new,)) if torch.is_grad_enabled() else new
-            arguments = (*cache.parts, tokens, None, cache.length, cache.layout.token)
-            insert_call(graph, ops.append_, (*arguments, None, *cache.frame, None, cache.originals))
-        extended.append(State(Life.GROWN, grown[0], new, past))
-    return extended
+        with graph.fx.inserting_before(grown[0].next):
+            tokens = graph.fx.call_method("detach", (new,)) if torch.is_grad_enabled() else new
+            cache.append(graph.fx, tokens, (None, cache.length))
+        graph.extended.append((State(Life.GROWN, grown[0], new, past), Coding(cache.layout)))
+        changes.append(f"{past} takes {new}; {grown[0]} is still read as an ordinary tensor")
+    return PassReport(tuple(changes))
 
 
 def _new_tokens(cat: fx.Node, past: fx.Node) -> fx.Node | None:

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering.find.sites import find_sites
+from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import AttentionSite, SiteReport
-from kvq_compile.lowering.sizes import SizeReader
 
 
 @dataclass(frozen=True)
@@ -72,30 +72,23 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
     Raises:
         ValueError: The graph reads a quantized cache.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
-    for node, copy in copies.items():
-        if hasattr(node, "_dynamo_source"):
-            copy._dynamo_source = node._dynamo_source
-    module = fx.GraphModule(gm, graph)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    unknown = [None for node in gm.graph.nodes if node.op == "placeholder"]  # no constant decides
+    graph = Graph.copy_of(gm, spec, unknown)
     unchain_writes(graph)  # first: the finders know a cache by one node
-    sites, reports = find_sites(graph, spec, SizeReader(placeholders))
-    changed = changed_roots(graph.nodes)
+    find_sites(graph)
+    placeholders = list(graph.inputs)
+    changed = changed_roots(graph.fx.nodes)
     written = [index for index, node in enumerate(placeholders) if node in changed]
-    output = next(iter(reversed(graph.nodes)))
     seen: list[fx.Node] = []
-    for site in sites:
+    for site in graph.sites:
         key, value = site.key.new, site.value.new
         if gradients:
-            key, value = _begin_gradient(graph, key), _begin_gradient(graph, value)
+            key, value = _begin_gradient(graph.fx, key), _begin_gradient(graph.fx, value)
         seen += [site.attention.query, key, value]
-    results = list(output.args[0])
-    output.args = ((*results, *seen),)
-    graph.lint()
-    module.recompile()
-    return Watched(module, sites, reports, placeholders, written, len(results))
+    graph.results = [*graph.results, *seen]
+    graph.fx.lint()
+    graph.module.recompile()
+    return Watched(graph.module, graph.sites, graph.reports, placeholders, written, graph.returned)
 
 
 def with_gradient(x: Tensor) -> Tensor:

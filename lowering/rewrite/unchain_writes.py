@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from torch import fx
-
 from kvq_compile.lowering.find.writes import is_write
+from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import target_name
 
 
-def unchain_writes(graph: fx.Graph) -> None:
+def unchain_writes(graph: Graph) -> PassReport:
     """Let everything that reads the result of a cache write read the cache.
 
     Before:  written = cache.index_copy_(2, position, key); attend(query, written)
     After:   cache.index_copy_(2, position, key); attend(query, cache)
     Because: a write in place returns its first argument, and no later pass should have to know both names.
     """
-    for node in graph.nodes:
-        if is_write(node) and target_name(node) != "setitem":  # which returns nothing
+    changes = []
+    for node in graph.fx.nodes:
+        if (
+            is_write(node) and node.users and target_name(node) != "setitem"
+        ):  # which returns nothing
             node.replace_all_uses_with(node.args[0])
+            changes.append(f"{node.name} is read as {node.args[0]}")
+    return PassReport(tuple(changes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,33 +9,13 @@ from torch import fx
 from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.ops import FRAME, ORIGINALS, PARTS
+from kvq_compile.lowering.cache_nodes import CacheNodes
+from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import value_of
 
 
-@dataclass(frozen=True)
-class CacheInput:
-    """The inputs that stand for one quantized cache.
-
-    Attributes:
-        parts: Placeholders of its four parts.
-        frame: Placeholders of its tables and its shift; ``None`` for what it has not.
-        originals: Placeholder of its exact copies in host memory, if it has them.
-        length: Placeholder of its length, or the length where it is constant.
-        owns_length: Whether that placeholder was made for this cache.
-        layout: Its layout.
-    """
-
-    parts: tuple[fx.Node, ...]
-    frame: tuple[fx.Node | None, fx.Node | None]
-    length: Any
-    owns_length: bool
-    layout: PageLayout
-    originals: fx.Node | None = None
-
-
-def unwrap_caches(graph: fx.Graph) -> dict[fx.Node, CacheInput]:
+def unwrap_caches(graph: Graph) -> PassReport:
     """Add placeholders for the parts of every quantized cache.
 
     Before:  cache = placeholder                                   # QuantizedKV [B, H, S, D]
@@ -45,21 +24,19 @@ def unwrap_caches(graph: fx.Graph) -> dict[fx.Node, CacheInput]:
 
     The wrapped placeholders keep their users; they go when the rewriting passes have replaced those.
     """
-    inputs: dict[fx.Node, CacheInput] = {}
-    for node in list(graph.nodes):
+    for node in graph.inputs:
         cache = value_of(node)
-        if node.op != "placeholder" or not isinstance(cache, QuantizedKV):
+        if not isinstance(cache, QuantizedKV):
             continue
-        with graph.inserting_before(node):
-            parts = tuple(_part(graph, node, cache, name) for name in PARTS)
-            tables, shift, originals = (
-                None if getattr(cache, name) is None else _part(graph, node, cache, name)
+        with graph.fx.inserting_before(node):
+            parts = tuple(_part(graph.fx, node, cache, name) for name in PARTS)
+            more = (
+                None if getattr(cache, name) is None else _part(graph.fx, node, cache, name)
                 for name in (*FRAME, ORIGINALS)
             )
-            length, owned = _length(graph, node, cache)
-        about = length, owned, cache.page_layout
-        inputs[node] = CacheInput(parts, (tables, shift), *about, originals)
-    return inputs
+            about = cache.page_layout, *more, *_length(graph.fx, node, cache)
+        graph.caches[node] = CacheNodes(parts, *about)
+    return PassReport(tuple(f"{node} becomes its parts" for node in graph.caches))
 
 
 def _length(graph: fx.Graph, node: fx.Node, cache: QuantizedKV) -> tuple[Any, bool]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kvq_compile.convert import become
+from kvq_compile.kernels.cache.become import become
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.testing.small_cache import (
     LAYOUT,

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from torch import fx
 
+from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import root_of, writes_in_place
 
 
-def drop_dead(graph: fx.Graph) -> None:
-    """Erase calls whose result nobody uses and that write into nothing that outlives them.
+def drop_orphans(graph: Graph) -> PassReport:
+    """Erase calls that had users before the rewriting, have none now, and write into nothing that outlives them.
 
     Before:  scores = matmul(query, keys); scores += mask; weights = softmax(scores)    # no longer used
     After:
     Because: left in place they would read the whole cache as an ordinary tensor.
+
+    Leaves alone: calls that never had users. They are in the graph for what they do: effects of custom
+    operators, assertions, the brackets of functorch, random numbers drawn and not looked at.
     """
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "call_method") and not node.users and not _is_seen(node):
-            graph.erase_node(node)
+    erased = []
+    for node in reversed(list(graph.fx.nodes)):
+        if node in graph.used and not node.users and not _is_seen(node):
+            erased.append(node.name)
+            graph.fx.erase_node(node)
+    return PassReport(tuple(f"{name} is gone" for name in erased))
 
 
 def _is_seen(node: fx.Node) -> bool:
-    """Say whether a call writes into something that others can see."""
+    """Say whether a call writes into something that others can see, or has another effect."""
     if not writes_in_place(node):
         return False
     if node.is_impure() or getattr(node.target, "_schema", None) is not None:

@@ -2,38 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.rewrite.plan_conversions import Conversion
-
-
-def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Quantize the buffers that a call has written, or none of them.
-
-    Args:
-        conversions: Which arguments to quantize, and how.
-        args: The arguments of the call.
-        outputs: What it returned, the slots that the conversions ask for included.
-
-    Raises:
-        RuntimeError: One of them cannot be converted in place. Nothing has changed then.
-    """
-    for conversion in conversions:
-        check_can_become_quantized(args[conversion.argument])
-    for conversion in conversions:
-        buffer, held = args[conversion.argument], conversion.held(args, outputs)
-        with torch.no_grad():
-            coding = conversion.coding
-            tables = coding.tables.on(buffer.device) if coding.tables else None
-            quantized = QuantizedKV.from_dense(
-                buffer, coding.layout, kind="static", length=held, tables=tables
-            )
-        become(buffer, quantized)
 
 
 def check_can_become_quantized(tensor: Tensor) -> None:

@@ -1,0 +1,139 @@
+"""The nodes that stand for one quantized cache in a graph, and every call of an operator on them.
+
+No other file of the lowering spells out the arguments of an operator.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.layout import QUERIES, PageLayout
+from kvq_compile.lowering.nodes import insert_call, size_of, value_of
+from kvq_compile.lowering.sites import Attention, Coding
+
+Slots = tuple[Any, Any]  # ``position, start`` as the operators take them: one of the two is None
+# Importance of a cache's tokens and the queries that it is to hold, where its layout asks.
+Seen = tuple[fx.Node | None, fx.Node | None]
+UNSEEN: Seen = (None, None)
+
+
+def slots_from(first: Any) -> Slots:
+    """Return the slots of a write: a node of positions, or the first slot as a number or a node of one."""
+    return (first, None) if isinstance(value_of(first), Tensor) else (None, first)
+
+
+@dataclass(frozen=True)
+class CacheNodes:
+    """One quantized cache, an input of the graph or made in it.
+
+    Attributes:
+        parts: Nodes of its four parts.
+        layout: Its layout.
+        tables, shift: Nodes of what its tokens are coded relative to; ``None`` for what it has not.
+        originals: Node of its exact copies in host memory, if it has them.
+        length: Of an input, the node of its length, or the length where it is constant.
+        owns_length: Whether that node is an input made for this cache.
+    """
+
+    parts: tuple[fx.Node, ...]
+    layout: PageLayout
+    tables: fx.Node | None = None
+    shift: fx.Node | None = None
+    originals: fx.Node | None = None
+    length: Any = None
+    owns_length: bool = False
+
+    def append(
+        self,
+        graph: fx.Graph,
+        new: fx.Node,
+        slots: Slots,
+        after: fx.Node | None = None,
+        seen: Seen = UNSEEN,
+    ) -> fx.Node:
+        """Write ``new`` ``[B, H, T, D]`` into the cache; ``after`` is what has to read it first."""
+        importance, query = seen
+        frame = self.tables, self.shift
+        arguments = (*self.parts, new, *slots, self.layout.token, after, *frame)
+        return insert_call(graph, ops.append_, (*arguments, importance, self.originals, query))
+
+    def attend(
+        self,
+        graph: fx.Graph,
+        values: CacheNodes,
+        attention: Attention,
+        new: tuple[fx.Node, fx.Node],
+        mask: Any,
+        slots: Slots,
+    ) -> fx.Node:
+        """Attend to these keys, to ``values`` and to the exact new tokens behind them."""
+        arguments = (
+            *(attention.query, *new, *self.parts, *values.parts),
+            *(mask, *slots, attention.scale, self.layout.token, values.layout.token),
+            *(self.tables, self.shift, values.tables),
+        )
+        return insert_call(graph, ops.attend, arguments, value_of(attention.output))
+
+    def dequantize(self, graph: fx.Graph, like: fx.Node) -> fx.Node:
+        """Read the cache as the ordinary tensor that ``like`` stands for."""
+        length = size_of(like, 2) if self.length is None else self.length
+        arguments = (*self.parts, length, self.layout.token, self.tables, self.shift)
+        return insert_call(graph, ops.dequantize, arguments, value_of(like))
+
+
+def quantize(
+    graph: fx.Graph,
+    x: fx.Node,
+    slots: Any,
+    grows: bool,
+    like: CacheNodes,
+    seen: Seen = UNSEEN,
+) -> CacheNodes:
+    """Make a cache of ``x`` with room for ``slots`` tokens, laid out and coded as ``like``, which has no parts."""
+    about = x, slots, grows, like.layout.token
+    made = insert_call(graph, ops.quantize, (*about, like.tables, like.shift, *seen))
+    parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
+    originals = insert_call(graph, ops.originals, about) if like.layout.keep_exact else None
+    return replace(like, parts=parts, originals=originals)
+
+
+def importance(
+    graph: fx.Graph,
+    attention: Attention,
+    key: fx.Node,
+    mask: Any,
+    slots: Slots,
+    held: Any,
+    keys: CacheNodes,
+) -> fx.Node:
+    """Weigh ``held`` tokens: those in ``keys``, which may have no parts yet, and the call's own ``key``."""
+    causal = attention.causal and mask is None
+    arguments = (
+        *(attention.query, key, keys.parts, mask, *slots, held, attention.scale, causal, QUERIES),
+        *(keys.layout.token, *((keys.tables, keys.shift) if keys.parts else (None, None))),
+    )
+    return insert_call(graph, ops.importance, arguments)
+
+
+@dataclass
+class Frames:
+    """What new caches are coded relative to: tables as further inputs of the graph, and positions.
+
+    Attributes:
+        tensors: The tables, further arguments of the graph behind all others, by digest.
+        nodes: Their placeholders.
+        positions: Node of the positions of new keys, where they are to be coded unrotated.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+    positions: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
+
+    def words(self, coding: Coding) -> Tensor | None:
+        """Return the tables of a new cache."""
+        return None if coding.tables is None else self.tensors[coding.tables.digest]

@@ -1,0 +1,120 @@
+"""What a pass is given and what it returns: the captured graph on its way, and a report of what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch.fx
+from torch.fx import GraphModule, Node
+
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.lowering.cache_nodes import CacheNodes, Frames, Seen
+from kvq_compile.lowering.runtime import Conversion, Output
+from kvq_compile.lowering.sites import AttentionSite, Coding, SiteReport, State
+from kvq_compile.lowering.sizes import SizeReader
+
+
+@dataclass
+class Graph:
+    """A copy of a captured graph, and what the passes have learnt and made so far.
+
+    Attributes:
+        module: The copy that the passes rewrite.
+        spec: What caches are quantized to.
+        inputs: The arguments of the call that is being compiled, by placeholder, in order.
+        sizes: Reads lengths from the arguments of a call.
+        returned: How many values the captured graph returned.
+        used: Nodes whose result somebody reads in the captured graph.
+        sites: Attentions to rewrite.
+        reports: What became of each attention.
+        frames: Calibration tables of new caches.
+        caches: The quantized caches among the inputs.
+        made: The quantized caches that stand for the buffers which the graph allocates.
+        seen: What attention says to caches that the graph makes of its own tokens.
+        extended: Grown caches whose attention was refused, and which take new tokens all the same.
+        conversions: 16-bit buffers to convert after a call.
+        plans: How each value that the captured graph returned is made.
+    """
+
+    module: GraphModule
+    spec: CacheSpec
+    inputs: dict[Node, Any]
+    sizes: SizeReader
+    returned: int
+    used: frozenset[Node]
+    sites: list[AttentionSite] = field(default_factory=list)
+    reports: list[SiteReport] = field(default_factory=list)
+    frames: Frames = field(default_factory=Frames)
+    caches: dict[Node, CacheNodes] = field(default_factory=dict)
+    made: dict[Node, CacheNodes] = field(default_factory=dict)
+    seen: dict[Node, Seen] = field(default_factory=dict)
+    extended: list[tuple[State, Coding]] = field(default_factory=list)
+    conversions: list[Conversion] = field(default_factory=list)
+    plans: list[Output] = field(default_factory=list)
+
+    @classmethod
+    def copy_of(cls, gm: GraphModule, spec: CacheSpec, example_inputs: Sequence[Any]) -> Graph:
+        """Return a graph whose rewriting leaves ``gm`` untouched."""
+        module = _copy(gm)
+        placeholders = list(module.graph.find_nodes(op="placeholder"))
+        inputs = dict(zip(placeholders, example_inputs, strict=True))
+        returned = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
+        used = frozenset(node for node in module.graph.nodes if node.users)
+        return cls(module, spec, inputs, SizeReader(placeholders), returned, used)
+
+    @property
+    def fx(self) -> torch.fx.Graph:
+        """The nodes."""
+        return self.module.graph
+
+    @property
+    def output(self) -> Node:
+        """The node that returns."""
+        return self.fx.output_node()
+
+    @property
+    def results(self) -> list[Any]:
+        """What the graph returns."""
+        return list(self.output.args[0])  # type: ignore[arg-type]
+
+    @results.setter
+    def results(self, results: Sequence[Any]) -> None:
+        self.output.args = (tuple(results),)
+
+    def states(self) -> list[tuple[State, Coding]]:
+        """Return the caches that the call keeps quantized, each with its coding."""
+        return [pair for site in self.sites for pair in site.states()] + self.extended
+
+    @cached_property
+    def arguments(self) -> Mapping[Node, int]:
+        """Place of each captured placeholder among the arguments of a call."""
+        return {node: index for index, node in enumerate(self.inputs)}
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What a pass changed, one line a change; none where it had nothing to do."""
+
+    changes: tuple[str, ...] = ()
+
+
+Pass = Callable[[Graph], PassReport]
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """Copy a captured graph with all that AOTAutograd looks for; Dynamo still needs the original."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for node, copy in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
+    module = GraphModule(gm, graph)
+    module.meta = gm.meta
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(module, name, getattr(gm, name))
+    return module

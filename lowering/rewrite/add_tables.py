@@ -1,0 +1,97 @@
+"""Give a graph what its new caches are coded relative to: calibration tables and shifts."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+
+from kvq_compile.lowering.cache_nodes import CacheNodes, Frames
+from kvq_compile.lowering.find.rotation import find_rotation
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import insert_call, size_of, value_of
+from kvq_compile.lowering.sites import Coding, Life, Refusal, State
+
+MAKES_CACHE = (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED)
+
+
+def add_tables(graph: Graph) -> PassReport:
+    """Add a placeholder for the tables of every cache that the graph makes.
+
+    Before:  return kvq.quantize(keys, layout)
+    After:   tables = placeholder; shift = zeros([B]); return kvq.quantize(keys, layout, tables, shift)
+    Because: a calibrated layout is nothing without its tables. As arguments they are shared by all
+        graphs and all caches of a layer, and a CUDA graph knows that their address stays.
+    """
+    graph.frames = Frames(positions=_positions(graph))
+    tensors = graph.frames.tensors
+    for site in graph.sites:
+        for state, coding in site.states():
+            if state.life in MAKES_CACHE and coding.tables is not None:
+                tensors[coding.tables.digest] = coding.tables.on(value_of(state.base).device)
+    first = next(node for node in graph.fx.nodes if node.op != "placeholder")
+    for number, (digest, words) in enumerate(tensors.items()):
+        with graph.fx.inserting_before(first):
+            graph.frames.nodes[digest] = _placeholder(graph.fx, f"kvq_tables_{number}", words)
+    return PassReport(tuple(f"{node} is an input" for node in graph.frames.nodes.values()))
+
+
+def empty_cache(graph: Graph, state: State, coding: Coding) -> CacheNodes:
+    """Return a new cache without parts: its layout, its tables and its shift, at the graph's insert point."""
+    if coding.tables is None:
+        return CacheNodes((), coding.layout)
+    shift = _shift(graph, state) if coding.layout.rotary else None
+    return CacheNodes((), coding.layout, graph.frames.nodes[coding.tables.digest], shift)
+
+
+def _shift(graph: Graph, state: State) -> fx.Node:
+    """Return position minus slot of each sequence, taken from the last token of the call.
+
+    Where the graph does not tell positions they are taken to be the slots. That would cost quality under
+    left padding, never correctness: a key is rotated back by the angle by which it was unrotated.
+    """
+    nodes, device = graph.fx, value_of(state.base).device
+    sequences = size_of(state.base, 0)
+    position = graph.frames.positions.get(state.new)
+    if position is None:
+        return nodes.call_function(
+            torch.zeros, ([sequences],), {"dtype": torch.int32, "device": device}
+        )
+    last = insert_call(nodes, operator.getitem, (position, (..., -1)))
+    if isinstance(value_of(state.position), Tensor):
+        slot = insert_call(nodes, operator.getitem, (state.position, -1))
+    else:
+        if state.life is Life.ALLOCATED:
+            slots = insert_call(nodes, operator.add, (state.position, size_of(state.new, 2)))
+        else:
+            slots = size_of(state.base, 2)
+        slot = insert_call(nodes, operator.sub, (slots, 1))
+    shift = insert_call(nodes, operator.sub, (last, slot))
+    shift = nodes.call_method("to", (shift,), {"device": device, "dtype": torch.int32})
+    shift = nodes.call_method("expand", (shift, sequences))
+    return nodes.call_method("clone", (shift,))
+
+
+def _positions(graph: Graph) -> dict[fx.Node, fx.Node | None]:
+    """Return the node of the positions of each site's new keys, where they are to be coded unrotated."""
+    found: dict[fx.Node, fx.Node | None] = {}
+    position: fx.Node | None = None
+    for site in graph.sites:
+        if not site.key_coding.layout.rotary or site.key.life not in MAKES_CACHE:
+            continue
+        if position is None:  # one search serves all layers: a model's layers share their positions
+            try:
+                position = find_rotation(site.key.new, graph.inputs).position
+            except Refusal:
+                return {}
+        found[site.key.new] = position
+    return found
+
+
+def _placeholder(graph: fx.Graph, name: str, words: Tensor) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = ConstantSource(name)
+    return node

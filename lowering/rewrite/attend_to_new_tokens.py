@@ -1,0 +1,90 @@
+"""Fill a cache that the call allocates without ever allocating it in 16 bit."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from kvq_compile.kernels.layout import HIDES
+from kvq_compile.lowering.cache_nodes import CacheNodes, Seen, quantize, slots_from
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import insert_call, size_of, value_of
+from kvq_compile.lowering.rewrite.add_tables import empty_cache
+from kvq_compile.lowering.rewrite.fuse_attention import check_room, erase_write
+from kvq_compile.lowering.rewrite.weigh_tokens import seen_by, turned_mask, weigh_tokens
+from kvq_compile.lowering.sites import AttentionSite, Coding, Life, State
+
+NOT_HIDDEN = "the attention mask must hide the slots of a cache that hold no token"
+
+
+def attend_to_new_tokens(graph: Graph) -> PassReport:
+    """Let attention over a cache that the call allocates read the call's own tokens instead.
+
+    Before:  keys = zeros([B, H, S, D]); keys.index_copy_(2, position, key); ...
+             output = scaled_dot_product_attention(query, keys, values, mask)
+    After:   output = scaled_dot_product_attention(query, key, value, mask[..., :T])
+             keys = kvq.quantize(key[:, :, :0], pages); kvq.append_(*keys, key, position); ...
+    Because: all that attention can see are the call's own tokens, and the 16-bit cache is what we avoid.
+    """
+    changes = []
+    for site in graph.sites:
+        if site.key.life is not Life.ALLOCATED:
+            continue
+        _attend(graph, site)
+        changes.append(f"{site.attention.output} attends to {site.key.new} and {site.value.new}")
+    return PassReport(tuple(changes))
+
+
+def _attend(graph: Graph, site: AttentionSite) -> None:
+    nodes, attention = graph.fx, site.attention
+    with nodes.inserting_before(attention.output):
+        check_room(nodes, site.key)
+        mask = turned_mask(nodes, attention)
+        exact = nodes.call_function(
+            torch.nn.functional.scaled_dot_product_attention,
+            (attention.query, site.key.new, site.value.new),
+            {
+                "attn_mask": _own_mask(graph, site, mask),
+                "is_causal": attention.causal,
+                "scale": attention.scale,
+                "enable_gqa": True,
+            },
+        )
+        exact.meta.update(attention.output.meta)
+        weights = weigh_tokens(nodes, site, None, mask)
+        for state, coding in site.states():
+            assert state.past is not None
+            seen = seen_by(site, state, weights)
+            graph.made[state.past] = _allocate(graph, state, coding, seen)
+            erase_write(nodes, state)
+    attention.output.replace_all_uses_with(exact)
+    nodes.erase_node(attention.output)
+
+
+def _allocate(graph: Graph, state: State, coding: Coding, seen: Seen) -> CacheNodes:
+    assert state.past is not None
+    nothing = insert_call(
+        graph.fx, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0)))
+    )
+    slots, like = size_of(state.past, 2), empty_cache(graph, state, coding)
+    made = quantize(graph.fx, nothing, slots, False, like)
+    made.append(graph.fx, state.new, slots_from(state.position), seen=seen)
+    return made
+
+
+def _own_mask(graph: Graph, site: AttentionSite, mask: Any) -> Any:
+    """Return the mask over the call's own tokens; the call fails if it shows a slot behind them."""
+    if mask is None:
+        return None
+    nodes, tokens = graph.fx, size_of(site.key.new, 2)
+    own = insert_call(nodes, operator.getitem, (mask, (..., slice(None, tokens))))
+    rest = insert_call(nodes, operator.getitem, (mask, (..., slice(tokens, None))))
+    if value_of(site.attention.mask).dtype == torch.bool:
+        hidden = nodes.call_method("logical_not", (rest,))
+    else:
+        hidden = nodes.call_function(operator.le, (rest, HIDES))
+        own = nodes.call_method("to", (own, value_of(site.attention.query).dtype))
+    nodes.call_function(torch._assert_async, (nodes.call_method("all", (hidden,)), NOT_HIDDEN))
+    return own

@@ -1,0 +1,231 @@
+"""What happens around the compiled call: caches are unwrapped on the way in and wrapped on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache.become import become, check_can_become_quantized
+from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
+from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.lowering.sites import Coding, SiteReport
+from kvq_compile.lowering.sizes import Size
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Return the graph's output number ``index`` as it is."""
+
+    index: int
+
+    def build(self, results: Sequence[Any], args: Sequence[Any]) -> Any:
+        """Return the output."""
+        return results[self.index]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Wrap four outputs from number ``index`` on as a cache of ``length`` slots.
+
+    Of rotary keys the shift is a fifth; exact copies in host memory are the last. The tables are the same for every
+    call.
+    """
+
+    index: int
+    layout: PageLayout
+    kind: Kind
+    length: Size
+    tables: Tensor | None
+
+    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+        """Return the new cache."""
+        behind = self.index + len(ops.PARTS)
+        codes, params, exact, cursor = results[self.index : behind]
+        return QuantizedKV(
+            *(codes, params, exact, cursor, self.layout, self.kind, self.length(args)),
+            tables=self.tables,
+            shift=results[behind] if self.layout.rotary else None,
+            originals=results[behind + self.layout.rotary] if self.layout.keep_exact else None,
+        )
+
+
+@dataclass(frozen=True)
+class Extended:
+    """Return argument number ``argument``, a grown cache, as a view longer by ``tokens``."""
+
+    argument: int
+    tokens: Size
+
+    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+        """Return the longer view."""
+        cache: QuantizedKV = args[self.argument]
+        return cache.extended(self.tokens(args))
+
+
+@dataclass(frozen=True)
+class Given:
+    """Return argument number ``argument`` itself, a cache that was written in place or not at all."""
+
+    argument: int
+
+    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+        """Return the argument."""
+        cache: QuantizedKV = args[self.argument]
+        return cache
+
+
+Output = Plain | Made | Extended | Given
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A 16-bit buffer to quantize in place once the call has run.
+
+    Attributes:
+        argument: Its place among the arguments.
+        position: Number of the output that holds the slots just written, or ``None``.
+        end: Tokens held after the call, where that is known from the arguments.
+        coding: What to convert to.
+    """
+
+    argument: int
+    position: int | None
+    end: Size | None
+    coding: Coding
+
+    def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
+        """Return how many tokens the buffer holds after a call."""
+        if self.end is not None:
+            return self.end(args)
+        assert self.position is not None
+        return int(outputs[self.position].max()) + 1
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph to hand to the inner compiler, and how to call what it makes of it.
+
+    Attributes:
+        module: The graph. Where it was rewritten no tensor subclass goes in or comes out; else it is the captured one.
+        outputs: How each value that the captured graph returned is made from what ``module`` returns; behind
+            them, the slots that ``conversions`` ask for. Empty where nothing was rewritten.
+        returned: How many values the captured graph returned.
+        conversions: 16-bit buffers to convert after a call.
+        pairs: Places of grown keys and of the values that belong to them.
+        unwrapped: Places of the quantized caches; ``True`` where the length is an input of its own.
+        tables: Tables of the caches that the graph makes, arguments of ``module`` behind all others.
+        reports: What became of each attention.
+    """
+
+    module: fx.GraphModule
+    reports: list[SiteReport]
+    outputs: list[Output]
+    returned: int
+    conversions: list[Conversion]
+    pairs: list[tuple[int, int]]
+    unwrapped: dict[int, bool]
+    tables: list[Tensor]
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether ``module`` takes and returns something else than the captured graph."""
+        return bool(self.unwrapped) or not all(isinstance(plan, Plain) for plan in self.outputs)
+
+    def around(self, inner: Compiled) -> Compiled:
+        """Return a callable like the captured graph from one like ``module``."""
+        return (lambda *args: self.call(inner, args)) if self.rewritten else inner
+
+    def call(self, inner: Compiled, args: Sequence[Any]) -> list[Any]:
+        """Call ``inner``, compiled from ``module``, with the arguments of the captured graph."""
+        self._claim(args)
+        results = inner(*self.flatten(args))
+        return [plan.build(results, args) for plan in self.outputs]
+
+    def _claim(self, args: Sequence[Any]) -> None:
+        """Make room for the call's tokens in the grown caches.
+
+        Raises:
+            ValueError: The keys and the values of a layer hold different numbers of tokens.
+        """
+        for key, value in self.pairs:
+            if args[key].shape[2] != args[value].shape[2]:
+                lengths = f"{int(args[key].shape[2])} keys and {int(args[value].shape[2])} values"
+                raise ValueError(
+                    f"keys and values of a cache must hold equally many tokens, got {lengths}"
+                )
+        grown = {plan.argument: plan for plan in self.outputs if isinstance(plan, Extended)}
+        for plan in grown.values():
+            args[plan.argument].claim(plan.tokens(args))
+
+    def flatten(self, args: Sequence[Any]) -> list[Any]:
+        """Return the arguments of ``module`` for the arguments of the captured graph."""
+        flat: list[Any] = []
+        for index, arg in enumerate(args):
+            if index in self.unwrapped:
+                flat.extend(arg.parts)
+                flat.extend(part for part in (*arg.frame, arg.originals) if part is not None)
+                if self.unwrapped[index]:
+                    flat.append(arg.shape[2])
+            else:
+                flat.append(arg)
+        return flat + self.tables
+
+    def run_once_then_convert(
+        self,
+        compile_inner: Callable[[Sequence[Any]], Compiled],
+        tell: Callable[[RuntimeError], None],
+    ) -> Compiled:
+        """Return a callable that runs the graph as it is and quantizes its 16-bit buffers afterwards.
+
+        Each buffer meets this graph once, and then is no longer what it was compiled for, so compiling it
+        would cost more than it brings. Where a buffer cannot be converted none is, and the graph is compiled
+        after all.
+
+        Args:
+            compile_inner: Compiles ``module`` for arguments of the captured graph.
+            tell: Called with the reason why a buffer stays as it is.
+        """
+        compiled: list[Compiled] = []
+
+        def call(*args: Any) -> list[Any]:
+            outputs = self.call(compiled[0] if compiled else self.module.forward, args)
+            if not compiled:
+                try:
+                    convert(self.conversions, args, outputs)
+                except RuntimeError as reason:
+                    tell(reason)
+                    compiled.append(compile_inner(args))
+            return outputs[: self.returned]
+
+        return call
+
+
+def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Quantize the buffers that a call has written, or none of them.
+
+    Args:
+        conversions: Which arguments to quantize, and how.
+        args: The arguments of the call.
+        outputs: What it returned, the slots that the conversions ask for included.
+
+    Raises:
+        RuntimeError: One of them cannot be converted in place. Nothing has changed then.
+    """
+    for conversion in conversions:
+        check_can_become_quantized(args[conversion.argument])
+    for conversion in conversions:
+        buffer, held = args[conversion.argument], conversion.held(args, outputs)
+        with torch.no_grad():
+            coding = conversion.coding
+            tables = coding.tables.on(buffer.device) if coding.tables else None
+            quantized = QuantizedKV.from_dense(
+                buffer, coding.layout, kind="static", length=held, tables=tables
+            )
+        become(buffer, quantized)
