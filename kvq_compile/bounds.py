@@ -58,6 +58,7 @@ import sympy
 
 from kvq_compile.kernels.layout import CacheSpec, TensorSpec
 from kvq_compile.kernels.tables import read_section
+from kvq_compile.methods import make_spec
 
 QUERY_NORM = sympy.Symbol("query_norm", nonnegative=True)
 KEY_RANGE = sympy.Symbol("key_range", nonnegative=True)
@@ -104,7 +105,7 @@ def element_error(spec: TensorSpec, spread: sympy.Expr, largest: sympy.Expr) -> 
     return error
 
 
-def error_bound(spec: CacheSpec) -> sympy.Expr:
+def error_bound(spec: CacheSpec | str) -> sympy.Expr:
     """Return a bound on the error of each element of an attention's output.
 
     The bound compares attention over the quantized cache with attention over the exact one, both in exact
@@ -115,7 +116,18 @@ def error_bound(spec: CacheSpec) -> sympy.Expr:
     what is stored, and ``value_distance``, the largest difference of an element; and ``value_spread``, the
     largest range of one channel of the values over all tokens attended
     to. `testing.bound_for` evaluates it on tensors.
+
+    Args:
+        spec: What `make_spec` returns, or a method's name.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: There is no such method, or it must be calibrated.
     """
+    if isinstance(spec, str):
+        spec = make_spec(spec)
+    if not isinstance(spec, CacheSpec):
+        raise TypeError(f"spec must be a CacheSpec or a method's name, got {type(spec).__name__}")
     key_error = _token_error(spec.key, KEY_RANGE, KEY_MAX, KEY_DISTANCE)
     if spec.value.couple is not None:
         value_error = _in_model_units(spec.value, VALUE_DISTANCE, VALUE_MAX)

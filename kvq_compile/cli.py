@@ -1,48 +1,47 @@
 """The command line: ``kvq demo``, ``kvq eval``, ``kvq calibrate`` and ``kvq explain``.
 
 Commands parse, call and print; the work is in `kvq_compile.demo`, `kvq_compile.evaluation` and
-`kvq_compile.calibrator`, which are imported when a command runs.
+`kvq_compile.calibration`, which are imported when a command runs. What can be wrong about arguments is
+checked before a model is loaded, and where results go before they are measured.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
+
+import kvq_compile
+from kvq_compile.console import (
+    Commands,
+    console,
+    note,
+    progress,
+    show_comparison,
+    show_scores,
+    stages,
+    status,
 )
-from rich.table import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kvq_compile.demo import Comparison, Generation
+    from kvq_compile.evaluation.kept import Kept
     from kvq_compile.evaluation.perplexity import Method, Protocol, Runner, Score
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="kvq",
     help="Compile decoders onto a quantized key-value cache.",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder or a Hugging Face id.")]
 DemoModelOption = Annotated[
@@ -73,14 +72,29 @@ DeviceOption = Annotated[
 PlainOption = Annotated[
     str, typer.Option("--plain", help="How the plain cache runs: compiled or eager.")
 ]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of tables; the rest goes to stderr.")
+]
 
 
-def attempt(action: Callable[[], T]) -> T:
-    """Return what ``action`` returns; a wrong argument ends the command with a clear line."""
-    try:
-        return action()
-    except (ValueError, TypeError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        print(f"kvq-compile {kvq_compile.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Compile decoders onto a quantized key-value cache."""
 
 
 @app.command()
@@ -94,29 +108,32 @@ def demo(
     plain: PlainOption = "compiled",
     dtype: DtypeOption = "checkpoint",
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Generate with a plain and with a quantized cache, side by side."""
     from kvq_compile.demo import compare
 
     compile_plain = read_plain(plain)
-    choice = attempt(lambda: read_method(method))
+    choice = read_method(method)
+    check_places(dtype, device, text)
     network, tokenizer = load(model, dtype, device)
-    ids = attempt(lambda: read_text(tokenizer, text))
-    with console.status("") as status:
-        result = attempt(
-            lambda: compare(
-                network,
-                tokenizer,
-                ids,
-                choice,
-                prompt_tokens=prompt,
-                new_tokens=tokens,
-                windows=windows,
-                compile_plain=compile_plain,
-                say=lambda step: status.update(f"{step} ..."),
-            )
+    ids = read_text(tokenizer, text)
+    with status("") as say:
+        result = compare(
+            network,
+            tokenizer,
+            ids,
+            choice,
+            prompt_tokens=prompt,
+            new_tokens=tokens,
+            windows=windows,
+            compile_plain=compile_plain,
+            say=say,
         )
-    show_comparison(result, plain)
+    if as_json:
+        print(result.json())
+    else:
+        show_comparison(result, plain)
 
 
 @app.command("eval")
@@ -142,33 +159,54 @@ def evaluate_(
     out: Annotated[Path, typer.Option(help="Folder for eval.csv and eval.json.")] = Path(
         "kvq-eval"
     ),
-    plain: PlainOption = "compiled",
+    plain: PlainOption = "eager",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity, divergence, recall, bytes and speed against the plain cache."""
+    """Measure perplexity, divergence, recall, bytes and speed against the plain cache.
+
+    Graphs run uncompiled unless a method says inner=inductor. Each row is written when it is measured;
+    the same command goes on where one was cut short.
+    """
+    from kvq_compile.evaluation.kept import Kept
     from kvq_compile.evaluation.perplexity import Protocol, make_runners, write_results
 
     compile_plain = read_plain(plain)
     if not method and not sweep:
-        raise typer.BadParameter("give --method, or --sweep for all of them")
-    choices = attempt(lambda: [read_method(item) for item in method or []])
-    protocol = attempt(lambda: Protocol(window, prefill, chunk, windows))
+        raise ValueError("--method must be given, got none; give --sweep to run all methods")
+    choices = [uncompiled(read_method(item)) for item in method or []]
+    protocol = Protocol(window, prefill, chunk, windows)
+    check_places(dtype, device, text, calibrate_on)
+    make_folder(out)
     network, tokenizer = load(model, dtype, device)
-    ids = attempt(lambda: read_text(tokenizer, text))
-    if sweep:
-        choices += sweep_methods(network, tokenizer, calibrate_on)
-    runners = make_runners(network, choices, compile_plain)
-    scores = attempt(lambda: measure(runners, tokenizer, ids, protocol, recall or [], exams))
-    show_scores(scores)
+    ids = read_text(tokenizer, text)
+    protocol.cut(ids)  # a text that is too short is told before methods are calibrated
     about = describe(network, model, text, protocol, plain, exams if recall else 0)
+    kept = Kept(
+        out / "eval.part.jsonl", {**about, "calibrated on": str(calibrate_on)}, network, ids
+    )
+    if sweep:
+        found = sweep_methods(network, tokenizer, calibrate_on, out, kept)
+        choices += [uncompiled(item) for item in found]
+    runners = make_runners(network, choices, compile_plain)
+
+    def write(rows: Sequence[Score]) -> None:
+        write_results(rows, out, about)
+
+    scores = measure(runners, tokenizer, ids, protocol, recall or [], exams, kept, write)
     written = write_results(scores, out, about)
+    kept.remove()
+    if as_json:
+        print(written[1].read_text(), end="")
+    else:
+        show_scores(scores)
     if sweep:
         from kvq_compile.evaluation.sweep import draw
 
         written += draw(scores, out)
     for path in written:
-        console.print(f"wrote {escape(str(path))}")
+        note(f"wrote {path}")
 
 
 @app.command()
@@ -185,36 +223,43 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Fit a method's tables to a model. A run that was cut short goes on where it stopped."""
     from kvq_compile.calibration.calibrator import calibrate as fit
+    from kvq_compile.calibration.calibrator import check_calibration
     from kvq_compile.evaluation.perplexity import parse_options
     from kvq_compile.loading import encode_file, spread_windows
 
-    name, options = attempt(lambda: parse_options(method))
+    name, options = parse_options(method)
+    check_calibration(name, options)
+    check_places(dtype, device, text)
+    check_file(out)
     network, tokenizer = load(model, dtype, device)
-    batches = attempt(lambda: spread_windows(encode_file(tokenizer, text), windows, window))
+    batches = spread_windows(encode_file(tokenizer, text), windows, window)
     part = out.with_name(f"{out.name}.part")
     with stages() as advance:
         moved = [batch.to(network.device) for batch in batches]
-        result = attempt(
-            lambda: fit(
-                network,
-                moved,
-                name,
-                tokens=tokens,
-                seed=seed,
-                resume=part,
-                advance=advance,
-                **options,
-            )
+        result = fit(
+            network,
+            moved,
+            name,
+            tokens=tokens,
+            seed=seed,
+            resume=part,
+            advance=advance,
+            **options,
         )
     result.save(out)
     part.unlink(missing_ok=True)
-    for index, layer in enumerate(result.layers):
-        if layer.note:
-            console.print(escape(f"layer {index}: {layer.note}"))
-    console.print(f"wrote {escape(str(out))}: {name}, {len(result.layers)} layers")
+    notes = {index: layer.note for index, layer in enumerate(result.layers) if layer.note}
+    if as_json:
+        about = {"file": str(out), "method": name, "options": result.options}
+        print(json.dumps({**about, "layers": len(result.layers), "notes": notes}, indent=2))
+        return
+    for index, said in notes.items():
+        console.print(escape(f"layer {index}: {said}"), highlight=False)
+    console.print(f"wrote {escape(str(out))}: {name}, {len(result.layers)} layers", highlight=False)
 
 
 @app.command()
@@ -223,20 +268,22 @@ def explain(
     method: MethodOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what becomes of every attention of a model, and why."""
+    """Say what becomes of every attention of a model, and why. Needs no text and no tokenizer."""
     import torch
 
-    import kvq_compile
+    choice = read_method(method)
+    check_places(dtype, device)
+    from kvq_compile.loading import DEMO_MODEL, cache_argument, example, load_network
 
-    choice = attempt(lambda: read_method(method))
-    network, tokenizer = load(model, dtype, device)
+    with status("loading ..."):
+        network = load_network(model or str(example(DEMO_MODEL)), dtype, device)
     from transformers import DynamicCache
 
-    from kvq_compile.loading import cache_argument
-
-    ids = torch.tensor([read_text(tokenizer, None)[:64]], device=network.device, dtype=torch.int64)
-    with torch.no_grad():
+    words = network.config.get_text_config().vocab_size
+    ids = (torch.arange(64, device=network.device, dtype=torch.int64) % words)[None]
+    with torch.no_grad(), status("compiling ..."):
         explanation = kvq_compile.explain(
             network,
             input_ids=ids,
@@ -244,7 +291,7 @@ def explain(
             options=dict(choice.options or {}),
             **{cache_argument(network): DynamicCache(config=network.config)},
         )
-    console.print(escape(str(explanation)), highlight=False, soft_wrap=True)
+    print(explanation.json() if as_json else explanation)
 
 
 def read_method(text: str | None) -> Method:
@@ -257,26 +304,84 @@ def read_method(text: str | None) -> Method:
     return parse_method(text)
 
 
+def uncompiled(method: Method) -> Method:
+    """Return a method whose graphs run without a compiler, unless it says which."""
+    from dataclasses import replace
+
+    if method.options is None:
+        return method
+    return replace(method, options={"inner": "eager", **method.options})
+
+
 def sweep_methods(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Path | None
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path | None,
+    out: Path,
+    kept: Kept,
 ) -> list[Method]:
-    """Return all methods, calibrated on a text if one is given."""
+    """Return all methods, calibrated on a text if one is given; calibrations are kept in ``out``."""
     from kvq_compile.evaluation.sweep import standard_methods
     from kvq_compile.loading import encode_file, spread_windows
 
     if text is None:
-        console.print("without --calibrate-on only methods that need no calibration are run")
+        note("without --calibrate-on only methods that need no calibration are run")
         return standard_methods(network, [])
-    windows = attempt(lambda: spread_windows(encode_file(tokenizer, text), 16, 2048))
+    windows = spread_windows(encode_file(tokenizer, text), 16, 2048)
     with stages() as advance:
-        return standard_methods(network, [w.to(network.device) for w in windows], advance)
+        moved = [window.to(network.device) for window in windows]
+        return standard_methods(network, moved, advance, out / "calibrations", kept)
 
 
 def read_plain(text: str) -> bool:
     """Return whether the plain cache runs compiled."""
     if text not in ("compiled", "eager"):
-        raise typer.BadParameter(f"--plain must be compiled or eager, got {text!r}")
+        raise ValueError(f"--plain must be compiled or eager, got {text!r}")
     return text == "compiled"
+
+
+def check_places(dtype: str, device: str, *texts: Path | None) -> None:
+    """Check, before anything is loaded, that dtype and device exist and that texts can be read.
+
+    Raises:
+        ValueError: They do not.
+        OSError: A text cannot be read.
+    """
+    from kvq_compile.loading import pick_device, pick_dtype
+
+    pick_dtype(dtype, pick_device(device))
+    for text in filter(None, texts):
+        if not text.is_file():
+            raise FileNotFoundError(f"text must be a UTF-8 text file, got {text}: No such file")
+        text.open("rb").close()
+
+
+def make_folder(path: Path) -> None:
+    """Make sure that there is a folder that can be written to.
+
+    Raises:
+        ValueError: There is none and none can be made.
+    """
+    import tempfile
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder that can be written to, got {path}: {error.strerror}; name another"
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Make sure that a file can be written.
+
+    Raises:
+        ValueError: It is a folder, or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"out must be a file to write, got the folder {path}; add a file name")
+    make_folder(path.parent)
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase, path: Path | None) -> list[int]:
@@ -292,8 +397,8 @@ def load(
     """Load a model and its tokenizer, the demo's own where no name is given."""
     from kvq_compile.loading import DEMO_MODEL, example, load_model
 
-    with console.status("loading ..."):
-        return attempt(lambda: load_model(name or str(example(DEMO_MODEL)), dtype, device))
+    with status("loading ..."):
+        return load_model(name or str(example(DEMO_MODEL)), dtype, device)
 
 
 def measure(
@@ -303,47 +408,26 @@ def measure(
     protocol: Protocol,
     lengths: Sequence[int],
     exams: int,
+    kept: Kept,
+    write: Callable[[Sequence[Score]], object],
 ) -> list[Score]:
-    """Score runners under a progress bar, recall included."""
+    """Score runners under a progress bar, recall included; ``write`` is called with the rows so far."""
     from dataclasses import replace
 
     from kvq_compile.evaluation.perplexity import chunks_to_do, evaluate
     from kvq_compile.evaluation.recall import recall
 
     with progress("perplexity", chunks_to_do(protocol, runners)) as advance:
-        scores = evaluate(runners, ids, protocol, advance)
+        scores = evaluate(runners, ids, protocol, advance, kept, write)
     for length in lengths:
         with progress(f"recall at {length}", exams * len(runners)) as advance:
-            percents = recall(runners, tokenizer, ids, length, exams, advance)
+            percents = recall(runners, tokenizer, ids, length, exams, advance, kept)
         scores = [
             replace(score, recall={**score.recall, length: percent})
             for score, percent in zip(scores, percents, strict=True)
         ]
+        write(scores)
     return scores
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar while the block runs; yield the function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda steps: bar.advance(task, steps)
-
-
-@contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar for each stage while the block runs; yield the function that says how far one is."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield advance
 
 
 def describe(
@@ -373,83 +457,16 @@ def describe(
         if on_gpu
         else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "plain cache": plain,
-        "versions": {name: version(name) for name in ("kvq-compile", "torch", "transformers")},
+        "versions": {
+            "kvq-compile": kvq_compile.__version__,
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
     }
 
 
-def readable_bytes(count: int) -> str:
-    """Return a number of bytes in kB or MB (powers of ten)."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def show_scores(scores: Sequence[Score], title: str | None = None) -> None:
-    """Print the table of `kvq eval`."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", overflow="fold", min_width=16)
-    lengths = list(scores[0].recall)
-    heads = ("packed", "bits", "perplexity", "diff", "KL", "top-1", "bytes", "tokens/s")
-    for head in (*heads, *(f"recall {length}" for length in lengths)):
-        table.add_column(head, justify="right", no_wrap=True)
-    for score in scores:
-        table.add_row(
-            escape(score.method),
-            f"{score.packed_bits:.2f}",
-            f"{score.effective_bits:.2f}",
-            f"{score.perplexity:.3f}",
-            f"{score.difference:+.2f} %",
-            f"{score.kl:.5f}",
-            f"{score.top1:.1f} %",
-            readable_bytes(score.bytes),
-            f"{score.tokens_per_second:.0f}",
-            *(f"{score.recall[length]:.1f} %" for length in lengths),
-        )
-    # In a narrow terminal a line that wraps is better than a figure that is cut off.
-    Console(width=max(console.width, 110)).print(table)
-
-
-def show_comparison(result: Comparison, plain: str) -> None:
-    """Print what `kvq demo` found."""
-    for run in (result.plain, result.quantized):
-        title = f"{run.method} cache, {run.tokens} tokens, greedy"
-        console.print(Panel(escape(run.text), title=escape(title), title_align="left"))
-    first, second = result.plain, result.quantized
-    console.print(f"The first {result.agreed} of {first.tokens} tokens are the same.\n")
-    console.print(comparison_table(first, second))
-    base, other = result.scores
-    console.print(
-        f"Perplexity on the text: {base.perplexity:.3f} plain, {other.perplexity:.3f} "
-        f"quantized ({other.difference:+.2f} %).\n"
-        f"Tokens/s is the median over the tokens of one generation, plain {plain}, quantized "
-        "compiled; compilation and prompt do not count.",
-        highlight=False,
-    )
-
-
-def comparison_table(*runs: Generation) -> Table:
-    """Return bytes by part, effective bits and speed of generations, side by side."""
-    tokens = runs[0].cache.tokens
-    table = Table(title=f"cache after {tokens} tokens", title_justify="left")
-    table.add_column("")
-    for run in runs:
-        table.add_column(escape(run.method), justify="right")
-    for part in dict.fromkeys(part for run in runs for part in run.cache.parts):
-        sizes = [run.cache.parts.get(part) for run in runs]
-        table.add_row(part, *("" if size is None else readable_bytes(size) for size in sizes))
-    table.add_section()
-    table.add_row("bytes", *(readable_bytes(run.cache.bytes) for run in runs))
-    table.add_row("at 16 bit", *(readable_bytes(run.cache.dense_bytes) for run in runs))
-    table.add_row("effective bits", *(f"{run.cache.effective_bits:.2f}" for run in runs))
-    table.add_row("tokens/s", *(f"{run.tokens_per_second:.1f}" for run in runs))
-    return table
-
-
 def main() -> None:
-    """Run the command line; a missing extra ends it with the line to install."""
-    try:
-        app()
-    except ImportError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}")
-        sys.exit(1)
+    """Run the command line."""
+    app()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ the first tokens, nor the prompt counts.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,15 @@ class Comparison:
     quantized: Generation
     agreed: int
     scores: Sequence[Score]
+
+    def json(self) -> str:
+        """Return the comparison as JSON."""
+        runs = {
+            name: {**asdict(run), "cache": json.loads(run.cache.json())}
+            for name, run in (("plain", self.plain), ("quantized", self.quantized))
+        }
+        scores = [asdict(score) for score in self.scores]
+        return json.dumps({**runs, "agreed": self.agreed, "scores": scores}, indent=2)
 
 
 class Clock:

@@ -7,6 +7,8 @@ package works without it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,10 +54,22 @@ def require_transformers() -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device called ``name``; ``"auto"`` is CUDA where there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device called ``name``; ``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: It is none of these, or is not there.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ValueError(
+            f"device must be one that torch sees, got {name!r} of {count} CUDA devices; use cpu or auto"
+        )
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -76,7 +90,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
 def load_model(
     name: str, dtype: str = "auto", device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, ready for inference, and its tokenizer.
+    """Load a causal language model, ready for inference, and its tokenizer; see `load_network`."""
+    model = load_network(name, dtype, device)
+    from transformers import AutoTokenizer
+
+    with _named(name, "a tokenizer"):
+        return model, AutoTokenizer.from_pretrained(name)
+
+
+def load_network(name: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load a causal language model, ready for inference.
 
     Args:
         name: A folder or an id on the Hugging Face hub.
@@ -85,22 +108,64 @@ def load_model(
 
     Raises:
         ImportError: transformers is missing.
-        OSError: ``name`` is neither a folder with a model nor an id that can be reached.
+        ValueError: ``name`` is neither a folder with a model nor an id that can be reached, or dtype or device
+            is none.
     """
     require_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place) or "auto"
+    _check_name(name)
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the command line shows its own
-    place = pick_device(device)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=pick_dtype(dtype, place) or "auto")
-    return model.to(place).eval(), tokenizer
+    with _named(name, "a causal language model"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+    return model.to(place).eval()
+
+
+def _check_name(name: str) -> None:
+    """Make sure that what is no folder with a model may at least be an id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"model must be a folder with a config.json, got {name}, which has none"
+            )
+    elif path.exists():
+        raise ValueError(f"model must be a folder or a Hugging Face id, got the file {name}")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise ValueError(f"model must be a folder or a Hugging Face id, got {name}: No such folder")
+
+
+@contextmanager
+def _named(name: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises while it loads ``name`` into a sentence."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # of transformers, tokenizers, safetensors, the hub and JSON
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"model must be a folder or a Hugging Face id with {what} that transformers can load, "
+            f"got {name}: {said or type(error).__name__}"
+        ) from error
 
 
 def encode_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[int]:
-    """Return the token ids of a UTF-8 text file, without special tokens."""
-    text = path.read_text(encoding="utf-8")
+    """Return the token ids of a UTF-8 text file, without special tokens.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text must be UTF-8, got {path}: {error.reason} at {error.start}"
+        ) from None
     # verbose=False: a text longer than the model's context is cut into windows later.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids

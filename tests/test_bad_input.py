@@ -177,6 +177,18 @@ def test_a_call_without_tokens_changes_nothing() -> None:
     torch.testing.assert_close(keys.dequantize()[:, :, :80], before)
 
 
+@pytest.mark.parametrize("method", ["int4", "kivi", "qaq"])
+@pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0), (0, 0)])
+@torch.no_grad()
+def test_no_sequences_and_no_heads_are_refused_by_name_and_run(method, batch, heads) -> None:
+    """Regression: the analysis divided by the heads, and a kernel could not tell the shape of nothing."""
+    empty = [torch.zeros(batch, heads, count, 16) for count in (3, 3, 3, 0, 0)]
+    with pytest.warns(KVQWarning, match="no sequences, heads or channels"):
+        output, keys, _ = compile_(attend, method=method)(*empty)
+    assert output.shape == (batch, heads, 3, 16)
+    assert type(keys) is torch.Tensor
+
+
 # Buffers of fixed size
 
 

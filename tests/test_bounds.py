@@ -413,3 +413,21 @@ def test_the_assertions_refuse_an_output_that_is_off() -> None:
         assert_within_bound(output + 2 * bound, new, key, key, spec, held=39)
     with pytest.raises(AssertionError, match="shape="):
         assert_matches_dequantized(output[..., :3], new, new, new, caches)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "int2", "kivi"])
+def test_a_bound_is_given_for_a_method_by_name(method: str) -> None:
+    assert error_bound(method) == error_bound(make_spec(method))
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("int5", ValueError, "got 'int5'"),
+        ("skvq", ValueError, "calibration must"),
+        (4, TypeError, "got int"),
+    ],
+)
+def test_a_bound_of_nothing_is_refused_by_name(spec: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        error_bound(spec)

@@ -349,3 +349,21 @@ def test_batches_that_cannot_be_calibrated_on_are_named() -> None:
     with pytest.raises(ValueError, match="must be one that is calibrated"):
         kvq_compile.calibrate(make_model(), [ids(20)], "int4")
     assert issubclass(KVQError, Exception)
+
+
+@pytest.mark.parametrize(
+    ("batches", "got"),
+    [
+        (ids(20), "got one Tensor; put it into a list"),
+        ({"input_ids": ids(20)}, "got one dict; put it into a list"),
+        ("text", "got one str"),
+        (3, "got one int"),
+        ([ids(20)[0]], "got torch.int64 [20] at place 0"),
+        ([ids(20), torch.zeros(1, 20)], "got torch.float32 [1, 20] at place 1"),
+        (["text"], "got str at place 0"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_named_before_anything_is_read(batches: Any, got: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        kvq_compile.calibrate(torch.nn.Identity(), batches)
+    assert got in str(caught.value)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
+from kvq_compile.evaluation.kept import Kept
 from kvq_compile.evaluation.perplexity import (
     PLAIN,
     Protocol,
@@ -138,6 +140,60 @@ def test_eight_bits_halve_the_bytes_and_keep_the_perplexity(tiny, ids) -> None:
     assert 0 < quantized.kl < 0.01
     assert abs(quantized.difference) < 1
     assert quantized.tokens_per_second > 0
+
+
+def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
+    tiny, ids, tmp_path: Path
+) -> None:
+    """A row is there when it is measured, and is not measured twice."""
+    model, _ = tiny
+    protocol = Protocol(window=48, prefill=16, chunk=16, windows=2)
+    methods = [
+        parse_method(f"{name}:sinks=2,window=8,page_size=32,inner=eager")
+        for name in ("int8", "int4")
+    ]
+    path, about = tmp_path / "part.jsonl", {"protocol": "short"}
+
+    def run(fail_at: int | None = None) -> tuple[list[Score], int, list[int]]:
+        runners, rows = make_runners(model, methods, compile_plain=False), []
+        measured = []
+        for runner in runners:
+
+            def score(window, protocol, runner=runner, score=runner.score_window):
+                if len(measured) == fail_at:
+                    raise KeyboardInterrupt
+                measured.append(runner.method.label)
+                return score(window, protocol)
+
+            runner.score_window = score
+        kept = Kept(path, about, model, ids)
+        found = evaluate(runners, ids, protocol, kept=kept, done=lambda r: rows.append(len(r)))
+        return found, measured, rows
+
+    with pytest.raises(KeyboardInterrupt):
+        run(fail_at=5)
+    with path.open("a") as file:
+        file.write('{"method": "cut o')
+    resumed, measured, rows = run()
+    assert measured == ["plain", methods[1].label]
+    assert rows == [1, 2, 3]
+    path.unlink()
+    whole, measured, _ = run()
+    assert len(measured) == 6
+    assert [replace(score, tokens_per_second=0.0) for score in resumed] == [
+        replace(score, tokens_per_second=0.0) for score in whole
+    ]
+
+
+@pytest.mark.parametrize("change", ["about", "text", "model"])
+def test_a_file_of_another_measurement_is_refused(tiny, ids, tmp_path: Path, change: str) -> None:
+    model, path = tiny[0], tmp_path / "part.jsonl"
+    Kept(path, {"a": 1}, model, ids).add_recall("plain", 100, 50.0)
+    assert Kept(path, {"a": 1}, model, ids).recalls == {("plain", 100): 50.0}
+    about, text = {"a": 2 if change == "about" else 1}, ids[1:] if change == "text" else ids
+    other = torch.nn.Linear(2, 2) if change == "model" else model
+    with pytest.raises(ValueError, match="out must be empty or of this measurement"):
+        Kept(path, about, other, text)
 
 
 def test_evaluating_leaves_the_model_as_it_was(tiny, ids) -> None:

@@ -101,19 +101,10 @@ def calibrate(
 
     Raises:
         ValueError: The method, an option or the batches do not fit, or ``resume`` is of another calibration.
+        TypeError: The batches are no texts.
     """
-    check_method(method, options)
-    if base_name(method) not in FROM_LAYER:
-        raise ValueError(
-            f"method must be one that is calibrated, {CALIBRATED_NAMES}, got {method!r}"
-        )
-    if method == "qaq":
-        _check_measured(options)
-    texts = list(batches)
-    if not texts:
-        raise ValueError("batches must hold a text or more, got none")
-    options = calibrated_options(method, options)
-    check_calibrated(options)
+    options = check_calibration(method, options)
+    texts = _check_batches(batches)
     weights = frozenset(weight_hash(parameter) for parameter in model.parameters())
     if method == "qaq":
         return Calibration(method, options, _measured(model, texts, tokens, seed, advance), weights)
@@ -140,13 +131,60 @@ def calibrate(
     return Calibration(method, options, tuple(fitted), weights)
 
 
-def _check_measured(options: Mapping[str, Any]) -> None:
-    """Make sure that QAQ takes the options, before texts are read, and that its norms are left to measuring."""
-    if "query_norm" in options:
+def check_calibration(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Make sure that there is a calibration of ``method`` with ``options``; return all options it depends on.
+
+    Raises:
+        ValueError: The method is not calibrated, or an option is unknown or out of range.
+        TypeError: ``method`` is no name.
+    """
+    check_method(method, options)
+    if base_name(method) not in FROM_LAYER:
         raise ValueError(
-            f"query_norm must be left out of a calibration, which measures it, got {options['query_norm']!r}"
+            f"method must be one that is calibrated, {CALIBRATED_NAMES}, got {method!r}"
         )
-    make_spec("qaq", **options)
+    if method == "qaq":
+        if "query_norm" in options:
+            raise ValueError(
+                "query_norm must be left out of a calibration, which measures it, "
+                f"got {options['query_norm']!r}"
+            )
+        make_spec("qaq", **options)
+    every = calibrated_options(method, options)
+    check_calibrated(every)
+    return every
+
+
+def _check_batches(batches: Any) -> list[Batch]:
+    """Return the batches as a list.
+
+    Raises:
+        TypeError: They are no texts.
+        ValueError: There are none.
+    """
+    one = isinstance(batches, (Tensor, Mapping, str, bytes))
+    if one or not isinstance(batches, Iterable):
+        advice = "; put it into a list" if isinstance(batches, (Tensor, Mapping)) else ""
+        raise TypeError(
+            f"batches must be a list of token ids [B, T] or of keyword arguments of the model, "
+            f"got one {type(batches).__name__}{advice}"
+        )
+    texts = list(batches)
+    if not texts:
+        raise ValueError("batches must hold a text or more, got none")
+    for index, text in enumerate(texts):
+        tokens = isinstance(text, Tensor) and text.dim() == 2 and not text.is_floating_point()
+        if not (tokens or isinstance(text, Mapping)):
+            got = (
+                f"{text.dtype} {list(text.shape)}"
+                if isinstance(text, Tensor)
+                else type(text).__name__
+            )
+            raise TypeError(
+                f"batches must hold token ids [B, T], integers, or keyword arguments of the model, "
+                f"got {got} at place {index}"
+            )
+    return texts
 
 
 def _measured(

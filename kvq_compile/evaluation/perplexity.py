@@ -8,7 +8,8 @@ comes next in the text (teacher forcing), so a window of 2048 needs 2049 tokens 
 
 Every method sees the same chunks of the same windows as the *plain* cache, which holds what the
 model computes in the model's dtype. Windows are the outer loop: the plain logits of one window
-are kept while the methods are held against them, and no longer.
+are kept while the methods are held against them, and no longer. What a window gave is kept on disk (`Kept`), so
+that a run that was cut short goes on; only the plain logits of the window that it stopped in are computed anew.
 
 Speed is chunk length over the *median* time of a chunk. Compilation happens in the first calls and
 therefore does not count.
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvq_compile.evaluation.kept import Kept, Part
 from kvq_compile.loading import cache_argument
 from kvq_compile.options import make_config
 from kvq_compile.reports import Report, report
@@ -78,6 +80,11 @@ class Protocol:
     def scored(self) -> int:
         """Tokens scored in one window."""
         return self.window - self.prefill
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that one window is fed in after its prefill."""
+        return math.ceil(self.scored / self.chunk)
 
     def cut(self, ids: Sequence[int]) -> list[Tensor]:
         """Return the windows of a text, each ``[window + 1]``: the last token is only a target."""
@@ -245,11 +252,6 @@ class Runner:
             logits = self.feed(window[start:stop], timed=stop - start == protocol.chunk)
             yield logits, window[start + 1 : stop + 1].to(logits.device)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens a second in the median chunk; NaN before there was one."""
-        return 1 / statistics.median(self.seconds) if self.seconds else math.nan
-
 
 @dataclass
 class Sums:
@@ -289,6 +291,8 @@ def evaluate(
     ids: Sequence[int],
     protocol: Protocol | None = None,
     advance: Advance = lambda chunks: None,
+    kept: Kept | None = None,
+    done: Callable[[list[Score]], object] = lambda rows: None,
 ) -> list[Score]:
     """Return the score of each runner on a text; the first must be the plain one.
 
@@ -297,42 +301,72 @@ def evaluate(
         ids: The text, at least ``windows * window + 1`` tokens.
         protocol: Lengths; the default is the one our tables are made with.
         advance: Called after each chunk with the number of chunks done, for a progress bar.
+        kept: What was measured before, which is not measured again, and where the rest goes.
+        done: Called with the rows measured so far whenever there is one more.
     """
-    protocol = protocol or Protocol()
-    sums = [Sums() for _ in runners]
-    reports: list[Report] = []
-    for window in protocol.cut(ids):
+    protocol, kept = protocol or Protocol(), kept or Kept()
+    rows: list[Score] = []
+    for number, window in enumerate(protocol.cut(ids)):
         plain: list[Tensor] = []
-        reports = []
-        for runner, total in zip(runners, sums, strict=True):
-            is_plain = runner is runners[0]
-            for index, (logits, targets) in enumerate(runner.score_window(window, protocol)):
-                if is_plain:
-                    plain.append(logits)
-                total.add(logits, plain[index], targets)
-                advance(1)
-            reports.append(held(runner.cache, runner.method))
-            runner.cache = None
-    base = sums[0].perplexity
-    return [
-        Score(
-            method=runner.method.label,
-            packed_bits=found.packed_bits,
-            effective_bits=found.effective_bits,
-            perplexity=total.perplexity,
-            difference=100 * (total.perplexity / base - 1),
-            kl=total.kl / total.tokens,
-            top1=100 * total.agreed / total.tokens,
-            bytes=found.bytes,
-            tokens_per_second=runner.tokens_per_second,
-        )
-        for runner, total, found in zip(runners, sums, reports, strict=True)
-    ]
+        missing = [runner for runner in runners if (runner.method.label, number) not in kept.parts]
+        for runner in runners:
+            if runner in missing or (missing and runner is runners[0]):
+                part = _score_window(runner, window, protocol, plain, advance)
+                kept.add_part(runner.method.label, number, part)
+            else:
+                advance(protocol.chunks)
+            if number + 1 == protocol.windows:
+                rows.append(_score(runner.method.label, runners[0].method.label, protocol, kept))
+                done(rows)
+    return rows
+
+
+def _score_window(
+    runner: Runner, window: Tensor, protocol: Protocol, plain: list[Tensor], advance: Advance
+) -> Part:
+    """Score one window; the first call for a window, of the plain runner, fills ``plain`` with its logits."""
+    sums, is_plain, before = Sums(), not plain, len(runner.seconds)
+    for index, (logits, targets) in enumerate(runner.score_window(window, protocol)):
+        if is_plain:
+            plain.append(logits)
+        sums.add(logits, plain[index], targets)
+        advance(1)
+    found = held(runner.cache, runner.method)
+    runner.cache = None
+    return Part(
+        **asdict(sums),
+        packed_bits=found.packed_bits,
+        effective_bits=found.effective_bits,
+        bytes=found.bytes,
+        seconds=runner.seconds[before:],
+    )
+
+
+def _score(method: str, plain: str, protocol: Protocol, kept: Kept) -> Score:
+    """Return the row of a method, of all windows."""
+    parts, base = (
+        [kept.parts[label, number] for number in range(protocol.windows)]
+        for label in (method, plain)
+    )
+    tokens = sum(part.tokens for part in parts)
+    loss, least = (sum(part.loss for part in each) for each in (parts, base))
+    seconds = [second for part in parts for second in part.seconds]
+    return Score(
+        method=method,
+        packed_bits=parts[-1].packed_bits,
+        effective_bits=parts[-1].effective_bits,
+        perplexity=math.exp(loss / tokens),
+        difference=100 * (math.exp(loss / tokens) / math.exp(least / tokens) - 1),
+        kl=sum(part.kl for part in parts) / tokens,
+        top1=100 * sum(part.agreed for part in parts) / tokens,
+        bytes=parts[-1].bytes,
+        tokens_per_second=1 / statistics.median(seconds) if seconds else math.nan,
+    )
 
 
 def chunks_to_do(protocol: Protocol, runners: Sequence[Runner]) -> int:
     """Return how often `evaluate` will call ``advance(1)``."""
-    return protocol.windows * len(runners) * math.ceil(protocol.scored / protocol.chunk)
+    return protocol.windows * len(runners) * protocol.chunks
 
 
 def flat_row(score: Score) -> dict[str, object]:

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kvq_compile.calibration.artifact import Calibration
 from kvq_compile.calibration.calibrator import calibrate
+from kvq_compile.evaluation.kept import Kept
 from kvq_compile.evaluation.perplexity import Method, Score, parse_method
 
 PLAIN = (
@@ -40,16 +42,37 @@ Say = Callable[[str, int, int], None]
 
 
 def standard_methods(
-    model: nn.Module, texts: Sequence[Tensor], say: Say = lambda stage, done, total: None
+    model: nn.Module,
+    texts: Sequence[Tensor],
+    say: Say = lambda stage, done, total: None,
+    folder: Path | None = None,
+    kept: Kept | None = None,
 ) -> list[Method]:
-    """Return all methods, calibrated on ``texts`` where they learn; without texts, those that do not."""
+    """Return all methods, calibrated on ``texts`` where they learn; without texts, those that do not.
+
+    Args:
+        model: What to calibrate.
+        texts: Token ids, each ``[1, T]``.
+        say: Called with a stage of calibration, how much of it is done and how much there is to do.
+        folder: Where calibrations are saved, as ``<label>.safetensors``, if they are to be.
+        kept: Which of them were saved by a run that was cut short, and need not be made again.
+    """
     methods = [parse_method(text) for text in PLAIN]
+    kept = kept or Kept()
     for label, name, options, runtime in CALIBRATED if texts else ():
+        path = None if folder is None else folder / f"{label}.safetensors"
+        if path is not None and label in kept.calibrated and path.exists():
+            calibration = Calibration.load(path)
+        else:
 
-        def advance(stage: str, done: int, total: int, label: str = label) -> None:
-            say(f"{label}: {stage}", done, total)
+            def advance(stage: str, done: int, total: int, label: str = label) -> None:
+                say(f"{label}: {stage}", done, total)
 
-        calibration = calibrate(model, texts, name, advance=advance, **options)
+            calibration = calibrate(model, texts, name, advance=advance, **options)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                calibration.save(path)
+                kept.add_calibrated(label)
         methods.append(Method(label, {"calibration": calibration, **runtime}))
     return methods
 

@@ -33,6 +33,8 @@ def check_tensors(attention: Attention, key: State, value: State) -> None:
         raise Refusal(f"device {query.device.type} is not supported; use cpu or cuda")
     if same(query.shape[2], 0):
         raise Refusal("the call has no tokens")
+    if any(same(size, 0) for size in (*query.shape, *(shape_of(key.new) or ()))):
+        raise Refusal("the call has no sequences, heads or channels")
     if any(
         value_of(node).dtype != query.dtype
         for state in (key, value)

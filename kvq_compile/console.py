@@ -1,0 +1,195 @@
+"""What the command line shows: results on standard output, progress, notes and errors on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from typer.core import TyperGroup
+
+from kvq_compile.compiling import watched_by
+
+if TYPE_CHECKING:
+    from kvq_compile.demo import Comparison, Generation
+    from kvq_compile.evaluation.perplexity import Score
+
+OWN_ERRORS = ("typer", "click")  # packages whose errors show themselves, usage included
+console = Console()
+errors = Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """Print a line beside the results."""
+    errors.print(escape(text), highlight=False, soft_wrap=True)
+
+
+class Commands(TyperGroup):
+    """The commands; what goes wrong in one ends it with a sentence instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            shows_itself = type(error).__module__.partition(".")[0] in OWN_ERRORS
+            if shows_itself or ctx.params.get("traceback"):
+                raise
+            fail(error)
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Print an error as one sentence and end the command: with 2 where an argument is wrong, else with 1."""
+    from kvq_compile.errors import KVQError
+
+    cause = _cause(error)
+    text = " ".join(str(cause).split())
+    expected = isinstance(cause, (KVQError, ValueError, TypeError, OSError, ImportError))
+    if not expected:
+        text = f"{type(cause).__name__}: {text or 'no message'}; kvq --traceback shows where"
+    errors.print(f"[red]error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2 if isinstance(cause, (ValueError, TypeError, OSError)) else 1)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error that torch's compiler has wrapped, which names it after its own."""
+    inner = getattr(error, "inner_exception", None)
+    return _cause(inner) if isinstance(inner, BaseException) else error
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Show a line with a spinner while the block runs; yield the function that changes its text."""
+    with errors.status(text) as spinner:
+        said = text
+
+        def say(step: str) -> None:
+            nonlocal said
+            said = f"{step} ..."
+            spinner.update(said)
+
+        with watched_by(lambda what: spinner.update(f"{said} compiling {what}" if what else said)):
+            yield say
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each stage while the block runs; yield the function that says how far one is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=errors) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(escape(stage), total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        def compiling(what: str | None) -> None:
+            for stage, task in list(tasks.items())[-1:]:
+                bar.update(task, description=escape(f"{stage} (compiling)" if what else stage))
+
+        with watched_by(compiling):
+            yield advance
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show one bar while the block runs; yield the function that advances it."""
+    with stages() as advance:
+        done = 0
+        advance(title, done, total)
+
+        def steps(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(title, done, total)
+
+        yield steps
+
+
+def readable_bytes(count: int) -> str:
+    """Return a number of bytes in kB or MB (powers of ten)."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def show_scores(scores: Sequence[Score]) -> None:
+    """Print the table of `kvq eval`, and one of recall where it was measured; both fit 80 columns."""
+    heads = ("packed", "bits", "ppl", "diff %", "KL", "top-1 %", "bytes", "tok/s")
+    rows = [
+        (
+            f"{score.packed_bits:.2f}",
+            f"{score.effective_bits:.2f}",
+            f"{score.perplexity:.3f}",
+            f"{score.difference:+.2f}",
+            f"{score.kl:.5f}",
+            f"{score.top1:.1f}",
+            readable_bytes(score.bytes),
+            f"{score.tokens_per_second:.0f}",
+        )
+        for score in scores
+    ]
+    console.print(_table([score.method for score in scores], heads, rows))
+    if lengths := list(scores[0].recall):
+        recalled = [[f"{score.recall[length]:.1f}" for length in lengths] for score in scores]
+        console.print("recall in percent of digits, by tokens of context", highlight=False)
+        console.print(_table([score.method for score in scores], list(map(str, lengths)), recalled))
+
+
+def _table(methods: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("method", overflow="fold", max_width=40)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for method, row in zip(methods, rows, strict=True):
+        table.add_row(escape(method), *row)
+    return table
+
+
+def show_comparison(result: Comparison, plain: str) -> None:
+    """Print what `kvq demo` found."""
+    for run in (result.plain, result.quantized):
+        title = f"{run.method} cache, {run.tokens} tokens, greedy"
+        console.print(Panel(escape(run.text), title=escape(title), title_align="left"))
+    first, second = result.plain, result.quantized
+    console.print(f"The first {result.agreed} of {first.tokens} tokens are the same.\n")
+    console.print(_comparison_table(first, second))
+    base, other = result.scores
+    console.print(
+        f"Perplexity on the text: {base.perplexity:.3f} plain, {other.perplexity:.3f} "
+        f"quantized ({other.difference:+.2f} %).\n"
+        f"Tokens/s is the median over the tokens of one generation, plain {plain}, quantized "
+        "compiled; compilation and prompt do not count.",
+        highlight=False,
+    )
+
+
+def _comparison_table(*runs: Generation) -> Table:
+    """Return bytes by part, effective bits and speed of generations, side by side."""
+    tokens = runs[0].cache.tokens
+    table = Table(title=f"cache after {tokens} tokens", title_justify="left")
+    table.add_column("")
+    for run in runs:
+        table.add_column(escape(run.method), justify="right", overflow="fold")
+    for part in dict.fromkeys(part for run in runs for part in run.cache.parts):
+        sizes = [run.cache.parts.get(part) for run in runs]
+        table.add_row(part, *("" if size is None else readable_bytes(size) for size in sizes))
+    table.add_section()
+    table.add_row("bytes", *(readable_bytes(run.cache.bytes) for run in runs))
+    table.add_row("at 16 bit", *(readable_bytes(run.cache.dense_bytes) for run in runs))
+    table.add_row("effective bits", *(f"{run.cache.effective_bits:.2f}" for run in runs))
+    table.add_row("tokens/s", *(f"{run.tokens_per_second:.1f}" for run in runs))
+    return table
