@@ -83,6 +83,15 @@ def target_name(node: Any) -> str:
     )
 
 
+def source_name(node: fx.Node) -> str:
+    """Return how the model names an argument of the graph: ``L['past'].layers[0].keys``."""
+    source = getattr(node, "_dynamo_source", None)
+    try:
+        return str(source.name() if callable(source.name) else source.name)  # type: ignore[union-attr]
+    except (AttributeError, NotImplementedError):
+        return node.name
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """Return an argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

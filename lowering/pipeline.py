@@ -18,8 +18,10 @@ from kvq_compile.lowering.rewrite.dequantize_reads import dequantize_reads
 from kvq_compile.lowering.rewrite.drop_orphans import drop_orphans
 from kvq_compile.lowering.rewrite.extend_refused import extend_refused
 from kvq_compile.lowering.rewrite.fuse_attention import fuse_attention
+from kvq_compile.lowering.rewrite.gather_rows import gather_rows
 from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
+from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
 from kvq_compile.lowering.rewrite.weigh_tokens import weigh_fresh_tokens
@@ -28,12 +30,14 @@ from kvq_compile.lowering.sites import AttentionSite, Life, SiteReport
 
 ANALYSIS: tuple[Pass, ...] = (
     unchain_writes,  # first: the finders know a cache by one node
+    spell_growth,  # and its growth by one spelling
     find_sites,
     refuse_gradients,
 )
 REWRITING: tuple[Pass, ...] = (
     add_tables,
     unwrap_caches,  # before the rewriting, which speaks of parts
+    gather_rows,
     plan_conversions,
     attend_to_new_tokens,
     weigh_fresh_tokens,
@@ -63,7 +67,11 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     graph.reports += [_rewritten(site) for site in graph.sites]
     graph.reports.sort(key=lambda report: report.layer)
     arguments = graph.arguments
-    unwrapped = {arguments[node]: cache.owns_length for node, cache in graph.caches.items()}
+    unwrapped = {
+        arguments[node]: cache.owns_length
+        for node, cache in graph.caches.items()
+        if node in arguments
+    }
     return Lowered(
         module=graph.module,
         reports=graph.reports,
@@ -85,7 +93,7 @@ def _run(passes: Sequence[Pass], graph: Graph) -> None:
 def _pairs(graph: Graph) -> list[tuple[int, int]]:
     arguments = graph.arguments
     grown = [
-        (site.key.past, site.value.past) for site in graph.sites if site.key.life is Life.GROWN
+        (site.key.cache, site.value.cache) for site in graph.sites if site.key.life is Life.GROWN
     ]
     return [
         (arguments[key], arguments[value])

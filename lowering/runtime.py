@@ -70,6 +70,30 @@ class Extended:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Wrap four outputs from number ``index`` on: rows of argument ``argument``, longer by ``tokens``.
+
+    Of rotary keys the shift is a fifth.
+    """
+
+    index: int
+    argument: int
+    tokens: Size
+
+    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+        """Return the new cache."""
+        cache: QuantizedKV = args[self.argument]
+        behind = self.index + len(ops.PARTS)
+        codes, params, exact, cursor = results[self.index : behind]
+        length = cache.shape[2] + self.tokens(args)
+        return QuantizedKV(
+            *(codes, params, exact, cursor, cache.page_layout, "grown", length),
+            tables=cache.tables,
+            shift=None if cache.shift is None else results[behind],
+        )
+
+
+@dataclass(frozen=True)
 class Given:
     """Return argument number ``argument`` itself, a cache that was written in place or not at all."""
 
@@ -81,7 +105,7 @@ class Given:
         return cache
 
 
-Output = Plain | Made | Extended | Given
+Output = Plain | Made | Extended | Gathered | Given
 
 
 @dataclass(frozen=True)
@@ -160,9 +184,12 @@ class Lowered:
                 raise ValueError(
                     f"keys and values of a cache must hold equally many tokens, got {lengths}"
                 )
-        grown = {plan.argument: plan for plan in self.outputs if isinstance(plan, Extended)}
-        for plan in grown.values():
-            args[plan.argument].claim(plan.tokens(args))
+        room: dict[int, int] = {}
+        for plan in self.outputs:
+            if isinstance(plan, (Extended, Gathered)):
+                room[plan.argument] = max(room.get(plan.argument, 0), plan.tokens(args))
+        for argument, tokens in room.items():
+            args[argument].claim(tokens)
 
     def flatten(self, args: Sequence[Any]) -> list[Any]:
         """Return the arguments of ``module`` for the arguments of the captured graph."""

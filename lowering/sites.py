@@ -68,7 +68,8 @@ class State:
         life: How it enters and leaves the graph.
         base: The node that attention reads, before heads are repeated or slots are cut off.
         new: The call's own tokens, ``[B, Hkv, T, D]``.
-        past: Placeholder or allocation that held the earlier tokens, if any.
+        past: Placeholder or allocation that held the earlier tokens, if any; or rows taken from such a placeholder.
+        source: That placeholder, where ``past`` is rows taken from it.
         write: The node that writes ``new`` into ``past``, where that is a write in place.
         position: Slots of the new tokens, a node; or their first slot, a number.
         repeats: Query heads for one KV head, as repeated in the graph.
@@ -83,6 +84,12 @@ class State:
     position: Any = None
     repeats: Any = 1
     slots: Any = None
+    source: fx.Node | None = None
+
+    @property
+    def cache(self) -> fx.Node | None:
+        """The argument or allocation that holds the earlier tokens, if any."""
+        return self.past if self.source is None else self.source
 
 
 @dataclass(frozen=True)

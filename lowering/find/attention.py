@@ -199,6 +199,8 @@ def _split_scale(scores: Any) -> tuple[Any, float]:
     while (name := target_name(scores)) in SCALINGS:
         left, right = scores.args[:2]
         if fixed_number(left) is not None:
+            if "div" in name:
+                raise Refusal("a number is divided by the scores")
             left, right = right, left
         number = fixed_number(right)
         if number is None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -56,14 +57,14 @@ class Growth:
         new: The new tokens, ``[B, H, T, D]``.
         index: Node of the rows of ``past`` that make up the batch; ``None`` for all, in order.
         rows: The same as numbers, where no node has them.
-        written: Nodes that write into memory of their own on the way to the tensor.
+        steps: The nodes from there to the tensor, in order; their writes are into memory of their own.
     """
 
     past: fx.Node
     new: fx.Node
     index: fx.Node | None = None
     rows: tuple[int, ...] | None = None
-    written: tuple[fx.Node, ...] = ()
+    steps: tuple[fx.Node, ...] = ()
 
 
 def is_cache_like(node: Any) -> bool:
@@ -79,9 +80,11 @@ def moved_from(node: Any) -> Any:
     """Return the tensor whose elements ``node`` holds unchanged, walking back along copies and whole views."""
     while isinstance(node, fx.Node):
         name = _plain_name(node)
-        if name in ("contiguous", "clone", "detach", "alias") or _keeps_dtype(node, name):
-            node = node.args[0]
-        elif name == "getitem" and _takes_all(node):
+        if (
+            name in ("contiguous", "clone", "detach", "alias")
+            or _keeps_dtype(node, name)
+            or (name == "getitem" and _takes_all(node))
+        ):
             node = node.args[0]
         else:
             return node
@@ -111,14 +114,14 @@ def cache_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _reached(node: fx.Node, cuts: Iterable[fx.Node] = ()) -> Iterator[fx.Node]:
-    """Yield the tensors of four dimensions and more that ``node`` is made of, nearest first."""
+    """Yield the tensors of three dimensions and more that ``node`` is made of, nearest first."""
     writers = _writers(node.graph)
     seen, front = set(cuts), [node]
     for _ in range(_REACH):
         following: list[fx.Node] = []
         for current in front:
             for other in (*data_of(current), *writers.get(root_of(current), ())):
-                wide = len(shape_of(other) or ()) >= 4 or _plain_name(other) == "setitem"
+                wide = len(shape_of(other) or ()) >= 3 or _plain_name(other) == "setitem"
                 if other not in seen and wide:
                     seen.add(other)
                     yield other
@@ -158,7 +161,7 @@ def find_growth(grown: fx.Node) -> Growth | None:
     if shape is None or len(shape) != 4 or grown.op == "placeholder":
         return None
     near = list(_reached(grown))
-    for past in [node for node in near if _gathered(node) is not None or is_cache_like(node)]:
+    for past in [node for node in near if gathered_from(node) is not None or is_cache_like(node)]:
         before = shape_of(past) or ()
         if not (same(before[1], shape[1]) and same(before[3], shape[3])):
             continue
@@ -181,7 +184,7 @@ def _fits(new: fx.Node, past: fx.Node, shape: tuple[Any, ...]) -> bool:
     return all(same(a, b) for a, b in zip(mine, shape, strict=True))
 
 
-def _gathered(node: Any) -> tuple[fx.Node, fx.Node] | None:
+def gathered_from(node: Any) -> tuple[fx.Node, fx.Node] | None:
     """Return the cache and the index of which ``node`` takes rows along the batch."""
     name = _plain_name(node)
     index: Any = None
@@ -189,7 +192,7 @@ def _gathered(node: Any) -> tuple[fx.Node, fx.Node] | None:
         index = argument(node, 2, "index")
     elif name == "getitem" and (found := getitem_index(node)) is not None and len(found) == 4:
         shape = shape_of(node.args[0]) or ()
-        if all(is_full(found[dim], shape[dim]) for dim in (1, 2, 3)):
+        if len(shape) == 4 and all(is_full(found[dim], shape[dim]) for dim in (1, 2, 3)):
             index = found[0]
     if not isinstance(index, fx.Node) or not is_integer(index) or len(shape_of(index) or ()) != 1:
         return None
@@ -212,13 +215,12 @@ class _Trial:
         self._grown, self._past, self._new = grown, past, new
         self._place = order_of(grown.graph)
         self._steps: list[fx.Node] = []
-        self._written: list[fx.Node] = []
 
     def growth(self) -> Growth | None:
         """Return the growth if evaluation bears it out."""
         if not self._collect():
             return None
-        gathered = _gathered(self._past)
+        gathered = gathered_from(self._past)
         past, index = gathered if gathered is not None else (self._past, None)
         rows: tuple[int, ...] | None = None
         try:
@@ -231,7 +233,7 @@ class _Trial:
             return None  # what cannot be evaluated is not understood
         if rows is None:
             return None
-        return Growth(past, self._new, index, rows or None, tuple(self._written))
+        return Growth(past, self._new, index, rows or None, tuple(self._steps))
 
     def _collect(self) -> bool:
         """Collect the nodes to run; say whether nothing but they decides on the result."""
@@ -253,13 +255,12 @@ class _Trial:
                 stack.extend(data_of(node))
             stack.extend(writers.get(root_of(node), ()))
         self._steps = sorted(needed, key=place.__getitem__)
-        self._written = [node for node in self._steps if writes_in_place(node)]
         end = place[self._steps[-1]]
         for cut in (self._past, self._new):
             changes = [place[node] for node in writers.get(root_of(cut), ())]
             if any(place[cut] < change <= end for change in changes):
                 return False  # it changes before it is moved
-        last = max((place[node] for node in self._written), default=-1)
+        last = max((place[node] for node in self._steps if writes_in_place(node)), default=-1)
         memory = root_of(self._grown)
         readers = [user for node in self._steps if root_of(node) is memory for user in node.users]
         return all(place[user] > last for user in readers if user not in needed)
@@ -319,7 +320,9 @@ def _random(like: Tensor, sizes: Mapping[Any, int]) -> Tensor:
 def _size(size: Any, sizes: Mapping[Any, int]) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
-    expression = size.node.expr.xreplace(dict(sizes))
+    expression = sympy.sympify(size.node.expr).xreplace(
+        {symbol: sympy.Integer(chosen) for symbol, chosen in sizes.items()}
+    )
     return int(expression) if expression.is_number else number(size)
 
 

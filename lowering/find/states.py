@@ -17,6 +17,7 @@ from typing import Any
 from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
 from kvq_compile.lowering.find.writes import read_write, writes_of
 from kvq_compile.lowering.nodes import (
@@ -27,6 +28,7 @@ from kvq_compile.lowering.nodes import (
     root_of,
     same,
     shape_of,
+    source_name,
     target_name,
     value_of,
     writes_in_place,
@@ -62,9 +64,15 @@ def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
         return _grown(read, outputs)
     if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
         return _written(read, outputs)
-    if base in outputs:
-        return State(Life.FRESH, base, base, repeats=read.repeats, slots=read.slots)
+    kept = [node for node in outputs if node is base or moved_from(node) is base]
+    if kept:
+        return _fresh(read, base if base in kept else kept[0])
     raise Refusal(why_not_kept(base, outputs))
+
+
+def read_base(operand: fx.Node) -> fx.Node:
+    """Return what an attention's key or value is read from, before heads are repeated or slots are cut off."""
+    return _peel(operand).base
 
 
 def _peel(node: Any) -> _Read:
@@ -77,10 +85,8 @@ def _peel(node: Any) -> _Read:
         if step is not None:
             node, times = step
             repeats = repeats * times
-        elif name == "contiguous" or (
-            name == "to" and value_of(node).dtype == value_of(node.args[0]).dtype
-        ):
-            node = input_of(node)
+        elif moved_from(node) is not node:
+            node = moved_from(node)
         elif name == "getitem" and slots is None and (cut := _prefix_of(node)) is not None:
             slots, node = cut, input_of(node)
         else:
@@ -151,7 +157,7 @@ def _grown(read: _Read, outputs: set[fx.Node]) -> State:
     tensors = [t for t in argument(cat, 0, "tensors") if not _is_empty(t)]
     if argument(cat, 1, "dim", 0) not in (2, -2):
         if cat in outputs and not any(root_of(t).op == "placeholder" for t in tensors):
-            return State(Life.FRESH, cat, cat, repeats=read.repeats, slots=read.slots)
+            return _fresh(read, cat)
         raise Refusal("new tokens are joined along another dimension than 2")
     if read.slots is not None:
         raise Refusal("attention reads only a part of the grown cache")
@@ -162,15 +168,37 @@ def _grown(read: _Read, outputs: set[fx.Node]) -> State:
     past, *new = tensors
     if any(isinstance(value_of(tensor), QuantizedKV) for tensor in new):
         raise Refusal("new tokens are joined in front of the cache")
-    if past.op != "placeholder":
-        return State(Life.FRESH, cat, cat, repeats=read.repeats)
+    gathered = gathered_from(past)
+    if past.op != "placeholder" and gathered is None:
+        return _fresh(read, cat)
+    source = None if gathered is None else gathered[0]
     if len(new) != 1:
         raise Refusal("more than one tensor is joined to the cache")
-    if isinstance(value_of(past), QuantizedKV):
-        if value_of(past).kind != "grown":
+    held = value_of(past)
+    if isinstance(held, QuantizedKV):
+        if held.kind != "grown":
             raise Refusal("a quantized buffer of fixed size is grown by cat")
-        return State(Life.GROWN, cat, new[0], past, repeats=read.repeats)
-    return State(Life.GROWN_PLAIN, cat, cat, past, repeats=read.repeats)
+        if held.originals is not None and past.op != "placeholder":
+            raise Refusal("rows are taken from a cache that keeps exact copies in host memory")
+        return State(Life.GROWN, cat, new[0], past, repeats=read.repeats, source=source)
+    return State(Life.GROWN_PLAIN, cat, cat, past, repeats=read.repeats, source=source)
+
+
+def _fresh(read: _Read, kept: fx.Node) -> State:
+    """Return the state of keys or values that are all of this call.
+
+    Raises:
+        Refusal: They are not: a cache that entered the call is among what they are made of.
+    """
+    length = (shape_of(kept) or ())[2]
+    for cache in cache_inputs(kept):
+        value = value_of(cache)
+        if isinstance(value, QuantizedKV) or not same(value.shape[2], length):
+            raise Refusal(
+                f"the cache {source_name(cache)} reaches attention through {target_name(read.base)}, "
+                "which is not understood as new tokens behind those held"
+            )
+    return State(Life.FRESH, kept, read.base, repeats=read.repeats, slots=read.slots)
 
 
 def _is_empty(node: Any) -> bool:

@@ -25,6 +25,8 @@ def dequantize_reads(graph: Graph) -> PassReport:
     """
     changes = []
     for placeholder, cache in graph.caches.items():
+        if placeholder not in graph.arguments:
+            continue  # rows of another cache, which nothing reads any more
         for node in [n for n in graph.fx.nodes if _writes_into(n, placeholder)]:
             changes.append(f"{node.name} writes {placeholder} quantized")
             _write(graph.fx, node, placeholder, cache)

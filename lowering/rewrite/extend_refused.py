@@ -27,7 +27,8 @@ def extend_refused(graph: Graph) -> PassReport:
     for past, cache in graph.caches.items():
         grown = [user for user in past.users if user in returned and user not in taken]
         if (
-            value_of(past).kind != "grown"
+            past.op != "placeholder"
+            or value_of(past).kind != "grown"
             or len(grown) != 1
             or any(user in taken for user in past.users)
         ):

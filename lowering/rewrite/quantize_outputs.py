@@ -11,7 +11,7 @@ from kvq_compile.lowering.cache_nodes import UNSEEN, quantize
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, size_of, value_of
 from kvq_compile.lowering.rewrite.add_tables import empty_cache
-from kvq_compile.lowering.runtime import Extended, Given, Made, Output, Plain
+from kvq_compile.lowering.runtime import Extended, Gathered, Given, Made, Output, Plain
 from kvq_compile.lowering.sites import Coding, Life, State
 
 
@@ -55,7 +55,11 @@ def _plan(
         if state.life is Life.GROWN:
             assert state.past is not None
             tokens = graph.sizes.size((shape_of(state.new) or ())[2])
-            return Extended(arguments[state.past], tokens)
+            if state.source is None:
+                return Extended(arguments[state.past], tokens)
+            rows, first = graph.caches[state.past], len(flat)
+            flat.extend(node for node in (*rows.parts, rows.shift) if node is not None)
+            return Gathered(first, arguments[state.source], tokens)
         if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
             return _made(graph, returned, state, coding, flat)
     flat.append(returned)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
-
 import torch
 from torch import fx
 
@@ -12,6 +9,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.movement import Growth, find_growth, is_cache_like
 from kvq_compile.lowering.find.states import read_base
+from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     argument,
     changed_roots,
@@ -21,11 +19,12 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     target_name,
     value_of,
+    writes_in_place,
 )
 from kvq_compile.lowering.sites import Attention
 
 
-def spell_growth(graph: fx.Graph) -> None:
+def spell_growth(graph: Graph) -> PassReport:
     """Write every grown cache as ``cat([past, new], 2)``, and rows of it as ``index_select(past, 0, rows)``.
 
     Before:  keys = pad(past_keys, ...).index_copy(2, slots, key); attend(query, keys); return keys.clone()
@@ -34,11 +33,13 @@ def spell_growth(graph: fx.Graph) -> None:
 
     Leaves alone: what evaluation does not show to be the cache and the call's tokens behind it.
     """
-    _flatten(graph)
-    output = next(iter(reversed(graph.nodes)))
+    nodes, changes = graph.fx, []
+    _flatten(nodes)
     known: dict[tuple[object, ...], fx.Node] = {}
-    place = order_of(graph)
-    candidates = {read_base(operand) for operand in _operands(graph)} | set(output.all_input_nodes)
+    place = order_of(nodes)
+    candidates = {read_base(operand) for operand in _operands(nodes)} | set(
+        graph.output.all_input_nodes
+    )
     for node in sorted(candidates, key=place.__getitem__):
         if is_spelled(node):
             past, new = argument(node, 0, "tensors")
@@ -49,9 +50,12 @@ def spell_growth(graph: fx.Graph) -> None:
             continue
         key = (growth.past, growth.index, growth.rows, growth.new)
         cat = known.get(key)
-        if cat is None or _changed(graph, cat, node, growth):
-            cat = known[key] = _spell(graph, node, growth)
-        _replace(graph, node, cat, growth)
+        if cat is None or _changed(nodes, cat, node, growth):
+            cat = known[key] = _spell(nodes, node, growth)
+        changes.append(f"{node} is spelled as {cat}")
+        _replace(nodes, node, cat, growth)
+    graph.used = frozenset(node for node in nodes.nodes if node.users) | graph.used
+    return PassReport(tuple(changes))
 
 
 def is_spelled(node: fx.Node) -> bool:
@@ -104,15 +108,15 @@ def _changed(graph: fx.Graph, cat: fx.Node, node: fx.Node, growth: Growth) -> bo
 
 def _spell(graph: fx.Graph, node: fx.Node, growth: Growth) -> fx.Node:
     place = order_of(graph)
-    last = max((node, *growth.written), key=place.__getitem__)
+    last = max(growth.steps, key=place.__getitem__)
     with graph.inserting_after(last):
         past, index = growth.past, growth.index
         if growth.rows is not None:
-            device = value_of(past).device
-            made = torch.tensor(growth.rows, device=device)
-            index = graph.call_function(torch.tensor, (list(growth.rows),), {"device": device})
+            held = value_of(past)
+            like = held.cursor if isinstance(held, QuantizedKV) else held
+            index = graph.call_function(torch.tensor, (list(growth.rows),), {"device": held.device})
+            index.meta["example_value"] = like.new_empty(len(growth.rows), dtype=torch.int64)
             last = index
-            index.meta["example_value"] = made
     with graph.inserting_after(last):
         if index is not None:
             value = value_of(past).index_select(0, value_of(index))
@@ -124,21 +128,19 @@ def _spell(graph: fx.Graph, node: fx.Node, growth: Growth) -> fx.Node:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, cat: fx.Node, growth: Growth) -> None:
-    node.replace_all_uses_with(cat, delete_user_cb=lambda user: user not in growth.written)
-    for written in reversed(growth.written):
-        if not written.users and not _is_read(root_of(written.args[0]), growth.written):
-            graph.erase_node(written)
+    """Let what reads ``node`` read ``cat``; erase the steps that led to nothing else."""
+    steps = set(growth.steps)
+    node.replace_all_uses_with(cat, delete_user_cb=lambda user: user not in steps)
+    for step in reversed(growth.steps):
+        if not step.users and (not writes_in_place(step) or _is_own(root_of(step.args[0]), steps)):
+            graph.erase_node(step)
 
 
-def _is_read(memory: fx.Node, writers: Iterable[fx.Node]) -> bool:
-    """Say whether anything but ``writers`` and views for them uses a tensor's memory."""
-    apart = set(writers)
-    return any(
-        user not in apart and not _only_for(user, apart)
-        for user in memory.users
-        if user.target is not operator.setitem or user not in apart
-    )
+def _is_own(memory: fx.Node, steps: set[fx.Node]) -> bool:
+    """Say whether nothing but ``steps`` uses a tensor's memory."""
+    views = (user for user in memory.users if root_of(user) is memory)
+    return set(memory.users) <= steps and all(_is_own_view(view, steps) for view in views)
 
 
-def _only_for(view: fx.Node, writers: set[fx.Node]) -> bool:
-    return all(user in writers or _only_for(user, writers) for user in view.users)
+def _is_own_view(view: fx.Node, steps: set[fx.Node]) -> bool:
+    return set(view.users) <= steps and all(_is_own_view(user, steps) for user in view.users)

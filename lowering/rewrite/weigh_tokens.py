@@ -54,7 +54,7 @@ def weigh_tokens(
     if not _asks(site):
         return None
     state = site.key
-    key = state.base if state.life in (Life.FRESH, Life.GROWN_PLAIN) else state.new
+    key = state.base if state.life is Life.GROWN_PLAIN else state.new
     if cache is None:
         empty = CacheNodes((), site.key_coding.layout)
         return importance(graph, site.attention, key, mask, (None, 0), size_of(key, 2), empty)

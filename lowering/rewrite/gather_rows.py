@@ -1,0 +1,45 @@
+"""Take rows of a quantized cache along the batch without leaving the packed form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from kvq_compile.lowering.cache_nodes import CacheNodes
+from kvq_compile.lowering.find.movement import gathered_from
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import insert_call
+from kvq_compile.lowering.sites import Life
+
+
+def gather_rows(graph: Graph) -> PassReport:
+    """Let each site that reads rows of a cache read a packed copy of them.
+
+    Before:  keys = cat([index_select(past_keys, 0, rows), key], 2)
+    After:   rows_codes = index_select(past_keys_codes, 0, rows); ...; keys = cat([rows_of_past, key], 2)
+    Because: beam search reorders a cache at every step, and what is reordered was coded before.
+    """
+    changes = []
+    for site in graph.sites:
+        for state, _ in site.states():
+            past = state.past
+            found = None if past is None or past in graph.caches else gathered_from(past)
+            if state.life is Life.GROWN and past is not None and found is not None:
+                graph.caches[past] = _rows(graph.fx, past, graph.caches[found[0]], found[1])
+                changes.append(f"{past} takes packed rows of {found[0]}")
+    return PassReport(tuple(changes))
+
+
+def _rows(graph: fx.Graph, past: fx.Node, cache: CacheNodes, index: fx.Node) -> CacheNodes:
+    with graph.inserting_before(past):
+        codes, params, exact = (
+            insert_call(graph, torch.index_select, (part, 0, index)) for part in cache.parts[:3]
+        )
+        cursor = graph.call_method("clone", (cache.parts[3],))
+        shift = cache.shift
+        if shift is not None:
+            shift = insert_call(graph, torch.index_select, (shift, 0, index))
+    parts = codes, params, exact, cursor
+    return replace(cache, parts=parts, shift=shift, owns_length=False)
