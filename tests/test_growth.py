@@ -1,5 +1,6 @@
 """A grown cache is served alike however its growth is spelled: packed bytes are read, each token is coded once."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import one_hot, pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import QuantizedKV
+from kvq_compile.errors import KVQWarning
 from kvq_compile.history import watching
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -124,12 +126,17 @@ def generate(grow: Grow, move: Move, back: Move, compiled: bool) -> tuple[list[T
     return outputs, keys
 
 
-def assert_served_as_by_cat(grow: Grow, move: Move, back: Move) -> None:
-    torch._dynamo.reset()
-    expected, expected_keys = generate(GROWTHS["cat"], move, COPIES["as it is"], True)
+@functools.cache
+def by_cat(before: str) -> tuple[list[Tensor], Tensor]:
+    with torch.no_grad():
+        return generate(GROWTHS["cat"], COPIES[before], COPIES["as it is"], True)
+
+
+def assert_served_as_by_cat(growth: str, before: str = "as it is", after: str = "as it is") -> None:
+    expected, expected_keys = by_cat(before)
     torch._dynamo.reset()
     with watching() as graphs, torch.no_grad():
-        actual, keys = generate(grow, move, back, True)
+        actual, keys = generate(GROWTHS[growth], COPIES[before], COPIES[after], True)
     details = [site.detail for graph in graphs for site in graph.sites]
     assert len(details) >= 2
     assert all(detail.startswith(SERVED) for detail in details[1:]), details
@@ -141,13 +148,13 @@ def assert_served_as_by_cat(grow: Grow, move: Move, back: Move) -> None:
 
 @pytest.mark.parametrize("name", list(GROWTHS))
 def test_every_spelling_of_growth_is_served_as_cat_is(name: str) -> None:
-    assert_served_as_by_cat(GROWTHS[name], COPIES["as it is"], COPIES["as it is"])
+    assert_served_as_by_cat(name)
 
 
 @settings(max_examples=8)
 @given(st.sampled_from(list(GROWTHS)), st.sampled_from(list(COPIES)), st.sampled_from(list(COPIES)))
 def test_copies_on_the_way_change_nothing(growth: str, before: str, after: str) -> None:
-    assert_served_as_by_cat(GROWTHS[growth], COPIES[before], COPIES[after])
+    assert_served_as_by_cat(growth, before, after)
 
 
 @pytest.mark.parametrize("name", list(ROWS))
@@ -167,16 +174,15 @@ def test_rows_of_a_cache_are_taken_in_packed_form(name: str) -> None:
     "change",
     [
         lambda past, new: torch.cat([past * 1.5, new], 2),
-        lambda past, new: torch.cat([new, past], 2),
         lambda past, new: torch.cat([past.flip(2), new], 2),
         lambda past, new: padded(past, new) + 2 * behind(past, new),
         lambda past, new: torch.cat([past, new.roll(1, 3)], 2) * torch.ones(32).cumsum(0),
         lambda past, new: torch.cat([past.roll(1, 1), new], 2),
     ],
-    ids=["scaled", "in front", "reversed", "doubled", "weighted", "other heads"],
+    ids=["scaled", "reversed", "doubled", "weighted", "other heads"],
 )
 def test_what_changes_the_cache_is_never_coded_anew(change: Grow) -> None:
-    with watching() as graphs, torch.no_grad(), pytest.warns(UserWarning):
+    with watching() as graphs, torch.no_grad(), pytest.warns(KVQWarning):
         outputs, keys = generate(change, COPIES["as it is"], COPIES["as it is"], True)
     plain, plain_keys = generate(change, COPIES["as it is"], COPIES["as it is"], False)
     assert all(site.outcome == "left alone" for graph in graphs for site in graph.sites)

@@ -6,6 +6,7 @@ a dequantized copy. A handler returns ``NotImplemented`` for what it leaves to t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -239,7 +240,8 @@ def _bound(value: Any, default: Any, size: Any) -> Any:
         value = value + size
     if _is_known(value < 0):
         return 0
-    return size if _is_known(value > size) else value
+    # A slice without an end is handed over with the largest integer, which no symbolic size is known to be below.
+    return size if _is_known(value == sys.maxsize) or _is_known(value > size) else value
 
 
 def _is_known(condition: Any) -> bool:
