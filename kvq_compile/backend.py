@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from kvq_compile.compiling import compiling
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, record
@@ -44,7 +45,9 @@ def kvq(
         ValueError: An option is unknown or out of range.
         KVQError: ``strict`` is set and an attention that keeps a cache could not be rewritten.
     """
-    return compile_graph(gm, example_inputs, make_config(options), mode)
+    config = make_config(options)
+    with compiling(f"a graph of {len(gm.graph.nodes)} nodes"):
+        return compile_graph(gm, example_inputs, config, mode)
 
 
 def compile_graph(

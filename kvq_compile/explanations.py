@@ -17,8 +17,8 @@ from kvq_compile.backend import kvq
 from kvq_compile.bounds import error_bound
 from kvq_compile.history import GraphReport, watching
 from kvq_compile.options import make_config
-from kvq_compile.reports import COLUMNS
 
+COLUMNS = 80  # what a line of text may take
 NOTHING = "nothing was compiled: the call went around the compiled code"
 
 

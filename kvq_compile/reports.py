@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from kvq_compile.kernels.mixed_layout import HEADER
 from kvq_compile.kernels.ops import FRAME, PARTS
 
 PLAIN = "plain"
-COLUMNS = 80  # what a line of text may take
 NAMES = (*PARTS, *FRAME)
 
 
@@ -136,17 +134,17 @@ class Report:
             rows.append(f"  of {self.packed_bits:.2f} bits packed {self.read_bits:.2f} are read")
         if self.host_bytes:
             rows.append(f"  and {self.host_bytes:,d} bytes of exact copies in host memory")
-        head = (
+        head = [
             f"{_count(self.layers, 'layer')}, {_count(self.tokens, 'token')}: {self.bytes:,d} bytes"
-        )
+        ]
         if self.elements:
             less = (
                 f"{self.saving:.2f} times less"
                 if self.saving >= 1
                 else f"{1 / self.saving:.2f} times more"
             )
-            head += f", {self.effective_bits:.2f} bits an element, {less} than 16 bit"
-        return "\n".join([*textwrap.wrap(head, COLUMNS), *rows])
+            head.append(f"{self.effective_bits:.2f} bits an element, {less} than 16 bit")
+        return "\n".join([*head, *rows])
 
     def __repr__(self) -> str:
         return f"<Report: {_count(self.layers, 'layer')}, {_count(self.tokens, 'token')}, {self.bytes:,d} bytes>"

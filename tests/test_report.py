@@ -1,6 +1,8 @@
 """What a report says is what the storages hold."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,3 +199,20 @@ def test_a_bound_is_told_only_where_something_is_packed() -> None:
 def test_what_cannot_be_called_is_refused_by_name(target: object) -> None:
     with pytest.raises(TypeError, match="function must be a module or a function, got "):
         explain(target)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_the_first_example_of_the_readme_ends_with_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: its cache was too short for a page and held more than 16 bit does."""
+    pytest.importorskip("transformers")
+    root = Path(__file__).resolve().parent.parent
+    blocks = re.compile("```python\n(.*?)```\n\n```\n(.*?)```", re.DOTALL)
+    found = blocks.search((root / "README.md").read_text())
+    assert found is not None
+    example, printed = found.groups()
+    monkeypatch.chdir(root)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+    assert "times less than 16 bit" in printed
