@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +12,11 @@ from kvq_compile.compiling import compiling
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, record
+from kvq_compile.lowering import logs
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled
 from kvq_compile.lowering.sites import SiteReport
 from kvq_compile.options import Config, make_config
-
-logger = logging.getLogger("kvq_compile")
 
 watch_generate()
 
@@ -69,6 +67,8 @@ def compile_graph(
             raise KVQError(text) from reason
         warnings.warn(text, KVQWarning, stacklevel=3)
 
+    if not lowered.compiles:
+        return gm.forward
     if lowered.conversions:
         return lowered.run_once_then_convert(compile_inner, stays_plain)
     return lowered.around(compile_inner(example_inputs))
@@ -77,7 +77,7 @@ def compile_graph(
 def _tell(reports: Sequence[SiteReport], config: Config) -> None:
     """Log what became of each attention; warn about those that keep a cache in 16 bit."""
     for site in reports:
-        logger.info("attention %d (%s) %s: %s", site.layer, site.source, site.outcome, site.detail)
+        logs.sites.info("%d (%s) %s: %s", site.layer, site.source, site.outcome, site.detail)
     refused = [site for site in reports if site.outcome == "left alone" and not site.expected]
     if not refused:
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.sites import find_sites, source_line
 from kvq_compile.lowering.graph import Graph, Pass
@@ -19,6 +22,7 @@ from kvq_compile.lowering.rewrite.drop_orphans import drop_orphans
 from kvq_compile.lowering.rewrite.extend_refused import extend_refused
 from kvq_compile.lowering.rewrite.fuse_attention import fuse_attention
 from kvq_compile.lowering.rewrite.gather_rows import gather_rows
+from kvq_compile.lowering.rewrite.hold_slots import hold_slots
 from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
@@ -26,11 +30,19 @@ from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
 from kvq_compile.lowering.rewrite.weigh_tokens import weigh_fresh_tokens
 from kvq_compile.lowering.runtime import Lowered
-from kvq_compile.lowering.sites import AttentionSite, Life, SiteReport
+from kvq_compile.lowering.sites import (
+    AttentionSite,
+    Contradiction,
+    Life,
+    LostWrite,
+    SiteReport,
+    unexpected,
+)
 
 ANALYSIS: tuple[Pass, ...] = (
     unchain_writes,  # first: the finders know a cache by one node
     spell_growth,  # and its growth by one spelling
+    hold_slots,
     find_sites,
     refuse_gradients,
 )
@@ -57,13 +69,30 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         gm: The graph that Dynamo captured; it is left untouched, and returned where there is nothing to rewrite.
         example_inputs: The arguments of the call that is being compiled.
         spec: What caches are quantized to.
+
+    Raises:
+        Contradiction: A cache is quantized to something else than the call asks for.
+        LostWrite: A write cannot be expressed on a quantized cache.
     """
+    try:
+        return _lower(gm, example_inputs, spec)
+    except (Contradiction, LostWrite):
+        raise
+    except Exception as error:
+        report = SiteReport(0, "", "", "left alone", str(unexpected(error)))
+        return Lowered.as_captured(gm, [report], example_inputs)
+
+
+def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) -> Lowered:
     graph = Graph.copy_of(gm, spec, example_inputs)
-    _run(ANALYSIS, graph)
+    run(ANALYSIS, graph)
     if not graph.sites and not any(isinstance(x, QuantizedKV) for x in example_inputs):
-        return Lowered(gm, graph.reports, [], graph.returned, [], [], {}, [])
-    _run(REWRITING, graph)
+        return Lowered.as_captured(gm, graph.reports, ())
+    before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
+    run(REWRITING, graph)
     graph.module.recompile()
+    logs.tell(logs.graphs, (logs.diff(before, logs.lines(graph.fx)) for _ in range(1)))
+    logs.artifact("rewritten_graph", lambda: "\n".join(logs.lines(graph.fx)))
     graph.reports += [_rewritten(site) for site in graph.sites]
     graph.reports.sort(key=lambda report: report.layer)
     arguments = graph.arguments
@@ -84,10 +113,15 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
     )
 
 
-def _run(passes: Sequence[Pass], graph: Graph) -> None:
+def run(passes: Sequence[Pass], graph: Graph) -> None:
+    """Run passes in order; check the graph, tell what changed and how long it took after each."""
     for pass_ in passes:
-        pass_(graph)
+        start = time.perf_counter()
+        report = pass_(graph)
+        seconds = time.perf_counter() - start
         graph.fx.lint()
+        logs.tell(logs.passes, (f"{pass_.__name__}: {change}" for change in report.changes))
+        logs.tell(logs.timing, [f"{pass_.__name__}: {1e3 * seconds:.2f} ms"])
 
 
 def _pairs(graph: Graph) -> list[tuple[int, int]]:

@@ -145,6 +145,7 @@ class Lowered:
         pairs: Places of grown keys and of the values that belong to them.
         unwrapped: Places of the quantized caches; ``True`` where the length is an input of its own.
         tables: Tables of the caches that the graph makes, arguments of ``module`` behind all others.
+        compiles: Whether the inner compiler may have ``module``; not where it takes quantized caches as they are.
         reports: What became of each attention.
     """
 
@@ -156,6 +157,15 @@ class Lowered:
     pairs: list[tuple[int, int]]
     unwrapped: dict[int, bool]
     tables: list[Tensor]
+    compiles: bool = True
+
+    @classmethod
+    def as_captured(
+        cls, gm: fx.GraphModule, reports: list[SiteReport], inputs: Sequence[Any]
+    ) -> Lowered:
+        """Return a captured graph as it is: for the inner compiler, unless quantized caches are among its inputs."""
+        compiles = not any(isinstance(x, QuantizedKV) for x in inputs)
+        return cls(gm, reports, [], 0, [], [], {}, [], compiles)
 
     @property
     def rewritten(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -11,9 +12,20 @@ from torch import fx
 from kvq_compile.kernels.layout import PageLayout
 from kvq_compile.kernels.tables import Tables
 
+logger = logging.getLogger("kvq_compile")
+
 
 class Refusal(Exception):
     """A reason to leave a site as it is; its text is what `explain` shows."""
+
+
+def unexpected(error: Exception) -> Refusal:
+    """Return a refusal that carries an error nobody has thought of."""
+    logger.debug("an analysis failed", exc_info=error)
+    text = " ".join(str(error).split())[:200]
+    return Refusal(
+        f"the analysis failed ({type(error).__name__}: {text}); this is a fault of kvq-compile: please report it"
+    )
 
 
 class Contradiction(ValueError):

@@ -28,7 +28,7 @@ from kvq_compile.lowering.nodes import (
     target_name,
     value_of,
 )
-from kvq_compile.lowering.sites import Attention, Refusal
+from kvq_compile.lowering.sites import Attention, Refusal, unexpected
 
 MATMUL = ("matmul", "bmm")
 SCALINGS = ("mul", "div", "truediv", "mul_", "div_", "imul", "itruediv", "multiply", "divide")
@@ -41,8 +41,8 @@ def find_attentions(graph: fx.Graph) -> list[Attention | tuple[fx.Node, Refusal]
     for node in calls(graph, "scaled_dot_product_attention", "softmax", "flex_attention"):
         try:
             attention = _READERS[target_name(node)](node)
-        except Refusal as reason:
-            found.append((node, reason))
+        except Exception as error:
+            found.append((node, error if isinstance(error, Refusal) else unexpected(error)))
         else:
             if attention is not None:
                 found.append(attention)

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from kvq_compile.lowering.nodes import changed_roots, root_of, same, shape_of, value_of
+from kvq_compile.lowering.nodes import (
+    changed_roots,
+    computed_alike,
+    root_of,
+    same,
+    shape_of,
+    value_of,
+)
 from kvq_compile.lowering.sites import Attention, Life, Refusal, State
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,11 +72,9 @@ def check_pair(key: State, value: State) -> None:
         raise Refusal("keys and values are one tensor")
     if key.life not in _SLOTTED:
         return
-    if key.position is not value.position and not same(
-        value_of(key.position), value_of(value.position)
-    ):
+    if not computed_alike(key.position, value.position):
         raise Refusal("keys and values are written at different slots")
-    if key.slots is not value.slots and not same(value_of(key.slots), value_of(value.slots)):
+    if not computed_alike(key.slots, value.slots):
         raise Refusal("different numbers of slots are read from keys and values")
 
 

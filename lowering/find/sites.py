@@ -24,6 +24,7 @@ from kvq_compile.lowering.sites import (
     Refusal,
     SiteReport,
     State,
+    unexpected,
 )
 
 BY_OPTION = "left in 16 bit by the option layers"
@@ -50,7 +51,10 @@ def find_sites(graph: Graph) -> PassReport:
                 raise found[1]
             site = _site(layer, found, outputs, graph)
             _check_graph(site, graph, taken)
-        except Refusal as reason:
+        except Contradiction:
+            raise
+        except Exception as error:
+            reason = error if isinstance(error, Refusal) else unexpected(error)
             graph.reports.append(left_alone(layer, node, str(reason)))
         else:
             graph.sites.append(site)
