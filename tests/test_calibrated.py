@@ -1,6 +1,7 @@
 """Calibrated methods end to end: what the compiled model reads is what the cache stands for, whoever made it."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+import safetensors
+from safetensors.torch import save_file
+
 import kvq_compile
 from kvq_compile.calibration.artifact import Calibration
 from kvq_compile.calibration.choose import Choice, choose
 from kvq_compile.errors import KVQError
 from kvq_compile.history import watching
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.tables import read_section
+from kvq_compile.kernels.tables import INTEGERS, Tables, read_section
+from kvq_compile.kernels.tables import section as place_of
 from kvq_compile.methods import make_spec
 from kvq_compile.testing.small_tables import random_tables
 from qaq_model import assert_reads_its_cache
@@ -180,6 +185,93 @@ def test_a_truncated_or_altered_file_is_refused(tmp_path: Path) -> None:
         Calibration.load(path)
     with pytest.raises(FileNotFoundError, match="calibration must be a file"):
         Calibration.load(tmp_path / "none")
+
+
+def put(section: str, value: float) -> Any:
+    """Return a function that writes a number into a section of the first layer's keys, whatever it means there."""
+
+    def alter(words: dict[str, Tensor], about: dict[str, Any]) -> None:
+        part = words["layers.0.key"]
+        first, _ = place_of(section, 64, True)
+        number = torch.tensor(value, dtype=torch.float32).view(torch.int32)
+        part[0, first] = int(value) if section in INTEGERS else number
+
+    return alter
+
+
+def drop_a_column(words: dict[str, Tensor], about: dict[str, Any]) -> None:
+    words["layers.1.value"] = words["layers.1.value"][:, :-1].contiguous()
+
+
+def drop_a_head(words: dict[str, Tensor], about: dict[str, Any]) -> None:
+    words["layers.1.value"] = words["layers.1.value"][:1].contiguous()
+
+
+ALTERATIONS: list[tuple[str, Any, str]] = [
+    ("skvq", put("order", 63), "order must be a permutation of 64 channels"),
+    ("skvq", put("order", -1), "order must be a permutation"),
+    ("skvq", put("order", 1 << 20), "order must be a permutation"),
+    ("skvq", put("mean", float("nan")), "mean must be finite"),
+    ("skvq", put("scale", float("inf")), "scale must be finite"),
+    ("skvq", put("scale", 0.0), "scale must be positive"),
+    ("skvq", put("scale", -1.0), "scale must be positive"),
+    ("skvq", put("inverse", 3.0), "inverse must be 1 / scale"),
+    ("skvq", put("margin", 0.5), "margin must be in [0, 0.5)"),
+    ("cq-4c4b", put("codebook", float("nan")), "codebook must be finite"),
+    ("skvq", drop_a_column, "must have"),
+    ("skvq", drop_a_head, "for the same heads"),
+    ("skvq", lambda w, a: w.update({"layers.0.key": w["layers.0.key"].float()}), "must be int32"),
+    ("skvq", lambda w, a: w.pop("layers.0.key"), "for the same heads"),
+    (
+        "skvq",
+        lambda w, a: w.update({"layers.7.key": w["layers.0.key"].clone()}),
+        "belong to a layer",
+    ),
+    ("skvq", lambda w, a: a["head_dims"].update({"layers.0.key": -64}), "tables must be int32"),
+    ("skvq", lambda w, a: a["head_dims"].update({"layers.0.key": "64"}), "head_dim must be a int"),
+    ("skvq", lambda w, a: a["head_dims"].clear(), "is missing"),
+    ("skvq", lambda w, a: a.pop("options"), "'options' is missing"),
+    ("skvq", lambda w, a: a["layers"][0].__setitem__(0, "yes"), "rotary must be a bool"),
+    ("skvq", lambda w, a: a["layers"].clear(), "belong to a layer"),
+    ("cq-4c4b", lambda w, a: a["options"].update(bits=13), "bits of a codebook must be 1 to 12"),
+    ("cq-4c4b", lambda w, a: a["options"].update(bits=5), "must have"),
+]
+
+
+@pytest.mark.parametrize(("method", "alter", "message"), ALTERATIONS)
+def test_a_file_that_was_altered_with_a_digest_to_match_is_refused(
+    method: str, alter: Any, message: str, tmp_path: Path
+) -> None:
+    """The digest protects from accidents, not from intent: what kernels index with must be in range."""
+    path = tmp_path / "c"
+    calibrated(method).save(path)
+    assert Calibration.load(path) == calibrated(method)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        words = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = json.loads(metadata["about"])
+    alter(words, about)
+    metadata["about"] = json.dumps(about, sort_keys=True)
+    tables = (
+        Tables(words[name], about["head_dims"].get(name, 64))
+        for index in range(len(about["layers"]))
+        for name in (f"layers.{index}.key", f"layers.{index}.value")
+        if name in words
+    )
+    content = metadata["about"] + "".join(x.digest for x in tables)
+    metadata["digest"] = hashlib.sha256(content.encode()).hexdigest()
+    save_file(words, path, metadata)
+    with pytest.raises(ValueError, match="calibration must be as it was saved") as caught:
+        Calibration.load(path)
+    assert message in str(caught.value)
+
+
+def test_a_file_of_another_format_says_what_to_do(tmp_path: Path) -> None:
+    save_file(
+        {"x": torch.zeros(1)}, tmp_path / "c", {"format": "kvq-compile calibration", "version": "0"}
+    )
+    with pytest.raises(ValueError, match="version 1, got .* version 0; calibrate the model anew"):
+        Calibration.load(tmp_path / "c")
 
 
 def test_a_file_from_before_an_option_is_read_as_it_was_made(tmp_path: Path) -> None:

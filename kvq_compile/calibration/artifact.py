@@ -2,7 +2,7 @@
 
 The file is in the safetensors format: one tensor of `Tables` words for the keys and one for the values of
 each layer, and in its metadata the method, its options, and what it takes to see that the file belongs to the
-model at hand and is whole. Nothing in it is ever executed.
+model at hand and is whole. Nothing in it is ever executed, and what kernels take on trust is checked on reading.
 
 A model is known by its weights: of every parameter, 64 numbers spread over it, rounded to bf16, are
 hashed. A graph that is compiled must hold parameters with the same hashes. Names do not matter, nor the
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvq_compile.kernels.tables import Tables
+from kvq_compile.kernels.tables import CHANNEL_SECTIONS, Tables, read_section
 
 FORMAT, VERSION = "kvq-compile calibration", "1"
 SAMPLES = 64  # numbers of a parameter that are hashed
+MAX_INDEX_BITS = 12  # of a codebook
 KNOWN_SHARE = 0.5  # of a graph's parameters; a dtype between may round a few differently
 
 
@@ -113,20 +116,14 @@ class Calibration:
                 f"calibration must be of format {FORMAT!r} version {VERSION}, got {path} with "
                 f"{metadata.get('format')!r} version {metadata.get('version')}; calibrate the model anew"
             )
-        about = json.loads(metadata["about"])
-        layers = tuple(
-            _layer(
-                [
-                    Tables(words[name], about["head_dims"][name]) if name in words else None
-                    for name in _names(index)
-                ],
-                rest,
-            )
-            for index, rest in enumerate(about["layers"])
-        )
-        if _digest(metadata["about"], layers) != metadata.get("digest"):
-            raise ValueError(f"calibration must be as it was saved, got {path}, which was altered")
-        return Calibration(about["method"], about["options"], layers, frozenset(about["weights"]))
+        try:
+            return _read(metadata, words)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"calibration must be as it was saved, got {path}, which was altered: {said}; "
+                "calibrate the model anew"
+            ) from error
 
     def check(self, inputs: Iterable[Any], attentions: int) -> None:
         """Make sure that a graph is of the model that was calibrated.
@@ -169,12 +166,113 @@ def weight_hash(parameter: Tensor) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _layer(tables: list[Tables | None], rest: list[Any]) -> LayerTables:
-    key, value = tables
-    rotary, note, key_options, value_options, *norms = rest
-    return LayerTables(
-        *(key, value, rotary, note, key_options, value_options), tuple(norms[0]) if norms else ()
+def _read(metadata: dict[str, str], words: dict[str, Tensor]) -> Calibration:
+    """Return the calibration of a file's metadata and tensors.
+
+    A digest can be computed anew by whoever alters a file, and kernels take tables on trust: everything that
+    they index with or divide by is checked.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: Something is missing or is not what the format says.
+    """
+    about = json.loads(metadata["about"])
+    method, options, head_dims = about["method"], about["options"], about["head_dims"]
+    layers = []
+    for index, (rotary, note, key_options, value_options, *norms) in enumerate(about["layers"]):
+        _check_types(rotary=(rotary, bool), note=(note, str))
+        roles = {}
+        for name, chosen, turned in (
+            ("key", key_options, rotary),
+            ("value", value_options, False),
+        ):
+            full = f"layers.{index}.{name}"
+            _check_types(**{f"{name}_options": (chosen, dict)})
+            if full in words:
+                entries = _entries(method, options, chosen)
+                roles[name] = checked_tables(words[full], head_dims[full], turned, entries)
+        if len({tables.heads for tables in roles.values()}) > 1 or len(roles) == 1:
+            raise ValueError(
+                f"layer {index} must have tables for the same heads of keys and values"
+            )
+        measured = tuple(norms[0]) if norms else ()
+        if not all(isinstance(norm, float) and 0 < norm < math.inf for norm in measured):
+            raise ValueError(f"query norms must be positive numbers, got {measured}")
+        if not roles and not measured:
+            raise ValueError(f"layer {index} has neither tables nor query norms")
+        layers.append(
+            LayerTables(
+                *(roles.get("key"), roles.get("value"), rotary, note),
+                *(key_options, value_options, measured),
+            )
+        )
+    if not layers or set(words) - {name for i in range(len(layers)) for name in _names(i)}:
+        raise ValueError("every tensor must belong to a layer")
+    if _digest(metadata["about"], layers) != metadata.get("digest"):
+        raise ValueError("its digest is another")
+    _check_types(method=(method, str), options=(options, dict), weights=(about["weights"], list))
+    return Calibration(method, options, tuple(layers), frozenset(about["weights"]))
+
+
+def _entries(method: str, options: dict[str, Any], chosen: dict[str, Any]) -> int:
+    """Return how many vectors the codebook of a tensor has; 0 where it has none."""
+    family = re.fullmatch(r"cq-(\d+)c(\d+)b", method)
+    couple = options.get("couple") if family else chosen.get("couple")
+    bits = options.get("bits") if family else chosen.get("bits")
+    if couple is None:
+        return 0
+    if not (isinstance(bits, int) and 1 <= bits <= MAX_INDEX_BITS):
+        raise ValueError(f"bits of a codebook must be 1 to {MAX_INDEX_BITS}, got {bits!r}")
+    return int(2**bits)
+
+
+def checked_tables(words: Tensor, head_dim: Any, rotary: bool, entries: int) -> Tables:
+    """Return tables read from a file.
+
+    Args:
+        words: ``[H, table_words]``, int32.
+        head_dim: ``D``.
+        rotary: Whether they are of keys that are coded before their rotation.
+        entries: Vectors of the codebook; 0 where there is none.
+
+    Raises:
+        TypeError: ``words`` are not int32, or ``head_dim`` is no integer.
+        ValueError: A size or a value is not what `Tables.build` would have written.
+    """
+    _check_types(head_dim=(head_dim, int))
+    if words.dtype != torch.int32 or words.dim() != 2 or not words.shape[0] or head_dim < 1:
+        raise TypeError(
+            f"tables must be int32 [heads, words], got {words.dtype} {list(words.shape)}"
+        )
+    expected = len(CHANNEL_SECTIONS) * head_dim + (head_dim // 2 if rotary else 0)
+    expected += entries * head_dim // 2
+    if words.shape[1] != expected or (rotary and head_dim % 2):
+        raise ValueError(
+            f"tables of {head_dim} channels must have {expected} words, got {words.shape[1]}"
+        )
+    part = {
+        name: read_section(words, name, head_dim, rotary)
+        for name in (*CHANNEL_SECTIONS, "frequency", "codebook")
+    }
+    codebook = part["codebook"].reshape(len(words), 1, entries, head_dim) if entries else None
+    if codebook is not None and not codebook.isfinite().all():
+        raise ValueError("codebook must be finite")
+    built = Tables.build(
+        order=part["order"],
+        mean=part["mean"],
+        scale=part["scale"],
+        margin=part["margin"],
+        frequency=part["frequency"] if rotary else None,
+        codebook=codebook,
     )
+    if not torch.equal(built.words, words):
+        raise ValueError("inverse must be 1 / scale")
+    return Tables(words.contiguous(), head_dim)
+
+
+def _check_types(**values: tuple[object, type]) -> None:
+    for name, (value, kind) in values.items():
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
 def _names(layer: int) -> tuple[str, str]:
