@@ -3,8 +3,10 @@
 import ast
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -55,8 +57,58 @@ def test_the_name_kernels_is_left_to_hugging_face() -> None:
 
 @pytest.mark.parametrize("folder", ["kernels", "lowering"])
 def test_linked_folders_have_no_init_file(folder: str) -> None:
-    assert (ROOT / "kvq_compile" / folder).resolve() == ROOT / folder
+    link = ROOT / "kvq_compile" / folder
+    if (ROOT / "PKG-INFO").exists():  # an unpacked source distribution, where links are copies
+        names = sorted(path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py"))
+        assert names == sorted(path.relative_to(link) for path in link.rglob("*.py"))
+        assert all((link / x).read_bytes() == (ROOT / folder / x).read_bytes() for x in names)
+    else:
+        assert link.resolve() == ROOT / folder
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Return the names of the files of the source distribution, below its folder."""
+    build_meta = pytest.importorskip("setuptools.build_meta")
+    out = tmp_path_factory.mktemp("sdist")
+    copy = out / "checkout"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*", "*.egg-info"))
+    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert build_meta is not None
+    [archive] = out.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        return {name.partition("/")[2] for name in packed.getnames()}
+
+
+def test_the_source_distribution_carries_what_its_tests_need(distributed: set[str]) -> None:
+    """Regression: it had neither the tests' helpers nor the model that they load."""
+    needed = {"Makefile", "README.md", "pyproject.toml", "tests/conftest.py"}
+    for folder in ("tests", "examples", "benchmarks", "docs", "kernels", "lowering"):
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+        needed |= {
+            path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts
+        }
+    assert len(needed) > 100  # an empty walk would prove nothing
+    assert needed - distributed == set()
+    assert not [name for name in distributed if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_every_module_is_in_the_source_distribution(distributed: set[str]) -> None:
+    modules = {f"kvq_compile/{path.relative_to(ROOT)}" for path in (*KERNELS, *LOWERING)}
+    modules |= {str(path.relative_to(ROOT)) for path in TOP}
+    native = [path for kind in ("*.cpp", "*.h") for path in (ROOT / "kernels").rglob(kind)]
+    modules |= {f"kvq_compile/{path.relative_to(ROOT)}" for path in native}
+    assert native
+    assert modules - distributed == set()
+
+
+def test_the_version_is_written_once() -> None:
+    import kvq_compile
+
+    assert f'"{kvq_compile.__version__}"' not in (ROOT / "pyproject.toml").read_text()
 
 
 def test_every_folder_of_code_is_a_package_that_gets_installed() -> None:
