@@ -28,11 +28,11 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import append as quantize_kv
 from kvq_compile.kernels.triton import attend as attention
@@ -64,32 +64,29 @@ def random_tables(rotary: bool, couple: int | None = None, bits: int = 8) -> Tab
 
 def skvq(key_bits: float, value_bits: float, packing: str = "fields") -> CacheSpec:
     """Return SKVQ: reordered groups of 64 channels with fp8 parameters, keys before RoPE."""
-    key = TensorSpec(
-        key_bits, group_size=64, params="fp8", rotary=True, tables=random_tables(rotary=True)
+    of_key, of_value = random_tables(rotary=True), random_tables(rotary=False)
+    key = Uniform(key_bits, group_size=64, params="fp8", rotary=True, tables=of_key.digest)
+    value = Uniform(
+        value_bits, group_size=64, params="fp8", packing=packing, tables=of_value.digest
     )
-    value = TensorSpec(
-        value_bits, group_size=64, params="fp8", packing=packing,
-        tables=random_tables(rotary=False),
-    )  # fmt: skip
-    return CacheSpec(key, value)
+    return CacheSpec(key, value, key_tables=of_key, value_tables=of_value)
 
 
 def cq(couple: int, bits: int) -> CacheSpec:
     """Return CQ: ``couple`` channels to a code of ``bits`` bits, keys before RoPE."""
-    key, value = (
-        TensorSpec(bits, couple=couple, rotary=rotary, tables=random_tables(rotary, couple, bits))
-        for rotary in (True, False)
-    )
-    return CacheSpec(key, value)
+    of_key, of_value = (random_tables(rotary, couple, bits) for rotary in (True, False))
+    key = Codebook(bits, couple, rotary=True, tables=of_key.digest)
+    value = Codebook(bits, couple, tables=of_value.digest)
+    return CacheSpec(key, value, key_tables=of_key, value_tables=of_value)
 
 
 SPECS = {
-    "int8": lambda: CacheSpec(TensorSpec(8), TensorSpec(8)),
-    "int4": lambda: CacheSpec(TensorSpec(4), TensorSpec(4)),
-    "int3": lambda: CacheSpec(TensorSpec(3), TensorSpec(3)),
-    "int2": lambda: CacheSpec(TensorSpec(2), TensorSpec(2)),
-    "int2-g64": lambda: CacheSpec(TensorSpec(2, group_size=64), TensorSpec(2, group_size=64)),
-    "kivi-2": lambda: CacheSpec(TensorSpec(2, "channel", 32), TensorSpec(2, group_size=32)),
+    "int8": lambda: CacheSpec(Uniform(8), Uniform(8)),
+    "int4": lambda: CacheSpec(Uniform(4), Uniform(4)),
+    "int3": lambda: CacheSpec(Uniform(3), Uniform(3)),
+    "int2": lambda: CacheSpec(Uniform(2), Uniform(2)),
+    "int2-g64": lambda: CacheSpec(Uniform(2, group_size=64), Uniform(2, group_size=64)),
+    "kivi-2": lambda: CacheSpec(Uniform(2, "channel", 32), Uniform(2, group_size=32)),
     "skvq-2": lambda: skvq(2, 2),
     "skvq-3": lambda: skvq(3, 3),
     "skvq-2-1.5": lambda: skvq(2, 1.5),
@@ -113,12 +110,12 @@ def microseconds(step: Callable[[], object]) -> float:
     return 1e3 * do_bench(graph.replay, warmup=5, rep=30, return_mode="median")
 
 
-def filled(batch: int, length: int, layout: PageLayout) -> Parts:
+def filled(batch: int, length: int, layout: Layout) -> Parts:
     """Return a cache of ``length`` random tokens: random codes, with parameters as of normal
     numbers."""
     pages = layout.pages_at(length)
     like = torch.empty(batch, KV_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    codes, params, exact, cursor = new_parts(like, pages + 1, layout)
+    codes, params, exact, cursor = Packed.empty(like, pages + 1, layout)
     exact.normal_()
     cursor.copy_(torch.tensor([length, pages]))
     if layout.coder == "mixed":
@@ -139,11 +136,11 @@ def filled(batch: int, length: int, layout: PageLayout) -> Parts:
     return codes, params, exact, cursor
 
 
-def fill_mixed(codes: Tensor, params: Tensor, layout: PageLayout) -> None:
+def fill_mixed(codes: Tensor, params: Tensor, layout: Layout) -> None:
     """Fill a cache with some pages of normal numbers, of which some tokens matter more, over and over."""
     x = torch.randn(64, layout.page_size, HEAD_DIM, device="cuda")
     weight = torch.rand(64, layout.page_size, device="cuda") ** 8
-    some_codes, some_params = mixed.quantize_pages(x, weight, layout.mixed)
+    some_codes, some_params = mixed.quantize_pages(x, weight, layout)
     which = torch.randint(64, codes.shape[:3], device="cuda")
     codes.copy_(some_codes[which])
     params.copy_(some_params[which])
@@ -156,7 +153,7 @@ def tokens(batch: int, heads: int) -> Tensor:
 
 
 def relative_errors(run: Callable[[], Tensor], query: Tensor, new: list[Tensor], parts: list[Parts],
-                    layouts: list[PageLayout], frames: list[Frame | None],
+                    layouts: list[Layout], frames: list[Calibrated],
                     length: int) -> tuple[float, float]:  # fmt: skip
     """Return the error of ``run`` and of bf16 attention to the same tokens, against fp32."""
     exact = []
@@ -179,8 +176,7 @@ def measure(
     spec = SPECS[name]()
     layouts = [spec.layout(role, HEAD_DIM, HEADS // KV_HEADS) for role in ROLES]
     parts = [filled(batch, length, layout) for layout in layouts]
-    frames = [make_frame(tensor, layout, batch) for tensor, layout in
-              zip((spec.key, spec.value), layouts, strict=True)]  # fmt: skip
+    frames = [make_frame(spec, layout, batch) for layout in layouts]
     query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS), tokens(batch, KV_HEADS)]
     position = torch.tensor([length], device="cuda")
     scale = HEAD_DIM**-0.5
@@ -226,12 +222,13 @@ def measure(
     return row
 
 
-def make_frame(spec: TensorSpec, layout: PageLayout, batch: int) -> Frame | None:
+def make_frame(spec: CacheSpec, layout: Layout, batch: int) -> Calibrated:
     """Return what tokens are coded relative to; sequences begin at different positions."""
-    if spec.tables is None:
-        return None
+    tables = spec.tables(layout.role)
+    if tables is None:
+        return UNCALIBRATED
     shift = torch.arange(batch, dtype=torch.int32, device="cuda") if layout.rotary else None
-    return Frame(spec.tables.words.cuda(), shift)
+    return Calibrated(tables.words.cuda(), shift)
 
 
 def check_errors(names: list[str]) -> None:
@@ -246,8 +243,7 @@ def check_errors(names: list[str]) -> None:
             spec = SPECS[name]()
             layouts = [spec.layout(role, HEAD_DIM, HEADS // KV_HEADS) for role in ROLES]
             parts = [filled(batch, length, layout) for layout in layouts]
-            frames = [make_frame(tensor, layout, batch) for tensor, layout in
-                      zip((spec.key, spec.value), layouts, strict=True)]  # fmt: skip
+            frames = [make_frame(spec, layout, batch) for layout in layouts]
             query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS) for _ in range(2)]
             error, plain = relative_errors(
                 lambda: attention.attend(

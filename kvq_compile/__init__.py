@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from kvq_compile.errors import KVQError, KVQWarning
     from kvq_compile.explanations import Explanation, explain
     from kvq_compile.kernels.cache.tensor import QuantizedKV
-    from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+    from kvq_compile.kernels.layout import CacheSpec
+    from kvq_compile.kernels.schemes import Codebook, Mixed, Uniform
     from kvq_compile.methods import make_spec
     from kvq_compile.reports import Report, report
 
@@ -21,12 +22,14 @@ __version__ = "0.1.0"
 __all__ = [
     "CacheSpec",
     "Calibration",
+    "Codebook",
     "Explanation",
     "KVQError",
     "KVQWarning",
+    "Mixed",
     "QuantizedKV",
     "Report",
-    "TensorSpec",
+    "Uniform",
     "calibrate",
     "compile",
     "error_bound",
@@ -45,7 +48,8 @@ _HOMES = {
     "errors": ("KVQError", "KVQWarning"),
     "explanations": ("Explanation", "explain"),
     "kernels.cache.tensor": ("QuantizedKV",),
-    "kernels.layout": ("CacheSpec", "TensorSpec"),
+    "kernels.layout": ("CacheSpec",),
+    "kernels.schemes": ("Codebook", "Mixed", "Uniform"),
     "methods": ("make_spec",),
     "reports": ("Report", "report"),
 }

@@ -12,7 +12,8 @@ from kvq_compile.backend import kvq
 from kvq_compile.errors import KVQError
 from kvq_compile.kernels.cache.become import become, check_can_become_quantized
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role
+from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.schemes import Role
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
 from kvq_compile.options import make_config
@@ -74,7 +75,7 @@ def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **op
     length = options.pop("length", None)
     kind: Kind = "grown" if length is None else "static"
     spec = method if isinstance(method, CacheSpec) else make_spec(method, **options)
-    planned: list[tuple[Tensor, PageLayout, Tables | None]] = []
+    planned: list[tuple[Tensor, Layout, Tables | None]] = []
     for index, (name, tensor) in enumerate(cache_tensors(cache_or_module)):
         layer_spec = spec.for_layer(index // 2)
         if isinstance(tensor, QuantizedKV) or layer_spec is None:
@@ -84,7 +85,7 @@ def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **op
         except RuntimeError as reason:
             raise KVQError(f"{name} cannot be quantized in place: {reason}") from reason
         role: Role = "key" if index % 2 == 0 else "value"
-        tables = (layer_spec.key if role == "key" else layer_spec.value).tables
+        tables = layer_spec.tables(role)
         planned.append((tensor, layer_spec.layout(role, int(tensor.shape[3])), tables))
     for tensor, layout, tables in planned:
         words = tables.on(tensor.device) if tables else None

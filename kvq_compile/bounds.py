@@ -56,8 +56,9 @@ from __future__ import annotations
 
 import sympy
 
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
-from kvq_compile.kernels.tables import read_section
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.schemes import Codebook, Mixed, Scheme, Uniform
+from kvq_compile.kernels.tables import Tables, read_section
 from kvq_compile.methods import make_spec
 
 QUERY_NORM = sympy.Symbol("query_norm", nonnegative=True)
@@ -72,23 +73,26 @@ HEAD_DIM = sympy.Symbol("head_dim", positive=True, integer=True)
 SCALE = sympy.Symbol("scale", positive=True)
 
 
-def element_error(spec: TensorSpec, spread: sympy.Expr, largest: sympy.Expr) -> sympy.Expr:
+def element_error(
+    spec: Uniform | Mixed, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
+) -> sympy.Expr:
     """Bound the error of one stored element in the basis in which it is coded.
 
     Args:
-        spec: How the tensor is coded, uniformly.
+        spec: How the tensor is coded.
+        tables: Its calibration tables, if it has any.
         spread: Largest range of a group.
         largest: Largest magnitude of an element.
     """
-    if spec.mixed is not None:
+    if isinstance(spec, Mixed):
         reach = spread / 2 + sympy.Max(largest / 16, sympy.Rational(1, 2**10))
-        segment = sympy.Rational(17, 16 * 2 ** spec.mixed[0]) + sympy.Rational(1, 16)
+        segment = sympy.Rational(17, 16 * 2**spec.min_bits) + sympy.Rational(1, 16)
         widest = reach * (sympy.Rational(17, 8) if spec.fit else segment)
         return widest + largest * sympy.Rational(1, 2**10)
-    levels = 2 if spec.bits == 1.5 else 2 ** int(spec.bits) - 1
+    levels = spec.levels
     clip = sympy.Rational(str(spec.clip))
-    if spec.tables is not None:
-        margin = read_section(spec.tables.words, "margin", spec.tables.head_dim)
+    if tables is not None:
+        margin = read_section(tables.words, "margin", tables.head_dim)
         clip = sympy.Rational(1 - 2 * float(margin.max()))
     ulp = sympy.Rational(1, 2**10)
     if spec.params == "fp8":
@@ -128,31 +132,38 @@ def error_bound(spec: CacheSpec | str) -> sympy.Expr:
         spec = make_spec(spec)
     if not isinstance(spec, CacheSpec):
         raise TypeError(f"spec must be a CacheSpec or a method's name, got {type(spec).__name__}")
-    key_error = _token_error(spec.key, KEY_RANGE, KEY_MAX, KEY_DISTANCE)
-    if spec.value.couple is not None:
-        value_error = _in_model_units(spec.value, VALUE_DISTANCE, VALUE_MAX)
+    key_error = _token_error(spec.key, spec.key_tables, KEY_RANGE, KEY_MAX, KEY_DISTANCE)
+    if isinstance(spec.value, Codebook):
+        value_error = _in_model_units(spec.value_tables, VALUE_DISTANCE, VALUE_MAX)
     else:
-        coded = element_error(spec.value, VALUE_RANGE, VALUE_MAX)
+        coded = element_error(spec.value, spec.value_tables, VALUE_RANGE, VALUE_MAX)
         if spec.value.transform == "hadamard":
             coded = coded * sympy.sqrt(HEAD_DIM)
-        value_error = _in_model_units(spec.value, coded, VALUE_MAX)
+        value_error = _in_model_units(spec.value_tables, coded, VALUE_MAX)
     score_error = SCALE * QUERY_NORM * key_error
     return value_error + VALUE_SPREAD * sympy.tanh(score_error / 2)
 
 
 def _token_error(
-    spec: TensorSpec, spread: sympy.Expr, largest: sympy.Expr, distance: sympy.Expr
+    spec: Scheme,
+    tables: Tables | None,
+    spread: sympy.Expr,
+    largest: sympy.Expr,
+    distance: sympy.Expr,
 ) -> sympy.Expr:
     """Bound the Euclidean error of a stored key."""
     root = sympy.sqrt(HEAD_DIM)
-    coded = distance if spec.couple is not None else root * element_error(spec, spread, largest)
-    arithmetic = root * largest if spec.tables is not None else sympy.Integer(0)
-    return _in_model_units(spec, coded, arithmetic)
+    if isinstance(spec, Codebook):
+        coded = distance
+    else:
+        coded = root * element_error(spec, tables, spread, largest)
+    arithmetic = root * largest if tables is not None else sympy.Integer(0)
+    return _in_model_units(tables, coded, arithmetic)
 
 
-def _in_model_units(spec: TensorSpec, error: sympy.Expr, largest: sympy.Expr) -> sympy.Expr:
+def _in_model_units(tables: Tables | None, error: sympy.Expr, largest: sympy.Expr) -> sympy.Expr:
     """Return what an error in coded form is to the model."""
-    if spec.tables is None:
+    if tables is None:
         return error
-    scale = read_section(spec.tables.words, "scale", spec.tables.head_dim).max()
+    scale = read_section(tables.words, "scale", tables.head_dim).max()
     return sympy.Float(float(scale)) * (error + largest * sympy.Rational(1, 2**18))

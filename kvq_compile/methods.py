@@ -17,8 +17,18 @@ from typing import Any, Literal
 
 from kvq_compile.calibration.artifact import Calibration, LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
-from kvq_compile.kernels.layout import CacheSpec, Packing, TensorSpec, Transform
-from kvq_compile.kernels.mixed_layout import Params
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.schemes import (
+    Adaptive,
+    Codebook,
+    Mixed,
+    Packing,
+    Params,
+    Scheme,
+    Transform,
+    Uniform,
+    scheme_of,
+)
 
 DEFAULT = "int4"
 AT_COMPILE = (
@@ -48,8 +58,8 @@ def _uniform(
     window: int = 128,
     page_size: int = 128,
 ) -> CacheSpec:
-    def tensor(width: int | None) -> TensorSpec:
-        return TensorSpec(bits if width is None else width, "token", group_size, clip, transform)
+    def tensor(width: int | None) -> Uniform:
+        return Uniform(bits if width is None else width, "token", group_size, clip, transform)
 
     return CacheSpec(tensor(key_bits), tensor(value_bits), sinks, window, page_size)
 
@@ -89,8 +99,8 @@ def kivi(
 
     Source: KIVI (arXiv 2402.02750), groups of 32, 128 recent tokens exact; the exact sinks are ours.
     """
-    key = TensorSpec(bits if key_bits is None else key_bits, "channel", group_size, clip)
-    value = TensorSpec(bits if value_bits is None else value_bits, "token", group_size, clip)
+    key = Uniform(bits if key_bits is None else key_bits, "channel", group_size, clip)
+    value = Uniform(bits if value_bits is None else value_bits, "token", group_size, clip)
     return CacheSpec(key, value, sinks, window, page_size)
 
 
@@ -125,15 +135,16 @@ def skvq(
     """
     del key_clip, value_clip, reorder, equalize, pre_rope  # calibration's
 
-    def tensor(width: float | None, rotary: bool, which: Any) -> TensorSpec:
+    def tensor(width: float | None, rotary: bool, digest: str) -> Uniform:
         width = bits if width is None else width
-        return TensorSpec(
+        return Uniform(
             width, "token", group_size, params=params, packing=packing if width == 1.5 else "fields",
-            rotary=rotary, tables=which,
+            rotary=rotary, tables=digest,
         )  # fmt: skip
 
-    key = tensor(key_bits, tables.rotary, tables.key)
-    return CacheSpec(key, tensor(value_bits, False, tables.value), sinks, window, page_size)
+    of_key, of_value = _digests(tables)
+    key, value = tensor(key_bits, tables.rotary, of_key), tensor(value_bits, False, of_value)
+    return _with_tables(tables, key, value, sinks, window, page_size)
 
 
 def qaq(
@@ -204,16 +215,20 @@ def qaq(
     keys = _rows(codes + wide, page_size) if key_bits is None else key_bits
     values = _rows(codes - wide, page_size) if value_bits is None else value_bits
 
-    def tensor(budget: float, attentive: bool, target: float | None) -> TensorSpec:
-        return TensorSpec(
-            budget, params=params, mixed=(least, most), outliers=outliers, fit=not paper,
-            soften=not paper and target is None, attentive=attentive, target=target or 0.0,
-            query_norm=query_norm, requantize=requantize and target is not None,
-            keep_exact=keep_exact is not None and attentive,
+    def tensor(budget: float, attentive: bool, target: float | None, norm: float) -> Mixed:
+        exact = keep_exact is not None and attentive
+        adaptive = None
+        if target is not None:
+            adaptive = Adaptive(float(target), norm, requantize, exact)
+        elif exact:
+            adaptive = Adaptive(keep_exact=True)
+        return Mixed(
+            budget, least, most, outliers, params, fit=not paper,
+            soften=not paper and target is None, attentive=attentive, adaptive=adaptive,
         )  # fmt: skip
 
-    key = tensor(keys, not paper and key_target is None, key_target)
-    return CacheSpec(key, tensor(values, True, value_target), sinks, window, page_size)
+    key = tensor(keys, not paper and key_target is None, key_target, float(query_norm))
+    return CacheSpec(key, tensor(values, True, value_target, 0.0), sinks, window, page_size)
 
 
 def _measured_qaq(tables: LayerTables, **options: Any) -> CacheSpec:
@@ -276,9 +291,10 @@ def cq(
     Source: CQ (arXiv 2405.03917); its setting is ``correlate=False, window=0, sinks=0``.
     """
     del weighted, correlate, pre_rope  # calibration's
-    key = TensorSpec(bits, couple=couple, rotary=tables.rotary, tables=tables.key)
-    value = TensorSpec(bits, couple=couple, tables=tables.value)
-    return CacheSpec(key, value, sinks, window, page_size)
+    of_key, of_value = _digests(tables)
+    key = Codebook(bits, couple, tables.rotary, of_key)
+    value = Codebook(bits, couple, tables=of_value)
+    return _with_tables(tables, key, value, sinks, window, page_size)
 
 
 def auto(
@@ -291,9 +307,26 @@ def auto(
 ) -> CacheSpec:
     """Layers and tensors coded as `choose` found best for ``bits`` on average, parameters included."""
     del bits  # calibration's
-    key = TensorSpec(**tables.key_options, rotary=tables.rotary, tables=tables.key)
-    value = TensorSpec(**tables.value_options, tables=tables.value)
-    return CacheSpec(key, value, sinks, window, page_size)
+    of_key, of_value = _digests(tables)
+    key = scheme_of(tables.key_options, of_key, tables.rotary)
+    value = scheme_of(tables.value_options, of_value, rotary=False)
+    return _with_tables(tables, key, value, sinks, window, page_size)
+
+
+def _digests(tables: LayerTables) -> tuple[str, str]:
+    """Return the digests of the tables of a layer's keys and values."""
+    assert tables.key is not None and tables.value is not None  # measured for QAQ alone
+    return tables.key.digest, tables.value.digest
+
+
+def _with_tables(
+    tables: LayerTables, key: Scheme, value: Scheme, sinks: int, window: int, page_size: int
+) -> CacheSpec:
+    return CacheSpec(
+        *(key, value, sinks, window, page_size),
+        key_tables=tables.key,
+        value_tables=tables.value,
+    )
 
 
 UNIFORM: dict[str, Callable[..., CacheSpec]] = {

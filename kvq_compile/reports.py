@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.mixed_layout import HEADER
-from kvq_compile.kernels.ops import FRAME, PARTS
+from kvq_compile.kernels.packed import CALIBRATED, PARTS
+from kvq_compile.kernels.schemes import HEADER, Mixed
 
 PLAIN = "plain"
-NAMES = (*PARTS, *FRAME)
+NAMES = (*PARTS, *CALIBRATED)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
 def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:
     """Return the bits per number of packed pages, rows that no token uses left out."""
     layout, pages = cache.page_layout, int(cache.cursor[1])
-    if layout.coder != "mixed" or not pages:
+    if not isinstance(layout.scheme, Mixed) or not pages:
         return packed_bits
     rows = cache.codes[:, :, :pages, 0, :HEADER].float().sum(-1).mean()
     return packed_bits - layout.bits + float(rows) / layout.page_size

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import QUERIES, PageLayout
+from kvq_compile.kernels.layout import QUERIES, Layout, Score
+from kvq_compile.kernels.packed import part_names
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.sites import Attention, Coding
 
@@ -32,19 +33,16 @@ class CacheNodes:
     """One quantized cache, an input of the graph or made in it.
 
     Attributes:
-        parts: Nodes of its four parts.
+        parts: Nodes of its parts.
         layout: Its layout.
-        tables, shift: Nodes of what its tokens are coded relative to; ``None`` for what it has not.
-        originals: Node of its exact copies in host memory, if it has them.
+        calibrated: Nodes of what its tokens are coded relative to: tables and shift, of which only what it has.
         length: Of an input, the node of its length, or the length where it is constant.
         owns_length: Whether that node is an input made for this cache.
     """
 
     parts: tuple[fx.Node, ...]
-    layout: PageLayout
-    tables: fx.Node | None = None
-    shift: fx.Node | None = None
-    originals: fx.Node | None = None
+    layout: Layout
+    calibrated: tuple[fx.Node, ...] = ()
     length: Any = None
     owns_length: bool = False
 
@@ -57,10 +55,8 @@ class CacheNodes:
         seen: Seen = UNSEEN,
     ) -> fx.Node:
         """Write ``new`` ``[B, H, T, D]`` into the cache; ``after`` is what has to read it first."""
-        importance, query = seen
-        frame = self.tables, self.shift
-        arguments = (*self.parts, new, *slots, self.layout.token, after, *frame)
-        return insert_call(graph, ops.append_, (*arguments, importance, self.originals, query))
+        arguments = (self.parts, self.calibrated, new, *slots, self.layout, *seen, after)
+        return insert_call(graph, ops.append_, arguments)
 
     def attend(
         self,
@@ -73,16 +69,16 @@ class CacheNodes:
     ) -> fx.Node:
         """Attend to these keys, to ``values`` and to the exact new tokens behind them."""
         arguments = (
-            *(attention.query, *new, *self.parts, *values.parts),
-            *(mask, *slots, attention.scale, self.layout.token, values.layout.token),
-            *(self.tables, self.shift, values.tables),
+            *(attention.query, *new, self.parts, values.parts),
+            *((*self.calibrated, *values.calibrated), mask, *slots, Score(attention.scale)),
+            *(self.layout, values.layout),
         )
         return insert_call(graph, ops.attend, arguments, value_of(attention.output))
 
     def dequantize(self, graph: fx.Graph, like: fx.Node) -> fx.Node:
         """Read the cache as the ordinary tensor that ``like`` stands for."""
         length = size_of(like, 2) if self.length is None else self.length
-        arguments = (*self.parts, length, self.layout.token, self.tables, self.shift)
+        arguments = (self.parts, self.calibrated, length, self.layout)
         return insert_call(graph, ops.dequantize, arguments, value_of(like))
 
 
@@ -95,11 +91,10 @@ def quantize(
     seen: Seen = UNSEEN,
 ) -> CacheNodes:
     """Make a cache of ``x`` with room for ``slots`` tokens, laid out and coded as ``like``, which has no parts."""
-    about = x, slots, grows, like.layout.token
-    made = insert_call(graph, ops.quantize, (*about, like.tables, like.shift, *seen))
-    parts = tuple(insert_call(graph, operator.getitem, (made, i)) for i in range(len(ops.PARTS)))
-    originals = insert_call(graph, ops.originals, about) if like.layout.keep_exact else None
-    return replace(like, parts=parts, originals=originals)
+    arguments = x, slots, grows, like.layout, like.calibrated, *seen
+    made, count = insert_call(graph, ops.quantize, arguments), len(part_names(like.layout))
+    parts = (insert_call(graph, operator.getitem, (made, i)) for i in range(count))
+    return replace(like, parts=tuple(parts))
 
 
 def importance(
@@ -114,8 +109,8 @@ def importance(
     """Weigh ``held`` tokens: those in ``keys``, which may have no parts yet, and the call's own ``key``."""
     causal = attention.causal and mask is None
     arguments = (
-        *(attention.query, key, keys.parts, mask, *slots, held, attention.scale, causal, QUERIES),
-        *(keys.layout.token, *((keys.tables, keys.shift) if keys.parts else (None, None))),
+        *(attention.query, key, keys.parts, keys.calibrated if keys.parts else ()),
+        *(mask, *slots, held, Score(attention.scale), causal, QUERIES, keys.layout),
     )
     return insert_call(graph, ops.importance, arguments)
 

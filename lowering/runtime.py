@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.become import become, check_can_become_quantized
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import part_names
 from kvq_compile.lowering.sites import Coding, SiteReport
 from kvq_compile.lowering.sizes import Size
 
@@ -32,28 +32,24 @@ class Plain:
 
 @dataclass(frozen=True)
 class Made:
-    """Wrap four outputs from number ``index`` on as a cache of ``length`` slots.
+    """Wrap the outputs from number ``index`` on as a cache of ``length`` slots.
 
-    Of rotary keys the shift is a fifth; exact copies in host memory are the last. The tables are the same for every
-    call.
+    They are its parts and, of rotary keys, the shift. The tables are the same for every call.
     """
 
     index: int
-    layout: PageLayout
+    layout: Layout
     kind: Kind
     length: Size
     tables: Tensor | None
 
     def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
         """Return the new cache."""
-        behind = self.index + len(ops.PARTS)
-        codes, params, exact, cursor = results[self.index : behind]
-        return QuantizedKV(
-            *(codes, params, exact, cursor, self.layout, self.kind, self.length(args)),
-            tables=self.tables,
-            shift=results[behind] if self.layout.rotary else None,
-            originals=results[behind + self.layout.rotary] if self.layout.keep_exact else None,
-        )
+        behind = self.index + len(part_names(self.layout))
+        parts = results[self.index : behind]
+        calibrated = [] if self.tables is None else [self.tables]
+        calibrated += results[behind : behind + self.layout.rotary]
+        return QuantizedKV(parts, calibrated, self.layout, self.kind, self.length(args))
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,9 @@ class Extended:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Wrap four outputs from number ``index`` on: rows of argument ``argument``, longer by ``tokens``.
+    """Wrap the outputs from number ``index`` on: rows of argument ``argument``, longer by ``tokens``.
 
-    Of rotary keys the shift is a fifth.
+    They are its parts and, of rotary keys, the shift.
     """
 
     index: int
@@ -83,14 +79,12 @@ class Gathered:
     def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
         """Return the new cache."""
         cache: QuantizedKV = args[self.argument]
-        behind = self.index + len(ops.PARTS)
-        codes, params, exact, cursor = results[self.index : behind]
+        layout = cache.page_layout
+        behind = self.index + len(part_names(layout))
+        parts = results[self.index : behind]
+        calibrated = [*cache.calibrated[:1], *results[behind : behind + layout.rotary]]
         length = cache.shape[2] + self.tokens(args)
-        return QuantizedKV(
-            *(codes, params, exact, cursor, cache.page_layout, "grown", length),
-            tables=cache.tables,
-            shift=None if cache.shift is None else results[behind],
-        )
+        return QuantizedKV(parts, calibrated, layout, "grown", length)
 
 
 @dataclass(frozen=True)
@@ -207,7 +201,7 @@ class Lowered:
         for index, arg in enumerate(args):
             if index in self.unwrapped:
                 flat.extend(arg.parts)
-                flat.extend(part for part in (*arg.frame, arg.originals) if part is not None)
+                flat.extend(arg.calibrated)
                 if self.unwrapped[index]:
                     flat.append(arg.shape[2])
             else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.tables import Tables
 
 logger = logging.getLogger("kvq_compile")
@@ -113,7 +113,7 @@ class Coding:
         tables: What calibration found, where the layout has tables.
     """
 
-    layout: PageLayout
+    layout: Layout
     tables: Tables | None = None
 
 

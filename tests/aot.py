@@ -20,16 +20,16 @@ import pytest
 import torch
 import triton
 
-from kvq_compile.kernels.layout import PageLayout, TensorSpec
-from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
+from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import append as quantize_kv
 from kvq_compile.kernels.triton import attend as attention
 
 CAPACITY = 4  # pages
 HEADS, SHARED = 2, 4  # KV heads, and query heads to each of them
 Usage = dict[str, int]
-Side = tuple[PageLayout, Frame | None]
+Side = tuple[Layout, Calibrated]
 
 
 def cuobjdump() -> Path:
@@ -96,7 +96,7 @@ def compile_attend(key: Side, value: Side, target: str) -> Any:
     query, x = (
         torch.zeros(1, heads, 1, 128, dtype=torch.bfloat16) for heads in (HEADS * SHARED, HEADS)
     )
-    parts = [new_parts(x, CAPACITY, layout) for layout in (key_layout, value_layout)]
+    parts = [Packed.empty(x, CAPACITY, layout) for layout in (key_layout, value_layout)]
     position = torch.zeros(1, dtype=torch.int64)
     with launches(target) as compiled:
         attention.attend(
@@ -107,11 +107,11 @@ def compile_attend(key: Side, value: Side, target: str) -> Any:
 
 
 def compile_append(
-    layout: PageLayout, target: str, frame: Frame | None = None, importance: bool = False
+    layout: Layout, target: str, frame: Calibrated = UNCALIBRATED, importance: bool = False
 ) -> Any:
     """Compile what writes one token in bf16."""
     x = torch.zeros(1, HEADS, 1, layout.head_dim, dtype=torch.bfloat16)
-    parts, position = new_parts(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
+    parts, position = Packed.empty(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
     weights = torch.zeros(1, HEADS, 300) if importance else None
     query = x.repeat(1, layout.shared_by, 1, 1) if layout.queries else None
     with launches(target) as compiled:
@@ -119,10 +119,11 @@ def compile_append(
     return next(iter(compiled.values()))
 
 
-def frame_of(spec: TensorSpec) -> Frame | None:
-    if spec.tables is None:
-        return None
-    return Frame(spec.tables.words, torch.zeros(1, dtype=torch.int32) if spec.rotary else None)
+def calibrated(layout: Layout, tables: Tables | None) -> Calibrated:
+    """Return what one sequence is coded relative to that begins at position 0."""
+    if tables is None:
+        return UNCALIBRATED
+    return Calibrated(tables.words, torch.zeros(1, dtype=torch.int32) if layout.rotary else None)
 
 
 def run(program: Path) -> dict[str, Usage]:

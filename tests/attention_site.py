@@ -7,10 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import CacheSpec, PageLayout
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.triton import attend as attention
 from native import DEVICE, NATIVE, frame_on_device
 
@@ -18,12 +17,13 @@ BATCH = 2
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHARED = [1, 2, 3, 4, 7]  # query heads to a KV head
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-Side = tuple[PageLayout, Frame | None]
+Side = tuple[Layout, Calibrated]
 
 
 def plain_sides(cache: CacheSpec, dims: tuple[int, int], shared_by: int = 0) -> tuple[Side, Side]:
     """Return keys and values without tables."""
-    return (cache.layout("key", dims[0], shared_by), None), (cache.layout("value", dims[1]), None)
+    key, value = cache.layout("key", dims[0], shared_by), cache.layout("value", dims[1])
+    return (key, UNCALIBRATED), (value, UNCALIBRATED)
 
 
 class Site:
@@ -63,14 +63,14 @@ class Site:
     @staticmethod
     def fill(x: Tensor, side: Side, importance: Tensor | None = None) -> Parts:
         layout, frame = side
-        parts = new_parts(x, layout.pages_at(x.shape[2]) + 1, layout)
+        parts = Packed.empty(x, layout.pages_at(x.shape[2]) + 1, layout)
         if x.shape[2]:
             reference.append_(*parts, x, 0, layout, frame, importance)
         return parts
 
     def attend(
         self, mask: Tensor | None, by_position: bool = True, start: int | None = None,
-        **changed: Frame,
+        **changed: Calibrated,
     ) -> Tensor:  # fmt: skip
         """Run the kernels, where they run; with another start or other frames if asked to."""
         (key_layout, key_frame), (value_layout, value_frame) = self.sides
@@ -103,7 +103,9 @@ class Site:
     @property
     def folds_all(self) -> bool:
         """Whether parameters of groups are all that is folded into scores and weights."""
-        return all(frame is None and layout.coder == "uniform" for layout, frame in self.sides)
+        return all(
+            frame.tables is None and layout.coder == "uniform" for layout, frame in self.sides
+        )
 
     @property
     def plain_dtype(self) -> torch.dtype:
@@ -133,7 +135,7 @@ class Site:
         assert error <= bound, f"error {error:.2e} beyond {bound:.2e}; plainly {plain:.2e}"
 
 
-def starts(layout: PageLayout) -> list[int]:
+def starts(layout: Layout) -> list[int]:
     """Return numbers of tokens that leave no page, and a page or more, just or not just full."""
     page = layout.page_size
     boundary = layout.sinks + layout.window + page

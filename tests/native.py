@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.packed import Calibrated
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -25,8 +25,8 @@ def examples(share: Fraction | int = 1) -> settings:
     return settings(max_examples=max(1, int(settings().max_examples * share)), phases=phases)
 
 
-def frame_on_device(frame: Frame | None) -> Frame | None:
-    if frame is None:
-        return None
+def frame_on_device(frame: Calibrated) -> Calibrated:
+    if frame.tables is None:
+        return frame
     shift = frame.shift
-    return Frame(frame.tables.to(DEVICE), None if shift is None else shift.to(DEVICE))
+    return Calibrated(frame.tables.to(DEVICE), None if shift is None else shift.to(DEVICE))

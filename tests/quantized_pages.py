@@ -6,16 +6,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, Layout
 from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.testing import kv_tensors, page_layouts
 
 WHOLE_WIDTHS = (1, 2, 3, 4, 8)
 
 
-def token_layout(bits: int, group_size: int | None = None, **rest: object) -> PageLayout:
+def token_layout(bits: int, group_size: int | None = None, **rest: object) -> Layout:
     """Return keys of 64 channels in pages of 32 tokens, grouped inside a token."""
-    spec = TensorSpec(bits, "token", group_size, **rest)
+    spec = Uniform(bits, "token", group_size, **rest)
     return CacheSpec(spec, spec, 0, 0, 32).layout("key", 64)
 
 
@@ -26,15 +27,13 @@ def page_of(row: list[float]) -> Tensor:
     return page
 
 
-def stored(x: Tensor, layout: PageLayout) -> Tensor:
+def stored(x: Tensor, layout: Layout) -> Tensor:
     """Return what pages are read as once they have been quantized."""
     return reference.dequantize_pages(*reference.quantize_pages(x, layout), layout)
 
 
 @st.composite
-def pages(
-    draw: st.DrawFn, transform: bool = False, finite: bool = True
-) -> tuple[Tensor, PageLayout]:
+def pages(draw: st.DrawFn, transform: bool = False, finite: bool = True) -> tuple[Tensor, Layout]:
     layout = draw(page_layouts(transform))
     shape = (draw(st.integers(1, 2)), layout.page_size, layout.head_dim)
     return draw(kv_tensors(shape, finite=finite)), layout

@@ -24,10 +24,10 @@ from attention_site import (
     plain_sides,
     starts,
 )
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.schemes import Codebook, Mixed, Scheme, Uniform
 from kvq_compile.kernels.triton import attend as attention
 from kvq_compile.kernels.triton import attend_mixed
 from kvq_compile.testing.small_tables import random_tables
@@ -37,8 +37,8 @@ pytestmark = CONVERSIONS
 EXAMPLES = examples(Fraction(2, 3))
 
 
-def mixed_spec(budget: float, least: int = 0, most: int = 4, **options: Any) -> TensorSpec:
-    return TensorSpec(budget, mixed=(least, most), **{"params": "fp8"} | options)
+def mixed_spec(budget: float, least: int = 0, most: int = 4, **options: Any) -> Scheme:
+    return Mixed(budget, least, most, **{"params": "fp8"} | options)
 
 
 def mixed_site(
@@ -51,7 +51,7 @@ def mixed_site(
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> TensorSpec:
+def specs(draw: st.DrawFn) -> Scheme:
     least = draw(st.integers(0, 2))
     most = draw(st.sampled_from([4, 4, 6, least + 1, 8]))
     rows = draw(st.integers(max(8, 32 * least), 32 * most))
@@ -122,11 +122,11 @@ def test_the_number_of_shares_does_not_change_the_output(monkeypatch: pytest.Mon
 
 def test_tables_are_refused_by_name() -> None:
     tables = random_tables(2, 32, group_size=32, rotary=False, codebook=None, seed=0)
-    spec = CacheSpec(mixed_spec(2, tables=tables), mixed_spec(2), 1, 20, 32)
+    spec = CacheSpec(mixed_spec(2, tables=tables.digest), mixed_spec(2), 1, 20, 32)
     layouts = [spec.layout(role, 32) for role in ("key", "value")]
-    parts = [new_parts(torch.zeros(1, 2, 1, 32, device=DEVICE), 2, layout) for layout in layouts]
+    parts = [Packed.empty(torch.zeros(1, 2, 1, 32, device=DEVICE), 2, layout) for layout in layouts]
     x = torch.zeros(1, 2, 1, 32, device=DEVICE)
-    frame = Frame(tables.words.to(DEVICE))
+    frame = Calibrated(tables.words.to(DEVICE))
     with pytest.raises(NotImplementedError, match="tables must be None"):
         attention.attend(x, x, x, *parts, None, None, 1, 1.0, *layouts, frame, None)
 
@@ -196,19 +196,19 @@ def test_merged_planes_are_the_codes_in_fp16(bits: int) -> None:
 
 
 def test_rotary_keys_and_codebooks_take_two_programs_a_processor_and_others_three() -> None:
-    def programs(key: TensorSpec, value: TensorSpec) -> int:
-        spec = CacheSpec(key, value)
-        layouts: list[PageLayout] = [spec.layout("key", 64), spec.layout("value", 64)]
+    def programs(key: Scheme, value: Scheme) -> int:
+        layouts = Layout("key", 64, Regions(), key), Layout("value", 64, Regions(), value)
         return attention.programs_per_processor(*(attention.Coding.of(x) for x in layouts))
 
-    def tables(rotary: bool, codebook: tuple[int, int] | None = None) -> Any:
-        return random_tables(2, 64, group_size=64, rotary=rotary, codebook=codebook, seed=0)
+    def tables(rotary: bool, codebook: tuple[int, int] | None = None) -> str:
+        made = random_tables(2, 64, group_size=64, rotary=rotary, codebook=codebook, seed=0)
+        return made.digest
 
-    assert programs(TensorSpec(2), TensorSpec(2)) == 3
+    assert programs(Uniform(2), Uniform(2)) == 3
     assert programs(*CASES["qaq-2.3"]) == 3
-    assert programs(TensorSpec(2, tables=tables(True), rotary=True), TensorSpec(2)) == 2
-    book = TensorSpec(4, couple=2, tables=tables(False, (2, 4)))
-    assert programs(TensorSpec(2), book) == 2
+    assert programs(Uniform(2, tables=tables(True), rotary=True), Uniform(2)) == 2
+    book = Codebook(4, 2, tables=tables(False, (2, 4)))
+    assert programs(Uniform(2), book) == 2
 
 
 # --- ahead of time --------------------------------------------------------------------------------

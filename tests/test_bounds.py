@@ -13,8 +13,9 @@ from torch import Tensor
 from kvq_compile import bounds, error_bound, make_spec
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, Layout
 from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.testing import (
     DTYPES,
     HEAD_DIMS,
@@ -51,9 +52,9 @@ def numbers(values: list[float], head_dim: int = 64) -> dict[sympy.Symbol, float
     return dict(zip(SYMBOLS, values, strict=True)) | {bounds.HEAD_DIM: head_dim}
 
 
-def tiny_rows() -> tuple[Tensor, PageLayout]:
+def tiny_rows() -> tuple[Tensor, Layout]:
     """Return a page whose range is smaller than the smallest step that fp16 can express."""
-    spec = TensorSpec(8)
+    spec = Uniform(8)
     x = torch.zeros(1, 32, 64)
     x[..., 1::2], x[..., 2::4] = 1e-7, 2.9e-8
     return x, CacheSpec(spec, spec, 0, 0, 32).layout("key", 64)
@@ -63,7 +64,7 @@ def tiny_rows() -> tuple[Tensor, PageLayout]:
 
 
 @st.composite
-def coded_pages(draw: st.DrawFn) -> tuple[Tensor, PageLayout]:
+def coded_pages(draw: st.DrawFn) -> tuple[Tensor, Layout]:
     layout = draw(page_layouts())
     x = draw(kv_tensors((1, layout.page_size, layout.head_dim)))
     if layout.transform == "hadamard":
@@ -75,12 +76,10 @@ def coded_pages(draw: st.DrawFn) -> tuple[Tensor, PageLayout]:
 
 @given(coded_pages())
 @example(tiny_rows())
-def test_a_stored_element_is_off_by_at_most_its_bound(case: tuple[Tensor, PageLayout]) -> None:
+def test_a_stored_element_is_off_by_at_most_its_bound(case: tuple[Tensor, Layout]) -> None:
     """Regression: the bound took the step of tiny groups, which is subnormal in fp16, for exact."""
     x, layout = case
-    spec = TensorSpec(
-        layout.bits, layout.grouping, layout.group_size, layout.clip, layout.transform
-    )
+    spec = Uniform(layout.bits, layout.grouping, layout.group_size, layout.clip, layout.transform)
     rotated = x.double()
     if layout.transform == "hadamard":
         rotated = rotated @ reference.hadamard(layout.head_dim, x.device).double()
@@ -89,7 +88,9 @@ def test_a_stored_element_is_off_by_at_most_its_bound(case: tuple[Tensor, PageLa
     scale, zero = params.double().unbind(-1)
     stored = reference.to_groups(codes, layout) * scale[..., None] + zero[..., None]
     spread = float((groups.amax(-1) - groups.amin(-1)).max())
-    limit = bounds.element_error(spec, sympy.Float(spread), sympy.Float(float(groups.abs().max())))
+    limit = bounds.element_error(
+        spec, None, sympy.Float(spread), sympy.Float(float(groups.abs().max()))
+    )
     assert float((stored - groups).abs().max()) <= float(
         limit.subs(bounds.HEAD_DIM, layout.head_dim)
     )
@@ -129,9 +130,7 @@ def test_more_bits_bound_the_error_more_closely(values: list[float], which: str)
     at = numbers(values)
     found = []
     for bits in (1, 2, 3, 4, 8):
-        key, value = (
-            TensorSpec(bits if which in (role, "both") else 4) for role in ("key", "value")
-        )
+        key, value = (Uniform(bits if which in (role, "both") else 4) for role in ("key", "value"))
         found.append(float(error_bound(CacheSpec(key, value)).evalf(subs=at)))
     assert found == sorted(found, reverse=True)
 
@@ -249,7 +248,7 @@ def test_attention_is_that_over_the_dequantized_tokens(
 
 def test_attention_does_not_depend_on_strides() -> None:
     """Regression: the CPU kernel read queries whose heads lie side by side as if they were contiguous."""
-    spec = CacheSpec(TensorSpec(4), TensorSpec(4), 0, 0, 32)
+    spec = CacheSpec(Uniform(4), Uniform(4), 0, 0, 32)
     layouts = spec.layout("key", 64), spec.layout("value", 64)
     x = torch.randn(5, 1, 2, 3, 64, generator=torch.Generator().manual_seed(0))
     caches = [QuantizedKV.from_dense(x[i], layouts[i]).parts for i in range(2)]
@@ -274,7 +273,7 @@ def test_columns_of_slots_that_hold_no_token_are_not_attended_to(
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_values_reach_the_bound(bits: int, clip: float) -> None:
     """A query that sees one packed value, half a step off or at the end of a clipped range."""
-    spec = CacheSpec(TensorSpec(8), TensorSpec(bits, clip=clip), 0, 0, 32)
+    spec = CacheSpec(Uniform(8), Uniform(bits, clip=clip), 0, 0, 32)
     levels = 2**bits - 1
     value = torch.zeros(1, 1, 33, 64)
     value[..., 1] = levels
@@ -300,7 +299,7 @@ def test_values_reach_the_bound(bits: int, clip: float) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_keys_reach_the_bound(bits: int, strength: float) -> None:
     """Two keys whose every element errs along the query, one up, one down, and values at the two ends."""
-    spec = CacheSpec(TensorSpec(bits), TensorSpec(8), 0, 0, 32)
+    spec = CacheSpec(Uniform(bits), Uniform(8), 0, 0, 32)
     levels = 2**bits - 1
     key, value = torch.zeros(1, 1, 33, 64), torch.zeros(1, 1, 33, 64)
     key[..., 1] = levels
@@ -396,7 +395,7 @@ def test_a_model_decodes_as_on_its_dequantized_cache(
 
 
 def test_the_assertions_refuse_an_output_that_is_off() -> None:
-    spec = CacheSpec(TensorSpec(4), TensorSpec(4), 0, 0, 32)
+    spec = CacheSpec(Uniform(4), Uniform(4), 0, 0, 32)
     key = torch.randn(1, 1, 40, 64, generator=torch.Generator().manual_seed(0))
     layouts = spec.layout("key", 64), spec.layout("value", 64)
     caches = tuple(QuantizedKV.from_dense(key[:, :, :39], layout) for layout in layouts)

@@ -11,8 +11,9 @@ from torch import Tensor
 from kvq_compile import bounds
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.schemes import Codebook, Uniform
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
 from kvq_compile.testing import assert_within_bound, bound_for, kv_tensors
@@ -24,12 +25,13 @@ HEADS = 2
 def attend(query: Tensor, x: list[Tensor], spec: CacheSpec, held: int) -> Tensor:
     """Attend to ``held`` tokens of a cache and to the rest exactly."""
     caches, frames, layouts = [], [], []
-    for tokens, role, part in zip(x, ("key", "value"), (spec.key, spec.value), strict=True):
-        layout = spec.layout(role, tokens.shape[3])
-        words = None if part.tables is None else part.tables.words
-        shift = torch.zeros(tokens.shape[0], dtype=torch.int32) if layout.rotary else None
-        caches.append(ops.quantize(tokens[:, :, :held], held, True, layout.token, words, shift))
-        frames.append(None if words is None else Frame(words, shift))
+    for tokens, role in zip(x, ("key", "value"), strict=True):
+        layout, tables = spec.layout(role, tokens.shape[3]), spec.tables(role)
+        calibrated = [] if tables is None else [tables.words]
+        if layout.rotary:
+            calibrated.append(torch.zeros(tokens.shape[0], dtype=torch.int32))
+        caches.append(ops.quantize(tokens[:, :, :held], held, True, layout, calibrated))
+        frames.append(Calibrated.of(calibrated, layout))
         layouts.append(layout)
     new = [tokens[:, :, held:] for tokens in x]
     return blocked.attend(
@@ -53,8 +55,9 @@ def test_the_bound_is_not_empty() -> None:
     one = torch.ones(HEADS, 64)
     order = torch.arange(64).expand(HEADS, 64)
     tables = Tables.build(order=order, mean=0 * one, scale=one, margin=0 * one)
-    fine = TensorSpec(8, tables=tables)
-    coarse = CacheSpec(fine, TensorSpec(1, tables=tables), 0, 0, 32)
+    fine = Uniform(8, tables=tables.digest)
+    both = {"key_tables": tables, "value_tables": tables}
+    coarse = CacheSpec(fine, Uniform(1, tables=tables.digest), 0, 0, 32, **both)
     x = [torch.randn(1, HEADS, 33, 64) for _ in range(2)]
     query = torch.zeros(1, HEADS, 1, 64)
     off = attend(query, x, coarse, 32) - attend(query, x, replace(coarse, value=fine), 32)
@@ -64,10 +67,11 @@ def test_the_bound_is_not_empty() -> None:
 
 def test_the_bound_of_a_codebook_is_in_measured_distances() -> None:
     tables = random_tables(HEADS, 64, group_size=64, rotary=False, codebook=(4, 4), seed=0)
-    spec = TensorSpec(4, couple=4, tables=tables)
-    free = bounds.error_bound(CacheSpec(spec, spec)).free_symbols
+    spec = Codebook(4, 4, tables=tables.digest)
+    cache = CacheSpec(spec, spec, key_tables=tables, value_tables=tables)
+    free = bounds.error_bound(cache).free_symbols
     assert {bounds.KEY_DISTANCE, bounds.VALUE_DISTANCE} <= free
-    assert isinstance(bounds.error_bound(CacheSpec(spec, spec)), sympy.Expr)
+    assert isinstance(bounds.error_bound(cache), sympy.Expr)
 
 
 @given(st.data(), st.sampled_from((("fitted", 1), ("paper", 0))), st.sampled_from(("fp8", "fp16")))

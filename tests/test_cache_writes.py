@@ -37,7 +37,7 @@ def test_every_way_of_writing_tokens_writes_the_same(start: int, count: int) -> 
         lambda cache: aten.index_put_(cache, (None, None, position), x) if count else None,
     ]
     expected = static(100, 90)
-    torch.ops.kvq.append_(*expected.parts, x, None, start, LAYOUT.token)
+    torch.ops.kvq.append_(expected.parts, [], x, None, start, LAYOUT)
     for write in writes:
         cache = static(100, 90)
         write(cache)

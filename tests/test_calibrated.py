@@ -407,7 +407,7 @@ def test_effective_bits_are_the_bytes_held() -> None:
         part.untyped_storage()._cdata: part.untyped_storage().nbytes()
         for layer in cache.layers
         for tensor in (layer.keys, layer.values)
-        for part in (*tensor.parts, *tensor.frame)
+        for part in (*tensor.parts, *tensor.calibrated)
         if part is not None
     }
     assert found.bytes == sum(storages.values())

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 from kvq_compile.kernels.cpu import attend as blocked
 from kvq_compile.kernels.cpu import native as cpu_pages
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.testing import masks
+from kvq_compile.testing import changed, masks
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from uncalibrated import Framed, mixed_layouts, plain_layouts
 
@@ -45,7 +44,7 @@ def plain(role: Role) -> st.SearchStrategy[Framed]:
 
 
 def mixed(role: Role) -> st.SearchStrategy[Framed]:
-    return mixed_layouts(role, (16, 64, 80), (32,)).map(lambda layout: (layout, None))
+    return mixed_layouts(role, (16, 64, 80), (32,)).map(lambda layout: (layout, UNCALIBRATED))
 
 
 @st.composite
@@ -61,8 +60,10 @@ def pairs(draw: st.DrawFn) -> tuple[Framed, Framed]:
     fitted = []
     for layout, frame in (key, value):
         if layout.grouping == "channel":
-            layout = replace(layout, group_size=min(layout.group_size, page_size))
-        fitted.append((replace(layout, **shared), frame))
+            fields = shared | {"group_size": min(layout.group_size, page_size)}
+            fitted.append((changed(layout, **fields), frame))
+        else:
+            fitted.append((changed(layout, **shared), frame))
     return fitted[0], fitted[1]
 
 
@@ -72,7 +73,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 def written(framed: Framed, x: Tensor) -> PackedTensor:
     layout, frame = framed
-    parts = new_parts(x, 2 + x.shape[2] // layout.page_size, layout)
+    parts = Packed.empty(x, 2 + x.shape[2] // layout.page_size, layout)
     blocked.append_(*parts, x, 0, layout, frame)
     return PackedTensor(parts, layout, frame)
 
@@ -92,7 +93,7 @@ class Case:
         self.held, self.scale = held, D**-0.5
         self.mask: Tensor | None = None
 
-    def attend(self, path: str = "at once", **other: Frame) -> Tensor:
+    def attend(self, path: str = "at once", **other: Calibrated) -> Tensor:
         frames = {"key_frame": self.keys.frame, "value_frame": self.values.frame} | other
         with through(path):
             return blocked.attend(
@@ -141,7 +142,7 @@ def reach(packed: PackedTensor, tokens: Tensor) -> tuple[float, float]:
     norm, element = (
         float(x.max()) if x.numel() else 0.0 for x in (coded.norm(dim=-1), coded.abs())
     )
-    if packed.frame is not None:
+    if packed.frame.tables is not None:
         mean, scale = (packed.frame.section(name, packed.layout) for name in ("mean", "scale"))
         norm = float(scale.max()) * norm + float(mean.norm(dim=-1).max())
         element = float(scale.max()) * element + float(mean.abs().max())
@@ -187,11 +188,11 @@ def test_any_number_of_channels_may_share_an_index_of_any_width(
     tables = random_tables(
         HEADS, head_dim, group_size=16, rotary=False, codebook=(couple, bits), seed=0
     )
-    spec = TensorSpec(bits, couple=couple, tables=tables)
-    layout = CacheSpec(spec, spec, 1, 0, 32).layout(role, head_dim)
-    parts = new_parts(drawn(0, HEADS, 1, head_dim), 3, layout)
+    spec = Codebook(bits, couple, tables=tables.digest)
+    layout = Layout(role, head_dim, Regions(1, 0, 32), spec)
+    parts = Packed.empty(drawn(0, HEADS, 1, head_dim), 3, layout)
     parts[0].random_(-(2**15), 2**15 - 1, generator=torch.Generator().manual_seed(0))
-    packed = PackedTensor(parts, layout, Frame(tables.words))
+    packed = PackedTensor(parts, layout, Calibrated(tables.words))
     assert torch.equal(cpu_pages.unpack(packed, slice(0, 3)), packed.unpack(slice(0, 3)))
 
 
@@ -214,24 +215,24 @@ def test_the_number_of_splits_does_not_change_the_output(
 @pytest.mark.parametrize("path", PATHS)
 @given(framed_layouts("key"), st.sampled_from((-FULL_TURNS, FULL_TURNS, 2**31 - 1000)))
 def test_angles_are_exact_at_any_position(
-    path: str, framed: tuple[PageLayout, Frame], shift: int
+    path: str, framed: tuple[Layout, Calibrated], shift: int
 ) -> None:
     layout, frame = framed
     assume(layout.rotary)
     shifts = torch.tensor([shift, shift + 3], dtype=torch.int32)
-    spec = TensorSpec(4)
+    spec = Uniform(4)
     value = CacheSpec(spec, spec, layout.sinks, layout.window, layout.page_size).layout("value", 64)
-    Case(((layout, replace(frame, shift=shifts)), (value, None)), 200).check(path)
+    Case(((layout, frame._replace(shift=shifts)), (value, UNCALIBRATED)), 200).check(path)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_wrong_shift_or_other_tables_change_the_output(path: str) -> None:
-    def framed(role: Role, seed: int, shift: tuple[int, int]) -> tuple[PageLayout, Frame]:
+    def framed(role: Role, seed: int, shift: tuple[int, int]) -> tuple[Layout, Calibrated]:
         rotary = role == "key"
         tables = random_tables(HEADS, 64, group_size=16, rotary=rotary, codebook=None, seed=seed)
-        spec = TensorSpec(2, group_size=16, params="fp8", rotary=rotary, tables=tables)
-        layout = CacheSpec(spec, spec, 2, 9, 32).layout(role, 64)
-        return layout, Frame(tables.words, torch.tensor(shift).int() if rotary else None)
+        spec = Uniform(2, group_size=16, params="fp8", rotary=rotary, tables=tables.digest)
+        layout = Layout(role, 64, Regions(2, 9, 32), spec)
+        return layout, Calibrated(tables.words, torch.tensor(shift).int() if rotary else None)
 
     key, value = framed("key", 0, (0, -3)), framed("value", 1, (0, 0))
     case = Case((key, value), 150)
@@ -249,9 +250,9 @@ def test_a_wrong_shift_or_other_tables_change_the_output(path: str) -> None:
 
 def tabled_case() -> tuple[Tables, Case]:
     tables = random_tables(HEADS, 64, group_size=16, rotary=False, codebook=None, seed=0)
-    spec = TensorSpec(4, group_size=16, tables=tables)
-    cache = CacheSpec(spec, spec, 2, 9, 32)
-    framed = [(cache.layout(role, 64), Frame(tables.words)) for role in ("key", "value")]
+    spec = Uniform(4, group_size=16, tables=tables.digest)
+    layouts = [Layout(role, 64, Regions(2, 9, 32), spec) for role in ("key", "value")]
+    framed = [(layout, Calibrated(tables.words)) for layout in layouts]
     return tables, Case((framed[0], framed[1]), 150)
 
 

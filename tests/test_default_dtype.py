@@ -14,8 +14,9 @@ from torch import Tensor
 
 import kvq_compile
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.reference.frame import hadamard
+from kvq_compile.kernels.schemes import scheme_of
 from kvq_compile.testing.small_cache import LAYOUT, tokens
 from kvq_compile.testing.small_decoder import Decoder
 from kvq_compile.testing.small_tables import random_tables
@@ -100,8 +101,8 @@ def framed(rotary: bool, codebook: tuple[int, int] | None) -> QuantizedKV:
     tables = random_tables(2, 64, group_size=16, rotary=rotary, codebook=codebook, seed=0)
     plain = {"params": "fp8", "group_size": 16} if codebook is None else {"couple": codebook[0]}
     bits = 2 if codebook is None else codebook[1]
-    spec = TensorSpec(bits, rotary=rotary, tables=tables, **plain)
-    layout = CacheSpec(spec, spec, 2, 5, 32).layout("key", 64)
+    scheme = scheme_of({"bits": bits, **plain}, tables.digest, rotary)
+    layout = Layout("key", 64, Regions(2, 5, 32), scheme)
     shift = torch.tensor([0, -3], dtype=torch.int32, device="cpu") if rotary else None
     words = tables.words
     return QuantizedKV.from_dense(tokens(150), layout, tables=words, shift=shift)

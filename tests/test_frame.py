@@ -1,7 +1,6 @@
 """Calibrated layouts: what is put before the quantizer is undone on reading, whatever the tables hold."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,25 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import PageLayout
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference.frame import (
-    Frame,
     cosine_and_sine,
     e4m3_value,
     from_coded,
     nearest_centroid,
     round_e4m3,
     to_coded,
+    turns,
 )
 from kvq_compile.kernels.tables import Tables
+from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 
-Framed = tuple[PageLayout, Frame]
+Framed = tuple[Layout, Calibrated]
 
 
-def tokens(layout: PageLayout, count: int, seed: int = 0) -> torch.Tensor:
+def tokens(layout: Layout, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 2, count, layout.head_dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -36,7 +36,7 @@ def appended(
     framed: Framed, x: torch.Tensor, cuts: tuple[int, ...] = ()
 ) -> tuple[torch.Tensor, ...]:
     layout, frame = framed
-    parts = new_parts(x, 6, layout)
+    parts = Packed.empty(x, 6, layout)
     edges = [0, *sorted(cuts), x.shape[2]]
     for first, last in pairwise(edges):
         reference.append_(*parts, x[:, :, first:last], first, layout, frame)
@@ -52,8 +52,9 @@ def test_a_token_in_coded_form_is_the_same_token(framed: Framed, first: int) -> 
 
 
 @given(framed_layouts())
-def test_a_layout_survives_its_text(framed: Framed) -> None:
-    assert PageLayout.parse(framed[0].token) == framed[0]
+def test_a_layout_survives_its_text_in_a_graph(framed: Framed) -> None:
+    text, names = framed[0].__fx_repr__()
+    assert eval(text, dict(names)) == framed[0]
 
 
 @given(framed_layouts(), st.integers(0, 200), st.lists(st.integers(0, 200), max_size=3))
@@ -75,14 +76,14 @@ def test_keys_are_unrotated_by_the_angle_of_their_position(framed: Framed) -> No
     if not layout.rotary:
         return
     assert frame.shift is not None
-    still = replace(layout, rotary=False)
+    still = changed(layout, rotary=False)
     y = tokens(layout, layout.page_size).unsqueeze(2)
     first = 40
-    cosine, sine = frame.turns(layout, first, 1)
+    cosine, sine = turns(frame, layout, first, 1)
     words = frame.tables
     D = layout.head_dim
     without = torch.cat([words[:, : 5 * D], words[:, 5 * D + D // 2 :]], 1)
-    unrotated = from_coded(y, still, Frame(without), first)
+    unrotated = from_coded(y, still, Calibrated(without), first)
     order = frame.section("order", layout).long()[None, :, None, None, :].expand_as(y)
     a, b = unrotated.gather(-1, order).chunk(2, -1)
     rotated = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)

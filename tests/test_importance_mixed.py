@@ -4,7 +4,7 @@ Kernels run natively where there is a GPU and in Triton's interpreter elsewhere,
 This file also is the program that compiles kernels ahead of time.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 import aot
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import QUERIES, CacheSpec, PageLayout, TensorSpec
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import QUERIES, CacheSpec, Layout, Regions, Score
+from kvq_compile.kernels.packed import Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import importance
+from kvq_compile.kernels.schemes import Adaptive, Mixed, Scheme
 from kvq_compile.kernels.triton import importance as importance_mixed
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
@@ -30,17 +31,18 @@ CAPACITY = 5  # pages
 BATCH, HEADS = 2, 2
 
 
-def mixed_spec(budget: float, least: int = 0, most: int = 4, **options: Any) -> TensorSpec:
-    return TensorSpec(budget, mixed=(least, most), **options)
+def mixed_spec(budget: float, least: int = 0, most: int = 4, **options: Any) -> Scheme:
+    return Mixed(budget, least, most, **options)
 
 
-def layout_of(shared: int = 2, dim: int = 32, **options: Any) -> PageLayout:
-    spec = mixed_spec(2.5, **options)
-    return CacheSpec(spec, spec, 3, 9, 32).layout("key", dim, shared)
+def layout_of(shared: int = 2, dim: int = 32, **options: Any) -> Layout:
+    scheme = mixed_spec(2.5, **options)
+    queries = QUERIES if shared else 0
+    return Layout("key", dim, Regions(3, 9, 32), scheme, queries, shared)
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> PageLayout:
+def layouts(draw: st.DrawFn) -> Layout:
     least = draw(st.integers(0, 2))
     spec = mixed_spec(
         draw(st.integers(max(8, 32 * least), 32 * (least + 1))) / 32, least,
@@ -62,7 +64,7 @@ def random(heads: int, tokens: int, dim: int, dtype: torch.dtype, seed: int) -> 
 class Call:
     """A call that follows on ``held`` tokens from slot ``start`` on, with ``asked`` queries to ``new`` keys."""
 
-    layout: PageLayout
+    layout: Layout
     held: int
     start: int
     new: int
@@ -77,7 +79,7 @@ class Call:
         key = random(HEADS, self.held, dim, self.dtype, 0)
         told = random(HEADS * shared, self.held, dim, self.dtype, 1)
         weights = torch.rand(BATCH, HEADS, self.held, generator=torch.Generator().manual_seed(2))
-        self.parts = new_parts(key, CAPACITY, self.layout)
+        self.parts = Packed.empty(key, CAPACITY, self.layout)
         reference.append_(*self.parts, key, 0, self.layout, None, weights**6, told)
         self.key = random(HEADS, self.new, dim, self.dtype, 3)
         self.query = random(HEADS * shared, self.asked, dim, self.dtype, 4)
@@ -209,7 +211,7 @@ def test_tables_are_refused_by_name() -> None:
     tables = random_tables(2, 32, group_size=32, rotary=False, codebook=None, seed=0)
     layout = layout_of(tables=tables)
     x = torch.zeros(1, 2, 1, 32, device=DEVICE)
-    parts = new_parts(x, 2, layout)
+    parts = Packed.empty(x, 2, layout)
     with pytest.raises(NotImplementedError, match="tables must be None"):
         importance_mixed.recent_importance(
             x, x, parts, None, None, 1, 2, 1.0, True, QUERIES, layout
@@ -222,7 +224,8 @@ def test_tables_are_refused_by_name() -> None:
 @pytest.mark.skipif(not NATIVE, reason="needs a GPU")
 def test_a_captured_step_weighs_when_a_page_fills_and_only_then() -> None:
     """A graph of one step, replayed over three pages, leaves the bytes of steps that are launched one by one."""
-    layout = replace(layout_of(target=0.05, query_norm=30.0, requantize=True))
+    adaptive = Adaptive(0.05, 30.0, requantize=True)
+    layout = layout_of(adaptive=adaptive)
     steps = 3 + 9 + 100
     x = random(HEADS, steps, 32, torch.float16, 0).to(DEVICE)
     query = random(2 * HEADS, steps, 32, torch.float16, 1).to(DEVICE)
@@ -231,17 +234,17 @@ def test_a_captured_step_weighs_when_a_page_fills_and_only_then() -> None:
 
     def step(parts: Any) -> None:
         weights = ops.importance(
-            asked, now, list(parts), None, position, None, 160, 0.2, False, QUERIES, layout.token
+            *(asked, now, parts, [], None, position, None, 160),
+            *(Score(0.2), False, QUERIES, layout),
         )
-        about = layout.token, None, None, None, weights, None, asked
-        ops.append_(*parts, now, position, None, *about)
+        ops.append_(parts, [], now, position, None, layout, weights, asked)
 
     results = []
     for captured in (False, True):
-        parts = new_parts(now, CAPACITY, layout)
+        parts = Packed.empty(now, CAPACITY, layout)
         graph = torch.cuda.CUDAGraph()
         if captured:
-            warm = new_parts(now, CAPACITY, layout)
+            warm = Packed.empty(now, CAPACITY, layout)
             step(warm)
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):
@@ -285,7 +288,7 @@ def compile_case(name: str, target: str) -> Any:
     mask = torch.ones(1, 1, 1, 700, dtype=torch.bool)
     with aot.launches(target) as compiled:
         importance_mixed.recent_importance(
-            query, key, new_parts(key, 4, layout), mask, position, None, 700, 1.0, False, QUERIES,
+            query, key, Packed.empty(key, 4, layout), mask, position, None, 700, 1.0, False, QUERIES,
             layout,
         )  # fmt: skip
     return compiled["weigh_kernel"]

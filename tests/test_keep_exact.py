@@ -14,8 +14,10 @@ from torch._dynamo.utils import ReinplaceCounters
 import kvq_compile
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import PageLayout, TensorSpec
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.schemes import Adaptive
+from kvq_compile.kernels.triton import backend
 from kvq_compile.methods import make_spec
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
@@ -28,7 +30,7 @@ OPTIONS = [
 ]
 
 
-def layout_of(role: Any = "value", **options: Any) -> PageLayout:
+def layout_of(role: Any = "value", **options: Any) -> Layout:
     spec = make_spec("qaq", **{"keep_exact": "cpu", "bits": 3, **SMALL, **options})
     return spec.layout(role, 64)
 
@@ -43,11 +45,11 @@ def weights(slots: int, seed: int) -> Tensor:
     return torch.rand(2, 2, slots, generator=torch.Generator().manual_seed(seed)) ** 6
 
 
-def full(layout: PageLayout, pages: int) -> int:
+def full(layout: Layout, pages: int) -> int:
     return layout.sinks + layout.window + pages * 32
 
 
-def packed(x: Tensor, layout: PageLayout, pages: int) -> Tensor:
+def packed(x: Tensor, layout: Layout, pages: int) -> Tensor:
     first = layout.sinks
     return x[:, :, first : first + pages * 32].unflatten(2, (pages, 32))
 
@@ -55,8 +57,7 @@ def packed(x: Tensor, layout: PageLayout, pages: int) -> Tensor:
 def append(cache: QuantizedKV, x: Tensor, importance: Tensor | None) -> QuantizedKV:
     """Append as a compiled call does."""
     cache.claim(x.shape[2])
-    about = cache.page_layout.token, None, None, None, importance, cache.originals
-    ops.append_(*cache.parts, x, None, cache.shape[2], *about)
+    ops.append_(cache.parts, [], x, None, cache.shape[2], cache.page_layout, importance)
     return cache.extended(x.shape[2])
 
 
@@ -74,18 +75,18 @@ def test_a_page_in_which_a_token_gains_is_the_exact_page_quantized_under_the_att
     cache = append(cache, x[:, :, count:], importance)
     bound = layout.bound_at(layout.sinks + layout.pages_at(count + new) * 32)
     weight = packed(importance, layout, pages)
-    held = mixed.held_bits(before.codes[:, :, :pages], before.params[:, :, :pages], layout.mixed)
-    span = mixed.stored_span(before.params[:, :, :pages], layout.mixed)
-    wanted = mixed.allocate(span, weight, layout.mixed, bound)
+    held = mixed.held_bits(before.codes[:, :, :pages], before.params[:, :, :pages], layout)
+    span = mixed.stored_span(before.params[:, :, :pages], layout)
+    wanted = mixed.allocate(span, weight, layout, bound)
     gains = (wanted > held).any(-1)
-    anew = mixed.quantize_pages(packed(x, layout, pages), weight, layout.mixed, bound)
+    anew = mixed.quantize_pages(packed(x, layout, pages), weight, layout, bound)
     if not layout.requantize:
         for old, now, expected in zip(before.parts[:2], cache.parts[:2], anew, strict=True):
             picked = gains.view(*gains.shape, *[1] * (expected.dim() - 3))
             chosen = torch.where(picked, expected, old[:, :, :pages])
             assert torch.equal(now[:, :, :pages], chosen)
-    bits = mixed.held_bits(cache.codes[:, :, :pages], cache.params[:, :, :pages], layout.mixed)
-    assert bits.sum(-1).max() <= layout.mixed.code_rows
+    bits = mixed.held_bits(cache.codes[:, :, :pages], cache.params[:, :, :pages], layout)
+    assert bits.sum(-1).max() <= layout.code_rows
     if not layout.requantize:
         assert torch.equal(bits[~gains], held[~gains])
 
@@ -93,7 +94,7 @@ def test_a_page_in_which_a_token_gains_is_the_exact_page_quantized_under_the_att
 def bits_of(cache: QuantizedKV, token: int) -> Tensor:
     """Return the bits of a token of the first page, ``[B, H]``."""
     page = cache.codes[:, :, 0], cache.params[:, :, 0]
-    return mixed.held_bits(*page, cache.page_layout.mixed)[..., token]
+    return mixed.held_bits(*page, cache.page_layout)[..., token]
 
 
 def test_attention_that_comes_back_to_a_token_gives_it_bits() -> None:
@@ -113,7 +114,7 @@ def test_attention_that_comes_back_to_a_token_gives_it_bits() -> None:
 
 def test_no_byte_is_read_of_a_page_in_which_no_token_gains() -> None:
     """Of such a page the copy may be anything."""
-    layout = layout_of(value_target=0.02, bits=6, max_bits=6)
+    layout = layout_of(value_target=0.02, bits=5, max_bits=6)
     count = full(layout, 3) - 1
     x, importance = tokens(count + 1), torch.full((2, 2, count + 1), 0.5)
     cache = append(QuantizedKV.from_dense(x[:, :, :0], layout), x[:, :, :count], importance)
@@ -149,10 +150,11 @@ def test_the_gpu_path_leaves_the_bytes_of_the_cpu_path(options: dict[str, Any]) 
     made = append(QuantizedKV.from_dense(x[:, :, :0], layout), x[:, :, :count], weights(count, 0))
     made.claim(40)
     copy, new = made.clone_packed(), x[:, :, count:]
-    about = None, count, layout.token, None, None, None
-    ops.append_(*made.parts, new, *about, importance, made.originals)
-    parts = [part.to(device) for part in copy.parts]
-    ops._append_cuda(*parts, new.to(device), *about, importance.to(device), copy.originals)
+    about = None, count, layout
+    ops.append_(made.parts, [], new, *about, importance)
+    *parts, originals = copy.parts
+    parts = [*(part.to(device) for part in parts), originals]
+    ops.append_on(backend, parts, [], new.to(device), *about, importance.to(device))
     pages = layout.pages_at(count + 40)
     for mine, theirs in zip(made.parts[:2], parts[:2], strict=True):
         assert torch.equal(mine[:, :, :pages], theirs[:, :, :pages].cpu())
@@ -161,11 +163,11 @@ def test_the_gpu_path_leaves_the_bytes_of_the_cpu_path(options: dict[str, Any]) 
 
 def test_the_operators_keep_their_contracts() -> None:
     layout, x = layout_of(), tokens(150)
-    torch.library.opcheck(ops.originals, (x, 150, True, layout.token))
+    torch.library.opcheck(ops.quantize, (x, 150, True, layout, []))
     cache = QuantizedKV.from_dense(x, layout)
     cache.claim(40)
-    about = layout.token, None, None, None, weights(190, 0), cache.originals
-    torch.library.opcheck(ops.append_, (*cache.parts, tokens(40, 1), None, 150, *about))
+    about = None, 150, layout, weights(190, 0)
+    torch.library.opcheck(ops.append_, (cache.parts, [], tokens(40, 1), *about))
 
 
 def moved(cache: QuantizedKV) -> dict[str, tuple[Any, Any]]:
@@ -224,10 +226,10 @@ def test_a_report_counts_copies_apart() -> None:
 
 
 def test_only_tensors_whose_bits_can_grow_keep_copies() -> None:
-    assert make_spec("qaq", keep_exact="cpu").key.keep_exact
+    assert make_spec("qaq", keep_exact="cpu").key.adaptive.keep_exact
     paper = make_spec("qaq", keep_exact="cpu", variant="paper")
-    assert (paper.key.keep_exact, paper.value.keep_exact) == (False, True)
-    assert make_spec("qaq", requantize=True, keep_exact="cpu").key.requantize is False
+    assert (paper.key.adaptive, paper.value.adaptive) == (None, Adaptive(keep_exact=True))
+    assert not make_spec("qaq", requantize=True, keep_exact="cpu").key.adaptive.requantize
 
 
 def test_what_cannot_be_served_is_named() -> None:
@@ -235,11 +237,9 @@ def test_what_cannot_be_served_is_named() -> None:
         make_spec("qaq", keep_exact="cuda")
     with pytest.raises(ValueError, match="keep_exact must go with a cache that grows"):
         QuantizedKV.from_dense(tokens(90), layout_of(), kind="static")
-    with pytest.raises(ValueError, match="must go with mixed pages"):
-        TensorSpec(4, keep_exact=True)
     cache = QuantizedKV.from_dense(tokens(90), layout_of())
-    with pytest.raises(ValueError, match="originals must be given as the layout says"):
-        QuantizedKV(*cache.parts, cache.page_layout, "grown", 90)
+    with pytest.raises(ValueError, match="parts must be .codes, params, exact, cursor, originals"):
+        QuantizedKV(cache.parts[:4], [], cache.page_layout, "grown", 90)
 
 
 # In a model

@@ -24,9 +24,9 @@ from attention_site import (
     starts,
 )
 from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
-from kvq_compile.kernels.ops import new_parts
-from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.layout import CacheSpec, exact_row_index
+from kvq_compile.kernels.packed import Packed
+from kvq_compile.kernels.schemes import Scheme, Uniform
 from kvq_compile.kernels.triton import attend as attention
 from native import CONVERSIONS, DEVICE, NATIVE, examples
 
@@ -35,12 +35,12 @@ EXAMPLES = examples()
 
 
 @st.composite
-def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> TensorSpec:
+def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> Scheme:
     grouping = draw(st.sampled_from(["token", "channel"]))
     divided = head_dim if grouping == "token" else page
     size = draw(st.sampled_from([g for g in (8, 16, 32, 48, 64, 128) if divided % g == 0] + [None]))
     transform = draw(st.sampled_from(["none", "none", "hadamard"]))
-    return TensorSpec(draw(st.sampled_from([1, 2, 3, 4, 8])), grouping, size, 1.0, transform)
+    return Uniform(draw(st.sampled_from([1, 2, 3, 4, 8])), grouping, size, 1.0, transform)
 
 
 @st.composite
@@ -69,7 +69,7 @@ def test_attention_has_the_error_of_the_same_computation_in_low_precision(
 def plain_site(**changes: object) -> Site:
     defaults = {"bits": 4, "lengths": (140, 2, 0), "dtype": torch.float16}
     values = defaults | changes
-    tensor = TensorSpec(values["bits"])
+    tensor = Uniform(values["bits"])
     spec = CacheSpec(tensor, tensor, 3, 20, 32)
     return Site(plain_sides(spec, (64, 64)), (2, 4), values["lengths"], values["dtype"])
 
@@ -103,7 +103,7 @@ def test_hidden_tokens_do_not_matter() -> None:
     mask = torch.rand(142, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[-1] = True
     before = site.attend(mask)
-    recent = reference.exact_row_index(131, 140, site.sides[0][0], mask.device)
+    recent = exact_row_index(131, 140, site.sides[0][0], mask.device)
     for parts in site.parts:
         parts[2][:, :, recent[~mask[131:140]]] = 100.0
     assert torch.equal(site.attend(mask), before)
@@ -152,7 +152,7 @@ def test_a_captured_graph_serves_every_later_length() -> None:
     site = plain_site(lengths=(0, 1, 0), dtype=torch.bfloat16)
     layouts = [layout for layout, _ in site.sides]
     parts = [
-        tuple(p.to(DEVICE) for p in new_parts(x, 6, layout))
+        tuple(p.to(DEVICE) for p in Packed.empty(x, 6, layout))
         for x, layout in zip(site.new, layouts, strict=True)
     ]
     tensors = [t.to(DEVICE) for t in (site.query, *site.new)]

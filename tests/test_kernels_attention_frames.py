@@ -4,7 +4,6 @@ The same claim as in `test_kernels_attention`: the error is that of the same com
 dtype. Compiled ahead of time, kernels keep their state in registers.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,8 +22,11 @@ from attention_site import (
     causal,
     starts,
 )
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
+from kvq_compile.kernels.schemes import Scheme, Uniform, scheme_of
+from kvq_compile.kernels.tables import Tables
+from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, examples
 
@@ -32,23 +34,24 @@ pytestmark = CONVERSIONS
 EXAMPLES = examples()
 
 
-def make_spec(head_dim: int, seed: int, **options: Any) -> Any:
-    """Return a spec with random tables."""
+def make_scheme(head_dim: int, seed: int, **options: Any) -> tuple[Scheme, Tables]:
+    """Return a scheme with random tables."""
     couple = options.get("couple")
     tables = random_tables(
         2, head_dim, group_size=options.get("group_size") or head_dim, seed=seed,
         rotary=options.get("rotary", False),
         codebook=None if couple is None else (couple, options["bits"]),
     )  # fmt: skip
-    return TensorSpec(tables=tables, **options)
+    rotary = options.pop("rotary", False)
+    return scheme_of(options, tables.digest, rotary), tables
 
 
 def make_side(role: Any, head_dim: int = 64, page: int = 32, seed: int = 0, **options: Any) -> Any:
     """Return a layout with random tables, and its frame."""
-    spec = make_spec(head_dim, seed, **options)
-    layout = CacheSpec(spec, spec, 3, 20, page).layout(role, head_dim)
+    scheme, tables = make_scheme(head_dim, seed, **options)
+    layout = Layout(role, head_dim, Regions(3, 20, page), scheme)
     shift = torch.tensor([5, -3], dtype=torch.int32) if layout.rotary else None
-    return layout, Frame(spec.tables.words, shift)
+    return layout, Calibrated(tables.words, shift)
 
 
 @st.composite
@@ -58,13 +61,13 @@ def sites(draw: st.DrawFn) -> Site:
     key, key_frame = draw(framed_layouts("key", head_dims=dims, page_sizes=pages))
     plain = draw(st.sampled_from(("none", "none", "key", "value")))
     value, value_frame = draw(framed_layouts("value", head_dims=dims, page_sizes=pages))
-    value = replace(value, sinks=key.sinks, window=key.window)
-    spec = CacheSpec(TensorSpec(4), TensorSpec(2), key.sinks, key.window, pages[0])
+    value = changed(value, sinks=key.sinks, window=key.window)
+    spec = CacheSpec(Uniform(4), Uniform(2), key.sinks, key.window, pages[0])
     sides: tuple[Side, Side] = (key, key_frame), (value, value_frame)
     if plain == "key":
-        sides = (spec.layout("key", key.head_dim), None), sides[1]
+        sides = (spec.layout("key", key.head_dim), UNCALIBRATED), sides[1]
     elif plain == "value":
-        sides = sides[0], (spec.layout("value", value.head_dim), None)
+        sides = sides[0], (spec.layout("value", value.head_dim), UNCALIBRATED)
     lengths = draw(st.sampled_from(starts(key))), draw(st.sampled_from([1, 1, 2, 5])), 0
     return Site(sides, (2, draw(st.sampled_from(SHARED))), lengths, draw(st.sampled_from(DTYPES)))
 
@@ -118,9 +121,9 @@ def test_other_tables_and_another_shift_change_the_result() -> None:
     assert (before - site.expected(None, torch.float64)).abs().max() < 1e-4
     (_, keys), (_, values) = sides
     for other in (
-        {"key_frame": replace(keys, shift=keys.shift + 1)},
-        {"key_frame": replace(keys, tables=keys.tables.flip(0))},
-        {"value_frame": replace(values, tables=values.tables.flip(0))},
+        {"key_frame": keys._replace(shift=keys.shift + 1)},
+        {"key_frame": keys._replace(tables=keys.tables.flip(0))},
+        {"value_frame": values._replace(tables=values.tables.flip(0))},
     ):
         assert (site.attend(None, **other) - before).abs().max() > 1e-3
 
@@ -158,11 +161,11 @@ TARGETS = [(name, "sm_90") for name in CASES] + [(name, "gfx942") for name in ("
 
 
 def compile_case(name: str, target: str) -> Any:
-    specs = [make_spec(128, 0, **options) for options in CASES[name]]
-    sides = (
-        (CacheSpec(*specs).layout(role, 128), aot.frame_of(spec))
-        for role, spec in zip(("key", "value"), specs, strict=True)
-    )
+    sides = []
+    for role, options in zip(("key", "value"), CASES[name], strict=True):
+        scheme, tables = make_scheme(128, 0, **options)
+        layout = Layout(role, 128, Regions(), scheme)
+        sides.append((layout, aot.calibrated(layout, tables)))
     return aot.compile_attend(*sides, target)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 import aot
 from attention_site import plain_sides
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.schemes import Uniform
 
 CASES = {  # bits, grouping and group size of keys and values
     "int8": ((8, "token", 128), (8, "token", 128)),
@@ -19,7 +20,7 @@ CASES = {  # bits, grouping and group size of keys and values
 
 
 def compile_case(name: str, target: str) -> Any:
-    spec = CacheSpec(*(TensorSpec(bits, grouping, size) for bits, grouping, size in CASES[name]))
+    spec = CacheSpec(*(Uniform(bits, grouping, size) for bits, grouping, size in CASES[name]))
     return aot.compile_attend(*plain_sides(spec, (128, 128)), target)
 
 

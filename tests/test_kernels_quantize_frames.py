@@ -4,7 +4,6 @@ As `test_kernels_quantize_kv`, whose layouts are the plain ones: kernels run nat
 a GPU and in Triton's interpreter elsewhere, the reference always on the CPU.
 """
 
-from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -19,11 +18,13 @@ from torch import Tensor
 
 import aot
 import written_caches
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
+from kvq_compile.kernels.layout import Layout, Regions
+from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import frame
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.schemes import Codebook, Role, Uniform, scheme_of
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import encode
+from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
 from uncalibrated import Framed, plain_layouts
@@ -50,9 +51,11 @@ def codebooks(draw: st.DrawFn) -> Framed:
         frequency=frequency if rotary else None,
         codebook=torch.randint(-3, 4, (2, 64 // couple, 1 << bits, couple), generator=generator),
     )  # fmt: skip
-    spec = TensorSpec(bits, couple=couple, tables=tables, rotary=rotary)
-    layout = CacheSpec(spec, spec, 1, draw(st.integers(0, 9)), 32).layout(role, 64)
-    return layout, Frame(tables.words, torch.tensor([-5], dtype=torch.int32) if rotary else None)
+    scheme = Codebook(bits, couple, rotary, tables.digest)
+    layout = Layout(role, 64, Regions(1, draw(st.integers(0, 9)), 32), scheme)
+    return layout, Calibrated(
+        tables.words, torch.tensor([-5], dtype=torch.int32) if rotary else None
+    )
 
 
 def uniform(framed: Framed) -> bool:
@@ -65,7 +68,7 @@ def formats(batch: int = 1) -> st.SearchStrategy[Framed]:
     return st.one_of(tabled, tabled, plain_layouts())
 
 
-def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
+def random_tokens(layout: Layout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Return tokens of two sequences with two heads, laid out as a projection leaves them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, tokens, 2, layout.head_dim, generator=generator)
@@ -149,14 +152,13 @@ def test_a_rotation_that_does_not_round_leaves_the_bytes_of_the_reference(
     tables = Tables.build(
         order=order, mean=(order % 5).float(), scale=2.0 ** (order % 3), margin=margin.view(torch.float32)
     )  # fmt: skip
-    spec = TensorSpec(
-        data.draw(st.sampled_from([1.5, 2, 4])), group_size=16, transform="hadamard", tables=tables,
+    spec = Uniform(
+        data.draw(st.sampled_from([1.5, 2, 4])), group_size=16, transform="hadamard", tables=tables.digest,
         params=data.draw(st.sampled_from(["fp16", "fp8"])),
     )  # fmt: skip
-    layout = CacheSpec(spec, spec, 1, 3, 32).layout(
-        data.draw(st.sampled_from(["key", "value"])), head_dim
-    )
-    caches = make_caches((layout, Frame(tables.words)), torch.float32)
+    role = data.draw(st.sampled_from(["key", "value"]))
+    layout = Layout(role, head_dim, Regions(1, 3, 32), spec)
+    caches = make_caches((layout, Calibrated(tables.words)), torch.float32)
     caches.append(random_tokens(layout, full(layout, 1), torch.float32, 0).round(), 0, True)
     caches.assert_equal()
     caches.append(random_tokens(layout, 1, torch.float32, 1), 20, True)
@@ -207,19 +209,21 @@ def test_every_e4m3_number_and_what_lies_around_it_is_rounded_as_the_reference_r
 
 def test_tables_of_the_same_form_share_a_kernel() -> None:
     layouts = [
-        CacheSpec(TensorSpec(2, tables=random_tables(2, 64, group_size=64, rotary=False, codebook=None,
-                                                     seed=seed))).layout("key", 64)
-        for seed in (0, 1)
-    ]  # fmt: skip
+        Layout("key", 64, Regions(), Uniform(2, tables=tables.digest))
+        for tables in (
+            random_tables(2, 64, group_size=64, rotary=False, codebook=None, seed=seed)
+            for seed in (0, 1)
+        )
+    ]
     assert layouts[0] != layouts[1]
     one, other = (encode.Constants.of(layout) for layout in layouts)
     assert (one, repr(one)) == (other, repr(other))
-    assert repr(encode.Constants.of(replace(layouts[0], bits=4))) != repr(one)
+    assert repr(encode.Constants.of(changed(layouts[0], bits=4))) != repr(one)
 
 
 # --- compiled ahead of time -----------------------------------------------------------------------
 
-CASES = {  # role, arguments of TensorSpec, coupled channels and bits of a codebook
+CASES = {  # role, options of the scheme, coupled channels and bits of a codebook
     "fp8-trits": ("value", {"bits": 1.5, "packing": "trits", "params": "fp8", "group_size": 64}, None),
     "rotary-fp8": ("key", {"bits": 2, "params": "fp8", "group_size": 32, "rotary": True}, None),
     "channel-hadamard": ("key", {"bits": 3, "grouping": "channel", "group_size": 32,
@@ -238,9 +242,9 @@ def compile_case(name: str, target: str) -> Any:
     tables = random_tables(2, 128, group_size=1, rotary=rotary, codebook=codebook, seed=0)
     if codebook is not None:
         options = options | {"couple": codebook[0], "bits": codebook[1]}
-    spec = TensorSpec(tables=tables, **options)
-    layout = CacheSpec(spec, spec).layout(role, 128)
-    return aot.compile_append(layout, target, aot.frame_of(spec))
+    options = {name: value for name, value in options.items() if name != "rotary"}
+    layout = Layout(role, 128, Regions(), scheme_of(options, tables.digest, rotary))
+    return aot.compile_append(layout, target, aot.calibrated(layout, tables))
 
 
 @pytest.mark.parametrize(("name", "target"), TARGETS)

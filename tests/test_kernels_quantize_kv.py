@@ -15,8 +15,10 @@ from torch import Tensor
 
 import aot
 import written_caches
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
 from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform, scheme_of
+from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import append as quantize_kv
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
@@ -28,27 +30,27 @@ CAPACITY = 5
 
 
 @st.composite
-def layouts(draw: st.DrawFn, transform: str = "none") -> PageLayout:
+def layouts(draw: st.DrawFn, transform: str = "none") -> Layout:
     page = draw(st.sampled_from([32, 64, 128, 256] if NATIVE else [32, 32, 64]))
     head_dim = draw(st.sampled_from([64, 80, 96, 128, 256]))
     grouping = draw(st.sampled_from(["token", "channel"]))
     divided = head_dim if grouping == "token" else page
     size = draw(st.sampled_from([g for g in (8, 16, 32, 48, 64, 128) if divided % g == 0] + [None]))
     bits = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    spec = TensorSpec(bits, grouping, size, draw(st.sampled_from([1.0, 0.9])), transform)
+    spec = Uniform(bits, grouping, size, draw(st.sampled_from([1.0, 0.9])), transform)
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
     return cache.layout(draw(st.sampled_from(["key", "value"])), head_dim)
 
 
 @st.composite
-def lengths(draw: st.DrawFn, layout: PageLayout) -> int:
+def lengths(draw: st.DrawFn, layout: Layout) -> int:
     """Draw a number of tokens, often one that just does or does not fill a page."""
     boundary = full(layout, 1)
     near = boundary + draw(st.integers(-1, 1)) + layout.page_size * draw(st.integers(0, 1))
     return draw(st.sampled_from([1, 2, near, draw(st.integers(1, boundary))]))
 
 
-def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
+def random_tokens(layout: Layout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Return tokens of two sequences with two heads, laid out as a projection leaves them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, tokens, 2, layout.head_dim, generator=generator)
@@ -59,7 +61,7 @@ def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int
     )
 
 
-def make_caches(layout: PageLayout, dtype: torch.dtype) -> written_caches.Caches:
+def make_caches(layout: Layout, dtype: torch.dtype) -> written_caches.Caches:
     return written_caches.Caches(layout, dtype, batch=2, capacity=CAPACITY)
 
 
@@ -177,15 +179,15 @@ def test_a_write_that_does_not_fit_changes_nothing() -> None:
 
 def tabled(
     codebook: tuple[int, int] | None = None, rotary: bool = True, **options: Any
-) -> TensorSpec:
+) -> tuple[Scheme, Tables]:
     tables = random_tables(2, 128, group_size=64, rotary=rotary, codebook=codebook, seed=0)
-    return TensorSpec(tables=tables, rotary=rotary, **options)
+    return scheme_of(options, tables.digest, rotary), tables
 
 
 CAPTURED = {
-    "int2": TensorSpec(2),
-    "kivi": TensorSpec(2, "channel", 32),
-    "qaq": TensorSpec(2.5, mixed=(1, 4)),
+    "int2": (Uniform(2), None),
+    "kivi": (Uniform(2, "channel", 32), None),
+    "qaq": (Mixed(2.5, 1, 4), None),
     "skvq": tabled(bits=2, group_size=64, params="fp8"),
     "trits": tabled(bits=1.5, group_size=64, packing="trits", rotary=False),
     "cq-4c8b": tabled((4, 8), bits=8, couple=4),
@@ -195,9 +197,9 @@ CAPTURED = {
 @pytest.mark.skipif(not NATIVE, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", CAPTURED)
 def test_a_captured_graph_serves_every_later_position(name: str) -> None:
-    spec = CAPTURED[name]
-    layout = CacheSpec(spec, spec, sinks=2, window=5, page_size=32).layout("key", 128)
-    frame = aot.frame_of(spec)
+    scheme, tables = CAPTURED[name]
+    layout = Layout("key", 128, Regions(2, 5, 32), scheme)
+    frame = aot.calibrated(layout, tables)
     caches = written_caches.Caches(layout, torch.bfloat16, frame, capacity=CAPACITY)
     tokens = random_tokens(layout, 100, torch.bfloat16, 0)[:1]
     x, position = tokens[:, :, :1].to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)

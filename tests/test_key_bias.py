@@ -9,8 +9,9 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import kvq_compile
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.schemes import Uniform
 
 
 def make_model(bias: float) -> Any:
@@ -75,7 +76,7 @@ def test_without_that_the_keys_would_be_lost() -> None:
     model, ids = make_model(600.0), torch.randint(0, 64, (1, 104))
     _, cache = logits(model, ids, compile_=False)
     key = cache.layers[0].keys[:, :, :96].unflatten(2, (3, 32))
-    plain = CacheSpec(TensorSpec(4), page_size=32).layout("key", 64)
+    plain = CacheSpec(Uniform(4), page_size=32).layout("key", 64)
     lost = reference.dequantize_pages(*reference.quantize_pages(key, plain), plain) - key
     _, quantized = logits(model, ids)
     read = quantized.layers[0].keys.dequantize()[:, :, 5:69]

@@ -1,7 +1,6 @@
 """Pages of mixed widths keep their promises: the budget holds, codes are embedded, errors stay in a segment."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,22 +8,23 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels.adaptive.targets import key_bound, value_bound
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.reference.mixed import MixedLayout
-from kvq_compile.testing import kv_tensors
+from kvq_compile.testing import changed, kv_tensors, mixed_layout
 
 FP8_ROUNDING = 1 / 16  # half the distance of neighbours, relative to a normal number of e4m3
 FP8_LEAST = 2.0**-10  # half the distance of its subnormal numbers
 N = 32  # tokens of a page in most tests
 
 
-def layout_of(budget: float, **rest: object) -> MixedLayout:
-    return MixedLayout(budget, N, 32, **rest)
+def layout_of(budget: float, **rest: object) -> Layout:
+    return mixed_layout(budget, N, 32, **rest)
 
 
 @st.composite
-def layouts(draw: st.DrawFn, **fixed: object) -> MixedLayout:
+def layouts(draw: st.DrawFn, **fixed: object) -> Layout:
     low = draw(st.integers(0, 3))
     high = draw(st.integers(low + 1, 8))
     rows = draw(st.integers(max(1, low * N), high * N))
@@ -37,13 +37,13 @@ def layouts(draw: st.DrawFn, **fixed: object) -> MixedLayout:
         "fit": draw(st.booleans()),
         "soften": draw(st.booleans()),
     }
-    return MixedLayout(rows / N, N, **(arguments | fixed))
+    return mixed_layout(rows / N, N, **(arguments | fixed))
 
 
 @st.composite
 def pages(
     draw: st.DrawFn, finite: bool = True, **fixed: object
-) -> tuple[Tensor, Tensor | None, MixedLayout]:
+) -> tuple[Tensor, Tensor | None, Layout]:
     """Return pages ``[2, N, D]``, their importance and a layout."""
     layout = draw(layouts(**fixed))
     x = draw(kv_tensors((2, N, layout.head_dim), finite=finite)).float()
@@ -54,15 +54,15 @@ def pages(
     return x, torch.rand(2, N, generator=generator) ** 8, layout
 
 
-def bits_of(codes: Tensor, records: Tensor, layout: MixedLayout) -> Tensor:
+def bits_of(codes: Tensor, records: Tensor, layout: Layout) -> Tensor:
     return mixed.unpack(codes, records, layout)[1]
 
 
-def stored(x: Tensor, importance: Tensor | None, layout: MixedLayout) -> Tensor:
+def stored(x: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
     return mixed.dequantize_pages(*mixed.quantize_pages(x, importance, layout), layout)
 
 
-def random_levels(seed: int, layout: MixedLayout) -> tuple[Tensor, Tensor]:
+def random_levels(seed: int, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return 8-bit codes ``[3, N, D]`` and bits ``[3, N]`` that fit the budget."""
     generator = torch.Generator().manual_seed(seed)
     levels = torch.randint(0, 256, (3, N, layout.head_dim), generator=generator, dtype=torch.int32)
@@ -79,23 +79,25 @@ def upper(levels: Tensor, bits: Tensor) -> Tensor:
 
 
 @given(pages(finite=False))
-def test_a_page_never_exceeds_its_budget(case: tuple[Tensor, Tensor | None, MixedLayout]) -> None:
+def test_a_page_never_exceeds_its_budget(case: tuple[Tensor, Tensor | None, Layout]) -> None:
     x, importance, layout = case
     codes, records = mixed.quantize_pages(x, importance, layout)
     assert codes.shape == (2, 1, layout.units)
-    assert records.shape == (2, layout.fields, N, 1)
+    assert records.shape == (2, layout.mixed.record_bytes, N, 1)
     bits = bits_of(codes, records, layout)
     assert bits.sum(-1).max() <= layout.code_rows
-    assert layout.min_bits <= bits.min()
-    assert bits.max() <= layout.max_bits
+    assert layout.mixed.min_bits <= bits.min()
+    assert bits.max() <= layout.mixed.max_bits
 
 
 @given(layouts(), st.integers(0, 2**16))
-def test_a_budget_is_used_up_where_all_tokens_differ(layout: MixedLayout, seed: int) -> None:
+def test_a_budget_is_used_up_where_all_tokens_differ(layout: Layout, seed: int) -> None:
     """Rows are left over only where one more would be wanted by tokens that need it equally."""
     generator = torch.Generator().manual_seed(seed)
     span = torch.rand(N, generator=generator) + 0.5
-    need = span[:, None] * torch.exp2(-torch.arange(layout.min_bits, layout.max_bits).float())
+    need = span[:, None] * torch.exp2(
+        -torch.arange(layout.mixed.min_bits, layout.mixed.max_bits).float()
+    )
     bits = mixed.allocate(span, None, layout)
     if len(need.unique()) == need.numel():
         assert bits.sum() == layout.code_rows
@@ -103,16 +105,16 @@ def test_a_budget_is_used_up_where_all_tokens_differ(layout: MixedLayout, seed: 
 
 @given(pages())
 def test_the_bits_are_those_of_the_smallest_bound_that_fits(
-    case: tuple[Tensor, Tensor | None, MixedLayout],
+    case: tuple[Tensor, Tensor | None, Layout],
 ) -> None:
     """A bound that is any smaller asks for more rows than there are."""
     x, importance, layout = case
     span = x.amax(-1) - x.amin(-1)
     weighted = span
     if importance is not None:
-        weighted = span * (mixed.soften(importance) if layout.soften else importance)
+        weighted = span * (mixed.soften(importance) if layout.mixed.soften else importance)
     bits = mixed.allocate(span, importance, layout)
-    more = bits < layout.max_bits
+    more = bits < layout.mixed.max_bits
     gain = torch.where(more, weighted * torch.exp2(-bits.float()), -1.0)
     best = gain == gain.amax(-1, keepdim=True)
     crowd = (best & (gain > 0)).sum(-1)
@@ -120,21 +122,21 @@ def test_the_bits_are_those_of_the_smallest_bound_that_fits(
 
 
 def test_bits_held_count_codes_header_and_records() -> None:
-    layout = MixedLayout(2.125, 128, 128, outliers=2)
+    layout = mixed_layout(2.125, 128, 128, outliers=2)
     codes, records = mixed.quantize_pages(torch.randn(5, 128, 128), None, layout)
     held = codes.numel() * codes.element_size() + records.numel() * records.element_size()
-    assert layout.bits_per_number == 8 * held / (5 * 128 * 128)
-    assert layout.bits_per_number == 2.125 + 8 * 16 / 128**2 + 8 * (3 + 2 * 3) / 128
+    assert layout.bits_per_element == 8 * held / (5 * 128 * 128)
+    assert layout.bits_per_element == 2.125 + 8 * 16 / 128**2 + 8 * (3 + 2 * 3) / 128
 
 
 # Packing
 
 
 @given(layouts(), st.integers(0, 2**16))
-def test_unpacking_gives_back_the_bits_that_were_kept(layout: MixedLayout, seed: int) -> None:
+def test_unpacking_gives_back_the_bits_that_were_kept(layout: Layout, seed: int) -> None:
     levels, bits = random_levels(seed, layout)
-    records = torch.zeros(3, layout.fields, N, 1, dtype=torch.uint8)
-    records[:, layout.rank_field, :, 0] = mixed.rank(bits).to(torch.uint8)
+    records = torch.zeros(3, layout.mixed.record_bytes, N, 1, dtype=torch.uint8)
+    records[:, layout.mixed.rank_field, :, 0] = mixed.rank(bits).to(torch.uint8)
     kept, held = mixed.unpack(mixed.pack(levels, bits, layout), records, layout)
     assert torch.equal(held, bits)
     assert torch.equal(kept, upper(levels, bits))
@@ -157,7 +159,7 @@ def test_a_bit_lies_in_the_row_and_unit_that_the_layout_names() -> None:
 
 
 @given(layouts(), st.integers(0, 2**16))
-def test_ranks_are_a_permutation_that_sorts_the_bits(layout: MixedLayout, seed: int) -> None:
+def test_ranks_are_a_permutation_that_sorts_the_bits(layout: Layout, seed: int) -> None:
     _, bits = random_levels(seed, layout)
     order = mixed.rank(bits)
     assert torch.equal(order.sort(-1).values, torch.arange(N).expand_as(order))
@@ -183,7 +185,7 @@ def test_reading_puts_tokens_back_at_their_slots() -> None:
 
 @given(pages(finite=False), st.integers(0, 2**16))
 def test_dropping_planes_is_quantizing_with_fewer_bits(
-    case: tuple[Tensor, Tensor | None, MixedLayout], seed: int
+    case: tuple[Tensor, Tensor | None, Layout], seed: int
 ) -> None:
     x, importance, layout = case
     codes, records = mixed.quantize_pages(x, importance, layout)
@@ -196,21 +198,21 @@ def test_dropping_planes_is_quantizing_with_fewer_bits(
     assert torch.equal(held, fewer.int())
     assert torch.equal(kept, upper(levels, fewer))
     _, other = mixed.quantize_pages(x, importance, layout)
-    other[..., layout.rank_field, :, 0] = mixed.rank(fewer).to(torch.uint8)
+    other[..., layout.mixed.rank_field, :, 0] = mixed.rank(fewer).to(torch.uint8)
     full = all_levels(x, layout)
     assert torch.equal(mixed.pack(full, fewer.int(), layout), codes)
     assert torch.equal(other, records)
 
 
-def all_levels(x: Tensor, layout: MixedLayout) -> Tensor:
+def all_levels(x: Tensor, layout: Layout) -> Tensor:
     """Return the 8-bit codes of pages, by quantizing them with 8 bits each."""
-    wide = MixedLayout(*(8, N, layout.head_dim, 7, 8, layout.outliers, layout.params, layout.fit))
+    wide = changed(layout, bits=8, min_bits=7, max_bits=8)
     codes, records = mixed.quantize_pages(x, None, wide)
     return mixed.unpack(codes, records, wide)[0]
 
 
 @given(pages(outliers=0))
-def test_no_bits_stand_for_the_centre(case: tuple[Tensor, Tensor | None, MixedLayout]) -> None:
+def test_no_bits_stand_for_the_centre(case: tuple[Tensor, Tensor | None, Layout]) -> None:
     x, importance, layout = case
     codes, records = mixed.quantize_pages(x, importance, layout)
     mixed.requantize_down_(codes, records, torch.zeros(2, N), layout)
@@ -219,7 +221,7 @@ def test_no_bits_stand_for_the_centre(case: tuple[Tensor, Tensor | None, MixedLa
     assert torch.equal(mixed.dequantize_pages(codes, records, layout), expected)
 
 
-def error_limit(x: Tensor, bits: Tensor, layout: MixedLayout) -> Tensor:
+def error_limit(x: Tensor, bits: Tensor, layout: Layout) -> Tensor:
     """Return how far numbers ``[..., N, D]`` without outliers may be from what is read.
 
     A number lies within the stored reach of the stored centre, or beyond it by what rounding the reach has
@@ -240,13 +242,13 @@ def error_limit(x: Tensor, bits: Tensor, layout: MixedLayout) -> Tensor:
 
 @given(pages(outliers=0, fit=False))
 @example(
-    (torch.full((2, N, 16), 3e-8), None, MixedLayout(2.0, N, 16, fit=False))
+    (torch.full((2, N, 16), 3e-8), None, mixed_layout(2.0, N, 16, fit=False))
 )  # below the least e4m3
 @example(
-    (torch.full((2, N, 16), -(2.0**15)), None, MixedLayout(2.0, N, 16, fit=False))
+    (torch.full((2, N, 16), -(2.0**15)), None, mixed_layout(2.0, N, 16, fit=False))
 )  # beyond the largest
 def test_an_error_is_at_most_half_a_segment(
-    case: tuple[Tensor, Tensor | None, MixedLayout],
+    case: tuple[Tensor, Tensor | None, Layout],
 ) -> None:
     x, importance, layout = case
     codes, records = mixed.quantize_pages(x, importance, layout)
@@ -257,10 +259,10 @@ def test_an_error_is_at_most_half_a_segment(
 
 @given(pages(fit=False))
 def test_outliers_are_exact_and_widen_no_segment(
-    case: tuple[Tensor, Tensor | None, MixedLayout],
+    case: tuple[Tensor, Tensor | None, Layout],
 ) -> None:
     x, importance, layout = case
-    half = layout.outliers // 2
+    half = layout.mixed.outliers // 2
     x = x.clone()
     x[..., 1 : 1 + half], x[..., 8 : 8 + half] = 60000.0, -60000.0
     codes, records = mixed.quantize_pages(x, importance, layout)
@@ -280,7 +282,7 @@ def test_outliers_are_exact_and_widen_no_segment(
 def test_a_fitted_token_keeps_its_product_with_itself(seed: int, bits: int, shift: float) -> None:
     """About the stored centre, and up to the rounding of its reach."""
     x = torch.randn(N, 64, generator=torch.Generator().manual_seed(seed)) + shift
-    layout = MixedLayout(bits, N, 64, bits - 1, bits)
+    layout = mixed_layout(bits, N, 64, min_bits=bits - 1, max_bits=bits)
     codes, records = mixed.quantize_pages(x, None, layout)
     centre = mixed.stored_value(records[0])
     offset, read = x - centre, mixed.dequantize_pages(codes, records, layout) - centre
@@ -290,13 +292,13 @@ def test_a_fitted_token_keeps_its_product_with_itself(seed: int, bits: int, shif
 
 @given(pages(outliers=0, finite=True))
 def test_fitting_changes_no_code_and_at_most_doubles_the_reach(
-    case: tuple[Tensor, Tensor | None, MixedLayout],
+    case: tuple[Tensor, Tensor | None, Layout],
 ) -> None:
     x, importance, layout = case
-    plain = mixed.quantize_pages(x, importance, replace(layout, fit=False))
-    fitted = mixed.quantize_pages(x, importance, replace(layout, fit=True))
+    plain = mixed.quantize_pages(x, importance, changed(layout, fit=False))
+    fitted = mixed.quantize_pages(x, importance, changed(layout, fit=True))
     assert torch.equal(plain[0], fitted[0])
-    size = layout.param_bytes
+    size = layout.mixed.param_bytes
     before, after = (
         mixed.stored_value(mixed.from_bytes(records[:, size : 2 * size, :, 0].mT))
         for _, records in (plain, fitted)
@@ -307,7 +309,7 @@ def test_fitting_changes_no_code_and_at_most_doubles_the_reach(
 
 
 @given(pages(finite=False))
-def test_what_is_read_is_finite(case: tuple[Tensor, Tensor | None, MixedLayout]) -> None:
+def test_what_is_read_is_finite(case: tuple[Tensor, Tensor | None, Layout]) -> None:
     x, importance, layout = case
     assert stored(x, importance, layout).isfinite().all()
 
@@ -320,7 +322,7 @@ def test_sums_of_pairs_are_sums(length: int) -> None:
 
 @given(pages(finite=False), st.integers(0, 1))
 def test_a_page_is_quantized_independently_of_others(
-    case: tuple[Tensor, Tensor | None, MixedLayout], page: int
+    case: tuple[Tensor, Tensor | None, Layout], page: int
 ) -> None:
     x, importance, layout = case
     together = mixed.quantize_pages(x, importance, layout)
@@ -333,10 +335,10 @@ def test_a_page_is_quantized_independently_of_others(
 
 
 @given(layouts(), st.integers(1, 1000))
-def test_equal_tokens_get_equal_bits(layout: MixedLayout, span: int) -> None:
+def test_equal_tokens_get_equal_bits(layout: Layout, span: int) -> None:
     equal = torch.full((N,), span / 64)
     bits = mixed.allocate(equal, torch.full((N,), 0.25), layout)
-    assert (bits == int(layout.budget)).all()
+    assert (bits == int(layout.bits)).all()
 
 
 @given(st.integers(0, 2**16))
@@ -346,7 +348,7 @@ def test_bits_of_values_fall_by_one_when_attention_halves(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     span = torch.rand(N, generator=generator) + 0.1
     attention = torch.rand(N, generator=generator)
-    bound = mixed.value_bound(0.01, 1000)
+    bound = value_bound(0.01, 1000)
     bits = mixed.allocate(span, attention, layout, bound)
     half = mixed.allocate(span, attention / 2, layout, bound)
     inside = bits < 8
@@ -367,7 +369,7 @@ def test_bits_are_those_of_the_paper(seed: int, sigma: float) -> None:
 
 @given(pages())
 def test_a_larger_target_never_takes_more_bits(
-    case: tuple[Tensor, Tensor | None, MixedLayout],
+    case: tuple[Tensor, Tensor | None, Layout],
 ) -> None:
     x, importance, layout = case
     span = x.amax(-1) - x.amin(-1)
@@ -380,10 +382,10 @@ def test_a_larger_target_never_takes_more_bits(
 
 def test_bounds_are_those_of_the_paper() -> None:
     """In the form of the paper's code range 10, squared norm 300 and T = 512 give 3.01 bits."""
-    bound = mixed.key_bound(300.0, 1.0, 512, 1)
+    bound = key_bound(300.0, 1.0, 512, 1)
     assert math.log2(10 / (2 * bound) + 1) == pytest.approx(3.01, abs=0.005)
-    assert mixed.key_bound(300.0 * 128, 1.0, 512, 128) == bound
-    assert mixed.value_bound(0.5, 400) == 2 * math.sqrt(3) * 0.5 / 20
+    assert key_bound(300.0 * 128, 1.0, 512, 128) == bound
+    assert value_bound(0.5, 400) == 2 * math.sqrt(3) * 0.5 / 20
 
 
 # Importance
@@ -451,12 +453,13 @@ def test_counted_bits_give_the_ratios_that_were_published() -> None:
 
 def test_arguments_out_of_range_are_refused() -> None:
     for wrong, message in (
-        ({"budget": 2.01}, "budget must be a multiple of 1/128, the rows of a page, got 2.01"),
-        ({"budget": 5.0}, "budget must be positive and between min_bits=0 and max_bits=4, got 5.0"),
-        ({"budget": 2.0, "head_dim": 72}, "head_dim must be a multiple of 16 up to 256, got 72"),
-        ({"budget": 2.0, "page_size": 48}, "page_size must be one of (32, 64, 128, 256), got 48"),
-        ({"budget": 2.0, "outliers": 3}, "outliers must be an even number below 128, got 3"),
-        ({"budget": 4.0, "min_bits": 4}, "min_bits and max_bits must be two ascending numbers"),
+        ({"bits": 2.01}, "bits must be a multiple of 1/128, the rows of a page, got 2.01"),
+        ({"bits": 5.0}, "bits must be positive and between min_bits=0 and max_bits=4, got 5.0"),
+        ({"bits": 2.0, "head_dim": 72}, "head_dim must be a multiple of 16 up to 256, got 72"),
+        ({"bits": 2.0, "page_size": 48}, "page_size must be one of (32, 64, 128, 256), got 48"),
+        ({"bits": 2.0, "outliers": 3}, "outliers must be an even number of 0 or more, got 3"),
+        ({"bits": 2.0, "outliers": 128}, "outliers must be an even number below 128, got 128"),
+        ({"bits": 4.0, "min_bits": 4}, "min_bits and max_bits must be two ascending numbers"),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
-            MixedLayout(**wrong)
+            mixed_layout(**wrong)

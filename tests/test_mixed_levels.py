@@ -6,19 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.reference.mixed import MixedLayout
+from kvq_compile.testing import mixed_layout
 
 N = 32  # tokens of a page
 LAYOUTS = st.builds(
-    MixedLayout, st.integers(2 * N, 4 * N).map(lambda rows: rows / N), st.just(N), st.just(32),
-    st.integers(0, 2), st.integers(4, 8), st.just(0), st.sampled_from(["fp8", "fp16"]), st.booleans(),
-    st.booleans(),
+    mixed_layout, st.integers(2 * N, 4 * N).map(lambda rows: rows / N), st.just(N), st.just(32),
+    min_bits=st.integers(0, 2), max_bits=st.integers(4, 8), params=st.sampled_from(["fp8", "fp16"]),
+    fit=st.booleans(), soften=st.booleans(),
 )  # fmt: skip
 
 
 def test_heads_of_a_layer_share_span_and_bits_at_layer_level() -> None:
-    layout = MixedLayout(2.0, N, 32, fit=False)
+    layout = mixed_layout(2.0, N, 32, fit=False)
     x = torch.randn(1, 3, 2, N, 32) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)
     codes, records = mixed.quantize_pages(x, torch.rand(1, 3, 2, N), layout, level="layer")
     assert (records == records[:, :1]).all()
@@ -36,7 +37,7 @@ def pages_of_layers(seed: int, layers: int, heads: int) -> tuple[Tensor, Tensor]
 
 @given(st.data(), LAYOUTS, st.integers(0, 2**16))
 def test_levels_are_the_same_where_there_is_nothing_to_share(
-    data: st.DataObject, layout: MixedLayout, seed: int
+    data: st.DataObject, layout: Layout, seed: int
 ) -> None:
     finer, coarser = data.draw(st.sampled_from([("head", "layer"), ("layer", "token")]))
     layers, heads = (2, 1) if coarser == "layer" else (1, 3)
@@ -50,7 +51,7 @@ def test_levels_are_the_same_where_there_is_nothing_to_share(
 
 
 @given(LAYOUTS, st.integers(0, 2**16))
-def test_a_level_shares_bits_and_what_its_tokens_need_most(layout: MixedLayout, seed: int) -> None:
+def test_a_level_shares_bits_and_what_its_tokens_need_most(layout: Layout, seed: int) -> None:
     """Span and importance of a shared token are those of all channels, heads and layers that share it."""
     x, importance = pages_of_layers(seed, 2, 3)
     for level, dims in (("layer", (2,)), ("token", (0, 2))):
@@ -60,7 +61,7 @@ def test_a_level_shares_bits_and_what_its_tokens_need_most(layout: MixedLayout, 
         weight = importance.amax(dims, keepdim=True)
         expected = mixed.allocate(span[..., 0], weight, layout, 0.01)
         assert torch.equal(bits, expected.expand_as(bits))
-        assert (records[..., layout.rank_field, :, 0] == mixed.rank(bits)).all()
+        assert (records[..., layout.mixed.rank_field, :, 0] == mixed.rank(bits)).all()
 
 
 def test_levels_name_the_dimensions_that_they_need() -> None:
@@ -68,5 +69,5 @@ def test_levels_name_the_dimensions_that_they_need() -> None:
         ValueError, match="x must have 6 dimensions or more at level 'token', got 5"
     ):
         mixed.quantize_pages(
-            torch.randn(1, 2, 1, N, 32), None, MixedLayout(2.0, N, 32), level="token"
+            torch.randn(1, 2, 1, N, 32), None, mixed_layout(2.0, N, 32), level="token"
         )

@@ -14,15 +14,16 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, Layout, Score
+from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.testing import DTYPES, lengths, page_layouts
 
-NAMES = ("append_", "attend", "dequantize", "importance", "originals", "quantize")
+NAMES = ("append_", "attend", "dequantize", "importance", "quantize")
 SPECS = {
-    "int4": CacheSpec(TensorSpec(4), TensorSpec(4), 2, 5, 32),
-    "int3": CacheSpec(TensorSpec(3, group_size=16), TensorSpec(1), 0, 0, 32),
-    "kivi": CacheSpec(TensorSpec(2, "channel", 16), TensorSpec(2, "token", 16), 2, 5, 32),
-    "rotated": CacheSpec(*[TensorSpec(8, transform="hadamard", clip=0.9)] * 2, 2, 5, 32),
+    "int4": CacheSpec(Uniform(4), Uniform(4), 2, 5, 32),
+    "int3": CacheSpec(Uniform(3, group_size=16), Uniform(1), 0, 0, 32),
+    "kivi": CacheSpec(Uniform(2, "channel", 16), Uniform(2, "token", 16), 2, 5, 32),
+    "rotated": CacheSpec(*[Uniform(8, transform="hadamard", clip=0.9)] * 2, 2, 5, 32),
 }
 
 
@@ -32,7 +33,7 @@ def case(name: str, dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     layouts = [spec.layout(role, head_dim) for role in ("key", "value")]
     x = torch.randn(2, 2, 81, head_dim, generator=generator).to(dtype)
-    parts = [ops.quantize(x[:, :, :80], 80, True, layout.token) for layout in layouts]
+    parts = [ops.quantize(x[:, :, :80], 80, True, layout, []) for layout in layouts]
     query = torch.randn(2, 4, 1, head_dim, generator=generator).to(dtype)
     return {
         "x": x,
@@ -46,9 +47,8 @@ def case(name: str, dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
 def attend_args(
     at: dict[str, Any], position: Any, start: Any, mask: Tensor | None = None
 ) -> tuple[Any, ...]:
-    key, value = at["parts"]
-    tokens = [layout.token for layout in at["layouts"]]
-    return (at["query"], at["new"], at["new"], *key, *value, mask, position, start, 0.125, *tokens)
+    about = mask, position, start, Score(0.125), *at["layouts"]
+    return (at["query"], at["new"], at["new"], *at["parts"], [], *about)
 
 
 # Declarations
@@ -71,10 +71,11 @@ def test_operators_keep_their_declarations(name: str, dtype: torch.dtype, slot: 
     torch.library.opcheck(ops.attend, attend_args(at, *where, mask))
     for parts, layout in zip(at["parts"], at["layouts"], strict=True):
         grows = slot == "start"
-        torch.library.opcheck(ops.quantize, (at["x"], 81 if grows else 200, grows, layout.token))
-        torch.library.opcheck(ops.dequantize, (*parts, 83, layout.token))
-        torch.library.opcheck(ops.append_, (*parts, at["new"], *where, layout.token))
-        torch.library.opcheck(ops.append_, (*parts, at["new"], *where, layout.token, at["query"]))
+        torch.library.opcheck(ops.quantize, (at["x"], 81 if grows else 200, grows, layout, []))
+        torch.library.opcheck(ops.dequantize, (parts, [], 83, layout))
+        torch.library.opcheck(ops.append_, (parts, [], at["new"], *where, layout))
+        behind = None, None, at["query"]
+        torch.library.opcheck(ops.append_, (parts, [], at["new"], *where, layout, *behind))
 
 
 def test_every_operator_is_registered_once() -> None:
@@ -99,7 +100,7 @@ def test_only_the_operator_with_an_underscore_mutates(name: str) -> None:
     written = [
         a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     ]
-    assert written == ([*ops.PARTS, ops.ORIGINALS] if name.endswith("_") else [])
+    assert written == (["cache"] if name.endswith("_") else [])
     assert schema.is_mutable == name.endswith("_")
 
 
@@ -117,13 +118,11 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(
             return torch.zeros(2, heads * groups, count, dim, dtype=dtype)
 
         pair = key, value_like(key, value)
-        parts = [ops.quantize(tokens(held, at.head_dim), slots, grows, at.token) for at in pair]
+        parts = [ops.quantize(tokens(held, at.head_dim), slots, grows, at, []) for at in pair]
         query = tokens(rows, key.head_dim, 3)
         new = [tokens(rows, at.head_dim) for at in pair]
-        output = ops.attend(
-            query, *new, *parts[0], *parts[1], None, None, held, 1.0, *(p.token for p in pair)
-        )
-        read = ops.dequantize(*parts[0], held + 2, key.token)
+        output = ops.attend(query, *new, *parts, [], None, None, held, Score(1.0), *pair)
+        read = ops.dequantize(parts[0], [], held + 2, key)
         return [*parts[0], *parts[1], output, read]
 
     with FakeTensorMode():
@@ -136,9 +135,9 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(
         )
 
 
-def value_like(key: PageLayout, value: PageLayout) -> PageLayout:
+def value_like(key: Layout, value: Layout) -> Layout:
     """Return the layout of values whose tokens lie where those of the keys do."""
-    spec = TensorSpec(value.bits, "token", None, value.clip, value.transform)
+    spec = Uniform(value.bits, "token", None, value.clip, value.transform)
     return CacheSpec(spec, spec, key.sinks, key.window, key.page_size).layout(
         "value", value.head_dim
     )
@@ -149,14 +148,16 @@ def value_like(key: PageLayout, value: PageLayout) -> PageLayout:
 
 def step(after: bool, position: bool) -> Callable[..., Tensor]:
     """Return one layer's step: attend, then append."""
-    layouts = [layout.token for layout in case("int4", torch.float32)["layouts"]]
+    layouts = case("int4", torch.float32)["layouts"]
 
     def attend_then_append(
         query: Tensor, new: Tensor, where: Tensor | None, start: int | None, *parts: Tensor
     ) -> Tensor:
-        output = ops.attend(query, new, new, *parts, None, where, start, 0.125, *layouts)
-        for cache, layout in ((parts[:4], layouts[0]), (parts[4:], layouts[1])):
-            ops.append_(*cache, new, where, start, layout, output if after else None)
+        caches, about = (parts[:4], parts[4:]), (None, where, start, Score(0.125), *layouts)
+        output = ops.attend(query, new, new, *caches, [], *about)
+        behind = output if after else None
+        for cache, layout in zip(caches, layouts, strict=True):
+            ops.append_(cache, [], new, where, start, layout, None, None, behind)
         return output * 2
 
     return attend_then_append
@@ -189,11 +190,11 @@ def test_inductor_appends_behind_an_attention_without_copying_the_cache(
 def test_the_count_of_copies_sees_a_copy(fresh_dynamo: None) -> None:
     """Whatever the parts are copied for: the measurement above must be able to fail."""
     at = case("int4", torch.float32)
-    layout = at["layouts"][0].token
+    layout = at["layouts"][0]
 
     def append_to_a_copy(new: Tensor, *parts: Tensor) -> Tensor:
         copy = [part + 0 for part in parts]
-        ops.append_(*copy, new, None, 80, layout)
+        ops.append_(copy, [], new, None, 80, layout)
         return copy[0]
 
     compiled = torch.compile(append_to_a_copy, fullgraph=True, dynamic=False)
@@ -211,7 +212,7 @@ def test_a_write_that_would_leave_a_gap_is_refused_and_changes_nothing(start: in
     at = case("int4", torch.float32)
     before = [part.clone() for part in at["parts"][0]]
     with pytest.raises(ValueError, match="position must start at or before the 80 tokens held"):
-        ops.append_(*at["parts"][0], at["new"], None, start, at["layouts"][0].token)
+        ops.append_(at["parts"][0], [], at["new"], None, start, at["layouts"][0])
     assert all(map(torch.equal, at["parts"][0], before))
 
 

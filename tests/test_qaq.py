@@ -1,7 +1,6 @@
 """QAQ end to end: bits go where attention and range are, within the budget, and nowhere is anything assumed."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,18 +14,21 @@ import kvq_compile
 from kvq_compile.calibration.artifact import Calibration
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.packed import UNCALIBRATED
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall
+from kvq_compile.kernels.schemes import Adaptive, Mixed, Uniform
 from kvq_compile.methods import make_spec
+from kvq_compile.testing import changed
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
 transformers = pytest.importorskip("transformers")
 
 
-def layouts(**options: Any) -> tuple[PageLayout, PageLayout]:
+def layouts(**options: Any) -> tuple[Layout, Layout]:
     spec = make_spec("qaq", **SMALL, **options)
     return spec.layout("key", 64), spec.layout("value", 64)
 
@@ -35,10 +37,11 @@ def tokens(count: int, seed: int = 0, heads: int = 2) -> Tensor:
     return torch.randn(2, heads, count, 64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_layout_survives_its_text() -> None:
+def test_a_layout_survives_its_text_in_a_graph() -> None:
     targets = {"key_target": 0.1, "value_target": 1 / 3, "query_norm": 123.4567}
     for layout in (*layouts(bits=2.3, outliers=2), *layouts(**targets)):
-        assert PageLayout.parse(layout.token) == layout
+        text, names = layout.__fx_repr__()
+        assert eval(text, dict(names)) == layout
 
 
 @given(
@@ -50,7 +53,7 @@ def test_importance_is_what_attention_over_the_cache_gives(
     """Against the definition: softmax over every token as it is read, the largest of the last queries."""
     layout = layouts()[0]
     x = tokens(start + new, seed)
-    parts = ops.quantize(x[:, :, :start], start, True, layout.token)
+    parts = ops.quantize(x[:, :, :start], start, True, layout, [])
     rows = max(1, min(new, 7))
     query = tokens(rows, seed + 1, heads=4)
     if new == 0:
@@ -66,7 +69,7 @@ def test_importance_is_what_attention_over_the_cache_gives(
         causal,
         queries,
         layout,
-        None,
+        UNCALIBRATED,
     )
     if layout.pages_at(start + new) == layout.pages_at(start):
         assert not found.any()
@@ -84,12 +87,12 @@ def test_what_is_attended_to_gets_more_bits() -> None:
     x = tokens(39)
     importance = torch.full((2, 2, 39), 1e-4)
     importance[:, :, 10:14] = 0.5
-    codes, params, *_ = ops.quantize(x, 39, True, layout.token, None, None, importance)
-    _, bits = mixed.unpack(codes[:, :, :1], params[:, :, :1], layout.mixed)
+    codes, params, *_ = ops.quantize(x, 39, True, layout, [], importance)
+    _, bits = mixed.unpack(codes[:, :, :1], params[:, :, :1], layout)
     first = layout.sinks
     assert (bits[:, :, 0, 10 - first : 14 - first].amin(-1) > bits.float().mean((2, 3))).all()
-    plain = ops.quantize(x, 39, True, layout.token)
-    _, even = mixed.unpack(plain[0][:, :, :1], plain[1][:, :, :1], layout.mixed)
+    plain = ops.quantize(x, 39, True, layout, [])
+    _, even = mixed.unpack(plain[0][:, :, :1], plain[1][:, :, :1], layout)
     assert not torch.equal(bits, even)
 
 
@@ -115,10 +118,8 @@ def test_the_compiled_call_weighs_tokens_by_its_own_queries() -> None:
     layout = kept[0].page_layout
     assert torch.equal(kept[0].codes[:, :, :2], kept[1].codes[:, :, :2])
     even = QuantizedKV.from_dense(kept[0].dequantize(), layout)
-    _, with_attention = mixed.unpack(
-        kept[0].codes[:, :, :1], kept[0].params[:, :, :1], layout.mixed
-    )
-    _, without = mixed.unpack(even.codes[:, :, :1], even.params[:, :, :1], layout.mixed)
+    _, with_attention = mixed.unpack(kept[0].codes[:, :, :1], kept[0].params[:, :, :1], layout)
+    _, without = mixed.unpack(even.codes[:, :, :1], even.params[:, :, :1], layout)
     assert not torch.equal(with_attention, without)
 
 
@@ -176,8 +177,7 @@ def test_a_buffer_that_was_filled_in_16_bit_is_quantized_by_range_and_weighed_fr
 @pytest.mark.parametrize("bits", [2.3, 3, 4])
 def test_bits_asked_for_are_bits_held(bits: float) -> None:
     key, value = (
-        make_spec("qaq", bits=bits).layout(role, 128).mixed.bits_per_number
-        for role in ("key", "value")
+        make_spec("qaq", bits=bits).layout(role, 128).bits_per_element for role in ("key", "value")
     )
     assert bits - 0.02 < (key + value) / 2 <= bits
 
@@ -187,19 +187,19 @@ def test_bits_asked_for_are_bits_held(bits: float) -> None:
 TARGETS = {"key_target": 0.05, "value_target": 0.02, "bits": 4}
 
 
-def bits_held(parts: tuple[Tensor, ...], layout: PageLayout) -> Tensor:
+def bits_held(parts: tuple[Tensor, ...], layout: Layout) -> Tensor:
     """Return the bits of each packed token, ``[B, H, P, N]``."""
     pages = int(parts[3][1])
-    return mixed.unpack(parts[0][:, :, :pages], parts[1][:, :, :pages], layout.mixed)[1]
+    return mixed.unpack(parts[0][:, :, :pages], parts[1][:, :, :pages], layout)[1]
 
 
 @pytest.mark.parametrize("role", [0, 1])
 def test_a_target_gives_a_token_the_bits_of_the_formula_and_no_more(role: int) -> None:
     """``ceil(log2(range / (2 sqrt(3) sigma)))`` with the paper's sigma, T the page's end, up to a power of two."""
     layout = layouts(**TARGETS, max_bits=8, min_bits=0)[role]
-    layout = replace(layout, bits=8)
+    layout = changed(layout, bits=8)
     x, importance = tokens(300), torch.rand(2, 2, 300) ** 4
-    parts = ops.quantize(x, 300, True, layout.token, None, None, importance)
+    parts = ops.quantize(x, 300, True, layout, [], importance)
     for page in range(int(parts[3][1])):
         first = layout.sinks + page * 32
         T = 1 << (first + 31).bit_length()
@@ -223,11 +223,11 @@ def test_a_target_is_met_alike_in_whatever_pieces_a_prompt_comes(
 ) -> None:
     for layout in layouts(**TARGETS):
         x = tokens(200, seed)
-        whole = ops.quantize(x, 200, True, layout.token)
-        parts = ops.quantize(x[:, :, :0], 200, True, layout.token)
+        whole = ops.quantize(x, 200, True, layout, [])
+        parts = ops.quantize(x[:, :, :0], 200, True, layout, [])
         edges = sorted({0, 200, *cuts})
         for first, last in pairwise(edges):
-            ops.append_(*parts, x[:, :, first:last], None, first, layout.token)
+            ops.append_(parts, [], x[:, :, first:last], None, first, layout)
         pages = int(whole[3][1])
         for a, b in zip(whole[:2], parts[:2], strict=True):
             assert torch.equal(a[:, :, :pages], b[:, :, :pages])
@@ -236,10 +236,10 @@ def test_a_target_is_met_alike_in_whatever_pieces_a_prompt_comes(
 def test_the_budget_stays_the_cap() -> None:
     spec = {"key_target": 1e-6, "value_target": 1e-6, "bits": 2.3}
     for layout in layouts(**spec):
-        parts = ops.quantize(tokens(200), 200, True, layout.token)
-        assert bits_held(parts, layout).sum(-1).max() <= layout.mixed.code_rows
-        loose = replace(layout, target=50.0, min_bits=0)
-        none = ops.quantize(tokens(200), 200, True, loose.token)
+        parts = ops.quantize(tokens(200), 200, True, layout, [])
+        assert bits_held(parts, layout).sum(-1).max() <= layout.code_rows
+        loose = changed(layout, min_bits=0, target=50.0)
+        none = ops.quantize(tokens(200), 200, True, loose, [])
         assert bits_held(none, loose).float().mean() < 0.1
 
 
@@ -250,7 +250,7 @@ def test_a_report_says_how_many_bits_are_read() -> None:
     assert report.read_bits < report.packed_bits - 0.5
     rows = bits_held(cache.parts, layout).float().mean()
     assert report.read_bits == pytest.approx(
-        layout.mixed.bits_per_number - layout.bits + float(rows), abs=1e-4
+        layout.bits_per_element - layout.bits + float(rows), abs=1e-4
     )
     assert f"{report.read_bits:.2f} are read" in str(report)
     assert "fewer where they meet target 20" in layout.about
@@ -290,13 +290,13 @@ def test_a_calibration_of_qaq_sets_the_bound_of_each_layer(tmp_path: Any) -> Non
     for index, layer in enumerate(made.layers):
         own = spec.for_layer(index)
         assert own is not None
-        assert own.key.query_norm == max(layer.query_norms)
-        assert (own.key.target, own.value.target) == (0.05, 0.02)
+        assert own.key.adaptive == Adaptive(0.05, max(layer.query_norms))
+        assert own.value.adaptive == Adaptive(0.02)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         run(model, method=None, calibration=made, value_target=0.02)(text, cache)
     layouts = [layer.keys.page_layout for layer in cache.layers]
-    assert layouts[0].query_norm != layouts[1].query_norm
+    assert layouts[0].adaptive.query_norm != layouts[1].adaptive.query_norm
     with pytest.raises(ValueError, match="query_norm must be left out beside a calibration"):
         make_spec(calibration=made, query_norm=10.0)
     with pytest.raises(ValueError, match="one that is calibrated"):
@@ -319,17 +319,11 @@ def test_targets_out_of_range_are_named(name: str) -> None:
     for wrong in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match=f"{name} must be a positive number"):
             make_spec("qaq", **{name: wrong})
-    with pytest.raises(
-        ValueError, match="target, requantize and keep_exact must go with mixed pages"
-    ):
-        TensorSpec(4, target=0.1)
 
 
 def test_specs_that_make_no_sense_are_named() -> None:
-    mixed_spec = TensorSpec(2.5, params="fp8", mixed=(1, 4))
+    mixed_spec = Mixed(2.5, 1, 4, params="fp8")
     with pytest.raises(ValueError, match="both be in mixed pages"):
-        CacheSpec(mixed_spec, TensorSpec(4))
-    with pytest.raises(ValueError, match="one group a token"):
-        TensorSpec(2.5, mixed=(1, 4), group_size=32)
+        CacheSpec(mixed_spec, Uniform(4))
     with pytest.raises(ValueError, match="variant must be"):
         make_spec("qaq", variant="code")

@@ -4,7 +4,6 @@ As `test_kernels_quantize_frames`: kernels run natively where there is a GPU and
 elsewhere, the reference always on the CPU. This file also is the program that compiles kernels ahead of time.
 """
 
-from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -18,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import aot
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
-from kvq_compile.kernels.mixed_layout import MixedLayout
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.schemes import Adaptive, Mixed
 from kvq_compile.kernels.triton import append as quantize_kv
 from kvq_compile.kernels.triton import encode, quantize_mixed
 from kvq_compile.kernels.triton import requantize as requantize_mixed
+from kvq_compile.testing import changed, mixed_layout
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
 from uncalibrated import mixed_layouts
@@ -35,7 +34,7 @@ pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
 EXAMPLES = examples(Fraction(1, 3))
 
 
-def random_tokens(layout: PageLayout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
+def random_tokens(layout: Layout, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Return tokens of two heads, some of them much larger than others, as a projection leaves them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, tokens, 2, layout.head_dim, generator=generator)
@@ -123,8 +122,8 @@ def test_a_page_is_given_the_bits_and_the_order_of_the_specification(
     least: int, more: int, share: float, spans: list[float]
 ) -> None:
     rows = max(1, int(32 * (least + share * more)))
-    plain = MixedLayout(rows / 32, 32, 16, least, least + more, soften=False)
-    spec = TensorSpec(rows / 32, mixed=(least, least + more), params="fp8", soften=False)
+    plain = mixed_layout(rows / 32, 32, 16, min_bits=least, max_bits=least + more, soften=False)
+    spec = Mixed(rows / 32, least, least + more, params="fp8", soften=False)
     layout = CacheSpec(spec, spec, 0, 0, 32).layout("key", 16)
     x = torch.tensor(spans).view(2, 32)
     bits, ranks = (torch.empty(2, 32, dtype=torch.int32, device=DEVICE) for _ in range(2))
@@ -143,7 +142,7 @@ def bound_kernel(ends, bounds, LAYOUT: tl.constexpr):
 @pytest.mark.parametrize("role", ["key", "value"])
 @pytest.mark.parametrize("target", [0.0, 0.03])
 def test_a_page_is_held_to_the_bound_of_the_specification(role: Any, target: float) -> None:
-    spec = TensorSpec(2, mixed=(0, 4), target=target, query_norm=300.0)
+    spec = Mixed(2, 0, 4, adaptive=Adaptive(target, 300.0) if target else None)
     layout = CacheSpec(spec, spec, 0, 0, 32).layout(role, 16)
     lengths = [1 << k for k in range(6, 31)]
     ends = torch.tensor([32, *(n + step for n in lengths for step in (-1, 0, 1))], device=DEVICE)
@@ -154,35 +153,39 @@ def test_a_page_is_held_to_the_bound_of_the_specification(role: Any, target: flo
 
 def test_importance_is_looked_up_by_slot() -> None:
     """Of otherwise equal tokens those that matter have more bits, whenever the page is packed."""
-    spec = TensorSpec(2, mixed=(0, 4), params="fp8", soften=False)
+    spec = Mixed(2, 0, 4, params="fp8", soften=False)
     layout = CacheSpec(spec, spec, 3, 7, 32).layout("key", 32)
-    parts = tuple(part.to(DEVICE) for part in new_parts(torch.zeros(1, 1, 1, 32), 2, layout))
+    parts = tuple(part.to(DEVICE) for part in Packed.empty(torch.zeros(1, 1, 1, 32), 2, layout))
     x = torch.linspace(-1, 1, 32).expand(1, 1, 42, 32).contiguous().to(DEVICE)
     heavy = torch.tensor([3, 10, 34])
     importance = torch.full((1, 1, 42), 2.0**-9)
     importance[..., heavy] = 1.0
     quantize_kv.append_(*parts, x[:, :, :41], None, 0, layout)
     slot = torch.tensor([41], device=DEVICE)
-    quantize_kv.append_(*parts, x[:, :, 41:], slot, None, layout, None, importance.to(DEVICE))
-    bits = mixed.unpack(parts[0].cpu(), parts[1].cpu(), layout.mixed)[1][0, 0, 0]
+    quantize_kv.append_(
+        *parts, x[:, :, 41:], slot, None, layout, UNCALIBRATED, importance.to(DEVICE)
+    )
+    bits = mixed.unpack(parts[0].cpu(), parts[1].cpu(), layout)[1][0, 0, 0]
     assert bits[heavy - 3].tolist() == [4, 4, 4]
     assert bits.sum() <= 64
 
 
 def test_tables_are_refused_by_name() -> None:
     tables = random_tables(2, 32, group_size=32, rotary=False, codebook=None, seed=0)
-    spec = TensorSpec(2, mixed=(0, 4), params="fp8", tables=tables)
-    layout = CacheSpec(spec, spec, 3, 7, 32).layout("key", 32)
+    scheme = Mixed(2, 0, 4, params="fp8", tables=tables.digest)
+    layout = Layout("key", 32, Regions(3, 7, 32), scheme)
     x = torch.zeros(1, 2, 1, 32, device=DEVICE)
     with pytest.raises(NotImplementedError, match="tables must be None"):
-        quantize_kv.append_(*new_parts(x, 2, layout), x, None, 0, layout, Frame(tables.words))
+        quantize_kv.append_(
+            *Packed.empty(x, 2, layout), x, None, 0, layout, Calibrated(tables.words)
+        )
 
 
 def test_layouts_of_different_bits_do_not_share_a_kernel() -> None:
-    spec = TensorSpec(2, mixed=(0, 4), params="fp8")
+    spec = Mixed(2, 0, 4, params="fp8")
     layout = CacheSpec(spec, spec).layout("key", 64)
     texts = {
-        repr(encode.Constants.of(replace(layout, **change)))
+        repr(encode.Constants.of(changed(layout, **change)))
         for change in (
             *({}, {"bits": 3}, {"max_bits": 6}, {"fit": False}, {"soften": False}),
             *({"target": 0.1, "query_norm": 300.0}, {"target": 0.1, "query_norm": 90.0}),
@@ -193,19 +196,19 @@ def test_layouts_of_different_bits_do_not_share_a_kernel() -> None:
 
 # --- compiled ahead of time -----------------------------------------------------------------------
 
-CASES = {  # budget, most bits, other arguments of TensorSpec
+CASES = {  # budget, most bits, other arguments of Mixed
     "qaq": (2.75, 4, {"params": "fp8"}),
     "qaq-outliers": (2.5, 6, {"params": "fp16", "outliers": 2}),
     "qaq-hadamard": (2, 4, {"params": "fp8", "transform": "hadamard"}),
     "qaq-target": (
         2.75,
         4,
-        {"params": "fp16", "soften": False, "target": 0.1, "query_norm": 300.0},
+        {"params": "fp16", "soften": False, "adaptive": Adaptive(0.1, 300.0)},
     ),
     "qaq-requantize": (
         2.75,
         4,
-        {"params": "fp8", "target": 0.1, "query_norm": 9.0, "requantize": True},
+        {"params": "fp8", "adaptive": Adaptive(0.1, 9.0, requantize=True)},
     ),
 }
 TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942"), ("qaq-requantize", "gfx942")]
@@ -213,12 +216,12 @@ TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942"), ("qaq-requan
 
 def compile_case(name: str, target: str) -> Any:
     budget, most, options = CASES[name]
-    spec = TensorSpec(budget, mixed=(0, most), **options)
+    spec = Mixed(budget, 0, most, **options)
     layout = CacheSpec(spec, spec).layout("key", 128, aot.SHARED)
     if not layout.requantize:
         return aot.compile_append(layout, target, importance=True)
     x, position = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
-    codes, params, _, cursor = new_parts(x, aot.CAPACITY, layout)
+    codes, params, _, cursor = Packed.empty(x, aot.CAPACITY, layout)
     weights = torch.zeros(1, 2, 300)
     with aot.launches(target) as compiled:
         requantize_mixed.requantize_older_(

@@ -1,6 +1,5 @@
 """The last queries, held with the keys: a token decoded alone is weighed by them as a chunk is by its own."""
 
-from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -14,12 +13,14 @@ from torch import Tensor
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.layout import QUERIES, PageLayout
+from kvq_compile.kernels.layout import QUERIES, Layout, Score
+from kvq_compile.kernels.packed import UNCALIBRATED
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall
 from kvq_compile.methods import make_spec
+from kvq_compile.testing import changed
 from native import CONVERSIONS, OVERFLOWS, examples
 from qaq_model import SMALL, make_model, run
 from written_caches import Caches
@@ -32,7 +33,7 @@ FILLS = 2 + 5 + 32  # tokens that complete the first page
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def layout_of(role: Any = "key", **options: Any) -> PageLayout:
+def layout_of(role: Any = "key", **options: Any) -> Layout:
     return make_spec("qaq", **{**SMALL, **options}).layout(role, 32, SHARED)
 
 
@@ -40,16 +41,16 @@ def tokens(count: int, seed: int = 0, heads: int = 2) -> Tensor:
     return torch.randn(2, heads, count, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def written(x: Tensor, query: Tensor | None, cuts: list[int], layout: PageLayout) -> Parts:
+def written(x: Tensor, query: Tensor | None, cuts: list[int], layout: Layout) -> Parts:
     """Return the cache of tokens that came in pieces, each with its queries."""
-    parts = ops.quantize(x[:, :, :0], x.shape[2], True, layout.token)
+    parts = ops.quantize(x[:, :, :0], x.shape[2], True, layout, [])
     for first, last in pairwise(cuts):
         asked = None if query is None else query[:, :, first:last]
         blocked.append_(*parts, x[:, :, first:last], first, layout, query=asked)
     return parts
 
 
-def held_queries(parts: Parts, layout: PageLayout) -> tuple[Tensor, int]:
+def held_queries(parts: Parts, layout: Layout) -> tuple[Tensor, int]:
     """Return the queries of the last tokens, ``[B, Hq, count, D]``, and the slot of the first."""
     held = int(parts[3][0])
     rows, first = recall(parts[2], held, 0, held, layout)
@@ -57,13 +58,13 @@ def held_queries(parts: Parts, layout: PageLayout) -> tuple[Tensor, int]:
 
 
 def weighed(
-    query: Tensor, x: Tensor, parts: Parts, layout: PageLayout, mask: Tensor | None = None,
+    query: Tensor, x: Tensor, parts: Parts, layout: Layout, mask: Tensor | None = None,
     queries: int = QUERIES,
 ) -> Tensor:  # fmt: skip
     """Return the importance in a call with these queries of the last of the tokens ``x``."""
     end = x.shape[2]
     start = end - query.shape[2]
-    about = start, end, 0.2, True, queries, layout, None
+    about = start, end, 0.2, True, queries, layout, UNCALIBRATED
     return recent_importance(query, x[:, :, start:], parts, mask, *about)
 
 
@@ -91,7 +92,7 @@ def test_a_long_prompt_leaves_its_last_queries_though_it_is_appended_in_steps(
         query,
         query[:, :, 60:],
     ):  # of all tokens; or of the last, as a model may compute them
-        parts = ops.quantize(x[:, :, :0], 66, True, layout.token)
+        parts = ops.quantize(x[:, :, :0], 66, True, layout, [])
         blocked.append_(*parts, x, 0, layout, query=asked)
         assert torch.equal(held_queries(parts, layout)[0], query[:, :, 61:])
 
@@ -117,7 +118,7 @@ def test_forgotten_tokens_leave_the_queries_before_them_or_none(
 
 def test_queries_stay_with_their_sequence_and_survive_copies(tmp_path: Any) -> None:
     layout, x, query = layout_of(), tokens(50), tokens(50, 1, 2 * SHARED)
-    cache = QuantizedKV(*written(x, query, [0, 50], layout), layout, "grown", 50)
+    cache = QuantizedKV(written(x, query, [0, 50], layout), [], layout, "grown", 50)
     torch.save(cache, tmp_path / "cache")
     expected = query[:, :, 45:]
     for same in (cache.clone(), cache[:], torch.load(tmp_path / "cache")):
@@ -135,8 +136,9 @@ def test_queries_stay_with_their_sequence_and_survive_copies(tmp_path: Any) -> N
 def test_only_keys_hold_queries_and_their_bytes_are_counted(options: dict[str, Any]) -> None:
     key, value = layout_of(**options), layout_of("value", **options)
     assert (key.queries, key.shared_by, value.queries) == (QUERIES, SHARED, 0)
-    assert PageLayout.parse(key.token) == key
-    plain = replace(key, queries=0, shared_by=0)
+    text, names = key.__fx_repr__()
+    assert eval(text, dict(names)) == key
+    plain = changed(key, queries=0, shared_by=0)
     held, less = (QuantizedKV.from_dense(tokens(40), at).part_bytes() for at in (key, plain))
     assert held["exact"] - less["exact"] == 4 * 2 * 2 * QUERIES * SHARED * 32
     even = make_spec("int4").layout("key", 32, SHARED)
@@ -202,7 +204,7 @@ def test_after_a_rewind_importance_reads_the_keys_that_attention_reads(
     query = tokens(new.shape[2], seed + 1, 2 * SHARED)
     seen = torch.cat([reference.read(*parts, start, layout), new], 2)
     end = seen.shape[2]
-    about = start, end, 0.2, True, QUERIES, layout, None
+    about = start, end, 0.2, True, QUERIES, layout, UNCALIBRATED
     found = recent_importance(query, new, parts, None, *about)
     mask = torch.ones(end, end, dtype=torch.bool).tril()[-QUERIES:]
     expected = mixed.importance(query[:, :, -QUERIES:], seen, mask, 0.2)
@@ -215,12 +217,10 @@ def test_operators_keep_their_declarations(slot: str) -> None:
     parts = written(x[:, :, :-1], query, [0, FILLS - 1], layout)
     new, asked = x[:, :, -1:].contiguous(), query[:, :, -1:].contiguous()
     where = (torch.tensor([FILLS - 1]), None) if slot == "position" else (None, FILLS - 1)
-    about = FILLS + 9, 0.2, False, QUERIES, layout.token
-    torch.library.opcheck(ops.importance, (asked, new, list(parts), None, *where, *about))
-    about = layout.token, None, None, None, None, None, asked
-    torch.library.opcheck(ops.append_, (*parts, new, *where, *about))
-    about = FILLS, slot == "start", layout.token, None, None, None, query
-    torch.library.opcheck(ops.quantize, (x, *about))
+    about = FILLS + 9, Score(0.2), False, QUERIES, layout
+    torch.library.opcheck(ops.importance, (asked, new, parts, [], None, *where, *about))
+    torch.library.opcheck(ops.append_, (parts, [], new, *where, layout, None, asked))
+    torch.library.opcheck(ops.quantize, (x, FILLS, slot == "start", layout, [], None, query))
 
 
 # In Triton
@@ -229,7 +229,7 @@ def test_operators_keep_their_declarations(slot: str) -> None:
 @examples(Fraction(1, 3))
 @given(st.data())
 def test_the_kernel_holds_the_queries_of_the_reference(data: st.DataObject) -> None:
-    layout = replace(layout_of(), shared_by=data.draw(st.sampled_from([1, 2, 3])))
+    layout = changed(layout_of(), shared_by=data.draw(st.sampled_from([1, 2, 3])))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
     caches, held = Caches(layout, dtype), 0
     for seed in range(data.draw(st.integers(1, 4))):
@@ -256,10 +256,10 @@ def test_a_decoded_page_is_weighed_by_the_queries_before_the_last() -> None:
         with torch.no_grad():
             call(ids[:, :66], cache)
             for layer in cache.layers * (not holds):
-                layout = replace(layer.keys.page_layout, queries=0, shared_by=0)
+                layout = changed(layer.keys.page_layout, queries=0, shared_by=0)
                 parts = list(layer.keys.parts)
                 parts[2] = parts[2][:, :, : layout.exact_rows].contiguous()
-                layer.keys = QuantizedKV(*parts, layout, "grown", 66)
+                layer.keys = QuantizedKV(parts, [], layout, "grown", 66)
             for slot in range(66, 72):
                 call(ids[:, slot : slot + 1], cache)
         layers.append([layer.values for layer in cache.layers])

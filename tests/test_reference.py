@@ -1,7 +1,6 @@
 """The specification keeps its promises: packing is exact, caches give back what was written, attention is attention."""
 
 import math
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import UNIT_BITS, CacheSpec, PageLayout, TensorSpec
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.packed import Packed
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.testing import HEAD_DIMS, kv_tensors, lengths, page_layouts
+from kvq_compile.kernels.schemes import UNIT_BITS, Uniform
+from kvq_compile.testing import HEAD_DIMS, changed, kv_tensors, lengths, page_layouts
 from quantized_pages import WHOLE_WIDTHS, pages, stored, token_layout
 
 ALL_UNITS = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
@@ -26,7 +26,7 @@ ALL_UNITS = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_packing_what_was_unpacked_gives_every_unit_back(bits: int, role: str) -> None:
     """Every plane of every width sees all of its 65536 units, at each of its places in a row."""
-    spec = TensorSpec(bits)
+    spec = Uniform(bits)
     layout = CacheSpec(spec, spec, 0, 0, 32).layout(role, 64)
     units = torch.stack([ALL_UNITS.roll(shift) for shift in range(layout.units)], -1)
     units = units.view(-1, layout.rows, layout.units)
@@ -40,9 +40,9 @@ def test_packing_what_was_unpacked_gives_every_unit_back(bits: int, role: str) -
 @given(page_layouts(), st.integers(0, 2**16))
 @pytest.mark.parametrize("bits", WHOLE_WIDTHS)
 def test_unpacking_what_was_packed_gives_every_code_back(
-    bits: int, layout: PageLayout, seed: int
+    bits: int, layout: Layout, seed: int
 ) -> None:
-    layout = replace(layout, bits=bits)
+    layout = changed(layout, bits=bits)
     generator = torch.Generator().manual_seed(seed)
     shape = (3, layout.page_size, layout.head_dim)
     codes = torch.randint(0, layout.levels + 1, shape, generator=generator, dtype=torch.int32)
@@ -69,7 +69,7 @@ def test_a_code_lies_in_the_fields_that_the_layout_names(bits: int) -> None:
 
 
 @given(page_layouts(), st.integers(0, 3))
-def test_groups_are_put_back_where_they_came_from(layout: PageLayout, lead: int) -> None:
+def test_groups_are_put_back_where_they_came_from(layout: Layout, lead: int) -> None:
     shape = (*(2,) * lead, layout.page_size, layout.head_dim)
     x = torch.arange(math.prod(shape)).view(shape)
     grouped = reference.to_groups(x, layout)
@@ -98,9 +98,9 @@ def test_the_hadamard_matrix_is_orthonormal_symmetric_and_its_own_inverse(size: 
 
 
 @given(pages(transform=True))
-def test_rotating_twice_changes_nothing_but_rounding(case: tuple[Tensor, PageLayout]) -> None:
+def test_rotating_twice_changes_nothing_but_rounding(case: tuple[Tensor, Layout]) -> None:
     x, layout = case
-    layout = replace(layout, transform="hadamard")
+    layout = changed(layout, transform="hadamard")
     twice = reference.rotate(reference.rotate(x, layout), layout)
     limit = 2**-22 * layout.head_dim**0.5 * x.double().norm(dim=-1, keepdim=True)
     assert ((twice.double() - x.double()).abs() <= limit).all()
@@ -110,9 +110,9 @@ def test_rotating_twice_changes_nothing_but_rounding(case: tuple[Tensor, PageLay
 
 
 def append_all(
-    layout: PageLayout, x: Tensor, splits: list[int], capacity: int = 4
+    layout: Layout, x: Tensor, splits: list[int], capacity: int = 4
 ) -> tuple[Tensor, ...]:
-    parts = new_parts(x, capacity, layout)
+    parts = Packed.empty(x, capacity, layout)
     for first, last in zip([0, *splits], [*splits, x.shape[2]], strict=True):
         reference.append_(*parts, x[:, :, first:last], first, layout)
     return parts

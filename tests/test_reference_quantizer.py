@@ -1,7 +1,6 @@
 """The specification's quantizer keeps its promises: it is off by half a step at most, and independent of neighbours."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ from hypothesis import example, find, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.testing import kv_tensors, page_layouts
+from kvq_compile.testing import changed, kv_tensors, page_layouts
 from quantized_pages import WHOLE_WIDTHS, page_of, pages, stored, token_layout
 
 SUBNORMAL = 2.0**-24  # the smallest positive fp16 number
@@ -56,13 +55,13 @@ def test_numbers_about_zero_round_to_a_neighbour_of_zero(x: float) -> None:
 # The quantizer
 
 
-def step_of(params: Tensor, layout: PageLayout, shape: torch.Size) -> Tensor:
+def step_of(params: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
     """Return the step of every element."""
     scale = params[..., 0].float()[..., None].expand(*params.shape[:-1], layout.group_size)
     return reference.from_groups(scale, layout).reshape(shape)
 
 
-def assert_error_is_at_most_half_a_step(x: Tensor, layout: PageLayout) -> None:
+def assert_error_is_at_most_half_a_step(x: Tensor, layout: Layout) -> None:
     """Half a step, and what fp32 rounds: a code by 2^-13 of a step, a number by three units."""
     codes, params = reference.quantize_pages(x, layout)
     assert codes.min() >= 0
@@ -85,9 +84,9 @@ def assert_error_is_at_most_half_a_step(x: Tensor, layout: PageLayout) -> None:
 )  # the step itself is beyond fp16
 @example((page_of([2049.0, 2049.5, 2050.0]), token_layout(8)))  # less than a unit of fp16 apart
 @example((page_of([60000.0, 60001.0]), token_layout(3)))
-def test_error_is_at_most_half_a_step(case: tuple[Tensor, PageLayout]) -> None:
+def test_error_is_at_most_half_a_step(case: tuple[Tensor, Layout]) -> None:
     x, layout = case
-    layout = replace(layout, clip=1.0)
+    layout = changed(layout, clip=1.0)
     if layout.bits == 1:
         x = x.clamp(-32752.0, 32752.0)  # beyond it see the test below
     assert_error_is_at_most_half_a_step(x, layout)
@@ -95,10 +94,10 @@ def test_error_is_at_most_half_a_step(case: tuple[Tensor, PageLayout]) -> None:
 
 @given(pages())
 @example((page_of([65504.0, -65504.0, 0.0, 100.0]), token_layout(1)))
-def test_error_is_at_most_half_of_the_range(case: tuple[Tensor, PageLayout]) -> None:
+def test_error_is_at_most_half_of_the_range(case: tuple[Tensor, Layout]) -> None:
     """Regression: the scale of a 1-bit group that spans all of fp16 overflowed; its numbers read as NaN."""
     x, layout = case
-    layout = replace(layout, clip=1.0)
+    layout = changed(layout, clip=1.0)
     groups = reference.to_groups(x.double(), layout)
     spread = (groups.amax(-1) - groups.amin(-1))[..., None].expand(groups.shape)
     error = (stored(x, layout).double() - x.double()).abs()
@@ -109,10 +108,10 @@ def test_error_is_at_most_half_of_the_range(case: tuple[Tensor, PageLayout]) -> 
 
 @given(pages(), st.sampled_from([0.99, 0.9, 0.5, 0.1]))
 def test_clipping_costs_at_most_the_distance_from_the_clipped_range(
-    case: tuple[Tensor, PageLayout], clip: float
+    case: tuple[Tensor, Layout], clip: float
 ) -> None:
     x, layout = case
-    layout = replace(layout, clip=clip)
+    layout = changed(layout, clip=clip)
     params = reference.quantize_pages(x, layout)[1]
     groups = reference.to_groups(x.double(), layout)
     outside = (groups.amax(-1) - groups.amin(-1)) * ((1 - clip) / 2)
@@ -131,7 +130,7 @@ def test_clipping_costs_at_most_the_distance_from_the_clipped_range(
 @example(token_layout(8), SUBNORMAL)
 @example(token_layout(2), -SUBNORMAL)
 @example(token_layout(3), 0.0)
-def test_constant_groups_of_an_fp16_number_are_exact(layout: PageLayout, number: float) -> None:
+def test_constant_groups_of_an_fp16_number_are_exact(layout: Layout, number: float) -> None:
     x = torch.full((1, layout.page_size, layout.head_dim), number)
     codes, params = reference.quantize_pages(x, layout)
     assert (codes == 0).all()
@@ -140,8 +139,8 @@ def test_constant_groups_of_an_fp16_number_are_exact(layout: PageLayout, number:
 
 
 @given(page_layouts(transform=False), st.integers(0, 2**16))
-def test_numbers_on_the_grid_of_an_fp16_step_are_exact(layout: PageLayout, seed: int) -> None:
-    layout = replace(layout, clip=1.0)
+def test_numbers_on_the_grid_of_an_fp16_step_are_exact(layout: Layout, seed: int) -> None:
+    layout = changed(layout, clip=1.0)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(
         0, layout.levels + 1, (layout.page_size, layout.head_dim), generator=generator
@@ -157,7 +156,7 @@ def test_numbers_on_the_grid_of_an_fp16_step_are_exact(layout: PageLayout, seed:
 
 @given(pages(transform=True), st.integers(-6, 6))
 def test_scaling_by_a_power_of_two_scales_what_is_read(
-    case: tuple[Tensor, PageLayout], exponent: int
+    case: tuple[Tensor, Layout], exponent: int
 ) -> None:
     """Away from the ends of fp16 only: its subnormal numbers lose bits, and it has a largest one."""
     x, layout = case
@@ -173,10 +172,10 @@ def test_scaling_by_a_power_of_two_scales_what_is_read(
 
 
 @given(pages())
-def test_negation_mirrors_codes_up_to_rounding(case: tuple[Tensor, PageLayout]) -> None:
+def test_negation_mirrors_codes_up_to_rounding(case: tuple[Tensor, Layout]) -> None:
     """Parameters round away from the middle at one end only, so mirrored numbers differ by a step at most."""
     x, layout = case
-    layout = replace(layout, clip=1.0, bits=max(2, layout.bits))
+    layout = changed(layout, clip=1.0, bits=max(2, layout.bits))
     params = [reference.quantize_pages(sign * x, layout)[1] for sign in (1, -1)]
     step = sum(step_of(p, layout, x.shape) for p in params) / 2
     difference = (stored(x, layout) + stored(-x, layout)).abs()
@@ -185,11 +184,11 @@ def test_negation_mirrors_codes_up_to_rounding(case: tuple[Tensor, PageLayout]) 
 
 @given(pages(transform=True, finite=False), st.data())
 def test_tokens_are_quantized_independently(
-    case: tuple[Tensor, PageLayout], data: st.DataObject
+    case: tuple[Tensor, Layout], data: st.DataObject
 ) -> None:
     """With groups inside a token, whatever the other tokens are."""
     x, layout = case
-    layout = replace(layout, grouping="token", group_size=layout.head_dim)
+    layout = changed(layout, grouping="token", group_size=layout.head_dim)
     token = data.draw(st.integers(0, layout.page_size - 1))
     other = data.draw(kv_tensors(tuple(x.shape), finite=False))
     other[:, token] = x[:, token]
@@ -202,11 +201,11 @@ def test_tokens_are_quantized_independently(
 
 @given(pages(), st.data())
 def test_channels_are_quantized_independently(
-    case: tuple[Tensor, PageLayout], data: st.DataObject
+    case: tuple[Tensor, Layout], data: st.DataObject
 ) -> None:
     """With groups along a channel, whatever the other channels are."""
     x, layout = case
-    layout = replace(layout, grouping="channel", group_size=layout.page_size)
+    layout = changed(layout, grouping="channel", group_size=layout.page_size)
     channel = data.draw(st.integers(0, layout.head_dim - 1))
     other = data.draw(kv_tensors(tuple(x.shape), finite=False))
     other[..., channel] = x[..., channel]
@@ -216,7 +215,7 @@ def test_channels_are_quantized_independently(
 @given(pages(), st.data())
 @example((page_of([1.0, 2.0, 3.0]), token_layout(2)), None)
 def test_elements_that_are_not_finite_change_no_other_element(
-    case: tuple[Tensor, PageLayout], data: st.DataObject | None
+    case: tuple[Tensor, Layout], data: st.DataObject | None
 ) -> None:
     """Regression: a NaN or infinity took part in the range of its group."""
     x, layout = case
@@ -250,11 +249,11 @@ def test_an_infinity_is_stored_as_an_end_of_the_range_and_nan_near_zero(bits: in
 
 @given(pages())
 def test_requantizing_keeps_codes_whose_group_reaches_both_ends(
-    case: tuple[Tensor, PageLayout],
+    case: tuple[Tensor, Layout],
 ) -> None:
     """Where a group uses its lowest and highest code and fp32 holds its numbers, it is quantized for good."""
     x, layout = case
-    layout = replace(layout, clip=1.0)
+    layout = changed(layout, clip=1.0)
     x = x.clamp(-1000, 1000).half().float()
     codes, params = reference.quantize_pages(x, layout)
     again, params_again = reference.quantize_pages(
@@ -272,7 +271,7 @@ def test_requantizing_keeps_codes_whose_group_reaches_both_ends(
 def test_requantizing_is_not_idempotent_in_general() -> None:
     """Why a token is quantized once: a group that misses its lowest code is coded anew, differently."""
 
-    def moves(case: tuple[Tensor, PageLayout]) -> bool:
+    def moves(case: tuple[Tensor, Layout]) -> bool:
         read = stored(*case)
         return not torch.equal(read, stored(read, case[1]))
 
@@ -283,7 +282,7 @@ def test_requantizing_is_not_idempotent_in_general() -> None:
 def test_the_strategy_reaches_codes_that_saturate() -> None:
     """Numbers beyond a clipped range must be drawn, or the clipping of codes would go untested."""
 
-    def saturates(case: tuple[Tensor, PageLayout]) -> bool:
+    def saturates(case: tuple[Tensor, Layout]) -> bool:
         x, layout = case
         params = reference.quantize_pages(x, layout)[1].float()
         groups = reference.to_groups(x, layout)
@@ -298,7 +297,7 @@ def test_the_strategy_reaches_codes_that_saturate() -> None:
     "corner", ["subnormal scale", "zero scale", "negative zero point", "one group"]
 )
 def test_the_strategy_reaches(corner: str) -> None:
-    def reached(case: tuple[Tensor, PageLayout]) -> bool:
+    def reached(case: tuple[Tensor, Layout]) -> bool:
         x, layout = case
         scale, zero = reference.quantize_pages(x, layout)[1].float().unbind(-1)
         return {

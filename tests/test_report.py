@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import QuantizedKV, explain, report
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.schemes import Scheme, Uniform
 from kvq_compile.testing import lengths, specs
 
-SPEC = CacheSpec(TensorSpec(4), TensorSpec(2, group_size=32), sinks=2, window=5, page_size=32)
+SPEC = CacheSpec(Uniform(4), Uniform(2, group_size=32), sinks=2, window=5, page_size=32)
 
 
 def pair(count: int, spec: CacheSpec = SPEC, **rest: Any) -> tuple[QuantizedKV, QuantizedKV]:
@@ -47,16 +48,16 @@ def test_bytes_and_effective_bits_are_those_of_the_storages(data: st.DataObject)
 @pytest.mark.parametrize(
     ("spec", "bits"),
     [
-        (TensorSpec(4), 4.25),  # a scale and a zero point of 16 bits for 128 numbers
-        (TensorSpec(8), 8.25),
-        (TensorSpec(3), 3.25),
-        (TensorSpec(4, group_size=32), 5.0),
-        (TensorSpec(2, group_size=64), 2.5),
-        (TensorSpec(2, "channel", 32), 3.0),
-        (TensorSpec(2, "channel"), 2.25),  # as many tokens in a page
+        (Uniform(4), 4.25),  # a scale and a zero point of 16 bits for 128 numbers
+        (Uniform(8), 8.25),
+        (Uniform(3), 3.25),
+        (Uniform(4, group_size=32), 5.0),
+        (Uniform(2, group_size=64), 2.5),
+        (Uniform(2, "channel", 32), 3.0),
+        (Uniform(2, "channel"), 2.25),  # as many tokens in a page
     ],
 )
-def test_packed_bits_are_codes_and_parameters_of_a_number(spec: TensorSpec, bits: float) -> None:
+def test_packed_bits_are_codes_and_parameters_of_a_number(spec: Scheme, bits: float) -> None:
     both = CacheSpec(spec, spec, sinks=0, window=0, page_size=128)
     assert report(pair(300, both)).packed_bits == bits
     assert report(pair(300, both)).tensors[0].packed_bits == bits

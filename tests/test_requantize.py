@@ -1,6 +1,5 @@
 """Requantizing as attention moves on: tokens lose what their target needs no more, and nothing else changes."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +12,12 @@ from torch._dynamo.utils import ReinplaceCounters
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.requantize import requantize_older_
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.triton import requantize as requantize_mixed
 from kvq_compile.methods import make_spec
+from kvq_compile.testing import changed
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
 transformers = pytest.importorskip("transformers")
@@ -31,13 +31,13 @@ TARGETS = {"key_target": 0.05, "value_target": 0.02, "query_norm": 30.0}
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def layout_of(role: Any, **options: Any) -> PageLayout:
+def layout_of(role: Any, **options: Any) -> Layout:
     options = {"bits": 4, "requantize": True, **SMALL, **TARGETS, **options}
     return make_spec("qaq", **options).layout(role, 64)
 
 
 @st.composite
-def layouts(draw: st.DrawFn, role: str | None = None, **fixed: Any) -> PageLayout:
+def layouts(draw: st.DrawFn, role: str | None = None, **fixed: Any) -> Layout:
     options: dict[str, Any] = {
         "variant": draw(st.sampled_from(["fitted", "paper"])),
         "params": draw(st.sampled_from(["fp8", "fp16"])),
@@ -57,17 +57,17 @@ def weights(slots: int, seed: int) -> Tensor:
     return torch.rand(2, 2, slots, generator=torch.Generator().manual_seed(seed)) ** 6
 
 
-def filled(layout: PageLayout, pages: int, seed: int) -> tuple[Parts, int]:
+def filled(layout: Layout, pages: int, seed: int) -> tuple[Parts, int]:
     """Return a cache with ``pages`` pages, one token short of another, and its length."""
     count = layout.sinks + layout.window + (pages + 1) * 32 - 1
     importance = weights(count, seed)
     x = tokens(count, seed)
-    made = ops.quantize(x, count + 400, True, layout.token, None, None, importance)
+    made = ops.quantize(x, count + 400, True, layout, [], importance)
     return made, count
 
 
-def bits_of(parts: Parts, pages: slice, layout: PageLayout) -> Tensor:
-    return mixed.held_bits(parts[0][:, :, pages], parts[1][:, :, pages], layout.mixed)
+def bits_of(parts: Parts, pages: slice, layout: Layout) -> Tensor:
+    return mixed.held_bits(parts[0][:, :, pages], parts[1][:, :, pages], layout)
 
 
 def cloned(parts: Parts) -> Parts:
@@ -77,24 +77,24 @@ def cloned(parts: Parts) -> Parts:
 
 @given(layouts(), st.integers(1, 4), st.integers(1, 70), st.integers(0, 99))
 def test_old_pages_lose_planes_and_nothing_else(
-    layout: PageLayout, pages: int, new: int, seed: int
+    layout: Layout, pages: int, new: int, seed: int
 ) -> None:
     """Bits become the least of those held and those that the target needs now; the codes are their upper planes."""
     parts, count = filled(layout, pages, seed)
     before, importance = cloned(parts), weights(count + new, seed + 1)
     x = tokens(new, seed + 1)
-    ops.append_(*parts, x, None, count, layout.token, None, None, None, importance)
+    ops.append_(parts, [], x, None, count, layout, importance)
     held, now = bits_of(before, slice(0, pages), layout), bits_of(parts, slice(0, pages), layout)
     assert (now <= held).all()
     weight = importance[:, :, layout.sinks : layout.sinks + pages * 32].unflatten(2, (-1, 32))
     after = layout.sinks + layout.pages_at(count + new) * 32
-    span = mixed.stored_span(before[1][:, :, :pages], layout.mixed)
+    span = mixed.stored_span(before[1][:, :, :pages], layout)
     wanted = mixed.needed_bits(
-        span, weight if layout.attentive else None, layout.mixed, layout.bound_at(after)
+        span, weight if layout.attentive else None, layout, layout.bound_at(after)
     )
     assert torch.equal(now, torch.minimum(held, wanted))
     codes, params = before[0][:, :, :pages].clone(), before[1][:, :, :pages].clone()
-    mixed.requantize_down_(codes, params, now, layout.mixed)
+    mixed.requantize_down_(codes, params, now, layout)
     assert torch.equal(parts[0][:, :, :pages], codes)
     assert torch.equal(parts[1][:, :, :pages], params)
 
@@ -107,48 +107,44 @@ def test_attention_that_moves_on_frees_bits() -> None:
         before = bits_of(parts, slice(0, 3), layout)
         importance = torch.full((2, 2, count + 300), 1e-6)
         x = tokens(300, 1)
-        ops.append_(*parts, x, None, count, layout.token, None, None, None, importance)
+        ops.append_(parts, [], x, None, count, layout, importance)
         assert bits_of(parts, slice(0, 3), layout).sum() < before.sum()
 
 
 @given(layouts(), st.integers(1, 3), st.integers(0, 99))
-def test_without_the_option_old_pages_never_change(
-    layout: PageLayout, pages: int, seed: int
-) -> None:
-    layout = replace(layout, requantize=False)
+def test_without_the_option_old_pages_never_change(layout: Layout, pages: int, seed: int) -> None:
+    layout = changed(layout, requantize=False)
     parts, count = filled(layout, pages, seed)
     before, importance = cloned(parts), torch.full((2, 2, count + 40), 1e-6)
     x = tokens(40)
-    ops.append_(*parts, x, None, count, layout.token, None, None, None, importance)
+    ops.append_(parts, [], x, None, count, layout, importance)
     for a, b in zip(before[:2], parts[:2], strict=True):
         assert torch.equal(a[:, :, :pages], b[:, :, :pages])
 
 
 @given(layouts("value"), st.integers(0, 99))
-def test_nothing_is_taken_without_knowing_the_attention(layout: PageLayout, seed: int) -> None:
+def test_nothing_is_taken_without_knowing_the_attention(layout: Layout, seed: int) -> None:
     """Nor in a call that completes no page, whose importance is not computed."""
     parts, count = filled(layout, 2, seed)
     before = cloned(parts)
-    ops.append_(*parts, tokens(40), None, count, layout.token)
+    ops.append_(parts, [], tokens(40), None, count, layout)
     assert torch.equal(before[0][:, :, :2], parts[0][:, :, :2])
     parts = cloned(before)
     short = count - 20
     nothing = torch.zeros(2, 2, short + 3)
-    ops.append_(*parts, tokens(3), None, short, layout.token, None, None, None, nothing)
+    ops.append_(parts, [], tokens(3), None, short, layout, nothing)
     assert torch.equal(before[0][:, :, :2], parts[0][:, :, :2])
 
 
 @given(layouts("value", variant="paper", outliers=0, min_bits=0), st.integers(0, 99))
-def test_the_error_that_is_left_meets_the_target_of_now(layout: PageLayout, seed: int) -> None:
+def test_the_error_that_is_left_meets_the_target_of_now(layout: Layout, seed: int) -> None:
     """Of a token that has fewer bits than before: half a segment times its weight is at most half the bound."""
     count = layout.sinks + layout.window + 3 * 32 - 1
     x, importance = tokens(count + 1, seed), weights(count + 1, seed + 1)
-    parts = ops.quantize(
-        x[:, :, :count], count, True, layout.token, None, None, weights(count, seed)
-    )
+    parts = ops.quantize(x[:, :, :count], count, True, layout, [], weights(count, seed))
     before = bits_of(parts, slice(0, 2), layout)
     new = x[:, :, count:]
-    ops.append_(*parts, new, None, count, layout.token, None, None, None, importance)
+    ops.append_(parts, [], new, None, count, layout, importance)
     read = reference.read(*parts, count + 1, layout)
     packed = slice(layout.sinks, layout.sinks + 64)
     error = (read - x)[:, :, packed].abs().amax(-1)
@@ -194,9 +190,9 @@ def test_a_long_prompt_is_requantized_once_whatever_the_steps_it_is_appended_in(
     layout = layout_of("value")
     parts, count = filled(layout, 2, 0)
     other, importance, x = cloned(parts), weights(count + 200, 1), tokens(200, 1)
-    reference.append_(*parts, x, count, layout, None, importance)
+    ops.append_(parts, [], x, None, count, layout, importance)
     monkeypatch.setattr(blocked, "APPEND_TOKENS", 64)
-    blocked.append_(*other, x, count, layout, None, importance)
+    ops.append_(other, [], x, None, count, layout, importance)
     for a, b in zip(parts[:2], other[:2], strict=True):
         assert torch.equal(a, b)
 
@@ -204,12 +200,12 @@ def test_a_long_prompt_is_requantized_once_whatever_the_steps_it_is_appended_in(
 def test_an_older_view_sees_coarser_tokens_and_a_clone_does_not() -> None:
     layout = layout_of("value")
     parts, count = filled(layout, 2, 0)
-    view = QuantizedKV(*parts, layout, "grown", count)
+    view = QuantizedKV(parts, [], layout, "grown", count)
     copy, seen = view.clone(), view.dequantize()
     importance = torch.full((2, 2, count + 1), 1e-6)
     view.claim(1)
     one = tokens(1)
-    ops.append_(*view.parts, one, None, count, layout.token, None, None, None, importance)
+    ops.append_(view.parts, [], one, None, count, layout, importance)
     assert not torch.equal(view.dequantize(), seen)
     assert torch.equal(copy.dequantize(), seen)
 
@@ -220,7 +216,7 @@ def test_requantizing_a_budget_is_refused() -> None:
     with pytest.raises(TypeError, match="requantize must be a bool"):
         make_spec("qaq", requantize="down", key_target=0.1)
     one = make_spec("qaq", requantize=True, value_target=0.1)
-    assert (one.key.requantize, one.value.requantize) == (False, True)
+    assert (one.key.adaptive, one.value.adaptive.requantize) == (None, True)
 
 
 # In a model

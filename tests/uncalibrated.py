@@ -4,10 +4,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
+from kvq_compile.kernels.schemes import Adaptive, Mixed, Role, Uniform
 
-Framed = tuple[PageLayout, Frame | None]
+Framed = tuple[Layout, Calibrated]
 
 
 @st.composite
@@ -16,7 +17,7 @@ def plain_layouts(
     transforms: tuple[str, ...] = ("none",),
 ) -> Framed:  # fmt: skip
     bits = draw(st.sampled_from((1, 1.5, 1.5, 2, 3, 4, 8)))
-    spec = TensorSpec(
+    spec = Uniform(
         bits,
         grouping=draw(st.sampled_from(("token", "channel"))),
         group_size=draw(st.sampled_from((None, 16))),
@@ -27,14 +28,14 @@ def plain_layouts(
     )
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), 32)
     role = role or draw(st.sampled_from(("key", "value")))
-    return cache.layout(role, draw(st.sampled_from(head_dims))), None
+    return cache.layout(role, draw(st.sampled_from(head_dims))), UNCALIBRATED
 
 
 @st.composite
 def mixed_layouts(
     draw: st.DrawFn, role: Role | None = None, head_dims: tuple[int, ...] = (16, 32, 64, 80),
     page_sizes: tuple[int, ...] = (32, 32, 64), **fixed: Any,
-) -> PageLayout:  # fmt: skip
+) -> Layout:  # fmt: skip
     least = draw(st.integers(0, 3))
     most = draw(st.integers(least + 1, 8))
     page = draw(st.sampled_from(page_sizes))
@@ -45,10 +46,11 @@ def mixed_layouts(
         "fit": draw(st.booleans()),
         "soften": draw(st.booleans()),
         "attentive": draw(st.sampled_from([True, True, False])),
-        "target": draw(st.sampled_from([0.0, 0.0, 1e-3, 0.1])),
-        "query_norm": 30.0,
     }
-    spec = TensorSpec(rows / page, mixed=(least, most), **options | fixed)
+    target = draw(st.sampled_from([0.0, 0.0, 1e-3, 0.1]))
+    if target:
+        options["adaptive"] = Adaptive(target, 30.0)
+    spec = Mixed(rows / page, least, most, **options | fixed)
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
     role = role or draw(st.sampled_from(("key", "value")))
     return cache.layout(role, draw(st.sampled_from(head_dims)))

@@ -6,10 +6,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import PageLayout
-from kvq_compile.kernels.ops import new_parts
+from kvq_compile.kernels.layout import Layout, exact_row_index
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.triton import append as quantize_kv
 from native import DEVICE, NATIVE, frame_on_device
 
@@ -22,7 +21,7 @@ SPECIAL_E4M3 = (17.0, -17.0, 2.0**-10, 3 * 2.0**-10, 448.0, 463.9, -464.0, 1e4)
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 
-def full(layout: PageLayout, pages: int) -> int:
+def full(layout: Layout, pages: int) -> int:
     """Return the number of tokens that fill so many pages."""
     return layout.sinks + layout.window + pages * layout.page_size
 
@@ -36,7 +35,7 @@ def spoil(data: st.DataObject, x: Tensor, special: tuple[float, ...] = SPECIAL) 
         x.view(-1)[first : last if data.draw(st.booleans()) else first + 1] = value
 
 
-def pieces(data: st.DataObject, layout: PageLayout, count: int) -> list[int]:
+def pieces(data: st.DataObject, layout: Layout, count: int) -> list[int]:
     """Draw where ``count`` tokens are cut, often just before or where they fill a page."""
     edges = [full(layout, 1) - 1, full(layout, 1), data.draw(st.integers(1, count))]
     return sorted({0, count, *data.draw(st.lists(st.sampled_from(edges), max_size=3))})
@@ -46,13 +45,13 @@ class Caches:
     """One cache kept twice; what writing leaves alone is not zero."""
 
     def __init__(
-        self, layout: PageLayout, dtype: torch.dtype, frame: Frame | None = None, batch: int = 1,
+        self, layout: Layout, dtype: torch.dtype, frame: Calibrated = UNCALIBRATED, batch: int = 1,
         capacity: int = 4,
     ) -> None:  # fmt: skip
         self.layout, self.frame, self.batch = layout, frame, batch
         self.moved = frame_on_device(frame)
         like = torch.zeros(batch, 2, 1, layout.head_dim, dtype=dtype)
-        self.expected = new_parts(like, capacity, layout)
+        self.expected = Packed.empty(like, capacity, layout)
         self.actual: tuple[Tensor, ...] = tuple(part.to(DEVICE) for part in self.expected)
         for codes, params, _, _ in (self.expected, self.actual):
             codes.view(torch.uint8).fill_(0x5A)
@@ -77,7 +76,7 @@ class Caches:
         codes, params, exact, cursor = (part.cpu() for part in parts)
         length, pages = cursor.tolist()
         first = self.layout.sinks + pages * self.layout.page_size
-        rows = reference.exact_row_index(first, max(first, length), self.layout, exact.device)
+        rows = exact_row_index(first, max(first, length), self.layout, exact.device)
         sinks = torch.arange(min(length, self.layout.sinks))
         queries = torch.arange(self.layout.token_rows, self.layout.exact_rows)
         exact = exact[:, :, torch.cat([sinks, rows, queries])]

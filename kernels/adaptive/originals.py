@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after, weighed_span
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.frame import rotate
@@ -30,7 +30,7 @@ from kvq_compile.kernels.reference.frame import rotate
 PAGES = 64  # moved to the device at once
 
 
-def new_originals(like: Tensor, capacity: int | torch.SymInt, layout: PageLayout) -> Tensor:
+def new_originals(like: Tensor, capacity: int | torch.SymInt, layout: Layout) -> Tensor:
     """Allocate room for the originals of ``capacity`` pages of tokens like ``like`` ``[B, H, *, D]``."""
     shape = (*like.shape[:2], capacity, layout.page_size, layout.head_dim)
     return held_by_host(like.new_zeros(shape, device="cpu"), like.device)
@@ -44,7 +44,7 @@ def held_by_host(originals: Tensor, device: torch.device) -> Tensor:
 
 
 def keep_(
-    originals: Tensor, exact: Tensor, cursor: Tensor, x: Tensor, start: int, layout: PageLayout
+    originals: Tensor, exact: Tensor, cursor: Tensor, x: Tensor, start: int, layout: Layout
 ) -> None:
     """Copy the tokens of the pages that new tokens ``x`` complete to the host, before they are appended.
 
@@ -70,7 +70,7 @@ def renew_(
     originals: Tensor,
     start: int,
     tokens: int,
-    layout: PageLayout,
+    layout: Layout,
     importance: Tensor | None,
 ) -> None:
     """Quantize pages anew in which a token gains a bit, if the call completes others, before it appends.
@@ -91,10 +91,10 @@ def renew_(
     bound = layout.bound_at(layout.sinks + new * layout.page_size)
     span, weight = weighed_span(params[:, :, :old], layout, importance)
     assert weight is not None  # originals are kept where bits depend on attention
-    wanted = mixed.allocate(span, weight, layout.mixed, bound)
-    gains = wanted > mixed.held_bits(codes[:, :, :old], params[:, :, :old], layout.mixed)
+    wanted = mixed.allocate(span, weight, layout, bound)
+    gains = wanted > mixed.held_bits(codes[:, :, :old], params[:, :, :old], layout)
     for where in gains.any(-1).nonzero().split(PAGES):
         at = tuple(where.unbind(-1))
         page = originals[tuple(where.cpu().unbind(-1))].to(codes.device)
         coded = rotate(page.float(), layout)
-        codes[at], params[at] = mixed.quantize_pages(coded, weight[at], layout.mixed, bound)
+        codes[at], params[at] = mixed.quantize_pages(coded, weight[at], layout, bound)

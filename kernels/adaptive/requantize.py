@@ -1,6 +1,6 @@
 """Take bits from tokens that attention has moved away from, in plain torch: the specification.
 
-A page of mixed bits was given the bits that met its target (`spec.TensorSpec`) under the attention of the
+A page of mixed bits was given the bits that met its target (`Adaptive`) under the attention of the
 moment. When a later call completes pages, the importance of all slots is known anew; every older page then
 keeps of each token the planes that the target needs now. (The budget has no say in it: where it was too small
 for the target, taking bits from one token would give none to another.) Codes are embedded, so that dropping
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import mixed
 
 PAGES = 256  # changed at once
@@ -26,7 +26,7 @@ def requantize_older_(
     cursor: Tensor,
     start: int,
     tokens: int,
-    layout: PageLayout,
+    layout: Layout,
     importance: Tensor | None,
 ) -> None:
     """Drop planes of the pages that a call keeps, if it completes others, in place and before it appends.
@@ -45,19 +45,17 @@ def requantize_older_(
     if new == old:
         return
     bound = layout.bound_at(layout.sinks + new * layout.page_size)
-    needed = mixed.needed_bits(
-        *weighed_span(params[:, :, :old], layout, importance), layout.mixed, bound
-    )
-    held = mixed.held_bits(codes[:, :, :old], params[:, :, :old], layout.mixed)
+    needed = mixed.needed_bits(*weighed_span(params[:, :, :old], layout, importance), layout, bound)
+    held = mixed.held_bits(codes[:, :, :old], params[:, :, :old], layout)
     for where in (needed < held).any(-1).nonzero().split(PAGES):
         at = tuple(where.unbind(-1))
         page_codes, page_params = codes[at], params[at]
-        mixed.requantize_down_(page_codes, page_params, needed[at], layout.mixed)
+        mixed.requantize_down_(page_codes, page_params, needed[at], layout)
         codes[at], params[at] = page_codes, page_params
 
 
 def pages_before_and_after(
-    cursor: Tensor, start: int, tokens: int, layout: PageLayout
+    cursor: Tensor, start: int, tokens: int, layout: Layout
 ) -> tuple[int, int]:
     """Return how many pages a call keeps, truncation done, and how many there are after it."""
     held, old = cursor.tolist()
@@ -67,7 +65,7 @@ def pages_before_and_after(
 
 
 def weighed_span(
-    params: Tensor, layout: PageLayout, importance: Tensor | None
+    params: Tensor, layout: Layout, importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return span and importance ``[B, H, P, N]`` of the tokens of the first ``P`` pages of a cache.
 
@@ -76,7 +74,7 @@ def weighed_span(
         layout: The cache's layout.
         importance: See `requantize_older_`; ``None`` also where the layout takes no notice of it.
     """
-    span = mixed.stored_span(params, layout.mixed)
+    span = mixed.stored_span(params, layout)
     if importance is None or not layout.attentive:
         return span, None
     first, last = layout.sinks, layout.sinks + params.shape[2] * layout.page_size

@@ -19,6 +19,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
+from kvq_compile.kernels.packed import PARTS, part_names
 
 aten = torch.ops.aten
 GROWS_BY_CAT = (
@@ -124,10 +125,7 @@ def _write(
         _check_slots(cache, position, start, int(count))
     elif cache.kind == "grown":
         raise NotImplementedError(GROWS_BY_CAT)
-    if cache.originals is not None and start is None:
-        start, position = int(position[0]), None  # type: ignore[index]  # grown: the host knows its slots
-    about = cache.page_layout.token, None, *cache.frame, None, cache.originals
-    ops.append_(*cache.parts, x, position, start, *about)
+    ops.append_(cache.parts, cache.calibrated, x, position, start, cache.page_layout)
 
 
 def _check_writable(cache: QuantizedKV) -> None:
@@ -172,21 +170,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     ):
         if not _aligned(tensors):
             return NotImplemented
-        codes, params, exact = (
-            torch.cat([getattr(t, name) for t in tensors]) for name in ops.PARTS[:3]
-        )
-        cursor = first.cursor.clone()
-        shift = None if first.shift is None else torch.cat([t.shift for t in tensors])  # type: ignore[attr-defined]
-        originals = None
-        if first.originals is not None:
-            joined = torch.cat([t.originals for t in tensors])  # type: ignore[attr-defined]
-            originals = held_by_host(joined, first.device)
-        return QuantizedKV(
-            *(codes, params, exact, cursor, first.page_layout, first.kind, first.shape[2]),
-            tables=first.tables,
-            shift=shift,
-            originals=originals,
-        )
+        return _join_batches(tensors)  # type: ignore[arg-type]
     if _dim(first, dim) != 2 or first.kind != "grown":
         return NotImplemented
     new = torch.cat([_dense(t) for t in tensors[1:]], 2)
@@ -194,16 +178,27 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return NotImplemented  # torch says what does not fit
     if not isinstance(first.cursor, FakeTensor):
         first.claim(new.shape[2])
-    ops.append_(
-        *first.parts,
-        new.to(first.dtype),
-        None,
-        first.shape[2],
-        first.page_layout.token,
-        None,
-        *(*first.frame, None, first.originals),
-    )
+    about = new.to(first.dtype), None, first.shape[2], first.page_layout
+    ops.append_(first.parts, first.calibrated, *about)
     return first.extended(new.shape[2])
+
+
+def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
+    """Return a cache with the sequences of all; they agree in everything else (`_aligned`)."""
+    first = caches[0]
+    parts = [
+        torch.cat([getattr(cache, name) for cache in caches])
+        for name in part_names(first.page_layout)
+        if name != "cursor"
+    ]
+    parts.insert(PARTS.index("cursor"), first.cursor.clone())
+    if first.originals is not None:
+        parts[4] = held_by_host(parts[4], first.device)
+    calibrated = first.calibrated
+    if first.shift is not None:
+        calibrated[1] = torch.cat([cache.shift for cache in caches])  # type: ignore[misc]
+    about = first.page_layout, first.kind, first.shape[2]
+    return QuantizedKV(parts, calibrated, *about)
 
 
 def _aligned(caches: list[Any]) -> bool:
@@ -304,8 +299,6 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
         mine.copy_(theirs, non_blocking)
     if x.shift is not None:
         x.shift.copy_(source.shift, non_blocking)  # type: ignore[attr-defined]
-    if x.originals is not None:
-        x.originals.copy_(source.originals)  # type: ignore[attr-defined]
     if not isinstance(x.cursor, FakeTensor):
         x._lineage.held = source._lineage.held  # type: ignore[attr-defined]
     return x

@@ -1,7 +1,7 @@
 """`QuantizedKV`: a tensor that looks like ``[B, H, S, D]`` of the model's dtype and holds packed codes.
 
 To model code, cache classes and Dynamo it is the key or value tensor of a layer. Inside it are the
-parts of `PageLayout`. Operations that a cache performs act on the packed form:
+parts of `Layout`. Operations that a cache performs act on the packed form:
 
 - writes (``cat`` of new tokens, ``index_copy_``, slice and index assignment, ``zero_``) quantize;
 - operations along the batch (``index_select``, indexing, ``repeat_interleave``: beam search) gather parts;
@@ -26,7 +26,7 @@ host memory (`originals`) belong to the memory that views share, and move to no 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import Any, Literal
 
@@ -37,10 +37,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.read_only import read_only
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import (
+    CALIBRATED,
+    ORIGINALS,
+    PARTS,
+    Calibrated,
+    calibrated_names,
+    page_capacity,
+    part_names,
+)
 
 Kind = Literal["grown", "static"]
-INNER = (*ops.PARTS, *ops.FRAME, ops.ORIGINALS)
+INNER = (*PARTS, *CALIBRATED, ORIGINALS)
 GROWS_BY_CAT = (
     "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
 )
@@ -68,7 +78,7 @@ class QuantizedKV(Tensor):
     Build one with `QuantizedKV.from_dense`; ``QuantizedKV(...)`` wraps existing parts.
 
     Attributes:
-        codes, params, exact, cursor: The parts, as `PageLayout` describes them.
+        codes, params, exact, cursor: The parts, as `Layout` describes them.
         tables, shift: What packed tokens are coded relative to, where the layout has it, else ``None``.
             Caches of a layer share their tables.
         originals: Exact packed tokens in host memory, where the layout keeps them, else ``None``.
@@ -83,7 +93,7 @@ class QuantizedKV(Tensor):
     tables: Tensor | None
     shift: Tensor | None
     originals: Tensor | None
-    page_layout: PageLayout
+    page_layout: Layout
     kind: Kind
     _lineage: _Lineage
     _is_slice_copy = False  # stands for a view along the batch, which packed memory cannot give
@@ -91,26 +101,27 @@ class QuantizedKV(Tensor):
     @staticmethod
     def __new__(
         cls,
-        codes: Tensor,
-        params: Tensor,
-        exact: Tensor,
-        cursor: Tensor,
-        layout: PageLayout,
+        parts: Sequence[Tensor],
+        calibrated: Sequence[Tensor],
+        layout: Layout,
         kind: Kind,
         length: int,
         lineage: _Lineage | None = None,
-        tables: Tensor | None = None,
-        shift: Tensor | None = None,
-        originals: Tensor | None = None,
     ) -> QuantizedKV:
-        """Wrap parts as a tensor of ``length`` slots; ``lineage`` names the memory they share.
+        """Wrap the parts that `part_names` lists as a tensor of ``length`` slots.
+
+        ``calibrated`` is what `Calibrated` lists and the layout has; ``lineage`` names the memory that views share.
 
         Raises:
-            ValueError: Originals are missing, or there are some that the layout does not keep.
+            ValueError: There are more tensors, or fewer, than the layout says.
         """
-        if layout.keep_exact != (originals is not None):
-            given = None if originals is None else tuple(originals.shape)
-            raise ValueError(f"originals must be given as the layout says, {layout}, got {given}")
+        names = part_names(layout)
+        if len(parts) != len(names):
+            raise ValueError(
+                f"parts must be [{', '.join(names)}] for {layout}, got {len(parts)} tensors"
+            )
+        codes, params, exact, cursor = parts[:4]
+        originals = parts[4] if layout.keep_exact else None
         B, H, _, D = exact.shape
         shape = (B, H, length, D)
         self: QuantizedKV = Tensor._make_wrapper_subclass(
@@ -118,7 +129,8 @@ class QuantizedKV(Tensor):
         )
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
-        self.tables, self.shift, self.originals = tables, shift, originals
+        self.tables, self.shift = Calibrated.of(calibrated, layout)
+        self.originals = originals
         if not isinstance(cursor, FakeTensor):
             for part, page_axis in ((codes, 2), (params, 2), (originals, 2)):
                 if kind == "grown" and part is not None:
@@ -133,7 +145,7 @@ class QuantizedKV(Tensor):
     def from_dense(
         cls,
         x: Tensor,
-        layout: PageLayout,
+        layout: Layout,
         *,
         kind: Kind = "grown",
         length: int | None = None,
@@ -154,28 +166,24 @@ class QuantizedKV(Tensor):
         slots = x.shape[2] if kind == "static" else tokens
         if layout.rotary and shift is None:
             shift = x.new_zeros(x.shape[0], dtype=torch.int32)
-        codes, params, exact, cursor = ops.quantize(
-            x[:, :, :tokens], slots, kind == "grown", layout.token, tables, shift
-        )
-        originals = None
-        if layout.keep_exact:
-            originals = ops.originals(x[:, :, :tokens], slots, kind == "grown", layout.token)
-        parts = codes, params, exact, cursor
-        return cls(*parts, layout, kind, slots, tables=tables, shift=shift, originals=originals)
+        calibrated = [tensor for tensor in (tables, shift) if tensor is not None]
+        parts = ops.quantize(x[:, :, :tokens], slots, kind == "grown", layout, calibrated)
+        return cls(parts, calibrated, layout, kind, slots)
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four parts, in the order of `ops.PARTS`."""
-        return self.codes, self.params, self.exact, self.cursor
+    def parts(self) -> list[Tensor]:
+        """The parts in the order of `part_names`, as the ops take them."""
+        parts = [self.codes, self.params, self.exact, self.cursor]
+        return parts if self.originals is None else [*parts, self.originals]
 
     @property
-    def frame(self) -> tuple[Tensor | None, Tensor | None]:
-        """``tables, shift``, as the ops take them."""
-        return self.tables, self.shift
+    def calibrated(self) -> list[Tensor]:
+        """What packed tokens are coded relative to, as the ops take it."""
+        return [tensor for tensor in (self.tables, self.shift) if tensor is not None]
 
     def dequantize(self) -> Tensor:
         """Return the tokens as an ordinary tensor ``[B, H, S, D]``; empty slots are zero."""
-        return ops.dequantize(*self.parts, self.shape[2], self.page_layout.token, *self.frame)
+        return ops.dequantize(self.parts, self.calibrated, self.shape[2], self.page_layout)
 
     def held(self) -> int:
         """Return how many tokens the cache holds; waits for the device if the cache is static."""
@@ -183,7 +191,7 @@ class QuantizedKV(Tensor):
 
     def part_bytes(self) -> dict[str, int]:
         """Return the bytes of each part's storage."""
-        return {name: getattr(self, name).untyped_storage().nbytes() for name in ops.PARTS}
+        return {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}
 
     def claim(self, tokens: int) -> None:
         """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
@@ -193,8 +201,9 @@ class QuantizedKV(Tensor):
             if self.device.type == "cpu":  # kernels truncate as they append
                 from kvq_compile.kernels.reference import cache as reference
 
-                frame = ops.make_frame(*self.frame, self.page_layout)
-                reference.truncate_(*self.parts, self.shape[2], self.page_layout, frame)
+                parts = self.codes, self.params, self.exact, self.cursor
+                about = self.shape[2], self.page_layout, Calibrated(self.tables, self.shift)
+                reference.truncate_(*parts, *about)
             self._lineage.held = self.shape[2]
         if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
             if self._lineage.others(self):
@@ -203,13 +212,13 @@ class QuantizedKV(Tensor):
                 self._grow(tokens)
 
     def _grow(self, tokens: int) -> None:
-        capacity = ops.page_capacity(self.shape[2] + tokens, True, self.page_layout)
-        for name in ("codes", "params", ops.ORIGINALS):
+        capacity = page_capacity(self.shape[2] + tokens, True, self.page_layout)
+        for name in ("codes", "params", ORIGINALS):
             old = getattr(self, name)
             if old is None:
                 continue
             new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
-            if name == ops.ORIGINALS:
+            if name == ORIGINALS:
                 new = held_by_host(new, self.device)
             new[:, :, : old.shape[2]] = old
             torch._dynamo.maybe_mark_dynamic(new, 2)
@@ -217,7 +226,7 @@ class QuantizedKV(Tensor):
 
     def _fork(self, tokens: int) -> None:
         copy = self.clone_packed()
-        for name in (*ops.PARTS, ops.ORIGINALS):
+        for name in part_names(self.page_layout):
             setattr(self, name, getattr(copy, name))
         self._lineage = _Lineage(copy._lineage.held)
         self._lineage.add(self)
@@ -238,16 +247,13 @@ class QuantizedKV(Tensor):
         lineage = None
         if not isinstance(self.cursor, FakeTensor):
             lineage = _Lineage(self._lineage.held)
-        codes, params, exact, cursor = (change(part) for part in self.parts)
-        tables = self.tables if self.tables is None else self.tables.to(codes.device)
-        shift = self.shift if self.shift is None else change(self.shift)
-        originals = self.originals
-        if originals is not None:
-            originals = held_by_host(change(originals), codes.device)
-        return QuantizedKV(
-            *(codes, params, exact, cursor, self.page_layout, self.kind, self.shape[2]),
-            *(lineage, tables, shift, originals),
-        )
+        parts = [change(part) for part in self.parts]
+        if self.originals is not None:
+            parts[4] = held_by_host(parts[4], parts[0].device)
+        calibrated = [] if self.tables is None else [self.tables.to(parts[0].device)]
+        if self.shift is not None:
+            calibrated.append(change(self.shift))
+        return QuantizedKV(parts, calibrated, self.page_layout, self.kind, self.shape[2], lineage)
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
         return self._map(lambda part: part.clone() if part is self.cursor else change(part))
@@ -255,7 +261,7 @@ class QuantizedKV(Tensor):
     def _view(self, length: int) -> QuantizedKV:
         lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
         about = self.page_layout, self.kind, length, lineage
-        return QuantizedKV(*self.parts, *about, *self.frame, self.originals)
+        return QuantizedKV(self.parts, self.calibrated, *about)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -283,8 +289,8 @@ class QuantizedKV(Tensor):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Loaded views would not know of each other, so that each takes memory of its own.
         owner = self.clone_packed() if self._lineage.others(self) else self
-        about = self.page_layout.token, self.kind, int(self.shape[2])
-        return rebuild, (*owner.parts, *about, *owner.frame, owner.originals)
+        about = FORMAT, plain_layout(self.page_layout), self.kind, int(self.shape[2])
+        return rebuild, (*about, owner.parts, owner.calibrated)
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)
@@ -312,14 +318,9 @@ class QuantizedKV(Tensor):
         inner: dict[str, Tensor], meta: Any, outer_size: Any, outer_stride: Any
     ) -> QuantizedKV:
         layout, kind = meta
-        codes, params, exact, cursor = (inner[name] for name in ops.PARTS)
-        tables, shift, originals = (inner.get(name) for name in (*ops.FRAME, ops.ORIGINALS))
-        return QuantizedKV(
-            *(codes, params, exact, cursor, layout, kind, outer_size[2]),
-            tables=tables,
-            shift=shift,
-            originals=originals,
-        )
+        parts = [inner[name] for name in part_names(layout)]
+        calibrated = [inner[name] for name in calibrated_names(layout)]
+        return QuantizedKV(parts, calibrated, layout, kind, outer_size[2])
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -335,25 +336,15 @@ def on(index: Any, part: Tensor) -> Any:
     return index.to(part.device) if isinstance(index, Tensor) else index
 
 
-def rebuild(
-    codes: Tensor,
-    params: Tensor,
-    exact: Tensor,
-    cursor: Tensor,
-    layout: str,
-    kind: Kind,
-    length: int,
-    tables: Tensor | None = None,
-    shift: Tensor | None = None,
-    originals: Tensor | None = None,
+def wrap_loaded(
+    parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
 ) -> QuantizedKV:
-    """Wrap unpickled parts."""
-    lineage = _Lineage(int(cursor[0]))
-    page_layout = PageLayout.parse(layout)
-    return QuantizedKV(
-        *(codes, params, exact, cursor, page_layout, kind, length, lineage, tables, shift),
-        None if originals is None else held_by_host(originals, codes.device),
-    )
+    """Wrap the tensors of a file.
 
-
-torch.serialization.add_safe_globals([rebuild])
+    Raises:
+        ValueError: There are more tensors, or fewer, than the layout says.
+    """
+    lineage = _Lineage(int(parts[PARTS.index("cursor")][0]))
+    if layout.keep_exact:
+        parts[4] = held_by_host(parts[4], parts[0].device)
+    return QuantizedKV(parts, calibrated, layout, kind, length, lineage)

@@ -13,18 +13,15 @@ The lengths are read on the host, which is free on a CPU. On a GPU `attention` r
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.adaptive.originals import keep_, renew_
-from kvq_compile.kernels.adaptive.requantize import requantize_older_
 from kvq_compile.kernels.cpu import native as cpu_pages
 from kvq_compile.kernels.cpu.packed import PackedTensor, Parts
-from kvq_compile.kernels.layout import HIDES, PageLayout
+from kvq_compile.kernels.layout import HIDES, Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.reference.queries import remember_
 
 APPEND_TOKENS = 1024  # new tokens quantized at once
@@ -56,10 +53,9 @@ def append_(
     cursor: Tensor,
     x: Tensor,
     start: int,
-    layout: PageLayout,
-    frame: Frame | None = None,
+    layout: Layout,
+    frame: Calibrated = UNCALIBRATED,
     importance: Tensor | None = None,
-    originals: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
     """Append in steps, so that quantizing a long prompt needs little scratch.
@@ -72,19 +68,12 @@ def append_(
         remember_(exact, query, held, start, 1, layout)
         cursor[0] = start + 1
         return
-    # Once for the whole call: its own pages are all quantized under the attention of now.
-    if originals is not None:
-        renew_(codes, params, cursor, originals, start, x.shape[2], layout, importance)
-    requantize_older_(codes, params, cursor, start, x.shape[2], layout, importance)
-    layout = replace(layout, requantize=False)
     silent = 0 if query is None else x.shape[2] - query.shape[2]  # tokens before the first query
     for first in range(0, x.shape[2], APPEND_TOKENS):
         last = first + APPEND_TOKENS
         piece, asked = x[:, :, first:last], query
         if query is not None:
             asked = query[:, :, max(0, first - silent) : max(0, last - silent)]
-        if originals is not None:
-            keep_(originals, exact, cursor, piece, start + first, layout)
         reference.append_(
             codes, params, exact, cursor, piece, start + first, layout, frame, importance, asked
         )
@@ -149,10 +138,10 @@ def attend(
     mask: Tensor | None,
     start: int,
     scale: float,
-    key_layout: PageLayout,
-    value_layout: PageLayout,
-    key_frame: Frame | None = None,
-    value_frame: Frame | None = None,
+    key_layout: Layout,
+    value_layout: Layout,
+    key_frame: Calibrated = UNCALIBRATED,
+    value_frame: Calibrated = UNCALIBRATED,
 ) -> Tensor:
     """Attend to the tokens ``0 .. start - 1`` of a cache and to the new ones behind them.
 
@@ -270,9 +259,7 @@ def _check_lengths(
             raise ValueError(f"mask must hide the slots that hold no token, from {end} on")
 
 
-def _exact_tokens(
-    exact: Tensor, new: Tensor, slots: Tensor, start: int, layout: PageLayout
-) -> Tensor:
+def _exact_tokens(exact: Tensor, new: Tensor, slots: Tensor, start: int, layout: Layout) -> Tensor:
     """Return the tokens of ``slots``, ascending, from the exact rows and, from ``start`` on, from ``new``."""
     held = slots[slots < start]
     token = torch.where(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.schemes import Mixed
 from kvq_compile.kernels.tables import section
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -133,9 +134,9 @@ def _processor() -> str:
 
 
 @cache
-def _sizes(layout: PageLayout) -> tuple[int, ...]:
+def _sizes(layout: Layout) -> tuple[int, ...]:
     """Return the integers of `_Packed` from ``bits`` on."""
-    mixed = layout.mixed if layout.coder == "mixed" else None
+    mixed = layout.scheme if isinstance(layout.scheme, Mixed) else None
     return (
         *(sum(layout.planes), layout.packing == "trits", layout.params == "fp8"),
         *(layout.rows, layout.row_length, layout.units, layout.group_size),
@@ -148,7 +149,7 @@ def _sizes(layout: PageLayout) -> tuple[int, ...]:
 def _tables(packed: PackedTensor) -> tuple[int | None, ...]:
     """Return the pointers of `_Packed` to tables, those that unpacking needs, and the words between heads."""
     layout, frame = packed.layout, packed.frame
-    if frame is None:
+    if frame.tables is None:
         return None, None, None, None, None, 0
     words = frame.tables
     assert words.stride(1) == 1

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame, rotate
+from kvq_compile.kernels.reference.frame import rotate, turns
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -40,9 +41,10 @@ class Channels:
     scale: Tensor
 
     @staticmethod
-    def of(frame: Frame, layout: PageLayout) -> Channels:
+    def of(frame: Calibrated, layout: Layout) -> Channels:
         """Return the tables of a frame, made once while its tensor lives and stays as it is."""
         words = frame.tables
+        assert words is not None
         version = 0 if words.is_inference() else words._version
         known = _known_channels.get(words)
         if known is not None and known[0] == version:
@@ -63,14 +65,14 @@ class PackedTensor:
     """The keys or the values of a cache.
 
     Attributes:
-        parts: ``codes, params, exact, cursor``, as `PageLayout` describes them.
+        parts: ``codes, params, exact, cursor``, as `Layout` describes them.
         layout: Their layout.
         frame: What packed tokens are coded relative to, where the layout has tables.
     """
 
     parts: Parts
-    layout: PageLayout
-    frame: Frame | None = None
+    layout: Layout
+    frame: Calibrated = UNCALIBRATED
 
     @property
     def held(self) -> int:
@@ -88,7 +90,7 @@ class PackedTensor:
         Returns:
             The rows, contiguous, and what to add to their scores, ``[B, H, rows, 1]``, if anything.
         """
-        if self.frame is None:
+        if self.frame.tables is None:
             return rotate(rows, self.layout).contiguous(), None
         channels = Channels.of(self.frame, self.layout)
         rows = rows.gather(-1, channels.order.expand(rows.shape))
@@ -105,7 +107,7 @@ class PackedTensor:
             weight: Sum of the weights, ``[B, H, rows, 1]``.
         """
         total = rotate(total, self.layout)
-        if self.frame is None:
+        if self.frame.tables is None:
             return total
         channels = Channels.of(self.frame, self.layout)
         total = total * channels.scale + weight * channels.mean
@@ -121,10 +123,10 @@ class PackedTensor:
         """Turn rotary keys ``[B, H, n, D]`` of whole pages to their position; leave others as they are."""
         if not self.layout.rotary:
             return coded
-        assert self.frame is not None
+        assert self.frame.tables is not None
         channels = Channels.of(self.frame, self.layout)
         first = self.layout.sinks + pages.start * self.layout.page_size
-        turns = self.frame.turns(self.layout, first, pages.stop - pages.start)
-        cosine, sine = (x.flatten(2, 3) for x in turns)
+        angles = turns(self.frame, self.layout, first, pages.stop - pages.start)
+        cosine, sine = (x.flatten(2, 3) for x in angles)
         a, b = (coded * channels.scale + channels.mean).chunk(2, -1)
         return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)

@@ -30,9 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvq_compile.kernels.adaptive.requantize import requantize_older_
-from kvq_compile.kernels.layout import TRITS, PageLayout
-from kvq_compile.kernels.mixed_layout import UNIT_BITS
+from kvq_compile.kernels.layout import Layout, exact_row_index
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.fp16 import (
     FP16_MAX,
@@ -44,7 +43,6 @@ from kvq_compile.kernels.reference.fp16 import (
     round_up_fp16 as round_up_fp16,
 )
 from kvq_compile.kernels.reference.frame import (
-    Frame,
     centroids,
     e4m3_value,
     from_coded,
@@ -59,9 +57,10 @@ from kvq_compile.kernels.reference.frame import (
     rotate as rotate,
 )
 from kvq_compile.kernels.reference.queries import remember_
+from kvq_compile.kernels.schemes import TRITS, UNIT_BITS
 
 
-def to_groups(x: Tensor, layout: PageLayout) -> Tensor:
+def to_groups(x: Tensor, layout: Layout) -> Tensor:
     """View pages ``[..., N, D]`` so that the elements of a group lie along the last dimension.
 
     Returns ``[..., groups, members, group_size]`` in the order of the parameters.
@@ -71,7 +70,7 @@ def to_groups(x: Tensor, layout: PageLayout) -> Tensor:
     return x.unflatten(-2, (-1, layout.group_size)).transpose(-2, -1)
 
 
-def from_groups(grouped: Tensor, layout: PageLayout) -> Tensor:
+def from_groups(grouped: Tensor, layout: Layout) -> Tensor:
     """Undo `to_groups`."""
     if layout.grouping == "token":
         return grouped.transpose(-3, -2).flatten(-2)
@@ -79,7 +78,7 @@ def from_groups(grouped: Tensor, layout: PageLayout) -> Tensor:
 
 
 def quantize_pages(
-    x: Tensor, layout: PageLayout, frame: Frame | None = None, first: int = 0
+    x: Tensor, layout: Layout, frame: Calibrated = UNCALIBRATED, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole pages.
 
@@ -94,7 +93,7 @@ def quantize_pages(
     """
     x = to_coded(x.float(), layout, frame, first)
     if layout.coder == "codebook":
-        assert frame is not None
+        assert frame.tables is not None
         no_params = x.new_zeros(*x.shape[:-2], *layout.params_shape, 2, dtype=torch.float16)
         return nearest_centroid(x, frame.codebook(layout)), no_params
     x = to_groups(x, layout)
@@ -103,7 +102,7 @@ def quantize_pages(
     any_finite = finite.any(-1)
     lo = torch.where(any_finite, bounded.masked_fill(~finite, math.inf).amin(-1), 0.0)
     hi = torch.where(any_finite, bounded.masked_fill(~finite, -math.inf).amax(-1), 0.0)
-    if frame is not None:
+    if frame.tables is not None:
         margin = (hi - lo) * frame.margin(layout)
         lo, hi = lo + margin, hi - margin
     elif layout.clip < 1.0:
@@ -126,31 +125,31 @@ def quantize_pages(
 
 
 def dequantize_pages(
-    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None, first: int = 0
+    codes: Tensor, params: Tensor, layout: Layout, frame: Calibrated = UNCALIBRATED, first: int = 0
 ) -> Tensor:
     """Return the pages ``[..., N, D]`` (fp32) that codes and parameters of `quantize_pages` stand for."""
     return from_coded(coded_values(codes, params, layout, frame), layout, frame, first)
 
 
 def coded_values(
-    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None
+    codes: Tensor, params: Tensor, layout: Layout, frame: Calibrated = UNCALIBRATED
 ) -> Tensor:
     """Return the numbers ``[..., N, D]`` (fp32) that codes stand for, in the basis in which they were coded."""
     if layout.coder == "codebook":
-        assert frame is not None
+        assert frame.tables is not None
         return centroids(codes, frame.codebook(layout))
     scale, zero = param_values(params, layout).unbind(-1)
     grouped = to_groups(codes, layout).float() * scale[..., None] + zero[..., None]
     return from_groups(grouped, layout)
 
 
-def param_values(params: Tensor, layout: PageLayout) -> Tensor:
+def param_values(params: Tensor, layout: Layout) -> Tensor:
     """Return stored parameters as fp32."""
     return e4m3_value(params) if layout.params == "fp8" else params.float()
 
 
-def pack(codes: Tensor, layout: PageLayout) -> Tensor:
-    """Pack codes ``[..., N, D / couple]`` into units ``[..., rows, units]`` (int16), as `PageLayout` says."""
+def pack(codes: Tensor, layout: Layout) -> Tensor:
+    """Pack codes ``[..., N, D / couple]`` into units ``[..., rows, units]`` (int16), as `Layout` says."""
     rows = codes if layout.role == "key" else codes.transpose(-2, -1)
     if layout.packing == "trits":
         return _pack_trits(rows, layout)
@@ -164,7 +163,7 @@ def pack(codes: Tensor, layout: PageLayout) -> Tensor:
     return _to_int16(torch.cat(planes, -1))
 
 
-def unpack(units: Tensor, layout: PageLayout) -> Tensor:
+def unpack(units: Tensor, layout: Layout) -> Tensor:
     """Undo `pack`: units ``[..., rows, units]`` to codes ``[..., N, D / couple]`` (int32)."""
     if layout.packing == "trits":
         codes = _unpack_trits(units, layout)
@@ -183,7 +182,7 @@ def _to_int16(words: Tensor) -> Tensor:
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
 
 
-def _pack_trits(rows: Tensor, layout: PageLayout) -> Tensor:
+def _pack_trits(rows: Tensor, layout: Layout) -> Tensor:
     padding = (0, TRITS * layout.row_bytes - layout.row_length)
     digits = F.pad(rows, padding).unflatten(-1, (TRITS, -1))
     weights = 3 ** torch.arange(TRITS, device=rows.device, dtype=torch.int64)[:, None]
@@ -192,7 +191,7 @@ def _pack_trits(rows: Tensor, layout: PageLayout) -> Tensor:
     return _to_int16(low + (high << 8))
 
 
-def _unpack_trits(units: Tensor, layout: PageLayout) -> Tensor:
+def _unpack_trits(units: Tensor, layout: Layout) -> Tensor:
     words = units.int() & 0xFFFF
     packed = torch.stack([words & 0xFF, words >> 8], -1).flatten(-2)[..., None, : layout.row_bytes]
     weights = 3 ** torch.arange(TRITS, device=units.device, dtype=torch.int32)[:, None]
@@ -201,8 +200,8 @@ def _unpack_trits(units: Tensor, layout: PageLayout) -> Tensor:
 
 def quantize_packed(
     x: Tensor,
-    layout: PageLayout,
-    frame: Frame | None = None,
+    layout: Layout,
+    frame: Calibrated = UNCALIBRATED,
     first: int = 0,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -215,43 +214,35 @@ def quantize_packed(
         return mixed.quantize_pages(
             coded,
             importance if layout.attentive else None,
-            layout.mixed,
+            layout,
             page_bounds(layout, first, x.shape[-3], x.device),
         )
     codes, params = quantize_pages(x, layout, frame, first)
     return pack(codes, layout), params
 
 
-def page_bounds(layout: PageLayout, first: int, pages: int, device: torch.device) -> Tensor:
+def page_bounds(layout: Layout, first: int, pages: int, device: torch.device) -> Tensor:
     """Return the bounds ``[pages]`` on the weighted error of mixed pages from slot ``first`` on."""
     ends = (first + (page + 1) * layout.page_size for page in range(pages))
     return torch.tensor([layout.bound_at(end) for end in ends], dtype=torch.float32, device=device)
 
 
 def unpacked_values(
-    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None
+    codes: Tensor, params: Tensor, layout: Layout, frame: Calibrated = UNCALIBRATED
 ) -> Tensor:
     """Return packed pages as numbers ``[..., N, D]`` (fp32) in the basis in which they were coded."""
     if layout.coder == "mixed":
-        return mixed.dequantize_pages(codes, params, layout.mixed)
+        return mixed.dequantize_pages(codes, params, layout)
     return coded_values(unpack(codes, layout), params, layout, frame)
 
 
 def dequantize_packed(
-    codes: Tensor, params: Tensor, layout: PageLayout, frame: Frame | None = None, page: int = 0
+    codes: Tensor, params: Tensor, layout: Layout, frame: Calibrated = UNCALIBRATED, page: int = 0
 ) -> Tensor:
     """Return packed pages ``[B, H, P, ...]``, from number ``page`` on, as tokens ``[B, H, P * N, D]`` (fp32)."""
     first = layout.sinks + page * layout.page_size
     coded = unpacked_values(codes, params, layout, frame)
     return from_coded(coded, layout, frame, first).flatten(-3, -2)
-
-
-def exact_row_index(first: int, last: int, layout: PageLayout, device: torch.device) -> Tensor:
-    """Return the rows of ``exact`` that hold the tokens ``first .. last - 1``, ``[last - first]``."""
-    token = torch.arange(first, last, device=device, dtype=torch.int64)
-    return torch.where(
-        token < layout.sinks, token, layout.sinks + (token - layout.sinks) % layout.ring
-    )
 
 
 def read(
@@ -260,8 +251,8 @@ def read(
     exact: Tensor,
     cursor: Tensor,
     length: int,
-    layout: PageLayout,
-    frame: Frame | None = None,
+    layout: Layout,
+    frame: Calibrated = UNCALIBRATED,
 ) -> Tensor:
     """Return slots ``0 .. length - 1`` as ``[B, H, length, D]`` in the dtype of ``exact``.
 
@@ -286,8 +277,8 @@ def truncate_(
     exact: Tensor,
     cursor: Tensor,
     length: int,
-    layout: PageLayout,
-    frame: Frame | None = None,
+    layout: Layout,
+    frame: Calibrated = UNCALIBRATED,
 ) -> None:
     """Forget the tokens from ``length`` on, in place.
 
@@ -312,22 +303,21 @@ def append_(
     cursor: Tensor,
     x: Tensor,
     start: int,
-    layout: PageLayout,
-    frame: Frame | None = None,
+    layout: Layout,
+    frame: Calibrated = UNCALIBRATED,
     importance: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
     """Write new tokens at ``start`` and quantize the pages that they complete, in place.
 
     Args:
-        codes, params, exact, cursor: The cache, as `PageLayout` describes it.
+        codes, params, exact, cursor: The cache, as `Layout` describes it.
         x: New tokens, ``[B, H, T, D]``.
         start: Slot of the first new token; tokens held from there on are forgotten first.
         layout: The cache's layout.
         frame: What packed tokens are coded relative to, where the layout has tables.
         importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, which mixed layouts
-            distribute bits by; ``None``: all weigh the same. Where the layout requantizes, older pages that
-            the call keeps lose what they need no more, if it completes a page: see `requantize`.
+            distribute bits by; ``None``: all weigh the same.
         query: Queries of the last of the new tokens, for layouts that hold them: see `queries`.
 
     Raises:
@@ -342,7 +332,6 @@ def append_(
     if start < held:
         truncate_(codes, params, exact, cursor, start, layout, frame)
         old = int(cursor[1])
-    requantize_older_(codes, params, cursor, start, tokens, layout, importance)
     new = max(old, new)
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
     if new > old:
@@ -362,7 +351,7 @@ def append_(
 
 
 def leaving_pages(
-    exact: Tensor, x: Tensor, start: int, old: int, new: int, layout: PageLayout
+    exact: Tensor, x: Tensor, start: int, old: int, new: int, layout: Layout
 ) -> Tensor:
     """Return the tokens ``[B, H, new - old, N, D]`` of pages that new tokens ``x`` at ``start`` complete."""
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size

@@ -7,14 +7,13 @@ angle is an integer (`Tables`), sine and cosine are the polynomials below, and e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.layout import PageLayout
-from kvq_compile.kernels.tables import read_section
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
@@ -28,47 +27,18 @@ COSINE = (2.4801587e-5, -1.3888889e-3, 4.1666667e-2, -0.5)
 CENTROID_NUMBERS = 1 << 22  # distances held at once
 
 
-@dataclass(frozen=True)
-class Frame:
-    """The tables of a tensor and, for rotary keys, where its sequences begin.
+def turns(calibrated: Calibrated, layout: Layout, first: int, pages: int) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the tokens of ``pages`` pages from slot ``first`` on.
 
-    Attributes:
-        tables: ``[H, table_words]``, int32; see `Tables`.
-        shift: Position minus slot of each sequence, ``[B]``, int32; ``None`` unless keys are rotary.
+    Returns:
+        Two tensors ``[B, H, pages, N, D / 2]`` (fp32).
     """
-
-    tables: Tensor
-    shift: Tensor | None = None
-
-    def section(self, name: str, layout: PageLayout) -> Tensor:
-        """Return a section of the tables, ``[H, ...]``."""
-        return read_section(self.tables, name, layout.head_dim, layout.rotary)
-
-    def codebook(self, layout: PageLayout) -> Tensor:
-        """Return the codebook ``[H, D / couple, entries, couple]`` (fp32)."""
-        shape = (-1, layout.code_channels, layout.levels + 1, layout.couple)
-        return self.section("codebook", layout).view(shape).float()
-
-    def margin(self, layout: PageLayout) -> Tensor:
-        """Return the margins of the groups of pages, broadcasting to ``[B, H, P, groups, members]``."""
-        margin = self.section("margin", layout)
-        if layout.grouping == "token":
-            return margin[:, :: layout.group_size][None, :, None, :, None]
-        return margin[None, :, None, None, :]
-
-    def turns(self, layout: PageLayout, first: int, pages: int) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of the tokens of ``pages`` pages from slot ``first`` on.
-
-        Returns:
-            Two tensors ``[B, H, pages, N, D / 2]`` (fp32).
-        """
-        assert self.shift is not None
-        slots = torch.arange(
-            first, first + pages * layout.page_size, device=self.tables.device, dtype=torch.int64
-        )
-        position = slots.view(1, 1, pages, layout.page_size, 1) + self.shift.view(-1, 1, 1, 1, 1)
-        frequency = self.section("frequency", layout)[None, :, None, None, :]
-        return cosine_and_sine(position * frequency.long())
+    assert calibrated.tables is not None and calibrated.shift is not None
+    last = first + pages * layout.page_size
+    slots = torch.arange(first, last, dtype=torch.int64, device=calibrated.tables.device)
+    position = slots.view(1, 1, pages, layout.page_size, 1) + calibrated.shift.view(-1, 1, 1, 1, 1)
+    frequency = calibrated.section("frequency", layout)[None, :, None, None, :]
+    return cosine_and_sine(position * frequency.long())
 
 
 @lru_cache(maxsize=32)
@@ -85,7 +55,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
 
 
-def rotate(x: Tensor, layout: PageLayout) -> Tensor:
+def rotate(x: Tensor, layout: Layout) -> Tensor:
     """Apply the layout's transform, which is its own inverse, to the last dimension of ``x`` (fp32)."""
     return x @ hadamard(layout.head_dim, x.device) if layout.transform == "hadamard" else x
 
@@ -104,27 +74,27 @@ def cosine_and_sine(phase: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(half ^ odd, -cosine, cosine), torch.where(half, -sine, sine)
 
 
-def to_coded(x: Tensor, layout: PageLayout, frame: Frame | None, first: int) -> Tensor:
+def to_coded(x: Tensor, layout: Layout, frame: Calibrated, first: int) -> Tensor:
     """Return pages ``[B, H, P, N, D]`` (fp32) of tokens from slot ``first`` on, as they are coded."""
-    if frame is None:
+    if frame.tables is None:
         return rotate(x, layout)
     x = _gather(x, frame.section("order", layout))
     if layout.rotary:
-        cosine, sine = frame.turns(layout, first, x.shape[-3])
+        cosine, sine = turns(frame, layout, first, x.shape[-3])
         a, b = x.chunk(2, -1)
         x = torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)
     y = (x - _spread(frame.section("mean", layout))) * _spread(frame.section("inverse", layout))
     return rotate(y, layout)
 
 
-def from_coded(y: Tensor, layout: PageLayout, frame: Frame | None, first: int) -> Tensor:
+def from_coded(y: Tensor, layout: Layout, frame: Calibrated, first: int) -> Tensor:
     """Undo `to_coded`."""
     y = rotate(y, layout)
-    if frame is None:
+    if frame.tables is None:
         return y
     x = y * _spread(frame.section("scale", layout)) + _spread(frame.section("mean", layout))
     if layout.rotary:
-        cosine, sine = frame.turns(layout, first, x.shape[-3])
+        cosine, sine = turns(frame, layout, first, x.shape[-3])
         a, b = x.chunk(2, -1)
         x = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
     return _gather(x, frame.section("order", layout).argsort(-1))

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after
 from kvq_compile.kernels.cpu.packed import PackedTensor, Parts
-from kvq_compile.kernels.layout import PageLayout
-from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.layout import Layout, exact_row_index
+from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.reference.frame import Frame
 from kvq_compile.kernels.reference.queries import recall
 
 PAGES = 64  # packed pages read at once
@@ -34,8 +33,8 @@ def recent_importance(
     scale: float,
     causal: bool,
     queries: int,
-    layout: PageLayout,
-    frame: Frame | None,
+    layout: Layout,
+    frame: Calibrated,
     unpack: Callable[[PackedTensor, slice], Tensor] = PackedTensor.unpack,
 ) -> Tensor:
     """Return the largest weight that the last queries paid to each slot.
@@ -126,5 +125,5 @@ def _cached_scores(
         scores = coded @ unpack(keys, block)[:, :, :left].mT
         pieces.append(scores if constant is None else scores + constant)
     recent = layout.sinks + keys.pages * layout.page_size
-    places = reference.exact_row_index(recent, max(recent, start), layout, exact.device)
+    places = exact_row_index(recent, max(recent, start), layout, exact.device)
     return [*pieces, rows @ exact[:, :, places].float().mT]

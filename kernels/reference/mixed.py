@@ -40,23 +40,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.mixed_layout import (
-    HEADER,
-    MAX_BITS,
-    OUTLIER_FIELDS,
-    UNIT_BITS,
-)
-from kvq_compile.kernels.mixed_layout import (
-    MixedLayout as MixedLayout,
-)
-from kvq_compile.kernels.mixed_layout import (
-    key_bound as key_bound,
-)
-from kvq_compile.kernels.mixed_layout import (
-    value_bound as value_bound,
-)
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference.fp16 import FP16_MAX, round_up_fp16
 from kvq_compile.kernels.reference.frame import e4m3_value, round_e4m3
+from kvq_compile.kernels.schemes import HEADER, MAX_BITS, OUTLIER_FIELDS, UNIT_BITS
 
 FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
 Level = Literal["head", "layer", "token"]
@@ -71,7 +58,7 @@ SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] that s
 
 
 def allocate(
-    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float | Tensor = 0.0
+    span: Tensor, importance: Tensor | None, layout: Layout, bound: float | Tensor = 0.0
 ) -> Tensor:
     """Return the bits of each token, so that ``span * importance / 2 ** bits`` is at most one bound.
 
@@ -93,27 +80,26 @@ def allocate(
     Source: QAQ, section 4.1, ``B = ceil(log2(range / (2 sqrt(3) sigma)))``.
     """
     need = _needs(span, importance, layout)
-    free = layout.code_rows - layout.min_bits * layout.page_size
+    free = layout.code_rows - layout.mixed.min_bits * layout.page_size
     ordered = need.flatten(-2).sort(-1, descending=True).values
     least = ordered[..., free] if free < ordered.shape[-1] else torch.zeros_like(ordered[..., 0])
     least = torch.maximum(least, torch.as_tensor(bound, dtype=torch.float32, device=span.device))
-    return (layout.min_bits + (need > least[..., None, None]).sum(-1)).int()
+    return (layout.mixed.min_bits + (need > least[..., None, None]).sum(-1)).int()
 
 
-def needed_bits(
-    span: Tensor, importance: Tensor | None, layout: MixedLayout, bound: float
-) -> Tensor:
+def needed_bits(span: Tensor, importance: Tensor | None, layout: Layout, bound: float) -> Tensor:
     """Return the bits that meet a bound, of `allocate` with a budget that is never short."""
-    return (layout.min_bits + (_needs(span, importance, layout) > bound).sum(-1)).int()
+    return (layout.mixed.min_bits + (_needs(span, importance, layout) > bound).sum(-1)).int()
 
 
-def _needs(span: Tensor, importance: Tensor | None, layout: MixedLayout) -> Tensor:
+def _needs(span: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
     """Return what must exceed the bound for a token to get one bit more, ``[..., N, max_bits - min_bits]``."""
     weighted = span
     if importance is not None:
         importance = torch.nan_to_num(importance.float(), nan=0.0)
-        weighted = span * (soften(importance) if layout.soften else importance)
-    step = torch.arange(layout.min_bits, layout.max_bits, device=span.device, dtype=torch.int64)
+        weighted = span * (soften(importance) if layout.mixed.soften else importance)
+    steps = layout.mixed.min_bits, layout.mixed.max_bits
+    step = torch.arange(*steps, dtype=torch.int64, device=span.device)
     return weighted[..., None] * torch.exp2(-step.float())
 
 
@@ -168,7 +154,7 @@ def importance_of(scores: Tensor, mask: Tensor | None, kv_heads: int) -> Tensor:
 def quantize_pages(
     x: Tensor,
     importance: Tensor | None,
-    layout: MixedLayout,
+    layout: Layout,
     bound: float | Tensor = 0.0,
     level: Level = "head",
 ) -> tuple[Tensor, Tensor]:
@@ -221,26 +207,26 @@ def quantize_pages(
     offset = x - centre[..., None]
     codes = ((offset / width + 0.5) * 2.0**MAX_BITS).floor()
     codes = (codes.clamp(0, 2**MAX_BITS - 1) * (reach > 0)).int()
-    if layout.fit:
+    if layout.mixed.fit:
         stored_reach = fit_reach(offset * kept, codes, bits, stored_reach, layout)
     exact = x.gather(-1, channels).half()
     pieces = [as_bytes(stored_centre), as_bytes(stored_reach), rank(bits)[..., None]]
-    for i in range(layout.outliers):
+    for i in range(layout.mixed.outliers):
         pieces += [channels[..., i : i + 1], as_bytes(exact[..., i])]
     records = torch.cat([piece.to(torch.uint8) for piece in pieces], -1).mT[..., None].contiguous()
     return pack(codes, bits, layout), records
 
 
-def dequantize_pages(codes: Tensor, records: Tensor, layout: MixedLayout) -> Tensor:
+def dequantize_pages(codes: Tensor, records: Tensor, layout: Layout) -> Tensor:
     """Return the numbers ``[..., N, D]`` (fp32) of `quantize_pages`, tokens at their slots."""
     levels, bits = unpack(codes, records, layout)
-    size = layout.param_bytes
+    size = layout.mixed.param_bytes
     fields = records[..., 0].mT  # [..., N, fields]
     centre = stored_value(from_bytes(fields[..., :size]))[..., None]
     reach = stored_value(from_bytes(fields[..., size : 2 * size]))[..., None]
     x = place(levels, bits) * reach + centre
-    for i in range(layout.outliers):
-        first = layout.rank_field + 1 + OUTLIER_FIELDS * i
+    for i in range(layout.mixed.outliers):
+        first = layout.mixed.rank_field + 1 + OUTLIER_FIELDS * i
         value = from_bytes(fields[..., first + 1 : first + OUTLIER_FIELDS]).float()
         x = x.scatter(-1, fields[..., first : first + 1].long(), value[..., None])
     return x
@@ -257,7 +243,7 @@ def place(levels: Tensor, bits: Tensor) -> Tensor:
 
 
 def fit_reach(
-    offset: Tensor, codes: Tensor, bits: Tensor, stored_reach: Tensor, layout: MixedLayout
+    offset: Tensor, codes: Tensor, bits: Tensor, stored_reach: Tensor, layout: Layout
 ) -> Tensor:
     """Return the reach, stored, with which the product of a token and what is read is that with itself.
 
@@ -292,7 +278,7 @@ def sum_pairs(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def requantize_down_(codes: Tensor, records: Tensor, bits: Tensor, layout: MixedLayout) -> None:
+def requantize_down_(codes: Tensor, records: Tensor, bits: Tensor, layout: Layout) -> None:
     """Take planes from tokens that have more than ``bits`` ``[..., N]``, in place.
 
     The rows move up and those left over become zero. Centre and reach stay as they are, so that codes are
@@ -300,18 +286,18 @@ def requantize_down_(codes: Tensor, records: Tensor, bits: Tensor, layout: Mixed
     """
     levels, held = unpack(codes, records, layout)
     bits = torch.minimum(held, bits.int())
-    records[..., layout.rank_field, :, 0] = rank(bits).to(torch.uint8)
+    records[..., layout.mixed.rank_field, :, 0] = rank(bits).to(torch.uint8)
     codes.copy_(pack(levels, bits, layout))
 
 
-def find_outliers(x: Tensor, finite: Tensor, layout: MixedLayout) -> tuple[Tensor, Tensor]:
+def find_outliers(x: Tensor, finite: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Return the channels of the outliers, ``[..., outliers]``, and which numbers are neither, ``[..., D]``.
 
     The largest, the smallest, the second largest and so on, the first channel among equals. Where too few
     numbers are finite others stand in.
     """
     kept, taken, channels = finite.clone(), torch.zeros_like(finite), []
-    for i in range(layout.outliers):
+    for i in range(layout.mixed.outliers):
         sign = -1.0 if i % 2 else 1.0
         rest = (x * sign).masked_fill(~kept, -2 * FP16_MAX).masked_fill(taken, -math.inf)
         channel = (rest == rest.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
@@ -337,13 +323,13 @@ def first_rows(bits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, tokens.cumsum(-1) - tokens
 
 
-def pack(levels: Tensor, bits: Tensor, layout: MixedLayout) -> Tensor:
+def pack(levels: Tensor, bits: Tensor, layout: Layout) -> Tensor:
     """Pack 8-bit codes ``[..., N, D]`` of which the upper ``bits`` ``[..., N]`` are kept: ``[..., 1, units]``."""
     tokens, first = first_rows(bits)
     place = torch.arange(UNIT_BITS, device=bits.device, dtype=torch.int32)
     rows = levels.new_zeros(*bits.shape[:-1], layout.code_rows + 1, layout.row_units)
     order = rank(bits)
-    for plane in range(layout.max_bits):
+    for plane in range(layout.mixed.max_bits):
         fields = (levels >> (MAX_BITS - 1 - plane)) & 1
         words = (fields.unflatten(-1, (-1, UNIT_BITS)) << place).sum(-1, dtype=torch.int32)
         row = torch.where(bits > plane, first[..., plane, None] + order, layout.code_rows)
@@ -352,16 +338,16 @@ def pack(levels: Tensor, bits: Tensor, layout: MixedLayout) -> Tensor:
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)[..., None, :]
 
 
-def unpack(codes: Tensor, records: Tensor, layout: MixedLayout) -> tuple[Tensor, Tensor]:
+def unpack(codes: Tensor, records: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Undo `pack`: return codes ``[..., N, D]`` with zeros for the bits not kept, and bits ``[..., N]``, int32."""
     words = codes[..., 0, :].int() & 0xFFFF
     tokens, rows = words[..., :HEADER], words[..., HEADER:].unflatten(-1, (-1, layout.row_units))
     first = tokens.cumsum(-1) - tokens
-    order = records[..., layout.rank_field, :, 0].int()
+    order = records[..., layout.mixed.rank_field, :, 0].int()
     bits = held_bits(codes, records, layout)
     place = torch.arange(UNIT_BITS, device=codes.device, dtype=torch.int32)
     levels = torch.zeros((), dtype=torch.int32, device=codes.device)
-    for plane in range(layout.max_bits):
+    for plane in range(layout.mixed.max_bits):
         has = bits > plane
         row = torch.where(has, first[..., plane, None] + order, 0)[..., None].long()
         held = rows.gather(-2, row.expand(*row.shape[:-1], layout.row_units))
@@ -370,19 +356,19 @@ def unpack(codes: Tensor, records: Tensor, layout: MixedLayout) -> tuple[Tensor,
     return levels, bits
 
 
-def held_bits(codes: Tensor, records: Tensor, layout: MixedLayout) -> Tensor:
+def held_bits(codes: Tensor, records: Tensor, layout: Layout) -> Tensor:
     """Return the bits of each token of packed pages, ``[..., N]``, int32."""
     tokens = codes[..., 0, :HEADER].int() & 0xFFFF
-    order = records[..., layout.rank_field, :, 0].int()
+    order = records[..., layout.mixed.rank_field, :, 0].int()
     return (tokens[..., None, :] > order[..., None]).sum(-1).int()
 
 
 # Stored numbers
 
 
-def store(x: Tensor, layout: MixedLayout, up: bool = False) -> Tensor:
+def store(x: Tensor, layout: Layout, up: bool = False) -> Tensor:
     """Round fp32 numbers to the layout's format: e4m3 as uint8, or fp16, there not downwards if ``up``."""
-    if layout.params == "fp8":
+    if layout.mixed.params == "fp8":
         return round_e4m3(x)
     return round_up_fp16(x) if up else x.half()
 
@@ -392,9 +378,9 @@ def stored_value(stored: Tensor) -> Tensor:
     return e4m3_value(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
-def stored_span(records: Tensor, layout: MixedLayout) -> Tensor:
+def stored_span(records: Tensor, layout: Layout) -> Tensor:
     """Return twice the reach of each token of packed pages, ``[..., N]`` (fp32)."""
-    size = layout.param_bytes
+    size = layout.mixed.param_bytes
     return 2.0 * stored_value(from_bytes(records[..., size : 2 * size, :, 0].mT))
 
 

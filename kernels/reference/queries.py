@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 
 
 def remember_(
-    exact: Tensor, query: Tensor | None, held: int, start: int, tokens: int, layout: PageLayout
+    exact: Tensor, query: Tensor | None, held: int, start: int, tokens: int, layout: Layout
 ) -> None:
     """Write the queries of the last new tokens to their rows, and zeros for what is known no more, in place.
 
@@ -46,9 +46,7 @@ def remember_(
             rows[:, :, slot % layout.queries] = 0.0
 
 
-def recall(
-    exact: Tensor, held: int, first: int, last: int, layout: PageLayout
-) -> tuple[Tensor, int]:
+def recall(exact: Tensor, held: int, first: int, last: int, layout: Layout) -> tuple[Tensor, int]:
     """Return the queries of the slots before ``last`` and from ``first`` on, as far back as they are held.
 
     Args:
@@ -65,6 +63,6 @@ def recall(
     return _ring(exact, layout)[:, :, slots], first
 
 
-def _ring(exact: Tensor, layout: PageLayout) -> Tensor:
+def _ring(exact: Tensor, layout: Layout) -> Tensor:
     """View the rows of queries as ``[B, H, n, G, D]``."""
     return exact[:, :, layout.token_rows :].unflatten(2, (layout.queries, layout.shared_by))

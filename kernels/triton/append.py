@@ -33,8 +33,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.layout import PageLayout
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.triton.encode import (
     DIGITS,
     Constants,
@@ -376,15 +376,15 @@ def append_kernel(
                 tl.store(cursor, start + tokens)
 
 
-def _frame_arguments(frame: Frame | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if frame is None:
+def _frame_arguments(frame: Calibrated, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if frame.tables is None:
         return unused, unused, unused
     tables = frame.tables.contiguous()
     shift = unused if frame.shift is None else frame.shift.contiguous()
     return tables, tables.view(torch.float16), shift
 
 
-def _params_word(layout: PageLayout) -> torch.dtype:
+def _params_word(layout: Layout) -> torch.dtype:
     if layout.coder == "mixed":
         return torch.uint8
     return torch.uint16 if layout.params == "fp8" else torch.int32
@@ -398,8 +398,8 @@ def append_(
     x: Tensor,
     position: Tensor | None,
     start: int | None,
-    layout: PageLayout,
-    frame: Frame | None = None,
+    layout: Layout,
+    frame: Calibrated = UNCALIBRATED,
     importance: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
@@ -407,7 +407,7 @@ def append_(
     in place.
 
     Args:
-        codes, params, exact, cursor: The cache, as `PageLayout` describes it, contiguous.
+        codes, params, exact, cursor: The cache, as `Layout` describes it, contiguous.
         x: New tokens, ``[B, H, T, D]``.
         position: Their slots on the device, one behind the other; or ``None``.
         start: The first slot; or ``None``.
@@ -457,7 +457,7 @@ def append_(
         codes.view(torch.uint8 if layout.packing == "trits" else torch.uint16),
         params.view(_params_word(layout)), exact, cursor, x, query, scratch, importance,
         *_frame_arguments(frame, cursor), *where, known, H, slots, weights_b, weights_h,
-        0 if frame is None else frame.tables.shape[1], *x.stride()[:3], *query.stride()[:3],
+        0 if frame.tables is None else frame.tables.shape[1], *x.stride()[:3], *query.stride()[:3],
         HAS_POSITION=position is not None, LAYOUT=constants, ROWS=rows, TILE=TILE,
         WHOLE=whole, enable_fp_fusion=False,
     )  # fmt: skip

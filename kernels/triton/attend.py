@@ -34,8 +34,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.layout import PageLayout
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.triton.attend_ends import join, prepare
 from kvq_compile.kernels.triton.attend_exact import attend_exact
 from kvq_compile.kernels.triton.attend_mixed import attend_mixed_pages
@@ -247,7 +247,7 @@ def operand_constants(dtype: torch.dtype, platform: Platform, large: bool) -> di
 
 
 def launch_constants(
-    key_layout: PageLayout, value_layout: PageLayout, shared: int, tokens: int,
+    key_layout: Layout, value_layout: Layout, shared: int, tokens: int,
     dtype: torch.dtype, platform: Platform,
 ) -> tuple[dict[str, object], dict[str, int]]:  # fmt: skip
     """Return constants of `attend_kernel` that layouts and shape fix, and its launch options."""
@@ -338,10 +338,10 @@ def attend(
     position: Tensor | None,
     start: int | None,
     scale: float,
-    key_layout: PageLayout,
-    value_layout: PageLayout,
-    key_frame: Frame | None = None,
-    value_frame: Frame | None = None,
+    key_layout: Layout,
+    value_layout: Layout,
+    key_frame: Calibrated = UNCALIBRATED,
+    value_frame: Calibrated = UNCALIBRATED,
 ) -> Tensor:
     """Attend to the tokens before ``start`` or ``position[0]`` of a cache and to the new ones
     behind them.
@@ -385,12 +385,12 @@ def attend(
     packed_query, query_bias, turns = prepare(query, Hkv, key_frame, coding[0], single)
     partial = query.new_empty(B * Hq * T, splits, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, splits, dtype=torch.float32)
-    key_tables, value_tables = (None if f is None else f.tables for f in (key_frame, value_frame))
+    key_tables, value_tables = (frame.tables for frame in (key_frame, value_frame))
     key_words, value_words = (0 if t is None else t.shape[1] for t in (key_tables, value_tables))
     attend_kernel[(B * Hkv, tiles, splits)](
         query, packed_query, query_bias, key, value, key_parts[0].view(torch.uint16),
         _pairs(key_parts[1]), *key_parts[2:], key_tables, _halves(key_tables), turns,
-        None if key_frame is None else key_frame.shift, value_parts[0].view(torch.uint16),
+        key_frame.shift, value_parts[0].view(torch.uint16),
         _pairs(value_parts[1]), *value_parts[2:], _halves(value_tables), mask, position, partial,
         lse, scale * LOG2_E, start or 0, Hkv, T, new, capacity, exact,
         0 if mask is None else mask.shape[-1], key_words, value_words, *query.stride()[:3],

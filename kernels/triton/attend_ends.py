@@ -10,7 +10,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.triton.dequantize import Coding
 from kvq_compile.kernels.triton.primitives import HIDDEN, cosine_and_sine, hadamard
 
@@ -75,7 +75,7 @@ def prepare_kernel(
 
 
 def prepare(
-    query: Tensor, kv_heads: int, frame: Frame | None, coding: Coding, single: bool
+    query: Tensor, kv_heads: int, frame: Calibrated, coding: Coding, single: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the query as it meets packed keys, the means' share of its scores, and angles of keys.
 
@@ -90,7 +90,7 @@ def prepare(
         return query, None, None
     B, Hq, T, D = query.shape
     rows, tables, words, bias, turns, programs = B * Hq * T, None, 0, None, None, 0
-    if frame is not None:
+    if frame.tables is not None:
         tables, words = frame.tables, frame.tables.shape[1]
         bias = query.new_empty(rows, dtype=torch.float32)
     if coding.rotary:
@@ -149,7 +149,7 @@ def join_kernel(
 
 
 def join(
-    partial: Tensor, lse: Tensor, query: Tensor, frame: Frame | None, coding: Coding, exact: int,
+    partial: Tensor, lse: Tensor, query: Tensor, frame: Calibrated, coding: Coding, exact: int,
     kv_heads: int,
 ) -> Tensor:  # fmt: skip
     """Return ``[B, Hq, T, Dv]`` in the dtype of ``query``.
@@ -166,7 +166,7 @@ def join(
     B, Hq, T, _D = query.shape
     splits = partial.shape[1]
     tables, words = None, 0
-    if frame is not None:
+    if frame.tables is not None:
         tables, words = frame.tables, frame.tables.shape[1]
     out = query.new_empty(B, Hq, T, partial.shape[2])
     join_kernel[(B * Hq * T,)](

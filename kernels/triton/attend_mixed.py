@@ -21,9 +21,9 @@ two bits, those of even and those of odd fields apart, then pairs of these to fi
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.mixed_layout import HEADER as HEADER_UNITS
-from kvq_compile.kernels.mixed_layout import MAX_BITS
-from kvq_compile.kernels.mixed_layout import OUTLIER_FIELDS as FIELDS
+from kvq_compile.kernels.schemes import HEADER as HEADER_UNITS
+from kvq_compile.kernels.schemes import MAX_BITS
+from kvq_compile.kernels.schemes import OUTLIER_FIELDS as FIELDS
 from kvq_compile.kernels.triton.primitives import HIDDEN, join_8, load_mask, softmax_update
 
 HEADER = tl.constexpr(HEADER_UNITS)

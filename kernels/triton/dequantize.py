@@ -1,6 +1,6 @@
 """From packed pages to tiles of numbers in the basis in which they were coded: Triton, for attention.
 
-`Coding` is what a kernel knows of a `PageLayout` while it is compiled. Uniform codes packed in fields
+`Coding` is what a kernel knows of a `Layout` while it is compiled. Uniform codes packed in fields
 come out of registers (`primitives`), codes of a codebook one vector load each; anything else, such as
 trits, or centroids of three channels, takes a load for each element, which is slow and always right.
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.tables import section
 from kvq_compile.kernels.triton.primitives import (
     load_rows,
@@ -79,7 +79,7 @@ class Coding:
     outliers: int = 0
 
     @staticmethod
-    def of(layout: PageLayout) -> "Coding":
+    def of(layout: Layout) -> "Coding":
         """Return the coding of a layout."""
         dim, trits, codebook, mixed = (
             layout.head_dim,
@@ -87,7 +87,7 @@ class Coding:
             layout.coder == "codebook",
             layout.coder == "mixed",
         )
-        bits = layout.max_bits if mixed else sum(layout.planes)
+        bits = layout.mixed.max_bits if mixed else sum(layout.planes)
         fields = not (trits or codebook or mixed)
         per_unit = 16 // (2 if bits == 3 else bits) if fields else 1
         if mixed:
@@ -124,7 +124,7 @@ class Coding:
             book=2 * section("codebook", dim, layout.rotary)[0],
             mixed=mixed,
             rank_field=layout.mixed.rank_field if mixed else 0,
-            outliers=layout.outliers,
+            outliers=layout.mixed.outliers if mixed else 0,
         )
 
 

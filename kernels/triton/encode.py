@@ -9,13 +9,13 @@ tables of a head come as a pointer to its words.
 """
 
 import math
-from dataclasses import fields
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.layout import TRITS, PageLayout
-from kvq_compile.kernels.mixed_layout import UNIT_BITS
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.schemes import TRITS, UNIT_BITS
 from kvq_compile.kernels.tables import CHANNEL_SECTIONS, NO_TABLES, section
 from kvq_compile.kernels.triton.primitives import join_params, split_params
 
@@ -26,12 +26,16 @@ E4M3_STEPS = tl.constexpr(2.0**9)  # of subnormal numbers in one
 QUARTER = tl.constexpr(1 << 30)  # of a turn
 DIGITS = tl.constexpr(TRITS)
 RADIANS = tl.constexpr(2.0 * math.pi / 2.0**32)
+MIXED_ONLY = frozenset((
+    *("mixed", "code_rows", "min_bits", "max_bits", "outliers", "fit", "soften"),
+    *("param_bytes", "rank_field"),
+))  # fmt: skip
 
 
 # --- layouts --------------------------------------------------------------------------------------
 
 
-class Constants(PageLayout):
+class Constants(Layout):
     """A layout as a constant of a kernel, with what only kernels ask it for.
 
     Triton's cache on disk knows a constant by its text, which therefore holds derived sizes too. What
@@ -40,19 +44,21 @@ class Constants(PageLayout):
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def of(layout: PageLayout) -> "Constants":
+    def of(layout: Layout) -> "Constants":
         """Return what kernels for ``layout`` are compiled for: the same whatever is in its tables."""
-        values = {f.name: getattr(layout, f.name) for f in fields(PageLayout)}
-        return Constants(**values | {"tables": "tables" if layout.has_tables else NO_TABLES})
+        scheme = replace(layout.scheme, tables="tables" if layout.has_tables else NO_TABLES)
+        values = layout.role, layout.head_dim, layout.regions, scheme, layout.queries
+        return Constants(*values, layout.shared_by)
 
     def __repr__(self) -> str:
         derived = [
             name
-            for c in (Constants, PageLayout)
+            for c in (Constants, Layout)
             for name, x in vars(c).items()
-            if isinstance(x, property) and (name != "mixed" or self.coder == "mixed")
+            if isinstance(x, (property, cached_property)) and not name.startswith("_")
+            if self.coder == "mixed" or name not in MIXED_ONLY
         ]
-        return f"{[(name, getattr(self, name)) for name in derived]}"
+        return f"{super().__repr__()} {[(name, getattr(self, name)) for name in derived]}"
 
     @property
     def in_coded_form(self) -> bool:
@@ -80,24 +86,39 @@ class Constants(PageLayout):
         return groups * members
 
     @property
-    def code_rows(self) -> int:
-        """Rows of all planes of a page of mixed bits."""
-        return self.mixed.code_rows if self.coder == "mixed" else 0
+    def min_bits(self) -> int:
+        """Least bits of a token of a mixed page."""
+        return self.mixed.min_bits
 
     @property
-    def row_units(self) -> int:
-        """Units of such a row."""
-        return self.mixed.row_units if self.coder == "mixed" else 0
+    def max_bits(self) -> int:
+        """Most bits of a token of a mixed page."""
+        return self.mixed.max_bits
+
+    @property
+    def outliers(self) -> int:
+        """Elements of a token of a mixed page that are kept exactly."""
+        return self.mixed.outliers
+
+    @property
+    def fit(self) -> bool:
+        """Whether the reach of a token is fitted."""
+        return self.mixed.fit
+
+    @property
+    def soften(self) -> bool:
+        """Whether importance counts softened."""
+        return self.mixed.soften
 
     @property
     def param_bytes(self) -> int:
         """Bytes of a centre or a reach."""
-        return 1 if self.params == "fp8" else 2
+        return self.mixed.param_bytes
 
     @property
     def rank_field(self) -> int:
         """Field of the rank."""
-        return 2 * self.param_bytes
+        return self.mixed.rank_field
 
     @property
     def plane_units(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.triton import attend as attention
 from kvq_compile.kernels.triton.attend_exact import exact_place, load_keys
 from kvq_compile.kernels.triton.attend_mixed import load_page, load_planes, page_scores
@@ -218,7 +218,7 @@ def recent_importance(
     scale: float,
     causal: bool,
     queries: int,
-    layout: PageLayout,
+    layout: Layout,
 ) -> Tensor:
     """Return the largest weight that the last queries paid to each slot.
 

@@ -1,6 +1,6 @@
 """Triton helpers that more than one kernel uses: packed rows, group parameters, rotation, softmax.
 
-A packed row is planar (`PageLayout`): field ``f`` of unit ``u`` holds code ``f * units + u``. The
+A packed row is planar (`Layout`): field ``f`` of unit ``u`` holds code ``f * units + u``. The
 helpers work on tiles whose sides are powers of two. Where the units of a row are not, they are
 padded, and column ``f * UNITS_PAD + u`` of a tile then stands for code ``f * units + u``;
 `row_index` does that arithmetic.

@@ -11,11 +11,11 @@ tokens: for the spans, and to be coded.
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.mixed_layout import HEADER as HEADER_UNITS
-from kvq_compile.kernels.mixed_layout import MAX_BITS as MOST_BITS
-from kvq_compile.kernels.mixed_layout import OUTLIER_FIELDS as FIELDS
-from kvq_compile.kernels.mixed_layout import PAGE_SIZES
 from kvq_compile.kernels.reference.mixed import FLOOR as FLOOR_OF_MEAN
+from kvq_compile.kernels.schemes import HEADER as HEADER_UNITS
+from kvq_compile.kernels.schemes import MAX_BITS as MOST_BITS
+from kvq_compile.kernels.schemes import OUTLIER_FIELDS as FIELDS
+from kvq_compile.kernels.schemes import PAGE_SIZES
 from kvq_compile.kernels.triton.encode import bounded, e4m3_value, round_e4m3, round_up_fp16
 
 FP16_MAX = tl.constexpr(65504.0)
@@ -95,7 +95,7 @@ def _place(levels, bits):
 
 @triton.jit
 def bound_at(end, LAYOUT: tl.constexpr):
-    """Return `PageLayout.bound_at` slot ``end``."""
+    """Return `Layout.bound_at` slot ``end``."""
     bound = end.to(tl.float32) * 0.0
     for step in tl.static_range(len(LAYOUT.bounds)):
         bound = tl.where(end > LEAST_LENGTH << step >> 1, LAYOUT.bounds[step], bound)

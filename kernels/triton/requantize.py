@@ -13,7 +13,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from kvq_compile.kernels.layout import PageLayout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.triton.encode import Constants
 from kvq_compile.kernels.triton.exact_rows import plan
 from kvq_compile.kernels.triton.quantize_mixed import (
@@ -104,7 +104,7 @@ def requantize_older_(
     position: Tensor | None,
     start: int | None,
     tokens: int,
-    layout: PageLayout,
+    layout: Layout,
     importance: Tensor | None = None,
 ) -> None:
     """Drop planes of the pages that a call keeps, if it completes others, in place and before it appends.

@@ -25,7 +25,7 @@ from kvq_compile.calibration.fit import EQUALIZE, Fitted, fit_codebook, fit_unif
 from kvq_compile.calibration.margins import search_margins
 from kvq_compile.calibration.query_norms import measure_query_norms
 from kvq_compile.calibration.rotate import unrotate
-from kvq_compile.kernels.layout import Role
+from kvq_compile.kernels.schemes import Role
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.rotation import Rotation
 from kvq_compile.methods import (

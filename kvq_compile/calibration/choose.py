@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from kvq_compile.calibration.attention_change import Text, attend, exact
-from kvq_compile.kernels.layout import CacheSpec, Role, TensorSpec
+from kvq_compile.kernels.layout import Layout, Regions
+from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.schemes import Role, scheme_of
 from kvq_compile.kernels.tables import Tables
 
-# The codings to choose from, as options of `TensorSpec`; a group is a whole head.
+# What to choose from, as options of `scheme_of`; a group is a whole head.
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {"bits": 8, "couple": 8},
     {"bits": 1.5, "packing": "trits", "params": "fp8"},
@@ -38,7 +39,7 @@ class Choice:
     """A candidate for one tensor.
 
     Attributes:
-        options: Options of its `TensorSpec`.
+        options: Options of its scheme: see `scheme_of`.
         tables: Its tables.
         bits: Bits a number of packed pages, parameters included.
         error: Relative squared change of the attention's output.
@@ -54,29 +55,25 @@ def measure(
     role: Role, options: Mapping[str, Any], tables: Tables, rotary: bool, texts: Sequence[Text]
 ) -> Choice:
     """Code one tensor as a candidate says and measure what that changes."""
-    spec = TensorSpec(**options, rotary=rotary and role == "key", tables=tables)
-    layout = CacheSpec(spec, spec).layout(role, tables.head_dim)
-    bits = 16 * layout.rows * layout.units
-    bits += (
-        2 * (8 if layout.params == "fp8" else 16) * layout.params_shape[0] * layout.params_shape[1]
-    )
+    scheme = scheme_of(options, tables.digest, rotary and role == "key")
+    layout = Layout(role, tables.head_dim, Regions(), scheme)
     off, size = 0.0, 0.0
     for text in texts:
         x = text.key if role == "key" else text.value
-        shift = torch.zeros(1, dtype=torch.int32, device="cpu") if layout.rotary else None
-        frame = Frame(tables.on(x.device), shift if shift is None else shift.to(x.device))
+        shift = torch.zeros(1, dtype=torch.int32, device=x.device) if layout.rotary else None
+        calibrated = Calibrated(tables.on(x.device), shift)
         end = layout.sinks + layout.pages_at(x.shape[1]) * layout.page_size
         pages = x[None, :, layout.sinks : end].unflatten(2, (-1, layout.page_size))
-        coded = reference.quantize_pages(pages, layout, frame, layout.sinks)
+        coded = reference.quantize_pages(pages, layout, calibrated, layout.sinks)
         stored = x.clone()
-        read = reference.dequantize_pages(*coded, layout, frame, layout.sinks)
+        read = reference.dequantize_pages(*coded, layout, calibrated, layout.sinks)
         stored[:, layout.sinks : end] = read[0].flatten(1, 2)
         pair = (stored, text.value) if role == "key" else (text.key, stored)
         output = exact(text)
         changed = attend(text, *pair, layout.sinks, layout.window)
         off += float((changed - output).square().sum(dtype=torch.float64))
         size += float(output.square().sum(dtype=torch.float64))
-    return Choice(options, tables, bits / (layout.page_size * layout.head_dim), off / size)
+    return Choice(options, tables, layout.bits_per_element, off / size)
 
 
 def choose(candidates: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:

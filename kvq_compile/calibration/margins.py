@@ -23,7 +23,7 @@ from torch import Tensor
 from kvq_compile.calibration.attention_change import Text, attend, exact
 from kvq_compile.calibration.fit import Fitted, quantize_dequantize
 from kvq_compile.calibration.rotate import rotate, unrotate
-from kvq_compile.kernels.layout import Role
+from kvq_compile.kernels.schemes import Role
 from kvq_compile.lowering.find.rotation import Rotation
 
 # Margins that are tried: none to a fifth of the range at each end.

@@ -18,7 +18,9 @@ the model, as any flash-style kernel of that dtype has, plus what fp32 arithmeti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +30,20 @@ from torch import Tensor, nn
 from kvq_compile import bounds
 from kvq_compile.history import watching
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Grouping, PageLayout, Role, TensorSpec, Transform
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import Frame, to_coded
+from kvq_compile.kernels.reference.frame import to_coded
+from kvq_compile.kernels.schemes import (
+    Adaptive,
+    Codebook,
+    Grouping,
+    Mixed,
+    Role,
+    Transform,
+    Uniform,
+)
+from kvq_compile.kernels.tables import Tables
 from kvq_compile.loading import cache_argument
 from kvq_compile.methods import UNIFORM
 from kvq_compile.testing.small_decoder import Decoder
@@ -134,39 +147,37 @@ def bound_for(
         (bounds.KEY_RANGE, bounds.KEY_MAX, bounds.KEY_DISTANCE),
         (bounds.VALUE_RANGE, bounds.VALUE_MAX, bounds.VALUE_DISTANCE),
     )
-    for x, layout, part, symbols in zip(
-        (key, value), layouts, (spec.key, spec.value), names, strict=True
-    ):
+    both = spec.key_tables, spec.value_tables
+    for x, layout, tables, symbols in zip((key, value), layouts, both, names, strict=True):
         packed = x[:, :, layout.sinks : layout.sinks + pages * layout.page_size]
-        numbers |= _measured(packed.unflatten(2, (pages, -1)), layout, part, symbols)
+        numbers |= _measured(packed.unflatten(2, (pages, -1)), layout, tables, symbols)
     return float(bounds.error_bound(spec).evalf(subs=numbers))
 
 
 def _measured(
-    pages: Tensor, layout: PageLayout, spec: TensorSpec, symbols: tuple[Any, Any, Any]
+    pages: Tensor, layout: Layout, tables: Tables | None, symbols: tuple[Any, Any, Any]
 ) -> dict[Any, float]:
     """Return range, magnitude and distance of pages ``[B, H, P, N, D]`` in the basis in which they are coded."""
     span, largest, distance = symbols
-    frame = None
-    if spec.tables is not None:
-        words = spec.tables.on(pages.device)
+    calibrated = UNCALIBRATED
+    if tables is not None:
         shift = (
             torch.zeros(pages.shape[0], dtype=torch.int32, device="cpu") if layout.rotary else None
         )
-        frame = Frame(words, shift)
-    if frame is None:
+        calibrated = Calibrated(tables.on(pages.device), shift)
+    if tables is None:
         coded = pages.double()
         if layout.transform == "hadamard":
             coded = coded @ reference.hadamard(layout.head_dim, pages.device).double()
     else:
-        coded = to_coded(pages.float(), layout, frame, layout.sinks).double()
+        coded = to_coded(pages.float(), layout, calibrated, layout.sinks).double()
     numbers = {largest: float(coded.abs().max())}
-    if frame is not None:
-        mean = frame.section("mean", layout) * frame.section("inverse", layout)
+    if tables is not None:
+        mean = calibrated.section("mean", layout) * calibrated.section("inverse", layout)
         numbers[largest] += float(mean.abs().max())
-    if layout.coder == "codebook":
-        codes, params = reference.quantize_pages(pages, layout, frame, layout.sinks)
-        off = coded - reference.coded_values(codes, params, layout, frame).double()
+    if isinstance(layout.scheme, Codebook):
+        codes, params = reference.quantize_pages(pages, layout, calibrated, layout.sinks)
+        off = coded - reference.coded_values(codes, params, layout, calibrated).double()
         size = off.norm(dim=-1) if layout.role == "key" else off.abs()
         numbers[distance] = float(size.max())
     else:
@@ -318,16 +329,14 @@ def _assert_close(output: Tensor, exact: Tensor, tolerance: float, what: str) ->
 
 
 @st.composite
-def tensor_specs(
-    draw: st.DrawFn, head_dim: int, page_size: int, transform: bool = True
-) -> TensorSpec:
+def tensor_specs(draw: st.DrawFn, head_dim: int, page_size: int, transform: bool = True) -> Uniform:
     """Draw how one tensor is coded, in groups that divide ``head_dim`` or ``page_size``."""
     groupings: tuple[Grouping, ...] = ("token", "channel")
     transforms: tuple[Transform, ...] = ("none", "hadamard") if transform else ("none",)
     grouping = draw(st.sampled_from(groupings))
     whole = head_dim if grouping == "token" else page_size
     sizes = [size for size in (8, 16, 32, 48, 64, 128) if whole % size == 0]
-    return TensorSpec(
+    return Uniform(
         bits=draw(st.sampled_from((1, 2, 3, 4, 8))),
         grouping=grouping,
         group_size=draw(st.sampled_from((None, *sizes))),
@@ -350,15 +359,38 @@ def specs(draw: st.DrawFn, head_dim: int, transform: bool = True) -> CacheSpec:
 
 
 @st.composite
-def page_layouts(draw: st.DrawFn, transform: bool = True, role: Role | None = None) -> PageLayout:
+def page_layouts(draw: st.DrawFn, transform: bool = True, role: Role | None = None) -> Layout:
     """Draw the layout of one tensor."""
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     roles: tuple[Role, ...] = ("key", "value") if role is None else (role,)
     return draw(specs(head_dim, transform)).layout(draw(st.sampled_from(roles)), head_dim)
 
 
+def mixed_layout(
+    bits: float, page_size: int = 128, head_dim: int = 128, role: Role = "key", **options: Any
+) -> Layout:
+    """Return the layout of mixed pages without exact tokens; ``options`` are `Mixed`'s."""
+    scheme = Mixed(bits, **({"params": "fp8"} | options))
+    return Layout(role, head_dim, Regions(0, 0, page_size), scheme)
+
+
+def changed(layout: Layout, **fields: Any) -> Layout:
+    """Return a layout with other fields of its own, of its regions, of its scheme or of `Adaptive`."""
+
+    def named(names: Iterable[str]) -> dict[str, Any]:
+        return {name: fields.pop(name) for name in list(fields) if name in names}
+
+    own = named(("role", "head_dim", "queries", "shared_by"))
+    regions = replace(layout.regions, **named(("sinks", "window", "page_size")))
+    adaptive = named(("target", "query_norm", "requantize", "keep_exact"))
+    if adaptive:
+        fields["adaptive"] = replace(layout.adaptive or Adaptive(), **adaptive)
+    scheme = replace(layout.scheme, **fields)
+    return replace(layout, regions=regions, scheme=scheme, **own)
+
+
 @st.composite
-def lengths(draw: st.DrawFn, layout: PageLayout, pages: int = 3) -> int:
+def lengths(draw: st.DrawFn, layout: Layout, pages: int = 3) -> int:
     """Draw a number of tokens that fills up to ``pages`` pages, often one at the edge of a region."""
     edges = [0, 1, layout.sinks, layout.sinks + layout.window]
     edges += [edges[-1] + page * layout.page_size for page in range(1, pages + 1)]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, TensorSpec
-from kvq_compile.kernels.ops import PARTS
-from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.layout import CacheSpec, Layout, exact_row_index
+from kvq_compile.kernels.packed import PARTS
+from kvq_compile.kernels.schemes import Uniform
 
-LAYOUT = CacheSpec(TensorSpec(2), TensorSpec(2), sinks=2, window=5, page_size=32).layout("key", 64)
+LAYOUT = CacheSpec(Uniform(2), Uniform(2), sinks=2, window=5, page_size=32).layout("key", 64)
 B, H, D = 2, 2, LAYOUT.head_dim
 
 
@@ -23,7 +23,7 @@ def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
-def grown(count: int, seed: int = 0, layout: PageLayout = LAYOUT) -> QuantizedKV:
+def grown(count: int, seed: int = 0, layout: Layout = LAYOUT) -> QuantizedKV:
     """Return a grown cache of ``count`` tokens."""
     return QuantizedKV.from_dense(tokens(count, seed), layout)
 
@@ -38,8 +38,8 @@ def used(cache: QuantizedKV) -> list[Tensor]:
     length, pages = cache.cursor.tolist()
     layout = cache.page_layout
     first = layout.sinks + pages * layout.page_size
-    rows = reference.exact_row_index(first, max(first, length), layout, cache.device)
-    sinks = reference.exact_row_index(0, min(length, layout.sinks), layout, cache.device)
+    rows = exact_row_index(first, max(first, length), layout, cache.device)
+    sinks = exact_row_index(0, min(length, layout.sinks), layout, cache.device)
     rows = torch.cat([sinks, rows])
     return [
         cache.codes[:, :, :pages],

@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role, TensorSpec
-from kvq_compile.kernels.reference.frame import Frame
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.schemes import Codebook, Role, Uniform, scheme_of
 from kvq_compile.kernels.tables import Tables
 
 
@@ -51,10 +52,10 @@ def random_tables(
 @st.composite
 def framed_tensors(
     draw: st.DrawFn, role: Role, head_dim: int, page_size: int, heads: int = 2
-) -> TensorSpec:
-    """Draw a calibrated coding: channel tables, rotary keys, codebooks, fp8, three levels."""
+) -> tuple[Uniform | Codebook, Tables]:
+    """Draw a calibrated scheme and its tables: rotary keys, codebooks, fp8, three levels."""
     rotary = role == "key" and draw(st.booleans())
-    options: dict[str, Any] = {"rotary": rotary}
+    options: dict[str, Any] = {}
     codebook = None
     if draw(st.booleans()):
         couple = draw(st.sampled_from([c for c in (2, 4, 8) if head_dim // c % 8 == 0]))
@@ -81,19 +82,18 @@ def framed_tensors(
         heads, head_dim, group_size=group_size, rotary=rotary, codebook=codebook,
         seed=draw(st.integers(0, 2**16)),
     )  # fmt: skip
-    return TensorSpec(tables=tables, **options)
+    return scheme_of(options, tables.digest, rotary), tables
 
 
 @st.composite
 def framed_specs(draw: st.DrawFn, head_dim: int, heads: int = 2) -> CacheSpec:
     """Draw a cache whose keys and values are calibrated."""
     page_size = draw(st.sampled_from((32, 64)))
+    key, key_tables = draw(framed_tensors("key", head_dim, page_size, heads))
+    value, value_tables = draw(framed_tensors("value", head_dim, page_size, heads))
+    sinks, window = draw(st.integers(0, 5)), draw(st.integers(0, 40))
     return CacheSpec(
-        draw(framed_tensors("key", head_dim, page_size, heads)),
-        draw(framed_tensors("value", head_dim, page_size, heads)),
-        draw(st.integers(0, 5)),
-        draw(st.integers(0, 40)),
-        page_size,
+        *(key, value, sinks, window, page_size), key_tables=key_tables, value_tables=value_tables
     )
 
 
@@ -101,19 +101,18 @@ def framed_specs(draw: st.DrawFn, head_dim: int, heads: int = 2) -> CacheSpec:
 def framed_layouts(
     draw: st.DrawFn, role: Role | None = None, heads: int = 2, batch: int = 2,
     head_dims: tuple[int, ...] = (64, 80, 96, 128), page_sizes: tuple[int, ...] = (32, 64),
-) -> tuple[PageLayout, Frame]:  # fmt: skip
-    """Draw a calibrated layout and its frame."""
+) -> tuple[Layout, Calibrated]:  # fmt: skip
+    """Draw a calibrated layout and what its tokens are coded relative to."""
     roles: tuple[Role, ...] = ("key", "value")
     chosen: Role = draw(st.sampled_from(roles)) if role is None else role
     head_dim = draw(st.sampled_from(head_dims))
     page_size = draw(st.sampled_from(page_sizes))
-    spec = draw(framed_tensors(chosen, head_dim, page_size, heads))
-    cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page_size)
-    layout = cache.layout(chosen, head_dim)
+    scheme, tables = draw(framed_tensors(chosen, head_dim, page_size, heads))
+    regions = Regions(draw(st.integers(0, 5)), draw(st.integers(0, 40)), page_size)
+    layout = Layout(chosen, head_dim, regions, scheme)
     shift: Tensor | None = None
     if layout.rotary:
         shift = torch.tensor(
             [draw(st.integers(-9, 9)) for _ in range(batch)], dtype=torch.int32, device="cpu"
         )
-    assert spec.tables is not None
-    return layout, Frame(spec.tables.words, shift)
+    return layout, Calibrated(tables.words, shift)

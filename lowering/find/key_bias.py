@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvq_compile.kernels.layout import TensorSpec
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
 from kvq_compile.lowering.nodes import VIEWS, argument, target_name, value_of
@@ -18,8 +19,8 @@ from kvq_compile.lowering.sites import Refusal, State
 SWAMPS = 4.0  # times the size that the weights alone give a key's channel for inputs of unit size
 
 
-def without_bias(spec: TensorSpec, key: State, inputs: Mapping[fx.Node, Any]) -> TensorSpec:
-    """Return how to code a site's keys: as ``spec`` says, or that without a huge constant part.
+def without_bias(spec: CacheSpec, key: State, inputs: Mapping[fx.Node, Any]) -> CacheSpec:
+    """Return how to code a site: as ``spec`` says, or its keys without a huge constant part.
 
     Before:  key = rotate(linear(x, weight, bias)); a group's steps span ``bias`` and what is left of a key
     After:   keys are coded as ``unrotate(key) - bias``, in tables made from the graph's own constants
@@ -30,11 +31,12 @@ def without_bias(spec: TensorSpec, key: State, inputs: Mapping[fx.Node, Any]) ->
     tables, which have the mean taken off already; mixed pages and Hadamard's transform, which know no such tables.
 
     Args:
-        spec: How the method codes keys.
+        spec: How the method codes a layer.
         key: The keys' state.
         inputs: The arguments of the call that is being compiled, by placeholder.
     """
-    if spec.tables is not None or spec.mixed is not None or spec.transform != "none":
+    scheme = spec.key
+    if not isinstance(scheme, Uniform) or spec.key_tables is not None or scheme.transform != "none":
         return spec
     found = _projection(key.new)
     if found is None:
@@ -51,8 +53,9 @@ def without_bias(spec: TensorSpec, key: State, inputs: Mapping[fx.Node, Any]) ->
         rotation = find_rotation(key.new, inputs)
     except Refusal:
         return spec
-    tables = _tables(bias.view(heads, head_dim), rotation, (1.0 - spec.clip) / 2.0)
-    return replace(spec, rotary=True, tables=tables)
+    tables = _tables(bias.view(heads, head_dim), rotation, (1.0 - scheme.clip) / 2.0)
+    scheme = replace(scheme, rotary=True, tables=tables.digest)
+    return replace(spec, key=scheme, key_tables=tables)
 
 
 def _projection(node: Any) -> tuple[fx.Node, fx.Node] | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.kernels.layout import CacheSpec, PageLayout, Role
+from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.schemes import Role
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find.key_bias import without_bias
@@ -84,7 +85,7 @@ def _site(
     check_tensors(attention, key, value)
     check_mask(attention, key)
     if not _is_held_plain(key, layer_spec):
-        layer_spec = replace(layer_spec, key=without_bias(layer_spec.key, key, graph.inputs))
+        layer_spec = without_bias(layer_spec, key, graph.inputs)
     heads = int(value_of(attention.query).shape[1])
     codings = [_coding("key", layer_spec, key, heads), _coding("value", layer_spec, value, heads)]
     for state, coding in zip((key, value), codings, strict=True):
@@ -97,7 +98,7 @@ def _is_held_plain(key: State, spec: CacheSpec) -> bool:
     """Say whether the keys are held as ``spec`` codes them, by a cache that was quantized outside a graph."""
     if key.life not in (Life.GROWN, Life.BUFFER):
         return False
-    held: PageLayout = value_of(key.past).page_layout
+    held: Layout = value_of(key.past).page_layout
     return not held.has_tables
 
 
@@ -108,7 +109,7 @@ def _coding(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Codi
         Refusal: Their head dimension cannot be packed so.
         Contradiction: They were calibrated for other shapes, or are held in another way.
     """
-    tables = (spec.key if role == "key" else spec.value).tables
+    tables = spec.tables(role)
     _, heads, _, head_dim = value_of(state.base).shape
     if tables is not None and (tables.heads, tables.head_dim) != (int(heads), int(head_dim)):
         raise Contradiction(
@@ -124,7 +125,7 @@ def _coding(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Codi
     return Coding(layout, tables)
 
 
-def _as_held(held: PageLayout, wanted: PageLayout) -> PageLayout:
+def _as_held(held: Layout, wanted: Layout) -> Layout:
     """Return the layout of a cache that is held; one that was quantized outside a graph holds no queries.
 
     Raises:

@@ -21,7 +21,7 @@ def add_tables(graph: Graph) -> PassReport:
     """Add a placeholder for the tables of every cache that the graph makes.
 
     Before:  return kvq.quantize(keys, layout)
-    After:   tables = placeholder; shift = zeros([B]); return kvq.quantize(keys, layout, tables, shift)
+    After:   tables = placeholder; shift = zeros([B]); return kvq.quantize(keys, layout, [tables, shift])
     Because: a calibrated layout is nothing without its tables. As arguments they are shared by all
         graphs and all caches of a layer, and a CUDA graph knows that their address stays.
     """
@@ -42,8 +42,10 @@ def empty_cache(graph: Graph, state: State, coding: Coding) -> CacheNodes:
     """Return a new cache without parts: its layout, its tables and its shift, at the graph's insert point."""
     if coding.tables is None:
         return CacheNodes((), coding.layout)
-    shift = _shift(graph, state) if coding.layout.rotary else None
-    return CacheNodes((), coding.layout, graph.frames.nodes[coding.tables.digest], shift)
+    calibrated = [graph.frames.nodes[coding.tables.digest]]
+    if coding.layout.rotary:
+        calibrated.append(_shift(graph, state))
+    return CacheNodes((), coding.layout, tuple(calibrated))
 
 
 def _shift(graph: Graph, state: State) -> fx.Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from kvq_compile.kernels import ops
+from kvq_compile.kernels.packed import PARTS
 from kvq_compile.lowering.cache_nodes import CacheNodes, slots_from
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -48,7 +48,7 @@ def _writes_into(node: fx.Node, cache: fx.Node) -> bool:
 def _write(graph: fx.Graph, write: fx.Node, placeholder: fx.Node, cache: CacheNodes) -> None:
     with graph.inserting_before(write):
         if target_name(write) == "zero_" and write.args[0] is placeholder:
-            graph.call_method("zero_", (cache.parts[ops.PARTS.index("cursor")],))
+            graph.call_method("zero_", (cache.parts[PARTS.index("cursor")],))
         elif is_write(write) and write.args[0] is placeholder:
             _append(graph, write, cache)
         else:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from kvq_compile.kernels.packed import ORIGINALS, part_names
 from kvq_compile.lowering.cache_nodes import CacheNodes
 from kvq_compile.lowering.find.movement import gathered_from
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -33,13 +34,17 @@ def gather_rows(graph: Graph) -> PassReport:
 
 
 def _rows(graph: fx.Graph, past: fx.Node, cache: CacheNodes, index: fx.Node) -> CacheNodes:
+    parts, tables = [], cache.calibrated[:1]
     with graph.inserting_before(past):
-        codes, params, exact = (
-            insert_call(graph, torch.index_select, (part, 0, index)) for part in cache.parts[:3]
+        for name, part in zip(part_names(cache.layout), cache.parts, strict=True):
+            if name == "cursor":
+                parts.append(graph.call_method("clone", (part,)))
+                continue
+            where = graph.call_method("cpu", (index,)) if name == ORIGINALS else index
+            parts.append(insert_call(graph, torch.index_select, (part, 0, where)))
+        shift = (
+            insert_call(graph, torch.index_select, (node, 0, index))
+            for node in cache.calibrated[1:]
         )
-        cursor = graph.call_method("clone", (cache.parts[3],))
-        shift = cache.shift
-        if shift is not None:
-            shift = insert_call(graph, torch.index_select, (shift, 0, index))
-    parts = codes, params, exact, cursor
-    return replace(cache, parts=parts, shift=shift, owns_length=False)
+        calibrated = (*tables, *shift)
+    return replace(cache, parts=tuple(parts), calibrated=calibrated, owns_length=False)

@@ -58,7 +58,7 @@ def _plan(
             if state.source is None:
                 return Extended(arguments[state.past], tokens)
             rows, first = graph.caches[state.past], len(flat)
-            flat.extend(node for node in (*rows.parts, rows.shift) if node is not None)
+            flat.extend((*rows.parts, *rows.calibrated[1:]))
             return Gathered(first, arguments[state.source], tokens)
         if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
             return _made(graph, returned, state, coding, flat)
@@ -73,8 +73,7 @@ def _made(graph: Graph, x: fx.Node, state: State, coding: Coding, flat: list[Any
             like, seen = empty_cache(graph, state, coding), graph.seen.get(x, UNSEEN)
             made = quantize(graph.fx, x, size_of(x, 2), True, like, seen)
     first = len(flat)
-    flat.extend(made.parts)
-    flat.extend(node for node in (made.shift, made.originals) if node is not None)
+    flat.extend((*made.parts, *made.calibrated[1:]))  # all calls share the tables
     kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
     length = graph.sizes.size((shape_of(x) or ())[2])
     return Made(first, coding.layout, kind, length, graph.frames.words(coding))

@@ -9,7 +9,7 @@ from torch import fx
 from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.ops import FRAME, ORIGINALS, PARTS
+from kvq_compile.kernels.packed import calibrated_names, part_names
 from kvq_compile.lowering.cache_nodes import CacheNodes
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import value_of
@@ -29,13 +29,13 @@ def unwrap_caches(graph: Graph) -> PassReport:
         if not isinstance(cache, QuantizedKV):
             continue
         with graph.fx.inserting_before(node):
-            parts = tuple(_part(graph.fx, node, cache, name) for name in PARTS)
-            more = (
-                None if getattr(cache, name) is None else _part(graph.fx, node, cache, name)
-                for name in (*FRAME, ORIGINALS)
+            layout = cache.page_layout
+            parts, calibrated = (
+                tuple(_part(graph.fx, node, cache, name) for name in names(layout))
+                for names in (part_names, calibrated_names)
             )
-            about = cache.page_layout, *more, *_length(graph.fx, node, cache)
-        graph.caches[node] = CacheNodes(parts, *about)
+            length = _length(graph.fx, node, cache)
+        graph.caches[node] = CacheNodes(parts, layout, calibrated, *length)
     return PassReport(tuple(f"{node} becomes its parts" for node in graph.caches))
 
 

@@ -65,8 +65,7 @@ def weigh_tokens(
 
 
 def _asks(site: AttentionSite) -> bool:
-    layouts = [coding.layout for _, coding in site.states()]
-    return any(layout.coder == "mixed" and layout.attentive for layout in layouts)
+    return any(coding.layout.attentive for _, coding in site.states())
 
 
 def seen_by(site: AttentionSite, state: State, weights: fx.Node | None) -> Seen:

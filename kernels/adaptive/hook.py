@@ -1,0 +1,55 @@
+"""What happens to the pages of an adaptive layout before tokens are appended: the one door of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kvq_compile.kernels.adaptive.originals import keep_, renew_
+from kvq_compile.kernels.adaptive.requantize import requantize_older_
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Packed
+
+
+def before_append(
+    cache: Packed,
+    originals: Sequence[Tensor],
+    x: Tensor,
+    position: Tensor | None,
+    start: int | None,
+    layout: Layout,
+    importance: Tensor | None,
+) -> None:
+    """Give older pages the bits that attention asks for now, and copy to the host what is to be packed.
+
+    Once for a whole call: its own pages are all quantized under the attention of now.
+
+    Args:
+        cache: The parts before the call, changed in place.
+        originals: Exact tokens of its pages, where the layout keeps them; else empty.
+        x: New tokens, ``[B, H, T, D]``.
+        position: Their slots, one behind the other; or ``None``.
+        start: The first slot; or ``None``.
+        layout: The cache's layout.
+        importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, or ``None``.
+    """
+    codes, params, exact, cursor = cache
+    tokens = x.shape[2]
+    if originals and tokens:
+        if start is None:
+            assert position is not None
+            start = int(position[0])
+        renew_(codes, params, cursor, originals[0], start, tokens, layout, importance)
+        keep_(originals[0], exact, cursor, x, start, layout)
+    if not layout.requantize:
+        return
+    if codes.is_cuda:
+        from kvq_compile.kernels.triton import requantize as on_gpu
+
+        on_gpu.requantize_older_(codes, params, cursor, position, start, tokens, layout, importance)
+        return
+    if start is None:
+        assert position is not None
+        start = int(position[0])
+    requantize_older_(codes, params, cursor, start, tokens, layout, importance)

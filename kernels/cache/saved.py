@@ -1,0 +1,152 @@
+"""Saved caches: what `torch.save` writes of a `QuantizedKV`, and the way back.
+
+A layout is written as a dictionary of plain numbers and words, with the number of the format, and everything that
+comes from a file goes through the checks of `Layout` again. This file imports little, so that `rebuild` can be named
+as safe to `torch.load` when the package is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
+    from kvq_compile.kernels.layout import Layout
+
+FORMAT = 2
+# Fields of the text that stood for a layout in files of format 1, in their order; files of that format have no number.
+OLD_FIELDS = (
+    *("role", "bits", "grouping", "group_size", "clip", "transform", "sinks", "window"),
+    *("page_size", "head_dim", "scheme", "params", "packing", "couple", "rotary", "tables"),
+    *("min_bits", "max_bits", "outliers", "fit", "soften", "attentive", "target", "query_norm"),
+    *("requantize", "keep_exact", "queries", "shared_by"),
+)
+OLD_WORDS = frozenset(("role", "grouping", "transform", "scheme", "params", "packing", "tables"))
+ADAPTIVE = ("target", "query_norm", "requantize", "keep_exact")
+
+
+def plain_layout(layout: Layout) -> dict[str, Any]:
+    """Return a layout as numbers and words, the inverse of `load_layout`."""
+    scheme = asdict(layout.scheme)
+    adaptive = scheme.pop("adaptive", None) or {}
+    own = {name: getattr(layout, name) for name in ("role", "head_dim", "queries", "shared_by")}
+    return {**own, **asdict(layout.regions), "scheme": layout.scheme.name, **scheme, **adaptive}
+
+
+def load_layout(plain: Mapping[str, Any]) -> Layout:
+    """Return the layout that `plain_layout` wrote.
+
+    Raises:
+        ValueError: A field is missing, unknown or out of its range.
+    """
+    from kvq_compile.kernels.layout import SCHEMES, Layout, Regions
+    from kvq_compile.kernels.schemes import Adaptive, Mixed
+
+    fields = dict(plain)
+    kinds = {kind.name: kind for kind in SCHEMES}
+    try:
+        own = {name: fields.pop(name) for name in ("role", "head_dim", "queries", "shared_by")}
+        regions = Regions(**{name: fields.pop(name) for name in ("sinks", "window", "page_size")})
+        kind = kinds[fields.pop("scheme")]
+        if kind is Mixed:
+            adaptive = {name: fields.pop(name) for name in ADAPTIVE if name in fields}
+            fields["adaptive"] = Adaptive(**adaptive) if adaptive else None
+        return Layout(regions=regions, scheme=kind(**fields), **own)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the layout of a saved cache must be whole, got {plain}: {error}"
+        ) from error
+
+
+def load_old_layout(text: str) -> Layout:
+    """Return the layout that a text of format 1 stands for.
+
+    Raises:
+        ValueError: It is none, or one of a version before that format was settled.
+    """
+    words = text.split(",")
+    if len(words) != len(OLD_FIELDS):
+        raise ValueError(
+            f"the layout of a saved cache must have {len(OLD_FIELDS)} fields, got {len(words)}; load it with "
+            "the version of kvq-compile that saved it, and save its dequantize()"
+        )
+    old: dict[str, Any] = {
+        name: word if name in OLD_WORDS else _old_number(word)
+        for name, word in zip(OLD_FIELDS, words, strict=True)
+    }
+    keep = {
+        "uniform": ("bits", "grouping", "group_size", "clip", "transform", "params", "packing"),
+        "codebook": ("bits", "couple"),
+        "mixed": (
+            *("bits", "min_bits", "max_bits", "outliers", "params", "fit", "soften"),
+            *("attentive", "transform"),
+        ),
+    }.get(old["scheme"])
+    if keep is None:
+        raise ValueError(f"scheme must be uniform, codebook or mixed, got {old['scheme']!r}")
+    names = ("role", "head_dim", "queries", "shared_by", "sinks", "window", "page_size", "scheme")
+    plain = {name: old[name] for name in (*names, *keep, "rotary", "tables")}
+    if old["target"] or old["keep_exact"]:
+        plain |= {name: old[name] for name in ADAPTIVE}
+    return load_layout(plain)
+
+
+def _old_number(word: str) -> int | float | bool:
+    if word in ("True", "False"):
+        return word == "True"
+    return int(word) if word.isdecimal() else float(word)
+
+
+def rebuild(
+    version: int,
+    layout: Mapping[str, Any],
+    kind: Kind,
+    length: int,
+    parts: list[Tensor],
+    calibrated: list[Tensor],
+) -> QuantizedKV:
+    """Wrap what a file of this format holds.
+
+    Raises:
+        ValueError: It is of another format, or its layout is not one.
+    """
+    from kvq_compile.kernels.cache.tensor import wrap_loaded
+
+    if version != FORMAT:
+        raise ValueError(
+            f"a saved cache must be of format {FORMAT}, got {version}; load it with the version of kvq-compile "
+            "that saved it, and save its dequantize()"
+        )
+    return wrap_loaded(parts, calibrated, load_layout(layout), kind, length)
+
+
+def rebuild_old(
+    codes: Tensor,
+    params: Tensor,
+    exact: Tensor,
+    cursor: Tensor,
+    layout: str,
+    kind: Kind,
+    length: int,
+    tables: Tensor | None = None,
+    shift: Tensor | None = None,
+    originals: Tensor | None = None,
+) -> QuantizedKV:
+    """Wrap what a file of format 1 holds; it names this function ``kvq_compile.kernels.cache.rebuild``.
+
+    Raises:
+        ValueError: Its layout is not one.
+    """
+    from kvq_compile.kernels.cache.tensor import wrap_loaded
+
+    parts = [codes, params, exact, cursor, *([] if originals is None else [originals])]
+    calibrated = [tensor for tensor in (tables, shift) if tensor is not None]
+    return wrap_loaded(parts, calibrated, load_old_layout(layout), kind, length)
+
+
+torch.serialization.add_safe_globals([rebuild, (rebuild_old, "kvq_compile.kernels.cache.rebuild")])

@@ -1,0 +1,107 @@
+"""A packed tensor as the operators take it: its parts, and the tables that its tokens are coded relative to.
+
+A cache travels as two lists of tensors: its parts, in the order of `Packed`, behind which comes what only some
+layouts keep (`ORIGINALS`); and `Calibrated`, of which only what the layout has. `Layout` gives shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.tables import read_section
+
+MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache enters a graph
+
+
+class Packed(NamedTuple):
+    """The parts of a packed tensor; `Layout` gives their shapes."""
+
+    codes: Tensor
+    params: Tensor
+    exact: Tensor
+    cursor: Tensor
+
+    @staticmethod
+    def empty(like: Tensor, capacity: int | torch.SymInt, layout: Layout) -> Packed:
+        """Allocate the parts for tokens like ``like`` ``[B, H, *, D]``, with room for ``capacity`` pages."""
+        B, H = like.shape[:2]
+        codes = like.new_zeros(B, H, capacity, layout.rows, layout.units, dtype=torch.int16)
+        params_dtype = torch.uint8 if layout.has_byte_params else torch.float16
+        params_shape = (*layout.params_shape, layout.param_numbers)
+        params = like.new_zeros(B, H, capacity, *params_shape, dtype=params_dtype)
+        exact = like.new_zeros(B, H, layout.exact_rows, layout.head_dim)
+        return Packed(codes, params, exact, like.new_zeros(2, dtype=torch.int32))
+
+
+PARTS = Packed._fields
+ORIGINALS = (
+    "originals"  # exact packed tokens in host memory, a fifth part where the layout keeps them
+)
+
+
+class Calibrated(NamedTuple):
+    """What packed tokens are coded relative to.
+
+    Attributes:
+        tables: ``[H, table_words]``, int32, see `Tables`; ``None`` where the layout has none.
+        shift: Position minus slot of each sequence, ``[B]``, int32; ``None`` unless keys are rotary.
+    """
+
+    tables: Tensor | None = None
+    shift: Tensor | None = None
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], layout: Layout) -> Calibrated:
+        """Return the tensors by name, of which there are those that the layout has.
+
+        Raises:
+            ValueError: There are more or fewer.
+        """
+        names = calibrated_names(layout)
+        if len(tensors) != len(names):
+            raise ValueError(
+                f"calibrated must be [{', '.join(names)}] for {layout}, got {len(tensors)} tensors"
+            )
+        return Calibrated(*tensors) if names else UNCALIBRATED
+
+    def section(self, name: str, layout: Layout) -> Tensor:
+        """Return a section of the tables, ``[H, ...]``."""
+        assert self.tables is not None
+        return read_section(self.tables, name, layout.head_dim, layout.rotary)
+
+    def codebook(self, layout: Layout) -> Tensor:
+        """Return the codebook ``[H, D / couple, entries, couple]`` (fp32)."""
+        shape = (-1, layout.code_channels, layout.levels + 1, layout.couple)
+        return self.section("codebook", layout).view(shape).float()
+
+    def margin(self, layout: Layout) -> Tensor:
+        """Return the margins of the groups of pages, broadcasting to ``[B, H, P, groups, members]``."""
+        margin = self.section("margin", layout)
+        if layout.grouping == "token":
+            return margin[:, :: layout.group_size][None, :, None, :, None]
+        return margin[None, :, None, None, :]
+
+
+UNCALIBRATED = Calibrated()
+CALIBRATED = Calibrated._fields
+
+
+def calibrated_names(layout: Layout) -> tuple[str, ...]:
+    """Return the names of what a layout's tokens are coded relative to, in order."""
+    return CALIBRATED[: layout.has_tables + layout.rotary]
+
+
+def part_names(layout: Layout) -> tuple[str, ...]:
+    """Return the names of the parts that a layout keeps, in order."""
+    return (*PARTS, ORIGINALS) if layout.keep_exact else PARTS
+
+
+def page_capacity(slots: int | torch.SymInt, grows: bool, layout: Layout) -> int | torch.SymInt:
+    """Return the pages to allocate for ``slots`` tokens: what they fill, an eighth more if the cache grows."""
+    pages = torch.sym_max(0, (slots - layout.sinks - layout.window) // layout.page_size)
+    return torch.sym_max(MIN_PAGES, pages + pages // 8 + 2 if grows else pages)

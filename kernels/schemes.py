@@ -1,0 +1,487 @@
+"""The quantization schemes: what the codes of a packed tensor mean, and how many bits they take.
+
+A scheme is a small frozen dataclass with its own checks. It knows neither regions nor a cache: `Layout` asks it for
+the shapes of codes and parameters of a page of ``page_size`` tokens of ``head_dim`` channels. Calibrated tables are
+named by their digest (`Tables.digest`), so that a scheme is a value; the tables themselves travel as tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+from kvq_compile.kernels.tables import NO_TABLES
+
+Grouping = Literal["token", "channel"]
+Role = Literal["key", "value"]
+Transform = Literal["none", "hadamard"]
+Packing = Literal["fields", "trits"]
+Params = Literal["fp16", "fp8"]
+
+WIDTHS = (1, 1.5, 2, 3, 4, 8)  # bits of the codes of a uniform quantizer; 1.5: three levels
+TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
+MAX_INDEX_BITS = 12  # a codebook of more entries could not be learned, searched or held
+UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
+PAGE_SIZES = (32, 64, 128, 256)
+MAX_BITS = 8  # of a token in mixed pages
+HEADER = MAX_BITS  # units of a mixed page; also what keeps rows of 128 channels aligned to 16 bytes
+OUTLIER_FIELDS = 3  # channel, low byte, high byte
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise ``ValueError`` with a message unless a condition holds."""
+    if not ok:
+        raise ValueError(message)
+
+
+def check_integers(**values: object) -> None:
+    """Raise ``TypeError`` for the first value that is no integer."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_flags(**values: object) -> None:
+    """Raise ``TypeError`` for the first value that is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def changed_fields(x: object) -> str:
+    """Return ``Class(field=value, ...)`` of a dataclass, fields that have their default left out."""
+    shown = [
+        f"{f.name}={getattr(x, f.name)!r}"
+        for f in fields(x)  # type: ignore[arg-type]
+        if getattr(x, f.name) != f.default
+    ]
+    return f"{type(x).__name__}({', '.join(shown)})"
+
+
+def _check_format(params: str, transform: str, rotary: bool, tables: str) -> None:
+    _check_tables(rotary, tables)
+    check(params in ("fp16", "fp8"), f'params must be "fp16" or "fp8", got {params!r}')
+    check(
+        transform in ("none", "hadamard"),
+        f'transform must be "none" or "hadamard", got {transform!r}',
+    )
+    check(
+        transform == "none" or not rotary,
+        f'transform must be "none" for rotary keys and for codebooks, got {transform!r}',
+    )
+
+
+def _check_tables(rotary: bool, tables: str) -> None:
+    check_flags(rotary=rotary)
+    if not isinstance(tables, str):
+        raise TypeError(f"tables must be a digest, got {tables!r}")
+    check(
+        not rotary or tables != NO_TABLES,
+        "rotary keys must be calibrated: tables must be given",
+    )
+
+
+def _planes(bits: float) -> tuple[int, ...]:
+    whole = 2 if bits == 1.5 else int(bits)
+    return tuple(width for width in (8, 4, 2, 1) if whole & width)
+
+
+@dataclass(frozen=True, repr=False)
+class Uniform:
+    """A group of elements shares a scale and a zero point: a code ``c`` stands for ``c * scale + zero``.
+
+    Args:
+        bits: Width of a code: 1, 1.5 (three levels), 2, 3, 4 or 8.
+        grouping: ``"token"``: a group is ``group_size`` neighbouring channels of one token.
+            ``"channel"``: a group is one channel of ``group_size`` neighbouring tokens.
+        group_size: Elements of a group; ``None`` takes the whole head dimension (token) or page (channel).
+        clip: Fraction of a group's range, about its midpoint, that the codes span; in (0, 1].
+        transform: Rotation of the head dimension before coding, undone on reading.
+        params: Format of scale and zero point: ``"fp16"``, or ``"fp8"`` (e4m3), half as large.
+        packing: How three-level codes are packed: in two-bit ``"fields"``, which unpack fastest, or five
+            ``"trits"`` to a byte, which are 1.6 bits each.
+        rotary: Whether keys are coded as they were before the rotary embedding.
+        tables: Digest of what calibration found for this tensor; rotary keys need tables.
+
+    Raises:
+        TypeError: A number of bits or channels is not an integer.
+        ValueError: An argument is out of its range, or two of them do not go together.
+    """
+
+    name: ClassVar[str] = "uniform"
+    couple: ClassVar[int] = 1
+
+    bits: float = 4
+    grouping: Grouping = "token"
+    group_size: int | None = None
+    clip: float = 1.0
+    transform: Transform = "none"
+    params: Params = "fp16"
+    packing: Packing = "fields"
+    rotary: bool = False
+    tables: str = NO_TABLES
+
+    def __post_init__(self) -> None:
+        if self.bits != 1.5:
+            check_integers(bits=self.bits)
+        check_integers(group_size=1 if self.group_size is None else self.group_size)
+        check(self.bits in WIDTHS, f"bits must be one of {list(WIDTHS)}, got {self.bits}")
+        check(
+            self.packing in ("fields", "trits"),
+            f'packing must be "fields" or "trits", got {self.packing!r}',
+        )
+        check(
+            self.packing == "fields" or self.bits == 1.5,
+            f'packing "trits" must go with bits=1.5, got bits={self.bits}',
+        )
+        check(
+            self.grouping in ("token", "channel"),
+            f'grouping must be "token" or "channel", got {self.grouping!r}',
+        )
+        check(
+            self.group_size is None or self.group_size > 0,
+            f"group_size must be positive, got {self.group_size}",
+        )
+        check(0.0 < self.clip <= 1.0, f"clip must be in (0, 1], got {self.clip}")
+        _check_format(self.params, self.transform, self.rotary, self.tables)
+
+    __repr__ = changed_fields
+
+    def bound_to(self, head_dim: int, page_size: int) -> Uniform:
+        """Return the scheme with the group size that it has in pages of these sizes."""
+        whole = head_dim if self.grouping == "token" else page_size
+        return replace(self, group_size=whole) if self.group_size is None else self
+
+    def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
+        """Make sure that pages of these sizes can be grouped and packed.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        assert self.group_size is not None
+        divided = head_dim if self.grouping == "token" else page_size
+        what = "head_dim" if self.grouping == "token" else "page_size"
+        check(
+            divided % self.group_size == 0,
+            f"{what} must be a multiple of group_size={self.group_size}, got {divided}",
+        )
+        check(not self.rotary or head_dim % 2 == 0, f"head_dim must be even, got {head_dim}")
+        if self.packing == "fields":
+            _check_fields(self.planes, 1, f"{self.bits:g}-bit", role, head_dim, page_size)
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths in bits of the planes that a code is split into, low bits first."""
+        return _planes(self.bits)
+
+    @property
+    def levels(self) -> int:
+        """Steps between the lowest and the highest code."""
+        return 2 if self.bits == 1.5 else (1 << int(self.bits)) - 1
+
+    def units(self, row_length: int) -> int:
+        """Return the 16-bit units in a row of ``row_length`` codes."""
+        if self.packing == "trits":
+            row_bytes = -(-row_length // TRITS)
+            return -(-row_bytes // 2)
+        return row_length * sum(self.planes) // UNIT_BITS
+
+    def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``rows, units`` of the codes of a page."""
+        if role == "key":
+            return page_size, self.units(head_dim)
+        return head_dim, self.units(page_size)
+
+    def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``groups, members`` of the parameters of a page."""
+        assert self.group_size is not None
+        if self.grouping == "token":
+            return head_dim // self.group_size, page_size
+        return page_size // self.group_size, head_dim
+
+    @property
+    def about(self) -> str:
+        """Codes in words: ``"2-bit"``."""
+        return f"{self.bits:g}-bit"
+
+
+@dataclass(frozen=True, repr=False)
+class Codebook:
+    """``couple`` neighbouring channels of a token share an index, which stands for one of ``2 ** bits`` vectors.
+
+    Args:
+        bits: Width of an index, 1 to 12.
+        couple: Channels that share an index.
+        rotary: Whether keys are coded as they were before the rotary embedding.
+        tables: Digest of the tables with the codebook.
+
+    Raises:
+        TypeError: A number of bits or channels is not an integer.
+        ValueError: An argument is out of its range, or there are no tables.
+    """
+
+    name: ClassVar[str] = "codebook"
+    packing: ClassVar[Packing] = "fields"
+    params: ClassVar[Params] = "fp16"
+    grouping: ClassVar[Grouping] = "token"
+    transform: ClassVar[Transform] = "none"
+    clip: ClassVar[float] = 1.0
+
+    bits: int
+    couple: int
+    rotary: bool = False
+    tables: str = NO_TABLES
+
+    def __post_init__(self) -> None:
+        check_integers(bits=self.bits, couple=self.couple)
+        _check_tables(self.rotary, self.tables)
+        check(self.couple > 0, f"couple must be positive, got {self.couple}")
+        check(
+            1 <= self.bits <= MAX_INDEX_BITS,
+            f"bits must be 1 to {MAX_INDEX_BITS} for a codebook, got {self.bits}",
+        )
+        check(self.tables != NO_TABLES, "a codebook must be calibrated: tables must be given")
+
+    __repr__ = changed_fields
+
+    def bound_to(self, head_dim: int, page_size: int) -> Codebook:
+        """Return the scheme itself: nothing of it depends on the sizes of a page."""
+        del head_dim, page_size
+        return self
+
+    def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
+        """Make sure that pages of these sizes can be packed.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        halves = 2 * self.couple if self.rotary else self.couple
+        check(
+            head_dim % halves == 0,
+            f"head_dim must be a multiple of {halves} for {self.couple} coupled channels, "
+            f"got {head_dim}",
+        )
+        _check_fields(self.planes, self.couple, f"{self.bits:g}-bit", role, head_dim, page_size)
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths in bits of the planes that an index is split into, low bits first."""
+        return _planes(self.bits)
+
+    @property
+    def levels(self) -> int:
+        """The largest index."""
+        return (1 << self.bits) - 1
+
+    def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``rows, units`` of the codes of a page."""
+        rows, length = head_dim // self.couple, page_size
+        if role == "key":
+            rows, length = length, rows
+        return rows, length * sum(self.planes) // UNIT_BITS
+
+    def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``groups, members`` of the parameters of a page: there are none."""
+        del head_dim
+        return 0, page_size
+
+    @property
+    def about(self) -> str:
+        """Codes in words: ``"4 channels in 8 bits"``."""
+        return f"{self.couple} channels in {self.bits} bits"
+
+
+@dataclass(frozen=True, repr=False)
+class Adaptive:
+    """What QAQ does to mixed pages beyond distributing a budget; `kernels.adaptive` does it.
+
+    Args:
+        target: Error that is good enough: the standard deviation of an attention weight (keys) or of the output
+            (values). Pages use no more of their budget than it takes. 0: all bits are used.
+        query_norm: Squared norm of a query that few exceed, which a target of keys needs.
+        requantize: Whether tokens of packed pages lose bits that their target needs no more as attention moves on.
+        keep_exact: Whether host memory holds packed tokens exactly, for them to gain bits when attention returns.
+
+    Raises:
+        ValueError: A number is out of its range, or ``requantize`` has no target.
+    """
+
+    target: float = 0.0
+    query_norm: float = 0.0
+    requantize: bool = False
+    keep_exact: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(requantize=self.requantize, keep_exact=self.keep_exact)
+        check(
+            0 <= self.target < math.inf and 0 <= self.query_norm < math.inf,
+            "target and query_norm must be finite numbers of 0 or more, "
+            f"got {self.target} and {self.query_norm}",
+        )
+        check(
+            not self.requantize or self.target > 0, "requantize must go with a target: give target"
+        )
+
+    __repr__ = changed_fields
+
+
+@dataclass(frozen=True, repr=False)
+class Mixed:
+    """Each token has bits of its own, ``bits`` on average over a page; `reference.mixed` says what they mean.
+
+    Args:
+        bits: Bits an element that the codes of a page may take; a whole number of rows a page.
+        min_bits, max_bits: Least and most bits of a token, 0 to 8.
+        outliers: Elements of a token that are kept exactly, in fp16: half of them the largest, half the smallest.
+        params: Format of centre and reach: ``"fp16"``, or ``"fp8"`` (e4m3).
+        fit: Whether codes stand for the middles of their segments scaled to keep a token's product with itself,
+            or for the middles, as in the paper.
+        soften: Whether bits are distributed by softened importance, or by importance as it is, as in the paper.
+        attentive: Whether bits are distributed by the attention that tokens get, or by range alone.
+        transform: Rotation of the head dimension before coding, undone on reading.
+        rotary: Whether keys are coded as they were before the rotary embedding.
+        tables: Digest of what calibration found for this tensor; rotary keys need tables.
+        adaptive: What happens to pages beyond that; ``None``: nothing.
+
+    Raises:
+        TypeError: A number is not a number, or not an integer.
+        ValueError: An argument is out of its range, or two of them do not go together.
+    """
+
+    name: ClassVar[str] = "mixed"
+    couple: ClassVar[int] = 1
+    packing: ClassVar[Packing] = "fields"
+    grouping: ClassVar[Grouping] = "token"
+    clip: ClassVar[float] = 1.0
+    planes: ClassVar[tuple[int, ...]] = ()
+    levels: ClassVar[int] = 0
+
+    bits: float
+    min_bits: int = 0
+    max_bits: int = 4
+    outliers: int = 0
+    params: Params = "fp16"
+    fit: bool = True
+    soften: bool = True
+    attentive: bool = True
+    transform: Transform = "none"
+    rotary: bool = False
+    tables: str = NO_TABLES
+    adaptive: Adaptive | None = None
+
+    def __post_init__(self) -> None:
+        check_integers(min_bits=self.min_bits, max_bits=self.max_bits, outliers=self.outliers)
+        check_flags(fit=self.fit, soften=self.soften, attentive=self.attentive)
+        if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool):
+            raise TypeError(f"bits must be a number, got {self.bits!r}")
+        check(
+            0 <= self.min_bits < self.max_bits <= MAX_BITS,
+            f"min_bits and max_bits must be two ascending numbers of 0 to {MAX_BITS}, "
+            f"got {self.min_bits} and {self.max_bits}",
+        )
+        check(
+            self.min_bits <= self.bits <= self.max_bits and self.bits > 0,
+            f"bits must be positive and between min_bits={self.min_bits} and "
+            f"max_bits={self.max_bits}, got {self.bits}",
+        )
+        check(
+            self.outliers % 2 == 0 and self.outliers >= 0,
+            f"outliers must be an even number of 0 or more, got {self.outliers}",
+        )
+        _check_format(self.params, self.transform, self.rotary, self.tables)
+        exact = self.adaptive is not None and self.adaptive.keep_exact
+        check(
+            not exact or (self.attentive and self.tables == NO_TABLES),
+            "keep_exact must go with bits that depend on attention, without tables",
+        )
+
+    __repr__ = changed_fields
+
+    def bound_to(self, head_dim: int, page_size: int) -> Mixed:
+        """Return the scheme itself: nothing of it depends on the sizes of a page."""
+        del head_dim, page_size
+        return self
+
+    def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
+        """Make sure that pages of these sizes can be packed.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        del role
+        check(
+            head_dim % UNIT_BITS == 0 and 0 < head_dim <= 256,
+            f"head_dim must be a multiple of {UNIT_BITS} up to 256, got {head_dim}",
+        )
+        check(
+            self.bits * page_size % 1 == 0,
+            f"bits must be a multiple of 1/{page_size}, the rows of a page, got {self.bits}",
+        )
+        check(
+            self.outliers < head_dim,
+            f"outliers must be an even number below {head_dim}, got {self.outliers}",
+        )
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of a stored centre or reach."""
+        return 1 if self.params == "fp8" else 2
+
+    @property
+    def rank_field(self) -> int:
+        """Field of the rank, behind centre and reach."""
+        return 2 * self.param_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a token's record: centre, reach, rank and outliers."""
+        return self.rank_field + 1 + OUTLIER_FIELDS * self.outliers
+
+    def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``rows, units`` of the codes of a page: one row, the header before the planes."""
+        del role
+        return 1, HEADER + int(self.bits * page_size) * (head_dim // UNIT_BITS)
+
+    def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``fields, tokens`` of the records of a page."""
+        del head_dim
+        return self.record_bytes, page_size
+
+    @property
+    def about(self) -> str:
+        """Codes in words: ``"1 to 4 bits (2.5 on average)"``."""
+        average, exact = f"{self.bits:g} on average", ""
+        if self.adaptive is not None and self.adaptive.target:
+            average = f"at most {average}, fewer where they meet target {self.adaptive.target:g}"
+        if self.adaptive is not None and self.adaptive.keep_exact:
+            exact = ", exact copies in host memory"
+        return f"{self.min_bits} to {self.max_bits} bits ({average}){exact}"
+
+
+Scheme = Uniform | Codebook | Mixed
+
+
+def scheme_of(options: Mapping[str, Any], tables: str, rotary: bool) -> Uniform | Codebook:
+    """Return the calibrated scheme that options name: of `Codebook` where ``couple`` is among them, else of `Uniform`.
+
+    Args:
+        options: The fields that are not their defaults.
+        tables: Digest of the tables.
+        rotary: Whether keys are coded as they were before the rotary embedding.
+    """
+    kind: type[Uniform | Codebook] = Codebook if "couple" in options else Uniform
+    return kind(**options, rotary=rotary, tables=tables)
+
+
+def _check_fields(
+    planes: tuple[int, ...], couple: int, what: str, role: Role, head_dim: int, page_size: int
+) -> None:
+    """Make sure that each plane of a row of codes fills whole units."""
+    length = head_dim // couple if role == "key" else page_size
+    check(
+        all(length * width % UNIT_BITS == 0 for width in planes),
+        f"head_dim must be a multiple of {couple * UNIT_BITS // min(planes)} for "
+        f"{what} {role}s, got {head_dim}",
+    )
