@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from types import EllipsisType
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
 from kvq_compile.kernels.layout import Layout
@@ -72,7 +74,7 @@ class _Lineage:
         return [other for other in alive if other is not None and other is not view]
 
 
-class QuantizedKV(Tensor):
+class QuantizedKV(Exports, Tensor):
     """Keys or values of one layer, quantized.
 
     Build one with `QuantizedKV.from_dense`; ``QuantizedKV(...)`` wraps existing parts.
@@ -185,6 +187,13 @@ class QuantizedKV(Tensor):
         """Return the tokens as an ordinary tensor ``[B, H, S, D]``; empty slots are zero."""
         return ops.dequantize(self.parts, self.calibrated, self.shape[2], self.page_layout)
 
+    def _dense(self) -> Tensor:
+        return self.dequantize()
+
+    def _held(self) -> list[Tensor]:
+        held = (getattr(self, name) for name in INNER)
+        return [part for part in held if part is not None]
+
     def held(self) -> int:
         """Return how many tokens the cache holds; waits for the device if the cache is static."""
         return int(self.cursor[0]) if self.kind == "static" else self.shape[2]
@@ -195,7 +204,8 @@ class QuantizedKV(Tensor):
 
     def claim(self, tokens: int) -> None:
         """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
-        if any(view.shape[2] > self.shape[2] for view in self._lineage.others(self)):
+        longer = any(view.shape[2] > self.shape[2] for view in self._lineage.others(self))
+        if longer or (self.device.type == "cpu" and self.codes.is_shared()):
             self._fork(tokens)
         elif self._lineage.held > self.shape[2]:
             if self.device.type == "cpu":  # kernels truncate as they append
@@ -348,3 +358,6 @@ def wrap_loaded(
     if layout.keep_exact:
         parts[4] = held_by_host(parts[4], parts[0].device)
     return QuantizedKV(parts, calibrated, layout, kind, length, lineage)
+
+
+ForkingPickler.register(QuantizedKV, send_by_copy)
