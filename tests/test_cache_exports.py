@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.testing.small_cache import assert_same_bytes, grown, static, tokens
 
 MAKE = {"grown": lambda: grown(90), "static": lambda: static(100, 90)}
@@ -40,7 +39,9 @@ def test_nbytes_is_what_the_parts_take(cache: Any) -> None:
     ["data_ptr", "const_data_ptr", "untyped_storage", "storage", "_typed_storage", "apply_", "map_", "map2_"],
 )  # fmt: skip
 def test_what_needs_the_elements_in_memory_says_what_to_write(cache: Any, name: str) -> None:
-    with pytest.raises(NotImplementedError, match=r"^\w+ must be called on .*cache\.dequantize\(\)"):
+    with pytest.raises(
+        NotImplementedError, match=r"^\w+ must be called on .*cache\.dequantize\(\)"
+    ):
         getattr(cache, name)()
 
 
@@ -72,7 +73,7 @@ def test_a_grown_cache_in_shared_memory_takes_new_tokens_in_memory_of_its_own() 
 
 
 def _read_and_grow(queue: Any, answers: Any) -> None:
-    cache = queue.get(timeout=60)
+    cache = queue.get(timeout=30)
     first = cache.dequantize().numpy()
     torch.cat([cache, tokens(40, 1)], 2)
     answers.put((type(cache).__name__, cache.kind, first))
@@ -86,7 +87,7 @@ def test_a_process_that_receives_a_grown_cache_does_not_touch_the_senders() -> N
     process = context.Process(target=_read_and_grow, args=(queue, answers))
     process.start()
     queue.put(cache)
-    name, kind, read = answers.get(timeout=60)
+    name, kind, read = answers.get(timeout=30)
     process.join(60)
     assert (name, kind) == ("QuantizedKV", "grown")
     assert np.array_equal(read, before.numpy())
@@ -170,9 +171,37 @@ for name in sys.stdin.read().split():
 """
 # What a cache is asked about itself, what differs from call to call, what only tells how a tensor is kept.
 OWN = frozenset(
-    "__annotations__ __class__ __dict__ __dir__ __doc__ __getattribute__ __getstate__ __hash__ __iter__ __module__ "
-    "__repr__ __str__ __format__ __weakref__ __reduce__ __reduce_ex__ __init__ __new__ __subclasshook__ __setstate__ "
-    "__dlpack__ __init_subclass__ new new_empty _cdata _python_dispatch _reduce_ex_internal is_shared nbytes".split()
+    [
+        "__annotations__",
+        "__class__",
+        "__dict__",
+        "__dir__",
+        "__doc__",
+        "__getattribute__",
+        "__getstate__",
+        "__hash__",
+        "__iter__",
+        "__module__",
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__weakref__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__init__",
+        "__new__",
+        "__subclasshook__",
+        "__setstate__",
+        "__dlpack__",
+        "__init_subclass__",
+        "new",
+        "new_empty",
+        "_cdata",
+        "_python_dispatch",
+        "_reduce_ex_internal",
+        "is_shared",
+        "nbytes",
+    ]
 )
 
 
@@ -180,7 +209,9 @@ def test_every_method_of_a_tensor_answers_or_refuses() -> None:
     """Regression: share_memory_, apply_ and map_ ended the process; others spoke of an invalid python storage."""
     names = [name for name in dir(torch.Tensor) if name not in OWN]
     command = [sys.executable, "-c", WALK]
-    done = subprocess.run(command, input=" ".join(names), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, input=" ".join(names), capture_output=True, text=True, timeout=280
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, (lines[-1:], done.stderr[-500:])
     results = [line.split(" ", 2) for line in lines]

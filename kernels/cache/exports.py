@@ -8,7 +8,7 @@ side by side. Shared and pinned memory hold the packed parts themselves.
 
 from __future__ import annotations
 
-from multiprocessing.reduction import ForkingPickler
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,9 @@ _STORAGE = (
     "cache.parts are the tensors that hold them"
 )
 _no_storage = _refusing("untyped_storage", _STORAGE)
-_WRITE = "write to cache.dequantize(), which is a copy, or assign new tokens as cache[:, :, slots] = x"
+_WRITE = (
+    "write to cache.dequantize(), which is a copy, or assign new tokens as cache[:, :, slots] = x"
+)
 
 
 class Exports(Tensor):
@@ -85,7 +87,7 @@ class Exports(Tensor):
         return self._dense().__dlpack__(*args, **kwargs)
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes that the packed parts take: spare room and tables included."""
         return sum(part.untyped_storage().nbytes() for part in self._held())
 
@@ -111,4 +113,4 @@ class Exports(Tensor):
 def send_by_copy(cache: QuantizedKV) -> tuple[Any, ...]:
     """Pickle a cache for another process: a grown one as a copy, which the sender's next tokens do not touch."""
     sent = cache.clone_packed() if cache.kind == "grown" else cache
-    return sent.__reduce_ex__(ForkingPickler.DEFAULT_PROTOCOL)  # type: ignore[attr-defined]
+    return sent.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
