@@ -108,11 +108,12 @@ import sys, warnings
 import numpy, torch
 from torch.utils._pytree import tree_leaves
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, TensorSpec
+from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.schemes import Uniform
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-LAYOUT = CacheSpec(TensorSpec(4), TensorSpec(4), sinks=1, window=1, page_size=32).layout("key", 16)
+LAYOUT = CacheSpec(Uniform(4), Uniform(4), sinks=1, window=1, page_size=32).layout("key", 16)
 TOKENS = torch.randn(2, 1, 36, 16, generator=torch.Generator().manual_seed(0))
 DENSE = QuantizedKV.from_dense(TOKENS, LAYOUT).dequantize()
 
@@ -171,37 +172,36 @@ for name in sys.stdin.read().split():
 """
 # What a cache is asked about itself, what differs from call to call, what only tells how a tensor is kept.
 OWN = frozenset(
-    [
-        "__annotations__",
-        "__class__",
-        "__dict__",
-        "__dir__",
-        "__doc__",
-        "__getattribute__",
-        "__getstate__",
-        "__hash__",
-        "__iter__",
-        "__module__",
-        "__repr__",
-        "__str__",
-        "__format__",
-        "__weakref__",
-        "__reduce__",
-        "__reduce_ex__",
-        "__init__",
-        "__new__",
-        "__subclasshook__",
-        "__setstate__",
-        "__dlpack__",
-        "__init_subclass__",
-        "new",
-        "new_empty",
-        "_cdata",
-        "_python_dispatch",
-        "_reduce_ex_internal",
-        "is_shared",
-        "nbytes",
-    ]
+    (
+        *(
+            "__annotations__",
+            "__class__",
+            "__dict__",
+            "__dir__",
+            "__dlpack__",
+            "__doc__",
+            "__format__",
+        ),
+        *(
+            "__getattribute__",
+            "__getstate__",
+            "__hash__",
+            "__init__",
+            "__init_subclass__",
+            "__iter__",
+        ),
+        *(
+            "__module__",
+            "__new__",
+            "__reduce__",
+            "__reduce_ex__",
+            "__repr__",
+            "__setstate__",
+            "__str__",
+        ),
+        *("__subclasshook__", "__weakref__", "_cdata", "_python_dispatch", "_reduce_ex_internal"),
+        *("is_shared", "nbytes", "new", "new_empty"),
+    )
 )
 
 
