@@ -228,7 +228,7 @@ ALTERATIONS: list[tuple[str, Any, str]] = [
         "belong to a layer",
     ),
     ("skvq", lambda w, a: a["head_dims"].update({"layers.0.key": -64}), "tables must be int32"),
-    ("skvq", lambda w, a: a["head_dims"].update({"layers.0.key": "64"}), "head_dim must be a int"),
+    ("skvq", lambda w, a: a["head_dims"].update({"layers.0.key": "64"}), "head_dim must be an int"),
     ("skvq", lambda w, a: a["head_dims"].clear(), "is missing"),
     ("skvq", lambda w, a: a.pop("options"), "'options' is missing"),
     ("skvq", lambda w, a: a["layers"][0].__setitem__(0, "yes"), "rotary must be a bool"),

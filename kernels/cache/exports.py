@@ -8,11 +8,12 @@ side by side. Shared and pinned memory hold the packed parts themselves.
 
 from __future__ import annotations
 
-import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from kvq_compile.kernels.cache.saved import receive
 
 if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import QuantizedKV
@@ -113,4 +114,5 @@ class Exports(Tensor):
 def send_by_copy(cache: QuantizedKV) -> tuple[Any, ...]:
     """Pickle a cache for another process: a grown one as a copy, which the sender's next tokens do not touch."""
     sent = cache.clone_packed() if cache.kind == "grown" else cache
-    return sent.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+    about = cache.page_layout, cache.kind, int(cache.shape[2])
+    return receive, (sent.parts, sent.calibrated, *about)

@@ -125,6 +125,15 @@ def rebuild(
     return wrap_loaded(parts, calibrated, load_layout(layout), kind, length)
 
 
+def receive(
+    parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
+) -> QuantizedKV:
+    """Wrap the tensors that another process of the same program sent; they may be in memory shared with it."""
+    from kvq_compile.kernels.cache.tensor import wrap
+
+    return wrap(parts, calibrated, layout, kind, length)
+
+
 def rebuild_old(
     codes: Tensor,
     params: Tensor,

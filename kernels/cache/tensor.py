@@ -37,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache.checks import check_loaded
 from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
@@ -349,11 +350,20 @@ def on(index: Any, part: Tensor) -> Any:
 def wrap_loaded(
     parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
 ) -> QuantizedKV:
-    """Wrap the tensors of a file.
+    """Check the tensors of a file and wrap copies of them: no other object of the file shares their memory.
 
     Raises:
-        ValueError: There are more tensors, or fewer, than the layout says.
+        TypeError, ValueError: They are not what the layout says: see `check_loaded`.
     """
+    check_loaded(parts, calibrated, layout, kind, length)
+    copies = [part.clone() for part in parts]
+    return wrap(copies, [tensor.clone() for tensor in calibrated], layout, kind, length)
+
+
+def wrap(
+    parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
+) -> QuantizedKV:
+    """Wrap tensors as a cache that knows of no other view of them."""
     lineage = _Lineage(int(parts[PARTS.index("cursor")][0]))
     if layout.keep_exact:
         parts[4] = held_by_host(parts[4], parts[0].device)

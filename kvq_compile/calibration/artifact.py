@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvq_compile.kernels.tables import CHANNEL_SECTIONS, Tables, read_section
+from kvq_compile.kernels.tables import Tables, checked_tables
 
 FORMAT, VERSION = "kvq-compile calibration", "1"
 SAMPLES = 64  # numbers of a parameter that are hashed
@@ -223,50 +223,6 @@ def _entries(method: str, options: dict[str, Any], chosen: dict[str, Any]) -> in
     if not (isinstance(bits, int) and 1 <= bits <= MAX_INDEX_BITS):
         raise ValueError(f"bits of a codebook must be 1 to {MAX_INDEX_BITS}, got {bits!r}")
     return int(2**bits)
-
-
-def checked_tables(words: Tensor, head_dim: Any, rotary: bool, entries: int) -> Tables:
-    """Return tables read from a file.
-
-    Args:
-        words: ``[H, table_words]``, int32.
-        head_dim: ``D``.
-        rotary: Whether they are of keys that are coded before their rotation.
-        entries: Vectors of the codebook; 0 where there is none.
-
-    Raises:
-        TypeError: ``words`` are not int32, or ``head_dim`` is no integer.
-        ValueError: A size or a value is not what `Tables.build` would have written.
-    """
-    _check_types(head_dim=(head_dim, int))
-    if words.dtype != torch.int32 or words.dim() != 2 or not words.shape[0] or head_dim < 1:
-        raise TypeError(
-            f"tables must be int32 [heads, words], got {words.dtype} {list(words.shape)}"
-        )
-    expected = len(CHANNEL_SECTIONS) * head_dim + (head_dim // 2 if rotary else 0)
-    expected += entries * head_dim // 2
-    if words.shape[1] != expected or (rotary and head_dim % 2):
-        raise ValueError(
-            f"tables of {head_dim} channels must have {expected} words, got {words.shape[1]}"
-        )
-    part = {
-        name: read_section(words, name, head_dim, rotary)
-        for name in (*CHANNEL_SECTIONS, "frequency", "codebook")
-    }
-    codebook = part["codebook"].reshape(len(words), 1, entries, head_dim) if entries else None
-    if codebook is not None and not codebook.isfinite().all():
-        raise ValueError("codebook must be finite")
-    built = Tables.build(
-        order=part["order"],
-        mean=part["mean"],
-        scale=part["scale"],
-        margin=part["margin"],
-        frequency=part["frequency"] if rotary else None,
-        codebook=codebook,
-    )
-    if not torch.equal(built.words, words):
-        raise ValueError("inverse must be 1 / scale")
-    return Tables(words.contiguous(), head_dim)
 
 
 def _check_types(**values: tuple[object, type]) -> None:

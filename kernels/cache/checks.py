@@ -1,0 +1,159 @@
+"""What comes from a file is checked against its layout once, before anything indexes by it.
+
+Kernels trust a cache: its cursor says which pages and rows they read, the header of a mixed page where its rows
+begin, a record which row and which channels are its token's, a table which channel is packed where. A file may say
+anything. `check_loaded` therefore accepts only what quantizing could have written, as far as an index, a length or
+a number that is not finite could tell the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import calibrated_names, part_names
+from kvq_compile.kernels.reference.frame import e4m3_value
+from kvq_compile.kernels.reference.mixed import from_bytes, stored_value
+from kvq_compile.kernels.schemes import HEADER, OUTLIER_FIELDS, check, check_integers
+from kvq_compile.kernels.tables import checked_tables
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_loaded(
+    parts: Sequence[Tensor], calibrated: Sequence[Tensor], layout: Layout, kind: str, length: int
+) -> None:
+    """Check the tensors of a file, and the lengths that it gives, against their layout.
+
+    Args:
+        parts: The parts that `part_names` lists.
+        calibrated: What the layout's tokens are coded relative to.
+        layout: Their layout.
+        kind: ``"grown"`` or ``"static"``.
+        length: Slots of the cache.
+
+    Raises:
+        TypeError: Something is no tensor, or no integer.
+        ValueError: Something is not what quantizing could have written.
+    """
+    check(kind in ("grown", "static"), f'kind must be "grown" or "static", got {kind!r}')
+    check_integers(length=length)
+    check(length >= 0, f"length must be 0 or more, got {length}")
+    check(
+        not layout.keep_exact or kind == "grown", f"keep_exact must go with kind grown, got {kind}"
+    )
+    check(
+        bool(layout.queries) == bool(layout.shared_by),
+        f"queries and shared_by must both be 0, or neither, got {layout.queries} and {layout.shared_by}",
+    )
+    names = (*part_names(layout), *calibrated_names(layout))
+    given = (*parts, *calibrated)
+    check(
+        len(parts) == len(part_names(layout)) and len(given) == len(names),
+        f"the tensors of a saved cache must be [{', '.join(names)}], got {len(given)} tensors",
+    )
+    tensors = dict(zip(names, given, strict=True))
+    _check_shapes(tensors, layout)
+    pages = _check_cursor(tensors["cursor"], tensors["codes"].shape[2], layout, kind, length)
+    codes, params = tensors["codes"][:, :, :pages], tensors["params"][:, :, :pages]
+    if layout.coder == "mixed":
+        _check_mixed(codes, params, layout)
+    else:
+        values = e4m3_value(params) if layout.has_byte_params else params
+        check(bool(values.isfinite().all()), "scales and zero points must be finite")
+    if layout.has_tables:
+        entries = layout.levels + 1 if layout.coder == "codebook" else 0
+        words = tensors["tables"].cpu()
+        tables = checked_tables(words, layout.head_dim, layout.rotary, entries)
+        check(
+            tables.digest == layout.tables,
+            f"tables must be those that the layout names, {layout.tables}, got {tables.digest}",
+        )
+
+
+def _check_shapes(tensors: dict[str, Tensor], layout: Layout) -> None:
+    for name, x in tensors.items():
+        if type(x) is not Tensor:
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    exact, codes = tensors["exact"], tensors["codes"]
+    check(exact.dtype in FLOATS, f"exact must be of a floating dtype, got {exact.dtype}")
+    check(
+        exact.dim() == 4 and codes.dim() == 5 and min(exact.shape[:2]) > 0,
+        f"exact and codes must have 4 and 5 dimensions, got {list(exact.shape)} and {list(codes.shape)}",
+    )
+    check(exact.device.type != "meta", "a saved cache must be loaded to a CPU or a GPU, got meta")
+    (B, H), P = exact.shape[:2], codes.shape[2]
+    page = layout.page_size, layout.head_dim
+    expected: dict[str, tuple[Any, ...]] = {
+        "codes": (torch.int16, B, H, P, layout.rows, layout.units),
+        "params": (
+            torch.uint8 if layout.has_byte_params else torch.float16,
+            *(B, H, P, *layout.params_shape, layout.param_numbers),
+        ),
+        "exact": (exact.dtype, B, H, layout.exact_rows, layout.head_dim),
+        "cursor": (torch.int32, 2),
+        "originals": (exact.dtype, B, H, P, *page),
+        "tables": (torch.int32, H, *tensors.get("tables", exact).shape[1:]),
+        "shift": (torch.int32, B),
+    }
+    for name, x in tensors.items():
+        dtype, *shape = expected[name]
+        check(
+            x.dtype == dtype and list(x.shape) == shape,
+            f"{name} must be {dtype} {shape}, got {x.dtype} {list(x.shape)}",
+        )
+        check(
+            x.layout == torch.strided and x.is_contiguous(), f"{name} must be contiguous, got not"
+        )
+        check(
+            name == "originals" or x.device == exact.device,
+            f"{name} must be on {exact.device}, got {x.device}",
+        )
+
+
+def _check_cursor(cursor: Tensor, capacity: int, layout: Layout, kind: str, length: int) -> int:
+    """Return the pages that the cursor counts."""
+    held, pages = cursor.tolist()
+    # A grown cache that was cropped still counts the tokens behind its end, until it takes new ones.
+    fits = held >= length if kind == "grown" else 0 <= held <= length
+    check(fits, f"cursor must hold the {length} tokens of a {kind} cache, got {held}")
+    least, most = layout.pages_at(held), max(0, held - layout.sinks) // layout.page_size
+    check(
+        least <= pages <= min(most, capacity),
+        f"cursor must count {least} to {min(most, capacity)} pages for {held} tokens, got {pages}",
+    )
+    return int(pages)
+
+
+def _check_mixed(codes: Tensor, records: Tensor, layout: Layout) -> None:
+    """Check packed mixed pages: `reference.mixed` says what their bytes mean."""
+    scheme, N = layout.mixed, layout.page_size
+    counts = codes[
+        ..., 0, :HEADER
+    ].int()  # tokens in each plane; more than 2 ** 15 read as negative
+    falls = bool((counts[..., 1:] <= counts[..., :-1]).all() and (counts >= 0).all())
+    check(
+        falls and bool((counts <= N).all()) and not counts[..., scheme.max_bits :].any(),
+        f"the planes of a page must hold fewer and fewer of its {N} tokens",
+    )
+    check(
+        bool((counts.sum(-1) <= layout.code_rows).all()),
+        f"the planes of a page must take at most {layout.code_rows} rows",
+    )
+    ranks = records[..., scheme.rank_field, :, 0].int().sort(-1).values
+    order = torch.arange(N, dtype=torch.int32, device=codes.device)
+    check(bool((ranks == order).all()), f"the ranks of a page must be the numbers 0 to {N - 1}")
+    size = scheme.param_bytes
+    for first in (0, size):
+        values = stored_value(from_bytes(records[..., first : first + size, :, 0].mT))
+        check(bool(values.isfinite().all()), "centres and reaches must be finite")
+    first = scheme.rank_field + 1
+    channels = records[..., first::OUTLIER_FIELDS, :, 0]
+    check(
+        bool((channels < layout.head_dim).all()),
+        f"the channels of outliers must be below {layout.head_dim}",
+    )
