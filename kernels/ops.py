@@ -27,11 +27,13 @@ from kvq_compile.kernels.packed import (
     page_capacity,
 )
 
-# Each backend is a module of four functions: append_, attend, importance and dequantize.
+# Each backend is a module of four functions, append_, attend, importance and dequantize, and of is_available,
+# which says whether it can run here. Where it cannot, the specification, which runs everywhere, stands in.
 BACKENDS = {
     "CPU": "kvq_compile.kernels.cpu.backend",
     "CUDA": "kvq_compile.kernels.triton.backend",
 }
+SPECIFICATION = "kvq_compile.kernels.reference.backend"
 
 LAYOUT, SCORE = get_opaque_type_name(Layout), get_opaque_type_name(Score)
 _SCHEMAS = (
@@ -172,7 +174,8 @@ def _by(backend: str, implementation: Callable[..., object]) -> Callable[..., ob
 
     def run(*args: object, **kwargs: object) -> object:
         if not loaded:
-            loaded.append(import_module(backend))
+            found = import_module(backend)
+            loaded.append(found if found.is_available() else import_module(SPECIFICATION))
         return implementation(loaded[0], *args, **kwargs)
 
     return run

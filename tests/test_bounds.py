@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import bounds, error_bound, make_spec
+from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import CacheSpec, Layout, Score
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.testing import (
@@ -203,9 +203,9 @@ class Case:
         )
 
     def attend(self) -> Tensor:
-        return blocked.attend(
-            *(self.query, *self.new, self.caches[0].parts, self.caches[1].parts),
-            *(self.mask, self.held, self.scale, *self.layouts),
+        return ops.attend(
+            *(self.query, *self.new, self.caches[0].parts, self.caches[1].parts, []),
+            *(self.mask, None, self.held, Score(self.scale), *self.layouts),
         )
 
 
@@ -253,7 +253,8 @@ def test_attention_does_not_depend_on_strides() -> None:
     x = torch.randn(5, 1, 2, 3, 64, generator=torch.Generator().manual_seed(0))
     caches = [QuantizedKV.from_dense(x[i], layouts[i]).parts for i in range(2)]
     strided = x.transpose(2, 3).contiguous().transpose(2, 3)
-    outputs = [blocked.attend(*at[2:], *caches, None, 3, 0.125, *layouts) for at in (x, strided)]
+    about = None, None, 3, Score(0.125)
+    outputs = [ops.attend(*at[2:], *caches, [], *about, *layouts) for at in (x, strided)]
     torch.testing.assert_close(*outputs)
 
 
@@ -286,8 +287,8 @@ def test_values_reach_the_bound(bits: int, clip: float) -> None:
     ]
     query, mask = torch.zeros(1, 1, 1, 64), torch.arange(33) == 7
     new = key[:, :, 32:], value[:, :, 32:]
-    output = blocked.attend(
-        *(query, *new, caches[0].parts, caches[1].parts, mask[None], 32, 1.0),
+    output = ops.attend(
+        *(query, *new, caches[0].parts, caches[1].parts, [], mask[None], None, 32, Score(1.0)),
         *(caches[0].page_layout, caches[1].page_layout),
     )
     error = float((output - value[:, :, 7:8]).abs().max())
@@ -315,8 +316,9 @@ def test_keys_reach_the_bound(bits: int, strength: float) -> None:
     scores = (query @ key.transpose(2, 3))[0, 0, 0]
     mask = torch.full((1, 33), -math.inf)
     mask[0, 0], mask[0, 1] = -float(scores[0]) - shift / 2, -float(scores[1]) + shift / 2
-    output = blocked.attend(
-        *(query, key[:, :, 32:], value[:, :, 32:], caches[0].parts, caches[1].parts, mask, 32, 1.0),
+    output = ops.attend(
+        *(query, key[:, :, 32:], value[:, :, 32:], caches[0].parts, caches[1].parts),
+        *([], mask, None, 32, Score(1.0)),
         *(caches[0].page_layout, caches[1].page_layout),
     )
     exact = reference.softmax_attention(query, key, value, mask, 1.0)
@@ -400,8 +402,9 @@ def test_the_assertions_refuse_an_output_that_is_off() -> None:
     layouts = spec.layout("key", 64), spec.layout("value", 64)
     caches = tuple(QuantizedKV.from_dense(key[:, :, :39], layout) for layout in layouts)
     new = key[:, :, 39:]
-    output = blocked.attend(
-        new, new, new, caches[0].parts, caches[1].parts, None, 39, 0.125, *layouts
+    output = ops.attend(
+        *(new, new, new, caches[0].parts, caches[1].parts, [], None, None, 39, Score(0.125)),
+        *layouts,
     )
     bound = bound_for(spec, new, key, key, scale=0.125, held=39)
     assert_matches_dequantized(output, new, new, new, caches)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvq_compile import bounds
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.layout import CacheSpec
-from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.cpu import backend
+from kvq_compile.kernels.layout import CacheSpec, Score
+from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.schemes import Codebook, Uniform
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.methods import make_spec
@@ -34,8 +34,9 @@ def attend(query: Tensor, x: list[Tensor], spec: CacheSpec, held: int) -> Tensor
         frames.append(Calibrated.of(calibrated, layout))
         layouts.append(layout)
     new = [tokens[:, :, held:] for tokens in x]
-    return blocked.attend(
-        query, *new, *caches, None, held, 0.125, layouts[0], layouts[1], frames[0], frames[1]
+    parts = [Packed(*cache) for cache in caches]
+    return backend.attend(
+        query, *new, *parts, *frames, None, None, held, Score(0.125), layouts[0], layouts[1]
     )
 
 

@@ -10,11 +10,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.cpu import native as cpu_pages
+from kvq_compile.kernels.cpu import append, attend, backend, native
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
+from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
@@ -24,7 +24,7 @@ from uncalibrated import Framed, mixed_layouts, plain_layouts
 
 BATCH, HEADS = 2, 2
 ROLES: tuple[Role, ...] = ("key", "value")
-PATHS = ("at once", "in blocks", "in torch")
+PATHS = ("at once", "in blocks", "by the specification")
 FULL_TURNS = 1 << 20  # a position at which fp32 angles would be off by a tenth
 
 
@@ -32,10 +32,8 @@ FULL_TURNS = 1 << 20  # a position at which fp32 angles would be off by a tenth
 def through(path: str) -> Iterator[None]:
     """Send attention through one of its paths, blocks being small enough that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "FEW_ROWS", 10**6 if path == "at once" else 0)
-        patch.setattr(blocked, "SCRATCH_NUMBERS", 1)
-        if path == "in torch":
-            patch.setattr(cpu_pages, "is_available", lambda: False)
+        patch.setattr(attend, "FEW_ROWS", 10**6 if path == "at once" else 0)
+        patch.setattr(append, "SCRATCH_ELEMENTS", 1)
         yield
 
 
@@ -74,7 +72,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
 def written(framed: Framed, x: Tensor) -> PackedTensor:
     layout, frame = framed
     parts = Packed.empty(x, 2 + x.shape[2] // layout.page_size, layout)
-    blocked.append_(*parts, x, 0, layout, frame)
+    append.append_(parts, frame, x, 0, layout)
     return PackedTensor(parts, layout, frame)
 
 
@@ -94,18 +92,20 @@ class Case:
         self.mask: Tensor | None = None
 
     def attend(self, path: str = "at once", **other: Calibrated) -> Tensor:
-        frames = {"key_frame": self.keys.frame, "value_frame": self.values.frame} | other
+        keys = other.get("keys", self.keys.calibrated)
+        values = other.get("values", self.values.calibrated)
+        by = specification if path == PATHS[2] else backend
         with through(path):
-            return blocked.attend(
-                *(self.query, *self.new, self.keys.parts, self.values.parts),
-                *(self.mask, self.held, self.scale, self.keys.layout, self.values.layout),
-                **frames,
+            return by.attend(
+                *(self.query, *self.new, self.keys.parts, self.values.parts, keys, values),
+                *(self.mask, None, self.held, Score(self.scale)),
+                *(self.keys.layout, self.values.layout),
             )
 
     def check(self, path: str = "at once") -> None:
         """Assert that the output is fp64 attention over the tokens read, up to rounding."""
         key, value = (
-            torch.cat([reference.read(*x.parts, self.held, x.layout, x.frame), new], 2)
+            torch.cat([reference.read(*x.parts, self.held, x.layout, x.calibrated), new], 2)
             for x, new in zip((self.keys, self.values), self.new, strict=True)
         )
         mask, bias = self.mask, 0.0
@@ -138,12 +138,12 @@ def reach(packed: PackedTensor, tokens: Tensor) -> tuple[float, float]:
     """Return the largest norm, and the largest element, of the numbers that sum up to a token."""
     pages = slice(0, packed.pages)
     codes, params = (part[:, :, pages] for part in packed.parts[:2])
-    coded = reference.unpacked_values(codes, params, packed.layout, packed.frame)
+    coded = reference.unpacked_values(codes, params, packed.layout, packed.calibrated)
     norm, element = (
         float(x.max()) if x.numel() else 0.0 for x in (coded.norm(dim=-1), coded.abs())
     )
-    if packed.frame.tables is not None:
-        mean, scale = (packed.frame.section(name, packed.layout) for name in ("mean", "scale"))
+    if packed.calibrated.tables is not None:
+        mean, scale = (packed.calibrated.section(name, packed.layout) for name in ("mean", "scale"))
         norm = float(scale.max()) * norm + float(mean.norm(dim=-1).max())
         element = float(scale.max()) * element + float(mean.abs().max())
     return max(norm, float(tokens.norm(dim=-1).max())), max(element, float(tokens.abs().max()))
@@ -161,20 +161,14 @@ def test_attention_is_that_over_the_tokens_that_a_cache_stands_for(
 
 @given(st.one_of(framed_layouts(), *(kind(role) for kind in (plain, mixed) for role in ROLES)))
 def test_unpacked_numbers_are_exactly_those_that_codes_stand_for(framed: Framed) -> None:
-    """But for the turns of rotary keys, which are right to rounding."""
     layout, frame = framed
     packed = written(
         framed, drawn(0, HEADS, 3 * layout.page_size + layout.window + 5, layout.head_dim)
     )
     pages = slice(1, 3)
-    unpacked, expected = cpu_pages.unpack(packed, pages), packed.unpack(pages)
-    if layout.rotary:
-        assert (unpacked - expected).abs().max() < 2e-6 * expected.abs().max()
-        return
     codes, params = (part[:, :, pages] for part in packed.parts[:2])
     values = reference.unpacked_values(codes, params, layout, frame)
-    assert torch.equal(unpacked, values.flatten(2, 3))
-    assert torch.equal(expected, values.flatten(2, 3))
+    assert torch.equal(native.unpack(packed, pages, turned=False), values)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +187,8 @@ def test_any_number_of_channels_may_share_an_index_of_any_width(
     parts = Packed.empty(drawn(0, HEADS, 1, head_dim), 3, layout)
     parts[0].random_(-(2**15), 2**15 - 1, generator=torch.Generator().manual_seed(0))
     packed = PackedTensor(parts, layout, Calibrated(tables.words))
-    assert torch.equal(cpu_pages.unpack(packed, slice(0, 3)), packed.unpack(slice(0, 3)))
+    values = reference.unpacked_values(*parts[:2], layout, packed.calibrated)
+    assert torch.equal(native.unpack(packed, slice(0, 3)), values)
 
 
 @given(pairs(), st.integers(150, 260))
@@ -204,7 +199,7 @@ def test_the_number_of_splits_does_not_change_the_output(
     expected = case.attend()
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_pages, "PARALLEL_FROM", 0)
+        patch.setattr(native, "PARALLEL_FROM", 0)
         try:
             torch.set_num_threads(3)
             torch.testing.assert_close(case.attend(), expected, rtol=1e-4, atol=1e-5)
@@ -238,12 +233,12 @@ def test_a_wrong_shift_or_other_tables_change_the_output(path: str) -> None:
     case = Case((key, value), 150)
     case.check(path)
     right = case.attend(path)
-    shifted = case.attend(path, key_frame=framed("key", 0, (0, -2))[1])
+    shifted = case.attend(path, keys=framed("key", 0, (0, -2))[1])
     assert torch.equal(shifted[0], right[0])
     assert (shifted[1] - right[1]).abs().max() > 1e-2
     for wrong in (
-        {"key_frame": framed("key", 2, (0, -3))[1]},
-        {"value_frame": framed("value", 2, (0, 0))[1]},
+        {"keys": framed("key", 2, (0, -3))[1]},
+        {"values": framed("value", 2, (0, 0))[1]},
     ):
         assert (case.attend(path, **wrong) - right).abs().max() > 1e-2
 

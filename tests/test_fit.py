@@ -195,7 +195,7 @@ def test_chunks_do_not_change_what_is_stored(monkeypatch: pytest.MonkeyPatch) ->
     fitted = fit_codebook(x, weight, couple=4, bits=4, paired=False)
     whole = quantize_dequantize(x, fitted)
     monkeypatch.setattr("kvq_compile.calibration.fit._TOKENS", 7)
-    monkeypatch.setattr("kvq_compile.kmeans._MAX_DISTANCES", 500)
+    monkeypatch.setattr("kvq_compile.calibration.kmeans._MAX_DISTANCES", 500)
     torch.testing.assert_close(quantize_dequantize(x, fitted), whole, rtol=0, atol=0)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import aot
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.layout import QUERIES, CacheSpec, Layout, Regions, Score
-from kvq_compile.kernels.packed import Packed
+from kvq_compile.kernels.packed import UNCALIBRATED, Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import importance
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Scheme
@@ -80,7 +80,7 @@ class Call:
         told = random(HEADS * shared, self.held, dim, self.dtype, 1)
         weights = torch.rand(BATCH, HEADS, self.held, generator=torch.Generator().manual_seed(2))
         self.parts = Packed.empty(key, CAPACITY, self.layout)
-        reference.append_(*self.parts, key, 0, self.layout, None, weights**6, told)
+        reference.append_(*self.parts, key, 0, self.layout, UNCALIBRATED, weights**6, told)
         self.key = random(HEADS, self.new, dim, self.dtype, 3)
         self.query = random(HEADS * shared, self.asked, dim, self.dtype, 4)
         self.slots = CAPACITY * 32 + 60
@@ -92,7 +92,7 @@ class Call:
     def expected(self) -> Tensor:
         return importance.recent_importance(
             self.query, self.key, self.parts, self.mask, self.start, self.slots, 0.3, self.causal,
-            self.queries, self.layout, None,
+            self.queries, self.layout, UNCALIBRATED,
         )  # fmt: skip
 
     def found(self, by_position: bool = True) -> Tensor:

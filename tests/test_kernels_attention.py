@@ -23,8 +23,8 @@ from attention_site import (
     random_mask,
     starts,
 )
-from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.layout import CacheSpec, exact_row_index
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.layout import CacheSpec, Score, exact_row_index
 from kvq_compile.kernels.packed import Packed
 from kvq_compile.kernels.schemes import Scheme, Uniform
 from kvq_compile.kernels.triton import attend as attention
@@ -77,9 +77,9 @@ def plain_site(**changes: object) -> Site:
 def test_the_kernel_agrees_with_the_cpu_path() -> None:
     site = plain_site(dtype=torch.float32)
     mask = random_mask(site, "heads", 142)
-    expected = blocked.attend(
-        site.query, *site.new, *site.parts, mask, site.start, site.scale,
-        *(layout for layout, _ in site.sides),
+    expected = ops.attend(
+        site.query, *site.new, *map(list, site.parts), [], mask, None, site.start,
+        Score(site.scale), *(layout for layout, _ in site.sides),
     )  # fmt: skip
     torch.testing.assert_close(site.attend(mask), expected, rtol=1e-5, atol=1e-5)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.cpu import attend as blocked
+from kvq_compile.kernels.cpu import append
 from kvq_compile.kernels.layout import QUERIES, Layout, Score
 from kvq_compile.kernels.packed import UNCALIBRATED
 from kvq_compile.kernels.reference import cache as reference
@@ -46,7 +46,7 @@ def written(x: Tensor, query: Tensor | None, cuts: list[int], layout: Layout) ->
     parts = ops.quantize(x[:, :, :0], x.shape[2], True, layout, [])
     for first, last in pairwise(cuts):
         asked = None if query is None else query[:, :, first:last]
-        blocked.append_(*parts, x[:, :, first:last], first, layout, query=asked)
+        ops.append_(parts, [], x[:, :, first:last], None, first, layout, query=asked)
     return parts
 
 
@@ -86,14 +86,14 @@ def test_the_last_queries_are_held_in_whatever_pieces_tokens_come(
 def test_a_long_prompt_leaves_its_last_queries_though_it_is_appended_in_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(blocked, "APPEND_TOKENS", 32)
+    monkeypatch.setattr(append, "SCRATCH_ELEMENTS", 1)
     layout, x, query = layout_of(), tokens(66), tokens(66, 1, 2 * SHARED)
     for asked in (
         query,
         query[:, :, 60:],
     ):  # of all tokens; or of the last, as a model may compute them
         parts = ops.quantize(x[:, :, :0], 66, True, layout, [])
-        blocked.append_(*parts, x, 0, layout, query=asked)
+        ops.append_(parts, [], x, None, 0, layout, query=asked)
         assert torch.equal(held_queries(parts, layout)[0], query[:, :, 61:])
 
 

@@ -185,13 +185,13 @@ def test_the_kernel_leaves_the_bytes_of_the_reference(
 def test_a_long_prompt_is_requantized_once_whatever_the_steps_it_is_appended_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kvq_compile.kernels.cpu import attend as blocked
+    from kvq_compile.kernels.cpu import append
 
     layout = layout_of("value")
     parts, count = filled(layout, 2, 0)
     other, importance, x = cloned(parts), weights(count + 200, 1), tokens(200, 1)
     ops.append_(parts, [], x, None, count, layout, importance)
-    monkeypatch.setattr(blocked, "APPEND_TOKENS", 64)
+    monkeypatch.setattr(append, "SCRATCH_ELEMENTS", 1)
     ops.append_(other, [], x, None, count, layout, importance)
     for a, b in zip(parts[:2], other[:2], strict=True):
         assert torch.equal(a, b)
@@ -216,7 +216,7 @@ def test_requantizing_a_budget_is_refused() -> None:
     with pytest.raises(TypeError, match="requantize must be a bool"):
         make_spec("qaq", requantize="down", key_target=0.1)
     one = make_spec("qaq", requantize=True, value_target=0.1)
-    assert (one.key.adaptive, one.value.adaptive.requantize) == (None, True)
+    assert (one.key.requantize, one.value.requantize) == (False, True)
 
 
 # In a model

@@ -210,11 +210,9 @@ class QuantizedKV(Exports, Tensor):
             self._fork(tokens)
         elif self._lineage.held > self.shape[2]:
             if self.device.type == "cpu":  # kernels truncate as they append
-                from kvq_compile.kernels.reference import cache as reference
-
-                parts = self.codes, self.params, self.exact, self.cursor
-                about = self.shape[2], self.page_layout, Calibrated(self.tables, self.shift)
-                reference.truncate_(*parts, *about)
+                nothing = self.exact[:, :, :0]
+                about = self.shape[2], self.page_layout
+                ops.append_(self.parts, self.calibrated, nothing, None, *about)
             self._lineage.held = self.shape[2]
         if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
             if self._lineage.others(self):

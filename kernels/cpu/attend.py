@@ -1,13 +1,12 @@
-"""Attend to a quantized cache block by block: the CPU path.
+"""Attend to a quantized cache on the CPU.
 
-A few query rows, as in decoding, read the whole cache in one call of `cpu_pages`. Many rows, as in a chunk of a
-prompt, go through blocks of pages unpacked to fp32 and matrix products, so that the scratch stays the same
-however long the cache is. Both keep the softmax state in fp32: a running maximum, a running sum and two
-accumulators. Packed tokens lie in a basis of their own (`bases`). Changing the basis of the query once and of
-the packed accumulator once takes the place of changing that of every token, which is why packed and exact
-tokens accumulate apart.
+A few query rows, as in decoding, read the whole cache in one call of C++. Many rows, as in a chunk of a prompt, go
+through blocks of pages unpacked to fp32 and matrix products, so that the scratch stays the same however long the
+cache is. Both keep the softmax state in fp32: a running maximum, a running sum and two accumulators. Packed tokens
+lie in a basis of their own (packed.py). Changing the basis of the query once and of the packed accumulator once takes
+the place of changing that of every token, which is why packed and exact tokens accumulate apart.
 
-The lengths are read on the host, which is free on a CPU. On a GPU `attention` reads them on the device.
+The lengths are read on the host, which is free on a CPU.
 """
 
 from __future__ import annotations
@@ -17,66 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.cpu import native as cpu_pages
-from kvq_compile.kernels.cpu.packed import PackedTensor, Parts
+from kvq_compile.kernels.cpu import native
+from kvq_compile.kernels.cpu.append import blocks
+from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import HIDES, Layout
-from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
-from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.queries import remember_
 
-APPEND_TOKENS = 1024  # new tokens quantized at once
-SCRATCH_NUMBERS = (
-    1 << 19
-)  # fp32 numbers of keys, and of values, unpacked at once: two megabytes each
 FEW_ROWS = 16  # query rows of a KV head up to which unpacking costs more than the products
-
-
-def first_slot(position: Tensor | None, start: int | None) -> int:
-    """Return the slot of the first new token.
-
-    Raises:
-        ValueError: The positions do not follow one another.
-    """
-    if position is None:
-        assert start is not None
-        return start
-    slots = position.tolist()
-    if slots != list(range(slots[0], slots[0] + len(slots))):
-        raise ValueError(f"cache positions must follow one another, got {slots}")
-    return int(slots[0])
-
-
-def append_(
-    codes: Tensor,
-    params: Tensor,
-    exact: Tensor,
-    cursor: Tensor,
-    x: Tensor,
-    start: int,
-    layout: Layout,
-    frame: Calibrated = UNCALIBRATED,
-    importance: Tensor | None = None,
-    query: Tensor | None = None,
-) -> None:
-    """Append in steps, so that quantizing a long prompt needs little scratch.
-
-    A single token that completes no page, as nearly every decoded one, is written into its row at once.
-    """
-    held, pages = cursor.tolist()
-    if x.shape[2] == 1 and start == held and layout.pages_at(start + 1) <= pages:
-        exact[:, :, layout.exact_row(start)] = x[:, :, 0]
-        remember_(exact, query, held, start, 1, layout)
-        cursor[0] = start + 1
-        return
-    silent = 0 if query is None else x.shape[2] - query.shape[2]  # tokens before the first query
-    for first in range(0, x.shape[2], APPEND_TOKENS):
-        last = first + APPEND_TOKENS
-        piece, asked = x[:, :, first:last], query
-        if query is not None:
-            asked = query[:, :, max(0, first - silent) : max(0, last - silent)]
-        reference.append_(
-            codes, params, exact, cursor, piece, start + first, layout, frame, importance, asked
-        )
 
 
 class _Softmax:
@@ -133,28 +78,22 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_parts: Parts,
-    value_parts: Parts,
+    keys: PackedTensor,
+    values: PackedTensor,
     mask: Tensor | None,
     start: int,
     scale: float,
-    key_layout: Layout,
-    value_layout: Layout,
-    key_frame: Calibrated = UNCALIBRATED,
-    value_frame: Calibrated = UNCALIBRATED,
 ) -> Tensor:
     """Attend to the tokens ``0 .. start - 1`` of a cache and to the new ones behind them.
 
     Args:
         query: ``[B, Hq, T, D]``.
         key, value: Exact new tokens, ``[B, Hkv, Tn, D]`` and ``[B, Hkv, Tn, Dv]``.
-        key_parts, value_parts: The cache before the new tokens are written.
+        keys, values: The cache before the new tokens are written.
         mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one
             column a slot; slots beyond its ``M`` columns are not attended to.
         start: Slot of the first new token.
         scale: Factor on the scores.
-        key_layout, value_layout: Layouts of the two parts.
-        key_frame, value_frame: What their packed tokens are coded relative to, where there are tables.
 
     Returns:
         ``[B, Hq, T, Dv]`` in the dtype of ``query``.
@@ -165,17 +104,14 @@ def attend(
     B, Hq, T, _ = query.shape
     Hkv, new = key.shape[1], key.shape[2]
     shape = (B, Hkv, Hq // Hkv, T)
-    keys = PackedTensor(key_parts, key_layout, key_frame)
-    values = PackedTensor(value_parts, value_layout, value_frame)
     visible = start + new if mask is None else min(start + new, mask.shape[-1])
     _check_lengths(keys, values, start, mask, start + new)
     rows = (query.reshape(B, Hkv, -1, query.shape[3]).float() * scale).contiguous()
-    if rows.shape[2] <= FEW_ROWS and cpu_pages.is_available():
-        bias = (
-            None
-            if mask is None
-            else _apply_mask(rows.new_zeros(*rows.shape[:3], visible), mask, slice(visible), shape)
-        )
+    if rows.shape[2] <= FEW_ROWS:
+        bias = None
+        if mask is not None:
+            zeros = rows.new_zeros(*rows.shape[:3], visible)
+            bias = _apply_mask(zeros, mask, slice(visible), shape)
         output = _read_at_once(rows, key, value, keys, values, bias, start, visible)
     else:
         output = _read_in_blocks(rows, key, value, keys, values, mask, start, visible, shape)
@@ -193,8 +129,8 @@ def _read_at_once(
     visible: int,
 ) -> Tensor:
     """Attend with few query rows, in one call."""
-    key, value = key.to(keys.parts[2].dtype), value.to(values.parts[2].dtype)
-    packed, weight, exact = cpu_pages.attend(
+    key, value = key.to(keys.parts.exact.dtype), value.to(values.parts.exact.dtype)
+    packed, weight, exact = native.attend(
         rows, *keys.meet(rows), key, value, keys, values, bias, start, visible
     )
     return values.leave(packed, weight) + exact
@@ -215,29 +151,24 @@ def _read_in_blocks(
     softmax = _Softmax(rows, value.shape[3])
     layout, held, pages = keys.layout, min(start, visible), min(keys.pages, values.pages)
     coded, constant = keys.meet(rows)
-    step = max(1, SCRATCH_NUMBERS // (shape[0] * shape[1] * layout.page_size * layout.head_dim))
-    for page in range(0, pages, step):
-        block = slice(page, min(page + step, pages))
+    for block in blocks(keys, slice(0, pages)):
         first = layout.sinks + block.start * layout.page_size
         last = min(layout.sinks + block.stop * layout.page_size, held)
         if last <= first:
             break
-        scores = coded @ cpu_pages.unpack(keys, block)[:, :, : last - first].transpose(-2, -1)
+        scores = coded @ native.unpack(keys, block).flatten(2, 3)[:, :, : last - first].transpose(
+            -2, -1
+        )
         if constant is not None:
             scores += constant
         scores = _apply_mask(scores, mask, slice(first, last), shape)
-        softmax.update(scores, cpu_pages.unpack(values, block)[:, :, : last - first], 0)
+        softmax.update(scores, native.unpack(values, block).flatten(2, 3)[:, :, : last - first], 0)
     packed_end = layout.sinks + pages * layout.page_size
     runs = ((0, min(layout.sinks, held)), (packed_end, held), (start, visible))
-    slots = torch.cat(
-        [
-            torch.arange(first, max(first, last), dtype=torch.int64, device="cpu")
-            for first, last in runs
-        ]
-    )
+    slots = torch.cat([_run(*run) for run in runs])
     if len(slots):
         exact_key, exact_value = (
-            _exact_tokens(packed.parts[2], new, slots, start, packed.layout)
+            _exact_tokens(packed.parts.exact, new, slots, start, packed.layout)
             for packed, new in ((keys, key), (values, value))
         )
         scores = _apply_mask(rows @ exact_key.transpose(-2, -1), mask, slots, shape)
@@ -257,6 +188,10 @@ def _check_lengths(
         rest = mask[..., end:]
         if bool((rest if rest.dtype == torch.bool else rest > HIDES).any()):
             raise ValueError(f"mask must hide the slots that hold no token, from {end} on")
+
+
+def _run(first: int, last: int) -> Tensor:
+    return torch.arange(first, max(first, last), dtype=torch.int64, device="cpu")
 
 
 def _exact_tokens(exact: Tensor, new: Tensor, slots: Tensor, start: int, layout: Layout) -> Tensor:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvq_compile.kernels.cpu import attend as blocked
-from kvq_compile.kernels.cpu import native
+from kvq_compile.kernels.cpu import append as writing
+from kvq_compile.kernels.cpu import attend as attention
+from kvq_compile.kernels.cpu import importance as weighing
+from kvq_compile.kernels.cpu.library import is_available as is_available
+from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout, Score
 from kvq_compile.kernels.packed import Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.importance import recent_importance
+
+
+def first_slot(position: Tensor | None, start: int | None) -> int:
+    """Return the slot of the first new token.
+
+    Raises:
+        ValueError: The positions do not follow one another.
+    """
+    if position is None:
+        assert start is not None
+        return start
+    slots = position.tolist()
+    if slots != list(range(slots[0], slots[0] + len(slots))):
+        raise ValueError(f"cache positions must follow one another, got {slots}")
+    return int(slots[0])
 
 
 def append_(
@@ -22,9 +38,9 @@ def append_(
     importance: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
-    """Write new tokens behind those held: see `attend.append_`."""
-    first = blocked.first_slot(position, start)
-    blocked.append_(*cache, x, first, layout, calibrated, importance, query)
+    """Write new tokens behind those held: see `append.append_`."""
+    first = first_slot(position, start)
+    writing.append_(cache, calibrated, x, first, layout, importance, query)
 
 
 def attend(
@@ -43,10 +59,11 @@ def attend(
     value_layout: Layout,
 ) -> Tensor:
     """Attend to a cache and to the new tokens: see `attend.attend`."""
-    first = blocked.first_slot(position, start)
-    return blocked.attend(
-        *(query, key, value, keys, values, mask, first, score.scale),
-        *(key_layout, value_layout, key_calibrated, value_calibrated),
+    return attention.attend(
+        *(query, key, value),
+        PackedTensor(keys, key_layout, key_calibrated),
+        PackedTensor(values, value_layout, value_calibrated),
+        *(mask, first_slot(position, start), score.scale),
     )
 
 
@@ -65,11 +82,13 @@ def importance(
     layout: Layout,
 ) -> Tensor:
     """Weigh tokens by the attention that they get: see `importance.recent_importance`."""
-    first = blocked.first_slot(position, start)
-    about = first, slots, score.scale, causal, queries, layout, calibrated
-    return recent_importance(query, key, keys, mask, *about, native.unpack)
+    packed = None if keys is None else PackedTensor(keys, layout, calibrated)
+    first = first_slot(position, start)
+    return weighing.recent_importance(
+        query, key, packed, mask, first, slots, score.scale, causal, queries, layout
+    )
 
 
 def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> Tensor:
-    """Read slots: see `cache.read`."""
-    return reference.read(*cache, length, layout, calibrated)
+    """Read slots: see `append.read`."""
+    return writing.read(cache, calibrated, length, layout)

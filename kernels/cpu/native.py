@@ -1,211 +1,209 @@
-"""Build, load and call ``native.cpp``: a quantized cache read at the speed of a CPU's memory.
+"""Call the CPU backend's library: what a call hands over, as `wire.h` lists it.
 
-PyTorch's own CPU compiler needs a C++ compiler too, so needing one asks for nothing new. The file is built
-once for a machine, in about two seconds, and kept in a cache directory; it has a plain C interface, so that
-one build serves every Python and every torch. Where it cannot be built, `blocked` goes on in torch
-operations, with a warning that says so.
+A call is a run of 64-bit words. Layouts are words that are made once; a tensor is its address, the bytes behind it,
+its dtype, sizes and strides. C++ checks them before it touches memory, and says what is wrong.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
+import struct
+from array import array
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.cpu import library
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.schemes import Mixed
+from kvq_compile.kernels.schemes import Codebook, Mixed
 from kvq_compile.kernels.tables import section
 
-SOURCE = Path(__file__).with_name("native.cpp")
-HEADER = Path(__file__).with_name("unpack_pages.h")  # which the source includes
-# Sums may be taken in any order; infinities and NaN keep their meaning, which -ffast-math would take away.
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
+PARALLEL_FROM = 1 << 16  # packed elements from which waking other threads pays
+DTYPES = {  # numbers.h has the same numbers
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int16: 4,
+    torch.uint8: 5, torch.int32: 6,
+}  # fmt: skip
+
+# The lists of wire.h, which the library says of itself, too: a tensor with its number of dimensions, or a word.
+LAYOUT = (
+    "is_key codebook mixed bits trits fp8 levels couple rows row_length units groups members param_numbers "
+    "byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary table_words "
+    "order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers fit soften"
 )
-BUILD_SECONDS = 120
-PARALLEL_FROM = 1 << 16  # packed numbers from which waking other threads pays
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKED = "codes:5 params:6 exact:4 tables:2 shift:1 held pages"
+ATTEND = (
+    "query:4 coded:4 constant:4 bias:4 new_key:4 new_value:4 scratch:1 packed_out:4 weight_out:4 exact_out:4 "
+    "start visible splits threads"
+)
+PAGES = "numbers:5 new_tokens:4 importance:3 bounds:1 first_page start turned threads"
+INTERFACE = f"layout {LAYOUT} packed {PACKED} attend {ATTEND} pages {PAGES} "
+TABLES = ("order", "mean", "scale", "inverse", "margin", "frequency", "codebook")
 
-
-class _Packed(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "params")),
-        *((name, ctypes.c_void_p) for name in ("book", "mean", "scale", "frequency", "shift")),
-        ("codes_stride", ctypes.c_int64 * 3),
-        ("params_stride", ctypes.c_int64 * 3),
-        ("tables_stride", ctypes.c_int64),
-        ("first_slot", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("bits", "trits", "fp8")),
-        *((name, ctypes.c_int32) for name in ("rows", "row_length", "units", "group_size")),
-        *((name, ctypes.c_int32) for name in ("along_rows", "is_key", "couple", "entries")),
-        *((name, ctypes.c_int32) for name in ("head_dim", "page_size")),
-        *((name, ctypes.c_int32) for name in ("max_bits", "rank_field", "outliers")),
-    )
-
-
-class _Exact(ctypes.Structure):
-    _fields_ = (
-        ("held", ctypes.c_void_p),
-        ("fresh", ctypes.c_void_p),
-        ("held_stride", ctypes.c_int64 * 2),
-        ("fresh_stride", ctypes.c_int64 * 3),
-    )
-
-
-class _Attend(ctypes.Structure):
-    _fields_ = (
-        ("key", _Packed),
-        ("value", _Packed),
-        ("exact_key", _Exact),
-        ("exact_value", _Exact),
-        *((name, ctypes.c_void_p) for name in ("query", "coded", "constant", "bias")),
-        ("bias_stride", ctypes.c_int64 * 4),
-        *((name, ctypes.c_void_p) for name in ("turns", "accumulator")),
-        *((name, ctypes.c_void_p) for name in ("running_max", "running_sum")),
-        *((name, ctypes.c_void_p) for name in ("packed_out", "weight_out", "exact_out")),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("batch", "heads", "query_rows", "pages", "page_size", "splits")
-        ),
-        *((name, ctypes.c_int32) for name in ("sinks", "ring", "dtype")),
-        *((name, ctypes.c_int64) for name in ("held", "start", "visible")),
-    )
-
-
-def is_available() -> bool:
-    """Say whether the library is there, building it at the first call."""
-    return _library() is not None
+Words = tuple[int, ...]
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            f"attention on the CPU runs in slow torch operations, since {SOURCE.name} could not be built: {error}; "
-            "install g++ or clang++, or name a compiler in CXX",
-            stacklevel=2,
-        )
-        return None
+def _functions() -> dict[str, ctypes._NamedFuncPointer]:
+    """Return the library's functions by name.
+
+    Raises:
+        RuntimeError: There is no library, or it has another interface.
+    """
+    loaded = library.load()
+    if loaded is None:
+        raise RuntimeError("the CPU backend's library must be built, but could not be")
+    loaded.kvq_interface.restype = ctypes.c_char_p
+    if loaded.kvq_interface().decode() != INTERFACE:
+        raise RuntimeError("the library must have the interface of native.py, got another one")
+    names = ("attend", "to_coded", "from_coded", "unpack", "quantize")
+    functions = {name: getattr(loaded, f"kvq_{name}") for name in names}
+    for function in functions.values():
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_char_p
+    return functions
 
 
-def _build() -> Path:
-    """Return the library's path, building it unless this machine has done so before."""
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler was found")
-    texts = [path.read_text() for path in (SOURCE, HEADER)]
-    identity = "\n".join([compiler, *FLAGS, _processor(), *texts])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq_compile"
-    library = folder / f"cpu_pages-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
-            made.replace(library)  # in one step, so that processes building at once do no harm
-    return library
+def _call(name: str, words: Words) -> None:
+    """Call a function.
+
+    Raises:
+        ValueError: It says that something is wrong with what it was handed.
+    """
+    held = array("q", words)
+    wrong = _functions()[name](held.buffer_info()[0], len(held))
+    if wrong is not None:
+        raise ValueError(wrong.decode())
 
 
-def _processor() -> str:
-    """Return what ``-march=native`` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
-    )
+def _tensor(x: Tensor) -> Words:
+    size = x.element_size()
+    behind = x.untyped_storage().nbytes() - x.storage_offset() * size
+    return x.data_ptr(), behind, DTYPES[x.dtype], *x.shape, *x.stride()
 
 
 @cache
-def _sizes(layout: Layout) -> tuple[int, ...]:
-    """Return the integers of `_Packed` from ``bits`` on."""
+def _no_tensor(dims: int) -> Words:
+    return (0,) * (3 + 2 * dims)
+
+
+def _maybe(x: Tensor | None, dims: int) -> Words:
+    return _no_tensor(dims) if x is None else _tensor(x)
+
+
+@cache
+def _layout(layout: Layout) -> Words:
+    """Return the words of `LAYOUT`."""
     mixed = layout.scheme if isinstance(layout.scheme, Mixed) else None
+    fp8, codebook = layout.params == "fp8", isinstance(layout.scheme, Codebook)
+    shrink = struct.unpack("i", struct.pack("f", (1.0 - layout.clip) / 2.0))[0]
+    firsts = [section(name, layout.head_dim, layout.rotary)[0] for name in TABLES]
+    table_words = 0
+    if layout.has_tables:
+        book = layout.head_dim * (layout.levels + 1) // 2 if codebook else 0
+        table_words = firsts[-1] + book
+    values = (
+        *(layout.role == "key", codebook, mixed is not None, sum(layout.planes)),
+        *(layout.packing == "trits", fp8, layout.levels, layout.couple),
+        *(layout.rows, layout.row_length, layout.units, *layout.params_shape),
+        *(layout.param_numbers, layout.has_byte_params, layout.group_size),
+        *(layout.grouping == "token", shrink, layout.head_dim, layout.page_size),
+        *(layout.sinks, layout.ring, layout.exact_rows, layout.rotary, table_words, *firsts),
+        *((mixed.min_bits, mixed.max_bits, layout.code_rows) if mixed else (0, 0, 0)),
+        *((mixed.rank_field, mixed.outliers, mixed.fit, mixed.soften) if mixed else (0, 0, 0, 0)),
+    )
+    return tuple(int(value) for value in values)
+
+
+def _packed(packed: PackedTensor) -> Words:
+    codes, params, exact, _ = packed.parts
+    tables, shift = packed.calibrated
     return (
-        *(sum(layout.planes), layout.packing == "trits", layout.params == "fp8"),
-        *(layout.rows, layout.row_length, layout.units, layout.group_size),
-        *((layout.role == "key") == (layout.grouping == "token"), layout.role == "key"),
-        *(layout.couple, layout.levels + 1, layout.head_dim, layout.page_size),
-        *((mixed.max_bits, mixed.rank_field, mixed.outliers) if mixed else (0, 0, 0)),
-    )
+        *_layout(packed.layout), *_tensor(codes), *_tensor(params), *_tensor(exact),
+        *_maybe(tables, 2), *_maybe(shift, 1), packed.held, packed.pages,
+    )  # fmt: skip
 
 
-def _tables(packed: PackedTensor) -> tuple[int | None, ...]:
-    """Return the pointers of `_Packed` to tables, those that unpacking needs, and the words between heads."""
-    layout, frame = packed.layout, packed.frame
-    if frame.tables is None:
-        return None, None, None, None, None, 0
-    words = frame.tables
-    assert words.stride(1) == 1
-
-    def address(name: str, needed: bool) -> int | None:
-        first = section(name, layout.head_dim, layout.rotary)[0]
-        return words.data_ptr() + 4 * first if needed else None
-
-    return (
-        address("codebook", layout.coder == "codebook"),
-        *(address(name, layout.rotary) for name in ("mean", "scale", "frequency")),
-        None if frame.shift is None else frame.shift.data_ptr(),
-        words.stride(0),
-    )
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements > PARALLEL_FROM else 1
 
 
-def _packed(packed: PackedTensor, first: int = 0) -> _Packed:
-    """Describe the pages of a tensor from number ``first`` on."""
-    codes, params = packed.parts[:2]
-    strides = codes.stride(), params.stride()
-    *tables, tables_stride = _tables(packed)
-    return _Packed(
-        codes.data_ptr() + first * strides[0][2] * codes.element_size(),
-        params.data_ptr() + first * strides[1][2] * params.element_size(),
-        *tables,
-        strides[0][:3],
-        strides[1][:3],
-        tables_stride,
-        packed.layout.sinks + first * packed.layout.page_size,
-        *_sizes(packed.layout),
-    )
+def _call_on_pages(
+    name: str,
+    packed: PackedTensor,
+    numbers: Tensor,
+    first_page: int,
+    *,
+    new_tokens: Tensor | None = None,
+    start: int = 0,
+    importance: Tensor | None = None,
+    bounds: Tensor | None = None,
+    turned: bool = False,
+) -> None:
+    words = (
+        *_packed(packed), *_tensor(numbers), *_maybe(new_tokens, 4), *_maybe(importance, 3),
+        *_maybe(bounds, 1), first_page, start, int(turned), _threads(numbers.numel()),
+    )  # fmt: skip
+    _call(name, words)
 
 
-def unpack(packed: PackedTensor, pages: slice) -> Tensor:
-    """Return pages as tokens ``[B, H, n, D]`` (fp32), as `PackedTensor.unpack` does, which stands in where need be."""
-    library = _library() if is_available() else None
-    if library is None:
-        return packed.unpack(pages)
-    layout = packed.layout
-    B, H = packed.parts[0].shape[:2]
-    count = pages.stop - pages.start
-    channels_first = layout.role == "value" and layout.coder != "mixed"
-    tile = (layout.page_size, layout.head_dim)
-    out = torch.empty(
-        B,
-        H,
-        count,
-        *(reversed(tile) if channels_first else tile),
-        dtype=torch.float32,
-        device="cpu",
-    )
-    struct = _packed(packed, pages.start)
-    library.kvq_unpack_pages(
-        ctypes.byref(struct), B, H, count, ctypes.c_void_p(out.data_ptr()), torch.get_num_threads()
-    )
-    return (out.transpose(-1, -2) if channels_first else out).flatten(2, 3)
+def _new_pages(packed: PackedTensor, count: int, channels_first: bool = False) -> Tensor:
+    """Allocate fp32 pages ``[B, H, count, N, D]``, which lie channel by channel if asked for."""
+    B, H = packed.parts.codes.shape[:2]
+    tile = (packed.layout.page_size, packed.layout.head_dim)
+    shape = (B, H, count, *(reversed(tile) if channels_first else tile))
+    pages = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return pages.transpose(-1, -2) if channels_first else pages
+
+
+def unpack(packed: PackedTensor, pages: slice, turned: bool = True) -> Tensor:
+    """Return what the codes of pages stand for, ``[B, H, pages, N, D]`` (fp32), in the basis in which they were coded.
+
+    With ``turned`` rotary keys are taken off their tables and turned to their position.
+    """
+    channels_first = packed.layout.role == "value" and not isinstance(packed.layout.scheme, Mixed)
+    numbers = _new_pages(packed, pages.stop - pages.start, channels_first)
+    _call_on_pages("unpack", packed, numbers, pages.start, turned=turned)
+    return numbers
+
+
+def to_coded(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> Tensor:
+    """Return tokens of pages as they are coded but for a transform, ``[B, H, pages, N, D]`` (fp32).
+
+    Args:
+        packed: The cache; tokens before ``start`` are in its ring.
+        pages: The pages.
+        x: New tokens, ``[B, H, T, D]``, in slots from ``start`` on.
+        start: Slot of the first of them.
+    """
+    numbers = _new_pages(packed, pages.stop - pages.start)
+    x = _with_contiguous_rows(x)
+    _call_on_pages("to_coded", packed, numbers, pages.start, new_tokens=x, start=start)
+    return numbers
+
+
+def from_coded_(packed: PackedTensor, first_page: int, numbers: Tensor) -> None:
+    """Take coded pages ``[B, H, pages, N, D]``, their transform undone, off their tables, in place."""
+    _call_on_pages("from_coded", packed, numbers, first_page)
+
+
+def quantize_(
+    packed: PackedTensor,
+    first_page: int,
+    numbers: Tensor,
+    importance: Tensor | None = None,
+    bounds: Tensor | None = None,
+) -> None:
+    """Quantize and pack pages ``[B, H, pages, N, D]``, which are overwritten, into a cache.
+
+    Args:
+        packed: The cache.
+        first_page: Number of the first page.
+        numbers: Tokens as they are coded, fp32, contiguous.
+        importance: Weight of each token's error by slot, ``[B, H, slots]``; ``None``: all weigh the same.
+        bounds: Bounds on the weighted error of mixed pages, ``[pages]``, fp32.
+    """
+    _call_on_pages("quantize", packed, numbers, first_page, importance=importance, bounds=bounds)
 
 
 def attend(
@@ -238,56 +236,23 @@ def attend(
     B, H, rows, _ = query.shape
     layout, Dv = keys.layout, values.layout.head_dim
     pages = min(keys.pages, values.pages)
-    work = B * H * pages * layout.page_size * layout.head_dim
-    threads = torch.get_num_threads() if work > PARALLEL_FROM else 1
+    threads = _threads(B * H * pages * layout.page_size * layout.head_dim)
     splits = min(pages, -(-4 * threads // (B * H))) if threads > 1 else min(pages, 1)
-    state = torch.empty(
-        B, H, splits + 1, rows, Dv + 2, dtype=torch.float32, device="cpu"
-    )  # accumulators, maxima and sums
-    count = B * H * (splits + 1) * rows
-    turns = (
-        torch.empty(H, layout.page_size, layout.head_dim, dtype=torch.float32, device="cpu")
-        if layout.rotary
-        else None
-    )
-    packed, exact = (
-        torch.empty(B, H, rows, Dv, dtype=torch.float32, device="cpu"),
-        torch.empty(B, H, rows, Dv, dtype=torch.float32, device="cpu"),
-    )
-    weight = torch.empty(B, H, rows, 1, dtype=torch.float32, device="cpu")
+    states = B * H * (splits + 1) * rows  # each an accumulator, a maximum and a sum
+    turns = H * layout.page_size * layout.head_dim if layout.rotary else 0
+    scratch = torch.empty(states * (Dv + 2) + turns, dtype=torch.float32, device="cpu")
+    packed, exact = query.new_empty(B, H, rows, Dv), query.new_empty(B, H, rows, Dv)
+    weight = query.new_empty(B, H, rows, 1)
     key, value = _with_contiguous_rows(key), _with_contiguous_rows(value)
-    address = state.data_ptr()
-    call = _Attend(
-        *(_packed(keys), _packed(values)),
-        *(_exact(keys.parts[2], key), _exact(values.parts[2], value)),
-        *(query.data_ptr(), coded.data_ptr()),
-        *(_address(constant), _address(bias)),
-        (0, 0, 0, 0) if bias is None else bias.stride(),
-        *(_address(turns), address),
-        *(address + 4 * count * Dv, address + 4 * count * (Dv + 1)),
-        *(packed.data_ptr(), weight.data_ptr(), exact.data_ptr()),
-        *(B, H, rows, pages, layout.page_size, splits),
-        *(layout.sinks, layout.ring, DTYPES.index(keys.parts[2].dtype)),
-        *(min(start, visible), start, visible),
-    )
-    library = _library()
-    assert library is not None
-    library.kvq_attend(ctypes.byref(call), threads)
+    words = (
+        *_packed(keys), *_packed(values), *_tensor(query), *_tensor(coded),
+        *_maybe(constant, 4), *_maybe(bias, 4), *_tensor(key), *_tensor(value),
+        *_tensor(scratch), *_tensor(packed), *_tensor(weight), *_tensor(exact),
+        start, visible, splits, threads,
+    )  # fmt: skip
+    _call("attend", words)
     return packed, weight, exact
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _exact(held: Tensor, fresh: Tensor) -> _Exact:
-    return _Exact(
-        held.data_ptr(),
-        fresh.data_ptr(),
-        held.stride()[:2],
-        fresh.stride()[:3],
-    )

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
-from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import rotate, turns
-
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
+from kvq_compile.kernels.transform import rotate
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,16 @@ class Channels:
     scale: Tensor
 
     @staticmethod
-    def of(frame: Calibrated, layout: Layout) -> Channels:
-        """Return the tables of a frame, made once while its tensor lives and stays as it is."""
-        words = frame.tables
+    def of(calibrated: Calibrated, layout: Layout) -> Channels:
+        """Return the tables, made ready once while their tensor lives and stays as it is."""
+        words = calibrated.tables
         assert words is not None
         version = 0 if words.is_inference() else words._version
         known = _known_channels.get(words)
         if known is not None and known[0] == version:
             return known[1]
         order, mean, scale = (
-            frame.section(name, layout)[None, :, None] for name in ("order", "mean", "scale")
+            calibrated.section(name, layout)[None, :, None] for name in ("order", "mean", "scale")
         )
         channels = Channels(order.long(), order.argsort(-1), mean.clone(), scale.clone())
         _known_channels[words] = version, channels
@@ -62,27 +59,32 @@ _known_channels: MutableMapping[Tensor, tuple[int, Channels]] = WeakTensorKeyDic
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """The keys or the values of a cache.
+    """The keys or the values of a cache, for the duration of one call.
 
     Attributes:
-        parts: ``codes, params, exact, cursor``, as `Layout` describes them.
+        parts: Its parts.
         layout: Their layout.
-        frame: What packed tokens are coded relative to, where the layout has tables.
+        calibrated: What packed tokens are coded relative to, where the layout has tables.
     """
 
-    parts: Parts
+    parts: Packed
     layout: Layout
-    frame: Calibrated = UNCALIBRATED
+    calibrated: Calibrated = UNCALIBRATED
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        lengths: list[int] = self.parts.cursor.tolist()
+        return lengths
 
     @property
     def held(self) -> int:
-        """Tokens held."""
-        return int(self.parts[3][0])
+        """Tokens held when the call began."""
+        return self._lengths[0]
 
     @property
     def pages(self) -> int:
-        """Pages packed."""
-        return int(self.parts[3][1])
+        """Pages packed when the call began."""
+        return self._lengths[1]
 
     def meet(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Take query rows ``[B, H, rows, D]`` (fp32) to the basis of unpacked keys.
@@ -90,9 +92,9 @@ class PackedTensor:
         Returns:
             The rows, contiguous, and what to add to their scores, ``[B, H, rows, 1]``, if anything.
         """
-        if self.frame.tables is None:
+        if self.calibrated.tables is None:
             return rotate(rows, self.layout).contiguous(), None
-        channels = Channels.of(self.frame, self.layout)
+        channels = Channels.of(self.calibrated, self.layout)
         rows = rows.gather(-1, channels.order.expand(rows.shape))
         if self.layout.rotary:
             return rows, None
@@ -107,26 +109,8 @@ class PackedTensor:
             weight: Sum of the weights, ``[B, H, rows, 1]``.
         """
         total = rotate(total, self.layout)
-        if self.frame.tables is None:
+        if self.calibrated.tables is None:
             return total
-        channels = Channels.of(self.frame, self.layout)
+        channels = Channels.of(self.calibrated, self.layout)
         total = total * channels.scale + weight * channels.mean
         return total.gather(-1, channels.place.expand(total.shape))
-
-    def unpack(self, pages: slice) -> Tensor:
-        """Return pages as tokens ``[B, H, n, D]`` (fp32) that what `meet` returns meets."""
-        codes, params = (part[:, :, pages] for part in self.parts[:2])
-        tokens = reference.unpacked_values(codes, params, self.layout, self.frame)
-        return self.turn(tokens.flatten(2, 3), pages)
-
-    def turn(self, coded: Tensor, pages: slice) -> Tensor:
-        """Turn rotary keys ``[B, H, n, D]`` of whole pages to their position; leave others as they are."""
-        if not self.layout.rotary:
-            return coded
-        assert self.frame.tables is not None
-        channels = Channels.of(self.frame, self.layout)
-        first = self.layout.sinks + pages.start * self.layout.page_size
-        angles = turns(self.frame, self.layout, first, pages.stop - pages.start)
-        cosine, sine = (x.flatten(2, 3) for x in angles)
-        a, b = (coded * channels.scale + channels.mean).chunk(2, -1)
-        return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)

@@ -7,13 +7,14 @@ angle is an integer (`Tables`), sine and cosine are the polynomials below, and e
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.transform import hadamard as hadamard
+from kvq_compile.kernels.transform import rotate as rotate
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
@@ -39,25 +40,6 @@ def turns(calibrated: Calibrated, layout: Layout, first: int, pages: int) -> tup
     position = slots.view(1, 1, pages, layout.page_size, 1) + calibrated.shift.view(-1, 1, 1, 1, 1)
     frequency = calibrated.section("frequency", layout)[None, :, None, None, :]
     return cosine_and_sine(position * frequency.long())
-
-
-@lru_cache(maxsize=32)
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """Return the orthonormal, symmetric Hadamard matrix ``[size, size]``, fp32.
-
-    Where ``size`` is no power of two the matrix is block diagonal, with blocks of the largest power of
-    two that divides it.
-    """
-    block = size & -size
-    matrix = torch.ones(1, 1, device=device, dtype=torch.float32)
-    while matrix.shape[0] < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.block_diag(*[matrix / math.sqrt(block)] * (size // block))
-
-
-def rotate(x: Tensor, layout: Layout) -> Tensor:
-    """Apply the layout's transform, which is its own inverse, to the last dimension of ``x`` (fp32)."""
-    return x @ hadamard(layout.head_dim, x.device) if layout.transform == "hadamard" else x
 
 
 def cosine_and_sine(phase: Tensor) -> tuple[Tensor, Tensor]:

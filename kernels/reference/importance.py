@@ -2,31 +2,26 @@
 
 It matters only when a page is about to be quantized, once in ``page_size`` tokens. The last ``n`` queries are those
 of the call and, where it has fewer, those that the cache of the keys holds of the tokens before (`queries`). A query
-of zeros pays no attention: it may stand for one that nobody knows. Packed keys are read block by block; what is held
-at once are a few rows of scores.
+of zeros pays no attention: it may stand for one that nobody knows. Cached keys are read whole.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after
-from kvq_compile.kernels.cpu.packed import PackedTensor, Parts
-from kvq_compile.kernels.layout import Layout, exact_row_index
-from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.queries import recall
-
-PAGES = 64  # packed pages read at once
 
 
 def recent_importance(
     query: Tensor,
     key: Tensor,
-    parts: Parts | None,
+    parts: Packed | None,
     mask: Tensor | None,
     start: int,
     slots: int,
@@ -35,7 +30,6 @@ def recent_importance(
     queries: int,
     layout: Layout,
     frame: Calibrated,
-    unpack: Callable[[PackedTensor, slice], Tensor] = PackedTensor.unpack,
 ) -> Tensor:
     """Return the largest weight that the last queries paid to each slot.
 
@@ -53,7 +47,6 @@ def recent_importance(
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
         frame: What they are coded relative to, where the layout has tables.
-        unpack: Reads pages of them, as `PackedTensor.unpack` does.
 
     Returns:
         ``[B, Hkv, slots]``, fp32; zeros if the call completes no page.
@@ -85,9 +78,9 @@ def recent_importance(
         )
     rows = rows.float()
     if parts is not None:
-        pieces = _cached_scores(
-            rows.flatten(2, 3), PackedTensor(parts, layout, frame), start, unpack
-        )
+        codes, params, exact, cursor = parts
+        read = reference.read(codes, params, exact.float(), cursor, start, layout, frame)
+        pieces = [rows.flatten(2, 3) @ read.mT]
     scores = torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1) * scale
     scores = scores.view(B, -1, len(ends), end)
     seen = torch.arange(end, device=ends.device, dtype=torch.int64) < ends[:, None]
@@ -109,21 +102,3 @@ def _for_rows(mask: Tensor, earlier: int, count: int) -> Tensor:
         return mask
     first = mask[..., :1, :].expand(*mask.shape[:-2], earlier, -1)
     return torch.cat([first, mask[..., mask.shape[-2] - count :, :]], -2)
-
-
-def _cached_scores(
-    rows: Tensor, keys: PackedTensor, start: int, unpack: Callable[[PackedTensor, slice], Tensor]
-) -> list[Tensor]:
-    """Return products of query rows with the keys before ``start``, ``[B, Hkv, rows, n]`` each, ``start`` in all."""
-    layout, exact = keys.layout, keys.parts[2]
-    coded, constant = keys.meet(rows)
-    held = -(-max(0, start - layout.sinks) // layout.page_size)  # pages, the last in part
-    pieces = [rows @ exact[:, :, : min(start, layout.sinks)].float().mT]
-    for first in range(0, min(keys.pages, held), PAGES):
-        block = slice(first, min(first + PAGES, keys.pages, held))
-        left = start - layout.sinks - first * layout.page_size
-        scores = coded @ unpack(keys, block)[:, :, :left].mT
-        pieces.append(scores if constant is None else scores + constant)
-    recent = layout.sinks + keys.pages * layout.page_size
-    places = exact_row_index(recent, max(recent, start), layout, exact.device)
-    return [*pieces, rows @ exact[:, :, places].float().mT]

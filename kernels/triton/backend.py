@@ -13,6 +13,11 @@ from kvq_compile.kernels.triton import attend as attention
 from kvq_compile.kernels.triton import importance as weighing
 
 
+def is_available() -> bool:
+    """Say whether the backend can run: where there is a GPU there is Triton."""
+    return True
+
+
 def append_(
     cache: Packed,
     calibrated: Calibrated,

@@ -114,7 +114,9 @@ def _spell(graph: fx.Graph, node: fx.Node, growth: Growth) -> fx.Node:
         if growth.rows is not None:
             held = value_of(past)
             like = held.cursor if isinstance(held, QuantizedKV) else held
-            index = graph.call_function(torch.tensor, (list(growth.rows),), {"device": held.device})
+            index = graph.call_function(
+                torch.tensor, (list(growth.rows),), {"dtype": torch.int64, "device": held.device}
+            )
             index.meta["example_value"] = like.new_empty(len(growth.rows), dtype=torch.int64)
             last = index
     with graph.inserting_after(last):

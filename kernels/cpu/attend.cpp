@@ -1,24 +1,18 @@
-// Read a quantized cache on a CPU: unpack pages to fp32, or attend to a whole cache with a few query rows.
+// Attend to a quantized cache on a CPU with a few query rows, or unpack pages for a matrix product with many.
 //
-// A page is unpacked row by row (unpack_pages.h) into a tile that stays in the first or second cache level, so
-// a packed byte crosses the memory bus once and an unpacked number never does.
-// reference.py is the specification; numbers are the same, only sums are taken in another order.
+// A page is unpacked row by row (unpack.h) into a tile that stays in the first or second cache level, so a packed
+// byte crosses the memory bus once and an unpacked number never does. Sums may be taken in any order here; what has
+// to be bit by bit is in pages.cpp.
 
-#include "unpack_pages.h"
+#include <atomic>
 
-extern "C" {
+#include "unpack.h"
 
-// Exact rows of one tensor: sinks and ring of the cache, and the call's new tokens, in the model's dtype.
-struct Exact {
-  const void* held;
-  const void* fresh;
-  int64_t held_stride[2];   // between sequences and heads; rows are contiguous
-  int64_t fresh_stride[3];  // between sequences, heads and tokens
-};
+namespace {
 
 struct Attend {
   Packed key, value;
-  Exact exact_key, exact_value;
+  View<4> exact_key, exact_value, new_key, new_value;
   const float* query;     // [batch, heads, query_rows, key head_dim], scaled, in the basis of exact keys
   const float* coded;     // the same in the basis of packed keys
   const float* constant;  // added to the scores of packed keys, or null: [batch, heads, query_rows]
@@ -31,14 +25,9 @@ struct Attend {
   float* packed_out;      // [batch, heads, query_rows, value head_dim], in the basis of packed values
   float* weight_out;      // [batch, heads, query_rows]: what packed values weigh
   float* exact_out;       // as packed_out, in the basis of exact values
-  int32_t batch, heads, query_rows, pages, page_size, splits;
-  int32_t sinks, ring, dtype;  // dtype of exact rows: 0 fp32, 1 bf16, 2 fp16
+  int32_t batch, heads, query_rows, pages, page_size, splits, sinks, ring;
   int64_t held, start, visible;  // slots of the cache that may be seen, first new slot, end of what may be seen
 };
-
-}  // extern "C"
-
-namespace {
 
 // Turn query rows back by the angles of a page's first slot, so that its keys need only those inside the page.
 void turn_back(const float* query, const float* turns, int rows, int dim, float* out) {
@@ -166,7 +155,7 @@ __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t
     unpack_page(a.key, b, h, page, s.tile, s);
     if (a.key.frequency) {
       for (int i = 0; i < N; ++i) turn_key(a.key, h, a.turns + (h * N + i) * dim, s.tile + static_cast<int64_t>(i) * dim);
-      turns_at(a.key, h, slot + a.key.shift[b], s.turns);
+      turns_at(a.key, h, slot + a.key.shift[b * a.key.shift_stride], s.turns);
       turn_back(query, s.turns, a.query_rows, dim, s.query);
     }
     state.weigh_tile(a.key.frequency ? s.query : query, constant, left < N ? static_cast<int>(left) : N, slot);
@@ -178,29 +167,13 @@ __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t
   }
 }
 
-void to_float(const void* from, int64_t offset, int dtype, int n, float* out) {
-  if (dtype == 0) {
-    std::memcpy(out, static_cast<const float*>(from) + offset, sizeof(float) * n);
-    return;
-  }
-  const uint16_t* bits = static_cast<const uint16_t*>(from) + offset;
-  if (dtype == 1) {
-    for (int i = 0; i < n; ++i) {
-      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
-      std::memcpy(out + i, &wide, sizeof wide);
-    }
-  } else {
-    for (int i = 0; i < n; ++i) out[i] = from_half(bits[i]);
-  }
-}
-
-void load_exact(const Attend& a, const Exact& t, int64_t b, int64_t h, int64_t slot, int dim, float* out) {
+void load_exact(const Attend& a, const View<4>& held, const View<4>& fresh, int64_t b, int64_t h, int64_t slot, int dim, float* out) {
   if (slot >= a.start) {
-    to_float(t.fresh, b * t.fresh_stride[0] + h * t.fresh_stride[1] + (slot - a.start) * t.fresh_stride[2], a.dtype, dim, out);
+    to_float(fresh.data, b * fresh.strides[0] + h * fresh.strides[1] + (slot - a.start) * fresh.strides[2], fresh.dtype, dim, out);
     return;
   }
   const int64_t row = slot < a.sinks ? slot : a.sinks + (slot - a.sinks) % a.ring;
-  to_float(t.held, b * t.held_stride[0] + h * t.held_stride[1] + row * dim, a.dtype, dim, out);
+  to_float(held.data, b * held.strides[0] + h * held.strides[1] + row * dim, held.dtype, dim, out);
 }
 
 // Sinks, recent tokens and new ones: three runs of slots, a tile at a time.
@@ -212,9 +185,9 @@ void attend_exact(const Attend& a, int64_t b, int64_t h, Scratch& s) {
   for (const auto& run : runs) {
     for (int64_t slot = run[0]; slot < run[1]; slot += a.page_size) {
       const int n = static_cast<int>(run[1] - slot < a.page_size ? run[1] - slot : a.page_size);
-      for (int i = 0; i < n; ++i) load_exact(a, a.exact_key, b, h, slot + i, dim, s.tile + static_cast<int64_t>(i) * dim);
+      for (int i = 0; i < n; ++i) load_exact(a, a.exact_key, a.new_key, b, h, slot + i, dim, s.tile + static_cast<int64_t>(i) * dim);
       state.weigh_tile(a.query + state.first_row() * dim, nullptr, n, slot);
-      for (int i = 0; i < n; ++i) load_exact(a, a.exact_value, b, h, slot + i, value_dim, s.tile + static_cast<int64_t>(i) * value_dim);
+      for (int i = 0; i < n; ++i) load_exact(a, a.exact_value, a.new_value, b, h, slot + i, value_dim, s.tile + static_cast<int64_t>(i) * value_dim);
       state.add_tokens(n);
     }
   }
@@ -245,54 +218,98 @@ void join_splits(const Attend& a, int64_t head, int q) {
   a.weight_out[head * Q + q] = packed_weight;
 }
 
-}  // namespace
-
-extern "C" {
-
-// Attend to the whole cache and the new tokens. Splits of the packed part, then one for the exact part, are
-// worked on in any order and joined at the end.
-void kvq_attend(const Attend* a, int threads) {
-  const int64_t dim = a->key.head_dim > a->value.head_dim ? a->key.head_dim : a->value.head_dim;
-  const int64_t heads = static_cast<int64_t>(a->batch) * a->heads, parts = a->splits + 1;
+// Attend to the whole cache and the new tokens; say whether a page was damaged. Splits of the packed part, then one
+// for the exact part, are worked on in any order and joined at the end.
+bool attend(const Attend& a, int threads) {
+  const int64_t dim = a.key.head_dim > a.value.head_dim ? a.key.head_dim : a.value.head_dim;
+  const int64_t heads = static_cast<int64_t>(a.batch) * a.heads, parts = a.splits + 1;
+  std::atomic<bool> damaged{false};
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(a->page_size, dim, a->query_rows, true);
-    if (a->key.frequency && a->pages > 0) {
+    Scratch scratch(a.page_size, dim, a.query_rows, true);
+    if (a.key.frequency && a.pages > 0) {
 #pragma omp for
-      for (int64_t i = 0; i < static_cast<int64_t>(a->heads) * a->page_size; ++i)
-        turns_at(a->key, i / a->page_size, i % a->page_size, a->turns + i * a->key.head_dim);
+      for (int64_t i = 0; i < static_cast<int64_t>(a.heads) * a.page_size; ++i)
+        turns_at(a.key, i / a.page_size, i % a.page_size, a.turns + i * a.key.head_dim);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < heads * parts; ++i) {
       const int64_t head = i / parts;
       const int split = static_cast<int>(i % parts);
-      if (split < a->splits)
-        attend_packed(*a, head / a->heads, head % a->heads, split, scratch);
+      if (split < a.splits)
+        attend_packed(a, head / a.heads, head % a.heads, split, scratch);
       else
-        attend_exact(*a, head / a->heads, head % a->heads, scratch);
+        attend_exact(a, head / a.heads, head % a.heads, scratch);
     }
+    if (scratch.damaged) damaged = true;
 #pragma omp for
-    for (int64_t i = 0; i < heads * a->query_rows; ++i) join_splits(*a, i / a->query_rows, static_cast<int>(i % a->query_rows));
+    for (int64_t i = 0; i < heads * a.query_rows; ++i) join_splits(a, i / a.query_rows, static_cast<int>(i % a.query_rows));
   }
+  return damaged;
 }
 
-// Unpack pages into out [batch, heads, pages], each a tile as unpack_page makes it; rotary keys are turned.
-void kvq_unpack_pages(const Packed* t, int batch, int heads, int pages, float* out, int threads) {
-  const int64_t work = static_cast<int64_t>(batch) * heads * pages, size = static_cast<int64_t>(t->page_size) * t->head_dim;
-#pragma omp parallel num_threads(threads)
-  {
-    Scratch scratch(t->page_size, t->head_dim, 0, false);
-#pragma omp for
-    for (int64_t i = 0; i < work; ++i) {
-      const int64_t b = i / pages / heads, h = i / pages % heads, page = i % pages;
-      unpack_page(*t, b, h, page, out + i * size, scratch);
-      if (!t->frequency) continue;
-      for (int64_t n = 0; n < t->page_size; ++n) {
-        turns_at(*t, h, t->first_slot + page * t->page_size + n + t->shift[b], scratch.turns);
-        turn_key(*t, h, scratch.turns, out + i * size + n * t->head_dim);
-      }
-    }
-  }
+// Make sure of what Python hands over, and take it apart.
+Attend unwrap(const AttendWords& w, Check& check) {
+  const LayoutWords &key = w.keys.layout, &value = w.values.layout;
+  const int64_t batch = w.query.sizes[0], heads = w.query.sizes[1], rows = w.query.sizes[2], new_tokens = w.new_key.sizes[2];
+  const int64_t pages = w.keys.pages < w.values.pages ? w.keys.pages : w.values.pages, parts = w.splits + 1;
+  check_packed("keys", w.keys, batch, heads, check);
+  check_packed("values", w.values, batch, heads, check);
+  check.that(key.is_key && !value.is_key, "keys and values must have layouts of keys and of values");
+  check.that(key.page_size == value.page_size && key.sinks == value.sinks && key.ring == value.ring, "keys and values must lie in the same regions");
+  check.tensor("query", w.query, {batch, heads, rows, key.head_dim}, kFloat);
+  check.tensor("coded query", w.coded, {batch, heads, rows, key.head_dim}, kFloat);
+  if (w.constant.data) check.tensor("constant", w.constant, {batch, heads, rows, 1}, kFloat);
+  check.tensor("new keys", w.new_key, {batch, heads, new_tokens, key.head_dim}, w.keys.exact.dtype);
+  check.tensor("new values", w.new_value, {batch, heads, new_tokens, value.head_dim}, w.values.exact.dtype);
+  if (w.bias.data) check.tensor("bias", w.bias, {batch, heads, rows, w.bias.sizes[3]}, kFloat);
+  check.tensor("packed output", w.packed_out, {batch, heads, rows, value.head_dim}, kFloat);
+  check.tensor("weight output", w.weight_out, {batch, heads, rows, 1}, kFloat);
+  check.tensor("exact output", w.exact_out, {batch, heads, rows, value.head_dim}, kFloat);
+  check.rows("query", w.query, 4), check.rows("coded query", w.coded, 4), check.rows("constant", w.constant, w.constant.data ? 4 : 0);
+  check.rows("new keys", w.new_key, 1), check.rows("new values", w.new_value, 1);
+  check.rows("packed output", w.packed_out, 4), check.rows("weight output", w.weight_out, 4), check.rows("exact output", w.exact_out, 4);
+  check.that(w.splits >= (pages ? 1 : 0) && w.splits <= pages && w.threads > 0 && w.threads <= 4096, "splits must be at most as many as pages");
+  check.that(w.start >= 0 && w.start <= w.keys.held && w.start <= w.values.held, "start must be a slot up to the tokens held");
+  check.that(w.visible >= 0 && w.visible <= w.start + new_tokens, "visible must be a slot up to the new tokens' last");
+  check.that(!w.bias.data || w.bias.sizes[3] >= w.visible, "bias must have a column for each visible slot");
+  const int64_t states = batch * heads * parts * rows, turns = key.rotary ? heads * key.page_size * key.head_dim : 0;
+  check.tensor("scratch", w.scratch, {states * (value.head_dim + 2) + turns}, kFloat);
+  check.rows("scratch", w.scratch, 1);
+  Attend a = {};
+  a.key = unwrap(w.keys), a.value = unwrap(w.values);
+  a.exact_key = w.keys.exact, a.exact_value = w.values.exact, a.new_key = w.new_key, a.new_value = w.new_value;
+  a.query = static_cast<const float*>(w.query.data), a.coded = static_cast<const float*>(w.coded.data);
+  a.constant = static_cast<const float*>(w.constant.data), a.bias = static_cast<const float*>(w.bias.data);
+  for (int i = 0; i < 4; ++i) a.bias_stride[i] = w.bias.strides[i];
+  a.accumulator = static_cast<float*>(w.scratch.data), a.running_max = a.accumulator + states * value.head_dim;
+  a.running_sum = a.running_max + states, a.turns = a.running_sum + states;
+  a.packed_out = static_cast<float*>(w.packed_out.data), a.weight_out = static_cast<float*>(w.weight_out.data), a.exact_out = static_cast<float*>(w.exact_out.data);
+  const auto narrow = [](int64_t word) { return static_cast<int32_t>(word); };
+  a.batch = narrow(batch), a.heads = narrow(heads), a.query_rows = narrow(rows), a.pages = narrow(pages), a.page_size = narrow(key.page_size);
+  a.splits = narrow(w.splits), a.sinks = narrow(key.sinks), a.ring = narrow(key.ring);
+  a.held = w.start < w.visible ? w.start : w.visible, a.start = w.start, a.visible = w.visible;
+  return a;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The lists of wire.h, for Python to compare with its own.
+const char* kvq_interface() { return kInterface; }
+
+// Attend as `words`, AttendWords, say. Returns what is wrong with them, or null.
+const char* kvq_attend(const int64_t* words, int64_t count) {
+  static thread_local Check check;
+  check = Check();
+  check.that(count * sizeof(int64_t) == sizeof(AttendWords), "the call must have %zu words, got %lld", sizeof(AttendWords) / sizeof(int64_t), static_cast<long long>(count));
+  if (!check.ok()) return check.message();
+  AttendWords w;
+  std::memcpy(&w, words, sizeof w);
+  const Attend call = unwrap(w, check);
+  if (check.ok()) check.that(!attend(call, static_cast<int>(w.threads)), kDamaged);
+  return check.message();
 }
 
 }  // extern "C"

@@ -1,78 +1,52 @@
-// Unpack pages of a quantized cache to fp32 on a CPU, a tile at a time; what native.cpp is built of.
+// Unpack pages of a quantized cache to fp32 on a CPU, a tile at a time.
 //
-// The layout is PageLayout's (spec.py). Unpacked numbers are in the basis in which they were coded (bases.py);
+// The layout is that of layout.py. Unpacked numbers are in the basis in which they were coded (packed.py);
 // only rotary keys are turned to their position, since what meets them then is the same for all of them.
 
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <memory>
 #include <vector>
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
 
+#include "wire.h"
+
 namespace {
 
-float from_half(uint16_t bits) {
-#ifdef __FLT16_MAX__
-  _Float16 half;
-  std::memcpy(&half, &bits, sizeof half);
-  return static_cast<float>(half);
-#else
-  const uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 0x1F, mantissa = bits & 0x3FF;
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(static_cast<float>(mantissa), -24);
-  const uint32_t wide = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | mantissa << 13;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-#endif
-}
-
-// The fields of an e4m3 byte, read with fp16's bias.
-float from_e4m3(uint8_t byte) {
-  return 256 * from_half(static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7F) << 7));
-}
-
-}  // namespace
-
-extern "C" {
-
-// One packed tensor. Strides count elements of the part between sequences, heads and pages.
+// One packed tensor, as what unpacks it wants to know it. Strides count elements of the part between sequences,
+// heads and pages.
 struct Packed {
   const uint16_t* codes;
-  const void* params;      // (scale, zero) pairs, fp16 or e4m3; or records (mixed.py)
-  const uint16_t* book;    // [row_length (keys) or rows (values), entries, couple], fp16; null: uniform codes
+  const void* params;      // (scale, zero) pairs, fp16 or e4m3; or records (reference/mixed.py)
+  const uint16_t* book;    // [row_length (keys) or rows (values), entries, couple], fp16; null: no codebook
   const float* mean;       // [head_dim], with scale and frequency [head_dim / 2]; null unless keys are rotary
   const float* scale;
   const int32_t* frequency;
-  const int32_t* shift;    // position minus slot of each sequence
-  int64_t codes_stride[3];
-  int64_t params_stride[3];
+  const int32_t* shift;    // position minus slot of each sequence, `shift_stride` apart
+  int64_t codes_stride[3], params_stride[3];
   int64_t tables_stride;   // words between heads in book, mean, scale and frequency
-  int64_t first_slot;      // of page 0
+  int64_t shift_stride;
+  int64_t pages;           // there are
   int32_t bits, trits, fp8, rows, row_length, units, group_size;
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
-  int32_t is_key, couple, entries, head_dim, page_size;
-  int32_t max_bits, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
+  int32_t is_key, couple, entries, head_dim, page_size, sinks;
+  int32_t max_bits, code_rows, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
 };
-
-}  // extern "C"
-
-namespace {
 
 constexpr int kUnitBits = 16;
 constexpr int kTrits = 5;
 constexpr int kPlanes = 8;  // counted in the header of a mixed page
 constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // of an angle's unit
 constexpr size_t kAlignment = 64;  // bytes of a cache line
+constexpr const char* kDamaged = "the cache must hold pages as its layout says; a header or a channel is out of range: the file that it came from is damaged";
 
 // What a thread needs while it unpacks and attends.
 struct Scratch {
   std::vector<float> numbers;
   std::vector<uint16_t> index;
+  bool damaged = false;  // whether a page was not what its layout says
   float *tile, *scores, *query, *scale, *zero, *turns;
 
   Scratch(int64_t page_size, int64_t dim, int64_t query_rows, bool with_tile) {
@@ -215,11 +189,18 @@ void unpack_token(const uint16_t* const* planes, int units, float reach, float c
   }
 }
 
-// Unpack a page whose tokens differ in bits (mixed.py) into a tile [page_size, head_dim].
-void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* records, float* tile) {
+// Unpack a page whose tokens differ in bits (reference/mixed.py) into a tile [page_size, head_dim].
+void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* records, float* tile, Scratch& s) {
   using Unpack = void (*)(const uint16_t* const*, int, float, float, float*);
   constexpr Unpack kUnpack[kPlanes + 1] = {unpack_token<0>, unpack_token<1>, unpack_token<2>, unpack_token<3>, unpack_token<4>, unpack_token<5>, unpack_token<6>, unpack_token<7>, unpack_token<8>};
   const int units = t.head_dim / kUnitBits;
+  int row = 0;
+  for (int plane = 0; plane < t.max_bits; ++plane) row += codes[plane];
+  if (row > t.code_rows) {  // a header may come from a file
+    s.damaged = true;
+    std::memset(tile, 0, sizeof(float) * static_cast<size_t>(t.page_size) * t.head_dim);
+    return;
+  }
   const uint16_t* first[kPlanes];  // row of rank 0 in each plane
   const uint16_t* next = codes + kPlanes;
   for (int plane = 0; plane < t.max_bits; next += codes[plane++] * units) first[plane] = next;
@@ -232,7 +213,12 @@ void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* re
     int bits = 0;
     for (; bits < t.max_bits && codes[bits] > rank; ++bits) planes[bits] = first[bits] + rank * units;
     kUnpack[bits](planes, units, reach, centre, tile);
-    for (int i = 0, at = t.rank_field + 1; i < t.outliers; ++i, at += 3) tile[field(at)] = half_at(at + 1);
+    for (int i = 0, at = t.rank_field + 1; i < t.outliers; ++i, at += 3) {
+      if (field(at) < t.head_dim)
+        tile[field(at)] = half_at(at + 1);
+      else
+        s.damaged = true;
+    }
   }
 }
 
@@ -240,7 +226,7 @@ void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* re
 void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* tile, Scratch& s) {
   const uint16_t* codes = t.codes + b * t.codes_stride[0] + h * t.codes_stride[1] + page * t.codes_stride[2];
   const int64_t params = b * t.params_stride[0] + h * t.params_stride[1] + page * t.params_stride[2];
-  if (t.max_bits) return unpack_mixed_page(t, codes, static_cast<const uint8_t*>(t.params) + params, tile);
+  if (t.max_bits) return unpack_mixed_page(t, codes, static_cast<const uint8_t*>(t.params) + params, tile, s);
   if (t.book) {
     const auto unpack = t.couple == 2 ? unpack_coupled_page<2> : t.couple == 4 ? unpack_coupled_page<4> : t.couple == 8 ? unpack_coupled_page<8> : unpack_coupled_page<0>;
     return unpack(t, codes, h, tile, s);
@@ -297,6 +283,29 @@ void turn_key(const Packed& t, int64_t h, const float* turns, float* key) {
     key[c] = a * turns[c] - b * turns[half + c];
     key[half + c] = b * turns[c] + a * turns[half + c];
   }
+}
+
+// Describe a checked cache for `unpack_page`.
+Packed unwrap(const PackedWords& p) {
+  const LayoutWords& t = p.layout;
+  const auto table = [&](int64_t first, bool needed) { return needed ? static_cast<const int32_t*>(p.tables.data) + first : nullptr; };
+  Packed packed = {};
+  packed.codes = static_cast<const uint16_t*>(p.codes.data), packed.params = p.params.data;
+  packed.book = reinterpret_cast<const uint16_t*>(table(t.book, t.codebook));
+  packed.mean = reinterpret_cast<const float*>(table(t.mean, t.rotary)), packed.scale = reinterpret_cast<const float*>(table(t.scale, t.rotary));
+  packed.frequency = table(t.frequency, t.rotary);
+  packed.shift = static_cast<const int32_t*>(p.shift.data), packed.shift_stride = p.shift.strides[0];
+  for (int i = 0; i < 3; ++i) packed.codes_stride[i] = p.codes.strides[i], packed.params_stride[i] = p.params.strides[i];
+  packed.tables_stride = p.tables.strides[0], packed.pages = p.pages;
+  const auto narrow = [](int64_t word) { return static_cast<int32_t>(word); };
+  packed.bits = narrow(t.bits), packed.trits = narrow(t.trits), packed.fp8 = narrow(t.fp8);
+  packed.rows = narrow(t.rows), packed.row_length = narrow(t.row_length), packed.units = narrow(t.units);
+  packed.group_size = narrow(t.group_size), packed.along_rows = t.is_key == t.by_token, packed.is_key = narrow(t.is_key);
+  packed.couple = narrow(t.couple), packed.entries = narrow(t.levels + 1);
+  packed.head_dim = narrow(t.head_dim), packed.page_size = narrow(t.page_size), packed.sinks = narrow(t.sinks);
+  packed.max_bits = t.mixed ? narrow(t.max_bits) : 0, packed.code_rows = narrow(t.code_rows);
+  packed.rank_field = narrow(t.rank_field), packed.outliers = narrow(t.outliers);
+  return packed;
 }
 
 }  // namespace

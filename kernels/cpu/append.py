@@ -1,0 +1,161 @@
+"""Write, cut and read a quantized cache on the CPU.
+
+The tokens of pages that fill up are gathered from the ring and from the new ones, taken to the basis in which they are
+coded, quantized and packed in C++ (pages.cpp); a transform between the two is a matrix product. Pages go a block at a
+time, so that a long prompt needs little scratch. What stays exact is copied, a run of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.cpu import native
+from kvq_compile.kernels.cpu.packed import PackedTensor
+from kvq_compile.kernels.cpu.queries import remember_
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.transform import rotate
+
+SCRATCH_ELEMENTS = 1 << 19  # fp32 elements coded or unpacked at once: two megabytes
+
+
+def append_(
+    cache: Packed,
+    calibrated: Calibrated,
+    x: Tensor,
+    start: int,
+    layout: Layout,
+    importance: Tensor | None = None,
+    query: Tensor | None = None,
+) -> None:
+    """Write new tokens at ``start`` and quantize the pages that they complete, in place.
+
+    Args:
+        cache: The cache.
+        calibrated: What packed tokens are coded relative to.
+        x: New tokens, ``[B, H, T, D]``.
+        start: Slot of the first new token; tokens held from there on are forgotten first.
+        layout: The cache's layout.
+        importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, which mixed layouts distribute
+            bits by; ``None``: all weigh the same.
+        query: Queries of the last of the new tokens, for layouts that hold them.
+
+    Raises:
+        ValueError: ``start`` would leave a gap, or the new tokens do not fit.
+    """
+    held, pages = cache.cursor.tolist()
+    end = start + x.shape[2]
+    if not 0 <= start <= held:
+        raise ValueError(f"position must start at or before the {held} tokens held, got {start}")
+    if layout.pages_at(end) > cache.codes.shape[2]:
+        raise ValueError(
+            f"the cache must have room for {layout.pages_at(end)} pages, got {cache.codes.shape[2]}"
+        )
+    if start < held:
+        truncate_(cache, calibrated, start, layout)
+        pages = int(cache.cursor[1])
+    filled = max(pages, layout.pages_at(end))
+    if filled > pages:
+        packed = PackedTensor(cache, layout, calibrated)
+        _quantize(packed, slice(pages, filled), x, start, importance)
+    _write_rows(cache.exact, x, start, layout.sinks + filled * layout.page_size, layout)
+    remember_(cache.exact, query, start, start, x.shape[2], layout)
+    cache.cursor[0] = end
+    if filled > pages:
+        cache.cursor[1] = filled
+
+
+def _quantize(
+    packed: PackedTensor, pages: slice, x: Tensor, start: int, importance: Tensor | None
+) -> None:
+    """Quantize pages, the tokens of which are in the ring or, from slot ``start`` on, in ``x``."""
+    layout, weights, bounds = packed.layout, None, None
+    if layout.attentive and importance is not None:
+        weights = importance.float()
+    for block in blocks(packed, pages):
+        coded = rotate(native.to_coded(packed, block, x, start), layout)
+        if layout.coder == "mixed":
+            ends = (
+                layout.sinks + (page + 1) * layout.page_size
+                for page in range(block.start, block.stop)
+            )
+            at = [layout.bound_at(end) for end in ends]
+            bounds = torch.tensor(at, dtype=torch.float32, device="cpu")
+        native.quantize_(packed, block.start, coded, weights, bounds)
+
+
+def _write_rows(exact: Tensor, x: Tensor, start: int, packed_end: int, layout: Layout) -> None:
+    """Copy the new tokens that stay exact: sinks, and those behind the packed ones."""
+    sinks = max(0, min(layout.sinks - start, x.shape[2]))
+    if sinks:
+        exact[:, :, start : start + sinks] = x[:, :, :sinks]
+    first, end = max(start + sinks, packed_end), start + x.shape[2]
+    while first < end:
+        row = layout.exact_row(first)
+        last = min(end, first + layout.token_rows - row)  # the ring goes on at its beginning
+        exact[:, :, row : row + last - first] = x[:, :, first - start : last - start]
+        first = last
+
+
+def truncate_(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> None:
+    """Forget the tokens from ``length`` on, in place.
+
+    A page that is cut open goes back to the ring as the values it was read as; it is quantized anew when it fills
+    again. Forgetting no more than ``window`` tokens never cuts a page.
+    """
+    held, packed_pages = cache.cursor.tolist()
+    pages = min(packed_pages, max(0, length - layout.sinks) // layout.page_size)
+    first = layout.sinks + pages * layout.page_size
+    if pages < packed_pages and first < length:
+        packed = PackedTensor(cache, layout, calibrated)
+        page = _tokens(packed, slice(pages, pages + 1))
+        _write_rows(cache.exact, page[:, :, : length - first], first, first, layout)
+    remember_(cache.exact, None, held, length, 0, layout)
+    cache.cursor[0], cache.cursor[1] = length, pages
+
+
+def read(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> Tensor:
+    """Return slots ``0 .. length - 1`` as ``[B, H, length, D]`` in the dtype of the exact part.
+
+    Slots that hold no token are zero.
+    """
+    packed, exact = PackedTensor(cache, layout, calibrated), cache.exact
+    out = exact.new_empty(*exact.shape[:2], length, exact.shape[3])
+    held = min(length, packed.held)
+    sinks = min(held, layout.sinks)
+    out[:, :, :sinks] = exact[:, :, :sinks]
+    used = min(packed.pages, -(-max(0, held - layout.sinks) // layout.page_size))
+    for block in blocks(packed, slice(0, used)):
+        first = layout.sinks + block.start * layout.page_size
+        last = min(held, layout.sinks + block.stop * layout.page_size)
+        out[:, :, first:last] = _tokens(packed, block)[:, :, : last - first]
+    first = layout.sinks + packed.pages * layout.page_size
+    while first < held:
+        row = layout.exact_row(first)
+        last = min(held, first + layout.token_rows - row)
+        out[:, :, first:last] = exact[:, :, row : row + last - first]
+        first = last
+    out[:, :, held:] = 0
+    return out
+
+
+def _tokens(packed: PackedTensor, pages: slice) -> Tensor:
+    """Return the tokens ``[B, H, n, D]`` (fp32) that pages stand for."""
+    numbers = native.unpack(packed, pages, turned=False)
+    if packed.calibrated.tables is None:
+        return rotate(numbers, packed.layout).flatten(2, 3)
+    numbers = rotate(numbers.contiguous(), packed.layout)
+    native.from_coded_(packed, pages.start, numbers)
+    return numbers.flatten(2, 3)
+
+
+def blocks(packed: PackedTensor, pages: slice) -> Iterator[slice]:
+    """Yield runs of pages that are small enough to be held as fp32."""
+    B, H = packed.parts.codes.shape[:2]
+    layout = packed.layout
+    step = max(1, SCRATCH_ELEMENTS // (B * H * layout.page_size * layout.head_dim))
+    for first in range(pages.start, pages.stop, step):
+        yield slice(first, min(first + step, pages.stop))

@@ -1,0 +1,99 @@
+// Numbers as tensors hold them, to fp32 and back: fp64, bf16, fp16 and e4m3.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr float kLargestHalf = 65504.0f, kLargestE4m3 = 448.0f;
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float from_half(uint16_t bits) {
+#ifdef __FLT16_MAX__
+  _Float16 half;
+  std::memcpy(&half, &bits, sizeof half);
+  return static_cast<float>(half);
+#else
+  const uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 0x1F, mantissa = bits & 0x3FF;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(static_cast<float>(mantissa), -24);
+  return float_of_bits(sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | mantissa << 13);
+#endif
+}
+
+// The nearest fp16 number, the even one of two, of a number that is no NaN and not beyond the largest.
+inline uint16_t to_half(float value) {
+#ifdef __FLT16_MAX__
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  return bits;
+#else
+  const uint16_t sign = static_cast<uint16_t>(bits_of_float(value) >> 16 & 0x8000u);
+  const float size = std::fabs(value);
+  if (size < 0x1p-14f) return sign | static_cast<uint16_t>(std::nearbyint(size * 0x1p24f));
+  const uint32_t bits = bits_of_float(size) - (112u << 23);
+  return sign | static_cast<uint16_t>((bits + 0xFFFu + (bits >> 13 & 1)) >> 13);
+#endif
+}
+
+// The largest fp16 number that is not above a number within the range of fp16.
+inline uint16_t to_half_below(float value) {
+  const uint16_t half = to_half(value);
+  if (!(from_half(half) > value)) return half;
+  return static_cast<uint16_t>(half == 0 || half & 0x8000u ? half + 1 : half - 1);
+}
+
+// The smallest fp16 number that is not below a number that is not negative.
+inline uint16_t to_half_above(float value) {
+  const uint16_t half = to_half(value);
+  return static_cast<uint16_t>(from_half(half) < value ? half + 1 : half);
+}
+
+// The fields of an e4m3 byte, read with fp16's bias.
+inline float from_e4m3(uint8_t byte) {
+  return 256 * from_half(static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7F) << 7));
+}
+
+// The nearest e4m3 number; saturates, halves go outwards.
+inline uint8_t to_e4m3(float value) {
+  const float size = std::fabs(value) < kLargestE4m3 ? std::fabs(value) : kLargestE4m3;
+  const uint32_t byte = size < 0x1p-6f ? static_cast<uint32_t>(size / 0x1p-9f + 0.5f) : ((bits_of_float(size) + (1u << 19)) >> 20) - (120u << 3);
+  return static_cast<uint8_t>(byte + (value < 0 ? 128 : 0));
+}
+
+enum Dtype : int64_t { kFloat = 0, kBfloat16 = 1, kHalf = 2, kDouble = 3, kInt16 = 4, kUint8 = 5, kInt32 = 6 };
+
+inline int64_t bytes_of(int64_t dtype) {
+  return dtype == kDouble ? 8 : dtype == kFloat || dtype == kInt32 ? 4 : dtype == kUint8 ? 1 : 2;
+}
+
+// Read n numbers of a floating-point dtype, from the one at `offset` on.
+inline void to_float(const void* from, int64_t offset, int64_t dtype, int64_t n, float* out) {
+  if (dtype == kFloat) {
+    std::memcpy(out, static_cast<const float*>(from) + offset, sizeof(float) * static_cast<size_t>(n));
+  } else if (dtype == kDouble) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(static_cast<const double*>(from)[offset + i]);
+  } else {
+    const uint16_t* bits = static_cast<const uint16_t*>(from) + offset;
+    if (dtype == kBfloat16)
+      for (int64_t i = 0; i < n; ++i) out[i] = float_of_bits(static_cast<uint32_t>(bits[i]) << 16);
+    else
+      for (int64_t i = 0; i < n; ++i) out[i] = from_half(bits[i]);
+  }
+}
+
+}  // namespace

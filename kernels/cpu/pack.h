@@ -1,0 +1,221 @@
+// Quantize and pack pages of a quantized cache: the uniform quantizer and codebooks.
+//
+// reference/cache.py is the specification, bit by bit: fp32 with one rounding an operation, in the order written
+// there. A page comes as fp32 numbers [page_size, head_dim] in the basis in which they are coded.
+
+#pragma once
+
+#include "unpack.h"
+
+namespace {
+
+// Where one page is written, and what a thread needs to do so.
+struct PageWriter {
+  const LayoutWords& t;
+  uint16_t* codes;
+  void* params;
+  const float* margin;      // of the head, [head_dim]; null: no tables
+  const uint16_t* book;     // of the head, as in Packed
+  float shrink;             // of a group's range, cut off at each end
+  std::vector<uint16_t> index, turned;  // of each number or coupled channels: [page_size, code channels], and back
+  std::vector<float> lo, hi, zero, scale, distance, entries;
+
+  explicit PageWriter(const LayoutWords& layout) : t(layout), codes(nullptr), params(nullptr), margin(nullptr), book(nullptr) {
+    const size_t tokens = static_cast<size_t>(t.page_size), channels = static_cast<size_t>(t.head_dim);
+    shrink = float_of_bits(static_cast<uint32_t>(t.shrink_bits));
+    index.resize(tokens * channels + kUnitBits), turned.resize(tokens * channels + kUnitBits);
+    const size_t wide = tokens > channels ? tokens : channels;
+    lo.resize(wide), hi.resize(wide), zero.resize(wide), scale.resize(wide);
+    if (t.codebook) distance.resize(static_cast<size_t>(t.levels) + 1), entries.resize((static_cast<size_t>(t.levels) + 1) * static_cast<size_t>(t.couple));
+  }
+};
+
+bool is_finite(float x) { return std::fabs(x) <= 3.4028235e38f; }
+
+float bounded(float x) {  // a NaN stays one
+  return x < -kLargestHalf ? -kLargestHalf : x > kLargestHalf ? kLargestHalf : x;
+}
+
+// Widen ends of ranges, [count], by n numbers `stride` apart each, the first of every group side by side.
+void take_ends(const float* x, int64_t n, int64_t stride, int64_t count, float* lo, float* hi) {
+  for (int64_t i = 0; i < n; ++i, x += stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) {
+      const float at = bounded(x[c]);
+      const bool finite = is_finite(x[c]);
+      lo[c] = finite && at < lo[c] ? at : lo[c];
+      hi[c] = finite && at > hi[c] ? at : hi[c];
+    }
+  }
+}
+
+// Ends of the range of n numbers side by side.
+void take_ends(const float* x, int64_t n, float& lo, float& hi) {
+  float least = INFINITY, most = -INFINITY;
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) {
+    const float at = bounded(x[i]);
+    const bool finite = is_finite(x[i]);
+    const float low = finite ? at : INFINITY, high = finite ? at : -INFINITY;
+    least = low < least ? low : least;
+    most = high > most ? high : most;
+  }
+  lo = least, hi = most;
+}
+
+// Turn the ends of a group's range into parameters, store them at pair `at` and return them as they are read.
+void store_pair(const PageWriter& w, int64_t at, float lo, float hi, float margin, float& scale, float& zero) {
+  const float levels = static_cast<float>(w.t.levels);
+  if (!(lo <= hi)) lo = hi = 0.0f;  // nothing is finite
+  if (margin != 0.0f) {
+    const float cut = (hi - lo) * margin;
+    lo = lo + cut, hi = hi - cut;
+  }
+  if (w.t.fp8) {
+    uint8_t* pair = static_cast<uint8_t*>(w.params) + 2 * at;
+    pair[1] = to_e4m3(lo), zero = from_e4m3(pair[1]);
+    const float step = (hi - zero) / levels;
+    pair[0] = to_e4m3(step > 0.0f ? step : 0.0f), scale = from_e4m3(pair[0]);
+  } else {
+    uint16_t* pair = static_cast<uint16_t*>(w.params) + 2 * at;
+    pair[1] = to_half_below(lo), zero = from_half(pair[1]);
+    const float step = (hi - zero) / levels;
+    pair[0] = to_half_above(step < kLargestHalf ? step : kLargestHalf), scale = from_half(pair[0]);
+  }
+}
+
+uint16_t code_of(float x, float zero, float scale, float levels) {
+  const float at = bounded(x == x ? x : 0.0f), step = scale > 0.0f ? scale : 1.0f;
+  const float code = std::floor((at - zero) / step + 0.5f);
+  const float inside = code < 0.0f ? 0.0f : code > levels ? levels : code;
+  return static_cast<uint16_t>(scale > 0.0f ? static_cast<int32_t>(inside) : 0);
+}
+
+// Codes of a page whose groups lie inside tokens.
+void code_tokens(PageWriter& w, const float* x) {
+  const int64_t N = w.t.page_size, D = w.t.head_dim, size = w.t.group_size;
+  const float levels = static_cast<float>(w.t.levels);
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t first = 0, group = 0; first < D; first += size, ++group) {
+      const float* run = x + n * D + first;
+      uint16_t* out = w.index.data() + n * D + first;
+      float lo, hi, scale, zero;
+      take_ends(run, size, lo, hi);
+      store_pair(w, group * N + n, lo, hi, w.margin ? w.margin[first] : w.shrink, scale, zero);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) out[i] = code_of(run[i], zero, scale, levels);
+    }
+  }
+}
+
+// Codes of a page whose groups lie inside channels.
+void code_channels(PageWriter& w, const float* x) {
+  const int64_t N = w.t.page_size, D = w.t.head_dim, size = w.t.group_size;
+  const float levels = static_cast<float>(w.t.levels);
+  for (int64_t first = 0, group = 0; first < N; first += size, ++group) {
+    std::fill(w.lo.begin(), w.lo.begin() + D, INFINITY), std::fill(w.hi.begin(), w.hi.begin() + D, -INFINITY);
+    take_ends(x + first * D, size, D, D, w.lo.data(), w.hi.data());
+    for (int64_t c = 0; c < D; ++c) store_pair(w, group * D + c, w.lo[static_cast<size_t>(c)], w.hi[static_cast<size_t>(c)], w.margin ? w.margin[c] : w.shrink, w.scale[static_cast<size_t>(c)], w.zero[static_cast<size_t>(c)]);
+    const float *scale = w.scale.data(), *zero = w.zero.data();
+    for (int64_t n = first; n < first + size; ++n) {
+      uint16_t* out = w.index.data() + n * D;
+#pragma omp simd
+      for (int64_t c = 0; c < D; ++c) out[c] = code_of(x[n * D + c], zero[c], scale[c], levels);
+    }
+  }
+}
+
+// The first of the centroids nearest to n coupled numbers; entries [couple, count].
+uint16_t nearest(const float* x, int64_t couple, const float* entries, int64_t count, float* distance) {
+  for (int64_t c = 0; c < couple; ++c) {
+    const float at = bounded(x[c] == x[c] ? x[c] : 0.0f);
+    const float* entry = entries + c * count;
+#pragma omp simd
+    for (int64_t e = 0; e < count; ++e) {
+      const float off = at - entry[e];
+      distance[e] = (c ? distance[e] : 0.0f) + off * off;
+    }
+  }
+  float least = INFINITY;
+#pragma omp simd reduction(min : least)
+  for (int64_t e = 0; e < count; ++e) least = distance[e] < least ? distance[e] : least;
+  for (int64_t e = 0; e < count; ++e)
+    if (distance[e] == least) return static_cast<uint16_t>(e);
+  return 0;  // centroids that are no numbers
+}
+
+void code_coupled(PageWriter& w, const float* x) {
+  const int64_t N = w.t.page_size, D = w.t.head_dim, couple = w.t.couple, count = w.t.levels + 1, groups = D / couple;
+  for (int64_t group = 0; group < groups; ++group) {
+    const uint16_t* book = w.book + group * count * couple;
+    for (int64_t e = 0; e < count; ++e)
+      for (int64_t c = 0; c < couple; ++c) w.entries[static_cast<size_t>(c * count + e)] = from_half(book[e * couple + c]);
+    for (int64_t n = 0; n < N; ++n) w.index[static_cast<size_t>(n * groups + group)] = nearest(x + n * D + group * couple, couple, w.entries.data(), count, w.distance.data());
+  }
+}
+
+// Pack one plane of a row: field f of unit u is the code at f * count + u, its bits from `below` on.
+template <int kWidth>
+void pack_plane(const uint16_t* codes, int64_t count, int below, uint16_t* units) {
+  for (int64_t u = 0; u < count; ++u) units[u] = 0;
+  for (int field = 0; field < kUnitBits / kWidth; ++field) {
+    const uint16_t* run = codes + field * count;
+#pragma omp simd
+    for (int64_t u = 0; u < count; ++u) units[u] = static_cast<uint16_t>(units[u] | ((run[u] >> below) & ((1 << kWidth) - 1)) << (field * kWidth));
+  }
+}
+
+template <int kWidth>
+void pack_plane_maybe(const LayoutWords& t, const uint16_t* codes, int& below, uint16_t*& units) {
+  if (!(t.bits & kWidth)) return;
+  const int64_t count = t.row_length * kWidth / kUnitBits;
+  pack_plane<kWidth>(codes, count, below, units);
+  below += kWidth, units += count;
+}
+
+// Byte u holds the codes at digit * bytes + u as digits in base 3, the first the lowest; a unit holds two bytes.
+void pack_trits(const LayoutWords& t, const uint16_t* codes, uint16_t* units) {
+  const int64_t count = t.row_length, bytes = (count + kTrits - 1) / kTrits;
+  for (int64_t u = 0; u < t.units; ++u) units[u] = 0;
+  for (int64_t u = 0; u < bytes; ++u) {
+    int byte = 0;
+    for (int digit = kTrits - 1; digit >= 0; --digit) byte = 3 * byte + (digit * bytes + u < count ? codes[digit * bytes + u] : 0);
+    units[u / 2] = static_cast<uint16_t>(units[u / 2] | byte << (u % 2 * 8));
+  }
+}
+
+void pack_rows(PageWriter& w) {
+  const LayoutWords& t = w.t;
+  const int64_t channels = t.head_dim / t.couple;
+  const uint16_t* codes = w.index.data();
+  if (!t.is_key) {  // rows are channels
+    for (int64_t n = 0; n < t.page_size; ++n)
+      for (int64_t c = 0; c < channels; ++c) w.turned[static_cast<size_t>(c * t.page_size + n)] = codes[n * channels + c];
+    codes = w.turned.data();
+  }
+  uint16_t* units = w.codes;
+  for (int64_t row = 0; row < t.rows; ++row, codes += t.row_length) {
+    if (t.trits) {
+      pack_trits(t, codes, units);
+      units += t.units;
+      continue;
+    }
+    int below = 0;
+    pack_plane_maybe<8>(t, codes, below, units);
+    pack_plane_maybe<4>(t, codes, below, units);
+    pack_plane_maybe<2>(t, codes, below, units);
+    pack_plane_maybe<1>(t, codes, below, units);
+  }
+}
+
+void quantize_page(PageWriter& w, const float* x) {
+  if (w.t.codebook)
+    code_coupled(w, x);
+  else if (w.t.by_token)
+    code_tokens(w, x);
+  else
+    code_channels(w, x);
+  pack_rows(w);
+}
+
+}  // namespace

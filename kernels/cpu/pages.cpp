@@ -1,0 +1,230 @@
+// Write and read whole pages of a quantized cache on a CPU, bit by bit as the specification does.
+//
+// Every operation rounds once, in the order of reference/: this file is compiled without contraction to fused
+// multiply-adds and without reassociation. Tokens go through fp32 pages in the basis in which they are coded:
+//
+//     append   tokens -> kvq_to_coded -> (a rotation, in torch) -> kvq_quantize -> codes, params
+//     read     codes, params -> kvq_unpack -> (a rotation, in torch) -> kvq_from_coded -> tokens
+
+#include <atomic>
+
+#include "pack_mixed.h"
+
+namespace {
+
+// Tables of one head, in coded order; null where the layout has none.
+struct HeadTables {
+  const int32_t *order = nullptr, *frequency = nullptr;
+  const float *mean = nullptr, *scale = nullptr, *inverse = nullptr, *margin = nullptr;
+  const uint16_t* book = nullptr;
+
+  HeadTables(const PackedWords& p, int64_t h) {
+    const LayoutWords& t = p.layout;
+    if (!t.table_words) return;
+    const int32_t* words = static_cast<const int32_t*>(p.tables.data) + h * p.tables.strides[0];
+    const auto floats = [&](int64_t first) { return reinterpret_cast<const float*>(words + first); };
+    order = words + t.order, mean = floats(t.mean), scale = floats(t.scale), inverse = floats(t.inverse), margin = floats(t.margin);
+    if (t.rotary) frequency = words + t.frequency;
+    if (t.codebook) book = reinterpret_cast<const uint16_t*>(words + t.book);
+  }
+};
+
+// Call work(b, h, page) for each page of the call, on as many threads as it says; `page` counts within the call.
+// What `make` returns is each thread's own. Says whether a thread's scratch was left damaged.
+template <typename Make, typename Work>
+void for_pages(const PagesWords& w, const Make& make, const Work& work) {
+  const int64_t heads = w.numbers.sizes[1], pages = w.numbers.sizes[2], count = w.numbers.sizes[0] * heads * pages;
+#pragma omp parallel num_threads(static_cast<int>(w.threads))
+  {
+    auto own = make();
+#pragma omp for
+    for (int64_t i = 0; i < count; ++i) work(own, i / pages / heads, i / pages % heads, i % pages);
+  }
+}
+
+float* tile_of(const PagesWords& w, int64_t b, int64_t h, int64_t page) {
+  return static_cast<float*>(w.numbers.data) + b * w.numbers.strides[0] + h * w.numbers.strides[1] + page * w.numbers.strides[2];
+}
+
+int64_t first_slot(const PagesWords& w, int64_t page) {
+  return w.packed.layout.sinks + (w.first_page + page) * w.packed.layout.page_size;
+}
+
+int64_t shift_of(const PagesWords& w, int64_t b) { return static_cast<const int32_t*>(w.packed.shift.data)[b * w.packed.shift.strides[0]]; }
+
+// Gather the tokens of pages that are to be quantized, from the ring or, from `start` on, from the new ones, and
+// take them to the basis in which they are coded.
+void to_coded(const PagesWords& w) {
+  const LayoutWords& t = w.packed.layout;
+  const Packed packed = unwrap(w.packed);
+  const View<4>&exact = w.packed.exact, &fresh = w.new_tokens;
+  const int64_t D = t.head_dim, half = D / 2;
+  const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
+    const HeadTables tables(w.packed, h);
+    float *token = own.data(), *turns = token + D, *out = tile_of(w, b, h, page);
+    for (int64_t slot = first_slot(w, page), end = slot + t.page_size; slot < end; ++slot, out += D) {
+      float* to = tables.order ? token : out;
+      if (slot < w.start)
+        to_float(exact.data, b * exact.strides[0] + h * exact.strides[1] + (t.sinks + (slot - t.sinks) % t.ring) * D, exact.dtype, D, to);
+      else
+        to_float(fresh.data, b * fresh.strides[0] + h * fresh.strides[1] + (slot - w.start) * fresh.strides[2], fresh.dtype, D, to);
+      if (!tables.order) continue;
+      for (int64_t c = 0; c < D; ++c) out[c] = token[tables.order[c]];
+      if (tables.frequency) {
+        turns_at(packed, h, slot + shift_of(w, b), turns);
+        for (int64_t c = 0; c < half; ++c) {
+          const float x = out[c], y = out[half + c], cosine = turns[c], sine = turns[half + c];
+          out[c] = x * cosine + y * sine, out[half + c] = y * cosine - x * sine;
+        }
+      }
+      for (int64_t c = 0; c < D; ++c) out[c] = (out[c] - tables.mean[c]) * tables.inverse[c];
+    }
+  };
+  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(2 * D)); }, work);
+}
+
+// Take coded pages back to tokens, in place.
+void from_coded(const PagesWords& w) {
+  const Packed packed = unwrap(w.packed);
+  const int64_t D = w.packed.layout.head_dim, N = w.packed.layout.page_size;
+  const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
+    const HeadTables tables(w.packed, h);
+    float *token = own.data(), *turns = token + D, *out = tile_of(w, b, h, page);
+    for (int64_t slot = first_slot(w, page), end = slot + N; slot < end; ++slot, out += D) {
+      if (tables.frequency) {
+        std::memcpy(token, out, sizeof(float) * static_cast<size_t>(D));
+        turns_at(packed, h, slot + shift_of(w, b), turns);
+        turn_key(packed, h, turns, token);
+      } else {
+        for (int64_t c = 0; c < D; ++c) token[c] = out[c] * tables.scale[c] + tables.mean[c];
+      }
+      for (int64_t c = 0; c < D; ++c) out[tables.order[c]] = token[c];
+    }
+  };
+  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(2 * D)); }, work);
+}
+
+// What codes stand for, in the basis in which they were coded; rotary keys turned if the call says so. Returns
+// whether a page was damaged. A tile of values lies as it is unpacked, a channel behind the other.
+bool unpack(const PagesWords& w) {
+  const Packed packed = unwrap(w.packed);
+  std::atomic<bool> damaged{false};
+  const auto work = [&](Scratch& scratch, int64_t b, int64_t h, int64_t page) {
+    float* out = tile_of(w, b, h, page);
+    unpack_page(packed, b, h, w.first_page + page, out, scratch);
+    if (scratch.damaged) damaged = true;
+    if (!w.turned || !packed.frequency) return;
+    for (int64_t n = 0; n < packed.page_size; ++n, out += packed.head_dim) {
+      turns_at(packed, h, first_slot(w, page) + n + shift_of(w, b), scratch.turns);
+      turn_key(packed, h, scratch.turns, out);
+    }
+  };
+  for_pages(w, [&] { return Scratch(packed.page_size, packed.head_dim, 0, false); }, work);
+  return damaged;
+}
+
+void quantize(const PagesWords& w) {
+  const LayoutWords& t = w.packed.layout;
+  const View<5>& codes = w.packed.codes;
+  const View<6>& params = w.packed.params;
+  struct Own {
+    PageWriter writer;
+    MixedScratch mixed;
+  };
+  const auto make = [&] {
+    LayoutWords none = t;
+    if (!t.mixed) none.page_size = 0;
+    return Own{PageWriter(t), MixedScratch(none)};
+  };
+  const auto work = [&](Own& own, int64_t b, int64_t h, int64_t page) {
+    PageWriter& writer = own.writer;
+    const HeadTables tables(w.packed, h);
+    const int64_t at = w.first_page + page, param = b * params.strides[0] + h * params.strides[1] + at * params.strides[2];
+    writer.codes = static_cast<uint16_t*>(codes.data) + b * codes.strides[0] + h * codes.strides[1] + at * codes.strides[2];
+    writer.params = static_cast<uint8_t*>(params.data) + param * (t.byte_params ? 1 : 2);
+    writer.margin = tables.margin, writer.book = tables.book;
+    float* x = tile_of(w, b, h, page);
+    if (!t.mixed) return quantize_page(writer, x);
+    const View<3>& weights = w.importance;
+    const float* importance = nullptr;
+    if (weights.data) importance = static_cast<const float*>(weights.data) + b * weights.strides[0] + h * weights.strides[1] + first_slot(w, page) * weights.strides[2];
+    quantize_mixed_page(writer, x, importance, weights.strides[2], static_cast<const float*>(w.bounds.data)[page * w.bounds.strides[0]], own.mixed);
+  };
+  for_pages(w, make, work);
+}
+
+// Make sure of what all calls hand over.
+void check_pages(const PagesWords& w, Check& check) {
+  const LayoutWords& t = w.packed.layout;
+  const int64_t batch = w.packed.codes.sizes[0], heads = w.packed.codes.sizes[1], pages = w.numbers.sizes[2];
+  check_packed("cache", w.packed, batch, heads, check);
+  check.tensor("pages", w.numbers, {batch, heads, pages, t.page_size, t.head_dim}, kFloat);
+  check.that(w.first_page >= 0 && w.first_page + pages <= w.packed.codes.sizes[2], "pages must be ones that the cache has room for");
+  check.that(w.threads > 0 && w.threads <= 4096, "threads must be a number of threads");
+  for (int64_t h = 0; check.ok() && t.table_words && h < heads; ++h) {
+    const int32_t* order = HeadTables(w.packed, h).order;
+    for (int64_t c = 0; c < t.head_dim; ++c) check.that(order[c] >= 0 && order[c] < t.head_dim, "tables must name channels of the head");
+  }
+}
+
+// Run a call on what `words` say, if a check of its own holds as well.
+template <typename Run>
+const char* run_pages(const int64_t* words, int64_t count, const Run& run) {
+  static thread_local Check check;
+  check = Check();
+  check.that(count * static_cast<int64_t>(sizeof(int64_t)) == static_cast<int64_t>(sizeof(PagesWords)), "the call must have %zu words, got %lld", sizeof(PagesWords) / sizeof(int64_t), static_cast<long long>(count));
+  if (!check.ok()) return check.message();
+  PagesWords w;
+  std::memcpy(&w, words, sizeof w);
+  check_pages(w, check);
+  if (check.ok()) run(w, check);
+  return check.message();
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* kvq_to_coded(const int64_t* words, int64_t count) {
+  return run_pages(words, count, [](const PagesWords& w, Check& check) {
+    const View<4>& fresh = w.new_tokens;
+    const LayoutWords& t = w.packed.layout;
+    check.that(is_floating(fresh.dtype), "new tokens must have a floating-point dtype");
+    check.tensor("new tokens", fresh, {w.numbers.sizes[0], w.numbers.sizes[1], fresh.sizes[2], t.head_dim}, fresh.dtype);
+    check.rows("new tokens", fresh, 1), check.rows("pages", w.numbers, 2);
+    check.that(w.start >= 0 && first_slot(w, w.numbers.sizes[2]) <= w.start + fresh.sizes[2], "pages must be full: they end at slot %lld", static_cast<long long>(first_slot(w, w.numbers.sizes[2])));
+    if (check.ok()) to_coded(w);
+  });
+}
+
+const char* kvq_from_coded(const int64_t* words, int64_t count) {
+  return run_pages(words, count, [](const PagesWords& w, Check& check) {
+    check.rows("pages", w.numbers, 2);
+    check.that(w.packed.layout.table_words > 0, "pages must be coded relative to tables");
+    if (check.ok()) from_coded(w);
+  });
+}
+
+const char* kvq_unpack(const int64_t* words, int64_t count) {
+  return run_pages(words, count, [](const PagesWords& w, Check& check) {
+    const LayoutWords& t = w.packed.layout;
+    const bool by_channel = !t.is_key && !t.mixed;
+    check.that(w.numbers.strides[by_channel ? 4 : 3] == (by_channel ? t.page_size : t.head_dim) && w.numbers.strides[by_channel ? 3 : 4] == 1, "pages must lie as they are unpacked");
+    if (check.ok()) check.that(!unpack(w), kDamaged);
+  });
+}
+
+const char* kvq_quantize(const int64_t* words, int64_t count) {
+  return run_pages(words, count, [](const PagesWords& w, Check& check) {
+    const LayoutWords& t = w.packed.layout;
+    check.rows("pages", w.numbers, 2);
+    if (t.mixed) check.tensor("bounds", w.bounds, {w.numbers.sizes[2]}, kFloat);
+    if (t.mixed && w.importance.data) {
+      check.tensor("importance", w.importance, {w.numbers.sizes[0], w.numbers.sizes[1], w.importance.sizes[2]}, kFloat);
+      check.that(w.importance.sizes[2] >= first_slot(w, w.numbers.sizes[2]), "importance must have a number for each slot");
+    }
+    if (check.ok()) quantize(w);
+  });
+}
+
+}  // extern "C"

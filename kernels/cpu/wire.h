@@ -1,0 +1,152 @@
+// What Python hands to C++, and what makes sure of it before anything is read or written.
+//
+// A call is a run of 64-bit words: layouts, tensors and numbers in the order of the lists below. Python holds the
+// same lists (native.py) and compares the two when it loads the library, so that they cannot drift apart. A tensor
+// comes with the bytes that its memory has from its first element on; what is reached by sizes and strides is held
+// against them. Every check that fails leaves a message, and the call does nothing.
+
+#pragma once
+
+#include <cstdarg>
+#include <cstdio>
+
+#include "numbers.h"
+
+#define KVQ_LAYOUT(WORD)                                                                                          \
+  WORD(is_key) WORD(codebook) WORD(mixed) WORD(bits) WORD(trits) WORD(fp8) WORD(levels) WORD(couple)                \
+  WORD(rows) WORD(row_length) WORD(units) WORD(groups) WORD(members) WORD(param_numbers) WORD(byte_params)          \
+  WORD(group_size) WORD(by_token) WORD(shrink_bits) WORD(head_dim) WORD(page_size) WORD(sinks) WORD(ring)           \
+  WORD(exact_rows) WORD(rotary) WORD(table_words) WORD(order) WORD(mean) WORD(scale) WORD(inverse) WORD(margin)     \
+  WORD(frequency) WORD(book) WORD(min_bits) WORD(max_bits) WORD(code_rows) WORD(rank_field) WORD(outliers)          \
+  WORD(fit) WORD(soften)
+#define KVQ_PACKED(TENSOR, WORD)                                                                                  \
+  TENSOR(codes, 5) TENSOR(params, 6) TENSOR(exact, 4) TENSOR(tables, 2) TENSOR(shift, 1) WORD(held) WORD(pages)
+#define KVQ_ATTEND(TENSOR, WORD)                                                                                  \
+  TENSOR(query, 4) TENSOR(coded, 4) TENSOR(constant, 4) TENSOR(bias, 4) TENSOR(new_key, 4) TENSOR(new_value, 4)     \
+  TENSOR(scratch, 1) TENSOR(packed_out, 4) TENSOR(weight_out, 4) TENSOR(exact_out, 4)                             \
+  WORD(start) WORD(visible) WORD(splits) WORD(threads)
+#define KVQ_PAGES(TENSOR, WORD)                                                                                   \
+  TENSOR(numbers, 5) TENSOR(new_tokens, 4) TENSOR(importance, 3) TENSOR(bounds, 1) WORD(first_page) WORD(start)     \
+  WORD(turned) WORD(threads)
+
+#define KVQ_WORD_MEMBER(name) int64_t name;
+#define KVQ_TENSOR_MEMBER(name, n) View<n> name;
+#define KVQ_WORD_NAME(name) #name " "
+#define KVQ_TENSOR_NAME(name, n) #name ":" #n " "
+
+namespace {
+
+// A tensor of kDims dimensions; strides count elements. Without memory: there is none.
+template <int kDims>
+struct View {
+  void* data;
+  int64_t bytes, dtype, sizes[kDims], strides[kDims];
+};
+
+struct LayoutWords {
+  KVQ_LAYOUT(KVQ_WORD_MEMBER)
+};
+struct PackedWords {
+  LayoutWords layout;
+  KVQ_PACKED(KVQ_TENSOR_MEMBER, KVQ_WORD_MEMBER)
+};
+struct AttendWords {
+  PackedWords keys, values;
+  KVQ_ATTEND(KVQ_TENSOR_MEMBER, KVQ_WORD_MEMBER)
+};
+struct PagesWords {
+  PackedWords packed;
+  KVQ_PAGES(KVQ_TENSOR_MEMBER, KVQ_WORD_MEMBER)
+};
+static_assert(sizeof(void*) == sizeof(int64_t), "a pointer must be a word");
+
+constexpr const char* kInterface = "layout " KVQ_LAYOUT(KVQ_WORD_NAME) "packed " KVQ_PACKED(KVQ_TENSOR_NAME, KVQ_WORD_NAME) "attend " KVQ_ATTEND(KVQ_TENSOR_NAME, KVQ_WORD_NAME) "pages " KVQ_PAGES(KVQ_TENSOR_NAME, KVQ_WORD_NAME);
+
+// Collects the first thing that is wrong with a call.
+class Check {
+ public:
+  bool ok() const { return !message_[0]; }
+  const char* message() const { return ok() ? nullptr : message_; }
+
+  __attribute__((format(printf, 3, 4))) void that(bool holds, const char* format, ...) {
+    if (holds || !ok()) return;
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(message_, sizeof message_, format, values);
+    va_end(values);
+  }
+
+  // A tensor has these sizes and one of two dtypes, is aligned, and lies inside its memory.
+  template <int kDims>
+  void tensor(const char* name, const View<kDims>& view, const int64_t (&sizes)[kDims], int64_t dtype) {
+    that(view.dtype == dtype, "%s must have dtype number %lld, got %lld", name, as_long(dtype), as_long(view.dtype));
+    for (int i = 0; i < kDims; ++i)
+      that(view.sizes[i] == sizes[i], "%s must have size %lld in dimension %d, got %lld", name, as_long(sizes[i]), i, as_long(view.sizes[i]));
+    inside(name, view);
+  }
+
+  // A tensor is aligned and lies inside its memory.
+  template <int kDims>
+  void inside(const char* name, const View<kDims>& view) {
+    const int64_t size = bytes_of(view.dtype);
+    __int128 last = 0;
+    bool empty = false;
+    for (int i = 0; i < kDims; ++i) {
+      that(view.sizes[i] >= 0 && view.strides[i] >= 0, "%s must have sizes and strides of 0 or more", name);
+      empty = empty || view.sizes[i] == 0;
+      last += static_cast<__int128>(view.sizes[i] - 1) * view.strides[i];
+    }
+    if (empty) return;
+    that(view.data, "%s must have memory", name);
+    that(reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(size) == 0, "%s must be aligned to its elements", name);
+    that((last + 1) * size <= view.bytes, "%s must lie inside its memory of %lld bytes", name, as_long(view.bytes));
+  }
+
+  // The last `count` dimensions are contiguous.
+  template <int kDims>
+  void rows(const char* name, const View<kDims>& view, int count) {
+    int64_t expected = 1;
+    for (int i = kDims - 1; i >= kDims - count; expected *= view.sizes[i--])
+      that(view.sizes[i] <= 1 || view.strides[i] == expected, "%s must be contiguous in its last %d dimensions", name, count);
+  }
+
+ private:
+  static long long as_long(int64_t value) { return static_cast<long long>(value); }
+
+  char message_[256] = "";
+};
+
+bool is_floating(int64_t dtype) { return dtype >= kFloat && dtype <= kDouble; }
+
+// Make sure that a cache is what its layout says, for `batch` sequences of `heads` heads.
+void check_packed(const char* name, const PackedWords& p, int64_t batch, int64_t heads, Check& check) {
+  const LayoutWords& t = p.layout;
+  const int64_t pages = p.codes.sizes[2], longest = 1 << 20;
+  check.that(t.page_size > 0 && t.page_size <= 1024 && t.head_dim > 0 && t.head_dim <= longest && t.couple > 0 && t.group_size > 0 && t.sinks >= 0 && t.ring >= t.page_size, "%s must have a layout with tokens and channels", name);
+  if (!check.ok()) return;
+  const int64_t channels = t.head_dim / t.couple, row_words = t.trits ? ((t.row_length + 4) / 5 + 1) / 2 : (t.row_length * t.bits + 15) / 16;
+  if (t.mixed) {
+    check.that(t.rows == 1 && t.units >= 8 + t.code_rows * (t.head_dim / 16) && t.max_bits <= 8 && t.page_size <= 256 && t.head_dim <= 256, "%s must have room for the planes of a page", name);
+    check.that(t.groups >= t.rank_field + 1 + 3 * t.outliers && t.members == t.page_size && t.rank_field >= (t.fp8 ? 2 : 4), "%s must have a record for each token", name);
+  } else {
+    check.that(t.rows == (t.is_key ? t.page_size : channels) && t.row_length == (t.is_key ? channels : t.page_size) && t.units >= row_words, "%s must have rows of tokens or of channels", name);
+    check.that(t.codebook || (t.by_token ? t.groups * t.group_size == t.head_dim && t.members == t.page_size : t.groups * t.group_size == t.page_size && t.members == t.head_dim), "%s must have parameters for each group", name);
+  }
+  check.tensor(name, p.codes, {batch, heads, pages, t.rows, t.units}, kInt16);
+  check.rows(name, p.codes, 2);
+  check.tensor(name, p.params, {batch, heads, pages, t.groups, t.members, t.param_numbers}, t.byte_params ? kUint8 : kHalf);
+  check.rows(name, p.params, 3);
+  check.that(is_floating(p.exact.dtype), "%s must hold exact tokens in a floating-point dtype", name);
+  check.tensor(name, p.exact, {batch, heads, t.exact_rows, t.head_dim}, p.exact.dtype);
+  check.rows(name, p.exact, 2);
+  check.that(p.pages >= 0 && p.pages <= pages, "%s must say that 0 to %lld pages are packed, got %lld", name, static_cast<long long>(pages), static_cast<long long>(p.pages));
+  check.that(p.held >= 0 && (p.pages == 0 || t.sinks + p.pages * t.page_size <= p.held), "%s must hold the tokens of the %lld pages packed, got %lld tokens", name, static_cast<long long>(p.pages), static_cast<long long>(p.held));
+  if (t.table_words) {
+    check.that(p.tables.sizes[1] >= t.table_words, "tables of %s must have %lld words a head, got %lld", name, static_cast<long long>(t.table_words), static_cast<long long>(p.tables.sizes[1]));
+    check.tensor(name, p.tables, {heads, p.tables.sizes[1]}, kInt32);
+    check.rows(name, p.tables, 1);
+  }
+  if (t.rotary) check.tensor(name, p.shift, {batch}, kInt32);
+}
+
+}  // namespace

@@ -1,0 +1,117 @@
+"""The specification as a backend: the four functions in plain torch, for any device.
+
+It stands in where a device's own backend cannot run, as on a machine without a C++ compiler, and is slow: each call of
+`attend` dequantizes the whole cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.layout import HIDES, Layout, Score
+from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.importance import recent_importance
+
+
+def is_available() -> bool:
+    """Say whether the backend can run: everywhere."""
+    return True
+
+
+def append_(
+    cache: Packed,
+    calibrated: Calibrated,
+    x: Tensor,
+    position: Tensor | None,
+    start: int | None,
+    layout: Layout,
+    importance: Tensor | None = None,
+    query: Tensor | None = None,
+) -> None:
+    """Write new tokens behind those held: see `cache.append_`."""
+    first = _first_slot(position, start)
+    reference.append_(*cache, x, first, layout, calibrated, importance, query)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Packed,
+    values: Packed,
+    key_calibrated: Calibrated,
+    value_calibrated: Calibrated,
+    mask: Tensor | None,
+    position: Tensor | None,
+    start: int | None,
+    score: Score,
+    key_layout: Layout,
+    value_layout: Layout,
+) -> Tensor:
+    """Attend in fp32 to the tokens before ``start`` of a cache and to the new ones.
+
+    Raises:
+        ValueError: The cache does not hold ``start`` tokens, or the mask shows a slot never written.
+    """
+    first = _first_slot(position, start)
+    held, end = int(keys.cursor[0]), first + key.shape[2]
+    if first > held:
+        raise ValueError(f"position must start at or before the {held} tokens held, got {first}")
+    pair = []
+    for cache, new, layout, relative in (
+        (keys, key, key_layout, key_calibrated),
+        (values, value, value_layout, value_calibrated),
+    ):
+        in_fp32 = cache._replace(exact=cache.exact.float())
+        pair.append(torch.cat([reference.read(*in_fp32, first, layout, relative), new.float()], 2))
+    if mask is not None:
+        beyond = mask[..., end:]
+        shown = beyond if beyond.dtype == torch.bool else beyond > HIDES
+        if bool(shown.any()):
+            raise ValueError(f"mask must hide the slots that hold no token, from {end} on")
+        visible = min(end, mask.shape[-1])
+        mask, pair = mask[..., :visible], [tokens[:, :, :visible] for tokens in pair]
+        mask = mask if mask.dtype == torch.bool else mask.float()
+    output = reference.softmax_attention(query.float(), pair[0], pair[1], mask, score.scale)
+    return output.to(query.dtype)
+
+
+def importance(
+    query: Tensor,
+    key: Tensor,
+    keys: Packed | None,
+    calibrated: Calibrated,
+    mask: Tensor | None,
+    position: Tensor | None,
+    start: int | None,
+    slots: int,
+    score: Score,
+    causal: bool,
+    queries: int,
+    layout: Layout,
+) -> Tensor:
+    """Weigh tokens by the attention that they get: see `importance.recent_importance`."""
+    about = _first_slot(position, start), slots, score.scale, causal, queries, layout, calibrated
+    return recent_importance(query, key, keys, mask, *about)
+
+
+def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> Tensor:
+    """Read slots: see `cache.read`."""
+    return reference.read(*cache, length, layout, calibrated)
+
+
+def _first_slot(position: Tensor | None, start: int | None) -> int:
+    """Return the slot of the first new token.
+
+    Raises:
+        ValueError: The positions do not follow one another.
+    """
+    if position is None:
+        assert start is not None
+        return start
+    slots: list[int] = position.tolist()
+    if slots != list(range(slots[0], slots[0] + len(slots))):
+        raise ValueError(f"cache positions must follow one another, got {slots}")
+    return slots[0]
