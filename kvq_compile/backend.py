@@ -6,13 +6,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
+from torch._guards import CompileContext
 
 from kvq_compile.compiling import compiling
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
-from kvq_compile.history import GraphReport, record
+from kvq_compile.history import GraphReport, graphs, record, unmet_layers
 from kvq_compile.lowering import logs
+from kvq_compile.lowering.find.layers import counts_layers
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled
 from kvq_compile.lowering.sites import SiteReport
@@ -52,10 +55,16 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None = None
 ) -> Compiled:
     """Lower one graph, report on it and return the callable that Dynamo will run."""
-    lowered = lower(gm, example_inputs, config.spec)
+    lowered = lower(gm, example_inputs, config.spec, by_order=config.calibration is not None)
     if config.calibration is not None and lowered.reports:
         config.calibration.check(example_inputs, len(lowered.reports))
-    record(GraphReport(tuple(lowered.reports), config.spec))
+    layers = () if config.calibration else tuple(index for index, _ in config.spec.layers)
+    record(GraphReport(tuple(lowered.reports), config.spec, layers))
+    if config.strict and _ends_the_model(gm, lowered.reports):
+        text = unmet_layers(graphs())
+        if text:
+            raise KVQError(text)
+    _tell_of_the_limit(lowered.reports)
     _tell(lowered.reports, config)
 
     def compile_inner(args: Sequence[Any]) -> Compiled:
@@ -77,7 +86,7 @@ def compile_graph(
 def _tell(reports: Sequence[SiteReport], config: Config) -> None:
     """Log what became of each attention; warn about those that keep a cache in 16 bit."""
     for site in reports:
-        logs.sites.info("%d (%s) %s: %s", site.layer, site.source, site.outcome, site.detail)
+        logs.sites.info("%d (%s) %s: %s", site.layer, site.where, site.outcome, site.detail)
     refused = [site for site in reports if site.outcome == "left alone" and not site.expected]
     if not refused:
         return
@@ -102,3 +111,25 @@ def _compile_inner(
 
     patches = {**(list_mode_options(mode) if mode else {}), **config.inductor}
     return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def _ends_the_model(gm: fx.GraphModule, reports: Sequence[SiteReport]) -> bool:
+    """Say whether no layer of the model is still to be met: the graph runs to its end and holds its layers."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    runs_to_its_end = reason is not None and not reason.graph_break
+    return runs_to_its_end and all(counts_layers(site.where) for site in reports)
+
+
+def _tell_of_the_limit(reports: Sequence[SiteReport]) -> None:
+    """Warn at the last graph that Dynamo makes of a piece of code: from then on it runs without this backend."""
+    compiled = CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    if compiled is None or not reports or (compiled.frame_compile_id or 0) + 1 < limit:
+        return
+    warnings.warn(
+        f"this code was compiled {limit} times, which is PyTorch's limit: further variants of it, as layers that "
+        "are compiled one by one, run uncompiled and keep their caches as they are; "
+        "raise torch._dynamo.config.recompile_limit",
+        KVQWarning,
+        stacklevel=3,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,10 +13,17 @@ from kvq_compile.lowering.sites import SiteReport
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph: its attentions and what it was asked to quantize to."""
+    """One compiled graph: its attentions and what it was asked to quantize to.
+
+    Attributes:
+        sites: What became of each attention.
+        spec: What caches are quantized to.
+        layers: Layers of the model that the option ``layers`` names.
+    """
 
     sites: tuple[SiteReport, ...]
     spec: CacheSpec
+    layers: tuple[int, ...] = ()
 
 
 _recent: deque[GraphReport] = deque(maxlen=256)
@@ -44,3 +51,33 @@ def watching() -> Iterator[list[GraphReport]]:
         collected.extend(_recent)
         outer.extend(_recent)
         _recent = outer
+
+
+_told: list[CacheSpec] = []
+
+
+def unmet_layers(among: Sequence[GraphReport]) -> str:
+    """Return a sentence on layers that the option ``layers`` names and no graph has met; empty if there are none.
+
+    A spec that was told of once is not told of again: the graphs of a call that was mended stay in memory.
+    """
+    for graph in among:
+        met = {site.layer for other in among if other.spec == graph.spec for site in other.sites}
+        missing = sorted(set(graph.layers) - met)
+        if missing and met and graph.spec not in _told:
+            _told.append(graph.spec)
+            return (
+                f"layers must name layers of the model, got {', '.join(map(str, missing))}; "
+                f"attentions were met in layers {min(met)} to {max(met)}"
+            )
+    return ""
+
+
+def why_plain(layer: int) -> str:
+    """Return the reason why the cache of a layer is in 16 bit, as far as the compiled graphs tell."""
+    sites = [site for graph in _recent for site in graph.sites if site.layer == layer]
+    reasons = [site.detail for site in sites if site.outcome == "left alone"]
+    if reasons:
+        return reasons[-1]
+    what = "wrote it last" if sites else "has seen it"
+    return f"no compiled graph {what} (recompile limit, torch.compiler.disable or a graph break?)"

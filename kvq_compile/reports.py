@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import html
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvq_compile.errors import KVQError
+from kvq_compile.history import graphs, unmet_layers, why_plain
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.packed import CALIBRATED, PARTS
 from kvq_compile.kernels.schemes import HEADER, Mixed
@@ -33,6 +37,7 @@ class TensorReport:
         packed_bits: Bits per number of a packed token; ``None`` where nothing is packed.
         host_bytes: Bytes of exact copies in host memory, which are no part of ``parts``.
         read_bits: Those of them that attention reads, fewer where tokens use fewer than their page has room for.
+        note: Why it is in 16 bit, or what happened to it outside compiled code; empty where there is nothing to say.
     """
 
     name: str
@@ -43,6 +48,7 @@ class TensorReport:
     packed_bits: float | None = None
     read_bits: float | None = None
     host_bytes: int = 0
+    note: str = ""
 
     @property
     def elements(self) -> int:
@@ -134,6 +140,8 @@ class Report:
             rows.append(f"  of {self.packed_bits:.2f} bits packed {self.read_bits:.2f} are read")
         if self.host_bytes:
             rows.append(f"  and {self.host_bytes:,d} bytes of exact copies in host memory")
+        for note, number in Counter(t.note for t in self.tensors if t.note).items():
+            rows.append(f"  {_count(number, 'tensor')}: {note}")
         head = [
             f"{_count(self.layers, 'layer')}, {_count(self.tokens, 'token')}: {self.bytes:,d} bytes"
         ]
@@ -166,10 +174,15 @@ def report(cache_or_module: Any) -> Report:
 
     Raises:
         TypeError: Nothing in it looks like a key or value tensor ``[B, H, S, D]``.
+        KVQError: The option ``layers`` named a layer that no compiled graph has met; told once.
     """
+    unmet = unmet_layers(graphs())
+    if unmet:
+        raise KVQError(unmet)
     counted: set[int] = set()
     tensors = tuple(
-        _tensor_report(name, tensor, counted) for name, tensor in cache_tensors(cache_or_module)
+        replace(_tensor_report(name, tensor, counted), note=_note(name, tensor, index // 2))
+        for index, (name, tensor) in enumerate(cache_tensors(cache_or_module))
     )
     if not tensors:
         raise TypeError(
@@ -177,6 +190,16 @@ def report(cache_or_module: Any) -> Report:
             f"got {type(cache_or_module).__name__}"
         )
     return Report(tensors)
+
+
+def _note(name: str, tensor: Tensor, layer: int) -> str:
+    """Say of a tensor what compiled code did not do for it; ``layer`` is its layer unless its name tells."""
+    if not isinstance(tensor, QuantizedKV):
+        told = re.search(r"layers\[(\d+)\]", name)
+        quantizes = any(site.outcome == "rewritten" for graph in graphs() for site in graph.sites)
+        return f"in 16 bit: {why_plain(int(told[1]) if told else layer)}" if quantizes else ""
+    behind = tensor.written_outside()
+    return f"its last {_count(behind, 'token')} came outside compiled code" if behind else ""
 
 
 def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport:

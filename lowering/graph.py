@@ -27,6 +27,7 @@ class Graph:
         inputs: The arguments of the call that is being compiled, by placeholder, in order.
         sizes: Reads lengths from the arguments of a call.
         returned: How many values the captured graph returned.
+        by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions.
         used: Nodes whose result somebody reads in the captured graph.
         sites: Attentions to rewrite.
         reports: What became of each attention.
@@ -45,6 +46,7 @@ class Graph:
     sizes: SizeReader
     returned: int
     used: frozenset[Node]
+    by_order: bool = False
     sites: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     frames: Frames = field(default_factory=Frames)
@@ -56,14 +58,16 @@ class Graph:
     plans: list[Output] = field(default_factory=list)
 
     @classmethod
-    def copy_of(cls, gm: GraphModule, spec: CacheSpec, example_inputs: Sequence[Any]) -> Graph:
+    def copy_of(
+        cls, gm: GraphModule, spec: CacheSpec, example_inputs: Sequence[Any], by_order: bool = False
+    ) -> Graph:
         """Return a graph whose rewriting leaves ``gm`` untouched."""
         module = _copy(gm)
         placeholders = list(module.graph.find_nodes(op="placeholder"))
         inputs = dict(zip(placeholders, example_inputs, strict=True))
         returned = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
         used = frozenset(node for node in module.graph.nodes if node.users)
-        return cls(module, spec, inputs, SizeReader(placeholders), returned, used)
+        return cls(module, spec, inputs, SizeReader(placeholders), returned, used, by_order)
 
     @property
     def fx(self) -> torch.fx.Graph:

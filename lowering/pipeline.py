@@ -62,20 +62,24 @@ REWRITING: tuple[Pass, ...] = (
 PASSES = ANALYSIS + REWRITING
 
 
-def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) -> Lowered:
+def lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool = False
+) -> Lowered:
     """Rewrite what can be rewritten in a copy of a captured graph; report on every attention.
 
     Args:
         gm: The graph that Dynamo captured; it is left untouched, and returned where there is nothing to rewrite.
         example_inputs: The arguments of the call that is being compiled.
         spec: What caches are quantized to.
+        by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions, as
+            calibrations do, and not as the model does.
 
     Raises:
         Contradiction: A cache is quantized to something else than the call asks for.
         LostWrite: A write cannot be expressed on a quantized cache.
     """
     try:
-        return _lower(gm, example_inputs, spec)
+        return _lower(Graph.copy_of(gm, spec, example_inputs, by_order), gm)
     except (Contradiction, LostWrite):
         raise
     except Exception as error:
@@ -83,10 +87,9 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) ->
         return Lowered.as_captured(gm, [report], example_inputs)
 
 
-def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec) -> Lowered:
-    graph = Graph.copy_of(gm, spec, example_inputs)
+def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
     run(ANALYSIS, graph)
-    if not graph.sites and not any(isinstance(x, QuantizedKV) for x in example_inputs):
+    if not graph.sites and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
         return Lowered.as_captured(gm, graph.reports, ())
     before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
     run(REWRITING, graph)
@@ -149,4 +152,7 @@ def _rewritten(site: AttentionSite) -> SiteReport:
     bits = f"{site.key_coding.layout.about} keys, {site.value_coding.layout.about} values"
     if site.key_coding.layout.rotary:
         bits += ", keys before RoPE"
-    return SiteReport(site.layer, output.name, source_line(output), "rewritten", f"{how} ({bits})")
+    detail = f"{how} ({bits})"
+    return SiteReport(
+        site.layer, output.name, source_line(output), "rewritten", detail, where=site.where
+    )

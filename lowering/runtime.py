@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from kvq_compile.kernels.cache.become import become, check_can_become_quantized
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
@@ -174,7 +175,11 @@ class Lowered:
         """Call ``inner``, compiled from ``module``, with the arguments of the captured graph."""
         self._claim(args)
         results = inner(*self.flatten(args))
-        return [plan.build(results, args) for plan in self.outputs]
+        outputs = [plan.build(results, args) for plan in self.outputs]
+        for cache in outputs:
+            if isinstance(cache, QuantizedKV) and not isinstance(cache.cursor, FakeTensor):
+                cache._lineage.compiled = int(cache.shape[2])
+        return outputs
 
     def _claim(self, args: Sequence[Any]) -> None:
         """Make room for the call's tokens in the grown caches.

@@ -122,13 +122,17 @@ class AttentionSite:
     """An attention together with the key and value state that it reads; ready to be rewritten.
 
     Attributes:
-        layer: Its number in the order of execution.
+        layer: Number of its layer in the model.
+        order: Its number in the order in which the graph runs its attentions.
+        where: The module it runs in, or the cache it reads.
         attention: The attention.
         key, value: Its cache tensors.
         key_coding, value_coding: What they are quantized to.
     """
 
     layer: int
+    order: int
+    where: str
     attention: Attention
     key: State
     value: State
@@ -145,12 +149,13 @@ class SiteReport:
     """What became of one attention.
 
     Attributes:
-        layer: Its number in the order of execution.
+        layer: Number of its layer in the model; its number in the order of execution where ``where`` says so.
         node: Name of its output node.
         source: Line of the model's source that called it, where known.
         outcome: ``"rewritten"`` or ``"left alone"``.
         detail: What it became, or the reason why it was left alone.
         expected: Whether a reason is one that needs no warning (no cache kept, or the user's option).
+        where: The module it runs in, or the cache it reads.
     """
 
     layer: int
@@ -159,3 +164,4 @@ class SiteReport:
     outcome: str
     detail: str
     expected: bool = False
+    where: str = ""

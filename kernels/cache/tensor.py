@@ -64,6 +64,7 @@ class _Lineage:
 
     def __init__(self, held: int) -> None:
         self.held = held
+        self.compiled: int | None = None  # of them, up to the last that a compiled call has written
         self._views: list[weakref.ref[QuantizedKV]] = []
 
     def add(self, view: QuantizedKV) -> None:
@@ -198,6 +199,11 @@ class QuantizedKV(Exports, Tensor):
     def held(self) -> int:
         """Return how many tokens the cache holds; waits for the device if the cache is static."""
         return int(self.cursor[0]) if self.kind == "static" else self.shape[2]
+
+    def written_outside(self) -> int:
+        """Return how many tokens eager code has appended since a compiled call wrote the last one."""
+        compiled = self._lineage.compiled
+        return 0 if compiled is None else max(0, self.shape[2] - compiled)
 
     def part_bytes(self) -> dict[str, int]:
         """Return the bytes of each part's storage."""

@@ -142,13 +142,13 @@ class _Watch:
         self._left_out = watched.reports
         inputs = dict(zip(watched.placeholders, example_inputs, strict=True))
         for site in watched.sites:
-            if site.layer not in self.rotations:
-                self.rotations[site.layer] = _rotation(site.key.new, inputs)
+            if site.order not in self.rotations:
+                self.rotations[site.order] = _rotation(site.key.new, inputs)
 
         def run(*args: Any) -> list[Any]:
             outputs, seen = watched.run(args)
             self.seen = [
-                (site.layer, site.attention.scale, *tensors)
+                (site.order, site.attention.scale, *tensors)
                 for site, tensors in zip(watched.sites, seen, strict=True)
             ]
             return outputs

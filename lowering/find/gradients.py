@@ -27,6 +27,7 @@ def refuse_gradients(graph: Graph) -> PassReport:
     refused = graph.sites if records else []
     graph.sites = [] if records else graph.sites
     graph.reports += [
-        left_alone(site.layer, site.attention.output, RECORDING_GRADIENTS) for site in refused
+        left_alone(site.layer, site.where, site.attention.output, RECORDING_GRADIENTS)
+        for site in refused
     ]
     return PassReport(tuple(f"{site.attention.output} is no site" for site in refused))

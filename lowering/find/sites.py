@@ -12,6 +12,7 @@ from kvq_compile.kernels.schemes import Role
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find.key_bias import without_bias
+from kvq_compile.lowering.find.layers import Place, places_of
 from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.find.states import find_state
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -45,40 +46,43 @@ def find_sites(graph: Graph) -> PassReport:
     """
     outputs = set(graph.output.all_input_nodes)
     taken: set[fx.Node] = set()
-    for layer, found in enumerate(find_attentions(graph.fx)):
+    attentions = find_attentions(graph.fx)
+    for order, (found, place) in enumerate(zip(attentions, places_of(attentions), strict=True)):
         node = found.output if isinstance(found, Attention) else found[0]
         try:
             if not isinstance(found, Attention):
                 raise found[1]
-            site = _site(layer, found, outputs, graph)
+            site = _site(order, place, found, outputs, graph)
             _check_graph(site, graph, taken)
         except Contradiction:
             raise
         except Exception as error:
             reason = error if isinstance(error, Refusal) else unexpected(error)
-            graph.reports.append(left_alone(layer, node, str(reason)))
+            graph.reports.append(left_alone(place.layer, place.where, node, str(reason)))
         else:
             graph.sites.append(site)
             taken.update(state.base for state, _ in site.states())
     return PassReport(tuple(f"{site.attention.output} is a site" for site in graph.sites))
 
 
-def left_alone(layer: int, node: fx.Node, reason: str) -> SiteReport:
+def left_alone(layer: int, where: str, node: fx.Node, reason: str) -> SiteReport:
     """Return the report of a site that stays as it is."""
+    expected = reason in (NO_CACHE, BY_OPTION)
     return SiteReport(
-        layer, node.name, source_line(node), "left alone", reason, reason in (NO_CACHE, BY_OPTION)
+        layer, node.name, source_line(node), "left alone", reason, expected, where=where
     )
 
 
 def _site(
-    layer: int,
+    order: int,
+    place: Place,
     attention: Attention,
     outputs: set[fx.Node],
     graph: Graph,
 ) -> AttentionSite:
     key = find_state(attention.key, outputs)
     value = find_state(attention.value, outputs)
-    layer_spec = graph.spec.for_layer(layer)
+    layer_spec = graph.spec.for_layer(order if graph.by_order else place.layer)
     if layer_spec is None:
         raise Refusal(BY_OPTION)
     check_pair(key, value)
@@ -91,7 +95,7 @@ def _site(
     for state, coding in zip((key, value), codings, strict=True):
         if coding.layout.keep_exact and state.life not in GROWS:
             raise Refusal(KEEPS_NOT)
-    return AttentionSite(layer, attention, key, value, *codings)
+    return AttentionSite(place.layer, order, place.where, attention, key, value, *codings)
 
 
 def _is_held_plain(key: State, spec: CacheSpec) -> bool:
