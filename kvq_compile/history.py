@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.lowering.find.layers import COUNTED
 from kvq_compile.lowering.sites import SiteReport
 
 
@@ -62,13 +63,15 @@ def unmet_layers(among: Sequence[GraphReport]) -> str:
     A spec that was told of once is not told of again: the graphs of a call that was mended stay in memory.
     """
     for graph in among:
-        met = {site.layer for other in among if other.spec == graph.spec for site in other.sites}
+        sites = [site for other in among if other.spec == graph.spec for site in other.sites]
+        met = {site.layer for site in sites}
         missing = sorted(set(graph.layers) - met)
         if missing and met and graph.spec not in _told:
             _told.append(graph.spec)
+            counted = f" ({COUNTED})" if any(site.where == COUNTED for site in sites) else ""
             return (
                 f"layers must name layers of the model, got {', '.join(map(str, missing))}; "
-                f"attentions were met in layers {min(met)} to {max(met)}"
+                f"attentions were met in layers {min(met)} to {max(met)}{counted}"
             )
     return ""
 
@@ -76,8 +79,7 @@ def unmet_layers(among: Sequence[GraphReport]) -> str:
 def why_plain(layer: int) -> str:
     """Return the reason why the cache of a layer is in 16 bit, as far as the compiled graphs tell."""
     sites = [site for graph in _recent for site in graph.sites if site.layer == layer]
-    reasons = [site.detail for site in sites if site.outcome == "left alone"]
-    if reasons:
-        return reasons[-1]
+    if sites and sites[-1].outcome == "left alone":
+        return sites[-1].detail
     what = "wrote it last" if sites else "has seen it"
     return f"no compiled graph {what} (recompile limit, torch.compiler.disable or a graph break?)"

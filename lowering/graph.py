@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering.cache_nodes import CacheNodes, Frames, Seen
 from kvq_compile.lowering.runtime import Conversion, Output
-from kvq_compile.lowering.sites import AttentionSite, Coding, SiteReport, State
+from kvq_compile.lowering.sites import Attention, AttentionSite, Coding, SiteReport, State
 from kvq_compile.lowering.sizes import SizeReader
 
 
@@ -88,6 +88,16 @@ class Graph:
     def results(self, results: Sequence[Any]) -> None:
         self.output.args = (tuple(results),)
 
+    def replace(self, old: Node, new: Node) -> None:
+        """Let ``new`` stand for ``old`` in the graph and in all that passes have learnt of it."""
+        old.replace_all_uses_with(new)
+        self.fx.erase_node(old)
+        self.sites = [_renamed(site, old, new) for site in self.sites]
+        self.made = {new if node is old else node: cache for node, cache in self.made.items()}
+        self.seen = {
+            _renamed(key, old, new): _renamed(seen, old, new) for key, seen in self.seen.items()
+        }
+
     def states(self) -> list[tuple[State, Coding]]:
         """Return the caches that the call keeps quantized, each with its coding."""
         return [pair for site in self.sites for pair in site.states()] + self.extended
@@ -106,6 +116,18 @@ class PassReport:
 
 
 Pass = Callable[[Graph], PassReport]
+
+
+def _renamed(x: Any, old: Node, new: Node) -> Any:
+    """Return a site, or a part of one, with one node in place of another."""
+    if x is old:
+        return new
+    if isinstance(x, tuple):
+        return tuple(_renamed(item, old, new) for item in x)
+    if isinstance(x, (AttentionSite, Attention, State)):
+        changed = {name: _renamed(value, old, new) for name, value in vars(x).items()}
+        return replace(x, **changed)
+    return x
 
 
 def _copy(gm: GraphModule) -> GraphModule:

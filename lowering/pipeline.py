@@ -91,13 +91,13 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
     run(ANALYSIS, graph)
     if not graph.sites and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
         return Lowered.as_captured(gm, graph.reports, ())
+    graph.reports += [_rewritten(site) for site in graph.sites]
+    graph.reports.sort(key=lambda report: report.layer)
     before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
     run(REWRITING, graph)
     graph.module.recompile()
     logs.tell(logs.graphs, (logs.diff(before, logs.lines(graph.fx)) for _ in range(1)))
     logs.artifact("rewritten_graph", lambda: "\n".join(logs.lines(graph.fx)))
-    graph.reports += [_rewritten(site) for site in graph.sites]
-    graph.reports.sort(key=lambda report: report.layer)
     arguments = graph.arguments
     unwrapped = {
         arguments[node]: cache.owns_length

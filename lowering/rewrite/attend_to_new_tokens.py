@@ -29,7 +29,8 @@ def attend_to_new_tokens(graph: Graph) -> PassReport:
     Because: all that attention can see are the call's own tokens, and the 16-bit cache is what we avoid.
     """
     changes = []
-    for site in graph.sites:
+    for number in range(len(graph.sites)):
+        site = graph.sites[number]  # as the sites before it have left it
         if site.key.life is not Life.ALLOCATED:
             continue
         _attend(graph, site)
@@ -59,8 +60,7 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
             seen = seen_by(site, state, weights)
             graph.made[state.past] = _allocate(graph, state, coding, seen)
             erase_write(nodes, state)
-    attention.output.replace_all_uses_with(exact)
-    nodes.erase_node(attention.output)
+    graph.replace(attention.output, exact)
 
 
 def _allocate(graph: Graph, state: State, coding: Coding, seen: Seen) -> CacheNodes:

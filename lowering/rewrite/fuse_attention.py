@@ -33,7 +33,8 @@ def fuse_attention(graph: Graph) -> PassReport:
     `Life.BUFFER_PLAIN`): there is no quantized history yet, and it attends exactly as captured.
     """
     changes = []
-    for site in graph.sites:
+    for number in range(len(graph.sites)):
+        site = graph.sites[number]  # as the sites before it have left it
         if site.key.life not in (Life.GROWN, Life.BUFFER):
             continue
         fused = _fuse(graph, site)
@@ -57,8 +58,7 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
             if state.write is not None:
                 erase_write(nodes, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
-    attention.output.replace_all_uses_with(fused)
-    nodes.erase_node(attention.output)
+    graph.replace(attention.output, fused)
     return fused
 
 
