@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -141,7 +142,8 @@ class Report:
         if self.host_bytes:
             rows.append(f"  and {self.host_bytes:,d} bytes of exact copies in host memory")
         for note, number in Counter(t.note for t in self.tensors if t.note).items():
-            rows.append(f"  {_count(number, 'tensor')}: {note}")
+            text = f"{_count(number, 'tensor')}: {note}"
+            rows.append(textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    "))
         head = [
             f"{_count(self.layers, 'layer')}, {_count(self.tokens, 'token')}: {self.bytes:,d} bytes"
         ]

@@ -101,9 +101,9 @@ def test_a_graph_with_nothing_to_rewrite_goes_to_the_inner_compiler_as_captured(
 ) -> None:
     captured, handed_on = [], []
 
-    def lower(gm, *args):
+    def lower(gm, *args, **options):
         captured.append(gm)
-        lowered = pipeline.lower(gm, *args)
+        lowered = pipeline.lower(gm, *args, **options)
         handed_on.append(lowered.module)
         return lowered
 
