@@ -11,14 +11,19 @@ Methods that need calibration get random tables: speed does not depend on what i
 is measured against fp32 attention to the tokens that the random cache stands for.
 
     python benchmarks/gpu_decode.py [--out results.csv] [--quick] [--check] [--only skvq-2,cq-8c8b]
+    python benchmarks/gpu_decode.py --compare OTHER_CHECKOUT [--quick] [--only ...]
+
+The second form times another checkout and this one in turn, each in processes of its own, and prints both side by side.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,15 +33,13 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import CacheSpec, Layout, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.kernels.triton import append as quantize_kv
-from kvq_compile.kernels.triton import attend as attention
-from kvq_compile.kernels.triton import importance as importance_mixed
+from kvq_compile.kernels.triton import backend, launch
 from kvq_compile.methods import make_spec
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -179,10 +182,10 @@ def measure(
     frames = [make_frame(spec, layout, batch) for layout in layouts]
     query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS), tokens(batch, KV_HEADS)]
     position = torch.tensor([length], device="cuda")
-    scale = HEAD_DIM**-0.5
+    score = Score(HEAD_DIM**-0.5)
 
     def attend() -> Tensor:
-        return attention.attend(query, *new, *parts, None, position, None, scale, *layouts, *frames)
+        return backend.attend(query, *new, *parts, *frames, None, position, None, score, *layouts)
 
     cursor = parts[0][3].clone()
     boundary = layouts[0].sinks + layouts[0].window + (int(cursor[1]) + 1) * layouts[0].page_size
@@ -194,13 +197,13 @@ def measure(
             part[3].copy_(state)
         weights, keys = None, layouts[0]
         if keys.queries:  # a cache of fixed size weighs tokens at every step, a page filling or not
-            weights = importance_mixed.recent_importance(
-                query, new[0], parts[0], None, slot, None, boundary + 1, scale, True, keys.queries,
+            weights = backend.importance(
+                query, new[0], parts[0], frames[0], None, slot, None, boundary + 1, score, True, keys.queries,
                 keys,
             )  # fmt: skip
         for part, x, layout, frame in zip(parts, new, layouts, frames, strict=True):
             asked = query if layout.queries else None
-            quantize_kv.append_(*part, x, slot, None, layout, frame, weights, asked)
+            backend.append_(part, frame, x, slot, None, layout, weights, asked)
 
     error, plain = (
         relative_errors(attend, query, new, parts, layouts, frames, length)
@@ -246,8 +249,8 @@ def check_errors(names: list[str]) -> None:
             frames = [make_frame(spec, layout, batch) for layout in layouts]
             query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS) for _ in range(2)]
             error, plain = relative_errors(
-                lambda: attention.attend(
-                    query, *new, *parts, None, None, length, HEAD_DIM**-0.5, *layouts, *frames  # noqa: B023
+                lambda: backend.attend(
+                    query, *new, *parts, *frames, None, None, length, Score(HEAD_DIM**-0.5), *layouts  # noqa: B023
                 ),
                 query, new, parts, layouts, frames, length,
             )  # fmt: skip
@@ -279,13 +282,71 @@ def tune(names: list[str]) -> None:
     length = 128 * 1024
     print(f"bf16 {microseconds(plain_attention(1, length)):.1f} us")
     for name in names:
-        for attention.BLOCK_EXACT in (64, 32):
-            for attention.PROGRAMS_PER_PROCESSOR in (2, 3, 4, 6):
+        for launch.BLOCK_EXACT in (64, 32):
+            for launch.PROGRAMS_PER_SM in (2, 3, 4, 6):
+                launch.attend_settings.cache_clear()
+                launch.count_splits.cache_clear()
                 row = measure(name, 1, length, 0.0, check=False, writes=False)
                 print(
-                    f"tune {name:13} block {attention.BLOCK_EXACT}"
-                    f" programs {attention.PROGRAMS_PER_PROCESSOR}: {row['us']:6.1f} us"
+                    f"tune {name:13} block {launch.BLOCK_EXACT}"
+                    f" programs {launch.PROGRAMS_PER_SM}: {row['us']:6.1f} us"
                 )
+
+
+Times = dict[tuple[str, ...], float]  # microseconds of method, batch, context and what is timed
+
+
+def run_checkout(checkout: Path, options: list[str]) -> Times:
+    """Return the times that the benchmark of a checkout measures in a process of its own.
+
+    Raises:
+        SystemExit: The benchmark fails.
+    """
+    program = checkout / "benchmarks" / "gpu_decode.py"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "times.csv"
+        command = [sys.executable, str(program), "--out", str(out), *options]
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": str(checkout)}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            sys.exit(f"{program} failed:\n{done.stdout}\n{done.stderr}")
+        with out.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    return {
+        (row["method"], row["batch"], row["context"], what): float(row[what])
+        for row in rows
+        for what in ("bf16_us", "us", "append_us", "flush_us")
+        if row.get(what)
+    }
+
+
+def compare(other: Path, options: list[str], tolerance: float = 0.02) -> None:
+    """Print the times of another checkout and of this one, the best of two runs each, taken in turn.
+
+    Raises:
+        SystemExit: A benchmark fails, or this checkout is slower than the other by more than the tolerance.
+    """
+    own = Path(__file__).resolve().parent.parent
+    runs = [run_checkout(checkout, options) for checkout in (other, own, own, other)]
+    best = [{key: min(a[key], b[key]) for key in a} for a, b in ((runs[0], runs[3]), runs[1:3])]
+    slower = []
+    print(
+        f"{'method':13} {'batch':>5} {'context':>7} {'what':9} {'other':>8} {'this':>8} {'ratio':>6}"
+    )
+    for key in [key for key in best[0] if key in best[1]]:
+        before, after = best[0][key], best[1][key]
+        method, batch, context, what = key
+        mark = " slower" * (what != "bf16_us" and after > (1 + tolerance) * before)
+        slower += [key] * bool(mark)
+        print(
+            f"{method:13} {batch:>5} {context:>7} {what:9} {before:8.2f} {after:8.2f}"
+            f" {after / before:6.3f}{mark}"
+        )
+    print(", ".join(environment().values()))
+    if slower:
+        sys.exit(f"{len(slower)} times are more than {tolerance:.0%} longer than those of {other}")
 
 
 def main() -> None:
@@ -298,8 +359,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="errors only")
     parser.add_argument("--tune", action="store_true", help="launch settings at 128k tokens")
     parser.add_argument("--only", help="methods, with commas between them")
+    parser.add_argument("--compare", type=Path, help="another checkout to be timed beside this one")
     arguments = parser.parse_args()
     names = arguments.only.split(",") if arguments.only else list(SPECS)
+    if arguments.compare:
+        options = ["--quick"] * arguments.quick + ["--only", ",".join(names)]
+        compare(arguments.compare.resolve(), options)
+        return
     torch.manual_seed(0)
     check_errors(names)
     if arguments.check:

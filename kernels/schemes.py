@@ -27,6 +27,7 @@ UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits 
 PAGE_SIZES = (32, 64, 128, 256)
 MAX_BITS = 8  # of a token in mixed pages
 HEADER = MAX_BITS  # units of a mixed page; also what keeps rows of 128 channels aligned to 16 bytes
+FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
 OUTLIER_FIELDS = 3  # channel, low byte, high byte
 
 

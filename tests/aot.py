@@ -1,8 +1,8 @@
 """Kernels compiled ahead of time, for GPUs that are not there.
 
 A launcher is called on CPU tensors, and what it would launch is compiled instead. A process that runs kernels in
-Triton's interpreter, as tests do without a GPU, cannot compile them. So a test file with cases to compile is a
-program as well: it ends with a call of `report`, and the fixture `compiled` starts it with `run`.
+Triton's interpreter, as tests do without a GPU, cannot compile them. So `test_kernels_compile` is a program as well:
+its tests start it with `run`, and it answers with `report`.
 """
 
 import json
@@ -11,25 +11,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import triton
 
-from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.tables import Tables
-from kvq_compile.kernels.triton import append as quantize_kv
-from kvq_compile.kernels.triton import attend as attention
+from kvq_compile.kernels.triton import launch
 
-CAPACITY = 4  # pages
-HEADS, SHARED = 2, 4  # KV heads, and query heads to each of them
 Usage = dict[str, int]
-Side = tuple[Layout, Calibrated]
 
 
 def cuobjdump() -> Path:
@@ -69,7 +61,7 @@ def launches(target: str) -> Iterator[dict[str, Any]]:
     triton.runtime.driver.set_active(driver)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.JITFunction, "run", compile_only)
-        patch.setattr(attention, "platform_of", lambda query: driver.gpu.backend)
+        patch.setattr(launch, "platform_of", lambda query: driver.gpu.backend)
         yield compiled
 
 
@@ -90,49 +82,13 @@ def usage(kernel: Any) -> Usage:
     return {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
 
 
-def compile_attend(key: Side, value: Side, target: str) -> Any:
-    """Compile what decodes one token in bf16 over 128 channels."""
-    (key_layout, key_frame), (value_layout, value_frame) = key, value
-    query, x = (
-        torch.zeros(1, heads, 1, 128, dtype=torch.bfloat16) for heads in (HEADS * SHARED, HEADS)
-    )
-    parts = [Packed.empty(x, CAPACITY, layout) for layout in (key_layout, value_layout)]
-    position = torch.zeros(1, dtype=torch.int64)
-    with launches(target) as compiled:
-        attention.attend(
-            query, x, x, *parts, None, position, None, 1.0, key_layout, value_layout, key_frame,
-            value_frame,
-        )  # fmt: skip
-    return compiled["attend_kernel"]
-
-
-def compile_append(
-    layout: Layout, target: str, frame: Calibrated = UNCALIBRATED, importance: bool = False
-) -> Any:
-    """Compile what writes one token in bf16."""
-    x = torch.zeros(1, HEADS, 1, layout.head_dim, dtype=torch.bfloat16)
-    parts, position = Packed.empty(x, CAPACITY, layout), torch.zeros(1, dtype=torch.int64)
-    weights = torch.zeros(1, HEADS, 300) if importance else None
-    query = x.repeat(1, layout.shared_by, 1, 1) if layout.queries else None
-    with launches(target) as compiled:
-        quantize_kv.append_(*parts, x, position, None, layout, frame, weights, query)
-    return next(iter(compiled.values()))
-
-
-def calibrated(layout: Layout, tables: Tables | None) -> Calibrated:
-    """Return what one sequence is coded relative to that begins at position 0."""
-    if tables is None:
-        return UNCALIBRATED
-    return Calibrated(tables.words, torch.zeros(1, dtype=torch.int32) if layout.rotary else None)
-
-
-def run(program: Path) -> dict[str, Usage]:
-    """Start a test file as a program and return what it reports."""
+def run(program: Path, target: str, names: Iterable[str]) -> dict[str, Usage]:
+    """Start a test file as a program and return what it reports of the kernels of its cases ``names``."""
     if not cuobjdump().exists():
         pytest.skip("this build of triton brings no cuobjdump")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(program)],
+        [sys.executable, str(program), target, *names],
         env=environment,
         cwd="/",
         capture_output=True,
@@ -143,6 +99,7 @@ def run(program: Path) -> dict[str, Usage]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(case: Callable[[str, str], Any], targets: Iterable[tuple[str, str]]) -> None:
-    """Print what the kernels ``case(name, target)`` take, for `run`."""
-    print(json.dumps({f"{name} {target}": usage(case(name, target)) for name, target in targets}))
+def report(cases: Mapping[str, Callable[[str], Any]]) -> None:
+    """Print what the kernels ``cases[name](target)`` take, for `run`."""
+    target, *names = sys.argv[1:]
+    print(json.dumps({name: usage(cases[name](target)) for name in names}))

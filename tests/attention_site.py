@@ -7,10 +7,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import CacheSpec, Layout, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.triton import attend as attention
+from kvq_compile.kernels.triton import backend, launch
 from native import DEVICE, NATIVE, frame_on_device
 
 BATCH = 2
@@ -81,10 +81,10 @@ class Site:
         position = None
         if by_position:
             position = torch.arange(start, start + self.query.shape[2], device=DEVICE)
-        return attention.attend(
-            *tensors, *parts, None if mask is None else mask.to(DEVICE), position,
-            None if by_position else start, self.scale, key_layout, value_layout,
-            **{name: frame_on_device(frame) for name, frame in frames.items()},
+        calibrated = [frame_on_device(frames[name]) for name in ("key_frame", "value_frame")]
+        return backend.attend(
+            *tensors, *parts, *calibrated, None if mask is None else mask.to(DEVICE), position,
+            None if by_position else start, Score(self.scale), key_layout, value_layout,
         ).cpu()  # fmt: skip
 
     def expected(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -182,5 +182,5 @@ def causal(site: Site) -> Tensor:
 
 def assert_shares_do_not_matter(site: Site, programs: int, patch: Any) -> None:
     expected = site.attend(None)
-    patch.setattr(attention, "PROGRAMS_PER_PROCESSOR", programs)
+    patch.setattr(launch, "PROGRAMS_PER_SM", programs)
     torch.testing.assert_close(site.attend(None), expected, rtol=1e-5, atol=1e-5)

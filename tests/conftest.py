@@ -43,18 +43,10 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> "dict[str, dict[str, int]]":
-    """Return what the test file, run as a program, reports of kernels compiled ahead of time."""
-    import aot
-
-    return aot.run(request.path)
-
-
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter, which pays by the operation, hold more at once than registers do."""
-    from kvq_compile.kernels.triton import append as quantize_kv
+    from kvq_compile.kernels.triton import append
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr(quantize_kv, "TILE", 1 << 15)
+        monkeypatch.setattr(append, "TILE", 1 << 15)

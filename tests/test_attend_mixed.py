@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import aot
 from attention_site import (
     DTYPES,
     SHARED,
@@ -24,12 +23,12 @@ from attention_site import (
     plain_sides,
     starts,
 )
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
-from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions, Score
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Codebook, Mixed, Scheme, Uniform
-from kvq_compile.kernels.triton import attend as attention
-from kvq_compile.kernels.triton import attend_mixed
+from kvq_compile.kernels.triton import backend, launch, mixed
+from kvq_compile.kernels.triton.constants import ReadConstants
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, examples
 
@@ -122,13 +121,14 @@ def test_the_number_of_shares_does_not_change_the_output(monkeypatch: pytest.Mon
 
 def test_tables_are_refused_by_name() -> None:
     tables = random_tables(2, 32, group_size=32, rotary=False, codebook=None, seed=0)
-    spec = CacheSpec(mixed_spec(2, tables=tables.digest), mixed_spec(2), 1, 20, 32)
+    key = mixed_spec(2, tables=tables.digest)
+    spec = CacheSpec(key, mixed_spec(2), 1, 20, 32, key_tables=tables)
     layouts = [spec.layout(role, 32) for role in ("key", "value")]
     parts = [Packed.empty(torch.zeros(1, 2, 1, 32, device=DEVICE), 2, layout) for layout in layouts]
     x = torch.zeros(1, 2, 1, 32, device=DEVICE)
     frame = Calibrated(tables.words.to(DEVICE))
     with pytest.raises(NotImplementedError, match="tables must be None"):
-        attention.attend(x, x, x, *parts, None, None, 1, 1.0, *layouts, frame, None)
+        backend.attend(x, x, x, *parts, frame, UNCALIBRATED, None, None, 1, Score(1.0), *layouts)
 
 
 # --- instructions ---------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_merged_planes_are_the_codes_in_fp16(bits: int) -> None:
         fields = (codes >> (bits - 1 - plane)) & 1
         units = (fields << torch.arange(16)).sum(-1)
         planes[f"${16 + plane}"] = units[:, 0] | (units[:, 1] << 16)
-    registers = execute(attend_mixed.merge_planes(bits), planes)
+    registers = execute(mixed.merge_planes(bits), planes)
     for field in range(16):
         pair = torch.stack([registers[f"${field}"] & 0xFFFF, registers[f"${field}"] >> 16], -1)
         words = torch.where(pair >= 1 << 15, pair - (1 << 16), pair).short()
@@ -195,10 +195,10 @@ def test_merged_planes_are_the_codes_in_fp16(bits: int) -> None:
 # --- launch settings ------------------------------------------------------------------------------
 
 
-def test_rotary_keys_and_codebooks_take_two_programs_a_processor_and_others_three() -> None:
+def test_rotary_keys_and_codebooks_take_two_programs_an_sm_and_others_three() -> None:
     def programs(key: Scheme, value: Scheme) -> int:
         layouts = Layout("key", 64, Regions(), key), Layout("value", 64, Regions(), value)
-        return attention.programs_per_processor(*(attention.Coding.of(x) for x in layouts))
+        return launch.programs_per_sm(*(ReadConstants.of(x) for x in layouts))
 
     def tables(rotary: bool, codebook: tuple[int, int] | None = None) -> str:
         made = random_tables(2, 64, group_size=64, rotary=rotary, codebook=codebook, seed=0)
@@ -209,23 +209,3 @@ def test_rotary_keys_and_codebooks_take_two_programs_a_processor_and_others_thre
     assert programs(Uniform(2, tables=tables(True), rotary=True), Uniform(2)) == 2
     book = Codebook(4, 2, tables=tables(False, (2, 4)))
     assert programs(Uniform(2), book) == 2
-
-
-# --- ahead of time --------------------------------------------------------------------------------
-
-
-def compile_case(name: str, target: str) -> Any:
-    return aot.compile_attend(*plain_sides(CacheSpec(*CASES[name]), (128, 128)), target)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_decoding_keeps_its_state_in_registers(compiled: dict[str, aot.Usage], name: str) -> None:
-    """Two programs share a processor, too."""
-    used = compiled[f"{name} sm_90"]
-    assert used["stack"] == 0
-    assert used["registers"] * 128 * 2 <= 65536
-    assert used["shared"] * 2 <= 227 * 1024
-
-
-if __name__ == "__main__":
-    aot.report(compile_case, [(name, "sm_90") for name in CASES] + [("qaq-2.3", "gfx942")])

@@ -1,7 +1,6 @@
 """The kernel weighs tokens as the specification does, whatever the heads, the mask and the pieces tokens came in.
 
 Kernels run natively where there is a GPU and in Triton's interpreter elsewhere, the specification always on the CPU.
-This file also is the program that compiles kernels ahead of time.
 """
 
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import aot
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.layout import QUERIES, CacheSpec, Layout, Regions, Score
-from kvq_compile.kernels.packed import UNCALIBRATED, Packed
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import importance
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Scheme
-from kvq_compile.kernels.triton import importance as importance_mixed
+from kvq_compile.kernels.triton import backend
+from kvq_compile.kernels.triton import importance as kernels
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
 
@@ -100,9 +99,9 @@ class Call:
         codes, params, exact, cursor = (part.to(DEVICE) for part in self.parts)
         mask = None if self.mask is None else self.mask.to(DEVICE)
         position = torch.arange(self.start, self.end, device=DEVICE) if by_position else None
-        return importance_mixed.recent_importance(
-            query, key, (codes, params, exact, cursor), mask, position,
-            None if by_position else self.start, self.slots, 0.3, self.causal, self.queries,
+        return backend.importance(
+            query, key, Packed(codes, params, exact, cursor), UNCALIBRATED, mask, position,
+            None if by_position else self.start, self.slots, Score(0.3), self.causal, self.queries,
             self.layout,
         ).cpu()  # fmt: skip
 
@@ -166,7 +165,7 @@ def test_a_cache_that_is_rewound_far_is_read_as_attention_reads_it(back: int, mo
 
 @pytest.mark.parametrize("shares", [1, 3, 200])
 def test_the_number_of_shares_does_not_matter(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance_mixed, "PROGRAMS_PER_PROCESSOR", shares)
+    monkeypatch.setattr(kernels, "PROGRAMS_PER_SM", shares)
     Call(layout_of(), 3 + 9 + 95, 3 + 9 + 95, 1, 1).assert_right()
 
 
@@ -175,7 +174,7 @@ def test_queries_taken_in_tiles_weigh_the_same(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest weight of a slot may be in any tile: each takes what those before it have left."""
-    monkeypatch.setattr(importance_mixed, "MAX_COLUMNS", columns)  # a quarter of which fp32 takes
+    monkeypatch.setattr(kernels, "MAX_QUERIES", columns)  # a quarter of which fp32 takes
     for shared in (3, 4):
         Call(layout_of(shared), 3 + 9 + 63, 3 + 9 + 63, 1, 1).assert_right()
 
@@ -209,13 +208,38 @@ def test_a_call_that_completes_no_page_computes_nothing(
 
 def test_tables_are_refused_by_name() -> None:
     tables = random_tables(2, 32, group_size=32, rotary=False, codebook=None, seed=0)
-    layout = layout_of(tables=tables)
+    layout = layout_of(tables=tables.digest)
     x = torch.zeros(1, 2, 1, 32, device=DEVICE)
     parts = Packed.empty(x, 2, layout)
+    relative = Calibrated(tables.words.to(DEVICE))
     with pytest.raises(NotImplementedError, match="tables must be None"):
-        importance_mixed.recent_importance(
-            x, x, parts, None, None, 1, 2, 1.0, True, QUERIES, layout
+        backend.importance(
+            x, x, parts, relative, None, None, 1, 2, Score(1.0), True, QUERIES, layout
         )
+
+
+@EXAMPLES
+@given(st.data())
+def test_a_prompt_weighs_its_own_keys_as_the_specification_does(data: st.DataObject) -> None:
+    """Nothing lies before it, so no kernel is needed; where it fills no page, nothing is weighed."""
+    layout = layout_of(data.draw(st.sampled_from([0, 1, 3])))
+    new = data.draw(st.sampled_from([40, 43, 44, 60]))
+    call = Call(
+        layout, 1, 0, new, data.draw(st.sampled_from([1, 3, new])), causal=data.draw(st.booleans()),
+        queries=data.draw(st.sampled_from([1, QUERIES])),
+    )  # fmt: skip
+    mask = data.draw(masks(call))
+    about = call.slots, 0.3, call.causal, call.queries, layout
+    expected = importance.recent_importance(
+        call.query, call.key, None, mask, 0, *about, UNCALIBRATED
+    )
+    slots, _, *rest = about
+    found = backend.importance(
+        call.query.to(DEVICE), call.key.to(DEVICE), None, UNCALIBRATED,
+        None if mask is None else mask.to(DEVICE), None, 0, slots, Score(0.3), *rest,
+    ).cpu()  # fmt: skip
+    assert found.any() == (new >= 44)
+    torch.testing.assert_close(found, expected, rtol=1e-5 * NATIVE, atol=1e-7 * NATIVE)
 
 
 # --- in a captured graph --------------------------------------------------------------------------
@@ -261,45 +285,3 @@ def test_a_captured_step_weighs_when_a_page_fills_and_only_then() -> None:
     for eager, replayed in zip(*results, strict=True):
         assert torch.equal(eager, replayed)
     assert results[0][3].tolist() == [steps, 3]
-
-
-# --- ahead of time --------------------------------------------------------------------------------
-
-
-CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # heads that share, channels, page, spec
-    "decode": (4, 128, 128, {}),
-    "outliers": (4, 128, 128, {"outliers": 2}),
-    "heads of 16": (4, 16, 128, {}),
-    "one KV head": (32, 128, 128, {}),
-    "large": (8, 256, 256, {}),
-    "fp32": (4, 128, 128, {"transform": "hadamard"}),
-    "fp32, large": (8, 256, 256, {}),
-}
-IN_REGISTERS = ["decode", "outliers", "heads of 16", "one KV head"]
-
-
-def compile_case(name: str, target: str) -> Any:
-    shared, dim, page, options = CASES[name]
-    spec = mixed_spec(2.75, **options)
-    layout = CacheSpec(spec, spec, page_size=page).layout("key", dim, shared)
-    dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
-    key, query = (torch.zeros(1, heads, 1, dim, dtype=dtype) for heads in (2, 2 * shared))
-    position = torch.zeros(1, dtype=torch.int64)
-    mask = torch.ones(1, 1, 1, 700, dtype=torch.bool)
-    with aot.launches(target) as compiled:
-        importance_mixed.recent_importance(
-            query, key, Packed.empty(key, 4, layout), mask, position, None, 700, 1.0, False, QUERIES,
-            layout,
-        )  # fmt: skip
-    return compiled["weigh_kernel"]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernel_fits_a_processor(compiled: dict[str, aot.Usage], name: str) -> None:
-    used = compiled[f"{name} sm_90"]
-    assert used["shared"] <= 227 * 1024
-    assert name not in IN_REGISTERS or used["stack"] == 0
-
-
-if __name__ == "__main__":
-    aot.report(compile_case, [(name, "sm_90") for name in CASES] + [("decode", "gfx942")])

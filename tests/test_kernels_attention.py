@@ -5,6 +5,7 @@ Kernels run natively where there is a GPU and in Triton's interpreter, in fp32, 
 """
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ from attention_site import (
 )
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.layout import CacheSpec, Score, exact_row_index
-from kvq_compile.kernels.packed import Packed
-from kvq_compile.kernels.schemes import Scheme, Uniform
-from kvq_compile.kernels.triton import attend as attention
+from kvq_compile.kernels.packed import UNCALIBRATED, Packed
+from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform
+from kvq_compile.kernels.triton import backend
 from native import CONVERSIONS, DEVICE, NATIVE, examples
 
 pytestmark = CONVERSIONS
@@ -147,8 +148,6 @@ def test_large_and_constant_values_survive() -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="CUDA graphs need a GPU")
 def test_a_captured_graph_serves_every_later_length() -> None:
-    from kvq_compile.kernels.triton import append as quantize_kv
-
     site = plain_site(lengths=(0, 1, 0), dtype=torch.bfloat16)
     layouts = [layout for layout, _ in site.sides]
     parts = [
@@ -159,9 +158,12 @@ def test_a_captured_graph_serves_every_later_length() -> None:
     position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def step() -> Tensor:
-        out = attention.attend(*tensors, *parts, None, position, None, site.scale, *layouts)
+        out = backend.attend(
+            *tensors, *parts, UNCALIBRATED, UNCALIBRATED, None, position, None,
+            Score(site.scale), *layouts,
+        )  # fmt: skip
         for x, part, layout in zip(tensors[1:], parts, layouts, strict=True):
-            quantize_kv.append_(*part, x, position, None, layout)
+            backend.append_(part, UNCALIBRATED, x, position, None, layout)
         return out
 
     step()
@@ -178,3 +180,37 @@ def test_a_captured_graph_serves_every_later_length() -> None:
                 for x, side in zip(site.new, site.sides, strict=True)
             ]
             site.assert_low_precision_error(out.cpu(), None)
+
+
+@pytest.mark.skipif(NATIVE, reason="a GPU is dispatched to; here the interpreter stands in for one")
+def test_operators_hand_gpus_what_they_take() -> None:
+    """What dispatch does for CUDA, done on CPU tensors: written, weighed, read and attended to as on the CPU."""
+    spec = CacheSpec(Mixed(2.5, 0, 4), Mixed(2, 0, 4), 1, 4, 32)
+    layouts = [spec.layout("key", 64, 2), spec.layout("value", 64)]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, h, 41, 64, generator=generator) for h in (4, 2, 2))
+    caches = {}
+    for name in ("CPU", "CUDA"):
+        on = import_module(ops.BACKENDS[name])
+        weights = ops._importance_on(
+            on, query, key, [], [], None, None, 0, 41, Score(0.1), True, 5, layouts[0]
+        )
+        caches[name] = [
+            list(Packed.empty(x, 2, layout))
+            for x, layout in zip((key, value), layouts, strict=True)
+        ]
+        for cache, x, layout in zip(caches[name], (key, value), layouts, strict=True):
+            asked = query if layout.queries else None
+            ops.append_on(on, cache, [], x, None, 0, layout, weights, asked)
+    for one, other in zip(caches["CPU"], caches["CUDA"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    on = import_module(ops.BACKENDS["CUDA"])
+    read = ops._dequantize_on(on, caches["CUDA"][1], [], 41, layouts[1])
+    torch.testing.assert_close(
+        read, ops.dequantize(caches["CPU"][1], [], 41, layouts[1]), rtol=0, atol=0
+    )
+    step = [t[:, :, :1] for t in (query, key, value)]
+    rest = *caches["CPU"], [], None, None, 41, Score(0.1), *layouts
+    torch.testing.assert_close(
+        ops._attend_on(on, *step, *rest), ops.attend(*step, *rest), rtol=1e-5, atol=1e-5
+    )

@@ -1,7 +1,7 @@
 """Fused attention over calibrated caches: channel tables, rotary keys, codebooks, fp8 parameters, trits.
 
 The same claim as in `test_kernels_attention`: the error is that of the same computation in the query's
-dtype. Compiled ahead of time, kernels keep their state in registers.
+dtype.
 """
 
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import aot
 from attention_site import (
     DTYPES,
     SHARED,
@@ -138,44 +137,3 @@ def test_the_number_of_shares_does_not_change_the_output(monkeypatch: pytest.Mon
     sides = make_side("key", **KEYS["rotary"]), make_side("value", **VALUES["three levels"])
     site = Site(sides, (2, 4), (120, 1, 0), torch.float32)
     assert_shares_do_not_matter(site, 1000, monkeypatch)
-
-
-# --- ahead of time --------------------------------------------------------------------------------
-
-SKVQ = {"group_size": 64, "params": "fp8"}
-CASES = {  # keys before the rotary embedding and values
-    "skvq-2": ({"bits": 2, "rotary": True, **SKVQ}, {"bits": 2, **SKVQ}),
-    "skvq-3": ({"bits": 3, "rotary": True, **SKVQ}, {"bits": 3, **SKVQ}),
-    "skvq-2-trits": (
-        {"bits": 2, "rotary": True, **SKVQ},
-        {"bits": 1.5, "packing": "trits", **SKVQ},
-    ),
-    "cq-4c8b": ({"bits": 8, "couple": 4, "rotary": True}, {"bits": 8, "couple": 4}),
-    "cq-8c8b": ({"bits": 8, "couple": 8, "rotary": True}, {"bits": 8, "couple": 8}),
-    "cq-8c10b": ({"bits": 10, "couple": 8, "rotary": True}, {"bits": 10, "couple": 8}),
-}
-
-
-SPILLED = {"cq-4c8b": 8}  # bytes: two registers of a thread
-TARGETS = [(name, "sm_90") for name in CASES] + [(name, "gfx942") for name in ("skvq-2", "cq-8c8b")]
-
-
-def compile_case(name: str, target: str) -> Any:
-    sides = []
-    for role, options in zip(("key", "value"), CASES[name], strict=True):
-        scheme, tables = make_scheme(128, 0, **options)
-        layout = Layout(role, 128, Regions(), scheme)
-        sides.append((layout, aot.calibrated(layout, tables)))
-    return aot.compile_attend(*sides, target)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_decoding_keeps_its_state_in_registers(compiled: dict[str, aot.Usage], name: str) -> None:
-    """Two programs share a processor, too."""
-    used = compiled[f"{name} sm_90"]
-    assert used["stack"] <= SPILLED.get(name, 0)
-    assert used["shared"] * 2 <= 227 * 1024
-
-
-if __name__ == "__main__":
-    aot.report(compile_case, TARGETS)

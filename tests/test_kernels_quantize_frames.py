@@ -6,7 +6,6 @@ a GPU and in Triton's interpreter elsewhere, the reference always on the CPU.
 
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -16,14 +15,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import aot
 import written_caches
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import frame
-from kvq_compile.kernels.schemes import Codebook, Role, Uniform, scheme_of
+from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.kernels.triton import encode
+from kvq_compile.kernels.triton import transforms
+from kvq_compile.kernels.triton.constants import ReadConstants, WriteConstants
+from kvq_compile.kernels.triton.formats import e4m3_value, round_e4m3
 from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
@@ -169,7 +169,7 @@ def test_a_rotation_that_does_not_round_leaves_the_bytes_of_the_reference(
 @triton.jit
 def turn_kernel(phase, cosine, sine, N: tl.constexpr):
     where = tl.arange(0, N)
-    c, s = encode.cosine_and_sine(tl.load(phase + where))
+    c, s = transforms.cosine_and_sine(tl.load(phase + where))
     tl.store(cosine + where, c)
     tl.store(sine + where, s)
 
@@ -177,9 +177,9 @@ def turn_kernel(phase, cosine, sine, N: tl.constexpr):
 @triton.jit
 def round_kernel(x, byte, value, N: tl.constexpr):
     where = tl.arange(0, N)
-    rounded = encode.round_e4m3(tl.load(x + where))
+    rounded = round_e4m3(tl.load(x + where))
     tl.store(byte + where, rounded)
-    tl.store(value + where, encode.e4m3_value(rounded))
+    tl.store(value + where, e4m3_value(rounded))
 
 
 @given(st.lists(st.integers(-(2**45), 2**45), min_size=64, max_size=64))
@@ -216,43 +216,15 @@ def test_tables_of_the_same_form_share_a_kernel() -> None:
         )
     ]
     assert layouts[0] != layouts[1]
-    one, other = (encode.Constants.of(layout) for layout in layouts)
-    assert (one, repr(one)) == (other, repr(other))
-    assert repr(encode.Constants.of(changed(layouts[0], bits=4))) != repr(one)
+    for constants in (ReadConstants, WriteConstants):
+        one, other = (constants.of(layout) for layout in layouts)
+        assert one is other
+        assert repr(constants.of(changed(layouts[0], bits=4))) != repr(one)
 
 
-# --- compiled ahead of time -----------------------------------------------------------------------
-
-CASES = {  # role, options of the scheme, coupled channels and bits of a codebook
-    "fp8-trits": ("value", {"bits": 1.5, "packing": "trits", "params": "fp8", "group_size": 64}, None),
-    "rotary-fp8": ("key", {"bits": 2, "params": "fp8", "group_size": 32, "rotary": True}, None),
-    "channel-hadamard": ("key", {"bits": 3, "grouping": "channel", "group_size": 32,
-                                 "transform": "hadamard"}, None),
-    "rotary-codebook": ("key", {"rotary": True}, (2, 8)),
-    "codebook-10": ("value", {}, (8, 10)),
-}  # fmt: skip
-TARGETS = [(name, "sm_90") for name in CASES] + [
-    (name, "gfx942") for name in ("fp8-trits", "rotary-codebook")
-]
-
-
-def compile_case(name: str, target: str) -> Any:
-    role, options, codebook = CASES[name]
-    rotary = "rotary" in options
-    tables = random_tables(2, 128, group_size=1, rotary=rotary, codebook=codebook, seed=0)
-    if codebook is not None:
-        options = options | {"couple": codebook[0], "bits": codebook[1]}
-    options = {name: value for name, value in options.items() if name != "rotary"}
-    layout = Layout(role, 128, Regions(), scheme_of(options, tables.digest, rotary))
-    return aot.compile_append(layout, target, aot.calibrated(layout, tables))
-
-
-@pytest.mark.parametrize(("name", "target"), TARGETS)
-def test_writing_compiles_natively_and_stays_in_registers(
-    compiled: dict[str, aot.Usage], name: str, target: str
-) -> None:
-    assert compiled[f"{name} {target}"]["stack"] == 0
-
-
-if __name__ == "__main__":
-    aot.report(compile_case, TARGETS)
+def test_layouts_that_differ_only_in_how_pages_are_written_share_the_kernels_that_read_them() -> (
+    None
+):
+    layouts = [Layout("key", 64, Regions(), Uniform(2, clip=clip)) for clip in (1.0, 0.9)]
+    assert ReadConstants.of(layouts[0]) is ReadConstants.of(layouts[1])
+    assert repr(WriteConstants.of(layouts[0])) != repr(WriteConstants.of(layouts[1]))

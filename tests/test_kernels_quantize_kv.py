@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import aot
 import written_caches
 from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.packed import UNCALIBRATED
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform, scheme_of
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.kernels.triton import append as quantize_kv
+from kvq_compile.kernels.triton import append, backend
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
-from written_caches import DTYPES, REOPENING_DTYPES, full, spoil
+from written_caches import DTYPES, REOPENING_DTYPES, calibrated, full, spoil
 
 pytestmark = [CONVERSIONS, OVERFLOWS]
 EXAMPLES = examples(Fraction(1, 2))
@@ -145,7 +145,7 @@ def test_rotated_tokens_are_read_within_one_step_of_the_reference(data: st.DataO
 def test_many_heads_take_more_launches_and_leave_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(quantize_kv, "MAX_ARRIVALS", 3)
+    monkeypatch.setattr(append, "MAX_ARRIVALS", 3)
     layout = CacheSpec(sinks=2, window=5, page_size=32).layout("key", 64)
     caches = make_caches(layout, torch.float16)
     for start, tokens in ((0, 38), (38, 1), (39, 1), (20, 1)):
@@ -160,8 +160,8 @@ def test_a_write_that_would_leave_a_gap_changes_nothing(start: int) -> None:
     caches.append(random_tokens(layout, 10, torch.float16, 0), 0, True)
     x = random_tokens(layout, 40, torch.float16, 1).to(DEVICE)
     position = torch.arange(start, start + 40, device=DEVICE)
-    quantize_kv.append_(*caches.actual, x, position, None, layout)
-    quantize_kv.append_(*caches.actual, x[:, :, :1], position[:1], None, layout)
+    backend.append_(caches.actual, UNCALIBRATED, x, position, None, layout)
+    backend.append_(caches.actual, UNCALIBRATED, x[:, :, :1], position[:1], None, layout)
     caches.assert_equal()
 
 
@@ -171,10 +171,12 @@ def test_a_write_that_does_not_fit_changes_nothing() -> None:
     caches.append(random_tokens(layout, 32 * CAPACITY + 31, torch.float16, 0), 0, True)
     x = random_tokens(layout, 1, torch.float16, 1).to(DEVICE)
     start = 32 * CAPACITY + 31
-    quantize_kv.append_(*caches.actual, x, torch.tensor([start], device=DEVICE), None, layout)
+    backend.append_(
+        caches.actual, UNCALIBRATED, x, torch.tensor([start], device=DEVICE), None, layout
+    )
     caches.assert_equal()
     with pytest.raises(ValueError, match="the cache must have room for 6 pages, got 5"):
-        quantize_kv.append_(*caches.actual, x, None, start, layout)
+        backend.append_(caches.actual, UNCALIBRATED, x, None, start, layout)
 
 
 def tabled(
@@ -199,13 +201,13 @@ CAPTURED = {
 def test_a_captured_graph_serves_every_later_position(name: str) -> None:
     scheme, tables = CAPTURED[name]
     layout = Layout("key", 128, Regions(2, 5, 32), scheme)
-    frame = aot.calibrated(layout, tables)
+    frame = calibrated(layout, tables)
     caches = written_caches.Caches(layout, torch.bfloat16, frame, capacity=CAPACITY)
     tokens = random_tokens(layout, 100, torch.bfloat16, 0)[:1]
     x, position = tokens[:, :, :1].to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def write() -> None:
-        quantize_kv.append_(*caches.actual, x, position, None, layout, caches.moved)
+        backend.append_(caches.actual, caches.moved, x, position, None, layout)
 
     write()  # compiles
     graph = torch.cuda.CUDAGraph()

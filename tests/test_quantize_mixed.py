@@ -1,7 +1,7 @@
 """Quantize-on-write of pages whose tokens differ in bits leaves the bytes of the reference.
 
 As `test_kernels_quantize_frames`: kernels run natively where there is a GPU and in Triton's interpreter
-elsewhere, the reference always on the CPU. This file also is the program that compiles kernels ahead of time.
+elsewhere, the reference always on the CPU.
 """
 
 from fractions import Fraction
@@ -16,14 +16,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import aot
 from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Adaptive, Mixed
-from kvq_compile.kernels.triton import append as quantize_kv
-from kvq_compile.kernels.triton import encode, quantize_mixed
-from kvq_compile.kernels.triton import requantize as requantize_mixed
+from kvq_compile.kernels.triton import backend, mixed_write
+from kvq_compile.kernels.triton.constants import WriteConstants
 from kvq_compile.testing import changed, mixed_layout
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
@@ -104,9 +102,9 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
 @triton.jit
 def allocate_kernel(weighted, bits, ranks, N: tl.constexpr, LAYOUT: tl.constexpr):
     where = tl.program_id(0) * N + tl.arange(0, N)
-    found = quantize_mixed.allocate(tl.load(weighted + where), 0.0, LAYOUT)
+    found = mixed_write.allocate(tl.load(weighted + where), 0.0, LAYOUT)
     tl.store(bits + where, found)
-    tl.store(ranks + where, quantize_mixed.rank(found, LAYOUT))
+    tl.store(ranks + where, mixed_write.rank(found, LAYOUT))
 
 
 @EXAMPLES
@@ -127,7 +125,7 @@ def test_a_page_is_given_the_bits_and_the_order_of_the_specification(
     layout = CacheSpec(spec, spec, 0, 0, 32).layout("key", 16)
     x = torch.tensor(spans).view(2, 32)
     bits, ranks = (torch.empty(2, 32, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    allocate_kernel[(2,)](x.to(DEVICE), bits, ranks, N=32, LAYOUT=encode.Constants.of(layout))
+    allocate_kernel[(2,)](x.to(DEVICE), bits, ranks, N=32, LAYOUT=WriteConstants.of(layout))
     expected = mixed.allocate(x, None, plain)
     assert torch.equal(bits.cpu(), expected)
     assert torch.equal(ranks.cpu(), mixed.rank(expected).int())
@@ -136,7 +134,7 @@ def test_a_page_is_given_the_bits_and_the_order_of_the_specification(
 @triton.jit
 def bound_kernel(ends, bounds, LAYOUT: tl.constexpr):
     where = tl.program_id(0)
-    tl.store(bounds + where, quantize_mixed.bound_at(tl.load(ends + where), LAYOUT))
+    tl.store(bounds + where, mixed_write.bound_at(tl.load(ends + where), LAYOUT))
 
 
 @pytest.mark.parametrize("role", ["key", "value"])
@@ -147,7 +145,7 @@ def test_a_page_is_held_to_the_bound_of_the_specification(role: Any, target: flo
     lengths = [1 << k for k in range(6, 31)]
     ends = torch.tensor([32, *(n + step for n in lengths for step in (-1, 0, 1))], device=DEVICE)
     bounds = torch.empty(len(ends), device=DEVICE)
-    bound_kernel[(len(ends),)](ends.int(), bounds, LAYOUT=encode.Constants.of(layout))
+    bound_kernel[(len(ends),)](ends.int(), bounds, LAYOUT=WriteConstants.of(layout))
     assert bounds.tolist() == [layout.bound_at(end) for end in ends.tolist()]
 
 
@@ -160,11 +158,9 @@ def test_importance_is_looked_up_by_slot() -> None:
     heavy = torch.tensor([3, 10, 34])
     importance = torch.full((1, 1, 42), 2.0**-9)
     importance[..., heavy] = 1.0
-    quantize_kv.append_(*parts, x[:, :, :41], None, 0, layout)
+    backend.append_(parts, UNCALIBRATED, x[:, :, :41], None, 0, layout)
     slot = torch.tensor([41], device=DEVICE)
-    quantize_kv.append_(
-        *parts, x[:, :, 41:], slot, None, layout, UNCALIBRATED, importance.to(DEVICE)
-    )
+    backend.append_(parts, UNCALIBRATED, x[:, :, 41:], slot, None, layout, importance.to(DEVICE))
     bits = mixed.unpack(parts[0].cpu(), parts[1].cpu(), layout)[1][0, 0, 0]
     assert bits[heavy - 3].tolist() == [4, 4, 4]
     assert bits.sum() <= 64
@@ -176,66 +172,17 @@ def test_tables_are_refused_by_name() -> None:
     layout = Layout("key", 32, Regions(3, 7, 32), scheme)
     x = torch.zeros(1, 2, 1, 32, device=DEVICE)
     with pytest.raises(NotImplementedError, match="tables must be None"):
-        quantize_kv.append_(
-            *Packed.empty(x, 2, layout), x, None, 0, layout, Calibrated(tables.words)
-        )
+        backend.append_(Packed.empty(x, 2, layout), Calibrated(tables.words), x, None, 0, layout)
 
 
 def test_layouts_of_different_bits_do_not_share_a_kernel() -> None:
     spec = Mixed(2, 0, 4, params="fp8")
     layout = CacheSpec(spec, spec).layout("key", 64)
     texts = {
-        repr(encode.Constants.of(changed(layout, **change)))
+        repr(WriteConstants.of(changed(layout, **change)))
         for change in (
             *({}, {"bits": 3}, {"max_bits": 6}, {"fit": False}, {"soften": False}),
             *({"target": 0.1, "query_norm": 300.0}, {"target": 0.1, "query_norm": 90.0}),
         )
     }
     assert len(texts) == 7
-
-
-# --- compiled ahead of time -----------------------------------------------------------------------
-
-CASES = {  # budget, most bits, other arguments of Mixed
-    "qaq": (2.75, 4, {"params": "fp8"}),
-    "qaq-outliers": (2.5, 6, {"params": "fp16", "outliers": 2}),
-    "qaq-hadamard": (2, 4, {"params": "fp8", "transform": "hadamard"}),
-    "qaq-target": (
-        2.75,
-        4,
-        {"params": "fp16", "soften": False, "adaptive": Adaptive(0.1, 300.0)},
-    ),
-    "qaq-requantize": (
-        2.75,
-        4,
-        {"params": "fp8", "adaptive": Adaptive(0.1, 9.0, requantize=True)},
-    ),
-}
-TARGETS = [(name, "sm_90") for name in CASES] + [("qaq", "gfx942"), ("qaq-requantize", "gfx942")]
-
-
-def compile_case(name: str, target: str) -> Any:
-    budget, most, options = CASES[name]
-    spec = Mixed(budget, 0, most, **options)
-    layout = CacheSpec(spec, spec).layout("key", 128, aot.SHARED)
-    if not layout.requantize:
-        return aot.compile_append(layout, target, importance=True)
-    x, position = torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
-    codes, params, _, cursor = Packed.empty(x, aot.CAPACITY, layout)
-    weights = torch.zeros(1, 2, 300)
-    with aot.launches(target) as compiled:
-        requantize_mixed.requantize_older_(
-            codes, params, cursor, position, None, 1, layout, weights
-        )
-    return compiled["requantize_kernel"]
-
-
-@pytest.mark.parametrize(("name", "target"), TARGETS)
-def test_writing_compiles_natively_and_stays_in_registers(
-    compiled: dict[str, aot.Usage], name: str, target: str
-) -> None:
-    assert compiled[f"{name} {target}"]["stack"] == 0
-
-
-if __name__ == "__main__":
-    aot.report(compile_case, TARGETS)

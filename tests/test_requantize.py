@@ -15,7 +15,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.triton import requantize as requantize_mixed
+from kvq_compile.kernels.triton import adaptive
 from kvq_compile.methods import make_spec
 from kvq_compile.testing import changed
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
@@ -174,9 +174,8 @@ def test_the_kernel_leaves_the_bytes_of_the_reference(
     requantize_older_(codes, params, cursor, start, new, layout, importance)
     by_position = data.draw(st.booleans())
     position = torch.arange(start, start + new, device=DEVICE) if by_position else None
-    requantize_mixed.requantize_older_(
-        *(actual[0], actual[1], actual[3], position, None if by_position else start, new, layout),
-        importance.to(DEVICE),
+    adaptive.requantize_older_(
+        actual, position, None if by_position else start, new, layout, importance.to(DEVICE)
     )
     for expected, found in zip(parts, actual, strict=True):
         assert torch.equal(expected, found.cpu())

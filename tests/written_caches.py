@@ -9,7 +9,8 @@ from torch import Tensor
 from kvq_compile.kernels.layout import Layout, exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.triton import append as quantize_kv
+from kvq_compile.kernels.tables import Tables
+from kvq_compile.kernels.triton import backend
 from native import DEVICE, NATIVE, frame_on_device
 
 # The interpreter truncates where fp32 becomes bf16, which reopening a page does.
@@ -41,6 +42,13 @@ def pieces(data: st.DataObject, layout: Layout, count: int) -> list[int]:
     return sorted({0, count, *data.draw(st.lists(st.sampled_from(edges), max_size=3))})
 
 
+def calibrated(layout: Layout, tables: Tables | None) -> Calibrated:
+    """Return what one sequence is coded relative to that begins at position 0."""
+    if tables is None:
+        return UNCALIBRATED
+    return Calibrated(tables.words, torch.zeros(1, dtype=torch.int32) if layout.rotary else None)
+
+
 class Caches:
     """One cache kept twice; what writing leaves alone is not zero."""
 
@@ -66,8 +74,8 @@ class Caches:
         position = torch.arange(start, start + x.shape[2], device=DEVICE) if by_position else None
         weights = None if importance is None else importance.to(DEVICE)
         known = None if by_position else start
-        quantize_kv.append_(
-            *self.actual, x.to(DEVICE), position, known, self.layout, self.moved, weights,
+        backend.append_(
+            self.actual, self.moved, x.to(DEVICE), position, known, self.layout, weights,
             None if query is None else query.to(DEVICE),
         )  # fmt: skip
 

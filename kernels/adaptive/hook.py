@@ -45,9 +45,9 @@ def before_append(
     if not layout.requantize:
         return
     if codes.is_cuda:
-        from kvq_compile.kernels.triton import requantize as on_gpu
+        from kvq_compile.kernels.triton import adaptive
 
-        on_gpu.requantize_older_(codes, params, cursor, position, start, tokens, layout, importance)
+        adaptive.requantize_older_(cache, position, start, tokens, layout, importance)
         return
     if start is None:
         assert position is not None

@@ -43,9 +43,8 @@ from torch import Tensor
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference.fp16 import FP16_MAX, round_up_fp16
 from kvq_compile.kernels.reference.frame import e4m3_value, round_e4m3
-from kvq_compile.kernels.schemes import HEADER, MAX_BITS, OUTLIER_FIELDS, UNIT_BITS
+from kvq_compile.kernels.schemes import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS, UNIT_BITS
 
-FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
 Level = Literal["head", "layer", "token"]
 SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] that share span and bits
     "head": (),

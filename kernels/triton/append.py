@@ -1,418 +1,288 @@
 """Quantize on write: put new tokens into a cache and pack the pages that fill up, in Triton.
 
-Mirrors `reference.append_`, in its order: a page that truncation cut open goes back to the ring,
-full pages are quantized from ring and new tokens, then the new tokens that stay exact overwrite
-ring rows, and the cursor moves last. One program owns a page of one KV head, so nothing is written
-twice.
+It goes in the order of the specification: a page that truncation cut open goes back to the ring, full pages are
+quantized from ring and new tokens, then the new tokens that stay exact overwrite ring rows, and the cursor moves
+last. One program owns a page of one KV head, so nothing is written twice.
 
-A page is read twice, in the shape in which its groups lie and then in the shape in which its units
-lie. That keeps tiles small for any head dimension and grouping, and the second reading hits a
-cache. Where tokens are coded as something other than what they are, that form of the page goes to
-fp32 scratch first, and both read it there. A codebook has no parameters; its first reading finds
-the entries, which lie in scratch behind the page. Pages whose tokens differ in bits go through scratch
-too; what is done with them there is in `quantize_mixed`.
+A page is read twice, in the shape in which its groups lie and then in the shape in which its packed words lie. That
+keeps tiles small for any head dimension and grouping, and the second reading hits a cache. Where tokens are coded as
+something other than what they are, that form of the page goes to fp32 scratch first, and both read it there.
 
-Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor
-by counting arrivals in the upper bits of the page count, which every program reads through a mask
-and the last one clears: no memory besides the cursor, no order between programs. More tokens take
-three launches.
+Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor by counting
+arrivals in the upper bits of the page count, which every program reads through a mask and the last one clears: no
+memory besides the cursor, no order between programs. More tokens take three launches.
 
-Where tokens go (`exact_rows`) follows from lengths on the device, and the host never waits for them. It checks
-what it knows: the room for pages, when `start` is an integer. What it cannot know is guarded: a
-write that would leave a gap or does not fit is left out as a whole, cursor included, so that
-attention at the next position finds tokens missing and gives NaN.
-
-Inside the kernel three tuples travel together. A ``source`` is ``x, exact, stride, first, start``:
-new tokens from slot ``start`` on, rows of the ring before, and the first slot of the page. A
-``page`` is ``codes, params, scratch``, and a ``frame`` ``tables, codebook, shift``, each of one KV
-head.
+Where tokens go follows from lengths on the device (`residual.plan_write`), and the host never waits for them. It
+checks what it knows: the room for pages, when ``start`` is an integer. What it cannot know is guarded: a write that
+would leave a gap or does not fit is left out as a whole, cursor included, so that attention at the next position
+finds tokens missing and gives NaN. Of ``position`` only the first element is read.
 """
 
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
-from kvq_compile.kernels.triton.encode import (
-    DIGITS,
-    Constants,
-    below,
-    bounded,
-    coded_value,
-    cosine_and_sine,
-    encode,
-    from_units,
-    group_params,
-    load_share,
-    load_table,
-    nearest_centroid,
-    params_index,
-    section_start,
-    to_units,
+from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.triton import codebook, mixed_write, uniform
+from kvq_compile.kernels.triton.arguments import (
+    HeadWeights,
+    at_head,
+    at_page,
+    bundle_cache,
+    bundle_calibration,
+    bundle_importance,
+    bundle_tensor,
+    calibrated_head,
 )
-from kvq_compile.kernels.triton.exact_rows import (
+from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
+from kvq_compile.kernels.triton.constants import WriteConstants
+from kvq_compile.kernels.triton.dequantize import store_tokens
+from kvq_compile.kernels.triton.packing import DIGITS
+from kvq_compile.kernels.triton.residual import (
     ARRIVAL,
     MAX_PAGES,
-    cursor_kernel,
-    plan,
-    rows_kernel,
+    plan_write,
     write_queries,
     write_rows,
 )
-from kvq_compile.kernels.triton.primitives import hadamard
-from kvq_compile.kernels.triton.quantize_mixed import mixed_value, quantize_mixed_page
 
 MAX_ARRIVALS = (1 << 11) - 1  # in the upper bits of cursor[1]
 TILE = 4096  # elements a program holds at once: 32 fp32 registers of each of 128 threads
 
 
-@triton.jit
-def _read_tokens(source, token, channel, exists, LAYOUT: tl.constexpr):
-    """Return channels of the page's tokens ``first + token`` from ring or new tokens, fp32."""
-    x, exact, stride, first, start = source
-    slot = first + token
-    waiting = slot < start
-    row = LAYOUT.sinks + (slot - LAYOUT.sinks) % LAYOUT.ring
-    where = row * LAYOUT.head_dim + channel
-    held = tl.load(exact + where, mask=exists & waiting, other=0.0)
-    new = (slot - start).to(tl.int64) * stride
-    fresh = tl.load(x + new + channel, mask=exists & (slot >= start), other=0.0)
-    return tl.where(waiting, held.to(tl.float32), fresh.to(tl.float32))
+class Shape(NamedTuple):
+    """KV heads, new tokens, pages of room, and how many of the last new tokens have a known query."""
+
+    heads: Any
+    tokens: Any
+    capacity: Any
+    known: Any
+
+
+# --- pages ----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _turns(slot, half, exists, frame, LAYOUT: tl.constexpr):
-    """Return cosine and sine of rotation pairs ``half`` of tokens in ``slot``."""
-    tables, _codebook, shift = frame
-    return cosine_and_sine((slot + shift) * load_table(tables, half, exists, "frequency", LAYOUT))
-
-
-@triton.jit
-def _reopen(source, page, frame, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
+def _reopen(source, page, calibration, CONSTANTS: tl.constexpr, ROWS: tl.constexpr):
     """Put the tokens before ``start`` of a page back into the ring, as they were read."""
-    HEAD_DIM: tl.constexpr = LAYOUT.head_dim
-    _x, exact, _stride, first, start = source
-    codes, params, _scratch = page
-    tables, codebook, _shift = frame
-    # of rotary keys, one of the two channels of a pair
-    CHANNELS: tl.constexpr = HEAD_DIM // 2 if LAYOUT.rotary else HEAD_DIM
-    channel = tl.arange(0, triton.next_power_of_2(CHANNELS))[None, :]
-    for block in range(0, tl.minimum(start - first, LAYOUT.page_size), BLOCK):
-        token = block + tl.arange(0, BLOCK)[:, None]
-        inside = channel < CHANNELS
-        exists = (token < LAYOUT.page_size) & (first + token < start) & inside
-        if LAYOUT.coder == "mixed":
-            y = mixed_value(codes, params, token, channel, exists, LAYOUT)
-        else:
-            y = coded_value(codes, params, codebook, token, channel, exists, LAYOUT)
-        if LAYOUT.transform == "hadamard":
-            y = hadamard(y, HEAD_DIM)
-        order = channel
-        if LAYOUT.has_tables:
-            y = from_units(y, tables, channel, inside, LAYOUT)
-            order = load_table(tables, channel, inside, "order", LAYOUT)
-        row = exact + (LAYOUT.sinks + (first + token - LAYOUT.sinks) % LAYOUT.ring) * HEAD_DIM
-        if LAYOUT.rotary:
-            other = channel + CHANNELS
-            z = coded_value(codes, params, codebook, token, other, exists, LAYOUT)
-            z = from_units(z, tables, other, inside, LAYOUT)
-            cosine, sine = _turns(first + token, channel, inside, frame, LAYOUT)
-            y, z = y * cosine - z * sine, z * cosine + y * sine
-            other = load_table(tables, other, inside, "order", LAYOUT)
-            tl.store(row + other, z.to(exact.dtype.element_ty), mask=exists)
-        tl.store(row + order, y.to(exact.dtype.element_ty), mask=exists)
+    HEAD_DIM: tl.constexpr = CONSTANTS.head_dim
+    for block in range(0, tl.minimum(source.start - source.first, CONSTANTS.page_size), ROWS):
+        token = block + tl.arange(0, ROWS)[:, None]
+        slot = source.first + token
+        row = source.exact + ring_row(slot, CONSTANTS) * HEAD_DIM
+        real = (token < CONSTANTS.page_size) & (slot < source.start)
+        store_tokens(row, page, calibration, slot, token, real, CONSTANTS)
     tl.debug_barrier()
 
 
 @triton.jit
-def _write_coded_form(source, scratch, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
-    """Write the page's tokens to scratch ``[page_size, head_dim]`` in the form in which they are coded."""
-    HEAD_DIM: tl.constexpr = LAYOUT.head_dim
-    _x, _exact, _stride, first, _start = source
-    tables, _codebook, _shift = frame
-    # of rotary keys, one of the two channels of a pair
-    CHANNELS: tl.constexpr = HEAD_DIM // 2 if LAYOUT.rotary else HEAD_DIM
-    channel = tl.arange(0, triton.next_power_of_2(CHANNELS))[None, :]
-    ROWS: tl.constexpr = min(LAYOUT.page_size, max(1, TILE // triton.next_power_of_2(HEAD_DIM)))
-    for block in range(0, LAYOUT.page_size, ROWS):
-        token = block + tl.arange(0, ROWS)[:, None]
-        inside = channel < CHANNELS
-        exists = (token < LAYOUT.page_size) & inside
-        order = channel
-        if LAYOUT.has_tables:
-            order = load_table(tables, channel, inside, "order", LAYOUT)
-        y = _read_tokens(source, token, order, exists, LAYOUT)
-        where = scratch + token * HEAD_DIM + channel
-        if LAYOUT.rotary:
-            other = load_table(tables, channel + CHANNELS, inside, "order", LAYOUT)
-            z = _read_tokens(source, token, other, exists, LAYOUT)
-            cosine, sine = _turns(first + token, channel, inside, frame, LAYOUT)
-            y, z = y * cosine + z * sine, z * cosine - y * sine
-            z = to_units(z, tables, channel + CHANNELS, inside, LAYOUT)
-            tl.store(where + CHANNELS, z, mask=exists)
-        if LAYOUT.has_tables:
-            y = to_units(y, tables, channel, inside, LAYOUT)
-        if LAYOUT.transform == "hadamard":
-            y = hadamard(y, HEAD_DIM)
-        tl.store(where, y, mask=exists)
-
-
-@triton.jit
-def _load_coded(source, scratch, token, channel, exists, LAYOUT: tl.constexpr):
-    """Return channels of the page's tokens in the form in which they are coded, fp32."""
-    if LAYOUT.in_coded_form:
-        return tl.load(scratch + token * LAYOUT.head_dim + channel, mask=exists, other=0.0)
-    else:
-        return _read_tokens(source, token, channel, exists, LAYOUT)
-
-
-@triton.jit
-def _write_params(source, page, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
-    """Write the parameters of a page, in tiles in which a group lies along one axis."""
-    HEAD_DIM: tl.constexpr = LAYOUT.head_dim
-    GROUP: tl.constexpr = LAYOUT.group_size
-    PAGE: tl.constexpr = LAYOUT.page_size
-    _codes, params, scratch = page
-    tables, _codebook, _shift = frame
-    if LAYOUT.grouping == "channel":
-        CHANNELS: tl.constexpr = min(triton.next_power_of_2(HEAD_DIM), max(1, TILE // GROUP))
-        blocks: tl.constexpr = triton.cdiv(HEAD_DIM, CHANNELS)
-        for block in range(0, PAGE // GROUP * blocks):
-            token = block // blocks * GROUP + tl.arange(0, GROUP)[:, None]
-            member = block % blocks * CHANNELS + tl.arange(0, CHANNELS)
-            channel = member[None, :]
-            exists = (token < PAGE) & (channel < HEAD_DIM)
-            y = _load_coded(source, scratch, token, channel, exists, LAYOUT)
-            share = load_share(tables, member, member < HEAD_DIM, LAYOUT)
-            word = group_params(y, exists, share, 0, LAYOUT)
-            where = block // blocks * HEAD_DIM + member
-            tl.store(params + where, word, mask=member < HEAD_DIM)
-    else:
-        GROUPS: tl.constexpr = triton.next_power_of_2(HEAD_DIM // GROUP)
-        GROUP_PAD: tl.constexpr = triton.next_power_of_2(GROUP)
-        TOKENS: tl.constexpr = min(PAGE, max(1, TILE // (GROUPS * GROUP_PAD)))
-        group = tl.arange(0, GROUPS)[None, :]
-        inside = tl.arange(0, GROUP_PAD)[None, None, :]
-        real = group < HEAD_DIM // GROUP
-        share = load_share(tables, group * GROUP, real, LAYOUT)
-        for block in range(0, PAGE, TOKENS):
-            token = block + tl.arange(0, TOKENS)[:, None]
-            channel = group[:, :, None] * GROUP + inside
-            exists = (token[:, :, None] < PAGE) & (inside < GROUP) & (channel < HEAD_DIM)
-            y = _load_coded(source, scratch, token[:, :, None], channel, exists, LAYOUT)
-            word = group_params(y, exists, share, 2, LAYOUT)
-            tl.store(params + group * PAGE + token, word, mask=(token < PAGE) & real)
-
-
-@triton.jit
-def _write_entries(scratch, codebook, LAYOUT: tl.constexpr, TILE: tl.constexpr):
-    """Find the entries of a page and write them to scratch ``[code_channels, page_size]`` behind it."""
-    PAGE: tl.constexpr = LAYOUT.page_size
-    ENTRIES: tl.constexpr = LAYOUT.levels + 1
-    COUPLE: tl.constexpr = LAYOUT.couple
-    BLOCK: tl.constexpr = min(ENTRIES, max(1, TILE // PAGE))
-    token = tl.arange(0, PAGE)
-    for part in range(LAYOUT.code_channels):
-        y = ()
-        for channel in tl.static_range(COUPLE):
-            where = scratch + token * LAYOUT.head_dim + part * COUPLE + channel
-            y += (bounded(tl.load(where)),)  # type: ignore[assignment]  # a tuple that grows
-        entries = codebook + part * (ENTRIES * COUPLE)
-        found = nearest_centroid(y, entries, LAYOUT, BLOCK)
-        where = scratch + PAGE * LAYOUT.head_dim + part * PAGE + token
-        tl.store(where, found.to(tl.float32))
-
-
-@triton.jit
-def _page_codes(source, page, token, part, exists, LAYOUT: tl.constexpr):
+def _page_codes(source, page, scratch, token, part, exists, CONSTANTS: tl.constexpr):
     """Return the codes (int32) of a page, ``part`` counting those of a token."""
-    _codes, params, scratch = page
-    if LAYOUT.coder == "codebook":
-        where = LAYOUT.page_size * LAYOUT.head_dim + part * LAYOUT.page_size + token
-        return tl.load(scratch + where, mask=exists, other=0.0).to(tl.int32)
+    if CONSTANTS.scheme == "codebook":
+        return codebook.page_codes(scratch, token, part, exists, CONSTANTS)
     else:
-        y = _load_coded(source, scratch, token, part, exists, LAYOUT)
-        word = tl.load(params + params_index(token, part, LAYOUT), mask=exists, other=0)
-        return encode(y, word, LAYOUT)
+        return uniform.page_codes(source, page.params, scratch, token, part, exists, CONSTANTS)
 
 
 @triton.jit
-def _pack_plane(source, page, LAYOUT: tl.constexpr, TILE: tl.constexpr, PLANE: tl.constexpr):
-    """Write one bit plane of a page, in tiles in which the fields of a unit lie along one axis."""
-    WIDTH: tl.constexpr = LAYOUT.planes[PLANE]
-    SHIFT: tl.constexpr = below(LAYOUT.planes, PLANE)
-    FIRST: tl.constexpr = below(LAYOUT.plane_units, PLANE)
-    UNITS: tl.constexpr = LAYOUT.plane_units[PLANE]
-    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
+def _row_codes(source, page, scratch, row, index, exists, CONSTANTS: tl.constexpr):
+    """Return the codes (int32) of a page's packed rows: tokens of keys, channels of values."""
+    if CONSTANTS.role == "key":
+        code = _page_codes(source, page, scratch, row, index, exists, CONSTANTS)
+    else:
+        code = _page_codes(source, page, scratch, index, row, exists, CONSTANTS)
+    return code
+
+
+@triton.jit
+def _pack_plane(
+    source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Write the plane of ``WIDTH`` bits of a page, in tiles in which the fields of a word lie along one axis."""
+    SHIFT: tl.constexpr = CONSTANTS.bits & -(2 * WIDTH)  # bits of the planes before it
+    LENGTH: tl.constexpr = CONSTANTS.row_length
+    FIRST: tl.constexpr = LENGTH * SHIFT // 16
+    WORDS: tl.constexpr = LENGTH * WIDTH // 16
+    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
+    ROWS: tl.constexpr = CONSTANTS.page_words // CONSTANTS.row_words
     BLOCK: tl.constexpr = min(
-        triton.next_power_of_2(LAYOUT.rows),
-        max(1, TILE // triton.next_power_of_2(LAYOUT.row_length)),
+        triton.next_power_of_2(ROWS), max(1, TILE // triton.next_power_of_2(LENGTH))
     )
     field = tl.arange(0, 16 // WIDTH)[None, :, None]
-    unit = tl.arange(0, UNITS_PAD)[None, None, :]
-    for block in range(0, LAYOUT.rows, BLOCK):
+    word = tl.arange(0, WORDS_PAD)[None, None, :]
+    for block in range(0, ROWS, BLOCK):
         row = block + tl.arange(0, BLOCK)[:, None, None]
-        exists = (row < LAYOUT.rows) & (unit < UNITS) & (field >= 0)
-        index = field * UNITS + unit
-        if LAYOUT.role == "key":
-            code = _page_codes(source, page, row, index, exists, LAYOUT)
-        else:
-            code = _page_codes(source, page, index, row, exists, LAYOUT)
-        words = tl.sum(((code >> SHIFT) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
+        exists = (row < ROWS) & (word < WORDS) & (field >= 0)
+        code = _row_codes(source, page, scratch, row, field * WORDS + word, exists, CONSTANTS)
+        packed = tl.sum(((code >> SHIFT) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
         row = block + tl.arange(0, BLOCK)[:, None]
-        unit_2d = tl.arange(0, UNITS_PAD)[None, :]
-        where = page[0] + row * LAYOUT.units + FIRST + unit_2d
-        tl.store(where, words.to(tl.uint16), mask=(row < LAYOUT.rows) & (unit_2d < UNITS))
+        word_2d = tl.arange(0, WORDS_PAD)[None, :]
+        where = page.codes + row * CONSTANTS.row_words + FIRST + word_2d
+        tl.store(where, packed.to(tl.uint16), mask=(row < ROWS) & (word_2d < WORDS))
 
 
 @triton.jit
-def _pack_trits(source, page, LAYOUT: tl.constexpr, TILE: tl.constexpr):
-    """Write the trits of a page, whose rows of bytes end in zeros where a unit is not full."""
-    BYTES: tl.constexpr = LAYOUT.row_bytes
-    BYTES_PAD: tl.constexpr = triton.next_power_of_2(2 * LAYOUT.units)
-    BLOCK: tl.constexpr = min(triton.next_power_of_2(LAYOUT.rows), max(1, TILE // BYTES_PAD))
-    byte = tl.arange(0, BYTES_PAD)[None, :]
-    for block in range(0, LAYOUT.rows, BLOCK):
+def _pack_trits(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the trits of a page, whose rows of bytes end in zeros where a word is not full."""
+    BYTES: tl.constexpr = CONSTANTS.row_bytes
+    WORDS: tl.constexpr = CONSTANTS.row_words
+    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
+    ROWS: tl.constexpr = CONSTANTS.page_words // WORDS
+    BLOCK: tl.constexpr = min(triton.next_power_of_2(ROWS), max(1, TILE // (2 * WORDS_PAD)))
+    byte = tl.arange(0, 2 * WORDS_PAD)[None, :]
+    word = tl.arange(0, WORDS_PAD)[None, :]
+    for block in range(0, ROWS, BLOCK):
         row = block + tl.arange(0, BLOCK)[:, None]
-        packed, weight = tl.zeros((BLOCK, BYTES_PAD), tl.int32), 1
+        packed, weight = tl.zeros((BLOCK, 2 * WORDS_PAD), tl.int32), 1
         for digit in range(DIGITS):
             index = digit * BYTES + byte
-            exists = (row < LAYOUT.rows) & (byte < BYTES) & (index < LAYOUT.row_length)
-            if LAYOUT.role == "key":
-                code = _page_codes(source, page, row, index, exists, LAYOUT)
-            else:
-                code = _page_codes(source, page, index, row, exists, LAYOUT)
+            exists = (row < ROWS) & (byte < BYTES) & (index < CONSTANTS.row_length)
+            code = _row_codes(source, page, scratch, row, index, exists, CONSTANTS)
             packed += code * weight  # of what does not exist the code is 0
             weight *= 3
-        where = page[0] + row * (2 * LAYOUT.units) + byte
-        exists = (row < LAYOUT.rows) & (byte < 2 * LAYOUT.units)
-        tl.store(where, packed.to(tl.uint8), mask=exists)
+        low, high = tl.split(tl.reshape(packed, (BLOCK, WORDS_PAD, 2)))
+        where = page.codes + row * WORDS + word
+        exists = (row < ROWS) & (word < WORDS)
+        tl.store(where, (low | (high << 8)).to(tl.uint16), mask=exists)
 
 
 @triton.jit
-def _quantize_page(source, page, frame, weights, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+def _pack(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the codes of a page, plane by plane."""
+    if CONSTANTS.packing == "trits":
+        _pack_trits(source, page, scratch, CONSTANTS, TILE)
+    else:
+        if CONSTANTS.bits & 8:
+            _pack_plane(source, page, scratch, CONSTANTS, TILE, 8)
+        if CONSTANTS.bits & 4:
+            _pack_plane(source, page, scratch, CONSTANTS, TILE, 4)
+        if CONSTANTS.bits & 2:
+            _pack_plane(source, page, scratch, CONSTANTS, TILE, 2)
+        if CONSTANTS.bits & 1:
+            _pack_plane(source, page, scratch, CONSTANTS, TILE, 1)
+
+
+@triton.jit
+def _quantize_page(
+    source, page, scratch, calibration, weights, CONSTANTS: tl.constexpr, TILE: tl.constexpr
+):
     """Quantize and pack a page."""
-    if LAYOUT.in_coded_form:
-        _write_coded_form(source, page[2], frame, LAYOUT, TILE)
+    if CONSTANTS.in_coded_form:
+        write_coded_form(source, scratch, calibration, CONSTANTS, TILE)
         tl.debug_barrier()
-    if LAYOUT.coder == "mixed":
-        quantize_mixed_page(*page, *weights, source[3], LAYOUT, TILE)
+    if CONSTANTS.scheme == "mixed":
+        mixed_write.quantize_page(page, scratch, weights, source.first, CONSTANTS, TILE)
     else:
-        _quantize_uniformly(source, page, frame, LAYOUT, TILE)
+        if CONSTANTS.scheme == "codebook":
+            codebook.find_entries(scratch, calibration.book, CONSTANTS, TILE)
+        else:
+            uniform.write_params(source, page.params, scratch, calibration.tables, CONSTANTS, TILE)
+        tl.debug_barrier()
+        _pack(source, page, scratch, CONSTANTS, TILE)
 
 
-@triton.jit
-def _quantize_uniformly(source, page, frame, LAYOUT: tl.constexpr, TILE: tl.constexpr):
-    """Quantize and pack a page whose codes all have the same width."""
-    _tables, codebook, _shift = frame
-    if LAYOUT.coder == "codebook":
-        _write_entries(page[2], codebook, LAYOUT, TILE)
-    else:
-        _write_params(source, page, frame, LAYOUT, TILE)
-    tl.debug_barrier()
-    if LAYOUT.packing == "trits":
-        _pack_trits(source, page, LAYOUT, TILE)
-    else:
-        for plane in tl.static_range(len(LAYOUT.planes)):
-            _pack_plane(source, page, LAYOUT, TILE, plane)
+# --- kernels --------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["start"])
 def append_kernel(
-    codes, parameters, exact, cursor, x, query, scratch, importance, tables, books, shift, position,
-    start, tokens, capacity, known, heads, slots, weights_b, weights_h, table_words, stride_b,
-    stride_h, stride_t, q_b, q_h, q_t, HAS_POSITION: tl.constexpr, LAYOUT: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    cache, calibration, x, query, scratch, importance, position, start, shape,
+    CONSTANTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor
-    too. (Triton's launcher cannot take an argument that is named ``params``.)
+    """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor too.
 
-    Grid: (B * Hkv, pages that ``tokens`` can fill).
+    Grid: (B * Hkv, pages that the new tokens can fill).
     """
-    SINKS: tl.constexpr = LAYOUT.sinks
-    PAGE: tl.constexpr = LAYOUT.page_size
     head, number = tl.program_id(0), tl.program_id(1)
-    batch, kv_head = head // heads, head % heads
-    start, old, cut, new, ok = plan(
-        cursor, position, start, tokens, capacity, HAS_POSITION, SINKS, LAYOUT.window, PAGE
-    )
-    x += batch.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h
-    exact += head.to(tl.int64) * (LAYOUT.exact_rows * LAYOUT.head_dim)
-    slot = head.to(tl.int64) * capacity + old + number
-    codes += slot * LAYOUT.page_words
-    parameters += slot * LAYOUT.page_params
-    scratch += (head.to(tl.int64) * tl.num_programs(1) + number) * LAYOUT.scratch_numbers
-    if LAYOUT.has_tables:
-        tables += kv_head.to(tl.int64) * table_words
-        books += (kv_head.to(tl.int64) * table_words + section_start("codebook", LAYOUT)) * 2
-    moved = tl.load(shift + batch) if LAYOUT.rotary else 0
-    if importance is not None:
-        importance += batch.to(tl.int64) * weights_b + kv_head.to(tl.int64) * weights_h
-    source = (x, exact, stride_t, SINKS + (old + number) * PAGE, start)
-    page, frame = (codes, parameters, scratch), (tables, books, moved)
-    if ok & cut & (number == 0):
-        _reopen(source, page, frame, LAYOUT, ROWS)
-    if ok & (old + number < new):
-        _quantize_page(source, page, frame, (importance, slots), LAYOUT, TILE)
+    batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
+    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    new = at_head(x, batch, kv_head)
+    exact = cache.exact + head.to(tl.int64) * (CONSTANTS.exact_rows * CONSTANTS.head_dim)
+    index = write.kept + number
+    page = at_page(cache, head.to(tl.int64) * shape.capacity + index, CONSTANTS)
+    scratch += (head.to(tl.int64) * tl.num_programs(1) + number) * CONSTANTS.scratch_size
+    tables = calibrated_head(calibration, batch, kv_head, CONSTANTS)
+    first = CONSTANTS.sinks + index * CONSTANTS.page_size
+    source = Source(new, x.token, exact, first, write.start)
+    if write.ok & write.cut & (number == 0):
+        _reopen(source, page, tables, CONSTANTS, ROWS)
+    if write.ok & (index < write.pages):
+        offset = batch * importance.batch + kv_head * importance.head
+        weights = HeadWeights(importance.pointer, offset, importance.slots)
+        _quantize_page(source, page, scratch, tables, weights, CONSTANTS, TILE)
         tl.debug_barrier()
     if WHOLE:
-        if ok:
-            for row in range(0, tokens, ROWS):
-                write_rows(
-                    exact, x, stride_t, row, start, tokens, SINKS + new * PAGE, LAYOUT.head_dim,
-                    SINKS, LAYOUT.ring, ROWS,
-                )  # fmt: skip
+        if write.ok:
+            for row in range(0, shape.tokens, ROWS):
+                write_rows(exact, new, x.token, row, write, shape.tokens, CONSTANTS, ROWS)
             write_queries(
-                query, exact, cursor, start, tokens, known, head.to(tl.int64), heads, q_b, q_h, q_t,
-                LAYOUT,
+                query, exact, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
+                CONSTANTS,
             )  # fmt: skip
         tl.debug_barrier()
-        word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
+        word = tl.atomic_add(cache.cursor + 1, ARRIVAL, sem="acq_rel")
         if word // ARRIVAL == tl.num_programs(0) - 1:
-            tl.store(cursor + 1, tl.where(ok, new, word % ARRIVAL))
-            if ok:
-                tl.store(cursor, start + tokens)
+            tl.store(cache.cursor + 1, tl.where(write.ok, write.pages, word % ARRIVAL))
+            if write.ok:
+                tl.store(cache.cursor, write.start + shape.tokens)
 
 
-def _frame_arguments(frame: Calibrated, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if frame.tables is None:
-        return unused, unused, unused
-    tables = frame.tables.contiguous()
-    shift = unused if frame.shift is None else frame.shift.contiguous()
-    return tables, tables.view(torch.float16), shift
+@triton.jit(do_not_specialize=["start"])
+def rows_kernel(
+    cache, x, query, position, start, shape, CONSTANTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Write the new tokens that stay exact, and queries, after `append_kernel` has read the rows they replace.
+
+    Grid: (B * Hkv, blocks of ``ROWS`` among the tokens that can stay).
+    """
+    head, block = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
+    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    if write.ok:
+        new = at_head(x, batch, kv_head)
+        exact = cache.exact + head.to(tl.int64) * (CONSTANTS.exact_rows * CONSTANTS.head_dim)
+        write_rows(exact, new, x.token, block * ROWS, write, shape.tokens, CONSTANTS, ROWS)
+        if block == 0:
+            write_queries(
+                query, exact, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
+                CONSTANTS,
+            )  # fmt: skip
 
 
-def _params_word(layout: Layout) -> torch.dtype:
-    if layout.coder == "mixed":
-        return torch.uint8
-    return torch.uint16 if layout.params == "fp8" else torch.int32
+@triton.jit(do_not_specialize=["start"])
+def cursor_kernel(cache, position, start, shape, CONSTANTS: tl.constexpr):
+    """Move the cursor behind the new tokens.
+
+    Grid: (1,).
+    """
+    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    tl.debug_barrier()
+    if write.ok:
+        tl.store(cache.cursor, write.start + shape.tokens)
+        tl.store(cache.cursor + 1, write.pages)
+
+
+# --- on the host ----------------------------------------------------------------------------------
 
 
 def append_(
-    codes: Tensor,
-    params: Tensor,
-    exact: Tensor,
-    cursor: Tensor,
-    x: Tensor,
-    position: Tensor | None,
-    start: int | None,
-    layout: Layout,
-    frame: Calibrated = UNCALIBRATED,
-    importance: Tensor | None = None,
+    cache: Packed, calibrated: Calibrated, x: Tensor, position: Tensor | None,
+    start: int | None, layout: Layout, importance: Tensor | None = None,
     query: Tensor | None = None,
-) -> None:
-    """Write new tokens at ``start`` or ``position[0]`` and quantize the pages that they complete,
-    in place.
+) -> None:  # fmt: skip
+    """Write new tokens at ``start`` or ``position[0]`` and quantize the pages that they complete, in place.
 
     Args:
-        codes, params, exact, cursor: The cache, as `Layout` describes it, contiguous.
+        cache: Codes, parameters, exact rows and cursor, as the layout describes them, contiguous.
+        calibrated: What packed tokens are coded relative to.
         x: New tokens, ``[B, H, T, D]``.
         position: Their slots on the device, one behind the other; or ``None``.
         start: The first slot; or ``None``.
         layout: The cache's layout.
-        frame: What packed tokens are coded relative to, where the layout has tables.
         importance: Weight of each token's error by slot, ``[B, H, >= slots held then]``, which mixed layouts
             distribute bits by; ``None``: all weigh the same.
         query: Queries of the last of the new tokens, ``[B, Hq, T, D]``, for layouts that hold them.
@@ -422,53 +292,36 @@ def append_(
         ValueError: ``start`` is given and the new tokens do not fit.
     """
     B, H, tokens, head_dim = x.shape
-    if layout.coder == "mixed" and layout.has_tables:
+    constants = WriteConstants.of(layout)
+    mixed = constants.scheme == "mixed"
+    if mixed and constants.has_tables:
         raise NotImplementedError(
             "tables must be None where tokens differ in bits (mixed): no GPU kernel writes both"
         )
-    capacity = codes.shape[2]
+    capacity = cache[0].shape[2]
     if start is not None and layout.pages_at(start + tokens) > capacity:
         pages = layout.pages_at(start + tokens)
         raise ValueError(f"the cache must have room for {pages} pages, got {capacity}")
     if tokens == 0:
         return
-    if x.stride(3) != 1:
-        x = x.contiguous()
+    bundle, new, slot = bundle_cache(cache), bundle_tensor(x), (position, start or 0)
     pages = triton.cdiv(tokens, layout.page_size)
     whole = pages == 1 and B * H <= MAX_ARRIVALS and capacity < MAX_PAGES
     known = 0 if query is None else min(query.shape[2], tokens)
-    query = x if query is None else query[:, :, query.shape[2] - known :]  # of none, none is read
-    if query.stride(3) != 1:
-        query = query.contiguous()
-    where = (position, start or 0, tokens, capacity)
+    # Of no queries, none is read.
+    queries = new if query is None else bundle_tensor(query[:, :, query.shape[2] - known :])
+    shape = Shape(H, tokens, capacity, known)
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
-    constants = Constants.of(layout)
-    numbers = constants.scratch_numbers
-    scratch = x.new_empty(B * H * pages, numbers, dtype=torch.float32) if numbers else x
-    if layout.coder != "mixed" or not layout.attentive:
-        importance = None
-    slots, weights_b, weights_h = 0, 0, 0
-    if importance is not None:
-        importance = importance.float()
-        if importance.stride(2) != 1:
-            importance = importance.contiguous()
-        slots, (weights_b, weights_h) = importance.shape[2], importance.stride()[:2]
+    size = constants.scratch_size
+    scratch = x.new_empty(B * H * pages, size, dtype=torch.float32) if size else x
     append_kernel[(B * H, pages)](
-        codes.view(torch.uint8 if layout.packing == "trits" else torch.uint16),
-        params.view(_params_word(layout)), exact, cursor, x, query, scratch, importance,
-        *_frame_arguments(frame, cursor), *where, known, H, slots, weights_b, weights_h,
-        0 if frame.tables is None else frame.tables.shape[1], *x.stride()[:3], *query.stride()[:3],
-        HAS_POSITION=position is not None, LAYOUT=constants, ROWS=rows, TILE=TILE,
-        WHOLE=whole, enable_fp_fusion=False,
+        bundle, bundle_calibration(calibrated), new, queries, scratch,
+        bundle_importance(importance if mixed and layout.attentive else None), *slot, shape,
+        CONSTANTS=constants, ROWS=rows, TILE=TILE, WHOLE=whole, enable_fp_fusion=False,
     )  # fmt: skip
     if not whole:
-        has_position = position is not None
         blocks = triton.cdiv(min(tokens, layout.token_rows), rows)
         rows_kernel[(B * H, blocks)](
-            exact, cursor, x, query, *where, known, H, *x.stride()[:3], *query.stride()[:3],
-            HAS_POSITION=has_position, LAYOUT=constants, ROWS=rows,
-        )  # fmt: skip
-        cursor_kernel[(1,)](
-            cursor, *where, HAS_POSITION=has_position, SINKS=layout.sinks, WINDOW=layout.window,
-            PAGE=layout.page_size,
-        )  # fmt: skip
+            bundle, new, queries, *slot, shape, CONSTANTS=constants, ROWS=rows
+        )
+        cursor_kernel[(1,)](bundle, *slot, shape, CONSTANTS=constants)

@@ -1,61 +1,126 @@
 """Which tokens recent queries paid attention to, in Triton, where keys lie in pages whose tokens differ in bits.
 
-Mirrors `importance.recent_importance`. How much weight a query gives to a key is known when its scores with all keys
-are, so keys are read twice, in shares, by one kernel that is launched twice: first it leaves of each share and query
-the log-sum-exp of the scores; then it joins those, computes the scores again and writes of each slot the largest
-weight. Scores of all keys are never held.
+How much weight a query gives to a key is known when its scores with all keys are, so keys are read twice, in splits, by
+one kernel that is launched twice: first it leaves of each split and query the log-sum-exp of the scores; then it joins
+those, computes the scores again and writes of each slot the largest weight. Scores of all keys are never held.
 
-Keys lie on the long side of the matrix instruction and queries on its short side: column ``back * SHARED_BY + head``
-is the query of a head that reads the KV head, ``back`` tokens before the call's last. Where they are many, they are
-taken in tiles, one behind the other.
+Keys lie on the long side of the matrix instruction and queries on its short side: column ``back * shared_by + head`` is
+the query of a head that reads the KV head, ``back`` tokens before the call's last. Where they are many, they are taken
+in tiles, one behind the other.
 
-Whether the call completes a page is read on the device, and programs leave at once if it does not. So both launches
-can stand in a captured graph and run at every step; where the host knows the slots it leaves them out.
+Whether the call completes a page is read on the device, and programs leave at once if it does not. So both launches can
+stand in a captured graph and run at every step; where the host knows the slots it leaves them out.
 """
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
-from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.triton import attend as attention
-from kvq_compile.kernels.triton.attend_exact import exact_place, load_keys
-from kvq_compile.kernels.triton.attend_mixed import load_page, load_planes, page_scores
-from kvq_compile.kernels.triton.dequantize import Coding
-from kvq_compile.kernels.triton.encode import Constants
-from kvq_compile.kernels.triton.exact_rows import plan
-from kvq_compile.kernels.triton.primitives import HIDDEN, hadamard, load_mask, softmax_update
+from torch import Tensor
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-MAX_COLUMNS = 64  # queries at once; of fp32 numbers or large tiles a quarter fits beside the keys
+from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.triton import launch
+from kvq_compile.kernels.triton.arguments import (
+    MaskKind,
+    Strided,
+    at_head,
+    at_page,
+    bundle_cache,
+    bundle_mask,
+    bundle_tensor,
+)
+from kvq_compile.kernels.triton.constants import ReadConstants
+from kvq_compile.kernels.triton.mixed import in_tile_order, load_page, load_planes, page_scores
+from kvq_compile.kernels.triton.primitives import HIDDEN, MaskRows, load_mask, softmax_update
+from kvq_compile.kernels.triton.residual import View, exact_place, load_keys, plan_write
+from kvq_compile.kernels.triton.transforms import hadamard
+
+LOG2_E = 1.4426950408889634
+MAX_QUERIES = 64  # at once; of fp32 numbers or large tiles a quarter fits beside the keys
 MAX_SPLITS = 64
-PROGRAMS_PER_PROCESSOR = 2
-BLOCK_EXACT = 64  # exact tokens at once
+PROGRAMS_PER_SM = 2
+
+
+@dataclass(frozen=True, eq=False)
+class WeighConstants(launch.Operands):
+    """What `weigh_kernel` is compiled for besides the layout.
+
+    Attributes:
+        shared_by: Query heads to a KV head.
+        queries: How many of the last queries count.
+        causal: Whether the call's queries see no slot behind their own.
+        tiles, block_q, block_n: Tiles of queries, queries of a tile, exact tokens at once.
+        mask_kind, mask_shared: See `arguments.bundle_mask`.
+    """
+
+    shared_by: int
+    queries: int
+    causal: bool
+    tiles: int
+    block_q: int
+    block_n: int
+    mask_kind: MaskKind
+    mask_shared: bool
+
+
+class Shape(NamedTuple):
+    """KV heads, query tokens, new tokens, pages of room, and slots of the result."""
+
+    heads: Any
+    tokens: Any
+    new: Any
+    capacity: Any
+    slots: Any
+
+
+# --- queries --------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """A tile of queries of one KV head.
+
+    Attributes:
+        number: Which tile it is.
+        sight: Slot at which the sight of each query ends.
+        mask: Its `MaskRows`.
+        result: Weights of the head's slots.
+    """
+
+    number: Any
+    sight: Any
+    mask: Any
+    result: Any
 
 
 @triton.jit
 def _load_queries(
-    query, exact, column, held, start, end, tokens, stride_h, stride_t, LAYOUT: tl.constexpr,
-    SHARED_BY: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr,
+    query, exact, column, kv_len, view, tokens, KEY: tl.constexpr, LAUNCH: tl.constexpr
 ):  # fmt: skip
-    """Return queries ``[columns, channels]`` of a KV head, fp32, and the slot at which the sight of each ends."""
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(LAYOUT.head_dim)
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    head, back = column % SHARED_BY, column // SHARED_BY
+    """Return queries ``[queries, channels]`` of a KV head, fp32, and the slot at which the sight of each ends.
+
+    ``query`` begins at the first query head of the KV head; ``kv_len`` tokens are held.
+    """
+    HEAD_DIM: tl.constexpr = KEY.head_dim
+    channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    end = view.start + view.new
+    head, back = column % LAUNCH.shared_by, column // LAUNCH.shared_by
     slot = end - 1 - back
     mine = back < tokens
-    where = head.to(tl.int64) * stride_h + (tokens - 1 - back).to(tl.int64) * stride_t
-    exists = ((back < QUERIES)[:, None]) & (channel < LAYOUT.head_dim)
-    x = tl.load(query + where[:, None] + channel, mask=exists & mine[:, None], other=0.0)
+    where = head.to(tl.int64) * query.head + (tokens - 1 - back).to(tl.int64) * query.token
+    exists = ((back < LAUNCH.queries)[:, None]) & (channel < HEAD_DIM)
+    x = tl.load(query.pointer + where[:, None] + channel, mask=exists & mine[:, None], other=0.0)
     x = x.to(tl.float32)
-    if LAYOUT.queries > 0:
-        earlier = (slot < start) & (slot >= tl.maximum(held - LAYOUT.queries, 0)) & (mine == 0)
-        row = LAYOUT.token_rows + tl.maximum(slot, 0) % LAYOUT.queries * SHARED_BY + head
-        where = exact + row[:, None] * LAYOUT.head_dim + channel
+    if KEY.queries > 0:
+        earlier = (slot < view.start) & (slot >= tl.maximum(kv_len - KEY.queries, 0)) & (mine == 0)
+        row = KEY.token_rows + tl.maximum(slot, 0) % KEY.queries * LAUNCH.shared_by + head
+        where = exact + row[:, None] * HEAD_DIM + channel
         x += tl.load(where, mask=exists & earlier[:, None], other=0.0).to(tl.float32)
     sight = slot + 1
-    if not CAUSAL:
+    if not LAUNCH.causal:
         sight = tl.where(mine, end, sight)
     known = tl.sum((x != 0).to(tl.int32), 1) > 0
     return x, tl.where(known, sight, 0)
@@ -63,174 +128,235 @@ def _load_queries(
 
 @triton.jit
 def _as_coded(q, KEY: tl.constexpr):
-    """Return queries ``[columns, channels]`` in the basis of packed keys and in the order of `tile_channels`."""
-    UNITS_PAD: tl.constexpr = KEY.columns // 16
+    """Return queries ``[queries, channels]`` in the basis of packed keys and in the order of their tiles."""
     y = q
-    if KEY.hadamard:
-        y = hadamard(y, KEY.dim)
-    if UNITS_PAD > 1:
-        y = tl.reshape(y, (q.shape[0], UNITS_PAD // 2, 2, 8, 2))
-        y = tl.reshape(tl.permute(y, (0, 3, 1, 4, 2)), (q.shape[0], KEY.columns))
-    return y
+    if KEY.transform == "hadamard":
+        y = hadamard(y, KEY.head_dim)
+    return in_tile_order(y, KEY)
+
+
+# --- scores ---------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _hidden(
-    scores, slot, exists, sight, mask, mask_rows, stride_m, mask_width, MASK_KIND: tl.constexpr,
-    MASK_SHARED: tl.constexpr,
-):  # fmt: skip
-    """Return scores ``[keys, columns]`` with what queries do not see hidden."""
-    seen = exists[:, None] & (slot[:, None] < sight[None, :])
-    if MASK_KIND > 0:
-        scores += load_mask(
-            mask, mask_rows, sight > 0, slot, stride_m, mask_width, MASK_KIND, MASK_SHARED
-        )
-        seen &= (slot < mask_width)[:, None]
+def _hidden(scores, slot, exists, tile, LAUNCH: tl.constexpr):
+    """Return scores ``[keys, queries]`` with what queries do not see hidden."""
+    seen = exists[:, None] & (slot[:, None] < tile.sight[None, :])
+    if LAUNCH.mask_kind > 0:
+        scores += load_mask(tile.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)
+        seen &= (slot < tile.mask.width)[:, None]
     return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
-def _join(partial, column, splits, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the log-sum-exp of all shares, and a number that hides all scores where there is nothing to see."""
+def _join(partial, column, splits, SPLITS: tl.constexpr, QUERIES: tl.constexpr):
+    """Return the log-sum-exp of all splits, and a number that hides all scores where there is nothing to see."""
     split = tl.arange(0, SPLITS)
-    where = partial + split[:, None] * COLUMNS + column[None, :]
-    shares = tl.load(where, mask=(split < splits)[:, None], other=float("-inf"))
-    point = tl.maximum(tl.max(shares, 0), HIDDEN)
-    total = tl.sum(tl.exp2(shares - point[None, :]), 0)
+    where = partial + split[:, None] * QUERIES + column[None, :]
+    points = tl.load(where, mask=(split < splits)[:, None], other=float("-inf"))
+    point = tl.maximum(tl.max(points, 0), HIDDEN)
+    total = tl.sum(tl.exp2(points - point[None, :]), 0)
     return point + tl.log2(tl.where(total == 0, 1.0, total))
 
 
 @triton.jit
-def _take(scores, slot, exists, tile, result, point, total, JOINS: tl.constexpr):
-    """Take scores ``[keys, columns]`` into the maximum ``point`` and the ``total`` of each column; or, with the
+def _take(scores, slot, exists, tile, point, total, JOINS: tl.constexpr):
+    """Take scores ``[keys, queries]`` into the maximum ``point`` and the ``total`` of each query; or, with the
     log-sum-exp as ``point``, write the largest weights, of this and of earlier tiles.
     """
     if JOINS:
         largest = tl.max(tl.exp2(scores - point[None, :]), 1)
-        earlier = tl.load(result + slot, mask=exists & (tile > 0), other=0.0)
-        tl.store(result + slot, tl.maximum(largest, earlier), mask=exists)
+        where = tile.result + slot
+        earlier = tl.load(where, mask=exists & (tile.number > 0), other=0.0)
+        tl.store(where, tl.maximum(largest, earlier), mask=exists)
     else:
         weights, decay, point = softmax_update(scores, point, 0.0)
         total = total * decay + tl.sum(weights, 0)
     return point, total
 
 
+@triton.jit
+def _take_pages(
+    q, cache, tile, scale, first, last, start, point, total, KEY: tl.constexpr,
+    LAUNCH: tl.constexpr, JOINS: tl.constexpr,
+):  # fmt: skip
+    """Take the keys of packed pages ``first .. last - 1``."""
+    q = (tl.trans(_as_coded(q, KEY)) * scale).to(LAUNCH.dtype)
+    q_sum = tl.sum(q.to(tl.float32), 0)
+    for page in range(first, last):
+        at = tl.cast(page, tl.int64)
+        fields, header = load_page(cache.codes, cache.params, page, page >= 0, KEY)
+        rank = fields[KEY.rank_field].to(tl.int32)
+        planes = load_planes(cache.codes + at * KEY.page_words, rank, header, KEY)
+        metadata = cache.params + at * KEY.page_params
+        scores = page_scores(q, q_sum, planes, fields, header, metadata, KEY, LAUNCH)
+        slot = KEY.sinks + page * KEY.page_size + tl.arange(0, KEY.page_size)
+        exists = slot < start
+        scores = _hidden(scores, slot, exists, tile, LAUNCH)
+        point, total = _take(scores, slot, exists, tile, point, total, JOINS)
+    return point, total
+
+
+@triton.jit
+def _take_exact(
+    q, exact, key, stride, tile, scale, first, last, view, point, total, KEY: tl.constexpr,
+    LAUNCH: tl.constexpr, JOINS: tl.constexpr,
+):  # fmt: skip
+    """Take the keys ``first .. last - 1`` in the order sinks, ring, new."""
+    q = tl.trans(q).to(LAUNCH.exact_dtype)
+    packed_end = KEY.sinks + view.pages * KEY.page_size
+    for block in range(first, last, LAUNCH.block_n):
+        index = block + tl.arange(0, LAUNCH.block_n)
+        place = exact_place(index, packed_end, view.start, view.kv_len, view.visible, KEY)
+        slot, _row, _fresh, old, now = place
+        k = load_keys(exact, key, stride, place, KEY.head_dim, LAUNCH.exact_dtype)
+        scores = tl.dot(k, q, input_precision=LAUNCH.precision) * scale
+        scores = _hidden(scores, slot, old | now, tile, LAUNCH)
+        point, total = _take(scores, slot, old | now, tile, point, total, JOINS)
+    return point, total
+
+
+# --- kernel ---------------------------------------------------------------------------------------
+
+
 @triton.jit(do_not_specialize=["start", "mask_width"])
 def weigh_kernel(
-    query, key, codes, records, exact, cursor, mask, position, partial, result, scale, start, heads,
-    tokens, new, capacity, slots, mask_width, q_b, q_h, q_t, k_b, k_h, k_t, m_b, m_h, m_t, m_s,
-    HAS_POSITION: tl.constexpr, KEY: tl.constexpr, LAYOUT: tl.constexpr, SHARED_BY: tl.constexpr,
-    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, JOINS: tl.constexpr, SPLITS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, MASK_KIND: tl.constexpr,
-    MASK_SHARED: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr, EXACT_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, cache, mask, mask_width, position, start, partial, result, scale, shape,
+    KEY: tl.constexpr, LAUNCH: tl.constexpr, JOINS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh a share of the keys of a KV head, if the call completes a page: ``JOINS`` tells the second launch.
+    """Weigh a split of the keys of a KV head, if the call completes a page: ``JOINS`` tells the second launch.
 
-    Grid: (B * Hkv, shares).
+    Grid: (B * Hkv, splits).
     """
-    SINKS: tl.constexpr = LAYOUT.sinks
-    PAGE: tl.constexpr = LAYOUT.page_size
-    COLUMNS: tl.constexpr = TILES * BLOCK_Q
+    SINKS: tl.constexpr = KEY.sinks
+    PAGE: tl.constexpr = KEY.page_size
+    SHARED_BY: tl.constexpr = LAUNCH.shared_by
+    BLOCK_Q: tl.constexpr = LAUNCH.block_q
+    BLOCK_N: tl.constexpr = LAUNCH.block_n
+    QUERIES: tl.constexpr = LAUNCH.tiles * BLOCK_Q
     head, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    start, old, _cut, after, ok = plan(
-        cursor, position, start, new, capacity, HAS_POSITION, SINKS, LAYOUT.window, PAGE
-    )
-    if ok & (after > old):
-        batch, kv_head = head // heads, head % heads
-        query += batch * q_b + kv_head * SHARED_BY * q_h
-        key += batch * k_b + kv_head * k_h
-        if MASK_KIND > 0:
-            mask += batch * m_b
-        codes += head * capacity * KEY.page_units
-        records += head * capacity * KEY.page_params
-        exact += head * (LAYOUT.exact_rows * LAYOUT.head_dim)
-        partial += head * splits * COLUMNS
-        result += head * slots
-        held, pages, end = tl.load(cursor), tl.load(cursor + 1), start + new
-        packed_end = SINKS + pages * PAGE
+    write = plan_write(cache.cursor, position, start, shape.new, shape.capacity, KEY)
+    start = write.start
+    if write.ok & (write.pages > write.kept):
+        batch, kv_head = head // shape.heads, head % shape.heads
+        asked = Strided(
+            at_head(query, batch, kv_head * SHARED_BY), query.batch, query.head, query.token
+        )
+        own = at_head(key, batch, kv_head)
+        pages_of_head = at_page(cache, head * shape.capacity, KEY)
+        exact = cache.exact + head * (KEY.exact_rows * KEY.head_dim)
+        partial += head * splits * QUERIES
+        result += head * shape.slots
+        kv_len, pages, end = tl.load(cache.cursor), tl.load(cache.cursor + 1), start + shape.new
+        view = View(start, shape.new, start, end, pages)
         seen = tl.minimum(pages, tl.cdiv(tl.maximum(start - SINKS, 0), PAGE))
-        share = tl.cdiv(seen, splits)
-        first, last = split * share, tl.minimum(split * share + share, seen)
-        total_exact = SINKS + LAYOUT.ring + new
-        share = tl.cdiv(tl.cdiv(total_exact, BLOCK_N), splits) * BLOCK_N
-        first_exact, last_exact = split * share, tl.minimum(split * share + share, total_exact)
-        for tile in range(TILES):
-            column = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            q, sight = _load_queries(
-                query, exact, column, held, start, end, tokens, q_h, q_t, LAYOUT, SHARED_BY,
-                QUERIES, CAUSAL,
-            )  # fmt: skip
-            mask_rows = column.to(tl.int64)
-            if MASK_KIND > 0:  # an earlier query goes by the first row
-                token = tl.maximum(tokens - 1 - column // SHARED_BY, 0).to(tl.int64)
-                mask_rows = kv_head * SHARED_BY * m_h + column % SHARED_BY * m_h + token * m_t
+        size = tl.cdiv(seen, splits)
+        first, last = split * size, tl.minimum(split * size + size, seen)
+        total_exact = SINKS + KEY.ring + shape.new
+        size = tl.cdiv(tl.cdiv(total_exact, BLOCK_N), splits) * BLOCK_N
+        first_exact, last_exact = split * size, tl.minimum(split * size + size, total_exact)
+        for number in range(LAUNCH.tiles):
+            column = number * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            q, sight = _load_queries(asked, exact, column, kv_len, view, shape.tokens, KEY, LAUNCH)
+            mask_pointer, mask_rows = mask.pointer, column.to(tl.int64)
+            if LAUNCH.mask_kind > 0:  # an earlier query goes by the first row
+                mask_pointer += batch * mask.batch
+                token = tl.maximum(shape.tokens - 1 - column // SHARED_BY, 0).to(tl.int64)
+                mask_rows = kv_head * SHARED_BY * mask.head + column % SHARED_BY * mask.head
+                mask_rows += token * mask.token
+            rows = MaskRows(mask_pointer, mask_rows, sight > 0, mask.slot, mask_width)
+            tile = Tile(number, sight, rows, result)
             if JOINS:
-                point = _join(partial, column, splits, SPLITS, COLUMNS)
+                point = _join(partial, column, splits, SPLITS, QUERIES)
             else:
                 point = tl.full([BLOCK_Q], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_Q], tl.float32)
-            coded = (tl.trans(_as_coded(q, KEY)) * scale).to(DTYPE)
-            coded_sum = tl.sum(coded.to(tl.float32), 0)
-            for page in range(first, last):
-                at = tl.cast(page, tl.int64)
-                fields, header = load_page(codes, records, page, page >= 0, KEY)
-                rank = fields[KEY.rank_field].to(tl.int32)
-                planes = load_planes(codes + at * KEY.page_units, rank, header, KEY)
-                scores = page_scores(
-                    coded, coded_sum, planes, fields, header, records + at * KEY.page_params, KEY,
-                    FAST, DTYPE, PRECISION,
-                )  # fmt: skip
-                slot = SINKS + page * PAGE + tl.arange(0, PAGE)
-                exists = slot < start
-                scores = _hidden(
-                    scores, slot, exists, sight, mask, mask_rows, m_s, mask_width, MASK_KIND,
-                    MASK_SHARED,
-                )  # fmt: skip
-                point, total = _take(scores, slot, exists, tile, result, point, total, JOINS)
-            plain = tl.trans(q).to(EXACT_DTYPE)
-            for block in range(first_exact, last_exact, BLOCK_N):
-                slot, row, fresh, was, now = exact_place(
-                    block + tl.arange(0, BLOCK_N), packed_end, start, start, end, SINKS, LAYOUT.ring
-                )
-                k = load_keys(exact, key, row, fresh, was, now, k_t, LAYOUT.head_dim, EXACT_DTYPE)
-                scores = tl.dot(k, plain, input_precision=PRECISION) * scale
-                scores = _hidden(
-                    scores, slot, was | now, sight, mask, mask_rows, m_s, mask_width, MASK_KIND,
-                    MASK_SHARED,
-                )  # fmt: skip
-                point, total = _take(scores, slot, was | now, tile, result, point, total, JOINS)
+            point, total = _take_pages(
+                q, pages_of_head, tile, scale, first, last, start, point, total, KEY, LAUNCH, JOINS
+            )
+            point, total = _take_exact(
+                q, exact, own, key.token, tile, scale, first_exact, last_exact, view, point, total,
+                KEY, LAUNCH, JOINS,
+            )  # fmt: skip
             if JOINS:
                 tl.debug_barrier()  # the next tile reads what this one has written
             else:
                 point += tl.log2(tl.where(total == 0, 1.0, total))
-                tl.store(partial + split * COLUMNS + column, point)
+                tl.store(partial + split * QUERIES + column, point)
 
 
-def recent_importance(
-    query: Tensor,
-    key: Tensor,
-    parts: Parts,
-    mask: Tensor | None,
-    position: Tensor | None,
-    start: int | None,
-    slots: int,
-    scale: float,
-    causal: bool,
-    queries: int,
-    layout: Layout,
-) -> Tensor:
+# --- on the host ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _settings(
+    layout: Layout, shared_by: int, queries: int, causal: bool, dtype: torch.dtype,
+    platform: launch.Platform, mask_kind: MaskKind, mask_shared: bool,
+) -> tuple[WeighConstants, dict[str, int]]:  # fmt: skip
+    """Return the constants of `weigh_kernel` and its launch options."""
+    large = layout.page_size * triton.next_power_of_2(layout.head_dim) > 128 * 128
+    single = dtype == torch.float32
+    most = MAX_QUERIES // 4 if single or large else MAX_QUERIES
+    columns = triton.next_power_of_2(queries * shared_by)
+    block_q = max(16 if platform == "hip" else 8, min(most, columns))
+    constants = WeighConstants(
+        **launch.operands(dtype, platform, large), shared_by=shared_by, queries=queries,
+        causal=causal, tiles=triton.cdiv(queries * shared_by, block_q), block_q=block_q,
+        block_n=launch.BLOCK_EXACT // 2 if single else launch.BLOCK_EXACT, mask_kind=mask_kind,
+        mask_shared=mask_shared,
+    )  # fmt: skip
+    return constants, {"num_warps": 8 if block_q > 16 or large or single else 4, "num_stages": 1}
+
+
+def _weigh_prompt(
+    query: Tensor, key: Tensor, mask: Tensor | None, slots: int, scale: float, causal: bool,
+    queries: int, layout: Layout,
+) -> Tensor:  # fmt: skip
+    """Weigh a call's own keys where there are none before them: a few rows times the keys, in plain torch."""
+    (B, H), end = key.shape[:2], key.shape[2]
+    result = query.new_zeros(B, H, slots, dtype=torch.float32)
+    if layout.pages_at(end) == 0:
+        return result
+    rows = query[:, :, -queries:].unflatten(1, (H, -1)).float()  # [B, H, G, count, D]
+    count = rows.shape[3]
+    scores = (rows.flatten(2, 3) @ key.float().mT * scale).view(B, -1, count, end)
+    slot = torch.arange(end, dtype=torch.int64, device=key.device)
+    last = slot[end - count :, None] if causal else slot[end - 1 :, None]
+    seen = (slot <= last) & rows.any(-1).view(B, -1, count, 1)
+    if mask is not None:
+        if mask.dim() > 1 and mask.shape[-2] > 1:
+            mask = mask[..., mask.shape[-2] - count :, :]
+        mask = mask[..., :end]
+        scores, seen = scores[..., : mask.shape[-1]], seen[..., : mask.shape[-1]]
+        if mask.dtype == torch.bool:
+            seen = seen & mask
+        else:
+            scores = scores + mask
+    scores = scores.masked_fill(~seen, float("-inf"))
+    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(-1e38)).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    result[:, :, : weights.shape[-1]] = weights.unflatten(1, (H, -1)).amax((2, 3))
+    return result
+
+
+def importance(
+    query: Tensor, key: Tensor, keys: Packed | None, calibrated: Calibrated, mask: Tensor | None,
+    position: Tensor | None, start: int | None, slots: int, score: Score, causal: bool,
+    queries: int, layout: Layout,
+) -> Tensor:  # fmt: skip
     """Return the largest weight that the last queries paid to each slot.
 
     Args:
         query: ``[B, Hq, T, D]``, those of the last of the call's tokens.
         key: The call's own keys, ``[B, Hkv, tokens, D]``.
-        parts: The cache of the keys before the call, contiguous.
-        mask: See `importance.recent_importance`.
+        keys: The cache of the keys before the call, contiguous; ``None`` where there is none.
+        calibrated: What packed keys are coded relative to.
+        mask: ``None``, boolean or additive, broadcasting to ``[B, Hq, T, M]``.
         position: Slots of the call's tokens on the device, one behind the other; or ``None``.
         start: The first of them; or ``None``.
         slots: Slots of the result, ``start + tokens`` or more.
-        scale: Factor on the scores.
+        score: What is done to products of queries and keys.
         causal: Whether the call's queries see no slot behind their own.
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
@@ -241,39 +367,32 @@ def recent_importance(
     Raises:
         NotImplementedError: The layout has tables.
     """
-    if layout.has_tables:
+    if keys is None:
+        return _weigh_prompt(query, key, mask, slots, score.scale, causal, queries, layout)
+    if calibrated.tables is not None:
         raise NotImplementedError(
             "tables must be None where tokens differ in bits (mixed): no GPU kernel weighs such keys"
         )
-    (B, H, new, D), capacity = key.shape, parts[0].shape[2]
+    (B, H, new, _D), capacity = key.shape, keys[0].shape[2]
     result = query.new_empty(B, H, slots, dtype=torch.float32)
-    if start is not None and layout.pages_at(start + new) == layout.pages_at(start):
+    filled = None if start is None else layout.pages_at(start + new)
+    if start is not None and filled == layout.pages_at(start):
         return result
-    query, key = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key))
-    platform, shared_by = attention.platform_of(query), query.shape[1] // H
-    large = layout.page_size * triton.next_power_of_2(D) > 128 * 128
-    single = query.dtype == torch.float32
-    most = MAX_COLUMNS // 4 if single or large else MAX_COLUMNS
-    columns = triton.next_power_of_2(queries * shared_by)
-    block_q = max(16 if platform == "hip" else 8, min(most, columns))
-    tiles = triton.cdiv(queries * shared_by, block_q)
-    operands = attention.operand_constants(query.dtype, platform, large)
-    work = max(capacity, triton.cdiv(layout.token_rows + new, BLOCK_EXACT))
-    resident = PROGRAMS_PER_PROCESSOR * attention.processors(query.device)
+    mask_bundle, width, kind, mask_shared = bundle_mask(mask, query.shape)
+    constants, options = _settings(
+        layout, query.shape[1] // H, queries, causal, query.dtype, launch.platform_of(query),
+        kind, mask_shared,
+    )  # fmt: skip
+    work = max(capacity, triton.cdiv(layout.token_rows + new, launch.BLOCK_EXACT))
+    resident = PROGRAMS_PER_SM * launch.sm_count(query.device)
     splits = min(MAX_SPLITS, work, max(1, resident // (B * H)))
-    partial = query.new_empty(B * H, splits, tiles * block_q, dtype=torch.float32)
-    mask, kind, mask_shared = attention.read_mask(mask, query.shape)
+    size = constants.tiles * constants.block_q
+    partial = query.new_empty(B * H, splits, size, dtype=torch.float32)
     for joins in (False, True):
         weigh_kernel[(B * H, splits)](
-            query, key, parts[0].view(torch.uint16), *parts[1:], mask, position, partial, result,
-            scale * attention.LOG2_E, start or 0, H, query.shape[2], new, capacity, slots,
-            0 if mask is None else mask.shape[-1], *query.stride()[:3], *key.stride()[:3],
-            *((0, 0, 0, 0) if mask is None else mask.stride()),
-            HAS_POSITION=position is not None, KEY=Coding.of(layout), LAYOUT=Constants.of(layout),
-            SHARED_BY=shared_by, QUERIES=queries, CAUSAL=causal, JOINS=joins,
-            SPLITS=triton.next_power_of_2(splits), TILES=tiles, BLOCK_Q=block_q,
-            BLOCK_N=BLOCK_EXACT // 2 if single else BLOCK_EXACT, MASK_KIND=kind,
-            MASK_SHARED=mask_shared, **operands,
-            num_warps=8 if block_q > 16 or large or single else 4, num_stages=1,
+            bundle_tensor(query), bundle_tensor(key), bundle_cache(keys), mask_bundle, width,
+            position, start or 0, partial, result, score.scale * LOG2_E,
+            Shape(H, query.shape[2], new, capacity, slots), KEY=ReadConstants.of(layout),
+            LAUNCH=constants, JOINS=joins, SPLITS=triton.next_power_of_2(splits), **options,
         )  # fmt: skip
     return result

@@ -1,26 +1,28 @@
-"""Triton helpers that more than one kernel uses: packed rows, group parameters, rotation, softmax.
+"""What more than one kernel does with packed words and with scores: unpacking in registers, masks, online softmax.
 
-A packed row is planar (`Layout`): field ``f`` of unit ``u`` holds code ``f * units + u``. The
-helpers work on tiles whose sides are powers of two. Where the units of a row are not, they are
-padded, and column ``f * UNITS_PAD + u`` of a tile then stands for code ``f * units + u``;
-`row_index` does that arithmetic.
+A packed row is planar (`Layout`): field ``f`` of word ``w`` holds code ``f * words + w``. The helpers work on
+tiles whose sides are powers of two. Where the words of a row are not, they are padded, and column ``f * WORDS_PAD +
+w`` of a tile then stands for code ``f * words + w``; `row_index` does that arithmetic.
 
-Two ways lead from units to codes. The portable one shifts and masks, and runs everywhere, in the
-interpreter too. On NVIDIA hardware one logic instruction puts a field of two neighbouring units
-under the exponent of a power of two ``2**k``, which reads as the fp16 pair ``2**k + code``; one
-exact subtraction leaves the codes. The fields of a unit then sit in the same lanes, so joining them
-moves no data.
+Two ways lead from words to codes. The portable one shifts and masks, and runs everywhere, in the interpreter too.
+On NVIDIA hardware one logic instruction puts a field of two neighbouring words under the exponent of a power of two
+``2**k``, which reads as the fp16 pair ``2**k + code``; one exact subtraction leaves the codes. The fields of a word
+then sit in the same lanes, so joining them moves no data.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-HIDDEN = tl.constexpr(
-    -1.0e38
-)  # scores below this count as hidden; far from where exp2 has an effect
+# Scores below this count as hidden; far from where exp2 has an effect.
+HIDDEN = tl.constexpr(-1.0e38)
+WEIGHT_BIAS = tl.constexpr(
+    12.0
+)  # weights are kept 2 ** 12 times too large, or fp16 weights would underflow
 
 
-# --- rows of packed units -------------------------------------------------------------------------
+# --- rows of packed words -------------------------------------------------------------------------
 
 
 @triton.jit
@@ -28,47 +30,47 @@ def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr):
     """Return the code that a tile's column stands for, and whether it exists, in rows of
     ``LENGTH``."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    UNITS: tl.constexpr = LENGTH * WIDTH // 16
-    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
-    unit = column % UNITS_PAD
-    return (column // UNITS_PAD) * UNITS + unit, unit < UNITS
+    WORDS: tl.constexpr = LENGTH * WIDTH // 16
+    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
+    word = column % WORDS_PAD
+    return (column // WORDS_PAD) * WORDS + word, word < WORDS
 
 
 @triton.jit
 def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
-    """Load the units of rows of ``LENGTH`` codes: those of the low plane, and of the high one at 3
+    """Load the words of rows of ``LENGTH`` codes: those of the low plane, and of the high one at 3
     bits.
 
-    Rows from ``ROWS`` on do not exist and give zeros. Units of the high plane hold 16 codes, those
+    Rows from ``ROWS`` on do not exist and give zeros. Words of the high plane hold 16 codes, those
     of the low one 8. They are brought to the low plane's shape: bit ``2 f`` of the result belongs
-    to field ``f`` of the low unit in the same place.
+    to field ``f`` of the low word in the same place.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    UNITS: tl.constexpr = LENGTH * WIDTH // 16
-    UNITS_PAD: tl.constexpr = triton.next_power_of_2(UNITS)
-    HALF: tl.constexpr = UNITS // 2
-    unit = tl.arange(0, UNITS_PAD)
+    WORDS: tl.constexpr = LENGTH * WIDTH // 16
+    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
+    HALF: tl.constexpr = WORDS // 2
+    word = tl.arange(0, WORDS_PAD)
     first = codes + row[:, None] * (LENGTH * BITS // 16)
-    if UNITS_PAD == UNITS and row.shape[0] == ROWS:
-        low = tl.load(first + unit[None, :])
+    if WORDS_PAD == WORDS and row.shape[0] == ROWS:
+        low = tl.load(first + word[None, :])
     else:
-        exists = (row < ROWS)[:, None] & (unit < UNITS)[None, :]
-        low = tl.load(first + unit[None, :], mask=exists, other=0)
+        exists = (row < ROWS)[:, None] & (word < WORDS)[None, :]
+        low = tl.load(first + word[None, :], mask=exists, other=0)
     high = low
     if BITS == 3:
         # Two loads, because a shift by a computed amount would keep the compiler from changing the
         # layout here, where it costs little, instead of behind the unpacking.
-        where = first + UNITS + (unit % HALF)[None, :]
-        exists = (row < ROWS)[:, None] & (unit < HALF)[None, :]
+        where = first + WORDS + (word % HALF)[None, :]
+        exists = (row < ROWS)[:, None] & (word < HALF)[None, :]
         high = tl.load(where, mask=exists, other=0)
-        exists = (row < ROWS)[:, None] & ((unit >= HALF) & (unit < UNITS))[None, :]
+        exists = (row < ROWS)[:, None] & ((word >= HALF) & (word < WORDS))[None, :]
         high |= tl.load(where, mask=exists, other=0) >> 1
     return low, high
 
 
 @triton.jit
 def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the codes ``[rows, columns]`` of units from `load_rows` as ``DTYPE``."""
+    """Return the codes ``[rows, columns]`` of words from `load_rows` as ``DTYPE``."""
     ROWS: tl.constexpr = low.shape[0]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     FIELDS: tl.constexpr = 16 // WIDTH
@@ -100,7 +102,7 @@ def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.con
 def unpack_halves(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
     """Return the two halves of what `unpack_rows` returns, ``[rows, columns / 2]`` each.
 
-    The fields of a unit belong half to one and half to the other, so that columns ``c`` of both lie in
+    The fields of a word belong half to one and half to the other, so that columns ``c`` of both lie in
     the same lane.
     """
     ROWS: tl.constexpr = low.shape[0]
@@ -135,7 +137,7 @@ def unpack_halves(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.c
 
 @triton.jit
 def _shift_out(low, high, BITS: tl.constexpr, FIELDS: tl.constexpr):
-    """Return the first fields of units as ``[rows, FIELDS, units]``, int32: the portable way."""
+    """Return the first fields of words as ``[rows, FIELDS, words]``, int32: the portable way."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     shift = (tl.arange(0, FIELDS) * WIDTH)[None, :, None]
     fields = (low.to(tl.int32)[:, None, :] >> shift) & ((1 << WIDTH) - 1)
@@ -274,99 +276,38 @@ def join_8(a, b, c, d, e, f, g, h):
     return tl.join(_join_4(a, c, e, g), _join_4(b, d, f, h))
 
 
-# --- group parameters -----------------------------------------------------------------------------
-
-
-@triton.jit
-def split_params(word):
-    """Return ``scale, zero`` (fp16) of parameters loaded as 32-bit words."""
-    bits = word.to(tl.uint32, bitcast=True)
-    scale = (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
-    return scale, (bits >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def join_params(scale, zero):
-    """Undo `split_params`."""
-    low = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (low | (zero.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def split_small_params(word):
-    """Return ``scale, zero`` (fp16) of e4m3 parameters loaded as 16-bit words.
-
-    An e4m3 number is the fp16 number of the same fields, with its exponent's bias made up for.
-    """
-    bits = word.to(tl.uint16, bitcast=True)
-    scale = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    zero = (bits & 0x8000) | ((bits & 0x7F00) >> 1)
-    scale = scale.to(tl.uint16).to(tl.float16, bitcast=True)
-    return scale * 256.0, zero.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
-
-
-# --- rotation -------------------------------------------------------------------------------------
-
-
-@triton.constexpr_function
-def _digits(size):
-    return size.bit_length() - 1
-
-
-@triton.constexpr_function
-def _inverse_root(size):
-    return size**-0.5
-
-
-@triton.jit
-def hadamard(x, LENGTH: tl.constexpr):
-    """Apply `reference.hadamard` of size ``LENGTH`` to the rows of ``x`` ``[rows, padded LENGTH]``,
-    fp32.
-
-    Each step replaces the lowest digit of the index by sum and difference and makes it the highest
-    one, so as many steps as there are digits leave the order as it was.
-    """
-    BLOCK: tl.constexpr = LENGTH & -LENGTH
-    ROWS: tl.constexpr = x.shape[0] * x.shape[1] // BLOCK
-    y = tl.reshape(x, (ROWS, BLOCK))
-    for _ in tl.static_range(_digits(BLOCK)):
-        a, b = tl.split(tl.reshape(y, (ROWS, BLOCK // 2, 2)))
-        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, BLOCK))
-    return tl.reshape(y, (x.shape[0], x.shape[1])) * _inverse_root(BLOCK)
-
-
-@triton.jit
-def cosine_and_sine(phase):
-    """Return `frame.cosine_and_sine` of angles in units of 2 ** -32 turns (int32, which wrap)."""
-    quarters = (phase + 536870912) >> 30
-    t = (phase - (quarters << 30)).to(tl.float32) * 1.4629180792671596e-09
-    square = t * t
-    s = square * 2.7557314e-6 - 1.9841270e-4
-    s = s * square + 8.3333333e-3
-    s = (s * square - 1.6666667e-1) * square * t + t
-    c = square * 2.4801587e-5 - 1.3888889e-3
-    c = c * square + 4.1666667e-2
-    c = (c * square - 0.5) * square + 1.0
-    odd, half = (quarters & 1) != 0, (quarters & 2) != 0
-    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
-    return tl.where(half != odd, -cosine, cosine), tl.where(half, -sine, sine)
-
-
 # --- scores ---------------------------------------------------------------------------------------
 
 
+class MaskRows(NamedTuple):
+    """Rows of an attention mask for the queries of a tile.
+
+    Attributes:
+        pointer, stride, width: The mask, elements from one slot to the next, and how many slots it has.
+        rows: Elements from the pointer to the row of each query.
+        exists: Which columns stand for a query.
+    """
+
+    pointer: Any
+    rows: Any
+    exists: Any
+    stride: Any
+    width: Any
+
+
 @triton.jit
-def load_mask(
-    mask, rows, row_ok, slot, stride, width, KIND: tl.constexpr, SHARED: tl.constexpr
-):  # fmt: skip
-    """Return the additive form, in units of log 2, of mask columns ``slot`` for query ``rows``."""
-    inside = slot < width
-    if SHARED:  # one row for all columns
-        where = mask + slot.to(tl.int64)[:, None] * stride
+def load_mask(mask, slot, KIND: tl.constexpr, SHARED: tl.constexpr):
+    """Return the additive form ``[slots, queries]``, in units of log 2, of the `MaskRows` of a tile.
+
+    ``SHARED``: all queries share the row that the pointer is at.
+    """
+    inside = slot < mask.width
+    if SHARED:
+        where = mask.pointer + slot.to(tl.int64)[:, None] * mask.stride
         ok = inside[:, None]
     else:
-        where = mask + rows[None, :] + slot.to(tl.int64)[:, None] * stride
-        ok = inside[:, None] & row_ok[None, :]
+        where = mask.pointer + mask.rows[None, :] + slot.to(tl.int64)[:, None] * mask.stride
+        ok = inside[:, None] & mask.exists[None, :]
     if KIND == 1:
         return tl.where(tl.load(where, mask=ok, other=0) != 0, 0.0, float("-inf"))
     bias = tl.load(where, mask=ok, other=0.0).to(tl.float32)
@@ -375,12 +316,11 @@ def load_mask(
 
 @triton.jit
 def softmax_update(scores, running_max, BIAS: tl.constexpr):
-    """Take scores ``[keys, columns]`` in units of log 2 into a running maximum ``[columns]``.
+    """Take scores ``[keys, queries]`` in units of log 2 into a running maximum ``[queries]``.
 
     Returns:
-        The weights ``2 ** (scores - maximum + BIAS)``, the factor by which sums so far shrink, the
-        new
-        maximum. A column that has seen nothing keeps maximum ``-inf`` and weights 0, never NaN.
+        The weights ``2 ** (scores - maximum + BIAS)``, the factor by which sums so far shrink, the new maximum. A
+        query that has seen nothing keeps maximum ``-inf`` and weights 0, never NaN.
     """
     new_max = tl.maximum(running_max, tl.max(scores, 0))
     point = tl.maximum(new_max, HIDDEN)

@@ -1,0 +1,165 @@
+"""What kernels take: tensors with their strides, in bundles that a kernel hands on as they are.
+
+Triton specialises each integer in a bundle as it would an argument of its own. What must not be specialised, for it
+differs at every step (``start``, ``mask_width``), therefore stays outside of bundles.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.triton.constants import section_start
+
+
+class Strided(NamedTuple):
+    """A tensor ``[B, heads, T, D]`` whose channels lie side by side, and its strides in elements."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    token: Any
+
+
+class CacheBundle(NamedTuple):
+    """A packed cache, or what belongs to one KV head or one page: codes in 16-bit words; parameters, a word for each
+    pair of scale and zero point or bytes of metadata; exact rows; the cursor.
+    """
+
+    codes: Any
+    params: Any
+    exact: Any
+    cursor: Any
+
+
+class Calibration(NamedTuple):
+    """Calibrated tables of all KV heads or of one, as int32 and, for codebooks, as fp16; the position of slot 0 of
+    all sequences or of one; int32 words to a head. ``None`` where the layout has none.
+    """
+
+    tables: Any
+    book: Any
+    shift: Any
+    words: Any
+
+
+class Mask(NamedTuple):
+    """An attention mask over query rows and slots, and its strides in elements."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    token: Any
+    slot: Any
+
+
+class Weights(NamedTuple):
+    """Importance ``[B, H, slots]`` of tokens, and its strides; ``None`` as pointer where all weigh the same."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    slots: Any
+
+
+class HeadWeights(NamedTuple):
+    """`Weights` of one head, ``offset`` elements behind the pointer."""
+
+    pointer: Any
+    offset: Any
+    slots: Any
+
+
+MaskKind = Literal[0, 1, 2]  # none, boolean, additive
+NO_CALIBRATION = Calibration(None, None, None, 0)
+NO_WEIGHTS = Weights(None, 0, 0, 0)
+
+
+# --- on the host ----------------------------------------------------------------------------------
+
+
+def bundle_tensor(x: Tensor) -> Strided:
+    """Bundle a tensor ``[B, heads, T, D]``; it is copied unless its channels lie side by side."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return Strided(x, *x.stride()[:3])
+
+
+def bundle_cache(cache: Sequence[Tensor]) -> CacheBundle:
+    """Bundle the parts of a cache, which are contiguous."""
+    codes, params, exact, cursor = cache[:4]
+    if params.shape[-1] == 2:
+        params = params.view(torch.uint16 if params.dtype == torch.uint8 else torch.int32)
+    return CacheBundle(codes.view(torch.uint16), params, exact, cursor)
+
+
+def bundle_calibration(calibrated: Calibrated) -> Calibration:
+    """Bundle what a cache is coded relative to."""
+    if calibrated.tables is None:
+        return NO_CALIBRATION
+    tables, shift = calibrated.tables.contiguous(), calibrated.shift
+    if shift is not None:
+        shift = shift.contiguous()
+    return Calibration(tables, tables.view(torch.float16), shift, tables.shape[1])
+
+
+def bundle_importance(importance: Tensor | None) -> Weights:
+    """Bundle importance, as fp32 whose slots lie side by side."""
+    if importance is None:
+        return NO_WEIGHTS
+    importance = importance.float()
+    if importance.stride(2) != 1:
+        importance = importance.contiguous()
+    batch, head, _ = importance.stride()
+    return Weights(importance, batch, head, importance.shape[2])
+
+
+def bundle_mask(mask: Tensor | None, shape: torch.Size) -> tuple[Mask, int, MaskKind, bool]:
+    """Bundle a mask that broadcasts to ``[B, Hq, T, width]``, for queries of a shape.
+
+    Returns:
+        The mask, its width, its kind, and whether all query rows of a sequence share one row of it.
+    """
+    if mask is None:
+        return Mask(None, 0, 0, 0, 0), 0, 0, False
+    B, Hq, T, _D = shape
+    mask = mask.expand(B, Hq, T, mask.shape[-1])
+    shared = mask.stride(1) == 0 and (T == 1 or mask.stride(2) == 0)
+    boolean = mask.dtype == torch.bool
+    pointer = mask.view(torch.uint8) if boolean else mask
+    return Mask(pointer, *mask.stride()), mask.shape[-1], 1 if boolean else 2, shared
+
+
+# --- in kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def at_head(tensor, batch, head):
+    """Return a pointer to one head of a `Strided` tensor; ``batch`` and ``head`` are int64."""
+    return tensor.pointer + batch * tensor.batch + head * tensor.head
+
+
+@triton.jit
+def at_page(packed, page, CONSTANTS: tl.constexpr):
+    """Return a cache whose codes and parameters begin with number ``page`` (int64) of all pages."""
+    codes = packed.codes + page * CONSTANTS.page_words
+    return CacheBundle(
+        codes, packed.params + page * CONSTANTS.page_params, packed.exact, packed.cursor
+    )
+
+
+@triton.jit
+def calibrated_head(calibration, batch, head, CONSTANTS: tl.constexpr):
+    """Return what belongs to a sequence and a KV head (int64), as far as the layout has it."""
+    tables, book, shift = 0, 0, 0
+    if CONSTANTS.has_tables:
+        tables = calibration.tables + head * calibration.words
+    if CONSTANTS.scheme == "codebook":
+        first = head * calibration.words + section_start("codebook", CONSTANTS)
+        book = calibration.book + first * 2
+    if CONSTANTS.rotary:
+        shift = tl.load(calibration.shift + batch)
+    return Calibration(tables, book, shift, calibration.words)

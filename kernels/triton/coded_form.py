@@ -1,0 +1,96 @@
+"""The tokens of a page that is being written, in Triton: where they come from, and the form in which they are coded.
+
+A page is written from new tokens and, before those, from rows of the ring. Where tokens are coded as something other
+than what they are, that form of the page goes to fp32 scratch first, ``[page_size, head_dim]``, and what follows reads
+it there.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kvq_compile.kernels.triton.transforms import (
+    hadamard,
+    load_table,
+    normalize,
+    rotary_angle,
+)
+
+
+class Source(NamedTuple):
+    """Where the tokens of a page of one KV head come from.
+
+    Attributes:
+        new, stride: New tokens, and how far apart they lie.
+        exact: Exact rows of the cache.
+        first: Slot of the page's first token.
+        start: Slot of the first new token; tokens before it lie in the ring.
+    """
+
+    new: Any
+    stride: Any
+    exact: Any
+    first: Any
+    start: Any
+
+
+@triton.jit
+def ring_row(slot, CONSTANTS: tl.constexpr):
+    """Return the rows of ``exact`` that tokens behind the sinks lie in while they are recent."""
+    return CONSTANTS.sinks + (slot - CONSTANTS.sinks) % CONSTANTS.ring
+
+
+@triton.jit
+def _read_tokens(source, token, channel, exists, CONSTANTS: tl.constexpr):
+    """Return channels of the page's tokens from ring or new tokens, fp32."""
+    slot = source.first + token
+    recent = slot < source.start
+    where = ring_row(slot, CONSTANTS) * CONSTANTS.head_dim + channel
+    held = tl.load(source.exact + where, mask=exists & recent, other=0.0)
+    new = (slot - source.start).to(tl.int64) * source.stride
+    fresh = tl.load(source.new + new + channel, mask=exists & (slot >= source.start), other=0.0)
+    return tl.where(recent, held.to(tl.float32), fresh.to(tl.float32))
+
+
+@triton.jit
+def write_coded_form(source, scratch, calibration, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the page's tokens to scratch in the form in which they are coded."""
+    HEAD_DIM: tl.constexpr = CONSTANTS.head_dim
+    tables = calibration.tables
+    # of rotary keys, one of the two channels of a pair
+    CHANNELS: tl.constexpr = HEAD_DIM // 2 if CONSTANTS.rotary else HEAD_DIM
+    channel = tl.arange(0, triton.next_power_of_2(CHANNELS))[None, :]
+    ROWS: tl.constexpr = min(CONSTANTS.page_size, max(1, TILE // triton.next_power_of_2(HEAD_DIM)))
+    for block in range(0, CONSTANTS.page_size, ROWS):
+        token = block + tl.arange(0, ROWS)[:, None]
+        inside = channel < CHANNELS
+        exists = (token < CONSTANTS.page_size) & inside
+        order = channel
+        if CONSTANTS.has_tables:
+            order = load_table(tables, channel, inside, "order", CONSTANTS)
+        y = _read_tokens(source, token, order, exists, CONSTANTS)
+        where = scratch + token * HEAD_DIM + channel
+        if CONSTANTS.rotary:
+            other = load_table(tables, channel + CHANNELS, inside, "order", CONSTANTS)
+            z = _read_tokens(source, token, other, exists, CONSTANTS)
+            cosine, sine = rotary_angle(
+                source.first + token, channel, inside, calibration, CONSTANTS
+            )
+            y, z = y * cosine + z * sine, z * cosine - y * sine
+            z = normalize(z, tables, channel + CHANNELS, inside, CONSTANTS)
+            tl.store(where + CHANNELS, z, mask=exists)
+        if CONSTANTS.has_tables:
+            y = normalize(y, tables, channel, inside, CONSTANTS)
+        if CONSTANTS.transform == "hadamard":
+            y = hadamard(y, HEAD_DIM)
+        tl.store(where, y, mask=exists)
+
+
+@triton.jit
+def load_coded(source, scratch, token, channel, exists, CONSTANTS: tl.constexpr):
+    """Return channels of the page's tokens in the form in which they are coded, fp32."""
+    if CONSTANTS.in_coded_form:
+        return tl.load(scratch + token * CONSTANTS.head_dim + channel, mask=exists, other=0.0)
+    else:
+        return _read_tokens(source, token, channel, exists, CONSTANTS)

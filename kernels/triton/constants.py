@@ -1,0 +1,199 @@
+"""What kernels know of a layout while they are compiled, derived from it in this one place.
+
+A kernel that only reads packed pages takes `ReadConstants`, so that layouts which differ in how they are written
+share it; one that writes them takes `WriteConstants`, which hold the same and more. Nothing depends on what is in
+calibrated tables.
+
+Equal constants are one object. So a launch hashes and compares them by identity, and Triton's cache on disk, which
+knows a constant by its text, finds every derived size in it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import triton
+
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.tables import CHANNEL_SECTIONS, section
+
+
+@dataclass(frozen=True, eq=False)
+class ReadConstants:
+    """Regions of a cache, and the place and the meaning of each bit of a packed page.
+
+    Attributes:
+        role: Whether rows of packed words are tokens (``"key"``) or channels (``"value"``).
+        head_dim, page_size: Channels of a head, tokens of a page.
+        sinks, window, ring: Exact tokens: the first, the recent ones, rows of the ring that recent ones lie in.
+        token_rows, exact_rows: Exact rows: of tokens; of tokens and of held queries.
+        queries, shared_by: Held queries, and query heads to a KV head, where queries are held.
+        scheme: ``"uniform"``, ``"codebook"`` or ``"mixed"``.
+        bits: Of a code as packed: 2 for three levels; of mixed tokens the most.
+        levels: Steps between the lowest and the highest code.
+        packing, grouping, group_size, params, transform, couple, rotary, has_tables: As the layout has them.
+        code_channels: Codes of a token.
+        row_length, row_bytes, row_words: Of a row: its codes, its bytes of trits, its 16-bit words.
+        page_words, page_params: Of a page: its words; its pairs of scale and zero point, or bytes of metadata.
+        in_fields, gathers: How elements are read: from bit fields in registers, or a vector for each code.
+        columns: Of a tile of keys (of mixed values too), padded.
+        block: Rotary keys that are rotated at once; all blocks of a page by the same angles.
+        sections: First word of each section of the tables.
+        param_bytes, rank_field, outliers: Of the metadata of a mixed token: bytes of a zero point, the field of its
+            rank, outliers.
+    """
+
+    role: str
+    head_dim: int
+    page_size: int
+    sinks: int
+    window: int
+    ring: int
+    token_rows: int
+    exact_rows: int
+    queries: int
+    shared_by: int
+    scheme: str
+    bits: int
+    levels: int
+    packing: str
+    grouping: str
+    group_size: int
+    params: str
+    transform: str
+    couple: int
+    rotary: bool
+    has_tables: bool
+    code_channels: int
+    row_length: int
+    row_bytes: int
+    row_words: int
+    page_words: int
+    page_params: int
+    in_fields: bool
+    gathers: bool
+    columns: int
+    block: int
+    sections: tuple[tuple[str, int], ...]
+    param_bytes: int
+    rank_field: int
+    outliers: int
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(layout: Layout) -> "ReadConstants":
+        """Return what reading kernels for ``layout`` are compiled for."""
+        return _one_object(ReadConstants, **_read_values(layout))
+
+
+@dataclass(frozen=True, eq=False)
+class WriteConstants(ReadConstants):
+    """What `ReadConstants` hold, and how codes are chosen.
+
+    Attributes:
+        clip: Fraction of a group's range that codes span.
+        in_coded_form: Whether a page goes to scratch first, for tokens are coded as something other than what they
+            are, or read in more than one shape.
+        scratch_size: Elements of scratch for a page: its coded form and, behind it, the entries of a codebook, or
+            of each mixed token its span, bits and rank.
+        min_bits, code_rows, bounds, fit, soften: Of mixed pages: least bits of a token, rows of all bit planes,
+            bounds on the weighted error, how codes are placed, how importance counts.
+    """
+
+    clip: float
+    in_coded_form: bool
+    scratch_size: int
+    min_bits: int
+    code_rows: int
+    bounds: tuple[float, ...]
+    fit: bool
+    soften: bool
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(layout: Layout) -> "WriteConstants":
+        """Return what writing kernels for ``layout`` are compiled for."""
+        return _one_object(WriteConstants, **_read_values(layout), **_write_values(layout))
+
+
+_objects: dict[object, Any] = {}
+
+
+def _one_object(kind: type, **values: object) -> Any:
+    return _objects.setdefault((kind, *values.values()), kind(**values))
+
+
+def _read_values(layout: Layout) -> dict[str, object]:
+    dim, scheme = layout.head_dim, layout.coder
+    mixed = layout.mixed if scheme == "mixed" else None
+    bits = sum(layout.planes) if mixed is None else mixed.max_bits
+    in_fields = scheme == "uniform" and layout.packing == "fields"
+    per_word = 1
+    if scheme == "mixed":
+        per_word = 16  # of a bit plane
+    elif in_fields:
+        per_word = 16 // (2 if bits == 3 else bits)
+    even = all(n & (n - 1) == 0 for n in (dim, layout.couple))
+    groups, members = layout.params_shape
+    names = (*CHANNEL_SECTIONS, "frequency", "codebook")
+    param_bytes = 1 if layout.params == "fp8" else 2
+    return {
+        "role": layout.role,
+        "head_dim": dim,
+        "page_size": layout.page_size,
+        "sinks": layout.sinks,
+        "window": layout.window,
+        "ring": layout.ring,
+        "token_rows": layout.token_rows,
+        "exact_rows": layout.exact_rows,
+        "queries": layout.queries,
+        "shared_by": layout.shared_by,
+        "scheme": scheme,
+        "bits": bits,
+        "levels": layout.levels,
+        "packing": layout.packing,
+        "grouping": layout.grouping,
+        "group_size": layout.group_size,
+        "params": layout.params,
+        "transform": layout.transform,
+        "couple": layout.couple,
+        "rotary": layout.rotary,
+        "has_tables": layout.has_tables,
+        "code_channels": layout.code_channels,
+        "row_length": layout.row_length,
+        "row_bytes": layout.row_bytes,
+        "row_words": layout.units,
+        "page_words": layout.rows * layout.units,
+        "page_params": groups * members,
+        "in_fields": in_fields,
+        "gathers": scheme == "codebook" and even and layout.code_channels > 1,
+        "columns": per_word * triton.next_power_of_2(dim // per_word),
+        "block": min(layout.page_size, max(32, layout.page_size // 2)),
+        "sections": tuple((name, section(name, dim, layout.rotary)[0]) for name in names),
+        "param_bytes": param_bytes,
+        "rank_field": 2 * param_bytes,
+        "outliers": 0 if mixed is None else mixed.outliers,
+    }
+
+
+def _write_values(layout: Layout) -> dict[str, object]:
+    mixed = layout.mixed if layout.coder == "mixed" else None
+    in_coded_form = mixed is not None or layout.has_tables or layout.transform != "none"
+    rows = layout.head_dim if in_coded_form else 0
+    rows += {"codebook": layout.code_channels, "mixed": 4}.get(layout.coder, 0)
+    return {
+        "clip": layout.clip,
+        "in_coded_form": in_coded_form,
+        "scratch_size": rows * layout.page_size,
+        "min_bits": 0 if mixed is None else mixed.min_bits,
+        "code_rows": 0 if mixed is None else layout.code_rows,
+        "bounds": layout.bounds,
+        "fit": mixed is not None and mixed.fit,
+        "soften": mixed is not None and mixed.soften,
+    }
+
+
+@triton.constexpr_function
+def section_start(name, constants):
+    """Return the first word of a section of the tables."""
+    return dict(constants.sections)[name]

@@ -1,0 +1,83 @@
+"""How stored numbers are rounded and read, in Triton: fp16, e4m3, and pairs of scale and zero point as one word.
+
+Each function that rounds mirrors one of the specification, operation by operation.
+"""
+
+import triton
+import triton.language as tl
+
+FP16_MAX = tl.constexpr(65504.0)
+FP32_MAX = tl.constexpr(3.4028234663852886e38)
+E4M3_MAX = tl.constexpr(448.0)
+E4M3_LEAST_NORMAL = tl.constexpr(2.0**-6)
+E4M3_STEPS = tl.constexpr(2.0**9)  # of subnormal numbers in one
+
+
+@triton.jit
+def bounded(x):
+    """Return ``x`` (fp32) with NaN as zero, within the range of fp16."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX), 0.0)
+
+
+@triton.jit
+def round_down_fp16(x):
+    half = x.to(tl.float16)
+    bits = half.to(tl.int16, bitcast=True)
+    below = tl.where(half > 0, bits - 1, bits + 1).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.where(half.to(tl.float32) > x, below, half)
+
+
+@triton.jit
+def round_up_fp16(x):
+    half = x.to(tl.float16)
+    above = (half.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.where(half.to(tl.float32) < x, above, half)
+
+
+@triton.jit
+def round_e4m3(x):
+    """Return the e4m3 number nearest to ``x`` (fp32, finite) as an integer 0 .. 255."""
+    magnitude = tl.minimum(tl.abs(x), E4M3_MAX)
+    subnormal = tl.floor(magnitude * E4M3_STEPS + 0.5).to(tl.int32)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + (1 << 19)) >> 20) - (120 << 3)  # exponent bias 127 becomes 7
+    byte = tl.where(magnitude < E4M3_LEAST_NORMAL, subnormal, normal)
+    return byte + tl.where(x < 0, 128, 0)
+
+
+@triton.jit
+def e4m3_value(byte):
+    """Return the number (fp32) that the integer ``byte`` stands for."""
+    half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)  # the same fields, read with fp16's bias
+    return half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256
+
+
+# --- pairs of scale and zero point ----------------------------------------------------------------
+
+
+@triton.jit
+def split_params(word):
+    """Return ``scale, zero`` (fp16) of parameters loaded as 32-bit words."""
+    bits = word.to(tl.uint32, bitcast=True)
+    scale = (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale, (bits >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def join_params(scale, zero):
+    """Undo `split_params`."""
+    low = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (low | (zero.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def split_small_params(word):
+    """Return ``scale, zero`` (fp16) of e4m3 parameters loaded as 16-bit words.
+
+    An e4m3 number is the fp16 number of the same fields, with its exponent's bias made up for.
+    """
+    bits = word.to(tl.uint16, bitcast=True)
+    scale = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    zero = (bits & 0x8000) | ((bits & 0x7F00) >> 1)
+    scale = scale.to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale * 256.0, zero.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0

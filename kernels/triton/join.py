@@ -1,0 +1,95 @@
+"""Results of splits joined by their log-sum-exp, in Triton, behind attention.
+
+The sum over packed values comes back from the basis and the order in which they are coded, and their mean is added,
+once for each query.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvq_compile.kernels.triton.arguments import Calibration
+from kvq_compile.kernels.triton.constants import ReadConstants
+from kvq_compile.kernels.triton.primitives import HIDDEN, WEIGHT_BIAS
+from kvq_compile.kernels.triton.transforms import hadamard, load_table
+
+
+@triton.jit
+def store_split(
+    partial, lse, where, accumulator, running_sum, running_max, bias, stored, first_copy,
+    DIM: tl.constexpr,
+):  # fmt: skip
+    """Store the result of a split, and its log-sum-exp plus ``bias`` once for all copies of a query."""
+    dim = tl.arange(0, accumulator.shape[0])
+    total = tl.where(running_sum == 0, 1.0, running_sum)
+    result = accumulator / total[None, :]
+    tl.store(partial + where[None, :] * DIM + dim[:, None], result, mask=stored)
+    point = tl.where(running_sum == 0, float("-inf"), running_max - WEIGHT_BIAS + tl.log2(total))
+    tl.store(lse + where, point + bias, mask=first_copy)
+
+
+@triton.jit
+def join_kernel(
+    partial, lse, out, calibration, splits, exact_splits, kv_heads, queries, VALUE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Join the results of the splits of one query, those of pages from the basis and the order in which values are
+    coded; the ``queries`` of a KV head lie together.
+
+    Grid: (B * Hq * T,).
+    """
+    DIM: tl.constexpr = VALUE.head_dim
+    BLOCK_V: tl.constexpr = triton.next_power_of_2(DIM)
+    query = tl.program_id(0).to(tl.int64)
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, BLOCK_V)
+    is_exact = split < exact_splits
+    channel, inside, tables = dim, dim < DIM, calibration.tables
+    if VALUE.has_tables:
+        tables += query // queries % kv_heads * calibration.words
+        channel = load_table(tables, dim, inside, "order", VALUE)
+    weight = tl.load(lse + query * splits + split, mask=split < splits, other=float("-inf"))
+    weight = tl.exp2(weight - tl.maximum(tl.max(weight, 0), HIDDEN))
+    ok = (weight != 0)[:, None] & inside[None, :]
+    where = tl.where(is_exact[:, None], channel[None, :], dim[None, :])
+    part = tl.load(partial + (query * splits + split)[:, None] * DIM + where, mask=ok, other=0.0)
+    part *= weight[:, None]
+    if VALUE.transform == "hadamard" or VALUE.has_tables:
+        packed = tl.sum(tl.where(is_exact[:, None], 0.0, part), 0)
+        exact = tl.sum(tl.where(is_exact[:, None], part, 0.0), 0)
+        if VALUE.transform == "hadamard":
+            packed = tl.reshape(hadamard(tl.reshape(packed, (1, BLOCK_V)), DIM), (BLOCK_V,))
+        if VALUE.has_tables:
+            mean = load_table(tables, dim, inside, "mean", VALUE)
+            packed = packed * load_table(tables, dim, inside, "scale", VALUE)
+            packed += mean * tl.sum(tl.where(is_exact, 0.0, weight), 0)
+        total = packed + exact
+    else:
+        total = tl.sum(part, 0)
+    weight = tl.sum(weight, 0)
+    total = total / tl.where(weight == 0, 1.0, weight)
+    tl.store(out + query * DIM + channel, total.to(out.dtype.element_ty), mask=inside)
+
+
+def join(
+    partial: Tensor, lse: Tensor, query: Tensor, calibration: Calibration, value: ReadConstants,
+    exact_splits: int, kv_heads: int,
+) -> Tensor:  # fmt: skip
+    """Return ``[B, Hq, T, Dv]`` in the dtype of ``query``.
+
+    Args:
+        partial: Results of the splits, those of exact tokens first, ``[B * Hq * T, splits, Dv]``.
+        lse: Their log-sum-exp to the base of 2, ``[B * Hq * T, splits]``.
+        query: ``[B, Hq, T, D]``.
+        calibration: Tables of the values.
+        value: Constants of the values.
+        exact_splits: Splits of exact tokens.
+        kv_heads: KV heads.
+    """
+    B, Hq, T, _D = query.shape
+    splits = partial.shape[1]
+    out = query.new_empty(B, Hq, T, partial.shape[2])
+    join_kernel[(B * Hq * T,)](
+        partial, lse, out, calibration, splits, exact_splits, kv_heads, Hq // kv_heads * T,
+        VALUE=value, SPLITS=triton.next_power_of_2(splits),
+    )  # fmt: skip
+    return out

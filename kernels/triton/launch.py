@@ -1,0 +1,169 @@
+"""How attention is launched: operands, tiles and splits that layouts, shapes and a device ask for."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.triton.arguments import MaskKind
+from kvq_compile.kernels.triton.constants import ReadConstants
+
+Platform = Literal["cuda", "hip", "interpreter"]
+
+BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
+MAX_QUERIES = 32  # more of them at once spill
+MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
+MAX_SPLITS = 64
+PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
+MIXED_REGISTERS = 168  # of a thread, so that three programs share an SM; there are no spills
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """How tokens are unpacked and multiplied.
+
+    Attributes:
+        fast: Whether instructions of NVIDIA hardware unpack them.
+        dtype, exact_dtype: Of packed and of exact tokens in the matrix instruction.
+        precision: Of products of fp32 numbers.
+    """
+
+    fast: bool
+    dtype: Any
+    exact_dtype: Any
+    precision: str
+
+
+@dataclass(frozen=True, eq=False)
+class AttendConstants(Operands):
+    """What `attend_kernel` is compiled for besides layouts.
+
+    Attributes:
+        shared_by: Query heads to a KV head.
+        copies: Copies of each query, one for each group of a value's channels; see `pages`.
+        block_q, block_n: Queries, and exact tokens, at once.
+        stages: Pages in flight.
+        mask_kind, mask_shared: See `arguments.mask_over`.
+    """
+
+    shared_by: int
+    copies: int
+    block_q: int
+    block_n: int
+    stages: int
+    mask_kind: MaskKind
+    mask_shared: bool
+
+
+@lru_cache
+def sm_count(device: torch.device) -> int:
+    """Return how many SMs a GPU has; 1 for what interprets kernels."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def platform_of(query: Tensor) -> Platform:
+    """Return what kernels over these tensors are compiled for."""
+    if not query.is_cuda:
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def programs_per_sm(key: ReadConstants, value: ReadConstants) -> int:
+    """Return how many programs at a time are best for an SM.
+
+    Measured on an H100 at one sequence of 128k tokens, at 2, 3, 4 and 6 programs; the second numbers are
+    for blocks of 32 exact tokens in place of 64::
+
+        2-bit codes              75 / 75    61 / 68    76 / 58    76 / 57  us
+        2-bit rotary keys       110 / 111  132 / 138  125 / 125  125 / 125
+        8 channels in 8 bits    227        309        258        255
+    """
+    if PROGRAMS_PER_SM is not None:
+        return PROGRAMS_PER_SM
+    return 2 if key.rotary or "codebook" in (key.scheme, value.scheme) else 3
+
+
+@lru_cache(maxsize=1024)
+def count_splits(programs: int, pages: int, exact_tokens: int, resident: int) -> tuple[int, int]:
+    """Return into how many splits exact tokens and pages go, ``programs`` programs being needed for each.
+
+    Pages are split no more than it takes to keep the ``resident`` programs evenly busy.
+    """
+    waves = [
+        programs * splits / resident for splits in range(1, max(1, min(pages, MAX_SPLITS)) + 1)
+    ]
+    busy = [wave / math.ceil(wave) for wave in waves]
+    page_splits = 1 + next(i for i, part in enumerate(busy) if part >= 0.97 * max(busy))
+    most = max(1, 2 * resident // programs)
+    return min(triton.cdiv(exact_tokens, BLOCK_EXACT), most), page_splits
+
+
+def copies_of_queries(value: ReadConstants, queries: int) -> int:
+    """Return how many copies of ``queries`` queries there are, one for each group of a value."""
+    groups = value.head_dim // value.group_size
+    plain = value.scheme != "codebook" and value.grouping == "token"
+    return groups if plain and groups * queries <= MAX_COPIED_QUERIES else 1
+
+
+def operands(dtype: torch.dtype, platform: Platform, large: bool) -> dict[str, Any]:
+    """Return `Operands` for queries of ``dtype``, by name; ``large``: tiles of packed tokens are."""
+    interpreted = platform == "interpreter"
+    full = dtype == torch.float32 or interpreted
+    exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
+    return {
+        "fast": platform == "cuda",
+        "dtype": tl.float32 if full and (interpreted or not large) else tl.float16,
+        "exact_dtype": tl.float32 if full else exact,
+        "precision": "tf32x3" if platform == "cuda" else "ieee",
+    }
+
+
+@lru_cache(maxsize=1024)
+def attend_settings(
+    key_layout: Layout, value_layout: Layout, shared_by: int, tokens: int,
+    dtype: torch.dtype, platform: Platform, mask_kind: MaskKind, mask_shared: bool,
+) -> tuple[ReadConstants, ReadConstants, AttendConstants, dict[str, int]]:  # fmt: skip
+    """Return the constants of `attend_kernel` and its launch options.
+
+    Raises:
+        NotImplementedError: No kernel reads keys and values of these layouts.
+    """
+    key, value = ReadConstants.of(key_layout), ReadConstants.of(value_layout)
+    mixed = key.scheme == "mixed"
+    if "mixed" in (key.scheme, value.scheme) and (key.has_tables or value.has_tables):
+        raise NotImplementedError(
+            "tables must be None where tokens differ in bits (mixed): no GPU kernel reads both"
+        )
+    if mixed != (value.scheme == "mixed"):
+        raise NotImplementedError("keys and values must both be mixed, or neither, on a GPU")
+    D, Dv, page = key.head_dim, value.head_dim, key.page_size
+    copies = copies_of_queries(value, shared_by * tokens)
+    queries = triton.next_power_of_2(shared_by * tokens * copies)
+    block_q = min(MAX_QUERIES, max(16 if platform == "hip" else 8, queries))
+    full = dtype == torch.float32 or platform == "interpreter"
+    even = D & (D - 1) == 0 and Dv & (Dv - 1) == 0
+    large = page * triton.next_power_of_2(max(D, Dv)) > 128 * 128
+    # Loads of single codes are many, and what they return would be kept in shared memory.
+    loads = not (mixed or (key.in_fields and value.in_fields))
+    one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
+    stages = 1 if one_stage or loads else 2
+    constants = AttendConstants(
+        **operands(dtype, platform, large), shared_by=shared_by, copies=copies, block_q=block_q,
+        block_n=BLOCK_EXACT // 2 if full else BLOCK_EXACT, stages=stages, mask_kind=mask_kind,
+        mask_shared=mask_shared,
+    )  # fmt: skip
+    options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
+    few = max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
+    few &= even and page >= 64
+    few &= mask_kind == 0  # with a mask it would spill
+    if mixed and few and platform == "cuda" and block_q == 8 and not (full or large):
+        options["maxnreg"] = MIXED_REGISTERS
+    return key, value, constants, options

@@ -1,0 +1,70 @@
+"""Codes in packed rows, in Triton: written, and read one by one.
+
+How uniform codes leave registers in whole tiles is in `primitives`; here is what is always right, and slow where it is
+done for every element.
+"""
+
+import triton
+import triton.language as tl
+
+from kvq_compile.kernels.schemes import TRITS
+
+DIGITS = tl.constexpr(TRITS)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_words(where, exists):
+    """Return words, 0 where none ``exists``; all of them do if that is ``None``."""
+    return tl.load(where) if exists is None else tl.load(where, mask=exists, other=0)
+
+
+@triton.jit
+def _plane(codes, row, column, exists, CONSTANTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the bits of codes that lie in the plane of ``WIDTH`` bits, in their place."""
+    SHIFT: tl.constexpr = CONSTANTS.bits & -(2 * WIDTH)  # of the planes before it
+    WORDS: tl.constexpr = CONSTANTS.row_length * WIDTH // 16
+    word = CONSTANTS.row_length * SHIFT // 16 + column % WORDS
+    word = load_words(codes + (row * CONSTANTS.row_words + word), exists).to(tl.int32)
+    return ((word >> (column // WORDS * WIDTH)) & ((1 << WIDTH) - 1)) << SHIFT
+
+
+@triton.jit
+def _trits(codes, row, column, exists, CONSTANTS: tl.constexpr):
+    """Return three-level codes: digit ``f`` of a byte is the first one behind the point of ``byte / 3 ** (f + 1)``."""
+    byte, digit = column % CONSTANTS.row_bytes, column // CONSTANTS.row_bytes
+    word = tl.load(codes + (row * CONSTANTS.row_words + byte // 2), mask=exists, other=0)
+    packed = (word.to(tl.int32) >> (byte % 2 * 8)) & 0xFF
+    third = tl.where(digit == 0, 21846, tl.where(digit == 1, 7282, 2428))
+    third = tl.where(digit == 3, 810, tl.where(digit == 4, 270, third))  # 2 ** 16 / 3 ** (f + 1)
+    return (((packed * third) & 0xFFFF) * 3) >> 16
+
+
+@triton.jit
+def load_row_codes(codes, row, column, exists, CONSTANTS: tl.constexpr):
+    """Return the codes (int32) in places ``column`` of rows, a load for each plane; 0 where none ``exists``."""
+    if CONSTANTS.packing == "trits":
+        code = _trits(codes, row, column, exists, CONSTANTS)
+    else:
+        code = tl.zeros((row + column).shape, tl.int32)
+        if CONSTANTS.bits & 8:
+            code |= _plane(codes, row, column, exists, CONSTANTS, 8)
+        if CONSTANTS.bits & 4:
+            code |= _plane(codes, row, column, exists, CONSTANTS, 4)
+        if CONSTANTS.bits & 2:
+            code |= _plane(codes, row, column, exists, CONSTANTS, 2)
+        if CONSTANTS.bits & 1:
+            code |= _plane(codes, row, column, exists, CONSTANTS, 1)
+    return code
+
+
+@triton.jit
+def load_codes(codes, token, part, exists, CONSTANTS: tl.constexpr):
+    """Return the codes (int32) of a page, ``part`` counting those of a token."""
+    if CONSTANTS.role == "key":
+        code = load_row_codes(codes, token, part, exists, CONSTANTS)
+    else:
+        code = load_row_codes(codes, part, token, exists, CONSTANTS)
+    return code
