@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,17 +71,21 @@ def compile_graph(
     def compile_inner(args: Sequence[Any]) -> Compiled:
         return _compile_inner(lowered.module, lowered.flatten(args), config, mode)
 
-    def stays_plain(reason: RuntimeError) -> None:
-        text = f"a 16-bit cache was left as it is: {reason}"
+    def stays_plain(reason: str) -> None:
+        told = [replace(site, outcome="left alone", detail=reason) for site in lowered.reports]
+        record(GraphReport(tuple(told), config.spec))
+        text = f"caches stay in 16 bit: {reason}"
         if config.strict:
-            raise KVQError(text) from reason
+            raise KVQError(text)
         warnings.warn(text, KVQWarning, stacklevel=3)
 
+    if lowered.thaw is not None:
+        return lowered.around(gm.forward, stays_plain)
     if not lowered.compiles:
         return gm.forward
     if lowered.conversions:
         return lowered.run_once_then_convert(compile_inner, stays_plain)
-    return lowered.around(compile_inner(example_inputs))
+    return lowered.around(compile_inner(example_inputs), stays_plain)
 
 
 def _tell(reports: Sequence[SiteReport], config: Config) -> None:

@@ -15,6 +15,7 @@ from kvq_compile.lowering.cache_nodes import CacheNodes, Frames, Seen
 from kvq_compile.lowering.runtime import Conversion, Output
 from kvq_compile.lowering.sites import Attention, AttentionSite, Coding, SiteReport, State
 from kvq_compile.lowering.sizes import SizeReader
+from kvq_compile.lowering.slots import SlotCheck
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Graph:
         seen: What attention says to caches that the graph makes of its own tokens.
         extended: Grown caches whose attention was refused, and which take new tokens all the same.
         conversions: 16-bit buffers to convert after a call.
+        check: Writes to look at before a call.
+        thaw: Why the call has to run as captured, on ordinary tensors, if it has.
         plans: How each value that the captured graph returned is made.
     """
 
@@ -55,6 +58,8 @@ class Graph:
     seen: dict[Node, Seen] = field(default_factory=dict)
     extended: list[tuple[State, Coding]] = field(default_factory=list)
     conversions: list[Conversion] = field(default_factory=list)
+    check: SlotCheck | None = None
+    thaw: str | None = None
     plans: list[Output] = field(default_factory=list)
 
     @classmethod

@@ -74,41 +74,6 @@ def same(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
-def computed_alike(a: Any, b: Any) -> bool:
-    """Say whether two arguments have one value because the graph computes it twice in the same way.
-
-    Models write ``cache[:, :, slots[:T]] = key`` and the same for values, and so have two nodes for the slots.
-    """
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-        return same(a, b) if not isinstance(a, fx.Node) and not isinstance(b, fx.Node) else False
-    read: set[Any] = set()
-    if not _alike(a, b, read):
-        return False
-    place = order_of(a.graph)
-    first, last = sorted((place[a], place[b]))
-    nodes = list(a.graph.nodes)
-    start = min((place[node] for node in read if node.op != "placeholder"), default=first)
-    return not {root_of(node) for node in read} & changed_roots(nodes[start : last + 1])
-
-
-def _alike(a: Any, b: Any, read: set[Any]) -> bool:
-    """Compare two arguments step by step; ``read`` collects the nodes that their values depend on."""
-    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-        read |= {a, b}
-        if a is b:
-            return True
-        if target_name(a) not in (*VIEWS, *_OF_POSITIONS) or (a.op, a.target) != (b.op, b.target):
-            return False
-        return _alike(a.args, b.args, read) and _alike(a.kwargs, b.kwargs, read)
-    if isinstance(a, slice) and isinstance(b, slice):
-        return _alike((a.start, a.stop, a.step), (b.start, b.stop, b.step), read)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_alike(x, y, read) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key], read) for key in a)
-    return type(a) is type(b) and bool(a == b)
-
-
 def target_name(node: Any) -> str:
     """Return the plain name of what a call node calls: ``"matmul"``, ``"index_copy_"``."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
@@ -258,10 +223,6 @@ def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 # What positions are computed with; each call of one gives the same result.
-_OF_POSITIONS = (
-    *("arange", "full", "tensor", "zeros", "ones", "cumsum", "size", "clone", "long", "int"),
-    *("add", "sub", "mul", "floordiv", "mod", "neg", "remainder", "clamp", "where"),
-)
 _IN_PLACE_OPERATORS = (
     "iadd",
     "isub",

@@ -13,7 +13,8 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.gradients import refuse_gradients
-from kvq_compile.lowering.find.sites import find_sites, source_line
+from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
+from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.graph import Graph, Pass
 from kvq_compile.lowering.rewrite.add_tables import add_tables
 from kvq_compile.lowering.rewrite.attend_to_new_tokens import attend_to_new_tokens
@@ -45,6 +46,7 @@ ANALYSIS: tuple[Pass, ...] = (
     hold_slots,
     find_sites,
     refuse_gradients,
+    plan_slot_checks,
 )
 REWRITING: tuple[Pass, ...] = (
     add_tables,
@@ -91,6 +93,9 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
     run(ANALYSIS, graph)
     if not graph.sites and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
         return Lowered.as_captured(gm, graph.reports, ())
+    if graph.thaw is not None:
+        refused = [left_alone(site.layer, site.attention.output, graph.thaw) for site in graph.sites]
+        return Lowered.thawed(gm, graph.reports + refused, graph.thaw)
     graph.reports += [_rewritten(site) for site in graph.sites]
     graph.reports.sort(key=lambda report: report.layer)
     before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
@@ -113,6 +118,8 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
         pairs=_pairs(graph),
         unwrapped=unwrapped,
         tables=list(graph.frames.tensors.values()),
+        captured=gm,
+        check=graph.check,
     )
 
 

@@ -10,14 +10,21 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from kvq_compile.kernels.cache.become import become, check_can_become_quantized
+from kvq_compile.kernels.cache.become import (
+    become,
+    check_can_become_quantized,
+    keep_plain,
+    thaw,
+)
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
 from kvq_compile.lowering.sites import Coding, SiteReport
 from kvq_compile.lowering.sizes import Size
+from kvq_compile.lowering.slots import SlotCheck
 
 Compiled = Callable[..., Any]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,9 @@ class Lowered:
         tables: Tables of the caches that the graph makes, arguments of ``module`` behind all others.
         compiles: Whether the inner compiler may have ``module``; not where it takes quantized caches as they are.
         reports: What became of each attention.
+        captured: The captured graph, to be run on ordinary tensors where a cache cannot take a write.
+        check: The writes to look at before a call.
+        thaw: Why every call has to run as captured, if it has.
     """
 
     module: fx.GraphModule
@@ -153,6 +163,9 @@ class Lowered:
     unwrapped: dict[int, bool]
     tables: list[Tensor]
     compiles: bool = True
+    captured: fx.GraphModule | None = None
+    check: SlotCheck | None = None
+    thaw: str | None = None
 
     @classmethod
     def as_captured(
@@ -162,14 +175,54 @@ class Lowered:
         compiles = not any(isinstance(x, QuantizedKV) for x in inputs)
         return cls(gm, reports, [], 0, [], [], {}, [], compiles)
 
+    @classmethod
+    def thawed(cls, gm: fx.GraphModule, reports: list[SiteReport], reason: str) -> Lowered:
+        """Return a captured graph that makes ordinary tensors of its quantized caches before it runs."""
+        return cls(gm, reports, [], 0, [], [], {}, [], captured=gm, thaw=reason)
+
     @property
     def rewritten(self) -> bool:
         """Whether ``module`` takes and returns something else than the captured graph."""
         return bool(self.unwrapped) or not all(isinstance(plan, Plain) for plan in self.outputs)
 
-    def around(self, inner: Compiled) -> Compiled:
-        """Return a callable like the captured graph from one like ``module``."""
-        return (lambda *args: self.call(inner, args)) if self.rewritten else inner
+    def around(self, inner: Compiled, tell: Tell) -> Compiled:
+        """Return a callable like the captured graph from one like ``module``.
+
+        Args:
+            inner: Compiled from ``module``.
+            tell: Called with the reason why caches become ordinary tensors again, before anything is written.
+        """
+        if self.thaw is None and self.check is None:
+            return (lambda *args: self.call(inner, args)) if self.rewritten else inner
+
+        def call(*args: Any) -> list[Any]:
+            reason = self.why_not(args)
+            if reason is None:
+                return self.call(inner, args)
+            tell(reason)
+            self.keep_plain(args, reason)
+            assert self.captured is not None
+            return list(self.captured(*args))
+
+        return call
+
+    def why_not(self, args: Sequence[Any]) -> str | None:
+        """Return why this call cannot run on quantized caches of fixed size, or ``None`` if it can."""
+        if self.thaw is not None or self.check is None:
+            return self.thaw
+        return self.check.reason(args)
+
+    def keep_plain(self, args: Sequence[Any], reason: str) -> None:
+        """Make ordinary tensors of the quantized caches that the call writes in place, and leave them so."""
+        if self.check is None:
+            places = {place for place, x in enumerate(args) if isinstance(x, QuantizedKV)}
+        else:
+            places = {write.argument for write in self.check.writes if write.argument is not None}
+        for place in places:
+            if isinstance(args[place], QuantizedKV):
+                thaw(args[place], reason)
+            else:
+                keep_plain(args[place], reason)
 
     def call(self, inner: Compiled, args: Sequence[Any]) -> list[Any]:
         """Call ``inner``, compiled from ``module``, with the arguments of the captured graph."""
@@ -216,7 +269,7 @@ class Lowered:
     def run_once_then_convert(
         self,
         compile_inner: Callable[[Sequence[Any]], Compiled],
-        tell: Callable[[RuntimeError], None],
+        tell: Tell,
     ) -> Compiled:
         """Return a callable that runs the graph as it is and quantizes its 16-bit buffers afterwards.
 
@@ -231,12 +284,20 @@ class Lowered:
         compiled: list[Compiled] = []
 
         def call(*args: Any) -> list[Any]:
+            reason = None if compiled else self.why_not(args)
+            if reason is not None:
+                tell(reason)
+                self.keep_plain(args, reason)
+                if self.unwrapped:
+                    assert self.captured is not None
+                    return list(self.captured(*args))
+                compiled.append(compile_inner(args))
             outputs = self.call(compiled[0] if compiled else self.module.forward, args)
             if not compiled:
                 try:
                     convert(self.conversions, args, outputs)
-                except RuntimeError as reason:
-                    tell(reason)
+                except RuntimeError as error:
+                    tell(str(error))
                     compiled.append(compile_inner(args))
             return outputs[: self.returned]
 

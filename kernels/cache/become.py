@@ -47,3 +47,27 @@ def _shares_storage(tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
     users = torch._C._storage_Use_Count(storage._cdata)
     return bool(users > 2)  # the tensor and the storage object at hand
+
+
+def thaw(cache: QuantizedKV, reason: str) -> None:
+    """Make a quantized cache an ordinary tensor again, in place; slots without a token are zero.
+
+    Every reference to the object sees it. It stays in 16 bit from then on: `stays_plain` has the reason.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        dense: Tensor = cache.dequantize().clone()
+    torch._C._swap_tensor_impl(cache, dense)
+    tensor: Tensor = cache
+    tensor.__class__, dense.__class__ = Tensor, QuantizedKV
+    tensor.__dict__.clear()
+    keep_plain(tensor, reason)
+
+
+def keep_plain(tensor: Tensor, reason: str) -> None:
+    """Remember why a buffer is not to be quantized."""
+    tensor._kvq_stays_plain = reason  # type: ignore[attr-defined]
+
+
+def stays_plain(tensor: object) -> str | None:
+    """Return why a buffer is not to be quantized, or ``None``."""
+    return getattr(tensor, "_kvq_stays_plain", None) if isinstance(tensor, Tensor) else None

@@ -7,7 +7,7 @@ a dequantized copy. A handler returns ``NotImplemented`` for what it leaves to t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
     """Write tokens as ``cache[index] = x`` says."""
-    slots = _token_index(index)
+    slots = _token_index(index, cache.shape)
     if isinstance(slots, slice):
         if slots.step not in (None, 1):
             raise NotImplementedError(f"slot slices must have step 1, got {slots}")
@@ -92,15 +92,20 @@ def _writes_into_cache(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return False
 
 
-def _token_index(index: Any) -> Any:
+def _is_whole(part: Any, size: Any) -> bool:
+    if not isinstance(part, slice) or part.step not in (None, 1) or part.start not in (None, 0):
+        return False
+    return bool(part.stop is None or part.stop >= size)
+
+
+def _token_index(index: Any, shape: Sequence[Any]) -> Any:
     """Return what an index into ``[B, H, S, D]`` says of the tokens; it must take all else whole."""
     index = index if isinstance(index, tuple) else (index,)
     dots = [place for place, part in enumerate(index) if part is Ellipsis]
     place = dots[0] if dots else len(index)
     rest = index[place + 1 :]
     index = (*index[:place], *[slice(None)] * (4 - place - len(rest)), *rest)
-    whole = (*index[:2], *index[3:])
-    if len(index) != 4 or any(not isinstance(part, slice) or part != slice(None) for part in whole):
+    if len(index) != 4 or not all(_is_whole(index[dim], shape[dim]) for dim in (0, 1, 3)):
         raise NotImplementedError(
             f"a QuantizedKV can be assigned along its tokens only, as cache[:, :, positions] = x, got {index}"
         )

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from kvq_compile.lowering.find.positions import same_value
 from kvq_compile.lowering.nodes import (
     changed_roots,
-    computed_alike,
     root_of,
     same,
     shape_of,
@@ -72,9 +72,9 @@ def check_pair(key: State, value: State) -> None:
         raise Refusal("keys and values are one tensor")
     if key.life not in _SLOTTED:
         return
-    if not computed_alike(key.position, value.position):
+    if not same_value(key.position, value.position):
         raise Refusal("keys and values are written at different slots")
-    if not computed_alike(key.slots, value.slots):
+    if not same_value(key.slots, value.slots):
         raise Refusal("different numbers of slots are read from keys and values")
 
 

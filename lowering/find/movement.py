@@ -108,6 +108,11 @@ def _takes_all(node: fx.Node) -> bool:
     return all(is_full(part, size) for part, size in zip(index, shape, strict=True))
 
 
+def is_whole_cache(node: fx.Node) -> bool:
+    """Say whether a subscript takes all of a cache: another name for it."""
+    return is_cache_like(node.args[0]) and _takes_all(node)
+
+
 def cache_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the cache-like arguments whose elements may be among those of ``node``, moved or changed."""
     return [found for found in _reached(node) if is_cache_like(found)]

@@ -12,6 +12,7 @@ from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering.find.sites import find_sites
 from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
+from kvq_compile.lowering.rewrite.hold_slots import hold_slots
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import AttentionSite, SiteReport
@@ -76,6 +77,7 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
     unknown = [None for node in gm.graph.nodes if node.op == "placeholder"]  # no constant decides
     graph = Graph.copy_of(gm, spec, unknown)
     unchain_writes(graph)  # first: the finders know a cache by one node
+    hold_slots(graph)
     spell_growth(graph)
     find_sites(graph)
     placeholders = list(graph.inputs)

@@ -1,0 +1,197 @@
+"""Plan what is to be known before a call about the slots that it writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvq_compile.kernels.cache.become import stays_plain
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.positions import part_of
+from kvq_compile.lowering.find.sites import left_alone
+from kvq_compile.lowering.find.writes import is_write, read_write
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import (
+    order_of,
+    root_of,
+    same,
+    shape_of,
+    source_name,
+    target_name,
+    value_of,
+    writes_in_place,
+)
+from kvq_compile.lowering.sites import AttentionSite, Life, Refusal, State
+from kvq_compile.lowering.slots import SlotCheck, Write
+
+SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
+
+
+def plan_slot_checks(graph: Graph) -> PassReport:
+    """Plan which writes into caches of fixed size are looked at before a call runs.
+
+    Before:  sites that write into caches of fixed size
+    After:   the same, ``graph.check``; those are no sites any more whose slots cannot be known beforehand
+    Because: a quantized cache takes tokens one behind another, and a model may write otherwise: where it does the
+             call has to run as it was captured, and that must be known before anything is written.
+    """
+    positions: list[fx.Node] = []
+    writes: list[Write] = []
+    kept: list[AttentionSite] = []
+    for site in graph.sites:
+        try:
+            found = [_write(graph, state, site, positions) for state, _ in _slotted(site)]
+        except Refusal as reason:
+            graph.reports.append(left_alone(site.layer, site.attention.output, str(reason)))
+        else:
+            kept.append(site)
+            writes += [write for write in found if write is not None]
+    graph.sites = kept
+    for cache, value in graph.inputs.items():
+        if isinstance(value_of(cache), QuantizedKV):
+            try:
+                writes += _other_writes(graph, cache, positions)
+            except Refusal as reason:
+                graph.thaw = f"{source_name(cache)}: {reason}"
+        del value
+    part = part_of(positions, graph.arguments) if positions else None
+    graph.check = SlotCheck(part, tuple(writes)) if writes else None
+    return PassReport(tuple(f"slots of {write.name} are looked at" for write in writes))
+
+
+def _slotted(site: AttentionSite) -> list[tuple[State, Any]]:
+    return [pair for pair in site.states() if pair[0].life in SLOTTED]
+
+
+def _write(
+    graph: Graph, state: State, site: AttentionSite, positions: list[fx.Node]
+) -> Write | None:
+    """Plan the look at one write.
+
+    Raises:
+        Refusal: Its slots cannot be known before the call, or the buffer is to stay plain.
+    """
+    assert state.past is not None
+    reason = stays_plain(graph.inputs.get(state.past))
+    if reason is not None:
+        raise Refusal(reason)
+    position = state.position
+    is_tensor = isinstance(value_of(position), torch.Tensor)
+    if is_tensor:
+        part_of([position], graph.arguments)  # raises where it cannot be known
+    if is_tensor and value_of(position).is_cuda and _is_counted(position, state):
+        return None  # consecutive whatever the call; the host does not wait for where they begin
+    hides = _hides(graph, state, site)
+    name = source_name(state.past)
+    argument = graph.arguments.get(state.past)
+    inverted = site.attention.mask_hides
+    if not is_tensor:
+        first = graph.sizes.size(value_of(position))
+        tokens = graph.sizes.size((shape_of(state.new) or ())[2])
+        return Write(name, argument, None, first, tokens, hides, inverted)
+    return Write(name, argument, _place(position, positions), None, None, hides, inverted)
+
+
+def _place(position: fx.Node, positions: list[fx.Node]) -> int:
+    if position not in positions:
+        positions.append(position)
+    return positions.index(position)
+
+
+def _is_counted(position: fx.Node, state: State) -> bool:
+    """Say whether slots are ``arange(T)`` plus one number for all, in one of its spellings."""
+    tokens = (shape_of(state.new) or ())[2]
+    node: Any = position
+    while isinstance(node, fx.Node):
+        name = target_name(node)
+        if name == "arange":
+            return same(value_of(node).shape[0], tokens)
+        if name in ("add", "sub", "iadd", "add_"):
+            shift = [arg for arg in node.args[:2] if _is_single(arg)]
+            if len(shift) != 1:
+                return False
+            node = next(arg for arg in node.args[:2] if arg is not shift[0])
+        elif name in ("to", "long", "int", "contiguous", "clone"):
+            node = node.args[0]
+        else:
+            return False
+    return False
+
+
+def _is_single(x: Any) -> bool:
+    value = value_of(x)
+    return not isinstance(value, torch.Tensor) or (value.dim() == 0 or value.numel() == 1)
+
+
+def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | bool:
+    """Return what hides the slots behind the tokens of a call."""
+    attention = site.attention
+    if attention.mask is None:
+        return True  # `check_mask`: attention is causal, or reads no slot behind them
+    if state.slots is not None and not isinstance(value_of(state.position), torch.Tensor):
+        tokens = (shape_of(state.new) or ())[2]
+        if same(value_of(state.slots), value_of(state.position) + tokens):
+            return True
+    try:
+        return part_of([attention.mask], graph.arguments)
+    except Refusal:
+        return False
+
+
+def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> list[Write]:
+    """Plan the look at writes into a quantized cache that belong to no site.
+
+    Raises:
+        Refusal: A quantized cache cannot take one of them.
+    """
+    owned = {state.write for state, _ in graph.states()}
+    writers = [
+        node
+        for node in graph.fx.nodes
+        if node.op in ("call_function", "call_method")
+        and node.args
+        and writes_in_place(node)
+        and root_of(node.args[0]) is cache
+    ]
+    others = [node for node in writers if node not in owned]
+    if others and value_of(cache).kind != "static":
+        raise Refusal(f"a cache that grows is written in place by {target_name(others[0])}")
+    if writers:
+        _check_views(graph, cache, writers)
+    found: list[Write] = []
+    name, argument = source_name(cache), graph.arguments[cache]
+    for node in others:
+        if target_name(node) == "zero_" and node.args[0] is cache:
+            nothing = graph.sizes.size(0)
+            found.append(Write(name, argument, None, nothing, nothing, True))
+            continue
+        if not is_write(node) or node.args[0] is not cache:
+            raise Refusal(f"{target_name(node)} writes something else than whole tokens")
+        position, new = read_write(node)
+        if isinstance(value_of(position), torch.Tensor):
+            part_of([position], graph.arguments)
+            found.append(Write(name, argument, _place(position, positions)))
+        else:
+            first = graph.sizes.size(value_of(position))
+            tokens = graph.sizes.size((shape_of(new) or ())[2])
+            found.append(Write(name, argument, None, first, tokens))
+    return found
+
+
+def _check_views(graph: Graph, cache: fx.Node, writers: list[fx.Node]) -> None:
+    """Make sure that no view is taken before a write and read after it: it would show what was there before.
+
+    Raises:
+        Refusal: One is.
+    """
+    place = order_of(graph.fx)
+    for node in graph.fx.nodes:
+        if node is cache or root_of(node) is not cache or writes_in_place(node):
+            continue
+        for write in writers:
+            if place[node] < place[write] and any(
+                place[user] > place[write] for user in node.users
+            ):
+                raise Refusal("a view taken before a write is read after it")

@@ -1,0 +1,116 @@
+"""Look at the slots that a call writes before anything is written.
+
+A quantized cache of fixed size takes tokens one behind another, and forgets what lies behind a write. A model may
+write otherwise: with gaps, from right to left, in a ring, over slots that it goes on to read. What the graph alone
+does not tell is read on the host, once a call. Where a write does not fit, the buffers become ordinary tensors
+again and the call runs as it was captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.layout import HIDES
+from kvq_compile.lowering.sizes import Size
+
+GAPS = "the slots written are not consecutive"
+AHEAD = "tokens are written behind empty slots"
+OVERWRITES = "slots are overwritten that attention goes on to read behind the new tokens"
+NOT_FIRST = "the first tokens of a new cache are not written at its first slots"
+
+
+@dataclass(frozen=True)
+class Write:
+    """One write into a cache of fixed size, as far as it is not understood from the graph alone.
+
+    Attributes:
+        name: How the model names the cache.
+        argument: Its place among the arguments; ``None`` for one that the call allocates.
+        position: Which result of `SlotCheck.positions` holds the slots; ``None`` where the first is a number.
+        first: The first slot, where it is a number.
+        tokens: How many tokens are written, where the first slot is a number.
+        hides: What hides the slots behind the new tokens: a part of the graph that computes the mask of the
+            attention, ``True`` where nothing behind them is read, ``False`` where that is not known.
+        inverted: Whether the mask marks what is hidden.
+    """
+
+    name: str
+    argument: int | None
+    position: int | None = None
+    first: Size | None = None
+    tokens: Size | None = None
+    hides: fx.GraphModule | bool = False
+    inverted: bool = False
+
+
+@dataclass(frozen=True)
+class SlotCheck:
+    """The writes of a graph into caches of fixed size.
+
+    Attributes:
+        positions: The part of the graph that computes slots which are tensors, if any are.
+        writes: The writes, in order.
+    """
+
+    positions: fx.GraphModule | None
+    writes: tuple[Write, ...]
+
+    def reason(self, args: Sequence[Any]) -> str | None:
+        """Return why the caches cannot take the writes of a call, or ``None`` if they can."""
+        slots = [] if self.positions is None else list(self.positions(*args))
+        places = {write.argument for write in self.writes if write.argument is not None}
+        caches = {place: args[place] for place in sorted(places)}
+        cursors = {place: x.cursor[:1] for place, x in caches.items() if isinstance(x, QuantizedKV)}
+        numbers = _on_host([*slots, *cursors.values()])
+        held: dict[int | None, int] = {
+            place: found[0] for place, found in zip(cursors, numbers[len(slots) :], strict=True)
+        }
+        for write in self.writes:
+            if write.first is not None and write.tokens is not None:
+                first, tokens = write.first(args), write.tokens(args)
+            else:
+                assert write.position is not None
+                found = numbers[write.position]
+                first, tokens = (found or [0])[0], len(found)
+                if found != list(range(first, first + tokens)):
+                    return GAPS
+            if write.argument is None and first != 0:
+                return NOT_FIRST
+            if write.argument in held:
+                if first > held[write.argument]:
+                    return AHEAD
+                if first < held[write.argument] and not _hides(write, args, first + tokens):
+                    return OVERWRITES
+                held[write.argument] = first + tokens
+        return None
+
+
+def _on_host(vectors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the elements of some vectors of integers, waiting for their device at most once."""
+    if not vectors:
+        return []
+    devices = {vector.device for vector in vectors}
+    if devices == {torch.device("cpu")}:
+        return [vector.reshape(-1).tolist() for vector in vectors]
+    device = next(iter(device for device in devices if device.type != "cpu"))
+    flat = torch.cat([vector.reshape(-1).to(device, torch.int64) for vector in vectors]).tolist()
+    lengths = [vector.numel() for vector in vectors]
+    ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
+    return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _hides(write: Write, args: Sequence[Any], end: int) -> bool:
+    """Say whether the attention that follows a write sees no slot from ``end`` on."""
+    if isinstance(write.hides, bool):
+        return write.hides
+    (mask,) = write.hides(*args)
+    behind = mask[..., end:]
+    if behind.dtype != torch.bool:
+        return bool((behind <= HIDES).all())
+    return bool(behind.all()) if write.inverted else not bool(behind.any())
