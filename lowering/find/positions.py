@@ -74,10 +74,23 @@ def part_of(nodes: Sequence[fx.Node], arguments: Mapping[fx.Node, int]) -> fx.Gr
     Raises:
         Refusal: They depend on something that is known only when the graph runs.
     """
-    graph = nodes[0].graph
-    place = order_of(graph)
+    place = order_of(nodes[0].graph)
     needed: set[fx.Node] = set()
-    stack = list(nodes)
+    for node in nodes:
+        needed |= _needed_by(node, arguments, place)
+    return _extract(sorted(needed, key=place.__getitem__), nodes, arguments)
+
+
+def _needed_by(
+    result: fx.Node, arguments: Mapping[fx.Node, int], place: Mapping[fx.Node, int]
+) -> set[fx.Node]:
+    """Return the nodes that compute ``result`` from the arguments of a call as they are before it.
+
+    Raises:
+        Refusal: There are others.
+    """
+    needed: set[fx.Node] = set()
+    stack = [result]
     while stack:
         node = stack.pop()
         if node in needed:
@@ -94,11 +107,10 @@ def part_of(nodes: Sequence[fx.Node], arguments: Mapping[fx.Node, int]) -> fx.Gr
         if node.op != "get_attr" and (writes_in_place(node) or node.is_impure()):
             raise Refusal(f"the slots written pass through {target_name(node)}")
         stack.extend(node.all_input_nodes)
-    end = max(place[node] for node in needed)
-    changed = changed_roots(node for node in graph.nodes if place[node] <= end)
-    if {root_of(node) for node in needed} & changed:
-        raise Refusal("the slots written change within the call")
-    return _extract(sorted(needed, key=place.__getitem__), nodes, arguments)
+    before = (node for node in result.graph.nodes if place[node] <= place[result])
+    if {root_of(node) for node in needed} & changed_roots(before):
+        raise Refusal("the slots written change within the call before they are used")
+    return needed
 
 
 def _extract(
