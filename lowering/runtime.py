@@ -14,6 +14,7 @@ from kvq_compile.kernels.cache.become import (
     become,
     check_can_become_quantized,
     keep_plain,
+    stays_plain,
     thaw,
 )
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
@@ -212,6 +213,11 @@ class Lowered:
             return self.thaw
         return self.check.reason(args)
 
+    def _told(self, args: Sequence[Any]) -> str | None:
+        """Return why a buffer of the call is not to be quantized, where an earlier call has found out."""
+        places = (conversion.argument for conversion in self.conversions)
+        return next(filter(None, (stays_plain(args[place]) for place in places)), None)
+
     def keep_plain(self, args: Sequence[Any], reason: str) -> None:
         """Make ordinary tensors of the quantized caches that the call writes in place, and leave them so."""
         if self.check is None:
@@ -284,9 +290,11 @@ class Lowered:
         compiled: list[Compiled] = []
 
         def call(*args: Any) -> list[Any]:
-            reason = None if compiled else self.why_not(args)
+            told = self._told(args)
+            reason = None if compiled else told or self.why_not(args)
             if reason is not None:
-                tell(reason)
+                if told is None:
+                    tell(reason)
                 self.keep_plain(args, reason)
                 if self.unwrapped:
                     assert self.captured is not None

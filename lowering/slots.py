@@ -36,7 +36,7 @@ class Write:
         first: The first slot, where it is a number.
         tokens: How many tokens are written, where the first slot is a number.
         hides: What hides the slots behind the new tokens: a part of the graph that computes the mask of the
-            attention, ``True`` where nothing behind them is read, ``False`` where that is not known.
+            attention, ``True`` where nothing behind them is read, ``None`` where that is not known.
         inverted: Whether the mask marks what is hidden.
     """
 
@@ -45,7 +45,7 @@ class Write:
     position: int | None = None
     first: Size | None = None
     tokens: Size | None = None
-    hides: fx.GraphModule | bool = False
+    hides: fx.GraphModule | bool | None = None
     inverted: bool = False
 
 
@@ -85,9 +85,14 @@ class SlotCheck:
             if write.argument in held:
                 if first > held[write.argument]:
                     return AHEAD
-                if first < held[write.argument] and not _hides(write, args, first + tokens):
+                if (
+                    first < held[write.argument]
+                    and _shows(write, args, first + tokens) is not False
+                ):
                     return OVERWRITES
                 held[write.argument] = first + tokens
+            elif write.argument is not None and _shows(write, args, first + tokens):
+                return OVERWRITES
         return None
 
 
@@ -105,12 +110,12 @@ def _on_host(vectors: Sequence[Tensor]) -> list[list[int]]:
     return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
-def _hides(write: Write, args: Sequence[Any], end: int) -> bool:
-    """Say whether the attention that follows a write sees no slot from ``end`` on."""
-    if isinstance(write.hides, bool):
-        return write.hides
+def _shows(write: Write, args: Sequence[Any], end: int) -> bool | None:
+    """Say whether the attention that follows a write sees slots from ``end`` on; ``None`` where that is not known."""
+    if write.hides is None or isinstance(write.hides, bool):
+        return None if write.hides is None else not write.hides
     (mask,) = write.hides(*args)
     behind = mask[..., end:]
     if behind.dtype != torch.bool:
-        return bool((behind <= HIDES).all())
-    return bool(behind.all()) if write.inverted else not bool(behind.any())
+        return not bool((behind <= HIDES).all())
+    return not bool(behind.all()) if write.inverted else bool(behind.any())

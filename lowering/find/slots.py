@@ -125,7 +125,7 @@ def _is_single(x: Any) -> bool:
     return not isinstance(value, torch.Tensor) or (value.dim() == 0 or value.numel() == 1)
 
 
-def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | bool:
+def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | bool | None:
     """Return what hides the slots behind the tokens of a call."""
     attention = site.attention
     if attention.mask is None:
@@ -137,7 +137,7 @@ def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | 
     try:
         return part_of([attention.mask], graph.arguments)
     except Refusal:
-        return False
+        return None
 
 
 def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> list[Write]:
