@@ -94,7 +94,10 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
     if not graph.sites and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
         return Lowered.as_captured(gm, graph.reports, ())
     if graph.thaw is not None:
-        refused = [left_alone(site.layer, site.attention.output, graph.thaw) for site in graph.sites]
+        refused = [
+            left_alone(site.layer, site.where, site.attention.output, graph.thaw)
+            for site in graph.sites
+        ]
         return Lowered.thawed(gm, graph.reports + refused, graph.thaw)
     graph.reports += [_rewritten(site) for site in graph.sites]
     graph.reports.sort(key=lambda report: report.layer)

@@ -44,7 +44,9 @@ def plan_slot_checks(graph: Graph) -> PassReport:
         try:
             found = [_write(graph, state, site, positions) for state, _ in _slotted(site)]
         except Refusal as reason:
-            graph.reports.append(left_alone(site.layer, site.attention.output, str(reason)))
+            graph.reports.append(
+                left_alone(site.layer, site.where, site.attention.output, str(reason))
+            )
         else:
             kept.append(site)
             writes += [write for write in found if write is not None]
