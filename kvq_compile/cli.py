@@ -112,12 +112,14 @@ def demo(
 ) -> None:
     """Generate with a plain and with a quantized cache, side by side."""
     from kvq_compile.demo import compare
+    from kvq_compile.loading import encode_file
 
     compile_plain = read_plain(plain)
     choice = read_method(method)
+    text = find_text(text)
     check_places(dtype, device, text)
     network, tokenizer = load(model, dtype, device)
-    ids = read_text(tokenizer, text)
+    ids = encode_file(tokenizer, text)
     with status("") as say:
         result = compare(
             network,
@@ -171,16 +173,18 @@ def evaluate_(
     """
     from kvq_compile.evaluation.kept import Kept
     from kvq_compile.evaluation.perplexity import Protocol, make_runners, write_results
+    from kvq_compile.loading import encode_file
 
     compile_plain = read_plain(plain)
     if not method and not sweep:
         raise ValueError("--method must be given, got none; give --sweep to run all methods")
     choices = [uncompiled(read_method(item)) for item in method or []]
     protocol = Protocol(window, prefill, chunk, windows)
+    text = find_text(text)
     check_places(dtype, device, text, calibrate_on)
     make_folder(out)
     network, tokenizer = load(model, dtype, device)
-    ids = read_text(tokenizer, text)
+    ids = encode_file(tokenizer, text)
     protocol.cut(ids)  # a text that is too short is told before methods are calibrated
     about = describe(network, model, text, protocol, plain, exams if recall else 0)
     kept = Kept(
@@ -384,11 +388,11 @@ def check_file(path: Path) -> None:
     make_folder(path.parent)
 
 
-def read_text(tokenizer: PreTrainedTokenizerBase, path: Path | None) -> list[int]:
-    """Return the tokens of a text file, of the demo's own where there is none."""
-    from kvq_compile.loading import DEMO_TEXT, encode_file, example
+def find_text(path: Path | None) -> Path:
+    """Return a text file, the demo's own where none is named."""
+    from kvq_compile.loading import DEMO_TEXT, example
 
-    return encode_file(tokenizer, path or example(DEMO_TEXT))
+    return path or example(DEMO_TEXT)
 
 
 def load(
@@ -433,7 +437,7 @@ def measure(
 def describe(
     network: PreTrainedModel,
     model: str,
-    text: Path | None,
+    text: Path,
     protocol: Protocol,
     plain: str,
     exams: int,
@@ -449,7 +453,7 @@ def describe(
     on_gpu = network.device.type == "cuda"
     return {
         "model": Path(model).name if Path(model).exists() else model,
-        "text": text.name if text else "demo.txt",
+        "text": text.name,
         "protocol": asdict(protocol),
         "recall exams": exams,
         "dtype": str(network.dtype).removeprefix("torch."),

@@ -32,7 +32,7 @@ def example(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"{path.name} lies in the repository's examples, which are not installed with the "
-            "package; pass --model and --text"
+            f"package; pass {'--text' if path.suffix == '.txt' else '--model'}"
         )
     return path
 
