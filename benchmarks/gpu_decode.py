@@ -40,7 +40,7 @@ from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import backend, launch
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ROLES: tuple[Role, ...] = ("key", "value")

@@ -84,6 +84,11 @@ def _check_tables(rotary: bool, tables: str) -> None:
     )
 
 
+def largest_divisor(whole: int, most: int) -> int:
+    """Return the largest divisor of ``whole`` that is not above ``most``."""
+    return next(size for size in range(min(whole, most), 0, -1) if whole % size == 0)
+
+
 def _planes(bits: float) -> tuple[int, ...]:
     whole = 2 if bits == 1.5 else int(bits)
     return tuple(width for width in (8, 4, 2, 1) if whole & width)
@@ -105,6 +110,8 @@ class Uniform:
             ``"trits"`` to a byte, which are 1.6 bits each.
         rotary: Whether keys are coded as they were before the rotary embedding.
         tables: Digest of what calibration found for this tensor; rotary keys need tables.
+        up_to: Whether ``group_size`` is the most that a group may have: it becomes the largest divisor, not above
+            it, of what is divided.
 
     Raises:
         TypeError: A number of bits or channels is not an integer.
@@ -123,8 +130,10 @@ class Uniform:
     packing: Packing = "fields"
     rotary: bool = False
     tables: str = NO_TABLES
+    up_to: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(up_to=self.up_to)
         if self.bits != 1.5:
             check_integers(bits=self.bits)
         check_integers(group_size=1 if self.group_size is None else self.group_size)
@@ -153,7 +162,11 @@ class Uniform:
     def bound_to(self, head_dim: int, page_size: int) -> Uniform:
         """Return the scheme with the group size that it has in pages of these sizes."""
         whole = head_dim if self.grouping == "token" else page_size
-        return replace(self, group_size=whole) if self.group_size is None else self
+        if self.group_size is None:
+            return replace(self, group_size=whole, up_to=False)
+        if self.up_to:
+            return replace(self, group_size=largest_divisor(whole, self.group_size), up_to=False)
+        return self
 
     def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
         """Make sure that pages of these sizes can be grouped and packed.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import QuantizedKV
     from kvq_compile.kernels.layout import CacheSpec
     from kvq_compile.kernels.schemes import Codebook, Mixed, Uniform
-    from kvq_compile.methods import make_spec
+    from kvq_compile.options import make_spec
     from kvq_compile.reports import Report, report
 
 __version__ = "0.1.0"
@@ -50,7 +50,7 @@ _HOMES = {
     "kernels.cache.tensor": ("QuantizedKV",),
     "kernels.layout": ("CacheSpec",),
     "kernels.schemes": ("Codebook", "Mixed", "Uniform"),
-    "methods": ("make_spec",),
+    "options": ("make_spec",),
     "reports": ("Report", "report"),
 }
 

@@ -15,8 +15,7 @@ from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec, Layout
 from kvq_compile.kernels.schemes import Role
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.methods import make_spec
-from kvq_compile.options import make_config
+from kvq_compile.options import make_config, make_spec
 from kvq_compile.reports import cache_tensors
 
 T = TypeVar("T")

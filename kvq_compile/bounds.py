@@ -59,7 +59,7 @@ import sympy
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.kernels.schemes import Codebook, Mixed, Scheme, Uniform
 from kvq_compile.kernels.tables import Tables, read_section
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 
 QUERY_NORM = sympy.Symbol("query_norm", nonnegative=True)
 KEY_RANGE = sympy.Symbol("key_range", nonnegative=True)

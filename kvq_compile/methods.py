@@ -1,23 +1,19 @@
-"""The methods by name: each a small function that returns a `CacheSpec`.
+"""The methods by name: each a frozen dataclass of its options, which checks them and gives a `CacheSpec`.
 
-The functions of *calibrated* methods return the spec of one layer from its tables; `make_spec` puts the layers
-of a `Calibration` together. CQ is a family, ``cq-<channels>c<bits>b``.
+A *calibrated* method gives the spec of one layer from its tables; `kvq_compile.options` puts the layers of a
+`Calibration` together. CQ is a family, ``cq-<channels>c<bits>b``. The fields of a method are its options: there is
+no other list of them.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
-from kvq_compile.calibration.artifact import Calibration, LayerTables
+from kvq_compile.calibration.artifact import LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
-from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.layout import CacheSpec, Regions
 from kvq_compile.kernels.schemes import (
     Adaptive,
     Codebook,
@@ -30,98 +26,147 @@ from kvq_compile.kernels.schemes import (
     scheme_of,
 )
 
-DEFAULT = "int4"
-AT_COMPILE = (
-    "sinks",
-    "window",
-    "page_size",
-    "packing",
-)  # options that calibration does not depend on
-QAQ_RECORDS = {"fp8": 0.196, "fp16": 0.321}  # bits a number of records and headers at 128 channels
+GroupSize = int | Literal["auto"] | None
+# Options that calibration does not depend on.
+AT_COMPILE = ("sinks", "window", "page_size", "packing")
+QAQ_RECORDS = {
+    "fp8": 0.196,
+    "fp16": 0.321,
+}  # bits an element of records and headers at 128 channels
 QAQ_QUERY_NORM = 300.0  # squared; what QAQ's code takes for every layer of every model
 QAQ_KEYS_WIDER = 0.55  # keys get so many bits more than the average, values as many less
 # Bits of SKVQ's codes to the parts of a group's range that they span, of keys and of values: docs/decisions.md.
 DEFAULT_CLIPS = {1: (0.85, 0.7), 1.5: (0.85, 0.7), 2: (0.85, 0.75), 3: (0.95, 0.9)}
-SWITCHES = ("reorder", "weighted", "correlate", "pre_rope")  # of calibrations
-CQ = re.compile(r"cq-(\d+)c(\d+)b")
 
 
-def _uniform(
-    bits: int,
-    *,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
-    group_size: int | None = None,
-    clip: float = 1.0,
-    transform: Transform = "none",
-    sinks: int = 5,
-    window: int = 128,
-    page_size: int = 128,
-) -> CacheSpec:
-    def tensor(width: int | None) -> Uniform:
-        return Uniform(bits if width is None else width, "token", group_size, clip, transform)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every method takes: the regions of exact tokens, and how many tokens are quantized at once.
 
-    return CacheSpec(tensor(key_bits), tensor(value_bits), sinks, window, page_size)
+    Args:
+        sinks: First tokens that stay exact for ever.
+        window: Most recent tokens that are always exact.
+        page_size: Tokens quantized at once: 32, 64, 128 or 256.
+    """
+
+    calibrated: ClassVar[bool] = False  # whether there is no spec without tables
+
+    sinks: int = 5
+    window: int = 128
+    page_size: int = 128
+
+    def __post_init__(self) -> None:
+        _ = Regions(self.sinks, self.window, self.page_size)  # which checks itself
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec of a cache, or of the layer that ``tables`` belong to.
+
+        Raises:
+            TypeError: An option has the wrong type.
+            ValueError: An option is out of its range, or options do not go together.
+        """
+        raise NotImplementedError
+
+    def _cache(self, key: Scheme, value: Scheme, tables: LayerTables | None = None) -> CacheSpec:
+        return CacheSpec(
+            *(key, value, self.sinks, self.window, self.page_size),
+            key_tables=None if tables is None else tables.key,
+            value_tables=None if tables is None else tables.value,
+        )
 
 
-def int8(**options: Any) -> CacheSpec:
-    """Uniform 8 bit, one scale and zero point a token (or ``group_size`` channels of it)."""
-    return _uniform(8, **options)
+@dataclass(frozen=True, kw_only=True)
+class Int8(Options):
+    """Uniform codes, one scale and zero point a token, or ``group_size`` channels of it."""
+
+    bits: ClassVar[int] = 8
+    most: ClassVar[int] = 32  # channels of a group that is chosen by the head size
+
+    key_bits: int | None = None
+    value_bits: int | None = None
+    group_size: GroupSize = None
+    clip: float = 1.0
+    transform: Transform = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("clip", self.clip)
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec."""
+        del tables
+        return self._cache(self._tensor(self.key_bits), self._tensor(self.value_bits))
+
+    def _tensor(self, width: int | None) -> Uniform:
+        group_size, up_to = grouped(self.group_size, self.most)
+        return Uniform(
+            self.bits if width is None else width,
+            group_size=group_size,
+            clip=self.clip,
+            transform=self.transform,
+            up_to=up_to,
+        )
 
 
-def int4(**options: Any) -> CacheSpec:
-    """Uniform 4 bit, one scale and zero point a token (or ``group_size`` channels of it)."""
-    return _uniform(4, **options)
+@dataclass(frozen=True, kw_only=True)
+class Int4(Int8):
+    """Uniform 4 bit, one scale and zero point a token, or ``group_size`` channels of it."""
+
+    bits: ClassVar[int] = 4
 
 
-def int3(**options: Any) -> CacheSpec:
+@dataclass(frozen=True, kw_only=True)
+class Int3(Int8):
     """Uniform 3 bit, clipped to 0.95 of the range; ``group_size`` channels of a token share a scale."""
-    return _uniform(3, **{"clip": 0.95} | options)
+
+    bits: ClassVar[int] = 3
+
+    clip: float = 0.95
 
 
-def int2(**options: Any) -> CacheSpec:
-    """Uniform 2 bit, clipped to 0.9 of the range, groups of 32 channels of a token."""
-    return _uniform(2, **{"clip": 0.9, "group_size": 32} | options)
+@dataclass(frozen=True, kw_only=True)
+class Int2(Int8):
+    """Uniform 2 bit, clipped to 0.9 of the range, groups of 32 channels of a token, or as many as divide the head."""
+
+    bits: ClassVar[int] = 2
+
+    group_size: GroupSize = "auto"
+    clip: float = 0.9
 
 
-def kivi(
-    *,
-    bits: int = 2,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
-    group_size: int = 32,
-    clip: float = 1.0,
-    sinks: int = 5,
-    window: int = 128,
-    page_size: int = 128,
-) -> CacheSpec:
+@dataclass(frozen=True, kw_only=True)
+class Kivi(Options):
     """Keys per channel in groups of ``group_size`` tokens, values per token in groups of as many channels.
 
     Source: KIVI (arXiv 2402.02750), groups of 32, 128 recent tokens exact; the exact sinks are ours.
     """
-    key = Uniform(bits if key_bits is None else key_bits, "channel", group_size, clip)
-    value = Uniform(bits if value_bits is None else value_bits, "token", group_size, clip)
-    return CacheSpec(key, value, sinks, window, page_size)
+
+    most: ClassVar[int] = 32
+
+    bits: int = 2
+    key_bits: int | None = None
+    value_bits: int | None = None
+    group_size: GroupSize = "auto"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("clip", self.clip)
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec."""
+        del tables
+        size, up_to = grouped(self.group_size, self.most)
+        key_bits = self.bits if self.key_bits is None else self.key_bits
+        value_bits = self.bits if self.value_bits is None else self.value_bits
+        return self._cache(
+            Uniform(key_bits, "channel", size, self.clip, up_to=up_to),
+            Uniform(value_bits, "token", size, self.clip, up_to=up_to),
+        )
 
 
-def skvq(
-    tables: LayerTables,
-    *,
-    bits: float = 2,
-    key_bits: float | None = None,
-    value_bits: float | None = None,
-    group_size: int | None = 64,
-    key_clip: float | Literal["search"] | None = None,
-    value_clip: float | Literal["search"] | None = None,
-    reorder: bool = True,
-    equalize: float = EQUALIZE,
-    pre_rope: bool = True,
-    params: Params = "fp8",
-    packing: Packing = "fields",
-    sinks: int = 5,
-    window: int = 128,
-    page_size: int = 128,
-) -> CacheSpec:
+@dataclass(frozen=True, kw_only=True)
+class Skvq(Options):
     """Clipped groups of channels reordered by calibration, keys before RoPE, fp8 scales and zero points.
 
     A width of 1.5 is three levels: two bits each in ``packing="fields"``, 1.6 in ``"trits"``. A clip is the part
@@ -133,39 +178,110 @@ def skvq(
     Source: SKVQ (arXiv 2405.06219). Channels are reordered within a head, in equal groups, which is what a
     fused kernel needs; the authors' code clusters across heads (`cross_head`). The clip is about the midpoint.
     """
-    del key_clip, value_clip, reorder, equalize, pre_rope  # calibration's
 
-    def tensor(width: float | None, rotary: bool, digest: str) -> Uniform:
-        width = bits if width is None else width
+    calibrated: ClassVar[bool] = True
+    most: ClassVar[int] = 64
+
+    bits: float = 2
+    key_bits: float | None = None
+    value_bits: float | None = None
+    group_size: GroupSize = "auto"
+    key_clip: float | Literal["search"] | None = None
+    value_clip: float | Literal["search"] | None = None
+    reorder: bool = True
+    equalize: float = EQUALIZE
+    pre_rope: bool = True
+    params: Params = "fp8"
+    packing: Packing = "fields"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("key_clip", "value_clip"):
+            clip = getattr(self, name)
+            if clip not in (None, "search") and not (is_number(clip) and 0 < clip <= 1):
+                raise ValueError(
+                    f'{name} must be a number in (0, 1], "search" or None, got {clip!r}'
+                )
+        if not (is_number(self.equalize) and 0 <= self.equalize <= 1):
+            raise ValueError(
+                "equalize must be a number from 0, channels as they are, to 1, equal spread, "
+                f"got {self.equalize!r}"
+            )
+        _check_switches(reorder=self.reorder, pre_rope=self.pre_rope)
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec of a layer."""
+        of_key, of_value = _digests(tables)
+        assert tables is not None
+        key = self._tensor(self.key_bits, tables.rotary, of_key)
+        return self._cache(key, self._tensor(self.value_bits, False, of_value), tables)
+
+    def _tensor(self, width: float | None, rotary: bool, digest: str) -> Uniform:
+        width = self.bits if width is None else width
+        group_size, up_to = grouped(self.group_size, self.most)
         return Uniform(
-            width, "token", group_size, params=params, packing=packing if width == 1.5 else "fields",
-            rotary=rotary, tables=digest,
-        )  # fmt: skip
+            width,
+            group_size=group_size,
+            params=self.params,
+            packing=self.packing if width == 1.5 else "fields",
+            rotary=rotary,
+            tables=digest,
+            up_to=up_to,
+        )
 
-    of_key, of_value = _digests(tables)
-    key, value = tensor(key_bits, tables.rotary, of_key), tensor(value_bits, False, of_value)
-    return _with_tables(tables, key, value, sinks, window, page_size)
+
+@dataclass(frozen=True, kw_only=True)
+class Cq(Options):
+    """``couple`` channels of a head coded by one index into a learned codebook, keys before RoPE.
+
+    ``weighted``: centroids are fitted to samples weighted by Fisher information. ``correlate``: channels that
+    go together are coupled, instead of neighbours. ``pre_rope=False`` codes keys as attention sees them.
+
+    Source: CQ (arXiv 2405.03917); its setting is ``correlate=False, window=0, sinks=0``.
+    """
+
+    calibrated: ClassVar[bool] = True
+
+    couple: int
+    bits: int
+    weighted: bool = True
+    correlate: bool = True
+    pre_rope: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_switches(weighted=self.weighted, correlate=self.correlate, pre_rope=self.pre_rope)
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec of a layer."""
+        of_key, of_value = _digests(tables)
+        assert tables is not None
+        key = Codebook(self.bits, self.couple, tables.rotary, of_key)
+        return self._cache(key, Codebook(self.bits, self.couple, tables=of_value), tables)
 
 
-def qaq(
-    *,
-    bits: float = 3.0,
-    key_bits: float | None = None,
-    value_bits: float | None = None,
-    max_bits: int | None = None,
-    min_bits: int | None = None,
-    outliers: int | None = None,
-    variant: Literal["fitted", "paper"] = "fitted",
-    key_target: float | None = None,
-    value_target: float | None = None,
-    query_norm: float = QAQ_QUERY_NORM,
-    requantize: bool = False,
-    keep_exact: Literal["cpu"] | None = None,
-    params: Params = "fp16",
-    sinks: int = 5,
-    window: int = 128,
-    page_size: int = 128,
-) -> CacheSpec:
+@dataclass(frozen=True, kw_only=True)
+class Auto(Options):
+    """Layers and tensors coded as `choose` found best for ``bits`` on average, parameters included."""
+
+    calibrated: ClassVar[bool] = True
+
+    bits: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("bits", self.bits)
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec of a layer."""
+        of_key, of_value = _digests(tables)
+        assert tables is not None
+        key = scheme_of(tables.key_options, of_key, tables.rotary)
+        return self._cache(key, scheme_of(tables.value_options, of_value, rotary=False), tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qaq(Options):
     """Bits by token, more for those of wide range and for those that the last five queries attended to.
 
     They are ``bits`` on average.
@@ -173,8 +289,8 @@ def qaq(
     A page of tokens has a budget; its bits go where they lower the largest weighted error most. ``bits`` counts
     codes and records of heads of 128 channels; ``key_bits`` and ``value_bits`` count codes alone.
     ``variant="fitted"`` weighs attention softly, for keys too, and keeps each token's product with itself;
-    ``"paper"`` does neither and keeps one number at each end exact. ``params="fp8"`` saves an eighth of a bit, for
-    models whose keys and values stay below 448: larger numbers would be cut off.
+    ``"paper"`` does neither and keeps one element at each end exact. ``params="fp8"`` saves an eighth of a bit, for
+    models whose keys and values stay below 448: larger elements would be cut off.
 
     Targets are the standard deviations of an attention weight (``key_target``) and of attention's output
     (``value_target``) that are good enough. Tokens get the bits that meet them, weighed as in the paper: values by
@@ -189,80 +305,157 @@ def qaq(
 
     Source: QAQ (arXiv 2403.04643), with its per-head level.
     """
-    paper = variant == "paper"
-    if variant not in ("fitted", "paper"):
-        raise ValueError(f'variant must be "fitted" or "paper", got {variant!r}')
-    if params not in QAQ_RECORDS:
-        raise ValueError(f'params must be "fp16" or "fp8", got {params!r}')
-    numbers = {"key_target": key_target, "value_target": value_target, "query_norm": query_norm}
-    for name, number in numbers.items():
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {number!r}")
-    if not isinstance(requantize, bool):
-        raise TypeError(f"requantize must be a bool, got {requantize!r}")
-    if keep_exact not in (None, "cpu"):
-        raise ValueError(f'keep_exact must be "cpu" or None, got {keep_exact!r}')
-    if requantize and key_target is None and value_target is None and keep_exact is None:
-        raise ValueError(
-            "requantize must go with error targets, got none: a page keeps its budget, so that taking bits "
-            'away would gain nothing; give key_target or value_target, or keep_exact="cpu"'
-        )
-    outliers = (2 if paper else 0) if outliers is None else outliers
-    least = (0 if paper else 1) if min_bits is None else min_bits
-    most = (4 if bits <= 3.25 else 6) if max_bits is None else max_bits
-    codes = bits - QAQ_RECORDS[params] - 24 * outliers / 128
-    wide = QAQ_KEYS_WIDER
-    keys = _rows(codes + wide, page_size) if key_bits is None else key_bits
-    values = _rows(codes - wide, page_size) if value_bits is None else value_bits
 
-    def tensor(budget: float, attentive: bool, target: float | None, norm: float) -> Mixed:
-        exact = keep_exact is not None and attentive
+    bits: float = 3.0
+    key_bits: float | None = None
+    value_bits: float | None = None
+    max_bits: int | None = None
+    min_bits: int | None = None
+    outliers: int | None = None
+    variant: Literal["fitted", "paper"] = "fitted"
+    key_target: float | None = None
+    value_target: float | None = None
+    query_norm: float = QAQ_QUERY_NORM
+    requantize: bool = False
+    keep_exact: Literal["cpu"] | None = None
+    params: Params = "fp16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in ("fitted", "paper"):
+            raise ValueError(f'variant must be "fitted" or "paper", got {self.variant!r}')
+        if self.params not in QAQ_RECORDS:
+            raise ValueError(f'params must be "fp16" or "fp8", got {self.params!r}')
+        for name in ("key_target", "value_target", "query_norm"):
+            number = getattr(self, name)
+            if number is not None and not (is_number(number) and 0 < number < math.inf):
+                raise ValueError(f"{name} must be a positive number, got {number!r}")
+        if not isinstance(self.requantize, bool):
+            raise TypeError(f"requantize must be a bool, got {self.requantize!r}")
+        if self.keep_exact not in (None, "cpu"):
+            raise ValueError(f'keep_exact must be "cpu" or None, got {self.keep_exact!r}')
+        targets = self.key_target, self.value_target, self.keep_exact
+        if self.requantize and targets == (None, None, None):
+            raise ValueError(
+                "requantize must go with error targets, got none: a page keeps its budget, so that taking bits "
+                'away would gain nothing; give key_target or value_target, or keep_exact="cpu"'
+            )
+        for name in ("max_bits", "min_bits", "outliers"):
+            number = getattr(self, name)
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+                raise TypeError(f"{name} must be an integer, got {number!r}")
+        self._check_budgets()
+
+    def _check_budgets(self) -> None:
+        """Make sure that the bits of keys and values lie between those of the least and the most of a token."""
+        check_number("bits", self.bits)
+        least, most = self._range()
+        if not 0 <= least < most <= 8:
+            raise ValueError(
+                f"min_bits and max_bits must be two ascending numbers of 0 to 8, got {least} and {most}"
+            )
+        for name in ("key_bits", "value_bits"):
+            budget = getattr(self, name)
+            if budget is None:
+                continue
+            check_number(name, budget)
+            if not (least <= budget <= most and budget > 0):
+                raise ValueError(
+                    f"{name} must be from min_bits={least} to max_bits={most} and positive, got {budget}"
+                )
+        low, high = -99.0, 99.0  # of the codes' share, where keys and values follow from it
+        if self.value_bits is None:
+            low = max(least, 1 / self.page_size) + QAQ_KEYS_WIDER
+        if self.key_bits is None:
+            high = most - QAQ_KEYS_WIDER
+        if not low <= self.bits - self._records() <= high:
+            raise ValueError(
+                f"bits must be from {math.ceil(100 * (low + self._records())) / 100:g} to "
+                f"{math.floor(100 * (high + self._records())) / 100:g} with min_bits={least} and "
+                f"max_bits={most}, got {self.bits}; give other min_bits or max_bits, or another method"
+            )
+
+    def _range(self) -> tuple[int, int]:
+        """Return the least and the most bits of a token."""
+        least = (0 if self.variant == "paper" else 1) if self.min_bits is None else self.min_bits
+        most = (4 if self.bits <= 3.25 else 6) if self.max_bits is None else self.max_bits
+        return least, most
+
+    def _outliers(self) -> int:
+        return (2 if self.variant == "paper" else 0) if self.outliers is None else self.outliers
+
+    def _records(self) -> float:
+        """Return the bits an element that are not codes."""
+        return QAQ_RECORDS[self.params] + 24 * self._outliers() / 128
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec; with ``tables``, for the query norm that was measured."""
+        norm = max(tables.query_norms) if tables is not None else self.query_norm
+        codes = self.bits - self._records()
+        keys, values = (
+            int(budget * self.page_size) / self.page_size
+            if given is None
+            else given  # whole rows of a page
+            for budget, given in (
+                (codes + QAQ_KEYS_WIDER, self.key_bits),
+                (codes - QAQ_KEYS_WIDER, self.value_bits),
+            )
+        )
+        by_attention = self.variant != "paper" and self.key_target is None
+        key = self._tensor(keys, by_attention, self.key_target, float(norm))
+        return self._cache(key, self._tensor(values, True, self.value_target, 0.0))
+
+    def _tensor(self, budget: float, attentive: bool, target: float | None, norm: float) -> Mixed:
+        exact = self.keep_exact is not None and attentive
         adaptive = None
         if target is not None:
-            adaptive = Adaptive(float(target), norm, requantize, exact)
+            adaptive = Adaptive(float(target), norm, self.requantize, exact)
         elif exact:
             adaptive = Adaptive(keep_exact=True)
+        least, most = self._range()
+        fitted = self.variant != "paper"
         return Mixed(
-            budget, least, most, outliers, params, fit=not paper,
-            soften=not paper and target is None, attentive=attentive, adaptive=adaptive,
+            budget, least, most, self._outliers(), self.params, fit=fitted,
+            soften=fitted and target is None, attentive=attentive, adaptive=adaptive,
         )  # fmt: skip
 
-    key = tensor(keys, not paper and key_target is None, key_target, float(query_norm))
-    return CacheSpec(key, tensor(values, True, value_target, 0.0), sinks, window, page_size)
+
+UNIFORM: dict[str, type[Options]] = {
+    "int8": Int8, "int4": Int4, "int3": Int3, "int2": Int2, "kivi": Kivi
+}  # fmt: skip
+METHODS: dict[str, type[Options]] = UNIFORM | {"qaq": Qaq, "skvq": Skvq, "cq": Cq, "auto": Auto}
+MEASURED = ("qaq",)  # methods that can do without a calibration and gain by one
 
 
-def _measured_qaq(tables: LayerTables, **options: Any) -> CacheSpec:
-    """`qaq` with the query norm that was measured."""
-    return qaq(query_norm=max(tables.query_norms), **options)
+def option_names(method: type[Options]) -> tuple[str, ...]:
+    """Return the names of a method's options, those of every method last."""
+    shared = [field.name for field in fields(Options)]
+    own = [field.name for field in fields(method) if field.name not in shared]
+    return (*own, *shared)
 
 
-def _rows(budget: float, page_size: int) -> float:
-    """Return the largest budget not above ``budget`` that makes whole rows of a page."""
-    return int(budget * page_size) / page_size
+def calibration_options(options: Options) -> dict[str, Any]:
+    """Return all options of a method that calibration depends on."""
+    return {
+        name: getattr(options, name)
+        for name in option_names(type(options))
+        if name not in AT_COMPILE
+    }
 
 
-def check_calibrated(options: Mapping[str, Any]) -> None:
-    """Make sure that what only the calibration of a method depends on can be fitted.
+def grouped(group_size: GroupSize, most: int) -> tuple[int | None, bool]:
+    """Return what a group size is to `Uniform`: a size, and whether it is the most that a group may have.
 
     Raises:
-        ValueError: A clip or ``equalize`` is out of range, or a switch is neither on nor off.
+        ValueError: It is neither a size, nor ``None``, nor ``"auto"``.
     """
-    for name in sorted({"key_clip", "value_clip"} & set(options)):
-        clip = options[name]
-        if clip not in (None, "search") and not (_is_number(clip) and 0 < clip <= 1):
-            raise ValueError(f'{name} must be a number in (0, 1], "search" or None, got {clip!r}')
-    equalize = options.get("equalize", EQUALIZE)
-    if not (_is_number(equalize) and 0 <= equalize <= 1):
+    if group_size == "auto":
+        return most, True
+    if isinstance(group_size, str):
         raise ValueError(
-            f"equalize must be a number from 0, channels as they are, to 1, equal spread, got {equalize!r}"
+            f'group_size must be a number of channels, None or "auto", got {group_size!r}'
         )
-    for name in SWITCHES:
-        if not isinstance(options.get(name, True), bool):
-            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return group_size, False
 
 
 def default_clip(role: str, bits: float) -> float:
@@ -271,237 +464,32 @@ def default_clip(role: str, bits: float) -> float:
     return key if role == "key" else value
 
 
-def cq(
-    tables: LayerTables,
-    *,
-    couple: int,
-    bits: int,
-    weighted: bool = True,
-    correlate: bool = True,
-    pre_rope: bool = True,
-    sinks: int = 5,
-    window: int = 128,
-    page_size: int = 128,
-) -> CacheSpec:
-    """``couple`` channels of a head coded by one index into a learned codebook, keys before RoPE.
+def is_number(x: Any) -> bool:
+    """Return whether ``x`` is an integer or a float, and no bool."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
-    ``weighted``: centroids are fitted to samples weighted by Fisher information. ``correlate``: channels that
-    go together are coupled, instead of neighbours. ``pre_rope=False`` codes keys as attention sees them.
 
-    Source: CQ (arXiv 2405.03917); its setting is ``correlate=False, window=0, sinks=0``.
+def check_number(name: str, x: Any) -> None:
+    """Make sure that an option is a finite number.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not finite.
     """
-    del weighted, correlate, pre_rope  # calibration's
-    of_key, of_value = _digests(tables)
-    key = Codebook(bits, couple, tables.rotary, of_key)
-    value = Codebook(bits, couple, tables=of_value)
-    return _with_tables(tables, key, value, sinks, window, page_size)
+    if not is_number(x):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x!r}")
 
 
-def auto(
-    tables: LayerTables,
-    *,
-    bits: float = 3.0,
-    sinks: int = 5,
-    window: int = 128,
-    page_size: int = 128,
-) -> CacheSpec:
-    """Layers and tensors coded as `choose` found best for ``bits`` on average, parameters included."""
-    del bits  # calibration's
-    of_key, of_value = _digests(tables)
-    key = scheme_of(tables.key_options, of_key, tables.rotary)
-    value = scheme_of(tables.value_options, of_value, rotary=False)
-    return _with_tables(tables, key, value, sinks, window, page_size)
+def _check_switches(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def _digests(tables: LayerTables) -> tuple[str, str]:
+def _digests(tables: LayerTables | None) -> tuple[str, str]:
     """Return the digests of the tables of a layer's keys and values."""
-    assert tables.key is not None and tables.value is not None  # measured for QAQ alone
+    if tables is None or tables.key is None or tables.value is None:
+        raise ValueError("calibration must have tables for keys and values of each layer, got none")
     return tables.key.digest, tables.value.digest
-
-
-def _with_tables(
-    tables: LayerTables, key: Scheme, value: Scheme, sinks: int, window: int, page_size: int
-) -> CacheSpec:
-    return CacheSpec(
-        *(key, value, sinks, window, page_size),
-        key_tables=tables.key,
-        value_tables=tables.value,
-    )
-
-
-UNIFORM: dict[str, Callable[..., CacheSpec]] = {
-    function.__name__: function for function in (int8, int4, int3, int2, kivi)
-}
-METHODS: dict[str, Callable[..., CacheSpec]] = UNIFORM | {"qaq": qaq}
-CALIBRATED: dict[str, Callable[..., CacheSpec]] = {"skvq": skvq, "cq": cq, "auto": auto}
-FROM_LAYER: dict[str, Callable[..., CacheSpec]] = CALIBRATED | {
-    "qaq": _measured_qaq
-}  # which can do without
-
-
-def make_spec(
-    method: str | None = None,
-    *,
-    layers: Mapping[int, Any] | None = None,
-    calibration: str | Path | Calibration | None = None,
-    **options: Any,
-) -> CacheSpec:
-    """Return the `CacheSpec` of a method.
-
-    Args:
-        method: A name in `METHODS`, or a calibrated method's; the default is that of the calibration, or int4.
-        layers: What single layers get instead, by number: a method's name, a dictionary with
-            ``"method"`` and its options, or ``None`` for 16 bit.
-        calibration: What `calibrate` returned, or the file it was saved to.
-        **options: The method's options; see its function. Of a calibrated method, options that calibration
-            depends on may be left out, and must be as it was calibrated if they are not.
-
-    Raises:
-        ValueError: The name, an option or a value is unknown or out of range, or the calibration is of
-            another method or of other options.
-        TypeError: A value has the wrong type.
-        FileNotFoundError: There is no such calibration.
-    """
-    if calibration is not None:
-        spec = _calibrated_spec(method, as_calibration(calibration), options)
-        return replace(
-            spec, layers=_merge(spec.layers, _overrides({} if layers is None else layers))
-        )
-    method = DEFAULT if method is None else method
-    check_method(method, options)
-    if base_name(method) in CALIBRATED:
-        raise ValueError(
-            f"calibration must be given for {method}; make one with kvq_compile.calibrate or `kvq calibrate`"
-        )
-    spec = METHODS[method](**options)
-    return replace(spec, method=method, layers=_overrides({} if layers is None else layers))
-
-
-def as_calibration(calibration: str | Path | Calibration) -> Calibration:
-    """Return a calibration, loading it if it is a file's name.
-
-    Raises:
-        TypeError: It is neither.
-    """
-    if isinstance(calibration, (str, Path)):
-        return Calibration.load(calibration)
-    if not isinstance(calibration, Calibration):
-        raise TypeError(f"calibration must be a Calibration or a file, got {calibration!r}")
-    return calibration
-
-
-def base_name(method: str) -> str:
-    """Return the name of a method's function: ``"cq"`` for ``"cq-4c8b"``."""
-    return "cq" if CQ.fullmatch(method) else method
-
-
-def preset(method: str) -> dict[str, Any]:
-    """Return the options that a method's name stands for."""
-    match = CQ.fullmatch(method)
-    return {"couple": int(match[1]), "bits": int(match[2])} if match else {}
-
-
-def check_method(method: Any, options: Iterable[str]) -> None:
-    """Make sure that a method and its options are known.
-
-    Raises:
-        TypeError: ``method`` is no name.
-        ValueError: It, or an option, is unknown.
-    """
-    if not isinstance(method, str):
-        raise TypeError(f"method must be a name, got {method!r}")
-    names = (*METHODS, "skvq", "cq-4c8b", "auto")
-    if (base_name(method) not in METHODS and base_name(method) not in CALIBRATED) or method == "cq":
-        raise ValueError(
-            f"method must be one of {', '.join(names)} (or any cq-<c>c<b>b), got {method!r}{nearest(method, names)}"
-        )
-    known = method_options(method)
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"options of {method} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}"
-            )
-
-
-def method_options(method: str) -> tuple[str, ...]:
-    """Return the names of a method's options."""
-    name = base_name(method)
-    if name in CALIBRATED:
-        function, fixed = CALIBRATED[name], preset(method)
-    else:
-        function = _uniform if METHODS[name] in (int8, int4, int3, int2) else METHODS[name]
-        fixed = {}
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed)
-
-
-def calibrated_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a calibrated method that calibration depends on, defaults filled in.
-
-    What is measured for QAQ depends on none: its options are defaults for compiling.
-    """
-    if base_name(method) not in CALIBRATED:
-        return dict(options)
-    parameters = inspect.signature(CALIBRATED[base_name(method)]).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    every = defaults | preset(method) | dict(options)
-    return {name: value for name, value in every.items() if name not in AT_COMPILE}
-
-
-def _calibrated_spec(
-    method: str | None, calibration: Calibration, options: dict[str, Any]
-) -> CacheSpec:
-    """Return the spec of a calibration, a layer's spec for each of its layers."""
-    if method is not None and method != calibration.method:
-        raise ValueError(
-            f"calibration must be of method {method}, got one of {calibration.method}; calibrate for {method}"
-        )
-    method = calibration.method
-    check_method(method, options)
-    if "query_norm" in options:
-        raise ValueError(
-            f"query_norm must be left out beside a calibration, which measured it, got {options['query_norm']!r}"
-        )
-    fixed = options if base_name(method) in CALIBRATED else {}
-    for name, value in fixed.items():
-        if name not in AT_COMPILE and calibration.options.get(name) != value:
-            raise ValueError(
-                f"{name} must be as calibrated, {calibration.options.get(name)!r}, got {value!r}; "
-                "calibrate anew for other options"
-            )
-    every = calibration.options | options
-    specs = [FROM_LAYER[base_name(method)](tables, **every) for tables in calibration.layers]
-    named = [replace(spec, method=method) for spec in specs]
-    return replace(named[0], layers=tuple(enumerate(named)))
-
-
-def _merge(
-    layers: tuple[tuple[int, CacheSpec | None], ...],
-    overrides: tuple[tuple[int, CacheSpec | None], ...],
-) -> tuple[tuple[int, CacheSpec | None], ...]:
-    return tuple(sorted((dict(layers) | dict(overrides)).items()))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"``, or nothing where no known name is like ``name``."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _overrides(layers: Mapping[int, Any]) -> tuple[tuple[int, CacheSpec | None], ...]:
-    if not isinstance(layers, Mapping):
-        raise TypeError(f"layers must be a dictionary, got {layers!r}")
-    for index in layers:
-        if not isinstance(index, int) or index < 0:
-            raise ValueError(f"layers must be numbered from 0, got {index!r}")
-    return tuple((index, _override(choice)) for index, choice in sorted(layers.items()))
-
-
-def _override(choice: Any) -> CacheSpec | None:
-    if choice is None:
-        return None
-    if isinstance(choice, str):
-        return make_spec(choice)
-    if isinstance(choice, Mapping) and "layers" not in choice:
-        return make_spec(**choice)
-    raise ValueError(f"layers must map numbers to a method, its options or None, got {choice!r}")

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -85,6 +87,41 @@ def compile_(step, **options):
         ),
         ({"inductor": 3}, TypeError, "inductor must be a dictionary"),
         ({"method": 4}, TypeError, "method must be a name, got 4"),
+        ({"method": "cq"}, ValueError, "method must be one of"),
+        ({"layers": {True: None}}, ValueError, "layers must be numbered from 0, got True"),
+        ({"page_size": "x"}, TypeError, "page_size must be an integer, got 'x'"),
+        ({"clip": "x"}, TypeError, "clip must be a number, got 'x'"),
+        (
+            {"group_size": "x"},
+            ValueError,
+            'group_size must be a number of channels, None or "auto"',
+        ),
+        ({"method": "qaq", "page_size": "x"}, TypeError, "page_size must be an integer, got 'x'"),
+        (
+            {"method": "qaq", "bits": 0},
+            ValueError,
+            "bits must be from 1.88 to 3.77 with min_bits=1",
+        ),
+        ({"method": "qaq", "bits": -3}, ValueError, "got -3; give other min_bits or max_bits"),
+        (
+            {"method": "qaq", "bits": 9},
+            ValueError,
+            "bits must be from 1.88 to 5.77 with min_bits=1",
+        ),
+        ({"method": "qaq", "bits": "3"}, TypeError, "bits must be a number, got '3'"),
+        ({"method": "qaq", "bits": float("nan")}, ValueError, "bits must be finite, got nan"),
+        (
+            {"method": "qaq", "key_bits": 9},
+            ValueError,
+            "key_bits must be from min_bits=1 to max_bits=4",
+        ),
+        (
+            {"method": "qaq", "max_bits": 9},
+            ValueError,
+            "two ascending numbers of 0 to 8, got 1 and 9",
+        ),
+        ({"method": "qaq", "min_bits": 1.5}, TypeError, "min_bits must be an integer, got 1.5"),
+        ({"layers": {2: {"method": "qaq", "bits": 0}}}, ValueError, "bits must be from 1.88"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named(options, error, message) -> None:
@@ -96,6 +133,56 @@ def test_an_option_that_makes_no_sense_is_named(options, error, message) -> None
 def test_an_error_in_the_options_reaches_the_user_of_torch_compile() -> None:
     with pytest.raises(BackendCompilerFailed, match=r"got 'int5'; did you mean"):
         torch.compile(attend, backend="kvq", options={"method": "int5"})(*new(2))
+
+
+@given(
+    st.floats(-1, 10), st.integers(0, 7), st.integers(1, 8), st.sampled_from(["fitted", "paper"])
+)
+def test_bits_of_qaq_are_refused_as_an_option_or_have_a_layout(bits, least, more, variant) -> None:
+    """Regression: what no page could hold was a warning at the first call, and a cache in 16 bit."""
+    options = {
+        "bits": bits,
+        "min_bits": least,
+        "max_bits": min(8, least + more),
+        "variant": variant,
+    }
+    try:
+        spec = make_spec("qaq", **options)
+    except ValueError as error:
+        assert str(error).startswith("bits must be from")  # noqa: PT017 - either is right
+        return
+    for role in ("key", "value"):
+        assert least <= spec.layout(role, 128, 2).bits <= least + more
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "int2", "kivi"])
+@given(head_dim=st.integers(1, 72).map(lambda n: 8 * n))
+def test_groups_that_a_method_chooses_divide_every_head(method, head_dim) -> None:
+    """Regression: the default group of 32 channels refused heads of 40, 48, 80 ... channels."""
+    for role in ("key", "value"):
+        layout = make_spec(method).layout(role, head_dim)
+        whole = head_dim if layout.grouping == "token" else layout.page_size
+        most = 32 if method in ("int2", "kivi") else whole
+        larger = [g for g in range(layout.group_size + 1, most + 1) if whole % g == 0]
+        assert (whole % layout.group_size, larger) == (0, [])
+        assert (f"groups of {layout.group_size}" in layout.about) == (layout.group_size != whole)
+
+
+@pytest.mark.parametrize("method", [{"method": "int2"}, {"method": "kivi", "bits": 4}])
+@pytest.mark.parametrize("head_dim", [8, 40, 72])
+@torch.no_grad()
+def test_a_head_that_no_power_of_two_divides_is_served_and_told(method, head_dim) -> None:
+    with watching() as graphs:
+        step = compile_(attend, **method)
+        _, keys, values = step(*new(80, head_dim=head_dim))
+        query = new(1, 3, head_dim=head_dim)
+        output, keys, values = step(*query, keys, values)
+    dense = attend(*query, keys.dequantize()[:, :, :160], values.dequantize()[:, :, :160])[0]
+    torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
+    group = (
+        keys.page_layout.group_size if method["method"] == "int2" else values.page_layout.group_size
+    )
+    assert f"groups of {group}" in graphs[-1].sites[0].detail or group == head_dim
 
 
 def test_a_group_that_does_not_divide_the_head_is_refused_by_name() -> None:
@@ -352,7 +439,8 @@ def test_a_cache_from_another_method_is_an_error_that_names_both() -> None:
         [tokens(40), tokens(40, 1)], make_spec("int4", sinks=1, window=4, page_size=32)
     )
     with pytest.raises(
-        BackendCompilerFailed, match=r"must be quantized as this model is compiled.*bits=8.*bits=4"
+        BackendCompilerFailed,
+        match=r"as this model is compiled, 8-bit keys with .* got 4-bit keys with",
     ):
         compile_(attend)(*new(1, 3), *caches)
     assert all(isinstance(cache, QuantizedKV) for cache in caches)

@@ -15,7 +15,7 @@ from kvq_compile.kernels.layout import CacheSpec, Score
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.schemes import Codebook, Uniform
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 from kvq_compile.testing import assert_within_bound, bound_for, kv_tensors
 from kvq_compile.testing.small_tables import framed_specs, random_tables
 

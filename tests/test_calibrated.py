@@ -23,7 +23,7 @@ from kvq_compile.history import watching
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.tables import INTEGERS, Tables, read_section
 from kvq_compile.kernels.tables import section as place_of
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 from kvq_compile.testing.small_tables import random_tables
 from qaq_model import assert_reads_its_cache
 

@@ -18,7 +18,7 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Adaptive
 from kvq_compile.kernels.triton import backend
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
 transformers = pytest.importorskip("transformers")

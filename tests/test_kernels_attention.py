@@ -39,15 +39,21 @@ EXAMPLES = examples()
 def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> Scheme:
     grouping = draw(st.sampled_from(["token", "channel"]))
     divided = head_dim if grouping == "token" else page
-    size = draw(st.sampled_from([g for g in (8, 16, 32, 48, 64, 128) if divided % g == 0] + [None]))
-    transform = draw(st.sampled_from(["none", "none", "hadamard"]))
-    return Uniform(draw(st.sampled_from([1, 2, 3, 4, 8])), grouping, size, 1.0, transform)
+    sizes = (8, 16, 20, 24, 32, 48, 64, 128)  # an own choice is any divisor of the head
+    size = draw(st.sampled_from([g for g in sizes if divided % g == 0] + [None]))
+    whole_units = head_dim % 16 == 0
+    transform = draw(st.sampled_from(["none", "none", "hadamard"] if whole_units else ["none"]))
+    bits = draw(st.sampled_from([1, 2, 3, 4, 8] if whole_units else [2, 4, 8]))
+    return Uniform(bits, grouping, size, 1.0, transform)
 
 
 @st.composite
 def sites(draw: st.DrawFn) -> Site:
     page = draw(st.sampled_from([32, 64, 128, 256] if NATIVE else [32]))
-    dims = draw(st.sampled_from([64, 80, 96, 128, 256])), draw(st.sampled_from([64, 80, 96, 128]))
+    dims = (
+        draw(st.sampled_from([40, 64, 72, 80, 96, 128, 256])),
+        draw(st.sampled_from([40, 64, 80, 96, 128])),
+    )
     if draw(st.booleans()):
         dims = dims[0], dims[0]
     specs = draw(tensor_specs(dims[0], page)), draw(tensor_specs(dims[1], page))

@@ -21,7 +21,7 @@ from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Uniform
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 from kvq_compile.testing import changed
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 

@@ -19,7 +19,7 @@ from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 from kvq_compile.testing import changed
 from native import CONVERSIONS, OVERFLOWS, examples
 from qaq_model import SMALL, make_model, run

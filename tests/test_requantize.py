@@ -16,7 +16,7 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.triton import adaptive
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 from kvq_compile.testing import changed
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 

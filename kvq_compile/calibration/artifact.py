@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvq_compile.kernels.schemes import MAX_INDEX_BITS
 from kvq_compile.kernels.tables import Tables, checked_tables
 
 FORMAT, VERSION = "kvq-compile calibration", "1"
 SAMPLES = 64  # numbers of a parameter that are hashed
-MAX_INDEX_BITS = 12  # of a codebook
 KNOWN_SHARE = 0.5  # of a graph's parameters; a dtype between may round a few differently
 
 

@@ -25,18 +25,11 @@ from kvq_compile.calibration.fit import EQUALIZE, Fitted, fit_codebook, fit_unif
 from kvq_compile.calibration.margins import search_margins
 from kvq_compile.calibration.query_norms import measure_query_norms
 from kvq_compile.calibration.rotate import unrotate
-from kvq_compile.kernels.schemes import Role
+from kvq_compile.kernels.schemes import Role, largest_divisor
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.rotation import Rotation
-from kvq_compile.methods import (
-    FROM_LAYER,
-    base_name,
-    calibrated_options,
-    check_calibrated,
-    check_method,
-    default_clip,
-    make_spec,
-)
+from kvq_compile.methods import MEASURED, Skvq, calibration_options, default_clip, grouped
+from kvq_compile.options import base_name, make_options, method_class
 
 TOKENS = 16_384
 MEMORY = 2 << 30
@@ -138,21 +131,17 @@ def check_calibration(method: str, options: Mapping[str, Any]) -> dict[str, Any]
         ValueError: The method is not calibrated, or an option is unknown or out of range.
         TypeError: ``method`` is no name.
     """
-    check_method(method, options)
-    if base_name(method) not in FROM_LAYER:
+    if not (method_class(method).calibrated or method in MEASURED):
         raise ValueError(
             f"method must be one that is calibrated, {CALIBRATED_NAMES}, got {method!r}"
         )
-    if method == "qaq":
-        if "query_norm" in options:
-            raise ValueError(
-                "query_norm must be left out of a calibration, which measures it, "
-                f"got {options['query_norm']!r}"
-            )
-        make_spec("qaq", **options)
-    every = calibrated_options(method, options)
-    check_calibrated(every)
-    return every
+    if method in MEASURED and "query_norm" in options:
+        raise ValueError(
+            "query_norm must be left out of a calibration, which measures it, "
+            f"got {options['query_norm']!r}"
+        )
+    every = make_options(method, options)
+    return dict(options) if method in MEASURED else calibration_options(every)
 
 
 def _check_batches(batches: Any) -> list[Batch]:
@@ -364,7 +353,10 @@ def _fit(sample: _Samples, role: Role, method: str, options: dict[str, Any], see
     bits = options["bits"] if bits is None else bits
     clip = options[f"{role}_clip"]
     clip = default_clip(role, bits) if clip is None else clip
-    group_size = options["group_size"] or x.shape[2]
+    size, up_to = grouped(options["group_size"], Skvq.most)
+    group_size = size or x.shape[2]
+    if up_to:
+        group_size = largest_divisor(x.shape[2], group_size)
     fitted = fit_uniform(
         x,
         group_size=group_size,

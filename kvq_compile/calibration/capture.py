@@ -23,7 +23,7 @@ from kvq_compile.errors import KVQWarning
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
 from kvq_compile.lowering.rewrite.return_operands import Watched, watch_attentions
 from kvq_compile.lowering.sites import Life, Refusal, SiteReport
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 
 Batch = Tensor | Mapping[str, Any]
 Found = tuple[Rotation | None, str]  # a layer's rotation, or why there is none

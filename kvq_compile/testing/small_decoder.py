@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
-from kvq_compile.methods import make_spec
+from kvq_compile.options import make_spec
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,21 @@ def _as_held(held: Layout, wanted: Layout) -> Layout:
         Contradiction: It is not quantized as this model is compiled.
     """
     if held not in (wanted, replace(wanted, queries=0, shared_by=0)):
+        told = _in_words(wanted), _in_words(held)
+        if told[0] == told[1]:
+            told = str(wanted.scheme), str(held.scheme)
         raise Contradiction(
-            f"the cache must be quantized as this model is compiled, {wanted}, got {held}; start with an empty "
-            "cache, or compile with the options that made this one"
+            f"the cache must be quantized as this model is compiled, {told[0]}, got {told[1]}; start with an "
+            "empty cache, or compile with the options that made this one"
         )
     return held
+
+
+def _in_words(layout: Layout) -> str:
+    return (
+        f"{layout.about} {layout.role}s with sinks={layout.sinks}, window={layout.window} and "
+        f"page_size={layout.page_size}"
+    )
 
 
 def _check_graph(site: AttentionSite, graph: Graph, taken: set[fx.Node]) -> None:
