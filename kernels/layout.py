@@ -272,6 +272,11 @@ class Layout(OpaqueBase):
         return self.tables != NO_TABLES
 
     @cached_property
+    def calibrated_tensors(self) -> int:
+        """Tensors that packed tokens are coded relative to: tables, and a shift where keys are rotary."""
+        return self.has_tables + self.rotary
+
+    @cached_property
     def planes(self) -> tuple[int, ...]:
         """Widths in bits of the planes that a code is split into, low bits first."""
         return self.scheme.planes

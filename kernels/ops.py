@@ -10,9 +10,9 @@ element of ``position`` ``[T]`` on the device, never both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from kvq_compile.kernels.packed import (
     PARTS,
     Calibrated,
     Packed,
-    calibrated_names,
     page_capacity,
 )
 
@@ -63,8 +62,26 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
+class Backend:
+    """The functions of a backend's module, or of the specification where the backend cannot run.
+
+    The module is imported when a function is first looked up.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        module = import_module(self._module)
+        if not module.is_available():
+            module = import_module(SPECIFICATION)
+        function = getattr(module, name)
+        setattr(self, name, function)  # next time it is found without coming here
+        return function
+
+
 def append_on(
-    backend: ModuleType,
+    backend: Backend,
     cache: list[Tensor],
     calibrated: list[Tensor],
     x: Tensor,
@@ -87,7 +104,7 @@ def append_on(
 
 
 def _attend_on(
-    backend: ModuleType,
+    backend: Backend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -101,7 +118,7 @@ def _attend_on(
     key_layout: Layout,
     value_layout: Layout,
 ) -> Tensor:
-    of_keys = len(calibrated_names(key_layout))
+    of_keys = key_layout.calibrated_tensors
     output: Tensor = backend.attend(
         *(query, key, value, Packed(*keys[:4]), Packed(*values[:4])),
         Calibrated.of(calibrated[:of_keys], key_layout),
@@ -112,7 +129,7 @@ def _attend_on(
 
 
 def _importance_on(
-    backend: ModuleType,
+    backend: Backend,
     query: Tensor,
     key: Tensor,
     keys: list[Tensor],
@@ -136,7 +153,7 @@ def _importance_on(
 
 
 def _dequantize_on(
-    backend: ModuleType, cache: list[Tensor], calibrated: list[Tensor], length: int, layout: Layout
+    backend: Backend, cache: list[Tensor], calibrated: list[Tensor], length: int, layout: Layout
 ) -> Tensor:
     tokens: Tensor = backend.dequantize(
         Packed(*cache[:4]), Calibrated.of(calibrated, layout), length, layout
@@ -168,25 +185,13 @@ def _new_cache(x: Tensor, slots: int, grows: bool, layout: Layout) -> list[Tenso
     return cache
 
 
-def _by(backend: str, implementation: Callable[..., object]) -> Callable[..., object]:
-    """Return an implementation that imports its backend when it first runs."""
-    loaded: list[ModuleType] = []
-
-    def run(*args: object, **kwargs: object) -> object:
-        if not loaded:
-            found = import_module(backend)
-            loaded.append(found if found.is_available() else import_module(SPECIFICATION))
-        return implementation(loaded[0], *args, **kwargs)
-
-    return run
-
-
-for _device, _backend in BACKENDS.items():
+for _device, _module in BACKENDS.items():
     _library.impl("quantize", _quantize, _device)
-    _library.impl("append_", _by(_backend, append_on), _device)
-    _library.impl("attend", _by(_backend, _attend_on), _device)
-    _library.impl("importance", _by(_backend, _importance_on), _device)
-    _library.impl("dequantize", _by(_backend, _dequantize_on), _device)
+    _backend = Backend(_module)
+    _library.impl("append_", partial(append_on, _backend), _device)
+    _library.impl("attend", partial(_attend_on, _backend), _device)
+    _library.impl("importance", partial(_importance_on, _backend), _device)
+    _library.impl("dequantize", partial(_dequantize_on, _backend), _device)
 
 
 @torch.library.register_fake("kvq::quantize", lib=_library)

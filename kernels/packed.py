@@ -62,12 +62,12 @@ class Calibrated(NamedTuple):
         Raises:
             ValueError: There are more or fewer.
         """
-        names = calibrated_names(layout)
-        if len(tensors) != len(names):
+        if len(tensors) != layout.calibrated_tensors:
+            names = ", ".join(calibrated_names(layout))
             raise ValueError(
-                f"calibrated must be [{', '.join(names)}] for {layout}, got {len(tensors)} tensors"
+                f"calibrated must be [{names}] for {layout}, got {len(tensors)} tensors"
             )
-        return Calibrated(*tensors) if names else UNCALIBRATED
+        return Calibrated(*tensors) if tensors else UNCALIBRATED
 
     def section(self, name: str, layout: Layout) -> Tensor:
         """Return a section of the tables, ``[H, ...]``."""
@@ -93,7 +93,7 @@ CALIBRATED = Calibrated._fields
 
 def calibrated_names(layout: Layout) -> tuple[str, ...]:
     """Return the names of what a layout's tokens are coded relative to, in order."""
-    return CALIBRATED[: layout.has_tables + layout.rotary]
+    return CALIBRATED[: layout.calibrated_tensors]
 
 
 def part_names(layout: Layout) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvq_compile.kernels import cache as cache  # tells torch.load what a saved cache may call
+
 if TYPE_CHECKING:
     from kvq_compile.api import compile, quantize_cache_
     from kvq_compile.bounds import error_bound

@@ -1,7 +1,10 @@
 """What a saved cache says is checked against its layout before anything indexes by it."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.cache.saved import rebuild
+from kvq_compile.kernels.cache.saved import (
+    FORMAT,
+    load_layout,
+    load_old_layout,
+    plain_layout,
+    rebuild,
+    rebuild_old,
+)
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.schemes import Mixed, Uniform
+from kvq_compile.kernels.schemes import Adaptive, Codebook, Mixed, Uniform
+from kvq_compile.testing import page_layouts
 from kvq_compile.testing.small_cache import assert_same_bytes
+from kvq_compile.testing.small_tables import framed_layouts
+from uncalibrated import mixed_layouts
 
 D, TOKENS = 16, 110
 REGIONS = {"sinks": 1, "window": 3, "page_size": 32}
@@ -203,3 +216,94 @@ def test_bytes_flipped_at_random_are_refused_or_read_as_the_reference_reads_them
     if cache.kind == "grown":
         more = torch.cat([cache, torch.ones(2, 1, 40, D)], 2)
         assert torch.equal(more.dequantize()[:, :, -1], torch.ones(2, 1, D))
+
+
+# Formats
+
+
+@given(st.one_of(framed_layouts().map(lambda framed: framed[0]), page_layouts(), mixed_layouts()))
+def test_a_layout_is_loaded_from_the_numbers_and_words_it_was_written_as(layout: Layout) -> None:
+    plain = plain_layout(layout)
+    assert all(isinstance(x, (bool, int, float, str)) for x in plain.values())
+    assert load_layout(plain) == layout
+
+
+@given(mixed_layouts(), st.sampled_from(["role", "head_dim", "sinks", "scheme", "bits", "fit"]))
+def test_a_layout_with_a_field_missing_or_unknown_is_refused(layout: Layout, name: str) -> None:
+    plain = plain_layout(layout)
+    with pytest.raises(ValueError, match="the layout of a saved cache must be whole"):
+        load_layout(plain | {"unknown": 1})
+    if name in ("bits", "role", "head_dim", "sinks", "scheme"):
+        del plain[name]
+    else:
+        plain[name] = 3  # neither True nor False
+    with pytest.raises(ValueError, match="the layout of a saved cache must be whole"):
+        load_layout(plain)
+
+
+OLD = {  # the text that stood for a layout in files without a number
+    "key,4,token,16,1.0,none,1,3,32,16,uniform,fp16,fields,1,False,-,0,0,0,True,True,True,0.0,0.0,"
+    "False,False,0,0": ("key", Uniform(4)),
+    "value,1.5,channel,32,0.9,hadamard,1,3,32,16,uniform,fp8,trits,1,False,-,0,0,0,True,True,True,"
+    "0.0,0.0,False,False,0,0": (
+        "value",
+        Uniform(1.5, "channel", 32, 0.9, "hadamard", "fp8", "trits"),
+    ),
+    "key,8,token,16,1.0,none,1,3,32,16,codebook,fp16,fields,4,True,0123456789abcdef,0,0,0,True,True,"
+    "True,0.0,0.0,False,False,0,0": ("key", Codebook(8, 4, True, "0123456789abcdef")),
+    "value,2.5,token,16,1.0,none,1,3,32,16,mixed,fp8,fields,1,False,-,1,4,2,False,False,True,0.02,0.0,"
+    "True,False,0,0": (
+        "value",
+        Mixed(2.5, 1, 4, 2, "fp8", False, False, adaptive=Adaptive(0.02, requantize=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("text", OLD)
+def test_a_text_of_an_old_file_is_the_layout_it_was(text: str) -> None:
+    role, scheme = OLD[text]
+    assert load_old_layout(text) == Layout(role, D, Regions(**REGIONS), scheme)
+
+
+@pytest.mark.parametrize("text", ["", "key,4,token", next(iter(OLD)) + ",1"])
+def test_a_text_of_another_length_is_refused_with_what_to_do(text: str) -> None:
+    with pytest.raises(ValueError, match="load it with the version of kvq-compile that saved it"):
+        load_old_layout(text)
+
+
+def test_an_old_file_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = next(iter(OLD))
+    cache = make(load_old_layout(text))
+    about = text, "grown", cache.shape[2]
+    monkeypatch.setattr(rebuild_old, "__module__", "kvq_compile.kernels.cache")
+    monkeypatch.setattr(rebuild_old, "__qualname__", "rebuild")
+    monkeypatch.setattr(rebuild_old, "__name__", "rebuild")
+    with monkeypatch.context() as saving:
+        saving.setattr(
+            QuantizedKV, "__reduce_ex__", lambda *_: (rebuild_old, (*cache.parts, *about))
+        )
+        buffer = io.BytesIO()
+        torch.save(cache, buffer)
+    buffer.seek(0)
+    assert_same_bytes(torch.load(buffer, weights_only=True), cache)
+
+
+def test_a_file_of_a_later_format_is_refused_with_what_to_do() -> None:
+    file = content(make(LAYOUTS["uniform"])) | {"version": FORMAT + 1}
+    with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {FORMAT + 1}; load it"):
+        load(file)
+
+
+def test_importing_the_package_is_enough_to_load(tmp_path: Path) -> None:
+    cache = make(LAYOUTS["uniform"])
+    torch.save(cache, tmp_path / "cache")
+    code = "import sys, kvq_compile, torch; print(torch.load(sys.argv[1], weights_only=True))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("QuantizedKV([2, 1, 100, 16]")

@@ -15,9 +15,9 @@ import kvq_compile
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.ops import Backend
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Adaptive
-from kvq_compile.kernels.triton import backend
 from kvq_compile.options import make_spec
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
 
@@ -152,9 +152,10 @@ def test_the_gpu_path_leaves_the_bytes_of_the_cpu_path(options: dict[str, Any]) 
     copy, new = made.clone_packed(), x[:, :, count:]
     about = None, count, layout
     ops.append_(made.parts, [], new, *about, importance)
+    triton = Backend("kvq_compile.kernels.triton.backend")
     *parts, originals = copy.parts
     parts = [*(part.to(device) for part in parts), originals]
-    ops.append_on(backend, parts, [], new.to(device), *about, importance.to(device))
+    ops.append_on(triton, parts, [], new.to(device), *about, importance.to(device))
     pages = layout.pages_at(count + 40)
     for mine, theirs in zip(made.parts[:2], parts[:2], strict=True):
         assert torch.equal(mine[:, :, :pages], theirs[:, :, :pages].cpu())
