@@ -24,6 +24,7 @@ from kvq_compile.kernels.packed import (
     Calibrated,
     Packed,
     page_capacity,
+    writable,
 )
 
 # Each backend is a module of four functions, append_, attend, importance and dequantize, and of is_available,
@@ -177,11 +178,12 @@ def _quantize(
 
 def _new_cache(x: Tensor, slots: int, grows: bool, layout: Layout) -> list[Tensor]:
     capacity = page_capacity(slots, grows, layout)
-    cache = list(Packed.empty(x, capacity, layout))
-    if layout.keep_exact:
-        from kvq_compile.kernels.adaptive.originals import new_originals
+    with writable():
+        cache = list(Packed.empty(x, capacity, layout))
+        if layout.keep_exact:
+            from kvq_compile.kernels.adaptive.originals import new_originals
 
-        cache.append(new_originals(x, capacity, layout))
+            cache.append(new_originals(x, capacity, layout))
     return cache
 
 

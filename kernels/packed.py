@@ -7,6 +7,7 @@ layouts keep (`ORIGINALS`); and `Calibrated`, of which only what the layout has.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -99,6 +100,14 @@ def calibrated_names(layout: Layout) -> tuple[str, ...]:
 def part_names(layout: Layout) -> tuple[str, ...]:
     """Return the names of the parts that a layout keeps, in order."""
     return (*PARTS, ORIGINALS) if layout.keep_exact else PARTS
+
+
+def writable() -> AbstractContextManager[object]:
+    """Return a context in which to make what is written later, in whatever mode.
+
+    A tensor that is made in inference mode cannot be written in place outside of it.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def page_capacity(slots: int | torch.SymInt, grows: bool, layout: Layout) -> int | torch.SymInt:

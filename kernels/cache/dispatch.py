@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache.batch import EAGER, slice_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
-from kvq_compile.kernels.packed import PARTS, part_names
+from kvq_compile.kernels.packed import PARTS, part_names, writable
 
 aten = torch.ops.aten
 GROWS_BY_CAT = (
@@ -34,16 +35,27 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         NotImplementedError: The operator would write into a copy.
     """
     handler = _HANDLERS.get(func)
+    if handler is None and func in EAGER and not _is_traced(args):
+        handler = EAGER[func]
     if handler is not None:
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
             return result
+    if func not in _HANDLERS:  # in inference mode composite operators arrive whole
+        result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
     if func._schema.is_mutable and _writes_into_cache(func, args, kwargs):
+        cache = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, QuantizedKV))
         raise NotImplementedError(
-            f"{func} cannot write into a QuantizedKV; write to its dequantize() instead"
+            f"{func} must write whole slots, one behind the other, got {cache!r}; assign new tokens as "
+            "cache[:, :, slots] = x, or write to cache.dequantize(), which is a copy"
         )
-    result = func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
-    if _is_view(func) and not any(isinstance(x, FakeTensor) for x in tree_leaves(result)):
+    if not _is_view(func):
+        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+    with writable():  # autograd relates a view to its base, which is no tensor of inference mode
+        result = func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+    if not any(isinstance(x, FakeTensor) for x in tree_leaves(result)):
         return tree_map(read_only, result)
     return result
 
@@ -68,6 +80,12 @@ def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
         _write(cache, x, None, slots % cache.shape[2], 1)
     else:
         raise NotImplementedError(f"slots must be a slice or a vector of positions, got {slots!r}")
+
+
+def _is_traced(args: Any) -> bool:
+    return any(
+        isinstance(x, QuantizedKV) and isinstance(x.cursor, FakeTensor) for x in tree_leaves(args)
+    )
 
 
 def _dense(x: Any) -> Any:
@@ -150,10 +168,18 @@ def _check_slots(
     cache: QuantizedKV, position: Tensor | None, start: int | None, count: int
 ) -> None:
     slots = cache.shape[2]
-    if position is not None and position.device.type != "cpu":
-        torch._assert_async(position[-1] < slots)  # the host does not wait for the positions
+    if position is not None and position.is_cuda and torch.cuda.is_current_stream_capturing():
+        torch._assert_async(position[-1] < slots)  # the host cannot wait for the positions
         return
-    end = int(position.max()) + 1 if position is not None else (start or 0) + count
+    if position is not None:
+        places = position.tolist()
+        if places != list(range(places[0], places[0] + count)):
+            raise ValueError(
+                f"positions must follow one another, got {places} for {cache!r}; write them in order, "
+                "or write to cache.dequantize(), which is a copy"
+            )
+        start = int(places[0])
+    end = (start or 0) + count
     if end > slots:
         raise ValueError(f"position must be below the {slots} slots of the cache, got {end - 1}")
     if cache.kind == "grown" and end < slots:
@@ -181,6 +207,11 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     new = torch.cat([_dense(t) for t in tensors[1:]], 2)
     if new.shape[:2] != first.shape[:2] or new.shape[3] != first.shape[3]:
         return NotImplemented  # torch says what does not fit
+    dtype = torch.promote_types(first.dtype, new.dtype)
+    if not dtype.is_floating_point:
+        return NotImplemented
+    if dtype != first.dtype:
+        first = _to_copy(first, dtype=dtype)
     if not isinstance(first.cursor, FakeTensor):
         first.claim(new.shape[2])
     about = new.to(first.dtype), None, first.shape[2], first.page_layout
@@ -191,11 +222,12 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
 def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
     """Return a cache with the sequences of all; they agree in everything else (`_aligned`)."""
     first = caches[0]
-    parts = [
-        torch.cat([getattr(cache, name) for cache in caches])
-        for name in part_names(first.page_layout)
-        if name != "cursor"
-    ]
+    with writable():
+        parts = [
+            torch.cat([getattr(cache, name) for cache in caches])
+            for name in part_names(first.page_layout)
+            if name != "cursor"
+        ]
     parts.insert(PARTS.index("cursor"), first.cursor.clone())
     if first.originals is not None:
         parts[4] = held_by_host(parts[4], first.device)
@@ -225,9 +257,7 @@ def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, ste
     if _same(start, 0) and _same(end, size):
         return x._view(x.shape[2])
     if _dim(x, dim) == 0:
-        copy = x._map_batch(lambda part: part[start:end].clone())
-        copy._is_slice_copy = True
-        return copy
+        return slice_copy(x, lambda part: part[start:end].clone())
     if _dim(x, dim) == 2 and _same(start, 0) and x.kind == "grown":
         return x._view(end)
     return NotImplemented
@@ -273,6 +303,30 @@ def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:
         return NotImplemented
     _write(x, source, index.reshape(-1), None, index.numel())
     return x
+
+
+def _index_copied(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:
+    if not _goes_behind(x, index):
+        return NotImplemented
+    return _index_copy(x.clone_packed(), dim, index, source)
+
+
+def _index_written(
+    x: QuantizedKV, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Any:
+    if len(indices) != 3 or not _goes_behind(x, indices[2]):
+        return NotImplemented
+    return _index_put(x.clone_packed(), indices, values, accumulate)
+
+
+def _goes_behind(x: Any, index: Tensor | None) -> bool:
+    """Say whether slots are those behind the tokens of a static cache, so that a write to a copy changes no other."""
+    if not isinstance(x, QuantizedKV) or x.kind != "static" or isinstance(x.cursor, FakeTensor):
+        return False
+    if index is None or index.dim() > 1 or index.dtype == torch.bool:
+        return False
+    places, held = index.reshape(-1).tolist(), x.held()
+    return places == list(range(held, held + len(places)))
 
 
 def _index_put(
@@ -361,6 +415,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.index_select.default: _index_select,
     aten.index_copy_.default: _index_copy,
     aten.index_put_.default: _index_put,
+    aten.index_copy.default: _index_copied,
+    aten.index_put.default: _index_written,
     aten.copy_.default: _copy,
     aten.zero_.default: _zero,
     aten.clone.default: _clone,

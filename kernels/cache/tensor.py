@@ -50,6 +50,7 @@ from kvq_compile.kernels.packed import (
     calibrated_names,
     page_capacity,
     part_names,
+    writable,
 )
 
 Kind = Literal["grown", "static"]
@@ -124,13 +125,14 @@ class QuantizedKV(Exports, Tensor):
             raise ValueError(
                 f"parts must be [{', '.join(names)}] for {layout}, got {len(parts)} tensors"
             )
-        codes, params, exact, cursor = parts[:4]
-        originals = parts[4] if layout.keep_exact else None
-        B, H, _, D = exact.shape
-        shape = (B, H, length, D)
-        self: QuantizedKV = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=exact.dtype, device=exact.device
-        )
+        with writable():
+            codes, params, exact, cursor = (_outside_inference(part) for part in parts[:4])
+            originals = _outside_inference(parts[4]) if layout.keep_exact else None
+            B, H, _, D = exact.shape
+            shape = (B, H, length, D)
+            self: QuantizedKV = Tensor._make_wrapper_subclass(
+                cls, shape, dtype=exact.dtype, device=exact.device
+            )
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
         self.tables, self.shift = Calibrated.of(calibrated, layout)
@@ -227,7 +229,10 @@ class QuantizedKV(Exports, Tensor):
                 self._grow(tokens)
 
     def _grow(self, tokens: int) -> None:
-        capacity = page_capacity(self.shape[2] + tokens, True, self.page_layout)
+        with writable():
+            self._enlarge(page_capacity(self.shape[2] + tokens, True, self.page_layout))
+
+    def _enlarge(self, capacity: int) -> None:
         for name in ("codes", "params", ORIGINALS):
             old = getattr(self, name)
             if old is None:
@@ -262,12 +267,13 @@ class QuantizedKV(Exports, Tensor):
         lineage = None
         if not isinstance(self.cursor, FakeTensor):
             lineage = _Lineage(self._lineage.held)
-        parts = [change(part) for part in self.parts]
-        if self.originals is not None:
-            parts[4] = held_by_host(parts[4], parts[0].device)
-        calibrated = [] if self.tables is None else [self.tables.to(parts[0].device)]
-        if self.shift is not None:
-            calibrated.append(change(self.shift))
+        with writable():
+            parts = [change(part) for part in self.parts]
+            if self.originals is not None:
+                parts[4] = held_by_host(parts[4], parts[0].device)
+            calibrated = [] if self.tables is None else [self.tables.to(parts[0].device)]
+            if self.shift is not None:
+                calibrated.append(change(self.shift))
         return QuantizedKV(parts, calibrated, self.page_layout, self.kind, self.shape[2], lineage)
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
@@ -346,6 +352,11 @@ class QuantizedKV(Exports, Tensor):
         return dispatch(func, args, kwargs or {})
 
 
+def _outside_inference(part: Tensor) -> Tensor:
+    """Return a part as one that can be written in every mode: a copy if it was made in inference mode."""
+    return part.clone() if part.is_inference() else part
+
+
 def on(index: Any, part: Tensor) -> Any:
     """Return an index along the batch where ``part`` is: the originals are in host memory."""
     return index.to(part.device) if isinstance(index, Tensor) else index
@@ -360,8 +371,10 @@ def wrap_loaded(
         TypeError, ValueError: They are not what the layout says: see `check_loaded`.
     """
     check_loaded(parts, calibrated, layout, kind, length)
-    copies = [part.clone() for part in parts]
-    return wrap(copies, [tensor.clone() for tensor in calibrated], layout, kind, length)
+    with writable():
+        parts = [part.clone() for part in parts]
+        calibrated = [tensor.clone() for tensor in calibrated]
+    return wrap(parts, calibrated, layout, kind, length)
 
 
 def wrap(

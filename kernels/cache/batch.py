@@ -1,0 +1,73 @@
+"""What moves the sequences of a `QuantizedKV` and nothing else, outside of graphs: the result stays packed.
+
+A piece of a batch is a view of a tensor and a copy of a packed cache, whose parts have strides of their own; a
+write into such a piece would be lost, and is refused (`slice_copy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+
+aten = torch.ops.aten
+
+
+def slice_copy(x: QuantizedKV, rows: Callable[[Tensor], Tensor]) -> QuantizedKV:
+    """Return a copy that stands for a view along the batch."""
+    copy = x._map_batch(rows)
+    copy._is_slice_copy = True
+    return copy
+
+
+def _split(x: QuantizedKV, size: int | Sequence[int], dim: int = 0) -> Any:
+    """Split along the batch into pieces of ``size``, or of the sizes that it lists."""
+    if dim % 4 != 0:
+        return NotImplemented
+    places = torch.arange(x.shape[0], dtype=torch.int64, device="cpu").split(size)
+    return [slice_copy(x, _rows(place)) for place in places]
+
+
+def _rows(place: Tensor) -> Callable[[Tensor], Tensor]:
+    first, last = int(place[0]), int(place[-1]) + 1
+    return lambda part: part[first:last].clone()
+
+
+def _expand(x: QuantizedKV, size: Sequence[int], *, implicit: bool = False) -> Any:
+    """Expand one sequence to many."""
+    del implicit
+    if len(size) != 4 or not _keeps(size[1:], x.shape[1:]):
+        return NotImplemented
+    if _keeps(size[:1], x.shape[:1]):
+        return x._view(x.shape[2])
+    return slice_copy(x, lambda part: part.expand(size[0], *part.shape[1:]).clone())
+
+
+def _repeat(x: QuantizedKV, repeats: Sequence[int]) -> Any:
+    """Repeat the sequences of the batch."""
+    if len(repeats) != 4 or list(repeats[1:]) != [1, 1, 1] or repeats[0] < 1:
+        return NotImplemented
+    return x._map_batch(lambda part: part.repeat(repeats[0], *[1] * (part.dim() - 1)))
+
+
+def _view(x: QuantizedKV, size: Sequence[int]) -> Any:
+    """View a cache in the shape that it has."""
+    whole = len(size) == 4 and _keeps(size, x.shape)
+    return x._view(x.shape[2]) if whole else NotImplemented
+
+
+def _keeps(size: Sequence[int], shape: Sequence[int]) -> bool:
+    return all(asked in (-1, given) for asked, given in zip(size, shape, strict=True))
+
+
+EAGER: dict[Any, Callable[..., Any]] = {
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.expand.default: _expand,
+    aten.repeat.default: _repeat,
+    aten.view.default: _view,
+}
