@@ -89,6 +89,33 @@ def test_modes_may_change_at_every_step(modes: tuple[str, ...], end: int) -> Non
     assert_same_bytes(cache, expected)
 
 
+def _step(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Any:
+    keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values), keys, values
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_step_takes_caches_of_every_mode() -> None:
+    """Regression: a cache that a compiled call made in inference mode could not be cropped or written in another."""
+    step = torch.compile(
+        _step, backend="kvq", options={"method": "int4", "sinks": 1, "window": 8, "page_size": 32, "inner": "eager"}
+    )  # fmt: skip
+    seen = []
+    for modes in (("no_grad", "no_grad"), ("inference", "no_grad"), ("grad", "inference")):
+        keys, values = tokens(40)[:1], tokens(40, 1)[:1]
+        for call, count in enumerate((20, 1, 40, 1)):
+            if call == 2:
+                keys, values = keys[:, :, :50], values[:, :, :50]
+            new = [tokens(count, 5 * call + place)[:1] for place in range(3)]
+            with MODES[modes[call % 2]]():
+                _, keys, values = step(*new, keys, values)
+        assert type(keys) is QuantizedKV
+        seen.append((keys.dequantize(), values.dequantize()))
+    for got in seen[1:]:
+        assert torch.equal(got[0], seen[0][0])
+        assert torch.equal(got[1], seen[0][1])
+
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -230,7 +230,7 @@ class QuantizedKV(Exports, Tensor):
 
     def _grow(self, tokens: int) -> None:
         with writable():
-            self._enlarge(page_capacity(self.shape[2] + tokens, True, self.page_layout))
+            self._enlarge(int(page_capacity(self.shape[2] + tokens, True, self.page_layout)))
 
     def _enlarge(self, capacity: int) -> None:
         for name in ("codes", "params", ORIGINALS):
