@@ -102,6 +102,7 @@ def test_a_compiled_step_takes_caches_of_every_mode() -> None:
     )  # fmt: skip
     seen = []
     for modes in (("no_grad", "no_grad"), ("inference", "no_grad"), ("grad", "inference")):
+        torch._dynamo.reset()
         keys, values = tokens(40)[:1], tokens(40, 1)[:1]
         for call, count in enumerate((20, 1, 40, 1)):
             if call == 2:
