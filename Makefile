@@ -24,13 +24,14 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-thorough test-matrix lint types bench-cpu clean
+.PHONY: help demo test test-thorough test-matrix test-sanitize lint types bench-cpu clean
 
 help:
 	@echo "make demo           generate with a plain and a quantized cache, side by side"
 	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
 	@echo "make test-thorough  the same with many more random examples"
 	@echo "make test-matrix    the same on the newest torch and transformers"
+	@echo "make test-sanitize  tests of the CPU backend with its C++ under AddressSanitizer and UBSan (g++)"
 	@echo "make lint types     ruff and mypy as CI runs them"
 	@echo "make bench-cpu      decoding speed on this CPU, appended to benchmarks/"
 	@echo "make clean          remove environments and caches"
@@ -63,6 +64,16 @@ test-matrix:
 	$(NEWEST)/bin/python -m pip install --quiet -e ".[test]"
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade transformers
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS)
+
+# The library is built first, without the sanitizers in the compiler's own process. PyTorch and Python are not built
+# for them, so that they are loaded ahead of both, and leaks, which are not the library's, are not looked for.
+SANITIZERS := address,undefined
+test-sanitize: $(VENV)/.test
+	KVQ_SANITIZE=$(SANITIZERS) $(BIN)/python -c \
+		"from kvq_compile.kernels.cpu import library; print(library.find() or library.build())"
+	KVQ_SANITIZE=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest tests/test_cpu_append.py tests/test_cpu_checks.py tests/test_cpu_frames.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ from kvq_compile.kernels.cpu import backend, native
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.schemes import Mixed, Role, Uniform
+from kvq_compile.kernels.schemes import Codebook, Mixed, Role, Uniform
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from uncalibrated import Framed, mixed_layouts, plain_layouts
 
@@ -24,9 +24,12 @@ PLAIN = Uniform(4, group_size=16)
 MIXED = Mixed(2, 0, 4, outliers=2)
 
 
-def filled(layout: Layout, calibrated: Calibrated = UNCALIBRATED, count: int = 80) -> Packed:
-    """Return a cache of ``count`` tokens, two pages of 32 among them."""
-    x = torch.randn(1, 2, count, layout.head_dim, generator=torch.Generator().manual_seed(0))
+def filled(
+    layout: Layout, calibrated: Calibrated = UNCALIBRATED, count: int = 80, batch: int = 1
+) -> Packed:
+    """Return a cache of ``count`` tokens, two pages among them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 2, count, layout.head_dim, generator=generator)
     cache = Packed.empty(x, 3, layout)
     backend.append_(cache, calibrated, x, None, 0, layout)
     return cache
@@ -147,8 +150,6 @@ def test_tables_that_name_other_channels_are_refused(channel: int) -> None:
 
 def test_tables_that_are_too_short_are_refused() -> None:
     tables = random_tables(2, 64, group_size=16, rotary=True, codebook=(4, 4), seed=0)
-    from kvq_compile.kernels.schemes import Codebook
-
     layout = Layout("key", 64, REGIONS, Codebook(4, 4, rotary=True, tables=tables.digest))
     shift = torch.zeros(1, dtype=torch.int32)
     cache = filled(layout, Calibrated(tables.words, shift))
@@ -177,10 +178,25 @@ def test_pages_of_any_bytes_are_read_or_refused(framed: Framed, seed: int) -> No
     for part in cache[:2]:
         part.view(torch.uint8).random_(0, 256, generator=generator)
     damaged = pytest.raises(ValueError, match="damaged")
-    with damaged if layout.coder == "mixed" else nullcontext():
-        read = backend.dequantize(cache, calibrated, count, layout)
-        assert read.shape == x.shape
-        assume(layout.coder != "mixed")  # bytes that fit by chance; the next test looks at those
+    for read in (
+        lambda: backend.dequantize(cache, calibrated, count, layout).shape == x.shape,
+        lambda: attended(cache, calibrated, layout, count).dtype == x.dtype,
+    ):
+        with damaged if layout.coder == "mixed" else nullcontext():
+            assert read()
+            assume(layout.coder != "mixed")  # it fits by chance; the next test looks at that
+
+
+def attended(cache: Packed, calibrated: Calibrated, layout: Layout, count: int) -> Tensor:
+    """Attend to a cache as keys, or as values, beside a plain one."""
+    other: Role = "value" if layout.role == "key" else "key"
+    plain = Layout(other, 64, layout.regions, PLAIN)
+    beside = filled(plain, count=count, batch=2)
+    sides = [(cache, calibrated, layout), (beside, UNCALIBRATED, plain)]
+    (keys, of_keys, key), (values, of_values, value) = sides if other == "value" else sides[::-1]
+    query, new = torch.ones(2, 2, 1, key.head_dim), torch.ones(2, 2, 1, value.head_dim)
+    about = of_keys, of_values, None, None, count, Score(1.0), key, value
+    return backend.attend(query, query, new, keys, values, *about)
 
 
 @given(st.data())

@@ -127,6 +127,17 @@ def test_the_installed_package_is_an_ordinary_one() -> None:
     assert origin.endswith("kvq_compile/__init__.py")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_backend_never_imports_the_specification_nor_the_other_way_round(backend: str) -> None:
+    """What it is held to would otherwise say nothing; `ops` alone puts the one in the other's place."""
+    folders = {name: ROOT / "kernels" / name for name in (backend, "reference")}
+    for folder, other in ((backend, "reference"), ("reference", backend)):
+        files = sorted(folders[folder].glob("*.py"))
+        assert len(files) > 5  # an empty walk would prove nothing
+        names = {name for path in files for name in imported_names(path)}
+        assert not [name for name in names if is_inside(name, f"kvq_compile.kernels.{other}")]
+
+
 def test_importing_the_package_leaves_triton_and_transformers_alone() -> None:
     code = (
         "import sys, json, kvq_compile;"
