@@ -15,7 +15,7 @@ from torch import Tensor
 
 import written_caches
 from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
-from kvq_compile.kernels.packed import UNCALIBRATED
+from kvq_compile.kernels.packed import UNCALIBRATED, Packed
 from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform, scheme_of
 from kvq_compile.kernels.tables import Tables
@@ -178,6 +178,42 @@ def test_a_write_that_does_not_fit_changes_nothing() -> None:
     caches.assert_equal()
     with pytest.raises(ValueError, match="the cache must have room for 6 pages, got 5"):
         backend.append_(caches.actual, UNCALIBRATED, x, None, start, layout)
+
+
+MARGIN = 4096  # elements on either side of each part
+
+
+def inside_margins(parts: Packed) -> tuple[Packed, list[Tensor]]:
+    """Return a copy of a cache whose parts lie in larger buffers, and what lies around them."""
+    views, margins = [], []
+    for part in parts:
+        buffer = torch.full((part.numel() + 2 * MARGIN,), 77, dtype=part.dtype, device=DEVICE)
+        views.append(buffer[MARGIN:-MARGIN].view(part.shape).copy_(part))
+        margins += [buffer[:MARGIN], buffer[-MARGIN:]]
+    return Packed(*views), margins
+
+
+@EXAMPLES
+@given(st.data())
+def test_positions_of_any_kind_lead_nowhere_outside_the_cache(data: st.DataObject) -> None:
+    """Of positions the first counts: what would leave a gap or does not fit is left out as a whole."""
+    scheme = data.draw(st.sampled_from([Uniform(2), Uniform(2, "channel", 32), Mixed(2.5, 0, 4)]))
+    role = data.draw(st.sampled_from(["key", "value"]))
+    layout = Layout(role, 64, Regions(2, 5, 32), scheme)
+    held = data.draw(st.sampled_from([0, 1, 38, 39, 60, 70]))
+    caches = make_caches(layout, torch.float16)
+    caches.append(random_tokens(layout, held, torch.float16, 0), 0, True)
+    parts, margins = inside_margins(Packed(*caches.actual))
+    near = st.integers(-2, held + 200)
+    far = st.sampled_from([-(2**31), 2**31 - 1, -(2**40) - 5, 10**6, -1])
+    slots = data.draw(st.lists(near | far, min_size=1, max_size=40))
+    x = random_tokens(layout, len(slots), torch.float16, 1).to(DEVICE)
+    backend.append_(parts, UNCALIBRATED, x, torch.tensor(slots, device=DEVICE), None, layout)
+    assert all((margin == 77).all() for margin in margins)
+    if 0 <= slots[0] <= held and layout.pages_at(slots[0] + len(slots)) <= CAPACITY:
+        assert parts.cursor[0] == slots[0] + len(slots)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(parts, caches.actual, strict=True))
 
 
 def tabled(

@@ -112,6 +112,9 @@ def attend_kernel(
     """Attend a tile of queries to one split of the tokens.
 
     Grid: (B * Hkv, query tiles, splits of the exact tokens, then splits of the pages).
+
+    Longer than other functions: both kinds of splits need what it computes of its queries, which a function could not
+    return, for Triton returns no ``None``.
     """
     SHARED_BY: tl.constexpr = LAUNCH.shared_by
     COPIES: tl.constexpr = LAUNCH.copies

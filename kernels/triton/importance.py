@@ -227,6 +227,8 @@ def weigh_kernel(
     """Weigh a split of the keys of a KV head, if the call completes a page: ``JOINS`` tells the second launch.
 
     Grid: (B * Hkv, splits).
+
+    Longer than other functions: it places a program among heads, pages and exact tokens, all for one loop over tiles.
     """
     SINKS: tl.constexpr = KEY.sinks
     PAGE: tl.constexpr = KEY.page_size
@@ -388,11 +390,12 @@ def importance(
     splits = min(MAX_SPLITS, work, max(1, resident // (B * H)))
     size = constants.tiles * constants.block_q
     partial = query.new_empty(B * H, splits, size, dtype=torch.float32)
+    bundles = bundle_tensor(query), bundle_tensor(key), bundle_cache(keys), mask_bundle
+    shape = Shape(H, query.shape[2], new, capacity, slots)
     for joins in (False, True):
         weigh_kernel[(B * H, splits)](
-            bundle_tensor(query), bundle_tensor(key), bundle_cache(keys), mask_bundle, width,
-            position, start or 0, partial, result, score.scale * LOG2_E,
-            Shape(H, query.shape[2], new, capacity, slots), KEY=ReadConstants.of(layout),
-            LAUNCH=constants, JOINS=joins, SPLITS=triton.next_power_of_2(splits), **options,
+            *bundles, width, position, start or 0, partial, result, score.scale * LOG2_E, shape,
+            KEY=ReadConstants.of(layout), LAUNCH=constants, JOINS=joins,
+            SPLITS=triton.next_power_of_2(splits), **options,
         )  # fmt: skip
     return result
