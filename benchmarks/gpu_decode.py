@@ -1,5 +1,4 @@
-"""Time one decoding step over a quantized cache against bf16 attention, and check its error, on a
-GPU.
+"""Time one decoding step over a quantized cache against bf16 attention, and check its error, on a GPU.
 
 Both sides are replayed from CUDA graphs with the L2 cache flushed between runs. Shapes are those of
 an 8-billion-parameter Llama layer: 32 query heads, 8 KV heads of 128 channels. ``append`` is the

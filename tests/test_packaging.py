@@ -175,6 +175,17 @@ def test_kernels_import_nothing_above_them(path: Path) -> None:
     assert not [name for name in imported_names(path) if is_inside(name, "kernels", "lowering")]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_backend_imports_neither_the_specification_nor_another(backend: str) -> None:
+    """What is held to the specification in tests must not be made of it."""
+    paths = sorted((ROOT / "kernels" / backend).glob("*.py"))
+    assert len(paths) > 4
+    others = {"cpu", "triton", "reference"} - {backend}
+    for path in paths:
+        names = [f"kvq_compile.kernels.{other}" for other in others]
+        assert not [name for name in imported_names(path) if is_inside(name, *names)], path.name
+
+
 @pytest.mark.parametrize("path", LOWERING, ids=lambda path: path.name)
 def test_lowering_imports_kernels_only_and_never_triton(path: Path) -> None:
     names = list(imported_names(path))
