@@ -32,9 +32,9 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import CacheSpec, Layout, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables

@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import CacheSpec, Layout
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.testing import kv_tensors, page_layouts
 

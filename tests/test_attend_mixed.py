@@ -23,9 +23,9 @@ from attention_site import (
     plain_sides,
     starts,
 )
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import CacheSpec, Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Codebook, Mixed, Scheme, Uniform
 from kvq_compile.kernels.triton import backend, launch, mixed
 from kvq_compile.kernels.triton.constants import ReadConstants

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import bounds, error_bound, make_spec
-from kvq_compile.kernels import ops
+from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec, Layout, Score
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.transform import hadamard
 from kvq_compile.testing import (
     DTYPES,
     HEAD_DIMS,
@@ -82,7 +82,7 @@ def test_a_stored_element_is_off_by_at_most_its_bound(case: tuple[Tensor, Layout
     spec = Uniform(layout.bits, layout.grouping, layout.group_size, layout.clip, layout.transform)
     rotated = x.double()
     if layout.transform == "hadamard":
-        rotated = rotated @ reference.hadamard(layout.head_dim, x.device).double()
+        rotated = rotated @ hadamard(layout.head_dim, x.device).double()
     groups = reference.to_groups(rotated, layout)
     codes, params = reference.quantize_pages(x, layout)
     scale, zero = params.double().unbind(-1)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache.saved import (
     FORMAT,
     load_layout,
@@ -24,7 +25,6 @@ from kvq_compile.kernels.cache.saved import (
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Adaptive, Codebook, Mixed, Uniform
 from kvq_compile.testing import page_layouts
 from kvq_compile.testing.small_cache import assert_same_bytes

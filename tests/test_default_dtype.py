@@ -15,8 +15,8 @@ from torch import Tensor
 import kvq_compile
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout, Regions
-from kvq_compile.kernels.reference.frame import hadamard
 from kvq_compile.kernels.schemes import scheme_of
+from kvq_compile.kernels.transform import hadamard
 from kvq_compile.testing.small_cache import LAYOUT, tokens
 from kvq_compile.testing.small_decoder import Decoder
 from kvq_compile.testing.small_tables import random_tables

@@ -14,6 +14,11 @@ from kvq_compile.calibration.fit import (
     weighted_error,
 )
 from kvq_compile.calibration.kmeans import assign, weighted_kmeans
+from kvq_compile.kernels import reference
+from kvq_compile.kernels.layout import Layout, Regions
+from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.tables import Tables
 
 
 def samples(seed: int, tokens: int = 120, heads: int = 2, dim: int = 16) -> tuple[Tensor, Tensor]:
@@ -107,6 +112,34 @@ def test_more_levels_are_never_worse_on_the_samples() -> None:
     errors = [error_of_uniform(x, levels) for levels in (2, 3, 7, 15, 255)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-4
+
+
+@given(
+    st.integers(0, 2**16), st.sampled_from([2, 3, 15]), st.booleans(), st.sampled_from([0.0, 0.1])
+)
+def test_what_calibration_tries_is_what_a_cache_would_hold(
+    seed: int, levels: int, fp8: bool, margin: float
+) -> None:
+    """Bit by bit where means and scales do not round: one quantizer serves both."""
+    x, _ = samples(seed, tokens=32)
+    heads, dim = x.shape[1:]
+    fitted = Fitted(
+        torch.arange(dim).repeat(heads, 1), torch.zeros(heads, dim), torch.ones(heads, dim),
+        torch.full((heads, dim), margin),
+    )  # fmt: skip
+    tables = Tables.build(
+        order=fitted.order, mean=fitted.mean, scale=fitted.scale, margin=fitted.margin
+    )
+    scheme = Uniform(
+        {2: 1.5, 3: 2, 15: 4}[levels], group_size=8, params="fp8" if fp8 else "fp16",
+        tables=tables.digest,
+    )  # fmt: skip
+    layout = Layout("value", dim, Regions(0, 0, 32), scheme)
+    pages = x.transpose(0, 1)[None, :, None]
+    about = layout, Calibrated(tables.words)
+    held = reference.dequantize_pages(*reference.quantize_pages(pages, *about), *about)
+    tried = quantize_dequantize(x, fitted, levels=levels, group_size=8, fp8=fp8)
+    assert torch.equal(tried, held[0, :, 0].transpose(0, 1))
 
 
 # Codebooks

@@ -8,19 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import (
-    cosine_and_sine,
-    e4m3_value,
-    from_coded,
-    nearest_centroid,
-    round_e4m3,
-    to_coded,
-    turns,
-)
+from kvq_compile.kernels.reference.codebook import nearest_centroid
+from kvq_compile.kernels.reference.formats import e4m3_value, round_e4m3
+from kvq_compile.kernels.reference.rope import cosine_and_sine, turns
+from kvq_compile.kernels.reference.tables import from_coded, to_coded
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import ops
+from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.layout import QUERIES, CacheSpec, Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import importance
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Scheme
 from kvq_compile.kernels.triton import backend

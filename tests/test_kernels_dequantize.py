@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform
 from kvq_compile.kernels.triton import backend
 from kvq_compile.testing.small_tables import framed_layouts

@@ -18,7 +18,8 @@ from torch import Tensor
 import written_caches
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
-from kvq_compile.kernels.reference import frame
+from kvq_compile.kernels.reference import formats as reference_formats
+from kvq_compile.kernels.reference import rope
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import transforms
@@ -189,12 +190,12 @@ def test_angles_that_wrap_have_the_cosine_and_sine_of_those_that_do_not(phases: 
     wrapped = ((phase + 2**31) % 2**32 - 2**31).int().to(DEVICE)
     actual = torch.empty(2, 64, device=DEVICE)
     turn_kernel[(1,)](wrapped, actual[0], actual[1], N=64, enable_fp_fusion=False)
-    expected = torch.stack(frame.cosine_and_sine(phase))
+    expected = torch.stack(rope.cosine_and_sine(phase))
     assert torch.equal(actual.cpu().view(torch.int32), expected.view(torch.int32))
 
 
 def test_every_e4m3_number_and_what_lies_around_it_is_rounded_as_the_reference_rounds() -> None:
-    known = frame.e4m3_value(torch.arange(128, dtype=torch.uint8))
+    known = reference_formats.e4m3_value(torch.arange(128, dtype=torch.uint8))
     halves = (known[1:] + known[:-1]) / 2
     points = torch.cat([known, halves, torch.tensor([500.0, 7e4])])
     bits = points.view(torch.int32)
@@ -202,9 +203,9 @@ def test_every_e4m3_number_and_what_lies_around_it_is_rounded_as_the_reference_r
     x = torch.cat([around, -around, torch.zeros(2048 - 2 * len(around))]).to(DEVICE)
     byte, value = torch.empty_like(x, dtype=torch.int32), torch.empty_like(x)
     round_kernel[(1,)](x, byte, value, N=2048, enable_fp_fusion=False)
-    expected = frame.round_e4m3(x.cpu())
+    expected = reference_formats.round_e4m3(x.cpu())
     assert torch.equal(byte.cpu(), expected.int())
-    assert torch.equal(value.cpu(), frame.e4m3_value(expected))
+    assert torch.equal(value.cpu(), reference_formats.e4m3_value(expected))
 
 
 def test_tables_of_the_same_form_share_a_kernel() -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import written_caches
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform, scheme_of
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import append, backend

@@ -9,8 +9,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import kvq_compile
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import CacheSpec
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Uniform
 
 

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.adaptive.targets import key_bound, value_bound
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.testing import changed, kv_tensors, mixed_layout
 

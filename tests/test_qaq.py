@@ -12,11 +12,10 @@ from torch import Tensor
 
 import kvq_compile
 from kvq_compile.calibration.artifact import Calibration
-from kvq_compile.kernels import ops
+from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec, Layout
 from kvq_compile.kernels.packed import UNCALIBRATED
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall

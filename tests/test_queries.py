@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels import ops
+from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.cpu import append
 from kvq_compile.kernels.layout import QUERIES, Layout, Score
 from kvq_compile.kernels.packed import UNCALIBRATED
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall

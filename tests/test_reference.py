@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import CacheSpec, Layout
 from kvq_compile.kernels.packed import Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import UNIT_BITS, Uniform
+from kvq_compile.kernels.transform import hadamard, rotate
 from kvq_compile.testing import HEAD_DIMS, changed, kv_tensors, lengths, page_layouts
 from quantized_pages import WHOLE_WIDTHS, pages, stored, token_layout
 
@@ -89,7 +90,7 @@ def test_groups_are_put_back_where_they_came_from(layout: Layout, lead: int) -> 
 
 @pytest.mark.parametrize("size", [*HEAD_DIMS, 1, 2, 48, 112, 192])
 def test_the_hadamard_matrix_is_orthonormal_symmetric_and_its_own_inverse(size: int) -> None:
-    matrix = reference.hadamard(size, torch.device("cpu"))
+    matrix = hadamard(size, torch.device("cpu"))
     assert torch.equal(matrix, matrix.T)
     torch.testing.assert_close(matrix @ matrix, torch.eye(size), rtol=0, atol=1e-6)
     block = size & -size
@@ -101,7 +102,7 @@ def test_the_hadamard_matrix_is_orthonormal_symmetric_and_its_own_inverse(size: 
 def test_rotating_twice_changes_nothing_but_rounding(case: tuple[Tensor, Layout]) -> None:
     x, layout = case
     layout = changed(layout, transform="hadamard")
-    twice = reference.rotate(reference.rotate(x, layout), layout)
+    twice = rotate(rotate(x, layout), layout)
     limit = 2**-22 * layout.head_dim**0.5 * x.double().norm(dim=-1, keepdim=True)
     assert ((twice.double() - x.double()).abs() <= limit).all()
 

@@ -8,8 +8,9 @@ from hypothesis import example, find, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.reference import cache as reference
+from kvq_compile.kernels.reference.formats import round_down_fp16, round_up_fp16
 from kvq_compile.testing import changed, kv_tensors, page_layouts
 from quantized_pages import WHOLE_WIDTHS, page_of, pages, stored, token_layout
 
@@ -28,8 +29,8 @@ def test_rounding_down_is_right_on_and_between_all_numbers_of_fp16() -> None:
     just_above = torch.nextafter(below, torch.tensor(math.inf))[distinct]
     just_below = torch.nextafter(above, torch.tensor(-math.inf))[distinct]
     for x in (between, just_above, just_below):
-        assert torch.equal(reference.round_down_fp16(x).float(), below[distinct])
-    assert torch.equal(reference.round_down_fp16(FINITE_FP16).float(), FINITE_FP16)
+        assert torch.equal(round_down_fp16(x).float(), below[distinct])
+    assert torch.equal(round_down_fp16(FINITE_FP16).float(), FINITE_FP16)
 
 
 def test_rounding_up_is_right_on_and_between_all_numbers_of_fp16_that_are_not_negative() -> None:
@@ -39,16 +40,16 @@ def test_rounding_up_is_right_on_and_between_all_numbers_of_fp16_that_are_not_ne
     just_above = torch.nextafter(below, torch.tensor(math.inf))
     just_below = torch.nextafter(above, torch.tensor(-math.inf))
     for x in (between, just_above, just_below):
-        assert torch.equal(reference.round_up_fp16(x).float(), above)
-    assert torch.equal(reference.round_up_fp16(numbers).float(), numbers)
+        assert torch.equal(round_up_fp16(x).float(), above)
+    assert torch.equal(round_up_fp16(numbers).float(), numbers)
 
 
 @pytest.mark.parametrize("x", [0.0, -0.0, 1e-45, -1e-45, SUBNORMAL / 2, -SUBNORMAL / 2])
 def test_numbers_about_zero_round_to_a_neighbour_of_zero(x: float) -> None:
-    down = float(reference.round_down_fp16(torch.tensor(x)))
+    down = float(round_down_fp16(torch.tensor(x)))
     assert down == (0.0 if x >= 0 else -SUBNORMAL)
     if x >= 0:
-        up = float(reference.round_up_fp16(torch.tensor(x)))
+        up = float(round_up_fp16(torch.tensor(x)))
         assert up == (0.0 if x == 0 else SUBNORMAL)
 
 

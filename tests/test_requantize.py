@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import ReinplaceCounters
 
-from kvq_compile.kernels import ops
+from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.adaptive.requantize import requantize_older_
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.triton import adaptive
 from kvq_compile.options import make_spec

@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout, exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import backend
 from native import DEVICE, NATIVE, frame_on_device

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after, weighed_span
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.reference.frame import rotate
+from kvq_compile.kernels.transform import rotate
 
 PAGES = 64  # moved to the device at once
 

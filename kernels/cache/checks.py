@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import calibrated_names, part_names
-from kvq_compile.kernels.reference.frame import e4m3_value
+from kvq_compile.kernels.reference.formats import e4m3_value
 from kvq_compile.kernels.reference.mixed import from_bytes, stored_value
 from kvq_compile.kernels.schemes import HEADER, OUTLIER_FIELDS, check, check_integers
 from kvq_compile.kernels.tables import checked_tables

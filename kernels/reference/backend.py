@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import HIDES, Layout, Score
 from kvq_compile.kernels.packed import Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference.importance import recent_importance
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.cache import read
 from kvq_compile.kernels.reference.queries import recall
 
 
@@ -29,7 +29,7 @@ def recent_importance(
     causal: bool,
     queries: int,
     layout: Layout,
-    frame: Calibrated,
+    calibrated: Calibrated,
 ) -> Tensor:
     """Return the largest weight that the last queries paid to each slot.
 
@@ -46,7 +46,7 @@ def recent_importance(
         causal: Whether the call's queries see no slot behind their own. Those of earlier calls never do.
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
-        frame: What they are coded relative to, where the layout has tables.
+        calibrated: What they are coded relative to, where the layout has tables.
 
     Returns:
         ``[B, Hkv, slots]``, fp32; zeros if the call completes no page.
@@ -79,8 +79,8 @@ def recent_importance(
     rows = rows.float()
     if parts is not None:
         codes, params, exact, cursor = parts
-        read = reference.read(codes, params, exact.float(), cursor, start, layout, frame)
-        pieces = [rows.flatten(2, 3) @ read.mT]
+        held = read(codes, params, exact.float(), cursor, start, layout, calibrated)
+        pieces = [rows.flatten(2, 3) @ held.mT]
     scores = torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1) * scale
     scores = scores.view(B, -1, len(ends), end)
     seen = torch.arange(end, device=ends.device, dtype=torch.int64) < ends[:, None]

@@ -41,8 +41,12 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.reference.fp16 import FP16_MAX, round_up_fp16
-from kvq_compile.kernels.reference.frame import e4m3_value, round_e4m3
+from kvq_compile.kernels.reference.formats import (
+    FP16_MAX,
+    e4m3_value,
+    round_e4m3,
+    round_up_fp16,
+)
 from kvq_compile.kernels.schemes import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS, UNIT_BITS
 
 Level = Literal["head", "layer", "token"]

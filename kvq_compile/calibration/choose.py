@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kvq_compile.calibration.attention_change import Text, attend, exact
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
-from kvq_compile.kernels.reference import cache as reference
 from kvq_compile.kernels.schemes import Role, scheme_of
 from kvq_compile.kernels.tables import Tables
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvq_compile.calibration.fit import rounded
 from kvq_compile.calibration.kmeans import assign, weighted_kmeans
+from kvq_compile.kernels.reference.formats import FP16_MAX, e4m3_value, round_e4m3
 
 STARTS = 10  # runs of k-means, of which the best is kept
 LEAST_STEP = 1e-5
@@ -94,10 +94,17 @@ def quantize_dequantize_across_heads(
         group = channels[:, members]
         zero = group.amin(1, keepdim=True) * clip
         step = ((group.amax(1, keepdim=True) * clip - zero) / levels).clamp_min(LEAST_STEP)
-        kept_step, kept_zero = rounded(step, fp8), rounded(zero, fp8)
+        kept_step, kept_zero = _kept(step, fp8), _kept(zero, fp8)
         if round_first:
             # A step that rounds to nothing leaves the zero point.
             step, zero = torch.where(kept_step > 0, kept_step, 1.0), kept_zero
         codes = ((group - zero) / step).clamp(0, levels).round()
         restored[:, members] = codes * kept_step + kept_zero
     return restored.view(x.shape)
+
+
+def _kept(x: Tensor, fp8: bool) -> Tensor:
+    """Return parameters as they are kept, rounded to the nearest number of e4m3 or of fp16, saturated."""
+    if fp8:
+        return e4m3_value(round_e4m3(x))
+    return x.clamp(-FP16_MAX, FP16_MAX).half().float()

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from kvq_compile.calibration.clusters import order_by_range
-from kvq_compile.calibration.kmeans import assign, weighted_kmeans
+from kvq_compile.calibration.kmeans import weighted_kmeans
+from kvq_compile.kernels.reference.codebook import centroids, nearest_centroid
+from kvq_compile.kernels.reference.uniform import group_values, quantize_groups
 
 # Coded numbers reach this magnitude, so that e4m3 (2^-9 to 448) expresses both steps and zero points.
 _LARGEST = 128.0
@@ -257,25 +259,12 @@ def _arranged(y: Tensor, order: Tensor) -> Tensor:
     return y.gather(-1, order.expand_as(y))
 
 
-def rounded(x: Tensor, fp8: bool) -> Tensor:
-    """Return numbers as parameters are kept, in e4m3 or in fp16, saturated."""
-    if fp8:
-        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    return x.clamp(-65504, 65504).half().float()
-
-
 def _uniform(y: Tensor, margin: Tensor, levels: int, group_size: int, fp8: bool) -> Tensor:
     """Code numbers ``[tokens, H, D]`` with margins ``[H, D/g]`` and return what the codes stand for."""
-    groups = y.reshape(*y.shape[:2], -1, group_size)
-    low, high = groups.amin(-1), groups.amax(-1)
-    cut = (high - low) * margin
-    zero = rounded(low + cut, fp8)[..., None]
-    step = rounded((high - cut - zero[..., 0]) / levels, fp8)[..., None]
-    # A group whose range rounds to nothing is its zero point.
-    divisor = torch.where(step > 0, step, 1.0)
-    codes = ((groups - zero) / divisor + 0.5).floor().clamp(0, levels)
-    restored: Tensor = codes * step + zero
-    return restored.flatten(-2)
+    groups = y.unflatten(-1, (-1, group_size))
+    return group_values(*quantize_groups(groups, levels, "fp8" if fp8 else "fp16", margin)).flatten(
+        -2
+    )
 
 
 def _coupled(x: Tensor, couple: int) -> Tensor:
@@ -285,8 +274,5 @@ def _coupled(x: Tensor, couple: int) -> Tensor:
 
 def _looked_up(y: Tensor, codebook: Tensor) -> Tensor:
     """Return the nearest entries of a codebook ``[H, D/c, 2**b, c]`` for numbers ``[tokens, H, D]``."""
-    points = _coupled(y, codebook.shape[-1])
-    books = codebook.flatten(0, 1)
-    nearest, _ = assign(points, books)
-    entries = books.gather(1, nearest[..., None].expand_as(points))
-    return entries.transpose(0, 1).reshape(y.shape)
+    pages = y.transpose(0, 1)[None, :, None]  # [B, H, P, N, D] of the reference
+    return centroids(nearest_centroid(pages, codebook), codebook)[0, :, 0].transpose(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.reference.frame import cosine_and_sine
+from kvq_compile.kernels.reference.rope import cosine_and_sine, rotate_pairs, unrotate_pairs
 from kvq_compile.lowering.find.rotation import Rotation
 
 
@@ -17,16 +17,13 @@ def unrotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
         position: Position of each, ``[n]``.
         rotation: How they were rotated.
     """
-    cosine, sine = _turns(position, rotation, x.device)
-    a, b = x[..., list(rotation.order)].chunk(2, -1)
-    return torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)
+    turns = _turns(position, rotation, x.device)
+    return unrotate_pairs(x[..., list(rotation.order)], *turns)
 
 
 def rotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
     """Undo `unrotate`."""
-    cosine, sine = _turns(position, rotation, x.device)
-    a, b = x.chunk(2, -1)
-    turned = torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+    turned = rotate_pairs(x, *_turns(position, rotation, x.device))
     return turned[..., torch.tensor(rotation.order, device=x.device, dtype=torch.int64).argsort()]
 
 

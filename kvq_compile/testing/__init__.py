@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from kvq_compile import bounds
 from kvq_compile.history import watching
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
-from kvq_compile.kernels.reference import cache as reference
-from kvq_compile.kernels.reference.frame import to_coded
+from kvq_compile.kernels.reference.tables import to_coded
 from kvq_compile.kernels.schemes import (
     Adaptive,
     Codebook,
@@ -44,6 +44,7 @@ from kvq_compile.kernels.schemes import (
     Uniform,
 )
 from kvq_compile.kernels.tables import Tables
+from kvq_compile.kernels.transform import hadamard
 from kvq_compile.loading import cache_argument
 from kvq_compile.methods import UNIFORM
 from kvq_compile.testing.small_decoder import Decoder
@@ -168,7 +169,7 @@ def _measured(
     if tables is None:
         coded = pages.double()
         if layout.transform == "hadamard":
-            coded = coded @ reference.hadamard(layout.head_dim, pages.device).double()
+            coded = coded @ hadamard(layout.head_dim, pages.device).double()
     else:
         coded = to_coded(pages.float(), layout, calibrated, layout.sinks).double()
     numbers = {largest: float(coded.abs().max())}

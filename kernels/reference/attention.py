@@ -1,0 +1,32 @@
+"""Attention over exact tokens, in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attend in the dtype of the arguments: ``[B, Hq, T, D]`` against ``[B, Hkv, S, D]``.
+
+    Query head ``h`` reads KV head ``h // (Hq / Hkv)``. ``mask`` is boolean (True: attend) or additive,
+    and broadcasts to ``[B, Hq, T, S]``. A query that may attend to nothing gives zeros.
+    """
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    scores = query @ key.transpose(-2, -1) * scale
+    if mask is not None:
+        bias = (
+            torch.zeros_like(scores).masked_fill(~mask, -math.inf)
+            if mask.dtype == torch.bool
+            else mask
+        )
+        scores = scores + bias
+    least = max(-1e38, torch.finfo(scores.dtype).min)
+    weights = (scores - scores.amax(-1, keepdim=True).clamp_min(least)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) / torch.where(total == 0, 1, total)

@@ -1,0 +1,103 @@
+"""Rounding to the formats of parameters, and packing codes into words."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.schemes import TRITS, UNIT_BITS
+
+FP16_MAX = 65504.0
+E4M3_MAX = 448.0
+E4M3_LEAST_NORMAL = 2.0**-6
+E4M3_STEP = 2.0**-9  # between subnormal numbers
+
+
+def round_down_fp16(x: Tensor) -> Tensor:
+    """Return the largest fp16 number that is not above ``x`` (fp32, within the range of fp16)."""
+    half = x.half()
+    bits = half.view(torch.int16)
+    below = torch.where(half > 0, bits - 1, bits + 1).view(torch.float16)
+    return torch.where(half.float() > x, below, half)
+
+
+def round_up_fp16(x: Tensor) -> Tensor:
+    """Return the smallest fp16 number that is not below ``x`` (fp32, not negative)."""
+    half = x.half()
+    above = (half.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(half.float() < x, above, half)
+
+
+def round_e4m3(x: Tensor) -> Tensor:
+    """Return the byte of the e4m3 number nearest to ``x`` (fp32, finite); saturates, halves go outwards."""
+    magnitude = x.abs().clamp_max(E4M3_MAX)
+    subnormal = (magnitude / E4M3_STEP + 0.5).floor().int()
+    bits = magnitude.view(torch.int32)
+    normal = ((bits + (1 << 19)) >> 20) - (120 << 3)  # exponent bias 127 becomes 7
+    byte = torch.where(magnitude < E4M3_LEAST_NORMAL, subnormal, normal)
+    return (byte + torch.where(x < 0, 128, 0)).to(torch.uint8)
+
+
+def e4m3_value(byte: Tensor) -> Tensor:
+    """Return the numbers (fp32) that e4m3 bytes stand for."""
+    word = byte.int()
+    half = ((word & 0x80) << 8) | ((word & 0x7F) << 7)  # the same fields, read with fp16's bias
+    return (
+        torch.where(half >= 1 << 15, half - (1 << 16), half)
+        .to(torch.int16)
+        .view(torch.float16)
+        .float()
+        * 256
+    )
+
+
+def pack(codes: Tensor, layout: Layout) -> Tensor:
+    """Pack codes ``[..., N, D / couple]`` into units ``[..., rows, units]`` (int16), as `Layout` says."""
+    rows = codes if layout.role == "key" else codes.transpose(-2, -1)
+    if layout.packing == "trits":
+        return _pack_trits(rows, layout)
+    planes, shift = [], 0
+    for width in layout.planes:
+        plane = (rows >> shift) & ((1 << width) - 1)
+        fields = plane.unflatten(-1, (UNIT_BITS // width, -1))
+        shifts = torch.arange(0, UNIT_BITS, width, device=codes.device, dtype=torch.int64)[:, None]
+        planes.append((fields << shifts).sum(-2))
+        shift += width
+    return _to_int16(torch.cat(planes, -1))
+
+
+def unpack(units: Tensor, layout: Layout) -> Tensor:
+    """Undo `pack`: units ``[..., rows, units]`` to codes ``[..., N, D / couple]`` (int32)."""
+    if layout.packing == "trits":
+        codes = _unpack_trits(units, layout)
+        return codes if layout.role == "key" else codes.transpose(-2, -1)
+    codes, first, shift = torch.zeros((), dtype=torch.int32, device=units.device), 0, 0
+    for width in layout.planes:
+        count = layout.row_length * width // UNIT_BITS
+        words = units[..., None, first : first + count].int()
+        shifts = torch.arange(0, UNIT_BITS, width, device=units.device, dtype=torch.int32)[:, None]
+        codes = codes + ((((words >> shifts) & ((1 << width) - 1)) << shift).flatten(-2))
+        first, shift = first + count, shift + width
+    return codes if layout.role == "key" else codes.transpose(-2, -1)
+
+
+def _to_int16(words: Tensor) -> Tensor:
+    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+
+
+def _pack_trits(rows: Tensor, layout: Layout) -> Tensor:
+    padding = (0, TRITS * layout.row_bytes - layout.row_length)
+    digits = F.pad(rows, padding).unflatten(-1, (TRITS, -1))
+    weights = 3 ** torch.arange(TRITS, device=rows.device, dtype=torch.int64)[:, None]
+    packed = F.pad((digits * weights).sum(-2), (0, 2 * layout.units - layout.row_bytes))
+    low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
+    return _to_int16(low + (high << 8))
+
+
+def _unpack_trits(units: Tensor, layout: Layout) -> Tensor:
+    words = units.int() & 0xFFFF
+    packed = torch.stack([words & 0xFF, words >> 8], -1).flatten(-2)[..., None, : layout.row_bytes]
+    weights = 3 ** torch.arange(TRITS, device=units.device, dtype=torch.int32)[:, None]
+    return (packed // weights % 3).flatten(-2)[..., : layout.row_length]

@@ -1,0 +1,60 @@
+"""Angles of rotary keys: integers, which are exact at any position and the same on every device.
+
+Kernels are held to these functions bit by bit, which is why sine and cosine are the polynomials below.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated
+
+QUARTER = 1 << 30  # of a turn
+RADIANS = 2.0 * math.pi / 2.0**32
+# Taylor's coefficients: on an eighth of a turn the next terms are below half a unit of fp32.
+SINE = (2.7557314e-6, -1.9841270e-4, 8.3333333e-3, -1.6666667e-1)
+COSINE = (2.4801587e-5, -1.3888889e-3, 4.1666667e-2, -0.5)
+
+
+def turns(calibrated: Calibrated, layout: Layout, first: int, pages: int) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the tokens of ``pages`` pages from slot ``first`` on.
+
+    Returns:
+        Two tensors ``[B, H, pages, N, D / 2]`` (fp32).
+    """
+    assert calibrated.tables is not None and calibrated.shift is not None
+    last = first + pages * layout.page_size
+    slots = torch.arange(first, last, dtype=torch.int64, device=calibrated.tables.device)
+    position = slots.view(1, 1, pages, layout.page_size, 1) + calibrated.shift.view(-1, 1, 1, 1, 1)
+    frequency = calibrated.section("frequency", layout)[None, :, None, None, :]
+    return cosine_and_sine(position * frequency.long())
+
+
+def cosine_and_sine(phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine (fp32) of angles in units of 2 ** -32 turns (int64, any size)."""
+    quarters = (phase + QUARTER // 2) >> 30
+    t = (phase - (quarters << 30)).float() * RADIANS
+    square = t * t
+    s, c = torch.full_like(t, SINE[0]), torch.full_like(t, COSINE[0])
+    for a, b in zip(SINE[1:], COSINE[1:], strict=True):
+        s, c = s * square + a, c * square + b
+    s, c = s * square * t + t, c * square + 1.0
+    odd, half = (quarters & 1).bool(), (quarters & 2).bool()
+    sine, cosine = torch.where(odd, c, s), torch.where(odd, s, c)
+    return torch.where(half ^ odd, -cosine, cosine), torch.where(half, -sine, sine)
+
+
+def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate the pairs at ``c`` and ``c + D / 2`` of ``x`` ``[..., D]`` by angles ``[..., D / 2]``."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+def unrotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Undo `rotate_pairs`, up to rounding."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)
