@@ -10,6 +10,7 @@ element of ``position`` ``[T]`` on the device, never both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -186,6 +187,22 @@ def _new_cache(x: Tensor, slots: int, grows: bool, layout: Layout) -> list[Tenso
             cache.append(new_originals(x, capacity, layout))
     return cache
 
+
+def _below_autocast(name: str) -> Callable[..., object]:
+    """Return an implementation that runs the op in the dtypes it is given, whatever autocast says."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def run(*args: object, **kwargs: object) -> object:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return getattr(torch.ops.kvq, name)(*args, **kwargs)
+
+    return run
+
+
+for _name in ("quantize", "append_", "attend", "importance", "dequantize"):
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(_name, _below_autocast(_name), _key)
 
 for _device, _module in BACKENDS.items():
     _library.impl("quantize", _quantize, _device)

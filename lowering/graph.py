@@ -29,7 +29,7 @@ class Graph:
         sizes: Reads lengths from the arguments of a call.
         returned: How many values the captured graph returned.
         by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions.
-        used: Nodes whose result somebody reads in the captured graph.
+        used: Nodes that are in the graph for their result only: somebody reads it in the captured graph.
         sites: Attentions to rewrite.
         reports: What became of each attention.
         frames: Calibration tables of new caches.
@@ -48,7 +48,7 @@ class Graph:
     inputs: dict[Node, Any]
     sizes: SizeReader
     returned: int
-    used: frozenset[Node]
+    used: set[Node]
     by_order: bool = False
     sites: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Graph:
         placeholders = list(module.graph.find_nodes(op="placeholder"))
         inputs = dict(zip(placeholders, example_inputs, strict=True))
         returned = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
-        used = frozenset(node for node in module.graph.nodes if node.users)
+        used = {node for node in module.graph.nodes if node.users}
         return cls(module, spec, inputs, SizeReader(placeholders), returned, used, by_order)
 
     @property

@@ -18,6 +18,7 @@ from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.graph import Graph, Pass
 from kvq_compile.lowering.rewrite.add_tables import add_tables
 from kvq_compile.lowering.rewrite.attend_to_new_tokens import attend_to_new_tokens
+from kvq_compile.lowering.rewrite.cast_operands import cast_operands
 from kvq_compile.lowering.rewrite.dequantize_reads import dequantize_reads
 from kvq_compile.lowering.rewrite.drop_orphans import drop_orphans
 from kvq_compile.lowering.rewrite.extend_refused import extend_refused
@@ -25,6 +26,7 @@ from kvq_compile.lowering.rewrite.fuse_attention import fuse_attention
 from kvq_compile.lowering.rewrite.gather_rows import gather_rows
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
 from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
+from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
@@ -52,6 +54,8 @@ REWRITING: tuple[Pass, ...] = (
     add_tables,
     unwrap_caches,  # before the rewriting, which speaks of parts
     gather_rows,
+    promote_caches,
+    cast_operands,
     plan_conversions,
     attend_to_new_tokens,
     weigh_fresh_tokens,

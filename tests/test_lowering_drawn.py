@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import assume, event, given, settings
+from hypothesis import Phase, assume, event, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.exc import TorchRuntimeError
@@ -99,7 +99,7 @@ def without_gradient(x, y):
 
 def in_half_precision(x, y):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return (x @ y.mT).float() @ x / 9
+        return ((x @ y.mT).float() @ x / 9).float()
 
 
 def attention_over_nothing_kept(x, y):
@@ -173,7 +173,7 @@ PROGRAMS = st.builds(
 )
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, phases=set(Phase) - {Phase.explain})  # explaining takes minutes
 @given(program=PROGRAMS, seed=st.integers(0, 9))
 def test_a_drawn_graph_does_what_pytorch_does(program: Program, seed: int) -> None:
     torch._dynamo.reset()
@@ -186,7 +186,10 @@ def test_a_drawn_graph_does_what_pytorch_does(program: Program, seed: int) -> No
         def both(*args):
             compared.append(len(gm.graph.nodes))
             twins = [x.clone() if type(x) is Tensor else x for x in args]
-            expected = observed(gm.forward, twins, seed)
+            try:
+                expected = observed(gm.forward, twins, seed)
+            except RuntimeError:
+                reject()  # the program is wrong in itself
             outcome = observed(ours, args, seed)
             assert_equal(outcome[1:], expected[1:])
             assert_equal(

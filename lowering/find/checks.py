@@ -42,12 +42,7 @@ def check_tensors(attention: Attention, key: State, value: State) -> None:
         raise Refusal("the call has no tokens")
     if any(same(size, 0) for size in (*query.shape, *(shape_of(key.new) or ()))):
         raise Refusal("the call has no sequences, heads or channels")
-    if any(
-        value_of(node).dtype != query.dtype
-        for state in (key, value)
-        for node in (state.base, state.new)
-    ):
-        raise Refusal("query, keys and values must have one dtype")
+    _check_dtypes(attention, key, value)
     for state in (key, value):
         heads = (shape_of(state.base) or (0, 0))[1]
         shared = attention.grouped or same(
@@ -58,6 +53,21 @@ def check_tensors(attention: Attention, key: State, value: State) -> None:
             raise Refusal(
                 f"{query.shape[1]} query heads do not match {heads} KV heads repeated {state.repeats} times"
             )
+
+
+def _check_dtypes(attention: Attention, key: State, value: State) -> None:
+    """Make sure that keys and values are held in one dtype; queries and new tokens are cast to it."""
+    dtypes = [value_of(state.base).dtype for state in (key, value)]
+    if dtypes[0] != dtypes[1]:
+        raise Refusal(f"keys and values must have one dtype, got {dtypes[0]} and {dtypes[1]}")
+    if dtypes[0] not in DTYPES:
+        raise Refusal(f"dtype {dtypes[0]} is not supported; use float16, bfloat16 or float32")
+    for state in (key, value):
+        if state.life is not Life.GROWN:
+            continue
+        held = value_of(state.past)
+        if held.originals is not None and held.dtype != dtypes[0]:
+            raise Refusal("a cache that keeps exact copies in host memory cannot change its dtype")
 
 
 def check_pair(key: State, value: State) -> None:

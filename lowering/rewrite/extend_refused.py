@@ -38,6 +38,8 @@ def extend_refused(graph: Graph) -> PassReport:
             continue
         with graph.fx.inserting_before(grown[0].next):
             tokens = graph.fx.call_method("detach", (new,)) if torch.is_grad_enabled() else new
+            if value_of(new).dtype != value_of(past).dtype:
+                tokens = graph.fx.call_method("to", (tokens, value_of(past).dtype))
             cache.append(graph.fx, tokens, (None, cache.length))
         graph.extended.append((State(Life.GROWN, grown[0], new, past), Coding(cache.layout)))
         changes.append(f"{past} takes {new}; {grown[0]} is still read as an ordinary tensor")
@@ -52,7 +54,8 @@ def _new_tokens(cat: fx.Node, past: fx.Node) -> fx.Node | None:
     if len(tensors) != 2 or tensors[0] is not past or isinstance(value_of(tensors[1]), QuantizedKV):
         return None
     new: fx.Node = tensors[1]
-    return new if value_of(new).dtype == value_of(past).dtype else None
+    held = value_of(past).dtype
+    return new if torch.promote_types(held, value_of(new).dtype) == held else None
 
 
 def _is_known(sizes: SizeReader, new: fx.Node) -> bool:

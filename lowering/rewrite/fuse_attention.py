@@ -58,7 +58,12 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
             if state.write is not None:
                 erase_write(nodes, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
-    graph.replace(attention.output, fused)
+    result, dtype = fused, value_of(attention.output).dtype
+    if value_of(attention.query).dtype != dtype:  # autocast
+        with nodes.inserting_before(attention.output):
+            result = nodes.call_method("to", (fused, dtype))
+        result.meta["example_value"] = value_of(attention.output)
+    graph.replace(attention.output, result)
     return fused
 
 

@@ -54,7 +54,7 @@ def spell_growth(graph: Graph) -> PassReport:
             cat = known[key] = _spell(nodes, node, growth)
         changes.append(f"{node} is spelled as {cat}")
         _replace(nodes, node, cat, growth)
-    graph.used = frozenset(node for node in nodes.nodes if node.users) | graph.used
+    graph.used |= {node for node in nodes.nodes if node.users}
     return PassReport(tuple(changes))
 
 

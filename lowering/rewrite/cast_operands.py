@@ -1,0 +1,49 @@
+"""Hand the operators what they take: queries and new tokens in the dtype of the cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import value_of
+from kvq_compile.lowering.sites import Life
+
+CAPTURED = (Life.FRESH, Life.GROWN_PLAIN, Life.BUFFER_PLAIN)  # attention runs as it is
+
+
+def cast_operands(graph: Graph) -> PassReport:
+    """Cast queries and new tokens that have another dtype than the cache.
+
+    Before:  keys = cat([past_keys, key], 2); output = attention(query, keys, ...)     # keys fp32, query and key bf16
+    After:   query' = query.to(fp32); key' = key.to(fp32)
+             keys = cat([past_keys, key'], 2); output = attention(query', keys, ...)
+    Because: ``cat`` promotes and an assignment casts; under autocast attention then casts all of it, and rounds.
+
+    Leaves alone: attention that runs as captured.
+    """
+    changes: list[str] = []
+    for number, site in enumerate(graph.sites):
+        if site.key.life in CAPTURED:
+            continue
+        with graph.fx.inserting_before(site.attention.output):
+            key, value = (
+                replace(state, new=_cast(graph.fx, state.new, state.base, changes))
+                for state in (site.key, site.value)
+            )
+            query = _cast(graph.fx, site.attention.query, site.key.base, changes)
+        attention = replace(site.attention, query=query)
+        graph.sites[number] = replace(site, attention=attention, key=key, value=value)
+    return PassReport(tuple(changes))
+
+
+def _cast(graph: fx.Graph, node: fx.Node, like: fx.Node, changes: list[str]) -> fx.Node:
+    """Return ``node`` in the dtype of ``like``."""
+    dtype = value_of(like).dtype
+    if value_of(node).dtype == dtype:
+        return node
+    cast = graph.call_method("to", (node, dtype))
+    cast.meta["example_value"] = value_of(node).to(dtype)
+    changes.append(f"{cast} is {node} in {dtype}")
+    return cast
