@@ -1,5 +1,7 @@
 """Caches keep the quantized form and the dtype that PyTorch would give them, whatever joins them."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -10,8 +12,8 @@ from refused_steps import EXACT, compile_, grown, join, tokens
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-class Projected(torch.nn.Module):
-    """Keys are rotated in fp32 and cached so; queries and values have what autocast makes of them."""
+class Rotating(torch.nn.Module):
+    """Keys are computed on in fp32 and cached so; queries and values are what autocast makes of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,21 +23,12 @@ class Projected(torch.nn.Module):
     def forward(self, x, keys, values):
         query, key, value = self.project(x).split(16, -1)
         keys, values = join(keys, values, key.float() * 1.5, value)
-        return sdpa(query, keys.to(query.dtype), values.to(query.dtype)), keys, values
-
-
-class Ambient(Projected):
-    """Attention takes what it is given, and autocast casts it."""
-
-    def forward(self, x, keys, values):
-        query, key, value = self.project(x).split(16, -1)
-        keys, values = join(keys, values, key.float() * 1.5, value)
         return sdpa(query, keys, values), keys, values
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_autocast_over_fp32_weights_keeps_keys_and_values_quantized(inner) -> None:
-    model, cache = Ambient().eval(), [tokens(0), tokens(0)]
+    model, cache = Rotating().eval(), [tokens(0), tokens(0)]
     compiled, plain = compile_(model, inner=inner, strict=True), list(cache)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for number in (40, 1, 1, 3):
@@ -75,16 +68,15 @@ def test_a_cache_takes_the_dtype_of_wider_tokens_as_cat_does(inner) -> None:
 
 
 def test_tokens_of_another_dtype_are_cast_by_the_buffer_they_are_assigned_to() -> None:
-    def step(query, key, value, keys, values, position, mask):
-        keys[:, :, position] = key
-        values[:, :, position] = value
+    def step(query, key, value, keys, values, mask, first: int):
+        keys[:, :, first : first + key.shape[2]] = key
+        values[:, :, first : first + key.shape[2]] = value
         return sdpa(query, keys, values, attn_mask=mask)
 
     def arguments(number, first):
-        position = torch.arange(first, first + number)
-        mask = torch.arange(64)[None] <= position[:, None]
+        mask = torch.arange(64)[None] <= torch.arange(first, first + number)[:, None]
         query, key, value = (tokens(number, seed=seed) for seed in range(3))
-        return query.bfloat16(), key, value, *buffers, position, mask
+        return query.bfloat16(), key, value, *buffers, mask, first
 
     compiled = compile_(step, strict=True)
     buffers = [torch.zeros(2, 2, 64, 16, dtype=torch.bfloat16) for _ in range(2)]
@@ -102,13 +94,12 @@ def test_tokens_of_another_dtype_are_cast_by_the_buffer_they_are_assigned_to() -
 MODES = {
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
-    "neither": lambda: torch.enable_grad(),
+    "neither": torch.enable_grad,
 }
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("made", MODES)
-@pytest.mark.parametrize("used", MODES)
+@pytest.mark.parametrize(("made", "used"), list(itertools.permutations(MODES, 2)))
 def test_a_cache_made_in_one_mode_is_used_in_another(made, used, inner) -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)

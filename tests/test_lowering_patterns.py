@@ -248,6 +248,18 @@ def test_a_mask_goes_into_the_op(attention) -> None:
     }
 
 
+def test_a_prompt_of_one_token_has_a_mask_of_one_column() -> None:
+    def first(query, key, value, mask):
+        key, value = key * 1, value * 1
+        return sdpa(query, key, value, attn_mask=mask), key, value
+
+    arguments = tokens(1), tokens(1, seed=1), tokens(1, seed=2), torch.zeros(2, 1, 1, 1)
+    with torch.no_grad():
+        output, *cache = torch.compile(first, backend=Recorder(strict=True))(*arguments)
+    torch.testing.assert_close(output, first(*arguments)[0])
+    assert all(isinstance(tensor, QuantizedKV) for tensor in cache)
+
+
 def test_dropout_that_does_nothing_is_seen_through() -> None:
     def step(query, key, value, keys, values):
         keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)

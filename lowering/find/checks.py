@@ -100,7 +100,8 @@ def check_mask(attention: Attention, key: State) -> None:
             raise Refusal(f"the mask must be boolean or floating, got {mask.dtype}")
         if mask.requires_grad and torch.is_grad_enabled():
             raise Refusal("the mask is trained")
-        if mask.dim() == 0 or same(mask.shape[-1], 1):
+        slots = (shape_of(key.base) or (0, 0, 0))[2] if key.slots is None else value_of(key.slots)
+        if mask.dim() == 0 or (same(mask.shape[-1], 1) and not same(slots, 1)):
             raise Refusal("one column of the mask stands for all slots")
     if key.life not in _SLOTTED or mask is not None or attention.causal:
         return
