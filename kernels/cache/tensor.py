@@ -14,18 +14,11 @@ parts of `Layout`. Operations that a cache performs act on the packed form:
 same memory; capacity grows in pages. A *static* cache has a fixed number of slots. Tokens are written one
 behind another: a write at an earlier slot forgets what lies behind it, and those slots read as zero.
 
-**Views of one memory.** Views of different length share their parts, and each is a prefix of the longest.
-Appending to a view that is not the longest alive copies first, so that what a longer view holds is never
-overwritten; when no longer view is alive the surplus is forgotten in place, which makes a speculative
-reject cost nothing. A token seen through an older view may change once, from its exact value to its
-quantized one, when it leaves the window; and where the layout requantizes, in steps to coarser ones, as the
-longest view's attention moves on. Where it keeps exact copies such a token may become finer again; copies in
-host memory (`originals`) belong to the memory that views share, and move to no device.
+`views` tells which caches share a memory, `exports` how one leaves PyTorch, `saved` and `checks` what a file holds.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from types import EllipsisType
@@ -41,6 +34,7 @@ from kvq_compile.kernels.cache.checks import check_loaded
 from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
+from kvq_compile.kernels.cache.views import Lineage, Views
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import (
     CALIBRATED,
@@ -48,7 +42,6 @@ from kvq_compile.kernels.packed import (
     PARTS,
     Calibrated,
     calibrated_names,
-    page_capacity,
     part_names,
     writable,
 )
@@ -60,24 +53,7 @@ GROWS_BY_CAT = (
 )
 
 
-class _Lineage:
-    """The views of one memory, and how many tokens the longest of them has written."""
-
-    def __init__(self, held: int) -> None:
-        self.held = held
-        self.compiled: int | None = None  # of them, up to the last that a compiled call has written
-        self._views: list[weakref.ref[QuantizedKV]] = []
-
-    def add(self, view: QuantizedKV) -> None:
-        self._views = [ref for ref in self._views if ref() is not None]
-        self._views.append(weakref.ref(view))
-
-    def others(self, view: QuantizedKV) -> list[QuantizedKV]:
-        alive = (ref() for ref in self._views)
-        return [other for other in alive if other is not None and other is not view]
-
-
-class QuantizedKV(Exports, Tensor):
+class QuantizedKV(Views, Exports, Tensor):
     """Keys or values of one layer, quantized.
 
     Build one with `QuantizedKV.from_dense`; ``QuantizedKV(...)`` wraps existing parts.
@@ -100,7 +76,7 @@ class QuantizedKV(Exports, Tensor):
     originals: Tensor | None
     page_layout: Layout
     kind: Kind
-    _lineage: _Lineage
+    _lineage: Lineage
     _is_slice_copy = False  # stands for a view along the batch, which packed memory cannot give
 
     @staticmethod
@@ -111,7 +87,7 @@ class QuantizedKV(Exports, Tensor):
         layout: Layout,
         kind: Kind,
         length: int,
-        lineage: _Lineage | None = None,
+        lineage: Lineage | None = None,
     ) -> QuantizedKV:
         """Wrap the parts that `part_names` lists as a tensor of ``length`` slots.
 
@@ -141,7 +117,7 @@ class QuantizedKV(Exports, Tensor):
             for part, page_axis in ((codes, 2), (params, 2), (originals, 2)):
                 if kind == "grown" and part is not None:
                     torch._dynamo.maybe_mark_dynamic(part, page_axis)
-            self._lineage = lineage or _Lineage(int(length))
+            self._lineage = lineage or Lineage(int(length))
             self._lineage.add(self)
         return self
 
@@ -202,62 +178,9 @@ class QuantizedKV(Exports, Tensor):
         """Return how many tokens the cache holds; waits for the device if the cache is static."""
         return int(self.cursor[0]) if self.kind == "static" else self.shape[2]
 
-    def written_outside(self) -> int:
-        """Return how many tokens eager code has appended since a compiled call wrote the last one."""
-        compiled = self._lineage.compiled
-        return 0 if compiled is None else max(0, self.shape[2] - compiled)
-
     def part_bytes(self) -> dict[str, int]:
         """Return the bytes of each part's storage."""
         return {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}
-
-    def claim(self, tokens: int) -> None:
-        """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
-        longer = any(view.shape[2] > self.shape[2] for view in self._lineage.others(self))
-        if longer or (self.device.type == "cpu" and self.codes.is_shared()):
-            self._fork(tokens)
-        elif self._lineage.held > self.shape[2]:
-            if self.device.type == "cpu":  # kernels truncate as they append
-                nothing = self.exact[:, :, :0]
-                about = self.shape[2], self.page_layout
-                ops.append_(self.parts, self.calibrated, nothing, None, *about)
-            self._lineage.held = self.shape[2]
-        if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
-            if self._lineage.others(self):
-                self._fork(tokens)
-            else:
-                self._grow(tokens)
-
-    def _grow(self, tokens: int) -> None:
-        with writable():
-            self._enlarge(int(page_capacity(self.shape[2] + tokens, True, self.page_layout)))
-
-    def _enlarge(self, capacity: int) -> None:
-        for name in ("codes", "params", ORIGINALS):
-            old = getattr(self, name)
-            if old is None:
-                continue
-            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
-            if name == ORIGINALS:
-                new = held_by_host(new, self.device)
-            new[:, :, : old.shape[2]] = old
-            torch._dynamo.maybe_mark_dynamic(new, 2)
-            setattr(self, name, new)
-
-    def _fork(self, tokens: int) -> None:
-        copy = self.clone_packed()
-        for name in part_names(self.page_layout):
-            setattr(self, name, getattr(copy, name))
-        self._lineage = _Lineage(copy._lineage.held)
-        self._lineage.add(self)
-        self.claim(tokens)
-
-    def extended(self, tokens: int) -> QuantizedKV:
-        """Return the view that also shows ``tokens`` just appended behind this one."""
-        length = self.shape[2] + tokens
-        if not isinstance(self.cursor, FakeTensor):
-            self._lineage.held = int(length)
-        return self._view(length)
 
     def clone_packed(self) -> QuantizedKV:
         """Return a copy that shares no memory."""
@@ -266,7 +189,7 @@ class QuantizedKV(Exports, Tensor):
     def _map(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
         lineage = None
         if not isinstance(self.cursor, FakeTensor):
-            lineage = _Lineage(self._lineage.held)
+            lineage = Lineage(self._lineage.held)
         with writable():
             parts = [change(part) for part in self.parts]
             if self.originals is not None:
@@ -381,7 +304,7 @@ def wrap(
     parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
 ) -> QuantizedKV:
     """Wrap tensors as a cache that knows of no other view of them."""
-    lineage = _Lineage(int(parts[PARTS.index("cursor")][0]))
+    lineage = Lineage(int(parts[PARTS.index("cursor")][0]))
     if layout.keep_exact:
         parts[4] = held_by_host(parts[4], parts[0].device)
     return QuantizedKV(parts, calibrated, layout, kind, length, lineage)

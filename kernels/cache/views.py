@@ -1,0 +1,131 @@
+"""Views of different length that share the memory of one grown cache.
+
+They share their parts, and each is a prefix of the longest. Appending to a view that is not the longest alive
+copies first, so that what a longer view holds is never overwritten; when no longer view is alive the surplus is
+forgotten in place, which makes a speculative reject cost nothing. A token seen through an older view may change
+once, from its exact value to its quantized one, when it leaves the window; and where the layout requantizes, in
+steps to coarser ones, as the longest view's attention moves on. Where it keeps exact copies such a token may
+become finer again; copies in host memory (`originals`) belong to the memory that views share, and move to no
+device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import ORIGINALS, page_capacity, part_names, writable
+
+if TYPE_CHECKING:
+    from kvq_compile.kernels.cache.tensor import QuantizedKV
+
+
+class Lineage:
+    """The views of one memory.
+
+    Attributes:
+        held: Tokens that the longest of them has written.
+        compiled: Of them, those up to the last that a compiled call has written; ``None`` where none did.
+    """
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+        self.compiled: int | None = None
+        self._views: list[weakref.ref[QuantizedKV]] = []
+
+    def add(self, view: Any) -> None:
+        """Count a view among those of this memory while it lives."""
+        self._views = [ref for ref in self._views if ref() is not None]
+        self._views.append(weakref.ref(view))
+
+    def others(self, view: Any) -> list[QuantizedKV]:
+        """Return the views that are alive, save the one given."""
+        alive = (ref() for ref in self._views)
+        return [other for other in alive if other is not None and other is not view]
+
+
+class Views(Tensor):
+    """How `QuantizedKV` shares its memory with its views, and makes room in it."""
+
+    codes: Tensor
+    exact: Tensor
+    cursor: Tensor
+    page_layout: Layout
+    _lineage: Lineage
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The parts, as the ops take them."""
+        raise NotImplementedError
+
+    @property
+    def calibrated(self) -> list[Tensor]:
+        """What packed tokens are coded relative to, as the ops take it."""
+        raise NotImplementedError
+
+    def clone_packed(self) -> QuantizedKV:
+        """Return a copy that shares no memory."""
+        raise NotImplementedError
+
+    def _view(self, length: int) -> QuantizedKV:
+        raise NotImplementedError
+
+    def written_outside(self) -> int:
+        """Return how many tokens eager code has appended since a compiled call wrote the last one."""
+        compiled = self._lineage.compiled
+        return 0 if compiled is None else max(0, self.shape[2] - compiled)
+
+    def claim(self, tokens: int) -> None:
+        """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
+        longer = any(view.shape[2] > self.shape[2] for view in self._lineage.others(self))
+        if longer or (self.device.type == "cpu" and self.codes.is_shared()):
+            self._fork(tokens)
+        elif self._lineage.held > self.shape[2]:
+            if self.device.type == "cpu":  # kernels truncate as they append
+                nothing = self.exact[:, :, :0]
+                about = self.shape[2], self.page_layout
+                ops.append_(self.parts, self.calibrated, nothing, None, *about)
+            self._lineage.held = self.shape[2]
+        if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
+            if self._lineage.others(self):
+                self._fork(tokens)
+            else:
+                self._grow(tokens)
+
+    def _grow(self, tokens: int) -> None:
+        with writable():
+            self._enlarge(int(page_capacity(self.shape[2] + tokens, True, self.page_layout)))
+
+    def _enlarge(self, capacity: int) -> None:
+        for name in ("codes", "params", ORIGINALS):
+            old = getattr(self, name)
+            if old is None:
+                continue
+            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            if name == ORIGINALS:
+                new = held_by_host(new, self.device)
+            new[:, :, : old.shape[2]] = old
+            torch._dynamo.maybe_mark_dynamic(new, 2)
+            setattr(self, name, new)
+
+    def _fork(self, tokens: int) -> None:
+        copy = self.clone_packed()
+        for name in part_names(self.page_layout):
+            setattr(self, name, getattr(copy, name))
+        self._lineage = Lineage(copy._lineage.held)
+        self._lineage.add(self)
+        self.claim(tokens)
+
+    def extended(self, tokens: int) -> QuantizedKV:
+        """Return the view that also shows ``tokens`` just appended behind this one."""
+        length = self.shape[2] + tokens
+        if not isinstance(self.cursor, FakeTensor):
+            self._lineage.held = int(length)
+        return self._view(length)
