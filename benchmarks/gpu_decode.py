@@ -120,7 +120,7 @@ def filled(batch: int, length: int, layout: Layout) -> Parts:
     codes, params, exact, cursor = Packed.empty(like, pages + 1, layout)
     exact.normal_()
     cursor.copy_(torch.tensor([length, pages]))
-    if layout.coder == "mixed":
+    if layout.scheme.name == "mixed":
         fill_mixed(codes, params, layout)
         return codes, params, exact, cursor
     codes.view(torch.int8).random_(-128, 128)

@@ -211,11 +211,6 @@ class Layout(OpaqueBase):
     # Codes and parameters
 
     @cached_property
-    def coder(self) -> str:
-        """Name of the scheme."""
-        return self.scheme.name
-
-    @cached_property
     def bits(self) -> float:
         """Width of a code; of mixed pages the average."""
         return self.scheme.bits

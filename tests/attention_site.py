@@ -104,7 +104,7 @@ class Site:
     def folds_all(self) -> bool:
         """Whether parameters of groups are all that is folded into scores and weights."""
         return all(
-            frame.tables is None and layout.coder == "uniform" for layout, frame in self.sides
+            frame.tables is None and layout.scheme.name == "uniform" for layout, frame in self.sides
         )
 
     @property

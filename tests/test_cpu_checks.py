@@ -182,9 +182,9 @@ def test_pages_of_any_bytes_are_read_or_refused(framed: Framed, seed: int) -> No
         lambda: backend.dequantize(cache, calibrated, count, layout).shape == x.shape,
         lambda: attended(cache, calibrated, layout, count).dtype == x.dtype,
     ):
-        with damaged if layout.coder == "mixed" else nullcontext():
+        with damaged if layout.scheme.name == "mixed" else nullcontext():
             assert read()
-            assume(layout.coder != "mixed")  # it fits by chance; the next test looks at that
+            assume(layout.scheme.name != "mixed")  # it fits by chance; the next test looks at that
 
 
 def attended(cache: Packed, calibrated: Calibrated, layout: Layout, count: int) -> Tensor:

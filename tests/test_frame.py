@@ -141,7 +141,7 @@ def test_what_is_read_is_the_token_or_its_coded_form(framed: Framed, count: int)
     exact = torch.ones(count, dtype=torch.bool)
     exact[packed] = False
     assert torch.equal(read[:, :, exact], x[:, :, exact])
-    if layout.coder == "uniform" and layout.bits == 8 and layout.params == "fp16":
+    if layout.scheme.name == "uniform" and layout.bits == 8 and layout.params == "fp16":
         cut = layout.transform == "none" and bool((frame.section("margin", layout) > 0).any())
         assert cut or (read - x).abs().max() < 0.2
 

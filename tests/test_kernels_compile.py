@@ -67,7 +67,7 @@ def compile_append(role: str, options: Options, target: str) -> Any:
     layout, frame = side(role, options)
     x, position = token(HEADS), torch.zeros(1, dtype=torch.int64)
     parts = Packed.empty(x, CAPACITY, layout)
-    weights = torch.zeros(1, HEADS, 300) if layout.coder == "mixed" else None
+    weights = torch.zeros(1, HEADS, 300) if layout.scheme.name == "mixed" else None
     query = token(HEADS * SHARED) if layout.queries else None
     with aot.launches(target) as compiled:
         if layout.requantize:

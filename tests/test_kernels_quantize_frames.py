@@ -61,7 +61,7 @@ def codebooks(draw: st.DrawFn) -> Framed:
 
 def uniform(framed: Framed) -> bool:
     """Return whether a layout is one that the interpreter runs fast and the reference exactly."""
-    return framed[0].coder == "uniform" and framed[0].transform == "none"
+    return framed[0].scheme.name == "uniform" and framed[0].transform == "none"
 
 
 def formats(batch: int = 1) -> st.SearchStrategy[Framed]:

@@ -60,13 +60,13 @@ def check_loaded(
     _check_shapes(tensors, layout)
     pages = _check_cursor(tensors["cursor"], tensors["codes"].shape[2], layout, kind, length)
     codes, params = tensors["codes"][:, :, :pages], tensors["params"][:, :, :pages]
-    if layout.coder == "mixed":
+    if layout.scheme.name == "mixed":
         _check_mixed(codes, params, layout)
     else:
         values = e4m3_value(params) if layout.has_byte_params else params
         check(bool(values.isfinite().all()), "scales and zero points must be finite")
     if layout.has_tables:
-        entries = layout.levels + 1 if layout.coder == "codebook" else 0
+        entries = layout.levels + 1 if layout.scheme.name == "codebook" else 0
         words = tensors["tables"].cpu()
         tables = checked_tables(words, layout.head_dim, layout.rotary, entries)
         check(

@@ -77,7 +77,7 @@ def _quantize(
         weights = importance.float()
     for block in blocks(packed, pages):
         coded = rotate(native.to_coded(packed, block, x, start), layout)
-        if layout.coder == "mixed":
+        if layout.scheme.name == "mixed":
             ends = (
                 layout.sinks + (page + 1) * layout.page_size
                 for page in range(block.start, block.stop)

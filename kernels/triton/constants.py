@@ -124,7 +124,7 @@ def _one_object(kind: type, **values: object) -> Any:
 
 
 def _read_values(layout: Layout) -> dict[str, object]:
-    dim, scheme = layout.head_dim, layout.coder
+    dim, scheme = layout.head_dim, layout.scheme.name
     mixed = layout.mixed if scheme == "mixed" else None
     bits = sum(layout.planes) if mixed is None else mixed.max_bits
     in_fields = scheme == "uniform" and layout.packing == "fields"
@@ -177,10 +177,10 @@ def _read_values(layout: Layout) -> dict[str, object]:
 
 
 def _write_values(layout: Layout) -> dict[str, object]:
-    mixed = layout.mixed if layout.coder == "mixed" else None
+    mixed = layout.mixed if layout.scheme.name == "mixed" else None
     in_coded_form = mixed is not None or layout.has_tables or layout.transform != "none"
     rows = layout.head_dim if in_coded_form else 0
-    rows += {"codebook": layout.code_channels, "mixed": 4}.get(layout.coder, 0)
+    rows += {"codebook": layout.code_channels, "mixed": 4}.get(layout.scheme.name, 0)
     return {
         "clip": layout.clip,
         "in_coded_form": in_coded_form,
