@@ -331,11 +331,11 @@ class Layout(OpaqueBase):
 
     @property
     def about(self) -> str:
-        """Codes in words: ``"2-bit"``, ``"2-bit (groups of 24)"``, ``"4 channels in 8 bits"``."""
+        """Codes in words: ``"2-bit"``, ``"2-bit group-24"``, ``"4 channels in 8 bits"``."""
         whole = self.head_dim if self.grouping == "token" else self.page_size
         if not isinstance(self.scheme, Uniform) or self.group_size == whole:
             return self.scheme.about
-        return f"{self.scheme.about} (groups of {self.group_size})"
+        return f"{self.scheme.about} group-{self.group_size}"
 
     # Mixed pages
 

@@ -7,8 +7,9 @@ import html
 import json
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from kvq_compile.backend import kvq
 from kvq_compile.bounds import error_bound
 from kvq_compile.history import GraphReport, watching
+from kvq_compile.lowering.sites import SiteReport
 from kvq_compile.options import make_config
 
 COLUMNS = 80  # what a line of text may take
@@ -72,15 +74,32 @@ class Explanation:
                 f"graph {number}: {len(graph.sites)} attentions, {rewritten} rewritten "
                 f"({graph.spec.method})"
             )
-            for site in graph.sites:
-                yield from _wrapped(
-                    f"attention {site.layer:3d}  ", f"{site.outcome}: {site.detail}"
-                )
-                if site.source:
-                    yield from _wrapped("               at ", site.source)
+            for same in _alike(graph.sites):
+                yield from _told(same)
         if self.bound is not None:
             yield "error of a packed layer's attention output, at most:"
             yield from _wrapped("", self.bound)
+
+
+def _alike(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
+    """Split sites into runs of neighbours of which the same is told."""
+    runs = groupby(sites, lambda site: (site.outcome, site.detail, site.source))
+    return [list(run) for _, run in runs]
+
+
+def _told(same: Sequence[SiteReport]) -> Iterator[str]:
+    """Yield the lines of sites of which the same is told, one or several."""
+    first, last = same[0], same[-1]
+    number = f"attention {first.layer:3d}  "
+    if len(same) > 1:
+        numbers = [site.layer for site in same]
+        in_a_row = numbers == list(range(numbers[0], numbers[-1] + 1))
+        number = f"attentions {first.layer}{' to ' if in_a_row else ' ... '}{last.layer}  "
+    yield from _wrapped(number, f"{first.outcome}: {first.detail}")
+    if first.where and len(same) == 1:
+        yield from _wrapped("     in ", first.where)
+    if first.source:
+        yield from _wrapped("     at ", first.source)
 
 
 def _wrapped(head: str, text: str) -> list[str]:

@@ -165,7 +165,7 @@ def test_groups_that_a_method_chooses_divide_every_head(method, head_dim) -> Non
         most = 32 if method in ("int2", "kivi") else whole
         larger = [g for g in range(layout.group_size + 1, most + 1) if whole % g == 0]
         assert (whole % layout.group_size, larger) == (0, [])
-        assert (f"groups of {layout.group_size}" in layout.about) == (layout.group_size != whole)
+        assert (f"group-{layout.group_size}" in layout.about) == (layout.group_size != whole)
 
 
 @pytest.mark.parametrize("method", [{"method": "int2"}, {"method": "kivi", "bits": 4}])
@@ -182,7 +182,7 @@ def test_a_head_that_no_power_of_two_divides_is_served_and_told(method, head_dim
     group = (
         keys.page_layout.group_size if method["method"] == "int2" else values.page_layout.group_size
     )
-    assert f"groups of {group}" in graphs[-1].sites[0].detail or group == head_dim
+    assert f"group-{group}" in graphs[-1].sites[0].detail or group == head_dim
 
 
 def test_a_group_that_does_not_divide_the_head_is_refused_by_name() -> None:
