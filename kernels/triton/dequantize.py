@@ -73,19 +73,20 @@ def store_tokens(rows, page, calibration, slot, token, real, CONSTANTS: tl.const
     tl.store(rows + order, y.to(rows.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["blocks", "length"])
 def dequantize_kernel(
-    cache, calibration, out, heads, capacity, length, CONSTANTS: tl.constexpr, ROWS: tl.constexpr
+    cache, calibration, out, blocks, heads, capacity, length, CONSTANTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Read a block of slots, which lie in one page's place or are sinks; zeros for slots that hold no token.
 
-    Grid: (B * Hkv, blocks of sinks, then page_size / ROWS blocks for each page that ``length`` slots can have).
+    Grid: (B * Hkv * ``blocks``,): of sinks, then page_size / ROWS of each page that ``length`` slots can have.
     """
     HEAD_DIM: tl.constexpr = CONSTANTS.head_dim
     SINKS: tl.constexpr = CONSTANTS.sinks
     PAGE: tl.constexpr = CONSTANTS.page_size
     SINK_BLOCKS: tl.constexpr = triton.cdiv(SINKS, ROWS)
-    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     number = (block - SINK_BLOCKS) // (PAGE // ROWS)
     token = (block - SINK_BLOCKS) % (PAGE // ROWS) * ROWS + tl.arange(0, ROWS)[:, None]
     slot = SINKS + number * PAGE + token
@@ -113,7 +114,7 @@ def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layou
     """Return slots ``0 .. length - 1`` as ``[B, H, length, D]`` in the dtype of exact rows, zeros without a token.
 
     Args:
-        cache: Codes, parameters, exact rows and cursor, as the layout describes them, contiguous.
+        cache: Codes, parameters, exact rows and cursor, as the layout describes them.
         calibrated: What packed tokens are coded relative to.
         length: How many slots.
         layout: The cache's layout.
@@ -126,8 +127,9 @@ def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layou
     page = constants.page_size
     rows = min(page, max(1, TILE // triton.next_power_of_2(layout.head_dim)))
     sinks, pages = triton.cdiv(layout.sinks, rows), triton.cdiv(max(0, length - layout.sinks), page)
-    dequantize_kernel[(B * H, sinks + pages * (page // rows))](
-        bundle_cache(cache), bundle_calibration(calibrated), out, H, capacity, length, CONSTANTS=constants,
-        ROWS=rows, enable_fp_fusion=False,
+    blocks = sinks + pages * (page // rows)
+    dequantize_kernel[(B * H * blocks,)](
+        bundle_cache([part.contiguous() for part in cache]), bundle_calibration(calibrated), out,
+        blocks, H, capacity, length, CONSTANTS=constants, ROWS=rows, enable_fp_fusion=False,
     )  # fmt: skip
     return out
