@@ -146,6 +146,11 @@ def _write(
             return
         _check_writable(cache)
         _check_slots(cache, position, start, int(count))
+        if cache.kind == "grown":
+            first = int(position[0]) if start is None else start  # type: ignore[index]
+            with cache._lineage.overwritten(cache, first):
+                ops.append_(cache.parts, cache.calibrated, x, position, start, cache.page_layout)
+            return
     elif cache.kind == "grown":
         raise NotImplementedError(GROWS_BY_CAT)
     ops.append_(cache.parts, cache.calibrated, x, position, start, cache.page_layout)
@@ -359,7 +364,7 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if x.shift is not None:
         x.shift.copy_(source.shift, non_blocking)  # type: ignore[attr-defined]
     if not isinstance(x.cursor, FakeTensor):
-        x._lineage.held = source._lineage.held  # type: ignore[attr-defined]
+        x._lineage.take(source._lineage)  # type: ignore[attr-defined]
     return x
 
 

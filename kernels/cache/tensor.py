@@ -117,7 +117,7 @@ class QuantizedKV(Views, Exports, Tensor):
             for part, page_axis in ((codes, 2), (params, 2), (originals, 2)):
                 if kind == "grown" and part is not None:
                     torch._dynamo.maybe_mark_dynamic(part, page_axis)
-            self._lineage = lineage or Lineage(int(length))
+            self._lineage = lineage or Lineage(int(length), layout.pages_at(int(length)))
             self._lineage.add(self)
         return self
 
@@ -188,9 +188,9 @@ class QuantizedKV(Views, Exports, Tensor):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
         lineage = None
-        if not isinstance(self.cursor, FakeTensor):
-            lineage = Lineage(self._lineage.held)
         with writable():
+            if not isinstance(self.cursor, FakeTensor):
+                lineage = self._lineage.copied(change)
             parts = [change(part) for part in self.parts]
             if self.originals is not None:
                 parts[4] = held_by_host(parts[4], parts[0].device)
@@ -304,7 +304,7 @@ def wrap(
     parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
 ) -> QuantizedKV:
     """Wrap tensors as a cache that knows of no other view of them."""
-    lineage = Lineage(int(parts[PARTS.index("cursor")][0]))
+    lineage = Lineage(*parts[PARTS.index("cursor")].tolist())
     if layout.keep_exact:
         parts[4] = held_by_host(parts[4], parts[0].device)
     return QuantizedKV(parts, calibrated, layout, kind, length, lineage)

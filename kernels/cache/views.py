@@ -12,6 +12,9 @@ device.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache.reopened import Reopened
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import ORIGINALS, page_capacity, part_names, writable
 
@@ -32,13 +36,58 @@ class Lineage:
 
     Attributes:
         held: Tokens that the longest of them has written.
+        pages: Pages that are packed.
+        reopened: The first page that is not full, where it was cut open.
         compiled: Of them, those up to the last that a compiled call has written; ``None`` where none did.
     """
 
-    def __init__(self, held: int) -> None:
-        self.held = held
+    def __init__(self, held: int, pages: int, reopened: Reopened | None = None) -> None:
+        self.held, self.pages, self.reopened = held, pages, reopened
         self.compiled: int | None = None
         self._views: list[weakref.ref[QuantizedKV]] = []
+
+    def copied(self, change: Callable[[Tensor], Tensor] = lambda part: part) -> Lineage:
+        """Return the lineage of a copy, of whose parts ``change`` makes those of the copy."""
+        reopened = None if self.reopened is None else self.reopened.map(change)
+        return Lineage(self.held, self.pages, reopened)
+
+    def truncate(self, view: Views, length: int) -> None:
+        """Note that tokens from ``length`` on are forgotten, before they are, and remember a page that is cut."""
+        layout, was = view.page_layout, self.reopened
+        self.held, packed = length, self.pages
+        self.pages = min(packed, max(0, length - layout.sinks) // layout.page_size)
+        kept = length - layout.sinks - self.pages * layout.page_size
+        if kept <= 0:
+            self.reopened = None
+        elif self.pages < packed:
+            about = self.pages, kept, layout
+            self.reopened = Reopened.of(view.codes, view.params, *about)
+        elif was is not None:
+            self.reopened = replace(was, kept=min(was.kept, kept))
+
+    def extend(self, view: Views, length: int) -> None:
+        """Note that tokens up to ``length`` are there, and give those of a page that was cut their codes back."""
+        self.held, packed = length, self.pages
+        self.pages = max(packed, view.page_layout.pages_at(length))
+        if self.reopened is not None and self.pages > packed:
+            self.reopened.restore_(view.codes, view.params, view.page_layout)
+            self.reopened = None
+
+    def take(self, other: Lineage) -> None:
+        """Become like the lineage of a cache whose parts were copied into those of this one."""
+        self.held, self.pages, self.reopened = other.held, other.pages, other.reopened
+
+    @contextmanager
+    def overwritten(self, view: Views, first: int) -> Iterator[None]:
+        """Note that a view's tokens from ``first`` on are written anew, unless that fails."""
+        before = self.copied()
+        self.truncate(view, first)
+        try:
+            yield
+        except Exception:
+            self.take(before)
+            raise
+        self.extend(view, view.shape[2])
 
     def add(self, view: Any) -> None:
         """Count a view among those of this memory while it lives."""
@@ -55,6 +104,7 @@ class Views(Tensor):
     """How `QuantizedKV` shares its memory with its views, and makes room in it."""
 
     codes: Tensor
+    params: Tensor
     exact: Tensor
     cursor: Tensor
     page_layout: Layout
@@ -88,11 +138,11 @@ class Views(Tensor):
         if longer or (self.device.type == "cpu" and self.codes.is_shared()):
             self._fork(tokens)
         elif self._lineage.held > self.shape[2]:
+            self._lineage.truncate(self, self.shape[2])
             if self.device.type == "cpu":  # kernels truncate as they append
                 nothing = self.exact[:, :, :0]
                 about = self.shape[2], self.page_layout
                 ops.append_(self.parts, self.calibrated, nothing, None, *about)
-            self._lineage.held = self.shape[2]
         if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
             if self._lineage.others(self):
                 self._fork(tokens)
@@ -119,7 +169,7 @@ class Views(Tensor):
         copy = self.clone_packed()
         for name in part_names(self.page_layout):
             setattr(self, name, getattr(copy, name))
-        self._lineage = Lineage(copy._lineage.held)
+        self._lineage = copy._lineage.copied()
         self._lineage.add(self)
         self.claim(tokens)
 
@@ -127,5 +177,5 @@ class Views(Tensor):
         """Return the view that also shows ``tokens`` just appended behind this one."""
         length = self.shape[2] + tokens
         if not isinstance(self.cursor, FakeTensor):
-            self._lineage.held = int(length)
+            self._lineage.extend(self, int(length))
         return self._view(length)
