@@ -214,7 +214,7 @@ def test_requantizing_a_budget_is_refused() -> None:
     with pytest.raises(TypeError, match="requantize must be a bool"):
         make_spec("qaq", requantize="down", key_target=0.1)
     one = make_spec("qaq", requantize=True, value_target=0.1)
-    assert (one.key.requantize, one.value.requantize) == (False, True)
+    assert (one.key.adaptive, one.value.adaptive.requantize) == (None, True)
 
 
 # In a model
