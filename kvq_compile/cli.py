@@ -461,6 +461,7 @@ def describe(
         if on_gpu
         else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "plain cache": plain,
+        "quantized caches": "eager, where the method does not say inner=...",
         "versions": {
             "kvq-compile": kvq_compile.__version__,
             **{name: version(name) for name in ("torch", "transformers")},
