@@ -12,6 +12,7 @@ from torch import fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering import logs
+from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
@@ -48,6 +49,7 @@ ANALYSIS: tuple[Pass, ...] = (
     hold_slots,
     find_sites,
     refuse_gradients,
+    refuse_branches,
     plan_slot_checks,
 )
 REWRITING: tuple[Pass, ...] = (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -151,7 +151,7 @@ def test_strict_raises_before_anything_is_written() -> None:
         assert torch.equal(cache.keys.dequantize(), before)
 
 
-@settings(max_examples=6)
+@settings(max_examples=6, phases=(Phase.explicit, Phase.generate))
 @given(st.data())
 def test_any_plan_of_slots_gives_the_plain_numbers(data: st.DataObject) -> None:
     torch._dynamo.reset()

@@ -6,8 +6,11 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.cache_nodes import CacheNodes
+from kvq_compile.lowering.find.movement import gathered_from
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import argument, shape_of, target_name, value_of
+from kvq_compile.lowering.rewrite.gather_rows import copy_of, rows_of
 from kvq_compile.lowering.sites import Coding, Life, Refusal, State
 from kvq_compile.lowering.sizes import SizeReader
 
@@ -15,47 +18,69 @@ from kvq_compile.lowering.sizes import SizeReader
 def extend_refused(graph: Graph) -> PassReport:
     """Append the new tokens of every grown cache that no rewritten site has taken over.
 
-    Before:  keys = cat([past_keys, key], 2); ...; return keys
-    After:   kvq.append_(*past_keys, key); ...; return past_keys, one view longer
-    Because: what leaves the call stays quantized, even if this call has to read it as ordinary tensors.
+    Before:  one = cat([past_keys, a], 2); two = cat([past_keys, b], 2); ...; return one, two
+    After:   copy = clone(past_keys); kvq.append_(*copy, a); kvq.append_(*past_keys, b); ...
+             return copy, past_keys, each one view longer
+    Because: what leaves the call stays quantized, even if this call has to read it as ordinary tensors. Of several
+             caches grown from one the last takes over its memory.
 
-    Leaves alone: a cache that grows in another way, or twice. It leaves the call in 16 bit.
+    Leaves alone: a cache that grows in another way. It leaves the call in 16 bit.
     """
     changes = []
     taken = {state.base for state, _ in graph.states()}
-    returned = graph.output.all_input_nodes
-    for past, cache in graph.caches.items():
-        grown = [user for user in past.users if user in returned and user not in taken]
-        if (
-            past.op != "placeholder"
-            or value_of(past).kind != "grown"
-            or len(grown) != 1
-            or any(user in taken for user in past.users)
-        ):
+    in_place = {state.past for state, _ in graph.states()}
+    returned = set(graph.output.all_input_nodes)
+    for base in [node for node in reversed(graph.fx.nodes) if node in returned - taken]:
+        growth = _growth(graph, base)
+        if growth is None:
             continue
-        new = _new_tokens(grown[0], past)
-        if new is None or not _is_known(graph.sizes, new):
-            continue
-        with graph.fx.inserting_before(grown[0].next):
+        past, new, cache = growth
+        copied = past in in_place
+        if copied and cache.layout.keep_exact:
+            continue  # exact copies in host memory have one owner
+        in_place.add(past)
+        with graph.fx.inserting_before(base.next):
+            if copied:
+                cache = graph.caches[base] = copy_of(graph.fx, cache)
             tokens = graph.fx.call_method("detach", (new,)) if torch.is_grad_enabled() else new
             if value_of(new).dtype != value_of(past).dtype:
                 tokens = graph.fx.call_method("to", (tokens, value_of(past).dtype))
             cache.append(graph.fx, tokens, (None, cache.length))
-        graph.extended.append((State(Life.GROWN, grown[0], new, past), Coding(cache.layout)))
-        changes.append(f"{past} takes {new}; {grown[0]} is still read as an ordinary tensor")
+        gathered = gathered_from(past)
+        source = past if gathered is None else gathered[0]
+        held = base if copied else past
+        state = State(Life.GROWN, base, new, held, source=None if held is source else source)
+        graph.extended.append((state, Coding(cache.layout)))
+        changes.append(f"{held} takes {new}; {base} is still read as an ordinary tensor")
     return PassReport(tuple(changes))
 
 
-def _new_tokens(cat: fx.Node, past: fx.Node) -> fx.Node | None:
-    """Return the one tensor that ``cat`` joins behind ``past``."""
-    if target_name(cat) not in ("cat", "concat") or argument(cat, 1, "dim", 0) not in (2, -2):
+def _growth(graph: Graph, base: fx.Node) -> tuple[fx.Node, fx.Node, CacheNodes] | None:
+    """Return the cache that ``base`` joins new tokens to, or rows of one; the tokens; and its packed form."""
+    if target_name(base) != "cat" or argument(base, 1, "dim", 0) not in (2, -2):
         return None
-    tensors = argument(cat, 0, "tensors")
-    if len(tensors) != 2 or tensors[0] is not past or isinstance(value_of(tensors[1]), QuantizedKV):
+    tensors = argument(base, 0, "tensors")
+    if len(tensors) != 2:
         return None
-    new: fx.Node = tensors[1]
-    held = value_of(past).dtype
-    return new if torch.promote_types(held, value_of(new).dtype) == held else None
+    past, new = tensors
+    gathered = gathered_from(past)
+    if gathered is not None and past not in graph.caches and gathered[0] in graph.caches:
+        if not _takes(graph, gathered[0], new):
+            return None
+        graph.caches[past] = rows_of(graph.fx, past, graph.caches[gathered[0]], gathered[1])
+    if past not in graph.caches or not _takes(
+        graph, past if gathered is None else gathered[0], new
+    ):
+        return None
+    return past, new, graph.caches[past]
+
+
+def _takes(graph: Graph, cache: fx.Node, new: fx.Node) -> bool:
+    """Say whether a quantized cache can take the new tokens."""
+    if value_of(cache).kind != "grown" or isinstance(value_of(new), QuantizedKV):
+        return False
+    held = value_of(cache).dtype
+    return torch.promote_types(held, value_of(new).dtype) == held and _is_known(graph.sizes, new)
 
 
 def _is_known(sizes: SizeReader, new: fx.Node) -> bool:

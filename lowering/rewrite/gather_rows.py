@@ -28,12 +28,13 @@ def gather_rows(graph: Graph) -> PassReport:
             past = state.past
             found = None if past is None or past in graph.caches else gathered_from(past)
             if state.life is Life.GROWN and past is not None and found is not None:
-                graph.caches[past] = _rows(graph.fx, past, graph.caches[found[0]], found[1])
+                graph.caches[past] = rows_of(graph.fx, past, graph.caches[found[0]], found[1])
                 changes.append(f"{past} takes packed rows of {found[0]}")
     return PassReport(tuple(changes))
 
 
-def _rows(graph: fx.Graph, past: fx.Node, cache: CacheNodes, index: fx.Node) -> CacheNodes:
+def rows_of(graph: fx.Graph, past: fx.Node, cache: CacheNodes, index: fx.Node) -> CacheNodes:
+    """Take rows of a cache along the batch, before ``past``, which reads them as an ordinary tensor."""
     parts, tables = [], cache.calibrated[:1]
     with graph.inserting_before(past):
         for name, part in zip(part_names(cache.layout), cache.parts, strict=True):
@@ -48,3 +49,11 @@ def _rows(graph: fx.Graph, past: fx.Node, cache: CacheNodes, index: fx.Node) -> 
         )
         calibrated = (*tables, *shift)
     return replace(cache, parts=tuple(parts), calibrated=calibrated, owns_length=False)
+
+
+def copy_of(graph: fx.Graph, cache: CacheNodes) -> CacheNodes:
+    """Copy a cache at the graph's insert point."""
+    parts = tuple(graph.call_method("clone", (part,)) for part in cache.parts)
+    shift = (graph.call_method("clone", (node,)) for node in cache.calibrated[1:])
+    calibrated = (*cache.calibrated[:1], *shift)
+    return replace(cache, parts=parts, calibrated=calibrated, owns_length=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -34,36 +37,37 @@ def spell_growth(graph: Graph) -> PassReport:
     Leaves alone: what evaluation does not show to be the cache and the call's tokens behind it.
     """
     nodes, changes = graph.fx, []
-    _flatten(nodes)
-    known: dict[tuple[object, ...], fx.Node] = {}
     place = order_of(nodes)
+    for node in [n for n in nodes.nodes if target_name(n) == "cat"]:
+        _flatten(nodes, node)
+    known: dict[tuple[object, ...], fx.Node] = {}
     candidates = {read_base(operand) for operand in _operands(nodes)} | set(
         graph.output.all_input_nodes
     )
     for node in sorted(candidates, key=place.__getitem__):
-        if is_spelled(node):
-            past, new = argument(node, 0, "tensors")
-            known.setdefault((past, None, None, new), node)
-            continue
-        growth = find_growth(node)
+        _flatten(nodes, node)  # again: what it joins may be spelled as a growth by now
+        growth = as_spelled(node) or find_growth(node)
         if growth is None:
             continue
         key = (growth.past, growth.index, growth.rows, growth.new)
         cat = known.get(key)
-        if cat is None or _changed(nodes, cat, node, growth):
-            cat = known[key] = _spell(nodes, node, growth)
-        changes.append(f"{node} is spelled as {cat}")
-        _replace(nodes, node, cat, growth)
+        if cat is None or _changed(nodes, cat, node, (growth.past, growth.new)):
+            cat = known[key] = _spell(nodes, node, growth) if growth.steps else node
+        if cat is not node:
+            changes.append(f"{node} is spelled as {cat}")
+            _replace(nodes, node, cat, growth)
     graph.used |= {node for node in nodes.nodes if node.users}
     return PassReport(tuple(changes))
 
 
-def is_spelled(node: fx.Node) -> bool:
-    """Say whether a node joins two tensors along the tokens, the first of them a cache."""
+def as_spelled(node: fx.Node) -> Growth | None:
+    """Return the growth that a node spells as one ``cat`` of a cache and the call's tokens."""
     if target_name(node) != "cat" or argument(node, 1, "dim", 0) not in (2, -2):
-        return False
+        return None
     tensors = argument(node, 0, "tensors")
-    return len(tensors) == 2 and is_cache_like(tensors[0])
+    spelled = len(tensors) == 2 and is_cache_like(tensors[0])
+    alike = spelled and value_of(tensors[0]).dtype == value_of(tensors[1]).dtype
+    return Growth(tensors[0], tensors[1]) if alike else None
 
 
 def _operands(graph: fx.Graph) -> list[fx.Node]:
@@ -71,39 +75,38 @@ def _operands(graph: fx.Graph) -> list[fx.Node]:
     return [operand for attention in found for operand in (attention.key, attention.value)]
 
 
-def _flatten(graph: fx.Graph) -> None:
+def _flatten(graph: fx.Graph, node: fx.Node) -> None:
     """Join what stands behind the first tensor of a ``cat`` along the tokens beforehand."""
-    for node in list(graph.nodes):
-        if target_name(node) != "cat" or argument(node, 1, "dim", 0) not in (2, -2):
-            continue
-        if len(shape_of(node) or ()) != 4:
-            continue
-        tensors = list(argument(node, 0, "tensors"))
-        while isinstance(tensors[0], fx.Node) and _joins_for(tensors[0], node):
-            tensors = [*argument(tensors[0], 0, "tensors"), *tensors[1:]]
-        tensors = [tensor for tensor in tensors if len(shape_of(tensor) or ()) == 4]
-        if len(tensors) < 3 or any(isinstance(value_of(t), QuantizedKV) for t in tensors[1:]):
-            continue
-        if len({value_of(tensor).dtype for tensor in tensors}) != 1:
-            continue
-        if not isinstance(tensors[0], fx.Node) or not is_cache_like(tensors[0]):
-            continue
-        with graph.inserting_before(node):
-            rest = torch.cat([value_of(tensor) for tensor in tensors[1:]], 2)
-            new = insert_call(graph, torch.cat, (tensors[1:], 2), rest)
-        node.args, node.kwargs = ([tensors[0], new], 2), {}
+    if not _joins_tokens(node):
+        return
+    tensors = list(argument(node, 0, "tensors"))
+    while _joins_tokens(tensors[0]):
+        inner = list(argument(tensors[0], 0, "tensors"))
+        grown = is_cache_like(inner[0]) and not _changed(graph, tensors[0], node, inner)
+        if set(tensors[0].users) != {node} and not grown:
+            break
+        tensors = [*inner, *tensors[1:]]
+    tensors = [tensor for tensor in tensors if len(shape_of(tensor) or ()) == 4]
+    if len(tensors) < 3 or any(isinstance(value_of(t), QuantizedKV) for t in tensors[1:]):
+        return
+    if len({value_of(tensor).dtype for tensor in tensors}) != 1 or not is_cache_like(tensors[0]):
+        return
+    with graph.inserting_before(node):
+        rest = torch.cat([value_of(tensor) for tensor in tensors[1:]], 2)
+        new = insert_call(graph, torch.cat, (tensors[1:], 2), rest)
+    node.args, node.kwargs = ([tensors[0], new], 2), {}
 
 
-def _joins_for(inner: fx.Node, outer: fx.Node) -> bool:
-    along = target_name(inner) == "cat" and argument(inner, 1, "dim", 0) in (2, -2)
-    return along and set(inner.users) == {outer}
+def _joins_tokens(node: Any) -> bool:
+    along = target_name(node) == "cat" and argument(node, 1, "dim", 0) in (2, -2)
+    return along and len(shape_of(node) or ()) == 4
 
 
-def _changed(graph: fx.Graph, cat: fx.Node, node: fx.Node, growth: Growth) -> bool:
-    """Say whether what was joined has changed since."""
+def _changed(graph: fx.Graph, first: fx.Node, last: fx.Node, read: Sequence[fx.Node]) -> bool:
+    """Say whether what ``first`` has read changes before ``last``."""
     place = order_of(graph)
-    between = [other for other in graph.nodes if place[cat] < place[other] < place[node]]
-    return bool({root_of(n) for n in (growth.past, growth.new)} & changed_roots(between))
+    between = [other for other in graph.nodes if place[first] < place[other] < place[last]]
+    return bool({root_of(node) for node in read} & changed_roots(between))
 
 
 def _spell(graph: fx.Graph, node: fx.Node, growth: Growth) -> fx.Node:
