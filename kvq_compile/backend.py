@@ -19,7 +19,7 @@ from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.layers import counts_layers
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled
-from kvq_compile.lowering.sites import SiteReport
+from kvq_compile.lowering.sites import SiteReport, StateReport
 from kvq_compile.options import Config, make_config
 
 watch_generate()
@@ -60,13 +60,13 @@ def compile_graph(
     if config.calibration is not None and lowered.reports:
         config.calibration.check(example_inputs, len(lowered.reports))
     layers = () if config.calibration else tuple(index for index, _ in config.spec.layers)
-    record(GraphReport(tuple(lowered.reports), config.spec, layers))
+    record(GraphReport(tuple(lowered.reports), config.spec, layers, lowered.states))
     if config.strict and _ends_the_model(gm, lowered.reports):
         text = unmet_layers(graphs())
         if text:
             raise KVQError(text)
     _tell_of_the_limit(lowered.reports)
-    _tell(lowered.reports, config)
+    _tell(lowered.reports, lowered.states, config)
 
     def compile_inner(args: Sequence[Any]) -> Compiled:
         return _compile_inner(lowered.module, lowered.flatten(args), config, mode)
@@ -88,15 +88,29 @@ def compile_graph(
     return lowered.around(compile_inner(example_inputs), stays_plain)
 
 
-def _tell(reports: Sequence[SiteReport], config: Config) -> None:
-    """Log what became of each attention; warn about those that keep a cache in 16 bit."""
+def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: Config) -> None:
+    """Log what became of each attention; warn about those, and about caches, that are not served."""
     for site in reports:
         logs.sites.info("%d (%s) %s: %s", site.layer, site.where, site.outcome, site.detail)
     refused = [site for site in reports if site.outcome == "left alone" and not site.expected]
-    if not refused:
+    reasons = sorted({site.detail for site in refused})
+    lost = [
+        state
+        for state in states
+        if state.outcome == "left alone"
+        and not state.expected
+        and not any(state.detail.endswith(reason) for reason in reasons)
+    ]
+    if not refused and not lost:
         return
-    reasons = "; ".join(sorted({site.detail for site in refused}))
-    text = f"{len(refused)} of {len(reports)} attentions were left as they are: {reasons}"
+    told = []
+    if refused:
+        text = f"{len(refused)} of {len(reports)} attentions were left as they are: "
+        told.append(text + "; ".join(reasons))
+    if lost:
+        names = "; ".join(f"{state.name}: {state.detail}" for state in lost)
+        told.append(f"{len(lost)} of {len(states)} caches are not served: {names}")
+    text = "; ".join(told)
     if config.strict:
         raise KVQError(text)
     warnings.warn(text, KVQWarning, stacklevel=2)

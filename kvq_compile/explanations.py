@@ -52,7 +52,11 @@ class Explanation:
     def json(self) -> str:
         """Return the explanation as JSON, without the call's result."""
         graphs = [
-            {"method": graph.spec.method, "attentions": [asdict(site) for site in graph.sites]}
+            {
+                "method": graph.spec.method,
+                "attentions": [asdict(site) for site in graph.sites],
+                "caches": [asdict(state) for state in graph.states],
+            }
             for graph in self.graphs
         ]
         return json.dumps({"graphs": graphs, "error_bound": self.bound}, indent=2, default=str)
@@ -76,6 +80,10 @@ class Explanation:
             )
             for same in _alike(graph.sites):
                 yield from _told(same)
+            for state in graph.states:
+                if state.outcome == "left alone":
+                    text = f"{state.name} [{', '.join(state.shape)}]: {state.detail}"
+                    yield from _wrapped("cache ", text)
         if self.bound is not None:
             yield "error of a packed layer's attention output, at most:"
             yield from _wrapped("", self.bound)

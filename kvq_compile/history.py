@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering.find.layers import COUNTED
-from kvq_compile.lowering.sites import SiteReport
+from kvq_compile.lowering.sites import SiteReport, StateReport
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class GraphReport:
         sites: What became of each attention.
         spec: What caches are quantized to.
         layers: Layers of the model that the option ``layers`` names.
+        states: What became of each cache that the graph grows or writes.
     """
 
     sites: tuple[SiteReport, ...]
     spec: CacheSpec
     layers: tuple[int, ...] = ()
+    states: tuple[StateReport, ...] = ()
 
 
 _recent: deque[GraphReport] = deque(maxlen=256)

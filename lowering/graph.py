@@ -13,7 +13,14 @@ from torch.fx import GraphModule, Node
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering.cache_nodes import CacheNodes, Frames, Seen
 from kvq_compile.lowering.runtime import Conversion, Output
-from kvq_compile.lowering.sites import Attention, AttentionSite, Coding, SiteReport, State
+from kvq_compile.lowering.sites import (
+    Attention,
+    AttentionSite,
+    Coding,
+    SiteReport,
+    State,
+    StateReport,
+)
 from kvq_compile.lowering.sizes import SizeReader
 from kvq_compile.lowering.slots import SlotCheck
 
@@ -32,6 +39,7 @@ class Graph:
         used: Nodes that are in the graph for their result only: somebody reads it in the captured graph.
         sites: Attentions to rewrite.
         reports: What became of each attention.
+        state_reports: What became of each cache.
         frames: Calibration tables of new caches.
         caches: The quantized caches among the inputs.
         made: The quantized caches that stand for the buffers which the graph allocates.
@@ -52,6 +60,7 @@ class Graph:
     by_order: bool = False
     sites: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
+    state_reports: list[StateReport] = field(default_factory=list)
     frames: Frames = field(default_factory=Frames)
     caches: dict[Node, CacheNodes] = field(default_factory=dict)
     made: dict[Node, CacheNodes] = field(default_factory=dict)

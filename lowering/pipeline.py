@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -13,6 +14,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.branches import refuse_branches
+from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
@@ -51,6 +53,7 @@ ANALYSIS: tuple[Pass, ...] = (
     refuse_gradients,
     refuse_branches,
     plan_slot_checks,
+    find_states,
 )
 REWRITING: tuple[Pass, ...] = (
     add_tables,
@@ -87,7 +90,8 @@ def lower(
         LostWrite: A write cannot be expressed on a quantized cache.
     """
     try:
-        return _lower(Graph.copy_of(gm, spec, example_inputs, by_order), gm)
+        graph = Graph.copy_of(gm, spec, example_inputs, by_order)
+        return replace(_lower(graph, gm), states=tuple(graph.state_reports))
     except (Contradiction, LostWrite):
         raise
     except Exception as error:

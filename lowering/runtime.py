@@ -20,7 +20,7 @@ from kvq_compile.kernels.cache.become import (
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
-from kvq_compile.lowering.sites import Coding, SiteReport
+from kvq_compile.lowering.sites import Coding, SiteReport, StateReport
 from kvq_compile.lowering.sizes import Size
 from kvq_compile.lowering.slots import SlotCheck
 
@@ -153,6 +153,7 @@ class Lowered:
         captured: The captured graph, to be run on ordinary tensors where a cache cannot take a write.
         check: The writes to look at before a call.
         thaw: Why every call has to run as captured, if it has.
+        states: What became of each cache.
     """
 
     module: fx.GraphModule
@@ -167,6 +168,7 @@ class Lowered:
     captured: fx.GraphModule | None = None
     check: SlotCheck | None = None
     thaw: str | None = None
+    states: tuple[StateReport, ...] = ()
 
     @classmethod
     def as_captured(

@@ -165,3 +165,22 @@ class SiteReport:
     detail: str
     expected: bool = False
     where: str = ""
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """What became of one cache.
+
+    Attributes:
+        name: How the model names it.
+        shape: Its shape as the graph has it.
+        outcome: ``"quantized"`` or ``"left alone"``.
+        detail: How it enters and leaves the graph, or the reason why it was left alone.
+        expected: Whether a reason is one that needs no warning.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    outcome: str
+    detail: str
+    expected: bool = False

@@ -118,10 +118,15 @@ def cache_inputs(node: fx.Node) -> list[fx.Node]:
     return [found for found in _reached(node) if is_cache_like(found)]
 
 
+def made_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the tensors whose elements, moved or changed, may be among those of ``node``; products end the search."""
+    return _reached(node)
+
+
 def _reached(node: fx.Node, cuts: Iterable[fx.Node] = ()) -> Iterator[fx.Node]:
     """Yield the tensors of three dimensions and more that ``node`` is made of, nearest first."""
     writers = _writers(node.graph)
-    seen, front = set(cuts), [node]
+    seen, front = set(cuts), [] if _plain_name(node) in MIXING else [node]
     for _ in range(_REACH):
         following: list[fx.Node] = []
         for current in front:

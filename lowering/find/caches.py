@@ -1,0 +1,196 @@
+"""Say of every cache that enters a graph what becomes of it.
+
+Start from the state: an argument (or an allocation that is returned) of three dimensions or more is a cache if the call
+
+- hands it back longer along one axis, made of its own elements and others; or
+- writes some of its slots in place, from a tensor.
+
+Along the third of four axes, as ``[B, H, S, D]`` grows, that suffices. Along any other axis, and with three or five
+of them, it must also be multiplied with something else that the call computes, as attention does with keys: feature
+maps and hidden states are joined and filled in as well. A convolution or a normalization ends that search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.movement import MIXING, made_of
+from kvq_compile.lowering.find.reasons import NO_CACHE
+from kvq_compile.lowering.find.sites import BY_OPTION
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import (
+    argument,
+    root_of,
+    same,
+    shape_of,
+    source_name,
+    target_name,
+    value_of,
+    writes_in_place,
+)
+from kvq_compile.lowering.sites import SiteReport, StateReport
+
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "flex_attention")
+_BY_SLOT = ("index_copy_", "setitem", "index_put_", "copy_", "scatter_", "masked_scatter_")
+_REACH = 256  # nodes followed from a cache to what reads it
+_ALLOCATED = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "full")
+DENSE = "is stored quantized and read as an ordinary tensor"
+
+
+def find_states(graph: Graph) -> PassReport:
+    """Report on every cache that the call grows or writes: what is not served is told by name.
+
+    Before:  sites, and reports on the attentions that are none
+    After:   the same, ``graph.state_reports``
+    Because: an attention that no finder knows must not hide the cache that it reads.
+    """
+    served = {state.cache: state for state, _ in graph.states()}
+    graph.state_reports = []
+    for node, axis in _caches(graph):
+        shape = tuple(str(size) for size in shape_of(node) or ())
+        name = source_name(node)
+        if node in served:
+            graph.state_reports.append(
+                StateReport(name, shape, "quantized", served[node].life.value)
+            )
+            continue
+        reason = _why_not(graph, node, axis)
+        if isinstance(value_of(node), QuantizedKV):
+            reason = f"{DENSE}: {reason}"
+        expected = reason in (NO_CACHE, BY_OPTION)
+        graph.state_reports.append(StateReport(name, shape, "left alone", reason, expected))
+    return PassReport(tuple(f"{report.name} {report.outcome}" for report in graph.state_reports))
+
+
+def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
+    """Yield the caches of a graph, each with the axis along which it grows or is written, where that is known."""
+    grown = _grown(graph)
+    written = _written(graph)
+    returned = graph.output.all_input_nodes
+    allocated = {node for node in returned if target_name(node) in _ALLOCATED}
+    for node in graph.fx.nodes:
+        value = value_of(node)
+        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+            continue
+        if not value.is_floating_point() or value.dim() not in (3, 4, 5):
+            continue
+        if node.op == "placeholder" and isinstance(value, QuantizedKV):
+            if node in grown or node in written:
+                yield node, grown.get(node, 2)
+        elif (node.op == "placeholder" and (node in grown or node in written)) or (
+            node in allocated and node in written
+        ):
+            axis = grown[node] if node in grown else written[node]
+            if (value.dim(), axis) == (4, 2) or _is_multiplied(node):
+                yield node, axis
+
+
+def _grown(graph: Graph) -> dict[fx.Node, int]:
+    """Return the arguments that leave the call longer along one axis, with that axis."""
+    found: dict[fx.Node, int] = {}
+    for result in graph.output.all_input_nodes:
+        shape = shape_of(result)
+        if shape is None or len(shape) not in (3, 4, 5):
+            continue
+        longest = 0  # of several arguments that a result joins, the cache is the longest
+        for node in made_of(result):
+            before = shape_of(node)
+            if node.op != "placeholder" or before is None or len(before) != len(shape):
+                continue
+            if value_of(node).dtype != value_of(result).dtype:
+                continue
+            longer = [axis for axis in range(len(shape)) if not same(before[axis], shape[axis])]
+            if len(longer) != 1:
+                continue
+            (axis,) = longer
+            if longest < _hint(before[axis]) < _hint(shape[axis]):
+                longest, cache = _hint(before[axis]), (node, axis)
+        if longest:
+            found.setdefault(*cache)
+    return found
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 0
+    return int(size)
+
+
+def _written(graph: Graph) -> dict[fx.Node, int | None]:
+    """Return the tensors some of whose slots the call writes in place, with the axis of the slots."""
+    found: dict[fx.Node, int | None] = {}
+    for node in graph.fx.nodes:
+        if target_name(node) not in _BY_SLOT or not writes_in_place(node):
+            continue
+        memory = root_of(node.args[0])
+        source = _source(node)
+        whole, part = shape_of(memory), shape_of(source)
+        if not isinstance(memory, fx.Node) or whole is None or part is None or len(part) < 2:
+            continue
+        if len(part) == len(whole):
+            axes = [axis for axis in range(len(whole)) if not same(whole[axis], part[axis])]
+            if axes:
+                found.setdefault(memory, axes[0] if len(axes) == 1 else None)
+        else:
+            found.setdefault(memory, None)
+    return found
+
+
+def _source(write: fx.Node) -> Any:
+    """Return what a write in place takes its elements from."""
+    place, name = {
+        "index_copy_": (3, "source"),
+        "copy_": (1, "src"),
+        "scatter_": (3, "src"),
+    }.get(target_name(write), (2, "values"))
+    return argument(write, place, name)
+
+
+def _is_multiplied(cache: fx.Node) -> bool:
+    return any(target_name(node) in PRODUCTS for node in _followed(cache))
+
+
+def _followed(cache: fx.Node) -> Iterator[fx.Node]:
+    """Yield what a cache and its copies reach, products and the softmax behind them included."""
+    seen: set[fx.Node] = {cache}
+    front = [cache]
+    while front and len(seen) < _REACH:
+        node = front.pop(0)
+        for user in node.users:
+            if user in seen or user.op == "output":
+                continue
+            seen.add(user)
+            yield user
+            if target_name(user) not in MIXING or target_name(user) in (*PRODUCTS[:4], "linear"):
+                front.append(user)
+        if target_name(node) in _BY_SLOT and isinstance(node.args[0], fx.Node):
+            memory = root_of(node.args[0])
+            if memory not in seen:
+                seen.add(memory)
+                front.append(memory)
+
+
+def _why_not(graph: Graph, cache: fx.Node, axis: int | None) -> str:
+    """Return why a cache is not served."""
+    refused: dict[str, SiteReport] = {
+        report.node: report for report in graph.reports if report.outcome == "left alone"
+    }
+    met = [refused[node.name] for node in _followed(cache) if node.name in refused]
+    told = [report.detail for report in met if report.detail != NO_CACHE]
+    if told:
+        return told[0]
+    dims = len(shape_of(cache) or ())
+    if dims != 4:
+        return f"it has {dims} dimensions; caches of four, [B, H, S, D], are served"
+    if axis != 2:
+        if axis is None:
+            return "it is written at something else than whole tokens"
+        return f"it grows along dimension {axis}; caches [B, H, S, D] that grow along 2 are served"
+    if not _is_multiplied(cache):
+        return "no attention reads it in the graph that writes it (a graph break between the two?)"
+    return "what reads it is no softmax attention that is rewritten"
