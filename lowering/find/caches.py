@@ -12,7 +12,7 @@ maps and hidden states are joined and filled in as well. A convolution or a norm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,8 +69,8 @@ def find_states(graph: Graph) -> PassReport:
 
 def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
     """Yield the caches of a graph, each with the axis along which it grows or is written, where that is known."""
-    grown = _grown(graph)
     written = _written(graph)
+    grown = _grown(graph, written)
     returned = graph.output.all_input_nodes
     allocated = {node for node in returned if target_name(node) in _ALLOCATED}
     for node in graph.fx.nodes:
@@ -90,7 +90,7 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
                 yield node, axis
 
 
-def _grown(graph: Graph) -> dict[fx.Node, int]:
+def _grown(graph: Graph, written: Mapping[fx.Node, int | None]) -> dict[fx.Node, int]:
     """Return the arguments that leave the call longer along one axis, with that axis."""
     found: dict[fx.Node, int] = {}
     for result in graph.output.all_input_nodes:
@@ -104,6 +104,8 @@ def _grown(graph: Graph) -> dict[fx.Node, int]:
                 continue
             if value_of(node).dtype != value_of(result).dtype:
                 continue
+            if result in written and not isinstance(value_of(node), QuantizedKV):
+                continue  # tokens written into an allocation, which is the cache
             longer = [axis for axis in range(len(shape)) if not same(before[axis], shape[axis])]
             if len(longer) != 1:
                 continue
