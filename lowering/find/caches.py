@@ -59,10 +59,10 @@ def find_states(graph: Graph) -> PassReport:
                 StateReport(name, shape, "quantized", served[node].life.value)
             )
             continue
-        reason = _why_not(graph, node, axis)
-        if isinstance(value_of(node), QuantizedKV):
+        reason = graph.thaw or _why_not(graph, node, axis)
+        if graph.thaw is None and isinstance(value_of(node), QuantizedKV):
             reason = f"{DENSE}: {reason}"
-        expected = reason in (NO_CACHE, BY_OPTION)
+        expected = reason in (NO_CACHE, BY_OPTION, graph.thaw)  # a call that thaws tells so itself
         graph.state_reports.append(StateReport(name, shape, "left alone", reason, expected))
     return PassReport(tuple(f"{report.name} {report.outcome}" for report in graph.state_reports))
 
@@ -97,8 +97,11 @@ def _grown(graph: Graph, written: Mapping[fx.Node, int | None]) -> dict[fx.Node,
         shape = shape_of(result)
         if shape is None or len(shape) not in (3, 4, 5):
             continue
+        parts = list(made_of(result))
+        if any(node in written and node.op == "placeholder" for node in parts):
+            continue  # made of a buffer that the call writes in place, which is told itself
         longest = 0  # of several arguments that a result joins, the cache is the longest
-        for node in made_of(result):
+        for node in parts:
             before = shape_of(node)
             if node.op != "placeholder" or before is None or len(before) != len(shape):
                 continue
