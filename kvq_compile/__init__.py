@@ -41,7 +41,8 @@ __all__ = [
     "report",
 ]
 
-# Imported when first used: torch's compiler takes seconds, which `kvq --help` need not wait for.
+# Imported when first used: torch's compiler takes seconds, which `kvq --help` need not wait for. No module has the
+# name of something public: once imported it would stand in its place.
 _HOMES = {
     "api": ("compile", "quantize_cache_"),
     "bounds": ("error_bound",),

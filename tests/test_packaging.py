@@ -105,6 +105,16 @@ def test_every_module_is_in_the_source_distribution(distributed: set[str]) -> No
     assert modules - distributed == set()
 
 
+def test_no_module_hides_something_public() -> None:
+    """A module `report` would take the place of the function `report` as soon as anything imports it."""
+    import kvq_compile
+
+    folder = ROOT / "kvq_compile"
+    modules = {path.stem if path.is_file() else path.name for path in folder.iterdir()}
+    assert {"reports", "options", "kernels"} <= modules
+    assert modules & set(kvq_compile.__all__) == set()
+
+
 def test_the_version_is_written_once() -> None:
     import kvq_compile
 
