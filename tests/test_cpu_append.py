@@ -1,6 +1,7 @@
 """What the CPU backend writes, cuts and reads is what the specification does, bit by bit."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -12,15 +13,16 @@ from torch import Tensor
 from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cpu import append, backend, native
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import Layout, Regions
+from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
-from kvq_compile.kernels.schemes import Codebook, Uniform
+from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.testing import DTYPES, kv_tensors, lengths
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from uncalibrated import Framed, mixed_layouts, plain_layouts
 
 BATCH, HEADS, PAGES = 2, 2, 4
+ROLES: tuple[Role, ...] = ("key", "value")
 EVERY_DTYPE = (*DTYPES, torch.float64)
 
 
@@ -173,3 +175,39 @@ def test_a_page_read_for_attention_is_turned_as_the_specification_turns_it() -> 
     tokens = reference.dequantize_packed(codes, params, layout, calibrated)
     order = calibrated.section("order", layout)[None, :, None].long()
     assert torch.equal(turned.flatten(2, 3), tokens.gather(-1, order.expand(tokens.shape)))
+
+
+SIZES = (8, 16, 20, 24, 40, 72, 80, 100, 112, 136, 320, 576)
+WIDTHS = (8, 4, 3, 2, 1.5, 1)
+
+
+def sized_layouts(head_dim: int) -> list[tuple[Layout, Layout]]:
+    """Return the layouts of keys and values, of every width, that heads of a size can have."""
+    found = []
+    for bits in WIDTHS:
+        scheme = Uniform(bits, group_size=4, packing="trits" if bits == 1.5 else "fields")
+        with suppress(ValueError):  # rows that are no whole words
+            roles = (Layout(role, head_dim, Regions(1, 3, 32), scheme) for role in ROLES)
+            found.append(tuple(roles))
+    return found
+
+
+@pytest.mark.parametrize("head_dim", SIZES)
+def test_every_head_size_that_a_layout_allows_is_served(head_dim: int) -> None:
+    pairs = sized_layouts(head_dim)
+    # A row of keys fills whole words: of one bit if 16 divides it, of two if 8 does, of four if 4 does.
+    assert len(pairs) == {0: 6, 8: 4}.get(head_dim % 16, 3)
+    generator = torch.Generator().manual_seed(head_dim)
+    x = torch.randn(2, 1, HEADS, 80, head_dim, generator=generator)
+    query = torch.randn(1, 2 * HEADS, 1, head_dim, generator=generator)
+    for layouts in pairs:
+        twins = [Twins((layout, UNCALIBRATED), x[0]) for layout in layouts]
+        for twin, tokens in zip(twins, x, strict=True):
+            twin.append(tokens[:, :, :79], 0)
+            twin.assert_equal()
+            twin.assert_read_alike(79)
+        new = x[0, :, :, 79:], x[1, :, :, 79:]
+        about = UNCALIBRATED, UNCALIBRATED, None, None, 79, Score(head_dim**-0.5), *layouts
+        ours = backend.attend(query, *new, twins[0].ours, twins[1].ours, *about)
+        expected = specification.attend(query, *new, twins[0].ours, twins[1].ours, *about)
+        torch.testing.assert_close(ours, expected)

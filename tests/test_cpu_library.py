@@ -3,12 +3,18 @@
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from kvq_compile import QuantizedKV, make_spec
+from kvq_compile.kernels import ops
 from kvq_compile.kernels.cpu import library, native
+from kvq_compile.kernels.layout import Score
 
 NOBODY_HOME = "HOME", "XDG_CACHE_HOME"
 
@@ -157,3 +163,26 @@ def test_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "INTERFACE", native.INTERFACE.replace("is_key", "is_value"))
     with pytest.raises(RuntimeError, match="interface"):
         native._functions.__wrapped__()
+
+
+def attended() -> torch.Tensor:
+    """Return attention over 300 tokens in a cache and one new one."""
+    x = torch.randn(1, 1, 301, 64, generator=torch.Generator().manual_seed(0))
+    layouts = [make_spec("int8").layout(role, 64) for role in ("key", "value")]
+    caches = [QuantizedKV.from_dense(x[:, :, :300], layout).parts for layout in layouts]
+    new = x[:, :, 300:]
+    return ops.attend(new, new, new, *caches, [], None, None, 300, Score(0.125), *layouts)
+
+
+def test_a_machine_without_a_compiler_is_served_slowly_and_told_once(tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PATH": "/nowhere"}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+    command = [sys.executable, "-W", "always", __file__, str(tmp_path / "attended.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("slow torch operations") == 1
+    torch.testing.assert_close(torch.load(tmp_path / "attended.pt"), attended())
+
+
+if __name__ == "__main__":
+    torch.save(attended(), sys.argv[1])
