@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.opaque_object import register_opaque_type
-from torch._opaque_base import OpaqueBase
+from torch._opaque_base import OpaqueBase, OpaqueBaseMeta
 
 from kvq_compile.kernels.adaptive.targets import length_class, target_bounds
 from kvq_compile.kernels.schemes import (
@@ -33,6 +33,7 @@ from kvq_compile.kernels.schemes import (
     Adaptive,
     Codebook,
     Grouping,
+    Interned,
     Mixed,
     Packing,
     Params,
@@ -49,8 +50,12 @@ HIDES = -1e4  # an additive mask of this or less leaves a token no weight
 QUERIES = 5  # whose attention mixed pages go by, the last; the paper's attention window
 
 
+class InternedOpaque(Interned, OpaqueBaseMeta):
+    """`Interned`, of values that are constants of graphs."""
+
+
 @dataclass(frozen=True, repr=False)
-class Regions:
+class Regions(metaclass=Interned):
     """Which tokens of a cache are exact.
 
     Args:
@@ -81,7 +86,7 @@ class Regions:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Layout(OpaqueBase):
+class Layout(OpaqueBase, metaclass=InternedOpaque):
     """Fix the place of every bit of one packed tensor.
 
     With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N = page_size`` tokens and ``D = head_dim``::
