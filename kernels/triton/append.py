@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
-from kvq_compile.kernels.triton import codebook, mixed_write, uniform
+from kvq_compile.kernels.triton import mixed_write
 from kvq_compile.kernels.triton.arguments import (
     HeadWeights,
     at_head,
@@ -49,6 +49,7 @@ from kvq_compile.kernels.triton.residual import (
     write_queries,
     write_rows,
 )
+from kvq_compile.kernels.triton.schemes import page_codes, write_params
 
 MAX_ARRIVALS = (1 << 11) - 1  # in the upper bits of cursor[1]
 TILE = 4096  # elements a program holds at once: 32 fp32 registers of each of 128 threads
@@ -80,21 +81,12 @@ def _reopen(source, page, calibration, CONSTANTS: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def _page_codes(source, page, scratch, token, part, exists, CONSTANTS: tl.constexpr):
-    """Return the codes (int32) of a page, ``part`` counting those of a token."""
-    if CONSTANTS.scheme == "codebook":
-        return codebook.page_codes(scratch, token, part, exists, CONSTANTS)
-    else:
-        return uniform.page_codes(source, page.params, scratch, token, part, exists, CONSTANTS)
-
-
-@triton.jit
 def _row_codes(source, page, scratch, row, index, exists, CONSTANTS: tl.constexpr):
     """Return the codes (int32) of a page's packed rows: tokens of keys, channels of values."""
     if CONSTANTS.role == "key":
-        code = _page_codes(source, page, scratch, row, index, exists, CONSTANTS)
+        code = page_codes(source, page, scratch, row, index, exists, CONSTANTS)
     else:
-        code = _page_codes(source, page, scratch, index, row, exists, CONSTANTS)
+        code = page_codes(source, page, scratch, index, row, exists, CONSTANTS)
     return code
 
 
@@ -177,10 +169,7 @@ def _quantize_page(
     if CONSTANTS.scheme == "mixed":
         mixed_write.quantize_page(page, scratch, weights, source.first, CONSTANTS, TILE)
     else:
-        if CONSTANTS.scheme == "codebook":
-            codebook.find_entries(scratch, calibration.book, CONSTANTS, TILE)
-        else:
-            uniform.write_params(source, page.params, scratch, calibration.tables, CONSTANTS, TILE)
+        write_params(source, page, scratch, calibration, CONSTANTS, TILE)
         tl.debug_barrier()
         _pack(source, page, scratch, CONSTANTS, TILE)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
-from kvq_compile.kernels.triton import codebook, mixed, uniform
 from kvq_compile.kernels.triton.arguments import (
     at_page,
     bundle_cache,
@@ -19,6 +18,7 @@ from kvq_compile.kernels.triton.arguments import (
 )
 from kvq_compile.kernels.triton.coded_form import ring_row
 from kvq_compile.kernels.triton.constants import ReadConstants
+from kvq_compile.kernels.triton.schemes import load_elements
 from kvq_compile.kernels.triton.transforms import (
     denormalize,
     hadamard,
@@ -27,18 +27,6 @@ from kvq_compile.kernels.triton.transforms import (
 )
 
 TILE = 4096  # elements a program holds at once
-
-
-@triton.jit
-def _load_elements(page, book, token, channel, exists, CONSTANTS: tl.constexpr):
-    """Return the elements (fp32) that a page stands for, in the basis in which they were coded."""
-    if CONSTANTS.scheme == "mixed":
-        return mixed.load_elements(page, token, channel, exists, CONSTANTS)
-    elif CONSTANTS.scheme == "codebook":
-        y = codebook.load_elements(page.codes, book, token, channel, exists, CONSTANTS)
-        return y.to(tl.float32)
-    else:
-        return uniform.load_elements(page, token, channel, exists, CONSTANTS)
 
 
 @triton.jit
@@ -55,7 +43,7 @@ def store_tokens(rows, page, calibration, slot, token, real, CONSTANTS: tl.const
     channel = tl.arange(0, triton.next_power_of_2(CHANNELS))[None, :]
     inside = channel < CHANNELS
     exists = real & inside
-    y = _load_elements(page, book, token, channel, exists, CONSTANTS)
+    y = load_elements(page, book, token, channel, exists, CONSTANTS)
     if CONSTANTS.transform == "hadamard":
         y = hadamard(y, HEAD_DIM)
     order = channel
@@ -64,7 +52,7 @@ def store_tokens(rows, page, calibration, slot, token, real, CONSTANTS: tl.const
         order = load_table(tables, channel, inside, "order", CONSTANTS)
     if CONSTANTS.rotary:
         other = channel + CHANNELS
-        z = _load_elements(page, book, token, other, exists, CONSTANTS)
+        z = load_elements(page, book, token, other, exists, CONSTANTS)
         z = denormalize(z, tables, other, inside, CONSTANTS)
         cosine, sine = rotary_angle(slot, channel, inside, calibration, CONSTANTS)
         y, z = y * cosine - z * sine, z * cosine + y * sine

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.triton import codebook, uniform
+from kvq_compile.kernels.triton import uniform
 from kvq_compile.kernels.triton.constants import section_start
 from kvq_compile.kernels.triton.primitives import HIDDEN, WEIGHT_BIAS, load_mask, softmax_update
+from kvq_compile.kernels.triton.schemes import read_key_halves, read_keys, read_values
 from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table
 
 
@@ -68,46 +69,6 @@ class ValuePages(NamedTuple):
     codes: Any
     params: Any
     book: Any
-
-
-# --- schemes --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _read_keys(codes, book, channel, exists, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return a page of keys: codes, which lack their parameters, or centroids."""
-    if KEY.scheme == "codebook":
-        return codebook.read_keys(codes, book, channel, exists, KEY, LAUNCH)
-    else:
-        return uniform.read_keys(codes, channel, exists, KEY, LAUNCH)
-
-
-@triton.jit
-def _read_values(codes, book, VALUE: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return a page of values: codes, which lack their parameters, or centroids."""
-    if VALUE.scheme == "codebook":
-        return codebook.read_values(codes, book, VALUE, LAUNCH)
-    else:
-        return uniform.read_values(codes, VALUE, LAUNCH)
-
-
-@triton.jit
-def _read_key_halves(
-    codes, params, book, KEY: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
-    LAUNCH: tl.constexpr,
-):  # fmt: skip
-    """Return ``ROWS`` keys of a page from ``FIRST`` on, dequantized, as two tiles ``[ROWS, columns / 2]``."""
-    HALF: tl.constexpr = KEY.head_dim // 2
-    channel, exists = uniform.tile_channels(KEY.columns // 2, HALF, KEY)
-    if KEY.scheme == "codebook":
-        return codebook.read_key_halves(codes, book, channel, exists, KEY, FIRST, ROWS, LAUNCH)
-    else:
-        a, b = uniform.read_key_halves(codes, channel, exists, KEY, FIRST, ROWS, LAUNCH)
-        a = uniform.dequantize_keys(params, a, channel, exists, KEY, FIRST, 0, LAUNCH.fast)
-        b = uniform.dequantize_keys(
-            params, b, HALF + channel, exists, KEY, FIRST, HALF, LAUNCH.fast
-        )
-        return a, b
 
 
 # --- rotation -------------------------------------------------------------------------------------
@@ -172,7 +133,7 @@ def _rotary_scores(
 ):  # fmt: skip
     """Return the scores ``[ROWS, queries]`` of the tokens of a page from ``FIRST`` on."""
     FAST: tl.constexpr = LAUNCH.fast
-    a, b = _read_key_halves(codes, params, book, KEY, FIRST, ROWS, LAUNCH)
+    a, b = read_key_halves(codes, params, book, KEY, FIRST, ROWS, LAUNCH)
     a, b = _add(a, mean[0][None, :], FAST), _add(b, mean[1][None, :], FAST)
     a, b = _rotate_keys(a, b, angle[0], angle[1], FAST)
     k = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, KEY.columns))
@@ -317,10 +278,10 @@ def attend_pages(
             scores, q_a, q_b = _rotary_page_scores(
                 k_codes, k_params, book, q_a, q_b, mean, angle, step, KEY, LAUNCH
             )
-            v = _read_values(v_codes, values.book, VALUE, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, LAUNCH)
         else:
-            k = _read_keys(k_codes, book, channel, channel_ok, KEY, LAUNCH)
-            v = _read_values(v_codes, values.book, VALUE, LAUNCH)
+            k = read_keys(k_codes, book, channel, channel_ok, KEY, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, LAUNCH)
             scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, LAUNCH)
         slot = KEY.sinks + page * PAGE + tl.arange(0, PAGE)
         if LAUNCH.mask_kind > 0:
