@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 FULL = slice(None)
@@ -188,14 +189,32 @@ def writes_in_place(node: fx.Node) -> bool:
 
 
 def root_of(node: Any) -> Any:
-    """Return the tensor whose memory ``node`` may share: the start of its chain of views and in-place writes."""
-    while (
-        isinstance(node, fx.Node)
-        and node.args
-        and (target_name(node) in VIEWS or _returns_its_input(node))
-    ):
-        node = node.args[0]
+    """Return the tensor whose memory ``node`` may share: the start of its chain of views and in-place writes.
+
+    Dynamo's example values tell: a view and what it is a view of have one storage. Where it keeps none, and of
+    quantized caches, which have none of their own, the names of views tell.
+    """
+    while isinstance(node, fx.Node):
+        memory = _memory(node)
+        source = next((n for n in node.all_input_nodes if _memory(n) & memory), None)
+        if source is None:
+            first = node.args[0] if node.args else None
+            by_name = target_name(node) in VIEWS or _returns_its_input(node)
+            if not by_name or not isinstance(first, fx.Node) or (memory and _memory(first)):
+                return node
+            source = first
+        node = source
     return node
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """Return the storages of the tensors that a node stands for; empty where they are not known."""
+    value = value_of(node)
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    try:
+        return {x.untyped_storage()._cdata for x in values if type(x) in (FakeTensor, torch.Tensor)}
+    except (NotImplementedError, RuntimeError):
+        return set()  # what functorch wraps has no storage
 
 
 def _returns_its_input(node: fx.Node) -> bool:
