@@ -7,6 +7,7 @@ write into such a piece would be lost, and is refused (`slice_copy`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,14 +27,17 @@ def slice_copy(x: QuantizedKV, rows: Callable[[Tensor], Tensor]) -> QuantizedKV:
 
 def _split(x: QuantizedKV, size: int | Sequence[int], dim: int = 0) -> Any:
     """Split along the batch into pieces of ``size``, or of the sizes that it lists."""
-    if dim % 4 != 0:
+    if dim % 4 != 0 or size == 0:
         return NotImplemented
-    places = torch.arange(x.shape[0], dtype=torch.int64, device="cpu").split(size)
-    return [slice_copy(x, _rows(place)) for place in places]
+    B = x.shape[0]
+    lengths = [size] * -(-B // size) if isinstance(size, int) else list(size)
+    if not isinstance(size, int) and sum(lengths) != B:
+        return NotImplemented  # torch says what does not fit
+    ends = list(accumulate(lengths))
+    return [slice_copy(x, _rows(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
 
 
-def _rows(place: Tensor) -> Callable[[Tensor], Tensor]:
-    first, last = int(place[0]), int(place[-1]) + 1
+def _rows(first: int, last: int) -> Callable[[Tensor], Tensor]:
     return lambda part: part[first:last].clone()
 
 

@@ -156,6 +156,6 @@ def blocks(packed: PackedTensor, pages: slice) -> Iterator[slice]:
     """Yield runs of pages that are small enough to be held as fp32."""
     B, H = packed.parts.codes.shape[:2]
     layout = packed.layout
-    step = max(1, SCRATCH_ELEMENTS // (B * H * layout.page_size * layout.head_dim))
+    step = max(1, SCRATCH_ELEMENTS // (max(1, B * H) * layout.page_size * layout.head_dim))
     for first in range(pages.start, pages.stop, step):
         yield slice(first, min(first + step, pages.stop))
