@@ -155,7 +155,7 @@ def outcome(name, place):
     try:
         method = getattr(cache, name)
         got = method(*arguments) if callable(method) else method
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         said = str(error)
         return "refused" if "QuantizedKV" in said and torch.equal(cache.dequantize(), before) else "unclear: " + said
     except Exception as error:

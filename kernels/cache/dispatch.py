@@ -146,6 +146,7 @@ def _write(
             return
         _check_writable(cache)
         _check_slots(cache, position, start, int(count))
+        x = x.to(cache.dtype)
         if cache.kind == "grown":
             first = int(position[0]) if start is None else start  # type: ignore[index]
             with cache._lineage.overwritten(cache, first):
