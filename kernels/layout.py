@@ -28,12 +28,11 @@ from torch._opaque_base import OpaqueBase, OpaqueBaseMeta
 from kvq_compile.kernels.adaptive.targets import length_class, target_bounds
 from kvq_compile.kernels.schemes import (
     PAGE_SIZES,
+    SCHEMES,
     TRITS,
     UNIT_BITS,
     Adaptive,
-    Codebook,
     Grouping,
-    Interned,
     Mixed,
     Packing,
     Params,
@@ -41,10 +40,10 @@ from kvq_compile.kernels.schemes import (
     Scheme,
     Transform,
     Uniform,
-    check,
-    check_integers,
+    as_mixed,
 )
 from kvq_compile.kernels.tables import NO_TABLES, Tables
+from kvq_compile.kernels.values import Interned, check, check_integers
 
 HIDES = -1e4  # an additive mask of this or less leaves a token no weight
 QUERIES = 5  # whose attention mixed pages go by, the last; the paper's attention window
@@ -228,7 +227,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     @cached_property
     def group_size(self) -> int:
         """Elements that share parameters."""
-        size = self.scheme.group_size if isinstance(self.scheme, Uniform) else None
+        size = self.scheme.group_size
         return self.head_dim if size is None else size
 
     @cached_property
@@ -319,12 +318,12 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     @cached_property
     def param_numbers(self) -> int:
         """Numbers of a parameter: scale and zero point, or one byte of a record."""
-        return 1 if isinstance(self.scheme, Mixed) else 2
+        return self.scheme.param_numbers
 
     @cached_property
     def has_byte_params(self) -> bool:
         """Whether parameters are bytes."""
-        return isinstance(self.scheme, Mixed) or self.params == "fp8"
+        return self.scheme.byte_params
 
     @cached_property
     def bits_per_element(self) -> float:
@@ -337,10 +336,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     @property
     def about(self) -> str:
         """Codes in words: ``"2-bit"``, ``"2-bit group-24"``, ``"4 channels in 8 bits"``."""
-        whole = self.head_dim if self.grouping == "token" else self.page_size
-        if not isinstance(self.scheme, Uniform) or self.group_size == whole:
-            return self.scheme.about
-        return f"{self.scheme.about} group-{self.group_size}"
+        return self.scheme.describe(self.head_dim, self.page_size)
 
     # Mixed pages
 
@@ -351,19 +347,17 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         Raises:
             TypeError: The layout has another scheme.
         """
-        if not isinstance(self.scheme, Mixed):
-            raise TypeError(f"the scheme must be Mixed, got {self.scheme}")
-        return self.scheme
+        return as_mixed(self.scheme)
 
     @cached_property
     def attentive(self) -> bool:
         """Whether tokens get bits by the attention that they get."""
-        return isinstance(self.scheme, Mixed) and self.scheme.attentive
+        return self.scheme.attentive
 
     @cached_property
     def adaptive(self) -> Adaptive | None:
         """What happens to mixed pages beyond distributing their bits, if anything."""
-        return self.scheme.adaptive if isinstance(self.scheme, Mixed) else None
+        return self.scheme.adaptive
 
     @cached_property
     def keep_exact(self) -> bool:
@@ -396,9 +390,6 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     def bound_at(self, end: int) -> float:
         """Return the bound of a mixed page that ends before slot ``end``; 0 where there is no target."""
         return self.bounds[length_class(end)] if self.bounds else 0.0
-
-
-SCHEMES: tuple[type[Scheme], ...] = (Uniform, Codebook, Mixed)
 
 
 @dataclass(frozen=True)
@@ -460,10 +451,11 @@ class CacheSpec:
     def __post_init__(self) -> None:
         _ = self.regions  # which checks itself
         check(
-            isinstance(self.key, Mixed) == isinstance(self.value, Mixed),
-            "keys and values must both be in mixed pages, or neither",
+            self.key.reader == self.value.reader,
+            "keys and values must both be in mixed pages, or neither, "
+            f"got {self.key.name} and {self.value.name}",
         )
-        adaptive = self.key.adaptive if isinstance(self.key, Mixed) else None
+        adaptive = self.key.adaptive
         check(
             adaptive is None or adaptive.target == 0 or adaptive.query_norm > 0,
             "query_norm must be positive for a target of keys, got 0",
@@ -507,7 +499,7 @@ class CacheSpec:
         Raises:
             ValueError: ``head_dim`` cannot be packed or grouped as the spec says.
         """
-        attentive = any(isinstance(s, Mixed) and s.attentive for s in (self.key, self.value))
+        attentive = self.key.attentive or self.value.attentive
         shared_by = shared_by if attentive and role == "key" else 0
         return _layout(
             *(role, head_dim, self.regions, self.scheme(role)),

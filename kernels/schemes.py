@@ -3,17 +3,33 @@
 A scheme is a small frozen dataclass with its own checks. It knows neither regions nor a cache: `Layout` asks it for
 the shapes of codes and parameters of a page of ``page_size`` tokens of ``head_dim`` channels. Calibrated tables are
 named by their digest (`Tables.digest`), so that a scheme is a value; the tables themselves travel as tensors.
+
+What a scheme has besides its fields, the same for all of its kind unless said otherwise:
+
+    name           its file in `reference` and in each backend, and its word in saved caches
+    reader         loop of attention over its pages: keys and values must have the same
+    param_numbers  numbers of a parameter: scale and zero point, or one byte of a record
+    byte_params    whether parameters are bytes; depends on their format
+    entries        vectors of the codebook that its tables hold, if any
+    attentive      whether bits go by the attention that tokens get
+    adaptive       what happens to pages after they are packed, if anything
+    keeps_codes    whether tokens of a page that was cut keep their codes when it fills again
+    takes_bias     whether keys may be coded relative to the bias of their projection
+    parts          fields that are dataclasses, which a saved cache lists among its own
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from kvq_compile.kernels.adaptive.options import Adaptive as Adaptive
 from kvq_compile.kernels.tables import NO_TABLES
+from kvq_compile.kernels.values import Interned, changed_fields, check, check_flags, check_integers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Grouping = Literal["token", "channel"]
 Role = Literal["key", "value"]
@@ -30,56 +46,6 @@ MAX_BITS = 8  # of a token in mixed pages
 HEADER = MAX_BITS  # units of a mixed page; also what keeps rows of 128 channels aligned to 16 bytes
 FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
 OUTLIER_FIELDS = 3  # channel, low byte, high byte
-
-
-class Interned(type):
-    """Metaclass of values: equal arguments give one object, which is made and checked once.
-
-    Code that Inductor generates spells a layout out where it is an argument, and so makes it anew at each call: 16
-    of them took a fifth of a decoded token of a small model.
-    """
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return the object that these arguments, of these types, have made."""
-        try:
-            return _interned(cls, *args, **kwargs)
-        except TypeError:  # refused, or an argument without a hash: say what the class says
-            return super().__call__(*args, **kwargs)
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _interned(cls: type, *args: Any, **kwargs: Any) -> Any:
-    return type.__call__(cls, *args, **kwargs)
-
-
-def check(ok: bool, message: str) -> None:
-    """Raise ``ValueError`` with a message unless a condition holds."""
-    if not ok:
-        raise ValueError(message)
-
-
-def check_integers(**values: object) -> None:
-    """Raise ``TypeError`` for the first value that is no integer."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-
-
-def check_flags(**values: object) -> None:
-    """Raise ``TypeError`` for the first value that is neither True nor False."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def changed_fields(x: object) -> str:
-    """Return ``Class(field=value, ...)`` of a dataclass, fields that have their default left out."""
-    shown = [
-        f"{f.name}={getattr(x, f.name)!r}"
-        for f in fields(x)  # type: ignore[arg-type]
-        if getattr(x, f.name) != f.default
-    ]
-    return f"{type(x).__name__}({', '.join(shown)})"
 
 
 def _check_format(params: str, transform: str, rotary: bool, tables: str) -> None:
@@ -115,8 +81,24 @@ def _planes(bits: float) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if whole & width)
 
 
+class _Codes:
+    """What schemes have in common whose pages are codes and parameters of groups."""
+
+    reader: ClassVar[str] = "pages"
+    param_numbers: ClassVar[int] = 2
+    attentive: ClassVar[bool] = False
+    adaptive: ClassVar[None] = None
+    keeps_codes: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, type]] = {}
+
+    def unused_bits(self, codes: Tensor, page_size: int) -> float:
+        """Return the bits of packed pages that no token uses: there are none."""
+        del codes, page_size
+        return 0.0
+
+
 @dataclass(frozen=True, repr=False)
-class Uniform(metaclass=Interned):
+class Uniform(_Codes, metaclass=Interned):
     """A group of elements shares a scale and a zero point: a code ``c`` stands for ``c * scale + zero``.
 
     Args:
@@ -141,6 +123,7 @@ class Uniform(metaclass=Interned):
 
     name: ClassVar[str] = "uniform"
     couple: ClassVar[int] = 1
+    entries: ClassVar[int] = 0
 
     bits: float = 4
     grouping: Grouping = "token"
@@ -237,13 +220,24 @@ class Uniform(metaclass=Interned):
         return page_size // self.group_size, head_dim
 
     @property
-    def about(self) -> str:
-        """Codes in words: ``"2-bit"``."""
-        return f"{self.bits:g}-bit"
+    def byte_params(self) -> bool:
+        """Whether parameters are bytes."""
+        return self.params == "fp8"
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether keys may be coded relative to the bias of their projection."""
+        return self.transform == "none"
+
+    def describe(self, head_dim: int, page_size: int) -> str:
+        """Return codes in words: ``"2-bit"``, ``"2-bit group-24"``."""
+        whole = head_dim if self.grouping == "token" else page_size
+        group = "" if self.group_size == whole else f" group-{self.group_size}"
+        return f"{self.bits:g}-bit{group}"
 
 
 @dataclass(frozen=True, repr=False)
-class Codebook(metaclass=Interned):
+class Codebook(_Codes, metaclass=Interned):
     """``couple`` neighbouring channels of a token share an index, which stands for one of ``2 ** bits`` vectors.
 
     Args:
@@ -261,8 +255,11 @@ class Codebook(metaclass=Interned):
     packing: ClassVar[Packing] = "fields"
     params: ClassVar[Params] = "fp16"
     grouping: ClassVar[Grouping] = "token"
+    group_size: ClassVar[None] = None
     transform: ClassVar[Transform] = "none"
     clip: ClassVar[float] = 1.0
+    byte_params: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
 
     bits: int
     couple: int
@@ -323,43 +320,14 @@ class Codebook(metaclass=Interned):
         return 0, page_size
 
     @property
-    def about(self) -> str:
-        """Codes in words: ``"4 channels in 8 bits"``."""
+    def entries(self) -> int:
+        """Vectors of a codebook."""
+        return 1 << self.bits
+
+    def describe(self, head_dim: int, page_size: int) -> str:
+        """Return codes in words: ``"4 channels in 8 bits"``."""
+        del head_dim, page_size
         return f"{self.couple} channels in {self.bits} bits"
-
-
-@dataclass(frozen=True, repr=False)
-class Adaptive(metaclass=Interned):
-    """What QAQ does to mixed pages beyond distributing a budget; `kernels.adaptive` does it.
-
-    Args:
-        target: Error that is good enough: the standard deviation of an attention weight (keys) or of the output
-            (values). Pages use no more of their budget than it takes. 0: all bits are used.
-        query_norm: Squared norm of a query that few exceed, which a target of keys needs.
-        requantize: Whether tokens of packed pages lose bits that their target needs no more as attention moves on.
-        keep_exact: Whether host memory holds packed tokens exactly, for them to gain bits when attention returns.
-
-    Raises:
-        ValueError: A number is out of its range, or ``requantize`` has no target.
-    """
-
-    target: float = 0.0
-    query_norm: float = 0.0
-    requantize: bool = False
-    keep_exact: bool = False
-
-    def __post_init__(self) -> None:
-        check_flags(requantize=self.requantize, keep_exact=self.keep_exact)
-        check(
-            0 <= self.target < math.inf and 0 <= self.query_norm < math.inf,
-            "target and query_norm must be finite numbers of 0 or more, "
-            f"got {self.target} and {self.query_norm}",
-        )
-        check(
-            not self.requantize or self.target > 0, "requantize must go with a target: give target"
-        )
-
-    __repr__ = changed_fields
 
 
 @dataclass(frozen=True, repr=False)
@@ -386,12 +354,20 @@ class Mixed(metaclass=Interned):
     """
 
     name: ClassVar[str] = "mixed"
+    reader: ClassVar[str] = "mixed"
     couple: ClassVar[int] = 1
     packing: ClassVar[Packing] = "fields"
     grouping: ClassVar[Grouping] = "token"
+    group_size: ClassVar[None] = None
     clip: ClassVar[float] = 1.0
     planes: ClassVar[tuple[int, ...]] = ()
     levels: ClassVar[int] = 0
+    param_numbers: ClassVar[int] = 1
+    byte_params: ClassVar[bool] = True
+    entries: ClassVar[int] = 0
+    keeps_codes: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
+    parts: ClassVar[Mapping[str, type]] = {"adaptive": Adaptive}
 
     bits: float
     min_bits: int = 0
@@ -484,9 +460,19 @@ class Mixed(metaclass=Interned):
         del head_dim
         return self.record_bytes, page_size
 
-    @property
-    def about(self) -> str:
-        """Codes in words: ``"1 to 4 bits (2.5 on average)"``."""
+    def unused_bits(self, codes: Tensor, page_size: int) -> float:
+        """Return the bits an element of packed pages that no token uses: rows behind those of its planes.
+
+        Args:
+            codes: ``[B, H, P, 1, units]`` of one page or more.
+            page_size: Tokens of a page.
+        """
+        used = codes[..., 0, :HEADER].float().sum(-1).mean()
+        return self.bits - float(used) / page_size
+
+    def describe(self, head_dim: int, page_size: int) -> str:
+        """Return codes in words: ``"1 to 4 bits (2.5 on average)"``."""
+        del head_dim, page_size
         average, exact = f"{self.bits:g} on average", ""
         if self.adaptive is not None and self.adaptive.target:
             average = f"at most {average}, fewer where they meet target {self.adaptive.target:g}"
@@ -496,6 +482,42 @@ class Mixed(metaclass=Interned):
 
 
 Scheme = Uniform | Codebook | Mixed
+SCHEMES: tuple[type[Scheme], ...] = (Uniform, Codebook, Mixed)
+
+
+def plain_scheme(scheme: Scheme) -> dict[str, Any]:
+    """Return a scheme as numbers and words, the inverse of `load_scheme`."""
+    plain = asdict(scheme)
+    for name in scheme.parts:
+        plain |= plain.pop(name) or {}
+    return {"scheme": scheme.name, **plain}
+
+
+def load_scheme(plain: Mapping[str, Any]) -> Scheme:
+    """Return the scheme that `plain_scheme` wrote.
+
+    Raises:
+        KeyError: There is no such scheme.
+        TypeError: A field is unknown or missing, or of the wrong type.
+        ValueError: A field is out of its range.
+    """
+    own = dict(plain)
+    kind = {kind.name: kind for kind in SCHEMES}[own.pop("scheme")]
+    for name, part in kind.parts.items():
+        held = {f.name: own.pop(f.name) for f in fields(part) if f.name in own}
+        own[name] = part(**held) if held else None
+    return kind(**own)
+
+
+def as_mixed(scheme: Scheme) -> Mixed:
+    """Return the scheme of pages whose tokens differ in bits.
+
+    Raises:
+        TypeError: It is another scheme.
+    """
+    if not isinstance(scheme, Mixed):
+        raise TypeError(f"the scheme must be Mixed, got {scheme}")
+    return scheme
 
 
 def scheme_of(options: Mapping[str, Any], tables: str, rotary: bool) -> Uniform | Codebook:

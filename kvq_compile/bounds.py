@@ -54,10 +54,12 @@ stored as something else and have no bound. The computation's own rounding comes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import sympy
 
 from kvq_compile.kernels.layout import CacheSpec
-from kvq_compile.kernels.schemes import Codebook, Mixed, Scheme, Uniform
+from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform
 from kvq_compile.kernels.tables import Tables, read_section
 from kvq_compile.options import make_spec
 
@@ -73,22 +75,19 @@ HEAD_DIM = sympy.Symbol("head_dim", positive=True, integer=True)
 SCALE = sympy.Symbol("scale", positive=True)
 
 
-def element_error(
-    spec: Uniform | Mixed, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
+def _of_mixed(
+    spec: Mixed, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
 ) -> sympy.Expr:
-    """Bound the error of one stored element in the basis in which it is coded.
+    del tables
+    reach = spread / 2 + sympy.Max(largest / 16, sympy.Rational(1, 2**10))
+    segment = sympy.Rational(17, 16 * 2**spec.min_bits) + sympy.Rational(1, 16)
+    widest = reach * (sympy.Rational(17, 8) if spec.fit else segment)
+    return widest + largest * sympy.Rational(1, 2**10)
 
-    Args:
-        spec: How the tensor is coded.
-        tables: Its calibration tables, if it has any.
-        spread: Largest range of a group.
-        largest: Largest magnitude of an element.
-    """
-    if isinstance(spec, Mixed):
-        reach = spread / 2 + sympy.Max(largest / 16, sympy.Rational(1, 2**10))
-        segment = sympy.Rational(17, 16 * 2**spec.min_bits) + sympy.Rational(1, 16)
-        widest = reach * (sympy.Rational(17, 8) if spec.fit else segment)
-        return widest + largest * sympy.Rational(1, 2**10)
+
+def _of_uniform(
+    spec: Uniform, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
+) -> sympy.Expr:
     levels = spec.levels
     clip = sympy.Rational(str(spec.clip))
     if tables is not None:
@@ -107,6 +106,29 @@ def element_error(
     if spec.transform == "hadamard":
         error += largest * HEAD_DIM ** sympy.Rational(3, 2) / 2**23
     return error
+
+
+# By the scheme's name; the error of schemes that are not among them is measured.
+_ELEMENT_ERRORS: dict[str, Callable[..., sympy.Expr]] = {"uniform": _of_uniform, "mixed": _of_mixed}
+
+
+def is_derived(spec: Scheme) -> bool:
+    """Return whether the error of an element has a bound that follows from the scheme."""
+    return spec.name in _ELEMENT_ERRORS
+
+
+def element_error(
+    spec: Scheme, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
+) -> sympy.Expr:
+    """Bound the error of one stored element in the basis in which it is coded.
+
+    Args:
+        spec: How the tensor is coded, by a scheme that `is_derived`.
+        tables: Its calibration tables, if it has any.
+        spread: Largest range of a group.
+        largest: Largest magnitude of an element.
+    """
+    return _ELEMENT_ERRORS[spec.name](spec, tables, spread, largest)
 
 
 def error_bound(spec: CacheSpec | str) -> sympy.Expr:
@@ -133,7 +155,7 @@ def error_bound(spec: CacheSpec | str) -> sympy.Expr:
     if not isinstance(spec, CacheSpec):
         raise TypeError(f"spec must be a CacheSpec or a method's name, got {type(spec).__name__}")
     key_error = _token_error(spec.key, spec.key_tables, KEY_RANGE, KEY_MAX, KEY_DISTANCE)
-    if isinstance(spec.value, Codebook):
+    if not is_derived(spec.value):
         value_error = _in_model_units(spec.value_tables, VALUE_DISTANCE, VALUE_MAX)
     else:
         coded = element_error(spec.value, spec.value_tables, VALUE_RANGE, VALUE_MAX)
@@ -153,7 +175,7 @@ def _token_error(
 ) -> sympy.Expr:
     """Bound the Euclidean error of a stored key."""
     root = sympy.sqrt(HEAD_DIM)
-    if isinstance(spec, Codebook):
+    if not is_derived(spec):
         coded = distance
     else:
         coded = root * element_error(spec, tables, spread, largest)

@@ -18,7 +18,6 @@ from kvq_compile.errors import KVQError
 from kvq_compile.history import graphs, unmet_layers, why_plain
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.packed import CALIBRATED, PARTS
-from kvq_compile.kernels.schemes import HEADER, Mixed
 
 PLAIN = "plain"
 NAMES = (*PARTS, *CALIBRATED)
@@ -226,10 +225,9 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
 def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:
     """Return the bits per number of packed pages, rows that no token uses left out."""
     layout, pages = cache.page_layout, int(cache.cursor[1])
-    if not isinstance(layout.scheme, Mixed) or not pages:
+    if not pages:
         return packed_bits
-    rows = cache.codes[:, :, :pages, 0, :HEADER].float().sum(-1).mean()
-    return packed_bits - layout.bits + float(rows) / layout.page_size
+    return packed_bits - layout.scheme.unused_bits(cache.codes[:, :, :pages], layout.page_size)
 
 
 def _bytes_once(tensor: Tensor, counted: set[int]) -> int:

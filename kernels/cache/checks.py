@@ -16,10 +16,9 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import calibrated_names, part_names
-from kvq_compile.kernels.reference.formats import e4m3_value
-from kvq_compile.kernels.reference.mixed import from_bytes, stored_value
-from kvq_compile.kernels.schemes import HEADER, OUTLIER_FIELDS, check, check_integers
+from kvq_compile.kernels.reference.pages import coder_of
 from kvq_compile.kernels.tables import checked_tables
+from kvq_compile.kernels.values import check, check_integers
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,15 +59,10 @@ def check_loaded(
     _check_shapes(tensors, layout)
     pages = _check_cursor(tensors["cursor"], tensors["codes"].shape[2], layout, kind, length)
     codes, params = tensors["codes"][:, :, :pages], tensors["params"][:, :, :pages]
-    if layout.scheme.name == "mixed":
-        _check_mixed(codes, params, layout)
-    else:
-        values = e4m3_value(params) if layout.has_byte_params else params
-        check(bool(values.isfinite().all()), "scales and zero points must be finite")
+    coder_of(layout).check_pages(codes, params, layout)
     if layout.has_tables:
-        entries = layout.levels + 1 if layout.scheme.name == "codebook" else 0
         words = tensors["tables"].cpu()
-        tables = checked_tables(words, layout.head_dim, layout.rotary, entries)
+        tables = checked_tables(words, layout.head_dim, layout.rotary, layout.scheme.entries)
         check(
             tables.digest == layout.tables,
             f"tables must be those that the layout names, {layout.tables}, got {tables.digest}",
@@ -127,33 +121,3 @@ def _check_cursor(cursor: Tensor, capacity: int, layout: Layout, kind: str, leng
         f"cursor must count {least} to {min(most, capacity)} pages for {held} tokens, got {pages}",
     )
     return int(pages)
-
-
-def _check_mixed(codes: Tensor, records: Tensor, layout: Layout) -> None:
-    """Check packed mixed pages: `reference.mixed` says what their bytes mean."""
-    scheme, N = layout.mixed, layout.page_size
-    counts = codes[
-        ..., 0, :HEADER
-    ].int()  # tokens in each plane; more than 2 ** 15 read as negative
-    falls = bool((counts[..., 1:] <= counts[..., :-1]).all() and (counts >= 0).all())
-    check(
-        falls and bool((counts <= N).all()) and not counts[..., scheme.max_bits :].any(),
-        f"the planes of a page must hold fewer and fewer of its {N} tokens",
-    )
-    check(
-        bool((counts.sum(-1) <= layout.code_rows).all()),
-        f"the planes of a page must take at most {layout.code_rows} rows",
-    )
-    ranks = records[..., scheme.rank_field, :, 0].int().sort(-1).values
-    order = torch.arange(N, dtype=torch.int32, device=codes.device)
-    check(bool((ranks == order).all()), f"the ranks of a page must be the numbers 0 to {N - 1}")
-    size = scheme.param_bytes
-    for first in (0, size):
-        values = stored_value(from_bytes(records[..., first : first + size, :, 0].mT))
-        check(bool(values.isfinite().all()), "centres and reaches must be finite")
-    first = scheme.rank_field + 1
-    channels = records[..., first::OUTLIER_FIELDS, :, 0]
-    check(
-        bool((channels < layout.head_dim).all()),
-        f"the channels of outliers must be below {layout.head_dim}",
-    )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import writable
-from kvq_compile.kernels.schemes import Mixed
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Reopened:
     @staticmethod
     def of(codes: Tensor, params: Tensor, page: int, kept: int, layout: Layout) -> Reopened | None:
         """Remember a page of a cache, of which ``kept`` tokens stay; ``None`` where codes cannot be kept."""
-        if isinstance(layout.scheme, Mixed):
+        if not layout.scheme.keeps_codes:
             return None
         with writable():
             return Reopened(page, kept, codes[:, :, page].clone(), params[:, :, page].clone())

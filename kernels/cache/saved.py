@@ -32,10 +32,10 @@ ADAPTIVE = ("target", "query_norm", "requantize", "keep_exact")
 
 def plain_layout(layout: Layout) -> dict[str, Any]:
     """Return a layout as numbers and words, the inverse of `load_layout`."""
-    scheme = asdict(layout.scheme)
-    adaptive = scheme.pop("adaptive", None) or {}
+    from kvq_compile.kernels.schemes import plain_scheme
+
     own = {name: getattr(layout, name) for name in ("role", "head_dim", "queries", "shared_by")}
-    return {**own, **asdict(layout.regions), "scheme": layout.scheme.name, **scheme, **adaptive}
+    return {**own, **asdict(layout.regions), **plain_scheme(layout.scheme)}
 
 
 def load_layout(plain: Mapping[str, Any]) -> Layout:
@@ -44,19 +44,14 @@ def load_layout(plain: Mapping[str, Any]) -> Layout:
     Raises:
         ValueError: A field is missing, unknown or out of its range.
     """
-    from kvq_compile.kernels.layout import SCHEMES, Layout, Regions
-    from kvq_compile.kernels.schemes import Adaptive, Mixed
+    from kvq_compile.kernels.layout import Layout, Regions
+    from kvq_compile.kernels.schemes import load_scheme
 
     fields = dict(plain)
-    kinds = {kind.name: kind for kind in SCHEMES}
     try:
         own = {name: fields.pop(name) for name in ("role", "head_dim", "queries", "shared_by")}
         regions = Regions(**{name: fields.pop(name) for name in ("sinks", "window", "page_size")})
-        kind = kinds[fields.pop("scheme")]
-        if kind is Mixed:
-            adaptive = {name: fields.pop(name) for name in ADAPTIVE if name in fields}
-            fields["adaptive"] = Adaptive(**adaptive) if adaptive else None
-        return Layout(regions=regions, scheme=kind(**fields), **own)
+        return Layout(regions=regions, scheme=load_scheme(fields), **own)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"the layout of a saved cache must be whole, got {plain}: {error}"

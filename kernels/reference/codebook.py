@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.reference.formats import FP16_MAX
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.reference.formats import FP16_MAX, pack, unpack
 
 CENTROID_NUMBERS = 1 << 22  # distances held at once
 
@@ -45,3 +47,42 @@ def centroids(codes: Tensor, codebook: Tensor) -> Tensor:
     picked = codebook.gather(2, rows[..., None].expand(-1, -1, -1, couple))
     tokens = codes.permute(1, 4, 0, 2, 3).shape[2:]
     return picked.unflatten(2, tokens).permute(2, 0, 3, 4, 1, 5).flatten(-2)
+
+
+# Pages
+
+
+def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tuple[Tensor, Tensor]:
+    """Return codes of pages, and parameters, of which there are none: see `pages.CodeCoder`."""
+    shape = (*coded.shape[:-2], *layout.params_shape, layout.param_numbers)
+    no_params = coded.new_zeros(shape, dtype=torch.float16)
+    return nearest_centroid(coded, calibrated.codebook(layout)), no_params
+
+
+def coded_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Return what codes stand for: see `pages.CodeCoder`."""
+    del params
+    return centroids(codes, calibrated.codebook(layout))
+
+
+def quantize_coded(
+    coded: Tensor,
+    layout: Layout,
+    calibrated: Calibrated,
+    first: int,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize and pack pages: see `pages.Coder`."""
+    del first, importance
+    codes, params = quantize_codes(coded, layout, calibrated)
+    return pack(codes, layout), params
+
+
+def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Return what packed pages stand for: see `pages.Coder`."""
+    return coded_values(unpack(codes, layout), params, layout, calibrated)
+
+
+def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
+    """Accept pages that come from a file: any index is one of the codebook's."""
+    del codes, params, layout

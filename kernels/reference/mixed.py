@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
     FP16_MAX,
     e4m3_value,
@@ -48,6 +49,7 @@ from kvq_compile.kernels.reference.formats import (
     round_up_fp16,
 )
 from kvq_compile.kernels.schemes import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS, UNIT_BITS
+from kvq_compile.kernels.values import check
 
 Level = Literal["head", "layer", "token"]
 SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] that share span and bits
@@ -420,3 +422,66 @@ def counted_bits(
     """
     shared = 0.0 if group is None else per_group / group
     return bits * (1.0 - outliers) + 16.0 * outliers + shared
+
+
+# Pages
+
+
+def quantize_coded(
+    coded: Tensor,
+    layout: Layout,
+    calibrated: Calibrated,
+    first: int,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize and pack pages: see `pages.Coder`."""
+    del calibrated
+    weights = importance if layout.attentive else None
+    bounds = page_bounds(layout, first, coded.shape[-3], coded.device)
+    return quantize_pages(coded, weights, layout, bounds)
+
+
+def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Return what packed pages stand for: see `pages.Coder`."""
+    del calibrated
+    return dequantize_pages(codes, params, layout)
+
+
+def page_bounds(layout: Layout, first: int, pages: int, device: torch.device) -> Tensor:
+    """Return the bounds ``[pages]`` on the weighted error of mixed pages from slot ``first`` on."""
+    ends = (first + (page + 1) * layout.page_size for page in range(pages))
+    return torch.tensor([layout.bound_at(end) for end in ends], dtype=torch.float32, device=device)
+
+
+def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
+    """Check pages that come from a file: their headers, their records and the channels of outliers.
+
+    Raises:
+        ValueError: Quantizing could not have written them.
+    """
+    scheme, N = layout.mixed, layout.page_size
+    counts = codes[
+        ..., 0, :HEADER
+    ].int()  # tokens in each plane; more than 2 ** 15 read as negative
+    falls = bool((counts[..., 1:] <= counts[..., :-1]).all() and (counts >= 0).all())
+    check(
+        falls and bool((counts <= N).all()) and not counts[..., scheme.max_bits :].any(),
+        f"the planes of a page must hold fewer and fewer of its {N} tokens",
+    )
+    check(
+        bool((counts.sum(-1) <= layout.code_rows).all()),
+        f"the planes of a page must take at most {layout.code_rows} rows",
+    )
+    ranks = params[..., scheme.rank_field, :, 0].int().sort(-1).values
+    order = torch.arange(N, dtype=torch.int32, device=codes.device)
+    check(bool((ranks == order).all()), f"the ranks of a page must be the numbers 0 to {N - 1}")
+    size = scheme.param_bytes
+    for first in (0, size):
+        values = stored_value(from_bytes(params[..., first : first + size, :, 0].mT))
+        check(bool(values.isfinite().all()), "centres and reaches must be finite")
+    first = scheme.rank_field + 1
+    channels = params[..., first::OUTLIER_FIELDS, :, 0]
+    check(
+        bool((channels < layout.head_dim).all()),
+        f"the channels of outliers must be below {layout.head_dim}",
+    )

@@ -1,29 +1,75 @@
-"""Whole pages by the scheme of their layout: quantize and pack them, unpack and dequantize them."""
+"""Whole pages by the scheme of their layout: quantize and pack them, unpack and dequantize them.
+
+The file of a scheme is found by the scheme's name; `Coder` says what it has.
+"""
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+from importlib import import_module
+from typing import Protocol, cast
+
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
-from kvq_compile.kernels.reference import mixed
-from kvq_compile.kernels.reference.codebook import centroids, nearest_centroid
-from kvq_compile.kernels.reference.formats import pack, unpack
 from kvq_compile.kernels.reference.tables import from_coded, to_coded
-from kvq_compile.kernels.reference.uniform import (
-    from_groups,
-    group_values,
-    quantize_groups,
-    to_groups,
-)
-from kvq_compile.kernels.schemes import Codebook, Mixed
+
+
+class Coder(Protocol):
+    """The functions of a scheme's file; pages ``[..., N, D]`` are in the basis in which they are coded."""
+
+    def quantize_coded(
+        self,
+        coded: Tensor,
+        layout: Layout,
+        calibrated: Calibrated,
+        first: int,
+        importance: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the parts ``codes`` and ``params`` of pages from slot ``first`` on."""
+
+    def packed_values(
+        self, codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated
+    ) -> Tensor:
+        """Return the numbers (fp32) that packed pages stand for."""
+
+    def check_pages(self, codes: Tensor, params: Tensor, layout: Layout) -> None:
+        """Check packed pages that come from a file.
+
+        Raises:
+            ValueError: Quantizing could not have written them.
+        """
+
+
+class CodeCoder(Coder, Protocol):
+    """What the file of a scheme also has whose pages are a code an element or a few, and parameters."""
+
+    def quantize_codes(
+        self, coded: Tensor, layout: Layout, calibrated: Calibrated
+    ) -> tuple[Tensor, Tensor]:
+        """Return codes ``[..., N, D / couple]`` (int32) and parameters ``[..., groups, members, 2]``."""
+
+    def coded_values(
+        self, codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated
+    ) -> Tensor:
+        """Return the elements (fp32) that codes stand for."""
+
+
+@cache
+def _file(name: str) -> object:
+    return import_module(f"kvq_compile.kernels.reference.{name}")
+
+
+def coder_of(layout: Layout) -> Coder:
+    """Return the functions of a layout's scheme."""
+    return cast(Coder, _file(layout.scheme.name))
 
 
 def quantize_pages(
     x: Tensor, layout: Layout, calibrated: Calibrated = UNCALIBRATED, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Quantize whole pages, uniformly or by a codebook.
+    """Quantize whole pages of a scheme that has codes to show.
 
     Args:
         x: Pages of tokens, ``[..., N, D]``, any float dtype; ``[B, H, P, N, D]`` where there are tables.
@@ -34,15 +80,8 @@ def quantize_pages(
     Returns:
         Codes ``[..., N, D / couple]`` (int32) and parameters ``[..., groups, members, 2]`` (fp16, or uint8).
     """
-    x = to_coded(x.float(), layout, calibrated, first)
-    if isinstance(layout.scheme, Codebook):
-        no_params = x.new_zeros(*x.shape[:-2], *layout.params_shape, 2, dtype=torch.float16)
-        return nearest_centroid(x, calibrated.codebook(layout)), no_params
-    margin: Tensor | float = (1.0 - layout.clip) / 2.0
-    if calibrated.tables is not None:
-        margin = calibrated.margin(layout)
-    codes, params = quantize_groups(to_groups(x, layout), layout.levels, layout.params, margin)
-    return from_groups(codes, layout), params
+    coder = cast(CodeCoder, coder_of(layout))
+    return coder.quantize_codes(to_coded(x.float(), layout, calibrated, first), layout, calibrated)
 
 
 def dequantize_pages(
@@ -60,9 +99,8 @@ def coded_values(
     codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated = UNCALIBRATED
 ) -> Tensor:
     """Return the elements ``[..., N, D]`` (fp32) that codes stand for, in the basis in which they were coded."""
-    if isinstance(layout.scheme, Codebook):
-        return centroids(codes, calibrated.codebook(layout))
-    return from_groups(group_values(to_groups(codes, layout), params), layout)
+    coder = cast(CodeCoder, coder_of(layout))
+    return coder.coded_values(codes, params, layout, calibrated)
 
 
 def quantize_packed(
@@ -74,33 +112,17 @@ def quantize_packed(
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole pages ``[B, H, P, N, D]`` and pack them: the parts ``codes`` and ``params``.
 
-    ``importance``, ``[B, H, P, N]``, tells mixed layouts where bits matter.
+    ``importance``, ``[B, H, P, N]``, tells attentive layouts where bits matter.
     """
-    if isinstance(layout.scheme, Mixed):
-        coded = to_coded(x.float(), layout, calibrated, first)
-        return mixed.quantize_pages(
-            coded,
-            importance if layout.attentive else None,
-            layout,
-            page_bounds(layout, first, x.shape[-3], x.device),
-        )
-    codes, params = quantize_pages(x, layout, calibrated, first)
-    return pack(codes, layout), params
-
-
-def page_bounds(layout: Layout, first: int, pages: int, device: torch.device) -> Tensor:
-    """Return the bounds ``[pages]`` on the weighted error of mixed pages from slot ``first`` on."""
-    ends = (first + (page + 1) * layout.page_size for page in range(pages))
-    return torch.tensor([layout.bound_at(end) for end in ends], dtype=torch.float32, device=device)
+    coded = to_coded(x.float(), layout, calibrated, first)
+    return coder_of(layout).quantize_coded(coded, layout, calibrated, first, importance)
 
 
 def unpacked_values(
     codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated = UNCALIBRATED
 ) -> Tensor:
     """Return packed pages as numbers ``[..., N, D]`` (fp32) in the basis in which they were coded."""
-    if isinstance(layout.scheme, Mixed):
-        return mixed.dequantize_pages(codes, params, layout)
-    return coded_values(unpack(codes, layout), params, layout, calibrated)
+    return coder_of(layout).packed_values(codes, params, layout, calibrated)
 
 
 def dequantize_packed(

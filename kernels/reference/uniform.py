@@ -26,14 +26,18 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
     FP16_MAX,
     e4m3_value,
+    pack,
     round_down_fp16,
     round_e4m3,
     round_up_fp16,
+    unpack,
 )
 from kvq_compile.kernels.schemes import Params
+from kvq_compile.kernels.values import check
 
 
 def to_groups(x: Tensor, layout: Layout) -> Tensor:
@@ -98,3 +102,50 @@ def group_values(codes: Tensor, params: Tensor) -> Tensor:
 def param_values(params: Tensor) -> Tensor:
     """Return stored parameters as fp32."""
     return e4m3_value(params) if params.dtype == torch.uint8 else params.float()
+
+
+# Pages
+
+
+def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tuple[Tensor, Tensor]:
+    """Return codes and parameters of pages: see `pages.CodeCoder`."""
+    margin: Tensor | float = (1.0 - layout.clip) / 2.0
+    if calibrated.tables is not None:
+        margin = calibrated.margin(layout)
+    groups = to_groups(coded, layout)
+    codes, params = quantize_groups(groups, layout.levels, layout.params, margin)
+    return from_groups(codes, layout), params
+
+
+def coded_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Return what codes stand for: see `pages.CodeCoder`."""
+    del calibrated
+    return from_groups(group_values(to_groups(codes, layout), params), layout)
+
+
+def quantize_coded(
+    coded: Tensor,
+    layout: Layout,
+    calibrated: Calibrated,
+    first: int,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize and pack pages: see `pages.Coder`."""
+    del first, importance
+    codes, params = quantize_codes(coded, layout, calibrated)
+    return pack(codes, layout), params
+
+
+def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Return what packed pages stand for: see `pages.Coder`."""
+    return coded_values(unpack(codes, layout), params, layout, calibrated)
+
+
+def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
+    """Check pages that come from a file: any code is one that quantizing can write.
+
+    Raises:
+        ValueError: A parameter is not finite.
+    """
+    del codes, layout
+    check(bool(param_values(params).isfinite().all()), "scales and zero points must be finite")

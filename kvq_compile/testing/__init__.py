@@ -36,7 +36,6 @@ from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.reference.tables import to_coded
 from kvq_compile.kernels.schemes import (
     Adaptive,
-    Codebook,
     Grouping,
     Mixed,
     Role,
@@ -176,7 +175,7 @@ def _measured(
     if tables is not None:
         mean = calibrated.section("mean", layout) * calibrated.section("inverse", layout)
         numbers[largest] += float(mean.abs().max())
-    if isinstance(layout.scheme, Codebook):
+    if not bounds.is_derived(layout.scheme):
         codes, params = reference.quantize_pages(pages, layout, calibrated, layout.sinks)
         off = coded - reference.coded_values(codes, params, layout, calibrated).double()
         size = off.norm(dim=-1) if layout.role == "key" else off.abs()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from kvq_compile.kernels.layout import CacheSpec
-from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
 from kvq_compile.lowering.nodes import VIEWS, argument, target_name, value_of
@@ -36,7 +35,7 @@ def without_bias(spec: CacheSpec, key: State, inputs: Mapping[fx.Node, Any]) -> 
         inputs: The arguments of the call that is being compiled, by placeholder.
     """
     scheme = spec.key
-    if not isinstance(scheme, Uniform) or spec.key_tables is not None or scheme.transform != "none":
+    if not scheme.takes_bias or spec.key_tables is not None:
         return spec
     found = _projection(key.new)
     if found is None:
