@@ -30,7 +30,7 @@ def hold_slots(graph: Graph) -> PassReport:
         if root_of(slots) in changed_roots(nodes[place[write] + 1 : last]):
             with graph.fx.inserting_before(write):
                 held = graph.fx.call_method("clone", (slots,))
-            held.meta["example_value"] = value_of(slots)
+            held.meta["example_value"] = value_of(slots).clone()  # memory of its own
             write.replace_input_with(slots, held)
             changes.append(f"{write.name} writes at {held}, a copy of {slots}")
     return PassReport(tuple(changes))
