@@ -93,7 +93,13 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
 def _grown(graph: Graph, written: Mapping[fx.Node, int | None]) -> dict[fx.Node, int]:
     """Return the arguments that leave the call longer along one axis, with that axis."""
     found: dict[fx.Node, int] = {}
+    served = {state.base: state.cache for state, _ in graph.states()}
     for result in graph.output.all_input_nodes:
+        if result in served:  # what is understood need not be guessed
+            cache = served[result]
+            if cache is not None and cache.op == "placeholder" and cache is not result:
+                found.setdefault(cache, 2)
+            continue
         shape = shape_of(result)
         if shape is None or len(shape) not in (3, 4, 5):
             continue
@@ -101,6 +107,7 @@ def _grown(graph: Graph, written: Mapping[fx.Node, int | None]) -> dict[fx.Node,
         if any(node in written and node.op == "placeholder" for node in parts):
             continue  # made of a buffer that the call writes in place, which is told itself
         longest = 0  # of several arguments that a result joins, the cache is the longest
+        candidate: tuple[fx.Node, int] | None = None
         for node in parts:
             before = shape_of(node)
             if node.op != "placeholder" or before is None or len(before) != len(shape):
@@ -114,9 +121,9 @@ def _grown(graph: Graph, written: Mapping[fx.Node, int | None]) -> dict[fx.Node,
                 continue
             (axis,) = longer
             if longest < _hint(before[axis]) < _hint(shape[axis]):
-                longest, cache = _hint(before[axis]), (node, axis)
-        if longest:
-            found.setdefault(*cache)
+                longest, candidate = _hint(before[axis]), (node, axis)
+        if candidate is not None:
+            found.setdefault(*candidate)
     return found
 
 
