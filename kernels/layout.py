@@ -28,7 +28,6 @@ from torch._opaque_base import OpaqueBase, OpaqueBaseMeta
 from kvq_compile.kernels.adaptive.targets import length_class, target_bounds
 from kvq_compile.kernels.schemes import (
     PAGE_SIZES,
-    SCHEMES,
     TRITS,
     UNIT_BITS,
     Adaptive,
@@ -170,7 +169,8 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     def __fx_repr__(self) -> tuple[str, dict[str, type]]:
         """Return the text that stands for the layout in a graph, and the classes that it names."""
-        return repr(self), {c.__name__: c for c in (Layout, Regions, *SCHEMES, Adaptive)}
+        named = (Layout, Regions, type(self.scheme), *self.scheme.parts.values())
+        return repr(self), {c.__name__: c for c in named}
 
     # Regions
 

@@ -10,6 +10,7 @@ element of ``position`` ``[T]`` on the device, never both.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -28,8 +29,9 @@ from kvq_compile.kernels.packed import (
     writable,
 )
 
-# Each backend is a module of four functions, append_, attend, importance and dequantize, and of is_available,
-# which says whether it can run here. Where it cannot, the specification, which runs everywhere, stands in.
+# Each backend is a module of four functions, append_, attend, importance and dequantize, of is_available, which says
+# whether it can run here, and of SCHEMES, the names of those that it has code for. Where it cannot run, and for other
+# schemes, the specification, which runs everywhere and is slow, stands in.
 BACKENDS = {
     "CPU": "kvq_compile.kernels.cpu.backend",
     "CUDA": "kvq_compile.kernels.triton.backend",
@@ -65,20 +67,31 @@ for _schema in _SCHEMAS:
 
 
 class Backend:
-    """The functions of a backend's module, or of the specification where the backend cannot run.
+    """The functions of a backend's module, or of the specification where the backend cannot run or knows no scheme.
 
     The module is imported when a function is first looked up.
     """
 
     def __init__(self, module: str) -> None:
         self._module = module
+        self._found: dict[tuple[str, str, str], Callable[..., Any]] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        module = import_module(self._module)
-        if not module.is_available():
-            module = import_module(SPECIFICATION)
-        function = getattr(module, name)
-        setattr(self, name, function)  # next time it is found without coming here
+    def find(self, name: str, layout: Layout, other: Layout | None = None) -> Callable[..., Any]:
+        """Return the function for caches of a layout, or of two."""
+        key = name, layout.scheme.name, (other or layout).scheme.name
+        function = self._found.get(key)
+        if function is None:
+            module = import_module(self._module)
+            unknown = set(key[1:]) - module.SCHEMES
+            if unknown:
+                warnings.warn(
+                    f"caches of scheme {', '.join(sorted(unknown))} run as slow torch operations: "
+                    f"{self._module} has no code for them",
+                    stacklevel=2,
+                )
+            if unknown or not module.is_available():
+                module = import_module(SPECIFICATION)
+            function = self._found[key] = getattr(module, name)
         return function
 
 
@@ -102,7 +115,8 @@ def append_on(
 
         before_append(packed, cache[4:], x, position, start, layout, importance)
     relative = Calibrated.of(calibrated, layout)
-    backend.append_(packed, relative, x, position, start, layout, importance, query)
+    append = backend.find("append_", layout)
+    append(packed, relative, x, position, start, layout, importance, query)
 
 
 def _attend_on(
@@ -121,7 +135,7 @@ def _attend_on(
     value_layout: Layout,
 ) -> Tensor:
     of_keys = key_layout.calibrated_tensors
-    output: Tensor = backend.attend(
+    output: Tensor = backend.find("attend", key_layout, value_layout)(
         *(query, key, value, Packed(*keys[:4]), Packed(*values[:4])),
         Calibrated.of(calibrated[:of_keys], key_layout),
         Calibrated.of(calibrated[of_keys:], value_layout),
@@ -147,7 +161,7 @@ def _importance_on(
 ) -> Tensor:
     packed = Packed(*keys[:4]) if keys else None
     relative = Calibrated.of(calibrated, key_layout) if keys else Calibrated()
-    weights: Tensor = backend.importance(
+    weights: Tensor = backend.find("importance", key_layout)(
         *(query, key, packed, relative, mask, position, start, slots),
         *(score, causal, queries, key_layout),
     )
@@ -157,7 +171,7 @@ def _importance_on(
 def _dequantize_on(
     backend: Backend, cache: list[Tensor], calibrated: list[Tensor], length: int, layout: Layout
 ) -> Tensor:
-    tokens: Tensor = backend.dequantize(
+    tokens: Tensor = backend.find("dequantize", layout)(
         Packed(*cache[:4]), Calibrated.of(calibrated, layout), length, layout
     )
     return tokens

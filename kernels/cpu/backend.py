@@ -12,6 +12,8 @@ from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout, Score
 from kvq_compile.kernels.packed import Calibrated, Packed
 
+SCHEMES = frozenset(("uniform", "codebook", "mixed"))
+
 
 def first_slot(position: Tensor | None, start: int | None) -> int:
     """Return the slot of the first new token.

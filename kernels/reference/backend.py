@@ -1,7 +1,7 @@
 """The specification as a backend: the four functions in plain torch, for any device.
 
-It stands in where a device's own backend cannot run, as on a machine without a C++ compiler, and is slow: each call of
-`attend` dequantizes the whole cache.
+It stands in where a device's own backend cannot run, as on a machine without a C++ compiler, and for schemes that such
+a backend has no code for. It is slow: each call of `attend` dequantizes the whole cache.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from kvq_compile.kernels.triton.attend import attend
 from kvq_compile.kernels.triton.dequantize import dequantize
 from kvq_compile.kernels.triton.importance import importance
 
-__all__ = ["append_", "attend", "dequantize", "importance", "is_available"]
+__all__ = ["SCHEMES", "append_", "attend", "dequantize", "importance", "is_available"]
+
+SCHEMES = frozenset(("uniform", "codebook", "mixed"))
 
 
 def is_available() -> bool:
