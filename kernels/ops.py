@@ -36,6 +36,7 @@ BACKENDS = {
     "CPU": "kvq_compile.kernels.cpu.backend",
     "CUDA": "kvq_compile.kernels.triton.backend",
 }
+AUTOCAST = tuple(f"Autocast{device}" for device in BACKENDS)
 SPECIFICATION = "kvq_compile.kernels.reference.backend"
 
 LAYOUT, SCORE = get_opaque_type_name(Layout), get_opaque_type_name(Score)
@@ -204,8 +205,9 @@ def _new_cache(x: Tensor, slots: int, grows: bool, layout: Layout) -> list[Tenso
 
 def _below_autocast(name: str) -> Callable[..., object]:
     """Return an implementation that runs the op in the dtypes it is given, whatever autocast says."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, AUTOCAST[0]))
+    for key in AUTOCAST[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def run(*args: object, **kwargs: object) -> object:
         with torch._C._ExcludeDispatchKeyGuard(keys):
@@ -215,7 +217,7 @@ def _below_autocast(name: str) -> Callable[..., object]:
 
 
 for _name in ("quantize", "append_", "attend", "importance", "dequantize"):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
+    for _key in AUTOCAST:
         _library.impl(_name, _below_autocast(_name), _key)
 
 for _device, _module in BACKENDS.items():

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import QUERIES, Layout, Score
+from kvq_compile.kernels.layout import QUERIES, Layout
 from kvq_compile.kernels.packed import part_names
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.sites import Attention, Coding
@@ -70,7 +70,7 @@ class CacheNodes:
         """Attend to these keys, to ``values`` and to the exact new tokens behind them."""
         arguments = (
             *(attention.query, *new, self.parts, values.parts),
-            *((*self.calibrated, *values.calibrated), mask, *slots, Score(attention.scale)),
+            *((*self.calibrated, *values.calibrated), mask, *slots, attention.score),
             *(self.layout, values.layout),
         )
         return insert_call(graph, ops.attend, arguments, value_of(attention.output))
@@ -110,7 +110,7 @@ def importance(
     causal = attention.causal and mask is None
     arguments = (
         *(attention.query, key, keys.parts, keys.calibrated if keys.parts else ()),
-        *(mask, *slots, held, Score(attention.scale), causal, QUERIES, keys.layout),
+        *(mask, *slots, held, attention.score, causal, QUERIES, keys.layout),
     )
     return insert_call(graph, ops.importance, arguments)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.layout import Layout, Score
 from kvq_compile.kernels.tables import Tables
 
 logger = logging.getLogger("kvq_compile")
@@ -44,7 +44,7 @@ class Attention:
         output: Node of the result, ``[B, Hq, T, Dv]``.
         query, key, value: Its operands as they reach the products, ``key`` not transposed.
         mask: Boolean (True: attend) or additive mask, or ``None``.
-        scale: Factor on the scores.
+        score: What is done to products of queries and keys before the mask.
         causal: Whether query ``i`` sees slots up to ``i`` only, counted from slot 0.
         grouped: Whether query heads share KV heads without a repeat in the graph.
         mask_hides: Whether a boolean ``mask`` marks what is hidden instead of what is seen.
@@ -55,7 +55,7 @@ class Attention:
     key: fx.Node
     value: fx.Node
     mask: fx.Node | None
-    scale: float
+    score: Score
     causal: bool
     grouped: bool
     mask_hides: bool = False

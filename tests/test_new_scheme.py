@@ -5,6 +5,7 @@ import io
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from kvq_compile.kernels import ops, schemes
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout, Score
+from kvq_compile.kernels.layout import CacheSpec, Layout, Regions, Score
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import uniform
-from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.schemes import Codebook, Mixed, Uniform
 from kvq_compile.testing import assert_matches_dequantized
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,12 @@ MAY_KNOW = {
     "kvq_compile/testing/__init__.py",
     "kvq_compile/testing/small_cache.py",
     "kvq_compile/testing/small_tables.py",
+}
+
+
+LAYOUTS = {
+    scheme.name: Layout("key", 64, Regions(0, 0, 32), scheme)
+    for scheme in (Uniform(4), Codebook(4, 4, tables="0123456789abcdef"), Mixed(2))
 }
 
 
@@ -123,6 +130,19 @@ def test_a_scheme_that_no_backend_knows_runs_as_specified_and_is_told(
     loaded = torch.load(file)
     assert loaded.page_layout == layouts[0]
     assert torch.equal(loaded.dequantize(), ops.dequantize(cut[0], [], 100, layouts[0]))
+
+
+@pytest.mark.parametrize("name", ["append_", "attend", "importance", "dequantize"])
+@pytest.mark.parametrize("kind", [scheme.name for scheme in schemes.SCHEMES])
+def test_a_device_without_code_of_its_own_takes_the_specification(name: str, kind: str) -> None:
+    backend = ops.Backend(ops.SPECIFICATION)
+    found = backend.find(name, LAYOUTS[kind])
+    assert found is getattr(import_module(ops.SPECIFICATION), name)
+
+
+@pytest.mark.parametrize("module", [*ops.BACKENDS.values(), ops.SPECIFICATION])
+def test_every_backend_says_which_schemes_it_has_code_for(module: str) -> None:
+    assert {kind.name for kind in schemes.SCHEMES} == import_module(module).SCHEMES
 
 
 def names_of_schemes(path: Path) -> set[str]:

@@ -7,9 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.layout import Score
+
+
+def apply_score(products: Tensor, score: Score | float) -> Tensor:
+    """Return the scores of products of queries and keys, before the mask; a number is a scale."""
+    return products * (score.scale if isinstance(score, Score) else score)
+
 
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score | float
 ) -> Tensor:
     """Attend in the dtype of the arguments: ``[B, Hq, T, D]`` against ``[B, Hkv, S, D]``.
 
@@ -18,7 +25,7 @@ def softmax_attention(
     """
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    scores = query @ key.transpose(-2, -1) * scale
+    scores = apply_score(query @ key.transpose(-2, -1), score)
     if mask is not None:
         bias = (
             torch.zeros_like(scores).masked_fill(~mask, -math.inf)

@@ -13,6 +13,9 @@ from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import HIDES, Layout, Score
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference.importance import recent_importance
+from kvq_compile.kernels.schemes import SCHEMES as KINDS
+
+SCHEMES = frozenset(kind.name for kind in KINDS)
 
 
 def is_available() -> bool:
@@ -74,7 +77,7 @@ def attend(
         visible = min(end, mask.shape[-1])
         mask, pair = mask[..., :visible], [tokens[:, :, :visible] for tokens in pair]
         mask = mask if mask.dtype == torch.bool else mask.float()
-    output = reference.softmax_attention(query.float(), pair[0], pair[1], mask, score.scale)
+    output = reference.softmax_attention(query.float(), pair[0], pair[1], mask, score)
     return output.to(query.dtype)
 
 
@@ -93,7 +96,7 @@ def importance(
     layout: Layout,
 ) -> Tensor:
     """Weigh tokens by the attention that they get: see `importance.recent_importance`."""
-    about = _first_slot(position, start), slots, score.scale, causal, queries, layout, calibrated
+    about = _first_slot(position, start), slots, score, causal, queries, layout, calibrated
     return recent_importance(query, key, keys, mask, *about)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after
-from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.layout import Layout, Score
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference import mixed
+from kvq_compile.kernels.reference.attention import apply_score
 from kvq_compile.kernels.reference.cache import read
 from kvq_compile.kernels.reference.queries import recall
 
@@ -25,7 +26,7 @@ def recent_importance(
     mask: Tensor | None,
     start: int,
     slots: int,
-    scale: float,
+    score: Score | float,
     causal: bool,
     queries: int,
     layout: Layout,
@@ -42,7 +43,7 @@ def recent_importance(
             row holds.
         start: Slot of the first of the call's keys.
         slots: Slots of the result, ``start + tokens`` or more.
-        scale: Factor on the scores.
+        score: What is done to products of queries and keys; a number is a scale.
         causal: Whether the call's queries see no slot behind their own. Those of earlier calls never do.
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
@@ -81,7 +82,7 @@ def recent_importance(
         codes, params, exact, cursor = parts
         held = read(codes, params, exact.float(), cursor, start, layout, calibrated)
         pieces = [rows.flatten(2, 3) @ held.mT]
-    scores = torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1) * scale
+    scores = apply_score(torch.cat([*pieces, rows.flatten(2, 3) @ key.float().mT], -1), score)
     scores = scores.view(B, -1, len(ends), end)
     seen = torch.arange(end, device=ends.device, dtype=torch.int64) < ends[:, None]
     seen = seen & rows.any(-1).view(B, -1, len(ends), 1)

@@ -148,7 +148,7 @@ class _Watch:
         def run(*args: Any) -> list[Any]:
             outputs, seen = watched.run(args)
             self.seen = [
-                (site.order, site.attention.scale, *tensors)
+                (site.order, site.attention.score.scale, *tensors)
                 for site, tensors in zip(watched.sites, seen, strict=True)
             ]
             return outputs

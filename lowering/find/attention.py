@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvq_compile.kernels.layout import Score
 from kvq_compile.lowering.nodes import (
     argument,
     calls,
@@ -69,7 +70,7 @@ def _read_sdpa(node: fx.Node) -> Attention:
         key=key,
         value=value,
         mask=argument(node, 3, "attn_mask"),
-        scale=factor,
+        score=Score(factor),
         causal=causal,
         grouped=bool(argument(node, 7, "enable_gqa", False)),
     )
@@ -91,7 +92,7 @@ def _read_softmax(node: fx.Node) -> Attention | None:
     if dim not in (-1, 3):
         raise Refusal(f"softmax runs over dimension {dim}, not over the tokens")
     scores, mask, hides = _split_mask(argument(node, 0, "input"))
-    scores, scale = _split_scale(scores)
+    scores, score = _split_score(scores)
     if target_name(scores) not in MATMUL:
         raise Refusal(f"the scores pass through {target_name(scores) or scores} before the softmax")
     query, transposed = _factors(scores)
@@ -100,7 +101,7 @@ def _read_softmax(node: fx.Node) -> Attention | None:
         raise Refusal("the scores are used outside attention")
     if len(node.users) > 1 or any(len(n.users) > 1 for n in _between(node, weights)):
         raise Refusal("the attention weights are used outside attention (output_attentions?)")
-    return Attention(output, query, key, _factors(output)[1], mask, scale, False, False, hides)
+    return Attention(output, query, key, _factors(output)[1], mask, score, False, False, hides)
 
 
 def _follow_to_product(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node]:
@@ -192,8 +193,8 @@ def _is_scores(node: Any) -> bool:
     return name in MATMUL
 
 
-def _split_scale(scores: Any) -> tuple[Any, float]:
-    """Return the bare product and the factor on it."""
+def _split_score(scores: Any) -> tuple[Any, Score]:
+    """Return the bare product and what is done to it."""
     scores = _through_casts(scores)
     factor = 1.0
     while (name := target_name(scores)) in SCALINGS:
@@ -207,7 +208,7 @@ def _split_scale(scores: Any) -> tuple[Any, float]:
             raise Refusal("the scale of the scores is computed in the graph")
         factor = factor / number if "div" in name else factor * number
         scores = _through_casts(left)
-    return scores, factor
+    return scores, Score(factor)
 
 
 def _through_casts(node: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.lowering.find.positions import same_value
 from kvq_compile.lowering.nodes import (
     changed_roots,
@@ -36,8 +37,9 @@ def check_tensors(attention: Attention, key: State, value: State) -> None:
         raise Refusal(f"the query must be [B, Hq, T, D], got {tuple(query.shape)}")
     if query.dtype not in DTYPES:
         raise Refusal(f"dtype {query.dtype} is not supported; use float16, bfloat16 or float32")
-    if query.device.type not in ("cpu", "cuda"):
-        raise Refusal(f"device {query.device.type} is not supported; use cpu or cuda")
+    if query.device.type.upper() not in BACKENDS:
+        served = " or ".join(BACKENDS).lower()
+        raise Refusal(f"device {query.device.type} is not supported; use {served}")
     if same(query.shape[2], 0):
         raise Refusal("the call has no tokens")
     if any(same(size, 0) for size in (*query.shape, *(shape_of(key.new) or ()))):

@@ -49,7 +49,7 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
             {
                 "attn_mask": _own_mask(graph, site, mask),
                 "is_causal": attention.causal,
-                "scale": attention.scale,
+                "scale": attention.score.scale,
                 "enable_gqa": True,
             },
         )
