@@ -142,7 +142,7 @@ def test_a_device_without_code_of_its_own_takes_the_specification(name: str, kin
 
 @pytest.mark.parametrize("module", [*ops.BACKENDS.values(), ops.SPECIFICATION])
 def test_every_backend_says_which_schemes_it_has_code_for(module: str) -> None:
-    assert {kind.name for kind in schemes.SCHEMES} == import_module(module).SCHEMES
+    assert import_module(module).SCHEMES.issuperset(kind.name for kind in schemes.SCHEMES)
 
 
 def names_of_schemes(path: Path) -> set[str]:
