@@ -35,7 +35,7 @@ SOURCES = {
     "pages.cpp": ("-ffp-contract=off",),
     "attend.cpp": ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
 }
-HEADERS = ("numbers.h", "wire.h", "unpack.h", "pack.h", "pack_mixed.h")
+HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
 SANITIZE = (
     "KVQ_SANITIZE"  # environment variable: what -fsanitize is given, as in `make test-sanitize`
