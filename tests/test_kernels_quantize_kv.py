@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -95,11 +95,11 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
     caches.append(random_tokens(layout, count, dtype, 0), 0, True)
     start = data.draw(st.integers(0, count))
     tokens = data.draw(lengths(layout))
+    assume(layout.pages_at(start + tokens + layout.page_size) <= CAPACITY)
     caches.append(random_tokens(layout, tokens, dtype, 1), start, data.draw(st.booleans()))
     caches.assert_equal()
-    if layout.pages_at(start + tokens + layout.page_size) <= CAPACITY:
-        caches.append(random_tokens(layout, layout.page_size, dtype, 2), start + tokens, True)
-        caches.assert_equal()
+    caches.append(random_tokens(layout, layout.page_size, dtype, 2), start + tokens, True)
+    caches.assert_equal()
 
 
 @EXAMPLES
@@ -129,10 +129,10 @@ def test_rotated_tokens_are_read_within_one_step_of_the_reference(data: st.DataO
         reference.unpack(parts[0][:, :, :pages].cpu(), layout)
         for parts in (caches.expected, caches.actual)
     ]
-    if pages:
-        assert int((code_units[0] - code_units[1]).abs().max()) <= 1
-        scale = [parts[1][:, :, :pages].float().cpu() for parts in (caches.expected, caches.actual)]
-        torch.testing.assert_close(scale[1], scale[0], rtol=2e-3, atol=1e-4)
+    assert ((code_units[0] - code_units[1]).abs() <= 1).all()
+    scale = [parts[1][:, :, :pages].float().cpu() for parts in (caches.expected, caches.actual)]
+    eps = torch.finfo(torch.float16).eps  # a parameter may round to the other neighbour
+    torch.testing.assert_close(scale[1], scale[0], rtol=2 * eps, atol=1e-4)
     length = int(caches.expected[3][0])
     values = [
         reference.read(*(part.cpu() for part in parts), length, layout)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,9 +98,8 @@ def test_a_budget_is_used_up_where_all_tokens_differ(layout: Layout, seed: int) 
     need = span[:, None] * torch.exp2(
         -torch.arange(layout.mixed.min_bits, layout.mixed.max_bits).float()
     )
-    bits = mixed.allocate(span, None, layout)
-    if len(need.unique()) == need.numel():
-        assert bits.sum() == layout.code_rows
+    assume(len(need.unique()) == need.numel())
+    assert mixed.allocate(span, None, layout).sum() == layout.code_rows
 
 
 @given(pages())
@@ -263,14 +262,13 @@ def test_outliers_are_exact_and_widen_no_segment(
 ) -> None:
     x, importance, layout = case
     half = layout.mixed.outliers // 2
-    x = x.clone()
+    x = x.clamp(-59000.0, 59000.0)  # nothing drawn reaches further than the outliers
     x[..., 1 : 1 + half], x[..., 8 : 8 + half] = 60000.0, -60000.0
     codes, records = mixed.quantize_pages(x, importance, layout)
     read = mixed.dequantize_pages(codes, records, layout)
     outlier = torch.zeros(layout.head_dim, dtype=torch.bool)
     outlier[1 : 1 + half] = outlier[8 : 8 + half] = True
-    if (x[..., ~outlier].abs() < 60000).all():
-        assert torch.equal(read[..., outlier], x[..., outlier].half().float())
+    assert torch.equal(read[..., outlier], x[..., outlier].half().float())
     kept = x.sort(-1).values[..., half : layout.head_dim - half]
     limit = error_limit(kept, bits_of(codes, records, layout), layout)[..., None]
     error = (read - x.half().float()).abs()
@@ -316,7 +314,8 @@ def test_what_is_read_is_finite(case: tuple[Tensor, Tensor | None, Layout]) -> N
 
 @given(st.integers(1, 300))
 def test_sums_of_pairs_are_sums(length: int) -> None:
-    x = torch.randint(-1000, 1000, (3, length)).float()
+    generator = torch.Generator().manual_seed(length)
+    x = torch.randint(-1000, 1000, (3, length), generator=generator).float()
     assert torch.equal(mixed.sum_pairs(x), x.sum(-1))
 
 
