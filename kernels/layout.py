@@ -16,8 +16,8 @@ what kernels are compiled for, what a saved cache says of itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from kvq_compile.kernels.adaptive.targets import length_class, target_bounds
 from kvq_compile.kernels.schemes import (
     PAGE_SIZES,
     TRITS,
-    UNIT_BITS,
+    WORD_BITS,
     Adaptive,
     Grouping,
     Mixed,
@@ -38,14 +38,12 @@ from kvq_compile.kernels.schemes import (
     Role,
     Scheme,
     Transform,
-    Uniform,
     as_mixed,
 )
-from kvq_compile.kernels.tables import NO_TABLES, Tables
+from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, check, check_integers
 
 HIDES = -1e4  # an additive mask of this or less leaves a token no weight
-QUERIES = 5  # whose attention mixed pages go by, the last; the paper's attention window
 
 
 class InternedOpaque(Interned, OpaqueBaseMeta):
@@ -296,7 +294,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self.scheme.codes_shape(self.role, self.head_dim, self.page_size)[0]
 
     @cached_property
-    def units(self) -> int:
+    def row_words(self) -> int:
         """16-bit units in a row."""
         return self.scheme.codes_shape(self.role, self.head_dim, self.page_size)[1]
 
@@ -316,9 +314,9 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self.scheme.params_shape(self.head_dim, self.page_size)
 
     @cached_property
-    def param_numbers(self) -> int:
+    def param_elements(self) -> int:
         """Numbers of a parameter: scale and zero point, or one byte of a record."""
-        return self.scheme.param_numbers
+        return self.scheme.param_elements
 
     @cached_property
     def has_byte_params(self) -> bool:
@@ -329,8 +327,8 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     def bits_per_element(self) -> float:
         """Bits held for each element of a page: codes and parameters."""
         groups, members = self.params_shape
-        width = (8 if self.has_byte_params else 16) * self.param_numbers
-        page = UNIT_BITS * self.rows * self.units + width * groups * members
+        width = (8 if self.has_byte_params else 16) * self.param_elements
+        page = WORD_BITS * self.rows * self.row_words + width * groups * members
         return page / (self.page_size * self.head_dim)
 
     @property
@@ -375,9 +373,9 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return int(self.mixed.bits * self.page_size)
 
     @cached_property
-    def row_units(self) -> int:
+    def plane_row_words(self) -> int:
         """Units of a row of a mixed page."""
-        return self.head_dim // UNIT_BITS
+        return self.head_dim // WORD_BITS
 
     @cached_property
     def bounds(self) -> tuple[float, ...]:
@@ -417,98 +415,3 @@ def exact_row_index(first: int, last: int, layout: Layout, device: torch.device)
     return torch.where(
         token < layout.sinks, token, layout.sinks + (token - layout.sinks) % layout.ring
     )
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """Say how a whole cache is kept: exact regions, a scheme for keys and one for values, overrides.
-
-    Args:
-        key, value: How packed keys and values are coded.
-        sinks: First tokens that stay exact for ever.
-        window: Most recent tokens that are always exact; up to ``page_size - 1`` more wait for their page.
-        page_size: Tokens quantized at once: 32, 64, 128 or 256.
-        layers: ``(layer index, CacheSpec or None)`` pairs that replace this spec for single layers, in
-            the order in which the model runs its attentions; ``None`` leaves the layer in 16 bit.
-        method: Name under which reports show this spec.
-        key_tables, value_tables: The calibration tables that the schemes name by their digest.
-
-    Raises:
-        TypeError: A number of tokens is not an integer.
-        ValueError: An argument is out of its range, or tables are not those that a scheme names.
-    """
-
-    key: Scheme = field(default_factory=Uniform)
-    value: Scheme = field(default_factory=Uniform)
-    sinks: int = 5
-    window: int = 128
-    page_size: int = 128
-    layers: tuple[tuple[int, CacheSpec | None], ...] = ()
-    method: str = "custom"
-    key_tables: Tables | None = None
-    value_tables: Tables | None = None
-
-    def __post_init__(self) -> None:
-        _ = self.regions  # which checks itself
-        check(
-            self.key.reader == self.value.reader,
-            "keys and values must both be in mixed pages, or neither, "
-            f"got {self.key.name} and {self.value.name}",
-        )
-        adaptive = self.key.adaptive
-        check(
-            adaptive is None or adaptive.target == 0 or adaptive.query_norm > 0,
-            "query_norm must be positive for a target of keys, got 0",
-        )
-        for name, scheme, tables in (
-            ("key_tables", self.key, self.key_tables),
-            ("value_tables", self.value, self.value_tables),
-        ):
-            given = NO_TABLES if tables is None else tables.digest
-            check(
-                given == scheme.tables,
-                f"{name} must be those that its scheme names, {scheme.tables!r}, got {given!r}",
-            )
-
-    @property
-    def regions(self) -> Regions:
-        """Which tokens are exact."""
-        return Regions(self.sinks, self.window, self.page_size)
-
-    def for_layer(self, layer: int) -> CacheSpec | None:
-        """Return the spec of one layer; ``None`` says that it stays in 16 bit."""
-        for index, override in self.layers:
-            if index == layer:
-                return override
-        return replace(self, layers=()) if self.layers else self
-
-    def scheme(self, role: Role) -> Scheme:
-        """Return how keys or values are coded."""
-        return self.key if role == "key" else self.value
-
-    def tables(self, role: Role) -> Tables | None:
-        """Return the calibration tables of keys or values."""
-        return self.key_tables if role == "key" else self.value_tables
-
-    def layout(self, role: Role, head_dim: int, shared_by: int = 0) -> Layout:
-        """Bind this spec to the keys or values of heads of ``head_dim`` channels.
-
-        Where bits depend on attention, keys of which ``shared_by``, the query heads of a KV head, is known also
-        hold the last queries.
-
-        Raises:
-            ValueError: ``head_dim`` cannot be packed or grouped as the spec says.
-        """
-        attentive = self.key.attentive or self.value.attentive
-        shared_by = shared_by if attentive and role == "key" else 0
-        return _layout(
-            *(role, head_dim, self.regions, self.scheme(role)),
-            *((QUERIES if shared_by else 0), shared_by),
-        )
-
-
-@lru_cache(maxsize=1024)
-def _layout(
-    role: Role, head_dim: int, regions: Regions, scheme: Scheme, queries: int, shared_by: int
-) -> Layout:
-    return Layout(role, head_dim, regions, scheme, queries, shared_by)  # one object for one value

@@ -31,9 +31,9 @@ class Packed(NamedTuple):
     def empty(like: Tensor, capacity: int | torch.SymInt, layout: Layout) -> Packed:
         """Allocate the parts for tokens like ``like`` ``[B, H, *, D]``, with room for ``capacity`` pages."""
         B, H = like.shape[:2]
-        codes = like.new_zeros(B, H, capacity, layout.rows, layout.units, dtype=torch.int16)
+        codes = like.new_zeros(B, H, capacity, layout.rows, layout.row_words, dtype=torch.int16)
         params_dtype = torch.uint8 if layout.has_byte_params else torch.float16
-        params_shape = (*layout.params_shape, layout.param_numbers)
+        params_shape = (*layout.params_shape, layout.param_elements)
         params = like.new_zeros(B, H, capacity, *params_shape, dtype=params_dtype)
         exact = like.new_zeros(B, H, layout.exact_rows, layout.head_dim)
         return Packed(codes, params, exact, like.new_zeros(2, dtype=torch.int32))

@@ -8,7 +8,7 @@ What a scheme has besides its fields, the same for all of its kind unless said o
 
     name           its file in `reference` and in each backend, and its word in saved caches
     reader         loop of attention over its pages: keys and values must have the same
-    param_numbers  numbers of a parameter: scale and zero point, or one byte of a record
+    param_elements  numbers of a parameter: scale and zero point, or one byte of a record
     byte_params    whether parameters are bytes; depends on their format
     entries        vectors of the codebook that its tables hold, if any
     attentive      whether bits go by the attention that tokens get
@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvq_compile.kernels.adaptive.options import Adaptive as Adaptive
+from kvq_compile.kernels.scheme_checks import WORD_BITS as WORD_BITS
+from kvq_compile.kernels.scheme_checks import check_fields, check_format, check_tables
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, changed_fields, check, check_flags, check_integers
 
@@ -40,35 +42,11 @@ Params = Literal["fp16", "fp8"]
 WIDTHS = (1, 1.5, 2, 3, 4, 8)  # bits of the codes of a uniform quantizer; 1.5: three levels
 TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
 MAX_INDEX_BITS = 12  # a codebook of more entries could not be learned, searched or held
-UNIT_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 PAGE_SIZES = (32, 64, 128, 256)
 MAX_BITS = 8  # of a token in mixed pages
 HEADER = MAX_BITS  # units of a mixed page; also what keeps rows of 128 channels aligned to 16 bytes
 FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
 OUTLIER_FIELDS = 3  # channel, low byte, high byte
-
-
-def _check_format(params: str, transform: str, rotary: bool, tables: str) -> None:
-    _check_tables(rotary, tables)
-    check(params in ("fp16", "fp8"), f'params must be "fp16" or "fp8", got {params!r}')
-    check(
-        transform in ("none", "hadamard"),
-        f'transform must be "none" or "hadamard", got {transform!r}',
-    )
-    check(
-        transform == "none" or not rotary,
-        f'transform must be "none" for rotary keys and for codebooks, got {transform!r}',
-    )
-
-
-def _check_tables(rotary: bool, tables: str) -> None:
-    check_flags(rotary=rotary)
-    if not isinstance(tables, str):
-        raise TypeError(f"tables must be a digest, got {tables!r}")
-    check(
-        not rotary or tables != NO_TABLES,
-        "rotary keys must be calibrated: tables must be given",
-    )
 
 
 def largest_divisor(whole: int, most: int) -> int:
@@ -85,7 +63,7 @@ class _Codes:
     """What schemes have in common whose pages are codes and parameters of groups."""
 
     reader: ClassVar[str] = "pages"
-    param_numbers: ClassVar[int] = 2
+    param_elements: ClassVar[int] = 2
     attentive: ClassVar[bool] = False
     adaptive: ClassVar[None] = None
     keeps_codes: ClassVar[bool] = True
@@ -159,7 +137,7 @@ class Uniform(_Codes, metaclass=Interned):
             f"group_size must be positive, got {self.group_size}",
         )
         check(0.0 < self.clip <= 1.0, f"clip must be in (0, 1], got {self.clip}")
-        _check_format(self.params, self.transform, self.rotary, self.tables)
+        check_format(self.params, self.transform, self.rotary, self.tables)
 
     __repr__ = changed_fields
 
@@ -187,7 +165,7 @@ class Uniform(_Codes, metaclass=Interned):
         )
         check(not self.rotary or head_dim % 2 == 0, f"head_dim must be even, got {head_dim}")
         if self.packing == "fields":
-            _check_fields(self.planes, 1, f"{self.bits:g}-bit", role, head_dim, page_size)
+            check_fields(self.planes, 1, f"{self.bits:g}-bit", role, head_dim, page_size)
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -199,18 +177,18 @@ class Uniform(_Codes, metaclass=Interned):
         """Steps between the lowest and the highest code."""
         return 2 if self.bits == 1.5 else (1 << int(self.bits)) - 1
 
-    def units(self, row_length: int) -> int:
+    def row_words(self, row_length: int) -> int:
         """Return the 16-bit units in a row of ``row_length`` codes."""
         if self.packing == "trits":
             row_bytes = -(-row_length // TRITS)
             return -(-row_bytes // 2)
-        return row_length * sum(self.planes) // UNIT_BITS
+        return row_length * sum(self.planes) // WORD_BITS
 
     def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``rows, units`` of the codes of a page."""
         if role == "key":
-            return page_size, self.units(head_dim)
-        return head_dim, self.units(page_size)
+            return page_size, self.row_words(head_dim)
+        return head_dim, self.row_words(page_size)
 
     def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``groups, members`` of the parameters of a page."""
@@ -268,7 +246,7 @@ class Codebook(_Codes, metaclass=Interned):
 
     def __post_init__(self) -> None:
         check_integers(bits=self.bits, couple=self.couple)
-        _check_tables(self.rotary, self.tables)
+        check_tables(self.rotary, self.tables)
         check(self.couple > 0, f"couple must be positive, got {self.couple}")
         check(
             1 <= self.bits <= MAX_INDEX_BITS,
@@ -295,7 +273,7 @@ class Codebook(_Codes, metaclass=Interned):
             f"head_dim must be a multiple of {halves} for {self.couple} coupled channels, "
             f"got {head_dim}",
         )
-        _check_fields(self.planes, self.couple, f"{self.bits:g}-bit", role, head_dim, page_size)
+        check_fields(self.planes, self.couple, f"{self.bits:g}-bit", role, head_dim, page_size)
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -312,7 +290,7 @@ class Codebook(_Codes, metaclass=Interned):
         rows, length = head_dim // self.couple, page_size
         if role == "key":
             rows, length = length, rows
-        return rows, length * sum(self.planes) // UNIT_BITS
+        return rows, length * sum(self.planes) // WORD_BITS
 
     def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``groups, members`` of the parameters of a page: there are none."""
@@ -362,7 +340,7 @@ class Mixed(metaclass=Interned):
     clip: ClassVar[float] = 1.0
     planes: ClassVar[tuple[int, ...]] = ()
     levels: ClassVar[int] = 0
-    param_numbers: ClassVar[int] = 1
+    param_elements: ClassVar[int] = 1
     byte_params: ClassVar[bool] = True
     entries: ClassVar[int] = 0
     keeps_codes: ClassVar[bool] = False
@@ -401,7 +379,7 @@ class Mixed(metaclass=Interned):
             self.outliers % 2 == 0 and self.outliers >= 0,
             f"outliers must be an even number of 0 or more, got {self.outliers}",
         )
-        _check_format(self.params, self.transform, self.rotary, self.tables)
+        check_format(self.params, self.transform, self.rotary, self.tables)
         exact = self.adaptive is not None and self.adaptive.keep_exact
         check(
             not exact or (self.attentive and self.tables == NO_TABLES),
@@ -423,8 +401,8 @@ class Mixed(metaclass=Interned):
         """
         del role
         check(
-            head_dim % UNIT_BITS == 0 and 0 < head_dim <= 256,
-            f"head_dim must be a multiple of {UNIT_BITS} up to 256, got {head_dim}",
+            head_dim % WORD_BITS == 0 and 0 < head_dim <= 256,
+            f"head_dim must be a multiple of {WORD_BITS} up to 256, got {head_dim}",
         )
         check(
             self.bits * page_size % 1 == 0,
@@ -446,19 +424,19 @@ class Mixed(metaclass=Interned):
         return 2 * self.param_bytes
 
     @property
-    def record_bytes(self) -> int:
+    def metadata_bytes(self) -> int:
         """Bytes of a token's record: centre, reach, rank and outliers."""
         return self.rank_field + 1 + OUTLIER_FIELDS * self.outliers
 
     def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``rows, units`` of the codes of a page: one row, the header before the planes."""
         del role
-        return 1, HEADER + int(self.bits * page_size) * (head_dim // UNIT_BITS)
+        return 1, HEADER + int(self.bits * page_size) * (head_dim // WORD_BITS)
 
     def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``fields, tokens`` of the records of a page."""
         del head_dim
-        return self.record_bytes, page_size
+        return self.metadata_bytes, page_size
 
     def unused_bits(self, codes: Tensor, page_size: int) -> float:
         """Return the bits an element of packed pages that no token uses: rows behind those of its planes.
@@ -530,15 +508,3 @@ def scheme_of(options: Mapping[str, Any], tables: str, rotary: bool) -> Uniform 
     """
     kind: type[Uniform | Codebook] = Codebook if "couple" in options else Uniform
     return kind(**options, rotary=rotary, tables=tables)
-
-
-def _check_fields(
-    planes: tuple[int, ...], couple: int, what: str, role: Role, head_dim: int, page_size: int
-) -> None:
-    """Make sure that each plane of a row of codes fills whole units."""
-    length = head_dim // couple if role == "key" else page_size
-    check(
-        all(length * width % UNIT_BITS == 0 for width in planes),
-        f"head_dim must be a multiple of {couple * UNIT_BITS // min(planes)} for "
-        f"{what} {role}s, got {head_dim}",
-    )

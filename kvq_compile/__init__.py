@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from kvq_compile.errors import KVQError, KVQWarning
     from kvq_compile.explanations import Explanation, explain
     from kvq_compile.kernels.cache.tensor import QuantizedKV
-    from kvq_compile.kernels.layout import CacheSpec
     from kvq_compile.kernels.schemes import Codebook, Mixed, Uniform
+    from kvq_compile.kernels.spec import CacheSpec
     from kvq_compile.options import make_spec
     from kvq_compile.reports import Report, report
 
@@ -51,7 +51,7 @@ _HOMES = {
     "errors": ("KVQError", "KVQWarning"),
     "explanations": ("Explanation", "explain"),
     "kernels.cache.tensor": ("QuantizedKV",),
-    "kernels.layout": ("CacheSpec",),
+    "kernels.spec": ("CacheSpec",),
     "kernels.schemes": ("Codebook", "Mixed", "Uniform"),
     "options": ("make_spec",),
     "reports": ("Report", "report"),

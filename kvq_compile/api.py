@@ -12,8 +12,9 @@ from kvq_compile.backend import kvq
 from kvq_compile.errors import KVQError
 from kvq_compile.kernels.cache.become import become, check_can_become_quantized
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.schemes import Role
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.options import make_config, make_spec
 from kvq_compile.reports import cache_tensors

@@ -58,8 +58,8 @@ from collections.abc import Callable
 
 import sympy
 
-from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables, read_section
 from kvq_compile.options import make_spec
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from kvq_compile.calibration.artifact import LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
-from kvq_compile.kernels.layout import CacheSpec, Regions
+from kvq_compile.kernels.layout import Regions
 from kvq_compile.kernels.schemes import (
     Adaptive,
     Codebook,
@@ -25,6 +25,7 @@ from kvq_compile.kernels.schemes import (
     Uniform,
     scheme_of,
 )
+from kvq_compile.kernels.spec import CacheSpec
 
 GroupSize = int | Literal["auto"] | None
 # Options that calibration does not depend on.

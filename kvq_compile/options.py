@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq_compile.calibration.artifact import Calibration
-from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.methods import AT_COMPILE, METHODS, Options, option_names
 
 DEFAULT = "int4"

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import QUERIES, Layout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
+from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.sites import Attention, Coding
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch.fx
 from torch.fx import GraphModule, Node
 
-from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.cache_nodes import CacheNodes, Frames, Seen
 from kvq_compile.lowering.runtime import Conversion, Output
 from kvq_compile.lowering.sites import (

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import CacheSpec, Layout, Score
+from kvq_compile.kernels.layout import Layout, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import backend, launch
 from native import DEVICE, NATIVE, frame_on_device
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import kv_tensors, page_layouts
 
 WHOLE_WIDTHS = (1, 2, 3, 4, 8)

@@ -108,7 +108,7 @@ import sys, warnings
 import numpy, torch
 from torch.utils._pytree import tree_leaves
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.schemes import Uniform
 
 warnings.simplefilter("ignore")

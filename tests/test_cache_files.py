@@ -23,9 +23,10 @@ from kvq_compile.kernels.cache.saved import (
     rebuild_old,
 )
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.schemes import Adaptive, Codebook, Mixed, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import page_layouts
 from kvq_compile.testing.small_cache import assert_same_bytes
 from kvq_compile.testing.small_tables import framed_layouts

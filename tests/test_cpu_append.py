@@ -162,7 +162,7 @@ def test_tokens_that_do_not_fit_are_refused_before_anything_is_written(
         assert torch.equal(part, copy)
 
 
-def test_a_page_read_for_attention_is_turned_as_the_specification_turns_it() -> None:
+def test_a_page_read_for_attention_is_rotated_as_the_specification_rotates_it() -> None:
     tables = random_tables(HEADS, 64, group_size=16, rotary=True, codebook=None, seed=0)
     scheme = Uniform(4, group_size=16, rotary=True, tables=tables.digest)
     layout = Layout("key", 64, Regions(2, 5, 32), scheme)
@@ -170,11 +170,11 @@ def test_a_page_read_for_attention_is_turned_as_the_specification_turns_it() -> 
     x = torch.randn(BATCH, HEADS, 80, 64, generator=torch.Generator().manual_seed(0))
     cache = Packed.empty(x, PAGES, layout)
     backend.append_(cache, calibrated, x, None, 0, layout)
-    turned = native.unpack(PackedTensor(cache, layout, calibrated), slice(0, 2))
+    rotated = native.unpack(PackedTensor(cache, layout, calibrated), slice(0, 2))
     codes, params = (part[:, :, :2] for part in cache[:2])
     tokens = reference.dequantize_packed(codes, params, layout, calibrated)
     order = calibrated.section("order", layout)[None, :, None].long()
-    assert torch.equal(turned.flatten(2, 3), tokens.gather(-1, order.expand(tokens.shape)))
+    assert torch.equal(rotated.flatten(2, 3), tokens.gather(-1, order.expand(tokens.shape)))
 
 
 SIZES = (8, 16, 20, 24, 40, 72, 80, 100, 112, 136, 320, 576)

@@ -13,10 +13,11 @@ from torch import Tensor
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cpu import append, attend, backend, native
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.testing import changed, masks
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
@@ -168,7 +169,7 @@ def test_unpacked_numbers_are_exactly_those_that_codes_stand_for(framed: Framed)
     pages = slice(1, 3)
     codes, params = (part[:, :, pages] for part in packed.parts[:2])
     values = reference.unpacked_values(codes, params, layout, frame)
-    assert torch.equal(native.unpack(packed, pages, turned=False), values)
+    assert torch.equal(native.unpack(packed, pages, rotated=False), values)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference.codebook import nearest_centroid
 from kvq_compile.kernels.reference.formats import e4m3_value, round_e4m3
-from kvq_compile.kernels.reference.rope import cosine_and_sine, turns
+from kvq_compile.kernels.reference.rope import cos_sin_table, cosine_and_sine
 from kvq_compile.kernels.reference.tables import from_coded, to_coded
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.testing import changed
@@ -77,7 +77,7 @@ def test_keys_are_unrotated_by_the_angle_of_their_position(framed: Framed) -> No
     still = changed(layout, rotary=False)
     y = tokens(layout, layout.page_size).unsqueeze(2)
     first = 40
-    cosine, sine = turns(frame, layout, first, 1)
+    cosine, sine = cos_sin_table(frame, layout, first, 1)
     words = frame.tables
     D = layout.head_dim
     without = torch.cat([words[:, : 5 * D], words[:, 5 * D + D // 2 :]], 1)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels import ops, reference
-from kvq_compile.kernels.layout import QUERIES, CacheSpec, Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import importance
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Scheme
+from kvq_compile.kernels.spec import QUERIES, CacheSpec
 from kvq_compile.kernels.triton import backend
 from kvq_compile.kernels.triton import importance as kernels
 from kvq_compile.testing.small_tables import random_tables

@@ -25,9 +25,10 @@ from attention_site import (
     starts,
 )
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import CacheSpec, Score, exact_row_index
+from kvq_compile.kernels.layout import Score, exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Packed
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import backend
 from native import CONVERSIONS, DEVICE, NATIVE, examples
 

@@ -21,9 +21,10 @@ from attention_site import (
     causal,
     starts,
 )
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.schemes import Scheme, Uniform, scheme_of
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables

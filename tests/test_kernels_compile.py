@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import aot
-from kvq_compile.kernels.layout import QUERIES, Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Uniform, scheme_of
+from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.kernels.triton import adaptive, backend
 from kvq_compile.testing.small_tables import random_tables
 from written_caches import calibrated

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import written_caches
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Packed
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform, scheme_of
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import append, backend
 from kvq_compile.testing.small_tables import random_tables

@@ -10,8 +10,8 @@ transformers = pytest.importorskip("transformers")
 
 import kvq_compile
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.spec import CacheSpec
 
 
 def make_model(bias: float) -> Any:

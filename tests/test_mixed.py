@@ -82,8 +82,8 @@ def upper(levels: Tensor, bits: Tensor) -> Tensor:
 def test_a_page_never_exceeds_its_budget(case: tuple[Tensor, Tensor | None, Layout]) -> None:
     x, importance, layout = case
     codes, records = mixed.quantize_pages(x, importance, layout)
-    assert codes.shape == (2, 1, layout.units)
-    assert records.shape == (2, layout.mixed.record_bytes, N, 1)
+    assert codes.shape == (2, 1, layout.row_words)
+    assert records.shape == (2, layout.mixed.metadata_bytes, N, 1)
     bits = bits_of(codes, records, layout)
     assert bits.sum(-1).max() <= layout.code_rows
     assert layout.mixed.min_bits <= bits.min()
@@ -134,7 +134,7 @@ def test_bits_held_count_codes_header_and_records() -> None:
 @given(layouts(), st.integers(0, 2**16))
 def test_unpacking_gives_back_the_bits_that_were_kept(layout: Layout, seed: int) -> None:
     levels, bits = random_levels(seed, layout)
-    records = torch.zeros(3, layout.mixed.record_bytes, N, 1, dtype=torch.uint8)
+    records = torch.zeros(3, layout.mixed.metadata_bytes, N, 1, dtype=torch.uint8)
     records[:, layout.mixed.rank_field, :, 0] = mixed.rank(bits).to(torch.uint8)
     kept, held = mixed.unpack(mixed.pack(levels, bits, layout), records, layout)
     assert torch.equal(held, bits)

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from kvq_compile.kernels import ops, schemes
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import uniform
 from kvq_compile.kernels.schemes import Codebook, Mixed, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import assert_matches_dequantized
 
 ROOT = Path(__file__).resolve().parent.parent
 # Who may know a scheme by name. A row that goes is a file less that a new scheme touches.
 MAY_KNOW = {
     "kernels/schemes.py",
-    "kernels/layout.py",  # the default of `CacheSpec`, and the type of an accessor
+    "kernels/spec.py",  # the default of `CacheSpec`
+    "kernels/layout.py",  # the type of an accessor
     *(f"kernels/cpu/{name}.py" for name in ("append", "native")),
     *(
         f"kernels/triton/{name}.py"

@@ -14,12 +14,13 @@ import kvq_compile
 from kvq_compile.calibration.artifact import Calibration
 from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import UNCALIBRATED
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.options import make_spec
 from kvq_compile.testing import changed
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text

@@ -16,10 +16,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Adaptive, Mixed
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import backend, mixed_write
 from kvq_compile.kernels.triton.constants import WriteConstants
 from kvq_compile.testing import changed, mixed_layout

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Packed
-from kvq_compile.kernels.schemes import UNIT_BITS, Uniform
+from kvq_compile.kernels.schemes import WORD_BITS, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.transform import hadamard, rotate
 from kvq_compile.testing import HEAD_DIMS, changed, kv_tensors, lengths, page_layouts
 from quantized_pages import WHOLE_WIDTHS, pages, stored, token_layout
@@ -29,8 +30,8 @@ def test_packing_what_was_unpacked_gives_every_unit_back(bits: int, role: str) -
     """Every plane of every width sees all of its 65536 units, at each of its places in a row."""
     spec = Uniform(bits)
     layout = CacheSpec(spec, spec, 0, 0, 32).layout(role, 64)
-    units = torch.stack([ALL_UNITS.roll(shift) for shift in range(layout.units)], -1)
-    units = units.view(-1, layout.rows, layout.units)
+    units = torch.stack([ALL_UNITS.roll(shift) for shift in range(layout.row_words)], -1)
+    units = units.view(-1, layout.rows, layout.row_words)
     codes = reference.unpack(units, layout)
     assert codes.shape == (len(units), 32, 64)
     assert codes.min() == 0
@@ -49,7 +50,7 @@ def test_unpacking_what_was_packed_gives_every_code_back(
     codes = torch.randint(0, layout.levels + 1, shape, generator=generator, dtype=torch.int32)
     units = reference.pack(codes, layout)
     assert units.dtype == torch.int16
-    assert units.shape == (3, layout.rows, layout.units)
+    assert units.shape == (3, layout.rows, layout.row_words)
     assert torch.equal(reference.unpack(units, layout), codes)
 
 
@@ -59,10 +60,10 @@ def test_a_code_lies_in_the_fields_that_the_layout_names(bits: int) -> None:
     for channel in (0, 1, 17, 63):
         codes = torch.zeros(32, 64, dtype=torch.int32)
         codes[5, channel] = layout.levels
-        expected = torch.zeros(32, layout.units, dtype=torch.int32)
+        expected = torch.zeros(32, layout.row_words, dtype=torch.int32)
         first = 0
         for width in layout.planes:
-            units = 64 * width // UNIT_BITS
+            units = 64 * width // WORD_BITS
             field, unit = divmod(channel, units)
             expected[5, first + unit] = ((1 << width) - 1) << (field * width)
             first += units

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import QuantizedKV, explain, report
-from kvq_compile.kernels.layout import CacheSpec
 from kvq_compile.kernels.schemes import Scheme, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import lengths, specs
 
 SPEC = CacheSpec(Uniform(4), Uniform(2, group_size=32), sinks=2, window=5, page_size=32)

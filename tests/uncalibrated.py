@@ -4,9 +4,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Role, Uniform
+from kvq_compile.kernels.spec import CacheSpec
 
 Framed = tuple[Layout, Calibrated]
 

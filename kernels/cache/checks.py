@@ -83,10 +83,10 @@ def _check_shapes(tensors: dict[str, Tensor], layout: Layout) -> None:
     (B, H), P = exact.shape[:2], codes.shape[2]
     page = layout.page_size, layout.head_dim
     expected: dict[str, tuple[Any, ...]] = {
-        "codes": (torch.int16, B, H, P, layout.rows, layout.units),
+        "codes": (torch.int16, B, H, P, layout.rows, layout.row_words),
         "params": (
             torch.uint8 if layout.has_byte_params else torch.float16,
-            *(B, H, P, *layout.params_shape, layout.param_numbers),
+            *(B, H, P, *layout.params_shape, layout.param_elements),
         ),
         "exact": (exact.dtype, B, H, layout.exact_rows, layout.head_dim),
         "cursor": (torch.int32, 2),

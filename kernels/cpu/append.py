@@ -144,12 +144,12 @@ def read(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> 
 
 def _tokens(packed: PackedTensor, pages: slice) -> Tensor:
     """Return the tokens ``[B, H, n, D]`` (fp32) that pages stand for."""
-    numbers = native.unpack(packed, pages, turned=False)
+    elements = native.unpack(packed, pages, rotated=False)
     if packed.calibrated.tables is None:
-        return rotate(numbers, packed.layout).flatten(2, 3)
-    numbers = rotate(numbers.contiguous(), packed.layout)
-    native.from_coded_(packed, pages.start, numbers)
-    return numbers.flatten(2, 3)
+        return rotate(elements, packed.layout).flatten(2, 3)
+    elements = rotate(elements.contiguous(), packed.layout)
+    native.from_coded_(packed, pages.start, elements)
+    return elements.flatten(2, 3)
 
 
 def blocks(packed: PackedTensor, pages: slice) -> Iterator[slice]:

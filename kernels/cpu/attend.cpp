@@ -18,7 +18,7 @@ struct Attend {
   const float* constant;  // added to the scores of packed keys, or null: [batch, heads, query_rows]
   const float* bias;      // added to the scores, or null: [batch, heads, query_rows, slots] by strides
   int64_t bias_stride[4];
-  float* turns;           // rotary keys: [heads, page_size, key head_dim] for cosines and sines inside a page
+  float* cos_sin;           // rotary keys: [heads, page_size, key head_dim] for cosines and sines inside a page
   float* accumulator;     // [batch, heads, splits + 1, query_rows, value head_dim]
   float* running_max;     // [batch, heads, splits + 1, query_rows]
   float* running_sum;     // the same
@@ -30,13 +30,13 @@ struct Attend {
 };
 
 // Turn query rows back by the angles of a page's first slot, so that its keys need only those inside the page.
-void turn_back(const float* query, const float* turns, int rows, int dim, float* out) {
+void inverse_rotate(const float* query, const float* cos_sin, int rows, int dim, float* out) {
   const int half = dim / 2;
   for (; rows > 0; --rows, query += dim, out += dim) {
 #pragma omp simd
     for (int c = 0; c < half; ++c) {
-      out[c] = query[c] * turns[c] + query[half + c] * turns[half + c];
-      out[half + c] = query[half + c] * turns[c] - query[c] * turns[half + c];
+      out[c] = query[c] * cos_sin[c] + query[half + c] * cos_sin[half + c];
+      out[half + c] = query[half + c] * cos_sin[c] - query[c] * cos_sin[half + c];
     }
   }
 }
@@ -154,9 +154,9 @@ __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t
     if (left <= 0) break;
     unpack_page(a.key, b, h, page, s.tile, s);
     if (a.key.frequency) {
-      for (int i = 0; i < N; ++i) turn_key(a.key, h, a.turns + (h * N + i) * dim, s.tile + static_cast<int64_t>(i) * dim);
-      turns_at(a.key, h, slot + a.key.shift[b * a.key.shift_stride], s.turns);
-      turn_back(query, s.turns, a.query_rows, dim, s.query);
+      for (int i = 0; i < N; ++i) rotate_key(a.key, h, a.cos_sin + (h * N + i) * dim, s.tile + static_cast<int64_t>(i) * dim);
+      cos_sin_at(a.key, h, slot + a.key.shift[b * a.key.shift_stride], s.cos_sin);
+      inverse_rotate(query, s.cos_sin, a.query_rows, dim, s.query);
     }
     state.weigh_tile(a.key.frequency ? s.query : query, constant, left < N ? static_cast<int>(left) : N, slot);
     unpack_page(a.value, b, h, page, s.tile, s);
@@ -230,7 +230,7 @@ bool attend(const Attend& a, int threads) {
     if (a.key.frequency && a.pages > 0) {
 #pragma omp for
       for (int64_t i = 0; i < static_cast<int64_t>(a.heads) * a.page_size; ++i)
-        turns_at(a.key, i / a.page_size, i % a.page_size, a.turns + i * a.key.head_dim);
+        cos_sin_at(a.key, i / a.page_size, i % a.page_size, a.cos_sin + i * a.key.head_dim);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < heads * parts; ++i) {
@@ -273,8 +273,8 @@ Attend unwrap(const AttendWords& w, Check& check) {
   check.that(w.start >= 0 && w.start <= w.keys.held && w.start <= w.values.held, "start must be a slot up to the tokens held");
   check.that(w.visible >= 0 && w.visible <= w.start + new_tokens, "visible must be a slot up to the new tokens' last");
   check.that(!w.bias.data || w.bias.sizes[3] >= w.visible, "bias must have a column for each visible slot");
-  const int64_t states = batch * heads * parts * rows, turns = key.rotary ? heads * key.page_size * key.head_dim : 0;
-  check.tensor("scratch", w.scratch, {states * (value.head_dim + 2) + turns}, kFloat);
+  const int64_t states = batch * heads * parts * rows, cos_sin = key.rotary ? heads * key.page_size * key.head_dim : 0;
+  check.tensor("scratch", w.scratch, {states * (value.head_dim + 2) + cos_sin}, kFloat);
   check.rows("scratch", w.scratch, 1);
   Attend a = {};
   a.key = unwrap(w.keys), a.value = unwrap(w.values);
@@ -283,7 +283,7 @@ Attend unwrap(const AttendWords& w, Check& check) {
   a.constant = static_cast<const float*>(w.constant.data), a.bias = static_cast<const float*>(w.bias.data);
   for (int i = 0; i < 4; ++i) a.bias_stride[i] = w.bias.strides[i];
   a.accumulator = static_cast<float*>(w.scratch.data), a.running_max = a.accumulator + states * value.head_dim;
-  a.running_sum = a.running_max + states, a.turns = a.running_sum + states;
+  a.running_sum = a.running_max + states, a.cos_sin = a.running_sum + states;
   a.packed_out = static_cast<float*>(w.packed_out.data), a.weight_out = static_cast<float*>(w.weight_out.data), a.exact_out = static_cast<float*>(w.exact_out.data);
   const auto narrow = [](int64_t word) { return static_cast<int32_t>(word); };
   a.batch = narrow(batch), a.heads = narrow(heads), a.query_rows = narrow(rows), a.pages = narrow(pages), a.page_size = narrow(key.page_size);

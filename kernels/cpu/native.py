@@ -28,7 +28,7 @@ DTYPES = {  # numbers.h has the same numbers
 
 # The lists of wire.h, which the library says of itself, too: a tensor with its number of dimensions, or a word.
 LAYOUT = (
-    "is_key codebook mixed bits trits fp8 levels couple rows row_length units groups members param_numbers "
+    "is_key codebook mixed bits trits fp8 levels couple rows row_length row_words groups members param_elements "
     "byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary table_words "
     "order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers fit soften"
 )
@@ -37,7 +37,7 @@ ATTEND = (
     "query:4 coded:4 constant:4 bias:4 new_key:4 new_value:4 scratch:1 packed_out:4 weight_out:4 exact_out:4 "
     "start visible splits threads"
 )
-PAGES = "numbers:5 new_tokens:4 importance:3 bounds:1 first_page start turned threads"
+PAGES = "elements:5 new_tokens:4 importance:3 bounds:1 first_page start rotated threads"
 INTERFACE = f"layout {LAYOUT} packed {PACKED} attend {ATTEND} pages {PAGES} "
 TABLES = ("order", "mean", "scale", "inverse", "margin", "frequency", "codebook")
 
@@ -105,8 +105,8 @@ def _layout(layout: Layout) -> Words:
     values = (
         *(layout.role == "key", codebook, mixed is not None, sum(layout.planes)),
         *(layout.packing == "trits", fp8, layout.levels, layout.couple),
-        *(layout.rows, layout.row_length, layout.units, *layout.params_shape),
-        *(layout.param_numbers, layout.has_byte_params, layout.group_size),
+        *(layout.rows, layout.row_length, layout.row_words, *layout.params_shape),
+        *(layout.param_elements, layout.has_byte_params, layout.group_size),
         *(layout.grouping == "token", shrink, layout.head_dim, layout.page_size),
         *(layout.sinks, layout.ring, layout.exact_rows, layout.rotary, table_words, *firsts),
         *((mixed.min_bits, mixed.max_bits, layout.code_rows) if mixed else (0, 0, 0)),
@@ -131,18 +131,18 @@ def _threads(elements: int) -> int:
 def _call_on_pages(
     name: str,
     packed: PackedTensor,
-    numbers: Tensor,
+    elements: Tensor,
     first_page: int,
     *,
     new_tokens: Tensor | None = None,
     start: int = 0,
     importance: Tensor | None = None,
     bounds: Tensor | None = None,
-    turned: bool = False,
+    rotated: bool = False,
 ) -> None:
     words = (
-        *_packed(packed), *_tensor(numbers), *_maybe(new_tokens, 4), *_maybe(importance, 3),
-        *_maybe(bounds, 1), first_page, start, int(turned), _threads(numbers.numel()),
+        *_packed(packed), *_tensor(elements), *_maybe(new_tokens, 4), *_maybe(importance, 3),
+        *_maybe(bounds, 1), first_page, start, int(rotated), _threads(elements.numel()),
     )  # fmt: skip
     _call(name, words)
 
@@ -156,15 +156,15 @@ def _new_pages(packed: PackedTensor, count: int, channels_first: bool = False) -
     return pages.transpose(-1, -2) if channels_first else pages
 
 
-def unpack(packed: PackedTensor, pages: slice, turned: bool = True) -> Tensor:
+def unpack(packed: PackedTensor, pages: slice, rotated: bool = True) -> Tensor:
     """Return what the codes of pages stand for, ``[B, H, pages, N, D]`` (fp32), in the basis in which they were coded.
 
-    With ``turned`` rotary keys are taken off their tables and turned to their position.
+    With ``rotated`` rotary keys are taken off their tables and rotated to their position.
     """
     channels_first = packed.layout.role == "value" and not isinstance(packed.layout.scheme, Mixed)
-    numbers = _new_pages(packed, pages.stop - pages.start, channels_first)
-    _call_on_pages("unpack", packed, numbers, pages.start, turned=turned)
-    return numbers
+    elements = _new_pages(packed, pages.stop - pages.start, channels_first)
+    _call_on_pages("unpack", packed, elements, pages.start, rotated=rotated)
+    return elements
 
 
 def to_coded(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> Tensor:
@@ -176,21 +176,21 @@ def to_coded(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> Tenso
         x: New tokens, ``[B, H, T, D]``, in slots from ``start`` on.
         start: Slot of the first of them.
     """
-    numbers = _new_pages(packed, pages.stop - pages.start)
+    elements = _new_pages(packed, pages.stop - pages.start)
     x = _with_contiguous_rows(x)
-    _call_on_pages("to_coded", packed, numbers, pages.start, new_tokens=x, start=start)
-    return numbers
+    _call_on_pages("to_coded", packed, elements, pages.start, new_tokens=x, start=start)
+    return elements
 
 
-def from_coded_(packed: PackedTensor, first_page: int, numbers: Tensor) -> None:
+def from_coded_(packed: PackedTensor, first_page: int, elements: Tensor) -> None:
     """Take coded pages ``[B, H, pages, N, D]``, their transform undone, off their tables, in place."""
-    _call_on_pages("from_coded", packed, numbers, first_page)
+    _call_on_pages("from_coded", packed, elements, first_page)
 
 
 def quantize_(
     packed: PackedTensor,
     first_page: int,
-    numbers: Tensor,
+    elements: Tensor,
     importance: Tensor | None = None,
     bounds: Tensor | None = None,
 ) -> None:
@@ -199,11 +199,11 @@ def quantize_(
     Args:
         packed: The cache.
         first_page: Number of the first page.
-        numbers: Tokens as they are coded, fp32, contiguous.
+        elements: Tokens as they are coded, fp32, contiguous.
         importance: Weight of each token's error by slot, ``[B, H, slots]``; ``None``: all weigh the same.
         bounds: Bounds on the weighted error of mixed pages, ``[pages]``, fp32.
     """
-    _call_on_pages("quantize", packed, numbers, first_page, importance=importance, bounds=bounds)
+    _call_on_pages("quantize", packed, elements, first_page, importance=importance, bounds=bounds)
 
 
 def attend(
@@ -239,8 +239,8 @@ def attend(
     threads = _threads(B * H * pages * layout.page_size * layout.head_dim)
     splits = min(pages, -(-4 * threads // (B * H))) if threads > 1 else min(pages, 1)
     states = B * H * (splits + 1) * rows  # each an accumulator, a maximum and a sum
-    turns = H * layout.page_size * layout.head_dim if layout.rotary else 0
-    scratch = torch.empty(states * (Dv + 2) + turns, dtype=torch.float32, device="cpu")
+    cos_sin = H * layout.page_size * layout.head_dim if layout.rotary else 0
+    scratch = torch.empty(states * (Dv + 2) + cos_sin, dtype=torch.float32, device="cpu")
     packed, exact = query.new_empty(B, H, rows, Dv), query.new_empty(B, H, rows, Dv)
     weight = query.new_empty(B, H, rows, 1)
     key, value = _with_contiguous_rows(key), _with_contiguous_rows(value)

@@ -17,13 +17,13 @@ struct PageWriter {
   const float* margin;      // of the head, [head_dim]; null: no tables
   const uint16_t* book;     // of the head, as in Packed
   float shrink;             // of a group's range, cut off at each end
-  std::vector<uint16_t> index, turned;  // of each number or coupled channels: [page_size, code channels], and back
+  std::vector<uint16_t> index, transposed;  // of each number or coupled channels: [page_size, code channels], and back
   std::vector<float> lo, hi, zero, scale, distance, entries;
 
   explicit PageWriter(const LayoutWords& layout) : t(layout), codes(nullptr), params(nullptr), margin(nullptr), book(nullptr) {
     const size_t tokens = static_cast<size_t>(t.page_size), channels = static_cast<size_t>(t.head_dim);
     shrink = float_of_bits(static_cast<uint32_t>(t.shrink_bits));
-    index.resize(tokens * channels + kUnitBits), turned.resize(tokens * channels + kUnitBits);
+    index.resize(tokens * channels + kWordBits), transposed.resize(tokens * channels + kWordBits);
     const size_t wide = tokens > channels ? tokens : channels;
     lo.resize(wide), hi.resize(wide), zero.resize(wide), scale.resize(wide);
     if (t.codebook) distance.resize(static_cast<size_t>(t.levels) + 1), entries.resize((static_cast<size_t>(t.levels) + 1) * static_cast<size_t>(t.couple));
@@ -154,33 +154,33 @@ void code_coupled(PageWriter& w, const float* x) {
   }
 }
 
-// Pack one plane of a row: field f of unit u is the code at f * count + u, its bits from `below` on.
+// Pack one plane of a row: field f of word u is the code at f * count + u, its bits from `below` on.
 template <int kWidth>
-void pack_plane(const uint16_t* codes, int64_t count, int below, uint16_t* units) {
-  for (int64_t u = 0; u < count; ++u) units[u] = 0;
-  for (int field = 0; field < kUnitBits / kWidth; ++field) {
+void pack_plane(const uint16_t* codes, int64_t count, int below, uint16_t* words) {
+  for (int64_t u = 0; u < count; ++u) words[u] = 0;
+  for (int field = 0; field < kWordBits / kWidth; ++field) {
     const uint16_t* run = codes + field * count;
 #pragma omp simd
-    for (int64_t u = 0; u < count; ++u) units[u] = static_cast<uint16_t>(units[u] | ((run[u] >> below) & ((1 << kWidth) - 1)) << (field * kWidth));
+    for (int64_t u = 0; u < count; ++u) words[u] = static_cast<uint16_t>(words[u] | ((run[u] >> below) & ((1 << kWidth) - 1)) << (field * kWidth));
   }
 }
 
 template <int kWidth>
-void pack_plane_maybe(const LayoutWords& t, const uint16_t* codes, int& below, uint16_t*& units) {
+void pack_plane_maybe(const LayoutWords& t, const uint16_t* codes, int& below, uint16_t*& words) {
   if (!(t.bits & kWidth)) return;
-  const int64_t count = t.row_length * kWidth / kUnitBits;
-  pack_plane<kWidth>(codes, count, below, units);
-  below += kWidth, units += count;
+  const int64_t count = t.row_length * kWidth / kWordBits;
+  pack_plane<kWidth>(codes, count, below, words);
+  below += kWidth, words += count;
 }
 
-// Byte u holds the codes at digit * bytes + u as digits in base 3, the first the lowest; a unit holds two bytes.
-void pack_trits(const LayoutWords& t, const uint16_t* codes, uint16_t* units) {
+// Byte u holds the codes at digit * bytes + u as digits in base 3, the first the lowest; a word holds two bytes.
+void pack_trits(const LayoutWords& t, const uint16_t* codes, uint16_t* words) {
   const int64_t count = t.row_length, bytes = (count + kTrits - 1) / kTrits;
-  for (int64_t u = 0; u < t.units; ++u) units[u] = 0;
+  for (int64_t u = 0; u < t.row_words; ++u) words[u] = 0;
   for (int64_t u = 0; u < bytes; ++u) {
     int byte = 0;
     for (int digit = kTrits - 1; digit >= 0; --digit) byte = 3 * byte + (digit * bytes + u < count ? codes[digit * bytes + u] : 0);
-    units[u / 2] = static_cast<uint16_t>(units[u / 2] | byte << (u % 2 * 8));
+    words[u / 2] = static_cast<uint16_t>(words[u / 2] | byte << (u % 2 * 8));
   }
 }
 
@@ -190,21 +190,21 @@ void pack_rows(PageWriter& w) {
   const uint16_t* codes = w.index.data();
   if (!t.is_key) {  // rows are channels
     for (int64_t n = 0; n < t.page_size; ++n)
-      for (int64_t c = 0; c < channels; ++c) w.turned[static_cast<size_t>(c * t.page_size + n)] = codes[n * channels + c];
-    codes = w.turned.data();
+      for (int64_t c = 0; c < channels; ++c) w.transposed[static_cast<size_t>(c * t.page_size + n)] = codes[n * channels + c];
+    codes = w.transposed.data();
   }
-  uint16_t* units = w.codes;
+  uint16_t* words = w.codes;
   for (int64_t row = 0; row < t.rows; ++row, codes += t.row_length) {
     if (t.trits) {
-      pack_trits(t, codes, units);
-      units += t.units;
+      pack_trits(t, codes, words);
+      words += t.row_words;
       continue;
     }
     int below = 0;
-    pack_plane_maybe<8>(t, codes, below, units);
-    pack_plane_maybe<4>(t, codes, below, units);
-    pack_plane_maybe<2>(t, codes, below, units);
-    pack_plane_maybe<1>(t, codes, below, units);
+    pack_plane_maybe<8>(t, codes, below, words);
+    pack_plane_maybe<4>(t, codes, below, words);
+    pack_plane_maybe<2>(t, codes, below, words);
+    pack_plane_maybe<1>(t, codes, below, words);
   }
 }
 

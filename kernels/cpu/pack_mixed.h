@@ -98,20 +98,20 @@ void sort_by_bits(int64_t N, MixedScratch& s) {
       if (s.bits[static_cast<size_t>(n)] == bits) s.rank[static_cast<size_t>(n)] = static_cast<uint8_t>(next++);
 }
 
-void put_half(uint8_t* records, int64_t field, int64_t N, uint16_t half) {
-  records[field * N] = static_cast<uint8_t>(half & 0xFF), records[(field + 1) * N] = static_cast<uint8_t>(half >> 8);
+void put_half(uint8_t* metadata, int64_t field, int64_t N, uint16_t half) {
+  metadata[field * N] = static_cast<uint8_t>(half & 0xFF), metadata[(field + 1) * N] = static_cast<uint8_t>(half >> 8);
 }
 
-// Store a centre or reach in the layout's format, in field `which` of two; return it as it is read.
-float store(const LayoutWords& t, uint8_t* records, int which, float x, bool up) {
-  if (t.fp8) return from_e4m3(records[which * t.page_size] = to_e4m3(x));
+// Store a zero point or half-range in the layout's format, in field `which` of two; return it as it is read.
+float store(const LayoutWords& t, uint8_t* metadata, int which, float x, bool up) {
+  if (t.fp8) return from_e4m3(metadata[which * t.page_size] = to_e4m3(x));
   const uint16_t half = up ? to_half_above(x) : to_half(x);
-  put_half(records, 2 * which, t.page_size, half);
+  put_half(metadata, 2 * which, t.page_size, half);
   return from_half(half);
 }
 
-// The reach with which the product of a token and what is read is that with itself; see fit_reach.
-void fit_reach(const LayoutWords& t, uint8_t* records, int bits, const uint8_t* kept, const uint8_t* levels, const float* offset, MixedScratch& s) {
+// The half-range with which the product of a token and what is read is that with itself; see fit_half_range.
+void fit_half_range(const LayoutWords& t, uint8_t* metadata, int bits, const uint8_t* kept, const uint8_t* levels, const float* offset, MixedScratch& s) {
   const int64_t D = t.head_dim;
   const int shift = kMaxBits - bits;
   const float first = std::ldexp(1.0f, -bits) - 1.0f;
@@ -123,51 +123,51 @@ void fit_reach(const LayoutWords& t, uint8_t* records, int bits, const uint8_t* 
   }
   const float product = sum_pairs(s.middle.data(), D);
   if (bits == 0 || !(product > 0.0f)) return;
-  const float reach = power / product;
-  store(t, records, 1, reach < kLargestHalf ? reach : kLargestHalf, false);
+  const float half_range = power / product;
+  store(t, metadata, 1, half_range < kLargestHalf ? half_range : kLargestHalf, false);
 }
 
 // Code one token, its bits known, into s.levels and its record.
-void code_token(const LayoutWords& t, const float* x, int64_t n, float lo, float hi, uint8_t* records, MixedScratch& s) {
+void code_token(const LayoutWords& t, const float* x, int64_t n, float lo, float hi, uint8_t* metadata, MixedScratch& s) {
   const int64_t D = t.head_dim;
   const size_t at = static_cast<size_t>(n * D);
   uint8_t *levels = s.levels.data() + at, *kept = s.kept.data() + at;
   float* offset = s.offset.data();
-  const float centre = store(t, records, 0, lo * 0.5f + hi * 0.5f, false);
-  const float above = hi - centre, below = centre - lo, far = above > below ? above : below;
-  const float reach = store(t, records, 1, far < kLargestHalf ? far : kLargestHalf, true);
-  const float width = reach > 0.0f ? 2.0f * reach : 1.0f;
+  const float zero_point = store(t, metadata, 0, lo * 0.5f + hi * 0.5f, false);
+  const float above = hi - zero_point, below = zero_point - lo, far = above > below ? above : below;
+  const float half_range = store(t, metadata, 1, far < kLargestHalf ? far : kLargestHalf, true);
+  const float width = half_range > 0.0f ? 2.0f * half_range : 1.0f;
 #pragma omp simd
   for (int64_t c = 0; c < D; ++c) {
-    offset[c] = x[c] - centre;
+    offset[c] = x[c] - zero_point;
     const float level = std::floor((offset[c] / width + 0.5f) * 256.0f);
     const float inside = level < 0.0f ? 0.0f : level > 255.0f ? 255.0f : level;
-    levels[c] = static_cast<uint8_t>(reach > 0.0f ? static_cast<int32_t>(inside) : 0);
+    levels[c] = static_cast<uint8_t>(half_range > 0.0f ? static_cast<int32_t>(inside) : 0);
   }
-  if (t.fit) fit_reach(t, records, s.bits[static_cast<size_t>(n)], kept, levels, offset, s);
-  records[t.rank_field * t.page_size] = s.rank[static_cast<size_t>(n)];
+  if (t.fit) fit_half_range(t, metadata, s.bits[static_cast<size_t>(n)], kept, levels, offset, s);
+  metadata[t.rank_field * t.page_size] = s.rank[static_cast<size_t>(n)];
   const int* channels = s.channels.data() + n * t.outliers;
   for (int64_t i = 0, field = t.rank_field + 1; i < t.outliers; ++i, field += 3) {
-    records[field * t.page_size] = static_cast<uint8_t>(channels[i]);
-    put_half(records, field + 1, t.page_size, to_half(x[channels[i]]));
+    metadata[field * t.page_size] = static_cast<uint8_t>(channels[i]);
+    put_half(metadata, field + 1, t.page_size, to_half(x[channels[i]]));
   }
 }
 
 // Write header and planes.
 void pack_planes(const LayoutWords& t, uint16_t* codes, const MixedScratch& s) {
-  const int64_t N = t.page_size, D = t.head_dim, units = D / kUnitBits;
-  std::memset(codes, 0, sizeof(uint16_t) * static_cast<size_t>(t.units));
+  const int64_t N = t.page_size, D = t.head_dim, words = D / kWordBits;
+  std::memset(codes, 0, sizeof(uint16_t) * static_cast<size_t>(t.row_words));
   uint16_t* plane = codes + kPlanes;
-  for (int j = 0; j < kMaxBits; plane += codes[j++] * units) {
+  for (int j = 0; j < kMaxBits; plane += codes[j++] * words) {
     for (int64_t n = 0; n < N; ++n) {
       if (s.bits[static_cast<size_t>(n)] <= j) continue;
       ++codes[j];
-      uint16_t* row = plane + s.rank[static_cast<size_t>(n)] * units;
+      uint16_t* row = plane + s.rank[static_cast<size_t>(n)] * words;
       const uint8_t* levels = s.levels.data() + n * D;
-      for (int64_t u = 0; u < units; ++u) {
-        uint16_t unit = 0;
-        for (int f = 0; f < kUnitBits; ++f) unit = static_cast<uint16_t>(unit | ((levels[kUnitBits * u + f] >> (kMaxBits - 1 - j)) & 1) << f);
-        row[u] = unit;
+      for (int64_t u = 0; u < words; ++u) {
+        uint16_t word = 0;
+        for (int f = 0; f < kWordBits; ++f) word = static_cast<uint16_t>(word | ((levels[kWordBits * u + f] >> (kMaxBits - 1 - j)) & 1) << f);
+        row[u] = word;
       }
     }
   }
@@ -196,8 +196,8 @@ void quantize_mixed_page(PageWriter& w, float* x, const float* importance, int64
   }
   allocate(t, bound, s);
   sort_by_bits(N, s);
-  uint8_t* records = static_cast<uint8_t*>(w.params);
-  for (int64_t n = 0; n < N; ++n) code_token(t, x + n * D, n, w.lo[static_cast<size_t>(n)], w.hi[static_cast<size_t>(n)], records + n, s);
+  uint8_t* metadata = static_cast<uint8_t*>(w.params);
+  for (int64_t n = 0; n < N; ++n) code_token(t, x + n * D, n, w.lo[static_cast<size_t>(n)], w.hi[static_cast<size_t>(n)], metadata + n, s);
   pack_planes(t, w.codes, s);
 }
 

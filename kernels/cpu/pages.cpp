@@ -33,7 +33,7 @@ struct HeadTables {
 // What `make` returns is each thread's own. Says whether a thread's scratch was left damaged.
 template <typename Make, typename Work>
 void for_pages(const PagesWords& w, const Make& make, const Work& work) {
-  const int64_t heads = w.numbers.sizes[1], pages = w.numbers.sizes[2], count = w.numbers.sizes[0] * heads * pages;
+  const int64_t heads = w.elements.sizes[1], pages = w.elements.sizes[2], count = w.elements.sizes[0] * heads * pages;
 #pragma omp parallel num_threads(static_cast<int>(w.threads))
   {
     auto own = make();
@@ -43,7 +43,7 @@ void for_pages(const PagesWords& w, const Make& make, const Work& work) {
 }
 
 float* tile_of(const PagesWords& w, int64_t b, int64_t h, int64_t page) {
-  return static_cast<float*>(w.numbers.data) + b * w.numbers.strides[0] + h * w.numbers.strides[1] + page * w.numbers.strides[2];
+  return static_cast<float*>(w.elements.data) + b * w.elements.strides[0] + h * w.elements.strides[1] + page * w.elements.strides[2];
 }
 
 int64_t first_slot(const PagesWords& w, int64_t page) {
@@ -61,7 +61,7 @@ void to_coded(const PagesWords& w) {
   const int64_t D = t.head_dim, half = D / 2;
   const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
     const HeadTables tables(w.packed, h);
-    float *token = own.data(), *turns = token + D, *out = tile_of(w, b, h, page);
+    float *token = own.data(), *cos_sin = token + D, *out = tile_of(w, b, h, page);
     for (int64_t slot = first_slot(w, page), end = slot + t.page_size; slot < end; ++slot, out += D) {
       float* to = tables.order ? token : out;
       if (slot < w.start)
@@ -71,9 +71,9 @@ void to_coded(const PagesWords& w) {
       if (!tables.order) continue;
       for (int64_t c = 0; c < D; ++c) out[c] = token[tables.order[c]];
       if (tables.frequency) {
-        turns_at(packed, h, slot + shift_of(w, b), turns);
+        cos_sin_at(packed, h, slot + shift_of(w, b), cos_sin);
         for (int64_t c = 0; c < half; ++c) {
-          const float x = out[c], y = out[half + c], cosine = turns[c], sine = turns[half + c];
+          const float x = out[c], y = out[half + c], cosine = cos_sin[c], sine = cos_sin[half + c];
           out[c] = x * cosine + y * sine, out[half + c] = y * cosine - x * sine;
         }
       }
@@ -89,12 +89,12 @@ void from_coded(const PagesWords& w) {
   const int64_t D = w.packed.layout.head_dim, N = w.packed.layout.page_size;
   const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
     const HeadTables tables(w.packed, h);
-    float *token = own.data(), *turns = token + D, *out = tile_of(w, b, h, page);
+    float *token = own.data(), *cos_sin = token + D, *out = tile_of(w, b, h, page);
     for (int64_t slot = first_slot(w, page), end = slot + N; slot < end; ++slot, out += D) {
       if (tables.frequency) {
         std::memcpy(token, out, sizeof(float) * static_cast<size_t>(D));
-        turns_at(packed, h, slot + shift_of(w, b), turns);
-        turn_key(packed, h, turns, token);
+        cos_sin_at(packed, h, slot + shift_of(w, b), cos_sin);
+        rotate_key(packed, h, cos_sin, token);
       } else {
         for (int64_t c = 0; c < D; ++c) token[c] = out[c] * tables.scale[c] + tables.mean[c];
       }
@@ -113,10 +113,10 @@ bool unpack(const PagesWords& w) {
     float* out = tile_of(w, b, h, page);
     unpack_page(packed, b, h, w.first_page + page, out, scratch);
     if (scratch.damaged) damaged = true;
-    if (!w.turned || !packed.frequency) return;
+    if (!w.rotated || !packed.frequency) return;
     for (int64_t n = 0; n < packed.page_size; ++n, out += packed.head_dim) {
-      turns_at(packed, h, first_slot(w, page) + n + shift_of(w, b), scratch.turns);
-      turn_key(packed, h, scratch.turns, out);
+      cos_sin_at(packed, h, first_slot(w, page) + n + shift_of(w, b), scratch.cos_sin);
+      rotate_key(packed, h, scratch.cos_sin, out);
     }
   };
   for_pages(w, [&] { return Scratch(packed.page_size, packed.head_dim, 0, false); }, work);
@@ -156,9 +156,9 @@ void quantize(const PagesWords& w) {
 // Make sure of what all calls hand over.
 void check_pages(const PagesWords& w, Check& check) {
   const LayoutWords& t = w.packed.layout;
-  const int64_t batch = w.packed.codes.sizes[0], heads = w.packed.codes.sizes[1], pages = w.numbers.sizes[2];
+  const int64_t batch = w.packed.codes.sizes[0], heads = w.packed.codes.sizes[1], pages = w.elements.sizes[2];
   check_packed("cache", w.packed, batch, heads, check);
-  check.tensor("pages", w.numbers, {batch, heads, pages, t.page_size, t.head_dim}, kFloat);
+  check.tensor("pages", w.elements, {batch, heads, pages, t.page_size, t.head_dim}, kFloat);
   check.that(w.first_page >= 0 && w.first_page + pages <= w.packed.codes.sizes[2], "pages must be ones that the cache has room for");
   check.that(w.threads > 0 && w.threads <= 4096, "threads must be a number of threads");
   for (int64_t h = 0; check.ok() && t.table_words && h < heads; ++h) {
@@ -190,16 +190,16 @@ const char* kvq_to_coded(const int64_t* words, int64_t count) {
     const View<4>& fresh = w.new_tokens;
     const LayoutWords& t = w.packed.layout;
     check.that(is_floating(fresh.dtype), "new tokens must have a floating-point dtype");
-    check.tensor("new tokens", fresh, {w.numbers.sizes[0], w.numbers.sizes[1], fresh.sizes[2], t.head_dim}, fresh.dtype);
-    check.rows("new tokens", fresh, 1), check.rows("pages", w.numbers, 2);
-    check.that(w.start >= 0 && first_slot(w, w.numbers.sizes[2]) <= w.start + fresh.sizes[2], "pages must be full: they end at slot %lld", static_cast<long long>(first_slot(w, w.numbers.sizes[2])));
+    check.tensor("new tokens", fresh, {w.elements.sizes[0], w.elements.sizes[1], fresh.sizes[2], t.head_dim}, fresh.dtype);
+    check.rows("new tokens", fresh, 1), check.rows("pages", w.elements, 2);
+    check.that(w.start >= 0 && first_slot(w, w.elements.sizes[2]) <= w.start + fresh.sizes[2], "pages must be full: they end at slot %lld", static_cast<long long>(first_slot(w, w.elements.sizes[2])));
     if (check.ok()) to_coded(w);
   });
 }
 
 const char* kvq_from_coded(const int64_t* words, int64_t count) {
   return run_pages(words, count, [](const PagesWords& w, Check& check) {
-    check.rows("pages", w.numbers, 2);
+    check.rows("pages", w.elements, 2);
     check.that(w.packed.layout.table_words > 0, "pages must be coded relative to tables");
     if (check.ok()) from_coded(w);
   });
@@ -209,7 +209,7 @@ const char* kvq_unpack(const int64_t* words, int64_t count) {
   return run_pages(words, count, [](const PagesWords& w, Check& check) {
     const LayoutWords& t = w.packed.layout;
     const bool by_channel = !t.is_key && !t.mixed;
-    check.that(w.numbers.strides[by_channel ? 4 : 3] == (by_channel ? t.page_size : t.head_dim) && w.numbers.strides[by_channel ? 3 : 4] == 1, "pages must lie as they are unpacked");
+    check.that(w.elements.strides[by_channel ? 4 : 3] == (by_channel ? t.page_size : t.head_dim) && w.elements.strides[by_channel ? 3 : 4] == 1, "pages must lie as they are unpacked");
     if (check.ok()) check.that(!unpack(w), kDamaged);
   });
 }
@@ -217,11 +217,11 @@ const char* kvq_unpack(const int64_t* words, int64_t count) {
 const char* kvq_quantize(const int64_t* words, int64_t count) {
   return run_pages(words, count, [](const PagesWords& w, Check& check) {
     const LayoutWords& t = w.packed.layout;
-    check.rows("pages", w.numbers, 2);
-    if (t.mixed) check.tensor("bounds", w.bounds, {w.numbers.sizes[2]}, kFloat);
+    check.rows("pages", w.elements, 2);
+    if (t.mixed) check.tensor("bounds", w.bounds, {w.elements.sizes[2]}, kFloat);
     if (t.mixed && w.importance.data) {
-      check.tensor("importance", w.importance, {w.numbers.sizes[0], w.numbers.sizes[1], w.importance.sizes[2]}, kFloat);
-      check.that(w.importance.sizes[2] >= first_slot(w, w.numbers.sizes[2]), "importance must have a number for each slot");
+      check.tensor("importance", w.importance, {w.elements.sizes[0], w.elements.sizes[1], w.importance.sizes[2]}, kFloat);
+      check.that(w.importance.sizes[2] >= first_slot(w, w.elements.sizes[2]), "importance must have a number for each slot");
     }
     if (check.ok()) quantize(w);
   });

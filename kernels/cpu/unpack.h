@@ -19,7 +19,7 @@ namespace {
 // heads and pages.
 struct Packed {
   const uint16_t* codes;
-  const void* params;      // (scale, zero) pairs, fp16 or e4m3; or records (reference/mixed.py)
+  const void* params;      // (scale, zero) pairs, fp16 or e4m3; or metadata (reference/mixed.py)
   const uint16_t* book;    // [row_length (keys) or rows (values), entries, couple], fp16; null: no codebook
   const float* mean;       // [head_dim], with scale and frequency [head_dim / 2]; null unless keys are rotary
   const float* scale;
@@ -29,13 +29,13 @@ struct Packed {
   int64_t tables_stride;   // words between heads in book, mean, scale and frequency
   int64_t shift_stride;
   int64_t pages;           // there are
-  int32_t bits, trits, fp8, rows, row_length, units, group_size;
+  int32_t bits, trits, fp8, rows, row_length, row_words, group_size;
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
   int32_t is_key, couple, entries, head_dim, page_size, sinks;
   int32_t max_bits, code_rows, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
 };
 
-constexpr int kUnitBits = 16;
+constexpr int kWordBits = 16;
 constexpr int kTrits = 5;
 constexpr int kPlanes = 8;  // counted in the header of a mixed page
 constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // of an angle's unit
@@ -44,31 +44,31 @@ constexpr const char* kDamaged = "the cache must hold pages as its layout says; 
 
 // What a thread needs while it unpacks and attends.
 struct Scratch {
-  std::vector<float> numbers;
+  std::vector<float> buffer;
   std::vector<uint16_t> index;
   bool damaged = false;  // whether a page was not what its layout says
-  float *tile, *scores, *query, *scale, *zero, *turns;
+  float *tile, *scores, *query, *scale, *zero, *cos_sin;
 
   Scratch(int64_t page_size, int64_t dim, int64_t query_rows, bool with_tile) {
     const int64_t wide = dim > page_size ? dim : page_size, tile_size = with_tile ? page_size * dim : 0;
-    numbers.resize(tile_size + query_rows * (page_size + dim) + 3 * wide + kAlignment);
+    buffer.resize(tile_size + query_rows * (page_size + dim) + 3 * wide + kAlignment);
     index.resize(wide);
-    void* first = numbers.data();
-    size_t room = numbers.size() * sizeof(float);
+    void* first = buffer.data();
+    size_t room = buffer.size() * sizeof(float);
     tile = static_cast<float*>(std::align(kAlignment, room - kAlignment, first, room)), scores = tile + tile_size, query = scores + query_rows * page_size;
-    scale = query + query_rows * dim, zero = scale + wide, turns = zero + wide;
+    scale = query + query_rows * dim, zero = scale + wide, cos_sin = zero + wide;
   }
 };
 
-// Write the codes of one plane: field f of unit u to place f * units + u, above the `below` bits of others.
+// Write the codes of one plane: field f of word u to place f * words + u, above the `below` bits of others.
 template <int kWidth, bool kAdd, typename T>
-void unpack_plane(const uint16_t* units, int count, int below, T* out) {
-  for (int field = 0; field < kUnitBits / kWidth; ++field) {
+void unpack_plane(const uint16_t* words, int count, int below, T* out) {
+  for (int field = 0; field < kWordBits / kWidth; ++field) {
     T* run = out + field * count;
     const int shift = field * kWidth;
 #pragma omp simd
     for (int u = 0; u < count; ++u) {
-      const int32_t code = (static_cast<int32_t>(units[u]) >> shift) & ((1 << kWidth) - 1);
+      const int32_t code = (static_cast<int32_t>(words[u]) >> shift) & ((1 << kWidth) - 1);
       run[u] = static_cast<T>(kAdd ? run[u] + static_cast<T>(code << below) : static_cast<T>(code));
     }
   }
@@ -76,26 +76,26 @@ void unpack_plane(const uint16_t* units, int count, int below, T* out) {
 
 // Unpack the plane of width kWidth, if the code has one, behind the planes of its lower bits.
 template <int kWidth, typename T>
-void unpack_plane_maybe(const Packed& t, const uint16_t* units, T* out) {
+void unpack_plane_maybe(const Packed& t, const uint16_t* words, T* out) {
   if (!(t.bits & kWidth)) return;
   const int below = t.bits & ~(2 * kWidth - 1);  // bits in wider planes, which come first
-  units += t.row_length * below / kUnitBits;
-  const int count = t.row_length * kWidth / kUnitBits;
+  words += t.row_length * below / kWordBits;
+  const int count = t.row_length * kWidth / kWordBits;
   if (below)
-    unpack_plane<kWidth, true>(units, count, below, out);
+    unpack_plane<kWidth, true>(words, count, below, out);
   else
-    unpack_plane<kWidth, false>(units, count, 0, out);
+    unpack_plane<kWidth, false>(words, count, 0, out);
 }
 
 // Digit f in base 3 of byte u goes to place f * bytes + u. Dividing by 3 is exact for a byte.
 template <typename T>
-void unpack_trits(const uint16_t* units, int count, T* out) {
+void unpack_trits(const uint16_t* words, int count, T* out) {
   constexpr int kPiece = 64;
   const int bytes = (count + kTrits - 1) / kTrits;
   uint16_t left[kPiece];
   for (int first = 0; first < bytes; first += kPiece) {
     const int n = bytes - first < kPiece ? bytes - first : kPiece;
-    for (int u = 0; u < n; u += 2) left[u] = units[(first + u) / 2] & 0xFF, left[u + 1] = units[(first + u) / 2] >> 8;
+    for (int u = 0; u < n; u += 2) left[u] = words[(first + u) / 2] & 0xFF, left[u + 1] = words[(first + u) / 2] >> 8;
     for (int digit = 0; digit < kTrits; ++digit) {
       const int place = digit * bytes + first, rest = count - place < n ? count - place : n;
       T* run = out + place;
@@ -110,12 +110,12 @@ void unpack_trits(const uint16_t* units, int count, T* out) {
 }
 
 template <typename T>
-void unpack_codes(const Packed& t, const uint16_t* units, T* out) {
-  if (t.trits) return unpack_trits(units, t.row_length, out);
-  unpack_plane_maybe<8>(t, units, out);
-  unpack_plane_maybe<4>(t, units, out);
-  unpack_plane_maybe<2>(t, units, out);
-  unpack_plane_maybe<1>(t, units, out);
+void unpack_codes(const Packed& t, const uint16_t* words, T* out) {
+  if (t.trits) return unpack_trits(words, t.row_length, out);
+  unpack_plane_maybe<8>(t, words, out);
+  unpack_plane_maybe<4>(t, words, out);
+  unpack_plane_maybe<2>(t, words, out);
+  unpack_plane_maybe<1>(t, words, out);
 }
 
 // Load the pair of parameters `at` pairs behind the first of a page.
@@ -166,7 +166,7 @@ template <int kCouple>
 void unpack_coupled_page(const Packed& t, const uint16_t* codes, int64_t h, float* tile, Scratch& s) {
   const uint16_t* book = t.book + 2 * h * t.tables_stride;
   const int64_t out_stride = static_cast<int64_t>(t.row_length) * t.couple;
-  for (int row = 0; row < t.rows; ++row, codes += t.units, tile += out_stride) {
+  for (int row = 0; row < t.rows; ++row, codes += t.row_words, tile += out_stride) {
     unpack_codes(t, codes, s.index.data());
     if (t.is_key)
       copy_centroids<kCouple>(t, book, s.index.data(), tile);
@@ -175,25 +175,25 @@ void unpack_coupled_page(const Packed& t, const uint16_t* codes, int64_t h, floa
   }
 }
 
-// Channels 16 u + f are bits f of units u of a row in each of kBits planes, upper bits first.
+// Channels 16 u + f are bits f of words u of a row in each of kBits planes, upper bits first.
 template <int kBits>
-void unpack_token(const uint16_t* const* planes, int units, float reach, float centre, float* out) {
+void unpack_token(const uint16_t* const* planes, int words, float half_range, float zero_point, float* out) {
   constexpr float kStep = 2.0f / (1 << kBits), kFirst = 1.0f / (1 << kBits) - 1.0f;
-  for (int u = 0; u < units; ++u, out += kUnitBits) {
+  for (int u = 0; u < words; ++u, out += kWordBits) {
 #pragma omp simd
-    for (int f = 0; f < kUnitBits; ++f) {
+    for (int f = 0; f < kWordBits; ++f) {
       int32_t level = 0;
       for (int plane = 0; plane < kBits; ++plane) level = 2 * level + ((planes[plane][u] >> f) & 1);
-      out[f] = (static_cast<float>(level) * kStep + kFirst) * reach + centre;
+      out[f] = (static_cast<float>(level) * kStep + kFirst) * half_range + zero_point;
     }
   }
 }
 
 // Unpack a page whose tokens differ in bits (reference/mixed.py) into a tile [page_size, head_dim].
-void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* records, float* tile, Scratch& s) {
+void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* metadata, float* tile, Scratch& s) {
   using Unpack = void (*)(const uint16_t* const*, int, float, float, float*);
   constexpr Unpack kUnpack[kPlanes + 1] = {unpack_token<0>, unpack_token<1>, unpack_token<2>, unpack_token<3>, unpack_token<4>, unpack_token<5>, unpack_token<6>, unpack_token<7>, unpack_token<8>};
-  const int units = t.head_dim / kUnitBits;
+  const int words = t.head_dim / kWordBits;
   int row = 0;
   for (int plane = 0; plane < t.max_bits; ++plane) row += codes[plane];
   if (row > t.code_rows) {  // a header may come from a file
@@ -203,16 +203,16 @@ void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* re
   }
   const uint16_t* first[kPlanes];  // row of rank 0 in each plane
   const uint16_t* next = codes + kPlanes;
-  for (int plane = 0; plane < t.max_bits; next += codes[plane++] * units) first[plane] = next;
+  for (int plane = 0; plane < t.max_bits; next += codes[plane++] * words) first[plane] = next;
   for (int n = 0; n < t.page_size; ++n, tile += t.head_dim) {
-    const auto field = [&](int number) { return records[static_cast<int64_t>(number) * t.page_size + n]; };
+    const auto field = [&](int number) { return metadata[static_cast<int64_t>(number) * t.page_size + n]; };
     const auto half_at = [&](int number) { return from_half(static_cast<uint16_t>(field(number) | field(number + 1) << 8)); };
-    const float centre = t.fp8 ? from_e4m3(field(0)) : half_at(0), reach = t.fp8 ? from_e4m3(field(1)) : half_at(2);
+    const float zero_point = t.fp8 ? from_e4m3(field(0)) : half_at(0), half_range = t.fp8 ? from_e4m3(field(1)) : half_at(2);
     const int rank = field(t.rank_field);
     const uint16_t* planes[kPlanes];
     int bits = 0;
-    for (; bits < t.max_bits && codes[bits] > rank; ++bits) planes[bits] = first[bits] + rank * units;
-    kUnpack[bits](planes, units, reach, centre, tile);
+    for (; bits < t.max_bits && codes[bits] > rank; ++bits) planes[bits] = first[bits] + rank * words;
+    kUnpack[bits](planes, words, half_range, zero_point, tile);
     for (int i = 0, at = t.rank_field + 1; i < t.outliers; ++i, at += 3) {
       if (field(at) < t.head_dim)
         tile[field(at)] = half_at(at + 1);
@@ -233,7 +233,7 @@ void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* til
   }
   for (int row = 0; row < t.rows; ++row) {
     float* out = tile + static_cast<int64_t>(row) * t.row_length;
-    unpack_codes(t, codes + static_cast<int64_t>(row) * t.units, out);
+    unpack_codes(t, codes + static_cast<int64_t>(row) * t.row_words, out);
     if (t.along_rows) {
       int64_t at = row;
       for (int first = 0; first < t.row_length; first += t.group_size, at += t.rows) {
@@ -255,7 +255,7 @@ void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* til
 
 // Cosines, then sines, of the angles at a position; frame.cosine_and_sine specifies them. Integers wrap around
 // as angles do.
-void turns_at(const Packed& t, int64_t h, int64_t position, float* turns) {
+void cos_sin_at(const Packed& t, int64_t h, int64_t position, float* cos_sin) {
   const int32_t* frequency = t.frequency + h * t.tables_stride;
   const int half = t.head_dim / 2;
   const uint32_t at = static_cast<uint32_t>(position);
@@ -268,20 +268,20 @@ void turns_at(const Packed& t, int64_t h, int64_t position, float* turns) {
     const float sine = (((2.7557314e-6f * square - 1.9841270e-4f) * square + 8.3333333e-3f) * square - 1.6666667e-1f) * square * x + x;
     const float cosine = (((2.4801587e-5f * square - 1.3888889e-3f) * square + 4.1666667e-2f) * square - 0.5f) * square + 1.0f;
     const float across = quarters & 1 ? cosine : sine, along = quarters & 1 ? sine : cosine;
-    turns[c] = along * static_cast<float>(1 - static_cast<int32_t>((quarters + 1) & 2));
-    turns[half + c] = across * static_cast<float>(1 - static_cast<int32_t>(quarters & 2));
+    cos_sin[c] = along * static_cast<float>(1 - static_cast<int32_t>((quarters + 1) & 2));
+    cos_sin[half + c] = across * static_cast<float>(1 - static_cast<int32_t>(quarters & 2));
   }
 }
 
 // Take an unpacked rotary key off its tables and turn it.
-void turn_key(const Packed& t, int64_t h, const float* turns, float* key) {
+void rotate_key(const Packed& t, int64_t h, const float* cos_sin, float* key) {
   const float *mean = t.mean + h * t.tables_stride, *scale = t.scale + h * t.tables_stride;
   const int half = t.head_dim / 2;
 #pragma omp simd
   for (int c = 0; c < half; ++c) {
     const float a = key[c] * scale[c] + mean[c], b = key[half + c] * scale[half + c] + mean[half + c];
-    key[c] = a * turns[c] - b * turns[half + c];
-    key[half + c] = b * turns[c] + a * turns[half + c];
+    key[c] = a * cos_sin[c] - b * cos_sin[half + c];
+    key[half + c] = b * cos_sin[c] + a * cos_sin[half + c];
   }
 }
 
@@ -299,7 +299,7 @@ Packed unwrap(const PackedWords& p) {
   packed.tables_stride = p.tables.strides[0], packed.pages = p.pages;
   const auto narrow = [](int64_t word) { return static_cast<int32_t>(word); };
   packed.bits = narrow(t.bits), packed.trits = narrow(t.trits), packed.fp8 = narrow(t.fp8);
-  packed.rows = narrow(t.rows), packed.row_length = narrow(t.row_length), packed.units = narrow(t.units);
+  packed.rows = narrow(t.rows), packed.row_length = narrow(t.row_length), packed.row_words = narrow(t.row_words);
   packed.group_size = narrow(t.group_size), packed.along_rows = t.is_key == t.by_token, packed.is_key = narrow(t.is_key);
   packed.couple = narrow(t.couple), packed.entries = narrow(t.levels + 1);
   packed.head_dim = narrow(t.head_dim), packed.page_size = narrow(t.page_size), packed.sinks = narrow(t.sinks);

@@ -14,7 +14,7 @@
 
 #define KVQ_LAYOUT(WORD)                                                                                          \
   WORD(is_key) WORD(codebook) WORD(mixed) WORD(bits) WORD(trits) WORD(fp8) WORD(levels) WORD(couple)                \
-  WORD(rows) WORD(row_length) WORD(units) WORD(groups) WORD(members) WORD(param_numbers) WORD(byte_params)          \
+  WORD(rows) WORD(row_length) WORD(row_words) WORD(groups) WORD(members) WORD(param_elements) WORD(byte_params)          \
   WORD(group_size) WORD(by_token) WORD(shrink_bits) WORD(head_dim) WORD(page_size) WORD(sinks) WORD(ring)           \
   WORD(exact_rows) WORD(rotary) WORD(table_words) WORD(order) WORD(mean) WORD(scale) WORD(inverse) WORD(margin)     \
   WORD(frequency) WORD(book) WORD(min_bits) WORD(max_bits) WORD(code_rows) WORD(rank_field) WORD(outliers)          \
@@ -26,8 +26,8 @@
   TENSOR(scratch, 1) TENSOR(packed_out, 4) TENSOR(weight_out, 4) TENSOR(exact_out, 4)                             \
   WORD(start) WORD(visible) WORD(splits) WORD(threads)
 #define KVQ_PAGES(TENSOR, WORD)                                                                                   \
-  TENSOR(numbers, 5) TENSOR(new_tokens, 4) TENSOR(importance, 3) TENSOR(bounds, 1) WORD(first_page) WORD(start)     \
-  WORD(turned) WORD(threads)
+  TENSOR(elements, 5) TENSOR(new_tokens, 4) TENSOR(importance, 3) TENSOR(bounds, 1) WORD(first_page) WORD(start)     \
+  WORD(rotated) WORD(threads)
 
 #define KVQ_WORD_MEMBER(name) int64_t name;
 #define KVQ_TENSOR_MEMBER(name, n) View<n> name;
@@ -124,17 +124,17 @@ void check_packed(const char* name, const PackedWords& p, int64_t batch, int64_t
   const int64_t pages = p.codes.sizes[2], longest = 1 << 20;
   check.that(t.page_size > 0 && t.page_size <= 1024 && t.head_dim > 0 && t.head_dim <= longest && t.couple > 0 && t.group_size > 0 && t.sinks >= 0 && t.ring >= t.page_size, "%s must have a layout with tokens and channels", name);
   if (!check.ok()) return;
-  const int64_t channels = t.head_dim / t.couple, row_words = t.trits ? ((t.row_length + 4) / 5 + 1) / 2 : (t.row_length * t.bits + 15) / 16;
+  const int64_t channels = t.head_dim / t.couple, needed_words = t.trits ? ((t.row_length + 4) / 5 + 1) / 2 : (t.row_length * t.bits + 15) / 16;
   if (t.mixed) {
-    check.that(t.rows == 1 && t.units >= 8 + t.code_rows * (t.head_dim / 16) && t.max_bits <= 8 && t.page_size <= 256 && t.head_dim <= 256, "%s must have room for the planes of a page", name);
-    check.that(t.groups >= t.rank_field + 1 + 3 * t.outliers && t.members == t.page_size && t.rank_field >= (t.fp8 ? 2 : 4), "%s must have a record for each token", name);
+    check.that(t.rows == 1 && t.row_words >= 8 + t.code_rows * (t.head_dim / 16) && t.max_bits <= 8 && t.page_size <= 256 && t.head_dim <= 256, "%s must have room for the planes of a page", name);
+    check.that(t.groups >= t.rank_field + 1 + 3 * t.outliers && t.members == t.page_size && t.rank_field >= (t.fp8 ? 2 : 4), "%s must have metadata for each token", name);
   } else {
-    check.that(t.rows == (t.is_key ? t.page_size : channels) && t.row_length == (t.is_key ? channels : t.page_size) && t.units >= row_words, "%s must have rows of tokens or of channels", name);
+    check.that(t.rows == (t.is_key ? t.page_size : channels) && t.row_length == (t.is_key ? channels : t.page_size) && t.row_words >= needed_words, "%s must have rows of tokens or of channels", name);
     check.that(t.codebook || (t.by_token ? t.groups * t.group_size == t.head_dim && t.members == t.page_size : t.groups * t.group_size == t.page_size && t.members == t.head_dim), "%s must have parameters for each group", name);
   }
-  check.tensor(name, p.codes, {batch, heads, pages, t.rows, t.units}, kInt16);
+  check.tensor(name, p.codes, {batch, heads, pages, t.rows, t.row_words}, kInt16);
   check.rows(name, p.codes, 2);
-  check.tensor(name, p.params, {batch, heads, pages, t.groups, t.members, t.param_numbers}, t.byte_params ? kUint8 : kHalf);
+  check.tensor(name, p.params, {batch, heads, pages, t.groups, t.members, t.param_elements}, t.byte_params ? kUint8 : kHalf);
   check.rows(name, p.params, 3);
   check.that(is_floating(p.exact.dtype), "%s must hold exact tokens in a floating-point dtype", name);
   check.tensor(name, p.exact, {batch, heads, t.exact_rows, t.head_dim}, p.exact.dtype);

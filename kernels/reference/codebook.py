@@ -9,7 +9,7 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import FP16_MAX, pack, unpack
 
-CENTROID_NUMBERS = 1 << 22  # distances held at once
+MAX_DISTANCES = 1 << 22  # distances held at once
 
 
 def nearest_centroid(y: Tensor, codebook: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def nearest_centroid(y: Tensor, codebook: Tensor) -> Tensor:
     )  # [H, tokens, groups, couple]
     index = torch.arange(entries, device=y.device, dtype=torch.int64)
     found = []
-    for piece in rows.split(max(1, CENTROID_NUMBERS // (rows.shape[0] * groups * entries)), 1):
+    for piece in rows.split(max(1, MAX_DISTANCES // (rows.shape[0] * groups * entries)), 1):
         distance = torch.zeros((), dtype=torch.float32, device=y.device)
         for channel in range(couple):
             difference = piece[..., channel, None] - codebook[:, None, :, :, channel]
@@ -54,7 +54,7 @@ def centroids(codes: Tensor, codebook: Tensor) -> Tensor:
 
 def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tuple[Tensor, Tensor]:
     """Return codes of pages, and parameters, of which there are none: see `pages.CodeCoder`."""
-    shape = (*coded.shape[:-2], *layout.params_shape, layout.param_numbers)
+    shape = (*coded.shape[:-2], *layout.params_shape, layout.param_elements)
     no_params = coded.new_zeros(shape, dtype=torch.float16)
     return nearest_centroid(coded, calibrated.codebook(layout)), no_params
 

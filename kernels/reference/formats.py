@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.schemes import TRITS, UNIT_BITS
+from kvq_compile.kernels.schemes import TRITS, WORD_BITS
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
@@ -61,8 +61,8 @@ def pack(codes: Tensor, layout: Layout) -> Tensor:
     planes, shift = [], 0
     for width in layout.planes:
         plane = (rows >> shift) & ((1 << width) - 1)
-        fields = plane.unflatten(-1, (UNIT_BITS // width, -1))
-        shifts = torch.arange(0, UNIT_BITS, width, device=codes.device, dtype=torch.int64)[:, None]
+        fields = plane.unflatten(-1, (WORD_BITS // width, -1))
+        shifts = torch.arange(0, WORD_BITS, width, device=codes.device, dtype=torch.int64)[:, None]
         planes.append((fields << shifts).sum(-2))
         shift += width
     return _to_int16(torch.cat(planes, -1))
@@ -75,9 +75,9 @@ def unpack(units: Tensor, layout: Layout) -> Tensor:
         return codes if layout.role == "key" else codes.transpose(-2, -1)
     codes, first, shift = torch.zeros((), dtype=torch.int32, device=units.device), 0, 0
     for width in layout.planes:
-        count = layout.row_length * width // UNIT_BITS
+        count = layout.row_length * width // WORD_BITS
         words = units[..., None, first : first + count].int()
-        shifts = torch.arange(0, UNIT_BITS, width, device=units.device, dtype=torch.int32)[:, None]
+        shifts = torch.arange(0, WORD_BITS, width, device=units.device, dtype=torch.int32)[:, None]
         codes = codes + ((((words >> shifts) & ((1 << width) - 1)) << shift).flatten(-2))
         first, shift = first + count, shift + width
     return codes if layout.role == "key" else codes.transpose(-2, -1)
@@ -91,7 +91,7 @@ def _pack_trits(rows: Tensor, layout: Layout) -> Tensor:
     padding = (0, TRITS * layout.row_bytes - layout.row_length)
     digits = F.pad(rows, padding).unflatten(-1, (TRITS, -1))
     weights = 3 ** torch.arange(TRITS, device=rows.device, dtype=torch.int64)[:, None]
-    packed = F.pad((digits * weights).sum(-2), (0, 2 * layout.units - layout.row_bytes))
+    packed = F.pad((digits * weights).sum(-2), (0, 2 * layout.row_words - layout.row_bytes))
     low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
     return _to_int16(low + (high << 8))
 

@@ -1,6 +1,6 @@
 """Pages of tokens that are coded with different numbers of bits (QAQ), in plain torch: the specification.
 
-A token of a head is a group. Its numbers lie about a *centre*, within a *reach* to either side; of ``B``
+A token of a head is a group. Its numbers lie about a *zero point*, within a *half-range* to either side; of ``B``
 bits a code says in which of ``2 ** B`` equal segments of that span a number lies, and stands for the
 middle of it (a mid-rise quantizer). Such codes are embedded: the upper bits of a code are the code of
 fewer bits. A page therefore keeps *planes* of one bit, the most significant first. Plane ``j`` has a row of
@@ -17,15 +17,15 @@ tokens weighted by attention then has the least error; that is the rule of QAQ.
 **Where the bits lie.** With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N`` tokens, ``D`` channels::
 
     codes   int16   [B, H, P, 1, units]       HEADER units, then rows of D / 16 units
-    params  uint8   [B, H, P, fields, N, 1]   one row of bytes for each field of the records
+    params  uint8   [B, H, P, fields, N, 1]   one row of bytes for each field of the metadata
 
 Unit ``j`` of the header is ``n_j``; bit ``f`` of unit ``u`` of a row belongs to channel ``16 u + f``. The
-fields of a token's record are centre, reach (one byte each, e4m3; or the low and the high byte of an fp16
+fields of a token's record are zero point, half-range (one byte each, e4m3; or the low and the high byte of an fp16
 number), rank, and for each outlier its channel and the low and the high byte of its value in fp16.
 A token has as many bits as there are planes with ``n_j > rank``.
 
 Records lie in the order of slots and rows are found by rank, for keys as for values, because the bits of the
-two differ: were records sorted too, one of them had to be permuted for every score on reading.
+two differ: were metadata sorted too, one of them had to be permuted for every score on reading.
 
 Everything is fp32 with one rounding an operation, in the order written, so that devices agree bit by bit.
 
@@ -48,7 +48,7 @@ from kvq_compile.kernels.reference.formats import (
     round_e4m3,
     round_up_fp16,
 )
-from kvq_compile.kernels.schemes import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS, UNIT_BITS
+from kvq_compile.kernels.schemes import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS, WORD_BITS
 from kvq_compile.kernels.values import check
 
 Level = Literal["head", "layer", "token"]
@@ -165,7 +165,7 @@ def quantize_pages(
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole pages.
 
-    Elements that are not finite take no part in centre and reach; an infinity is stored as the nearer end
+    Elements that are not finite take no part in zero point and half-range; an infinity is stored as the nearer end
     of its token's span and a NaN as zero would be.
 
     Args:
@@ -178,7 +178,7 @@ def quantize_pages(
             layers and heads of a ``"token"``; fitting and outliers are each head's own.
 
     Returns:
-        Codes ``[..., 1, units]`` (int16) and records ``[..., fields, N, 1]`` (uint8).
+        Codes ``[..., 1, units]`` (int16) and metadata ``[..., fields, N, 1]`` (uint8).
 
     Raises:
         ValueError: ``x`` has not the dimensions of its level.
@@ -203,33 +203,33 @@ def quantize_pages(
             importance = importance.amax(dims, keepdim=True).expand_as(importance)
     lo, hi = (torch.where(edge.isfinite(), edge, 0.0) for edge in (lo, hi))
     bits = allocate(hi - lo, importance, layout, bound)
-    stored_centre = store(lo * 0.5 + hi * 0.5, layout)
-    centre = stored_value(stored_centre)
-    reach = torch.maximum(hi - centre, centre - lo)
-    stored_reach = store(reach.clamp_max(FP16_MAX), layout, up=True)
-    reach = stored_value(stored_reach)[..., None]
-    width = torch.where(reach > 0, 2.0 * reach, 1.0)
-    offset = x - centre[..., None]
+    stored_zero = store(lo * 0.5 + hi * 0.5, layout)
+    zero_point = stored_value(stored_zero)
+    half_range = torch.maximum(hi - zero_point, zero_point - lo)
+    stored_half_range = store(half_range.clamp_max(FP16_MAX), layout, up=True)
+    half_range = stored_value(stored_half_range)[..., None]
+    width = torch.where(half_range > 0, 2.0 * half_range, 1.0)
+    offset = x - zero_point[..., None]
     codes = ((offset / width + 0.5) * 2.0**MAX_BITS).floor()
-    codes = (codes.clamp(0, 2**MAX_BITS - 1) * (reach > 0)).int()
+    codes = (codes.clamp(0, 2**MAX_BITS - 1) * (half_range > 0)).int()
     if layout.mixed.fit:
-        stored_reach = fit_reach(offset * kept, codes, bits, stored_reach, layout)
+        stored_half_range = fit_half_range(offset * kept, codes, bits, stored_half_range, layout)
     exact = x.gather(-1, channels).half()
-    pieces = [as_bytes(stored_centre), as_bytes(stored_reach), rank(bits)[..., None]]
+    pieces = [as_bytes(stored_zero), as_bytes(stored_half_range), rank(bits)[..., None]]
     for i in range(layout.mixed.outliers):
         pieces += [channels[..., i : i + 1], as_bytes(exact[..., i])]
-    records = torch.cat([piece.to(torch.uint8) for piece in pieces], -1).mT[..., None].contiguous()
-    return pack(codes, bits, layout), records
+    metadata = torch.cat([piece.to(torch.uint8) for piece in pieces], -1).mT[..., None].contiguous()
+    return pack(codes, bits, layout), metadata
 
 
-def dequantize_pages(codes: Tensor, records: Tensor, layout: Layout) -> Tensor:
+def dequantize_pages(codes: Tensor, metadata: Tensor, layout: Layout) -> Tensor:
     """Return the numbers ``[..., N, D]`` (fp32) of `quantize_pages`, tokens at their slots."""
-    levels, bits = unpack(codes, records, layout)
+    levels, bits = unpack(codes, metadata, layout)
     size = layout.mixed.param_bytes
-    fields = records[..., 0].mT  # [..., N, fields]
-    centre = stored_value(from_bytes(fields[..., :size]))[..., None]
-    reach = stored_value(from_bytes(fields[..., size : 2 * size]))[..., None]
-    x = place(levels, bits) * reach + centre
+    fields = metadata[..., 0].mT  # [..., N, fields]
+    zero_point = stored_value(from_bytes(fields[..., :size]))[..., None]
+    half_range = stored_value(from_bytes(fields[..., size : 2 * size]))[..., None]
+    x = place(levels, bits) * half_range + zero_point
     for i in range(layout.mixed.outliers):
         first = layout.mixed.rank_field + 1 + OUTLIER_FIELDS * i
         value = from_bytes(fields[..., first + 1 : first + OUTLIER_FIELDS]).float()
@@ -238,7 +238,7 @@ def dequantize_pages(codes: Tensor, records: Tensor, layout: Layout) -> Tensor:
 
 
 def place(levels: Tensor, bits: Tensor) -> Tensor:
-    """Return the middle of the segments that codes name, from -1 to 1 of the reach; exact in fp32.
+    """Return the middle of the segments that codes name, from -1 to 1 of the half-range; exact in fp32.
 
     Args:
         levels: 8-bit codes of which all but the upper ``bits`` are zero, ``[..., N, D]``.
@@ -247,21 +247,21 @@ def place(levels: Tensor, bits: Tensor) -> Tensor:
     return levels.float() * 2.0 ** (1 - MAX_BITS) + (torch.exp2(-bits.float()) - 1.0)[..., None]
 
 
-def fit_reach(
-    offset: Tensor, codes: Tensor, bits: Tensor, stored_reach: Tensor, layout: Layout
+def fit_half_range(
+    offset: Tensor, codes: Tensor, bits: Tensor, stored_half_range: Tensor, layout: Layout
 ) -> Tensor:
-    """Return the reach, stored, with which the product of a token and what is read is that with itself.
+    """Return the half-range, stored, with which the product of a token and what is read is that with itself.
 
-    Middles of segments lie nearer to the centre than the numbers they stand for, on average, the more so the
+    Middles of segments lie nearer to the zero point than the numbers they stand for, on average, the more so the
     fewer the bits, so that a key scores too low with the query that it matches. With ``x`` the offsets from
-    the centre and ``p`` their places the new reach is ``x . x / x . p``, at most twice the old one.
+    the zero point and ``p`` their places the new half-range is ``x . x / x . p``, at most twice the old one.
 
     Args:
-        offset: Distance from the centre, 0 for outliers and numbers that are not finite, ``[..., N, D]``.
+        offset: Distance from the zero point, 0 for outliers and numbers that are not finite, ``[..., N, D]``.
         codes: 8-bit codes, ``[..., N, D]``.
         bits: Bits of each token, ``[..., N]``.
-        stored_reach: What tokens of no bits or no extent keep, ``[..., N]``.
-        layout: Format of the reach.
+        stored_half_range: What tokens of no bits or no extent keep, ``[..., N]``.
+        layout: Format of the half-range.
 
     Source: RaBitQ (Gao and Long, arXiv 2405.12497, section 3.2) corrects the products of its codes so.
     """
@@ -269,8 +269,8 @@ def fit_reach(
     middle = place((codes >> shift) << shift, bits)
     power, product = sum_pairs(offset * offset), sum_pairs(offset * middle)
     ok = (bits > 0) & (product > 0)
-    reach = torch.where(ok, power / torch.where(ok, product, 1.0), 0.0).clamp_max(FP16_MAX)
-    return torch.where(ok, store(reach, layout), stored_reach)
+    half_range = torch.where(ok, power / torch.where(ok, product, 1.0), 0.0).clamp_max(FP16_MAX)
+    return torch.where(ok, store(half_range, layout), stored_half_range)
 
 
 def sum_pairs(x: Tensor) -> Tensor:
@@ -283,15 +283,15 @@ def sum_pairs(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def requantize_down_(codes: Tensor, records: Tensor, bits: Tensor, layout: Layout) -> None:
+def requantize_down_(codes: Tensor, metadata: Tensor, bits: Tensor, layout: Layout) -> None:
     """Take planes from tokens that have more than ``bits`` ``[..., N]``, in place.
 
-    The rows move up and those left over become zero. Centre and reach stay as they are, so that codes are
+    The rows move up and those left over become zero. Zero point and half-range stay as they are, so that codes are
     what quantizing with fewer bits gives.
     """
-    levels, held = unpack(codes, records, layout)
+    levels, held = unpack(codes, metadata, layout)
     bits = torch.minimum(held, bits.int())
-    records[..., layout.mixed.rank_field, :, 0] = rank(bits).to(torch.uint8)
+    metadata[..., layout.mixed.rank_field, :, 0] = rank(bits).to(torch.uint8)
     codes.copy_(pack(levels, bits, layout))
 
 
@@ -331,40 +331,43 @@ def first_rows(bits: Tensor) -> tuple[Tensor, Tensor]:
 def pack(levels: Tensor, bits: Tensor, layout: Layout) -> Tensor:
     """Pack 8-bit codes ``[..., N, D]`` of which the upper ``bits`` ``[..., N]`` are kept: ``[..., 1, units]``."""
     tokens, first = first_rows(bits)
-    place = torch.arange(UNIT_BITS, device=bits.device, dtype=torch.int32)
-    rows = levels.new_zeros(*bits.shape[:-1], layout.code_rows + 1, layout.row_units)
+    place = torch.arange(WORD_BITS, device=bits.device, dtype=torch.int32)
+    rows = levels.new_zeros(*bits.shape[:-1], layout.code_rows + 1, layout.plane_row_words)
     order = rank(bits)
     for plane in range(layout.mixed.max_bits):
         fields = (levels >> (MAX_BITS - 1 - plane)) & 1
-        words = (fields.unflatten(-1, (-1, UNIT_BITS)) << place).sum(-1, dtype=torch.int32)
+        words = (fields.unflatten(-1, (-1, WORD_BITS)) << place).sum(-1, dtype=torch.int32)
         row = torch.where(bits > plane, first[..., plane, None] + order, layout.code_rows)
         rows = rows.scatter(-2, row[..., None].expand_as(words), words)
     words = torch.cat([tokens.int(), rows[..., :-1, :].flatten(-2)], -1)
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)[..., None, :]
 
 
-def unpack(codes: Tensor, records: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def unpack(codes: Tensor, metadata: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Undo `pack`: return codes ``[..., N, D]`` with zeros for the bits not kept, and bits ``[..., N]``, int32."""
     words = codes[..., 0, :].int() & 0xFFFF
-    tokens, rows = words[..., :HEADER], words[..., HEADER:].unflatten(-1, (-1, layout.row_units))
+    tokens, rows = (
+        words[..., :HEADER],
+        words[..., HEADER:].unflatten(-1, (-1, layout.plane_row_words)),
+    )
     first = tokens.cumsum(-1) - tokens
-    order = records[..., layout.mixed.rank_field, :, 0].int()
-    bits = held_bits(codes, records, layout)
-    place = torch.arange(UNIT_BITS, device=codes.device, dtype=torch.int32)
+    order = metadata[..., layout.mixed.rank_field, :, 0].int()
+    bits = held_bits(codes, metadata, layout)
+    place = torch.arange(WORD_BITS, device=codes.device, dtype=torch.int32)
     levels = torch.zeros((), dtype=torch.int32, device=codes.device)
     for plane in range(layout.mixed.max_bits):
         has = bits > plane
         row = torch.where(has, first[..., plane, None] + order, 0)[..., None].long()
-        held = rows.gather(-2, row.expand(*row.shape[:-1], layout.row_units))
+        held = rows.gather(-2, row.expand(*row.shape[:-1], layout.plane_row_words))
         fields = (((held[..., None] >> place) & 1) * has[..., None, None]).flatten(-2)
         levels = levels + (fields << (MAX_BITS - 1 - plane))
     return levels, bits
 
 
-def held_bits(codes: Tensor, records: Tensor, layout: Layout) -> Tensor:
+def held_bits(codes: Tensor, metadata: Tensor, layout: Layout) -> Tensor:
     """Return the bits of each token of packed pages, ``[..., N]``, int32."""
     tokens = codes[..., 0, :HEADER].int() & 0xFFFF
-    order = records[..., layout.mixed.rank_field, :, 0].int()
+    order = metadata[..., layout.mixed.rank_field, :, 0].int()
     return (tokens[..., None, :] > order[..., None]).sum(-1).int()
 
 
@@ -383,10 +386,10 @@ def stored_value(stored: Tensor) -> Tensor:
     return e4m3_value(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
-def stored_span(records: Tensor, layout: Layout) -> Tensor:
-    """Return twice the reach of each token of packed pages, ``[..., N]`` (fp32)."""
+def stored_span(metadata: Tensor, layout: Layout) -> Tensor:
+    """Return twice the half-range of each token of packed pages, ``[..., N]`` (fp32)."""
     size = layout.mixed.param_bytes
-    return 2.0 * stored_value(from_bytes(records[..., size : 2 * size, :, 0].mT))
+    return 2.0 * stored_value(from_bytes(metadata[..., size : 2 * size, :, 0].mT))
 
 
 def as_bytes(stored: Tensor) -> Tensor:
@@ -454,7 +457,7 @@ def page_bounds(layout: Layout, first: int, pages: int, device: torch.device) ->
 
 
 def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
-    """Check pages that come from a file: their headers, their records and the channels of outliers.
+    """Check pages that come from a file: their headers, their metadata and the channels of outliers.
 
     Raises:
         ValueError: Quantizing could not have written them.
@@ -478,7 +481,7 @@ def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
     size = scheme.param_bytes
     for first in (0, size):
         values = stored_value(from_bytes(params[..., first : first + size, :, 0].mT))
-        check(bool(values.isfinite().all()), "centres and reaches must be finite")
+        check(bool(values.isfinite().all()), "zero points and half-ranges must be finite")
     first = scheme.rank_field + 1
     channels = params[..., first::OUTLIER_FIELDS, :, 0]
     check(

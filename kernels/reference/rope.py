@@ -20,7 +20,9 @@ SINE = (2.7557314e-6, -1.9841270e-4, 8.3333333e-3, -1.6666667e-1)
 COSINE = (2.4801587e-5, -1.3888889e-3, 4.1666667e-2, -0.5)
 
 
-def turns(calibrated: Calibrated, layout: Layout, first: int, pages: int) -> tuple[Tensor, Tensor]:
+def cos_sin_table(
+    calibrated: Calibrated, layout: Layout, first: int, pages: int
+) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the tokens of ``pages`` pages from slot ``first`` on.
 
     Returns:
@@ -54,7 +56,7 @@ def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
 
 
-def unrotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def inverse_rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Undo `rotate_pairs`, up to rounding."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)

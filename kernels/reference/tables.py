@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
-from kvq_compile.kernels.reference.rope import rotate_pairs, turns, unrotate_pairs
+from kvq_compile.kernels.reference.rope import cos_sin_table, inverse_rotate_pairs, rotate_pairs
 from kvq_compile.kernels.transform import rotate
 
 
@@ -16,7 +16,7 @@ def to_coded(x: Tensor, layout: Layout, calibrated: Calibrated, first: int) -> T
         return rotate(x, layout)
     x = _gather(x, calibrated.section("order", layout))
     if layout.rotary:
-        x = unrotate_pairs(x, *turns(calibrated, layout, first, x.shape[-3]))
+        x = inverse_rotate_pairs(x, *cos_sin_table(calibrated, layout, first, x.shape[-3]))
     y = (x - _spread(calibrated.section("mean", layout))) * _spread(
         calibrated.section("inverse", layout)
     )
@@ -32,7 +32,7 @@ def from_coded(y: Tensor, layout: Layout, calibrated: Calibrated, first: int) ->
         calibrated.section("mean", layout)
     )
     if layout.rotary:
-        x = rotate_pairs(x, *turns(calibrated, layout, first, x.shape[-3]))
+        x = rotate_pairs(x, *cos_sin_table(calibrated, layout, first, x.shape[-3]))
     return _gather(x, calibrated.section("order", layout).argsort(-1))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.reference.rope import cosine_and_sine, rotate_pairs, unrotate_pairs
+from kvq_compile.kernels.reference.rope import cosine_and_sine, inverse_rotate_pairs, rotate_pairs
 from kvq_compile.lowering.find.rotation import Rotation
 
 
@@ -18,7 +18,7 @@ def unrotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:
         rotation: How they were rotated.
     """
     turns = _turns(position, rotation, x.device)
-    return unrotate_pairs(x[..., list(rotation.order)], *turns)
+    return inverse_rotate_pairs(x[..., list(rotation.order)], *turns)
 
 
 def rotate(x: Tensor, position: Tensor, rotation: Rotation) -> Tensor:

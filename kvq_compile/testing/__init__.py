@@ -31,7 +31,7 @@ from kvq_compile import bounds
 from kvq_compile.history import watching
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.reference.tables import to_coded
 from kvq_compile.kernels.schemes import (
@@ -42,6 +42,7 @@ from kvq_compile.kernels.schemes import (
     Transform,
     Uniform,
 )
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.transform import hadamard
 from kvq_compile.loading import cache_argument

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import CacheSpec, Layout, exact_row_index
+from kvq_compile.kernels.layout import Layout, exact_row_index
 from kvq_compile.kernels.packed import PARTS
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.spec import CacheSpec
 
 LAYOUT = CacheSpec(Uniform(2), Uniform(2), sinks=2, window=5, page_size=32).layout("key", 64)
 B, H, D = 2, 2, LAYOUT.head_dim

@@ -8,9 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_compile.kernels.layout import CacheSpec, Layout, Regions
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform, scheme_of
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 
 

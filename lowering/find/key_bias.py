@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
 from kvq_compile.lowering.nodes import VIEWS, argument, target_name, value_of

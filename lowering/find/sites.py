@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.kernels.layout import CacheSpec, Layout
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.schemes import Role
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find.key_bias import without_bias

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from kvq_compile.kernels.layout import CacheSpec
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.find.sites import find_sites
 from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of

@@ -1,0 +1,59 @@
+"""Checks of fields that several quantization schemes have."""
+
+from __future__ import annotations
+
+from kvq_compile.kernels.tables import NO_TABLES
+from kvq_compile.kernels.values import check, check_flags
+
+WORD_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
+
+
+def check_format(params: str, transform: str, rotary: bool, tables: str) -> None:
+    """Make sure that the format of parameters, the transform and the calibration tables go together.
+
+    Raises:
+        TypeError: ``rotary`` is no flag, or ``tables`` no digest.
+        ValueError: A value is unknown, or two of them do not go together.
+    """
+    check_tables(rotary, tables)
+    check(params in ("fp16", "fp8"), f'params must be "fp16" or "fp8", got {params!r}')
+    check(
+        transform in ("none", "hadamard"),
+        f'transform must be "none" or "hadamard", got {transform!r}',
+    )
+    check(
+        transform == "none" or not rotary,
+        f'transform must be "none" for rotary keys and for codebooks, got {transform!r}',
+    )
+
+
+def check_tables(rotary: bool, tables: str) -> None:
+    """Make sure that ``tables`` is a digest, and that rotary keys have one.
+
+    Raises:
+        TypeError: ``rotary`` is no flag, or ``tables`` no digest.
+        ValueError: Keys are rotary and there are no tables.
+    """
+    check_flags(rotary=rotary)
+    if not isinstance(tables, str):
+        raise TypeError(f"tables must be a digest, got {tables!r}")
+    check(
+        not rotary or tables != NO_TABLES,
+        "rotary keys must be calibrated: tables must be given",
+    )
+
+
+def check_fields(
+    planes: tuple[int, ...], couple: int, what: str, role: str, head_dim: int, page_size: int
+) -> None:
+    """Make sure that each plane of a row of codes fills whole packed words.
+
+    Raises:
+        ValueError: A plane does not.
+    """
+    length = head_dim // couple if role == "key" else page_size
+    check(
+        all(length * width % WORD_BITS == 0 for width in planes),
+        f"head_dim must be a multiple of {couple * WORD_BITS // min(planes)} for "
+        f"{what} {role}s, got {head_dim}",
+    )

@@ -1,0 +1,108 @@
+"""`CacheSpec`: what a user chooses for a whole cache, bound to the `Layout` of one tensor where a tensor is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from kvq_compile.kernels.layout import Layout, Regions
+from kvq_compile.kernels.schemes import Role, Scheme, Uniform
+from kvq_compile.kernels.tables import NO_TABLES, Tables
+from kvq_compile.kernels.values import check
+
+QUERIES = 5  # last queries that a key cache holds where bits depend on attention: the paper's attention window
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Say how a whole cache is kept: exact regions, a scheme for keys and one for values, overrides.
+
+    Args:
+        key, value: How packed keys and values are coded.
+        sinks: First tokens that stay exact for ever.
+        window: Most recent tokens that are always exact; up to ``page_size - 1`` more wait for their page.
+        page_size: Tokens quantized at once: 32, 64, 128 or 256.
+        layers: ``(layer index, CacheSpec or None)`` pairs that replace this spec for single layers, in
+            the order in which the model runs its attentions; ``None`` leaves the layer in 16 bit.
+        method: Name under which reports show this spec.
+        key_tables, value_tables: The calibration tables that the schemes name by their digest.
+
+    Raises:
+        TypeError: A number of tokens is not an integer.
+        ValueError: An argument is out of its range, or tables are not those that a scheme names.
+    """
+
+    key: Scheme = field(default_factory=Uniform)
+    value: Scheme = field(default_factory=Uniform)
+    sinks: int = 5
+    window: int = 128
+    page_size: int = 128
+    layers: tuple[tuple[int, CacheSpec | None], ...] = ()
+    method: str = "custom"
+    key_tables: Tables | None = None
+    value_tables: Tables | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.regions  # which checks itself
+        check(
+            self.key.reader == self.value.reader,
+            "keys and values must both be in mixed pages, or neither, "
+            f"got {self.key.name} and {self.value.name}",
+        )
+        adaptive = self.key.adaptive
+        check(
+            adaptive is None or adaptive.target == 0 or adaptive.query_norm > 0,
+            "query_norm must be positive for a target of keys, got 0",
+        )
+        for name, scheme, tables in (
+            ("key_tables", self.key, self.key_tables),
+            ("value_tables", self.value, self.value_tables),
+        ):
+            given = NO_TABLES if tables is None else tables.digest
+            check(
+                given == scheme.tables,
+                f"{name} must be those that its scheme names, {scheme.tables!r}, got {given!r}",
+            )
+
+    @property
+    def regions(self) -> Regions:
+        """Which tokens are exact."""
+        return Regions(self.sinks, self.window, self.page_size)
+
+    def for_layer(self, layer: int) -> CacheSpec | None:
+        """Return the spec of one layer; ``None`` says that it stays in 16 bit."""
+        for index, override in self.layers:
+            if index == layer:
+                return override
+        return replace(self, layers=()) if self.layers else self
+
+    def scheme(self, role: Role) -> Scheme:
+        """Return how keys or values are coded."""
+        return self.key if role == "key" else self.value
+
+    def tables(self, role: Role) -> Tables | None:
+        """Return the calibration tables of keys or values."""
+        return self.key_tables if role == "key" else self.value_tables
+
+    def layout(self, role: Role, head_dim: int, shared_by: int = 0) -> Layout:
+        """Bind this spec to the keys or values of heads of ``head_dim`` channels.
+
+        Where bits depend on attention, keys of which ``shared_by``, the query heads of a KV head, is known also
+        hold the last queries.
+
+        Raises:
+            ValueError: ``head_dim`` cannot be packed or grouped as the spec says.
+        """
+        attentive = self.key.attentive or self.value.attentive
+        shared_by = shared_by if attentive and role == "key" else 0
+        return _layout(
+            *(role, head_dim, self.regions, self.scheme(role)),
+            *((QUERIES if shared_by else 0), shared_by),
+        )
+
+
+@lru_cache(maxsize=1024)
+def _layout(
+    role: Role, head_dim: int, regions: Regions, scheme: Scheme, queries: int, shared_by: int
+) -> Layout:
+    return Layout(role, head_dim, regions, scheme, queries, shared_by)  # one object for one value
