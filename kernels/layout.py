@@ -1,17 +1,21 @@
-"""Describe a quantized cache as data: which tokens stay exact, how the others are coded, where each bit lies.
+"""`Layout`: which tokens of a quantized cache stay exact, how the others are coded, and where each bit lies.
 
-A cache holds the tokens ``0 .. length - 1`` of one key or value tensor in three regions::
+A cache stores the tokens ``0 .. kv_len - 1`` of one key or value tensor in three regions::
 
     | sinks |      packed pages of page_size tokens      |  recent: window .. window + page_size - 1  |
       exact              quantized once                                    exact
 
-A token enters the exact ring of recent rows and is quantized once, together with its page, when
-``page_size`` tokens have left the window. Where a token is kept follows from the length alone, so a
-prompt written at once, in chunks or token by token gives the same bytes.
+A new token is written to a ring of exact rows, the residual window. When ``page_size`` tokens have left the window,
+they are quantized together as one page. The region of a token depends on the length alone, so a prompt written
+at once, in chunks or token by token gives the same bytes.
 
-`CacheSpec` is what a user chooses. `Layout` is what an op needs: regions and a scheme bound to the role and the
-head dimension of one tensor. It is a value, used everywhere: a constant in a graph, an argument of the operators,
-what kernels are compiled for, what a saved cache says of itself.
+Words used throughout this folder: a *slot* is a cache position, counted from 0 for every sequence (the position that
+rotary embeddings see is slot plus shift). The tokens *held* are those written so far; their count, ``cursor[0]``, is
+kv_len.
+
+`CacheSpec` (`spec`) is what a user chooses. A `Layout` binds its regions and one scheme to the role and the head
+dimension of one tensor. It is a value with many uses: a constant in a graph, an argument of the operators, a
+compile-time constant of kernels, and the description in a saved cache.
 """
 
 from __future__ import annotations
@@ -43,11 +47,11 @@ from kvq_compile.kernels.schemes import (
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, check, check_integers
 
-HIDES = -1e4  # an additive mask of this or less leaves a token no weight
+HIDES = -1e4  # an additive mask of at most this gives a token weight 0
 
 
 class InternedOpaque(Interned, OpaqueBaseMeta):
-    """`Interned`, of values that are constants of graphs."""
+    """`Interned` for values that are constants of graphs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,12 +59,12 @@ class Regions(metaclass=Interned):
     """Which tokens of a cache are exact.
 
     Args:
-        sinks: First tokens that stay exact for ever.
-        window: Most recent tokens that are always exact; up to ``page_size - 1`` more wait for their page.
-        page_size: Tokens quantized at once: 32, 64, 128 or 256.
+        sinks: First tokens, which always stay exact.
+        window: Most recent tokens that are always exact; up to ``page_size - 1`` more wait until their page is full.
+        page_size: Tokens quantized together: 32, 64, 128 or 256.
 
     Raises:
-        TypeError: A number of tokens is not an integer.
+        TypeError: A count of tokens is not an integer.
         ValueError: An argument is out of its range.
     """
 
@@ -83,40 +87,40 @@ class Regions(metaclass=Interned):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layout(OpaqueBase, metaclass=InternedOpaque):
-    """Fix the place of every bit of one packed tensor.
+    """Place of every bit of one packed tensor.
 
     With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N = page_size`` tokens and ``D = head_dim``::
 
-        codes   int16    [B, H, P, rows, units]   keys: rows are tokens; values: rows are channels
-        params  float16  [B, H, P, groups, members, 2]   (scale, zero) of each group; uint8 for fp8
+        codes   int16    [B, H, P, rows, row_words]   keys: rows are tokens; values: rows are channels
+        params  float16  [B, H, P, groups, members, 2]   scale and zero point of each group; uint8 for fp8
         exact   model's  [B, H, exact_rows, D]    sinks, a ring of the recent tokens, a ring of queries
-        cursor  int32    [2]                      tokens held, pages packed
-        tables  int32    [H, table_words]         what calibration found; only where the scheme has tables
-        originals  model's  [B, H, P, N, D]       packed tokens as they were, in host memory; only by option
+        cursor  int32    [2]                      tokens held (kv_len), pages packed
+        tables  int32    [H, table_words]         calibration constants; only where the scheme has tables
+        originals  model's  [B, H, P, N, D]       exact copies of packed tokens, in host memory; optional
         shift   int32    [B]                      position minus slot of each sequence; only rotary keys
 
-    Where tokens differ in bits (`Mixed`) codes have one row, ``params`` are bytes ``[B, H, P, fields, N, 1]``.
+    Where tokens differ in bits (`Mixed`), codes have one row and ``params`` are bytes ``[B, H, P, fields, N, 1]``.
 
-    ``groups, members`` is ``D / group_size, N`` when groups lie inside a token, ``N / group_size, D``
-    when they lie inside a channel, and ``0, N`` for a codebook. A codebook has one code for ``couple``
-    neighbouring channels. A row of ``L`` codes is planar: field ``f`` of unit ``u`` holds the
-    code of index ``f * (units of the plane) + u``, so that all fields of a unit shift out into
-    contiguous runs. A width that is no power of two is split into planes that lie one after another in
-    the row (3 bits: a plane of the low two, a plane of the high one). Trits lie likewise in bytes, of
-    which a unit holds two, the first in its low half: digit ``f`` in base 3 of byte ``u`` is the code of
-    index ``f * bytes + u``.
+    ``groups, members`` is ``D / group_size, N`` for groups inside a token, ``N / group_size, D`` for groups inside a
+    channel, and ``0, N`` for a codebook, which has one code for ``couple`` neighbouring channels.
+
+    Codes are packed into 16-bit words. A row is planar: field ``f`` of word ``w`` holds code
+    ``f * (words of the plane) + w``, so that unpacking one field of neighbouring words gives neighbouring codes. A
+    width that is not a power of two is split into planes, stored one after another in the row (3 bits: a plane of the
+    low two bits, then a plane of the high bit). Trits, three-level codes, are packed into bytes: digit ``f`` in base 3
+    of byte ``u`` is code ``f * bytes + u``; a word holds two bytes, the first in its low half.
 
     Args:
         role: Whether the tensor holds keys or values.
         head_dim: Channels of a head.
         regions: Which tokens are exact.
-        scheme: How the others are coded.
-        queries: Last queries that keys hold, where bits depend on attention; else 0.
-        shared_by: Query heads of a KV head, where keys hold queries; else 0.
+        scheme: Quantization scheme of the others.
+        queries: Last queries that a key cache holds, where bits depend on attention; else 0.
+        shared_by: Queries per KV head (query heads that share it), where keys hold queries; else 0.
 
     Raises:
-        TypeError: A number is not an integer.
-        ValueError: A number is out of its range, or ``head_dim`` cannot be packed or grouped as the scheme says.
+        TypeError: A size is not an integer.
+        ValueError: A size is out of its range, or ``head_dim`` cannot be packed or grouped as the scheme asks.
     """
 
     role: Role
@@ -159,14 +163,16 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self._hash == other._hash and self._values == other._values
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._values  # without what is cached: hashes differ between processes
+        return type(
+            self
+        ), self._values  # without cached properties: hashes differ between processes
 
     def __repr__(self) -> str:
         held = f", {self.queries}, {self.shared_by}" if self.queries else ""
         return f"{type(self).__name__}({self.role!r}, {self.head_dim}, {self.regions}, {self.scheme}{held})"
 
     def __fx_repr__(self) -> tuple[str, dict[str, type]]:
-        """Return the text that stands for the layout in a graph, and the classes that it names."""
+        """Return the source text of the layout in a graph, and the classes that it names."""
         named = (Layout, Regions, type(self.scheme), *self.scheme.parts.values())
         return repr(self), {c.__name__: c for c in named}
 
@@ -174,7 +180,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def sinks(self) -> int:
-        """First tokens that stay exact."""
+        """First tokens, which stay exact."""
         return self.regions.sinks
 
     @cached_property
@@ -189,7 +195,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def ring(self) -> int:
-        """Rows of the ring of recent tokens."""
+        """Rows of the ring of recent tokens: the residual window and the page that fills behind it."""
         return self.window + self.page_size
 
     @cached_property
@@ -199,22 +205,22 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def exact_rows(self) -> int:
-        """Exact rows kept: of tokens, and of the last ``queries`` in each of ``shared_by`` query heads."""
+        """Exact rows: of tokens, then of the last ``queries`` queries of each of ``shared_by`` query heads."""
         return self.token_rows + self.queries * self.shared_by
 
     def pages_at(self, length: int) -> int:
-        """Return how many pages ``length`` appended tokens have filled."""
+        """Return the pages that ``length`` appended tokens fill."""
         return max(0, (length - self.sinks - self.window) // self.page_size)
 
     def exact_row(self, token: int) -> int:
-        """Return the row of ``exact`` that holds ``token`` while it is not packed."""
+        """Return the row of ``exact`` of a token that is not packed."""
         return token if token < self.sinks else self.sinks + (token - self.sinks) % self.ring
 
     # Codes and parameters
 
     @cached_property
     def bits(self) -> float:
-        """Width of a code; of mixed pages the average."""
+        """Width of a code in bits; the average for mixed pages."""
         return self.scheme.bits
 
     @cached_property
@@ -230,7 +236,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def clip(self) -> float:
-        """Fraction of a group's range that the codes span."""
+        """Fraction of a group's range that its codes span."""
         return self.scheme.clip
 
     @cached_property
@@ -255,7 +261,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def rotary(self) -> bool:
-        """Whether keys are coded as they were before the rotary embedding."""
+        """Whether keys are quantized before the rotary embedding."""
         return self.scheme.rotary
 
     @cached_property
@@ -265,12 +271,12 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def has_tables(self) -> bool:
-        """Whether calibration tables belong to the tensor."""
+        """Whether the tensor has calibration tables."""
         return self.tables != NO_TABLES
 
     @cached_property
     def calibrated_tensors(self) -> int:
-        """Tensors that packed tokens are coded relative to: tables, and a shift where keys are rotary."""
+        """Tensors of calibration constants: tables, and a shift where keys are rotary."""
         return self.has_tables + self.rotary
 
     @cached_property
@@ -290,12 +296,12 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def rows(self) -> int:
-        """Rows of packed units in a page."""
+        """Rows of packed words in a page."""
         return self.scheme.codes_shape(self.role, self.head_dim, self.page_size)[0]
 
     @cached_property
     def row_words(self) -> int:
-        """16-bit units in a row."""
+        """Packed 16-bit words in a row."""
         return self.scheme.codes_shape(self.role, self.head_dim, self.page_size)[1]
 
     @cached_property
@@ -315,7 +321,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def param_elements(self) -> int:
-        """Numbers of a parameter: scale and zero point, or one byte of a record."""
+        """Elements of a parameter: scale and zero point, or one byte of metadata."""
         return self.scheme.param_elements
 
     @cached_property
@@ -325,7 +331,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def bits_per_element(self) -> float:
-        """Bits held for each element of a page: codes and parameters."""
+        """Bits per element of a page: codes and parameters."""
         groups, members = self.params_shape
         width = (8 if self.has_byte_params else 16) * self.param_elements
         page = WORD_BITS * self.rows * self.row_words + width * groups * members
@@ -349,37 +355,37 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     @cached_property
     def attentive(self) -> bool:
-        """Whether tokens get bits by the attention that they get."""
+        """Whether the bits of a token depend on the attention it gets."""
         return self.scheme.attentive
 
     @cached_property
     def adaptive(self) -> Adaptive | None:
-        """What happens to mixed pages beyond distributing their bits, if anything."""
+        """Options of QAQ for mixed pages after they are packed, if any."""
         return self.scheme.adaptive
 
     @cached_property
     def keep_exact(self) -> bool:
-        """Whether host memory holds packed tokens exactly."""
+        """Whether host memory holds exact copies of packed tokens."""
         return self.adaptive is not None and self.adaptive.keep_exact
 
     @cached_property
     def requantize(self) -> bool:
-        """Whether tokens of packed pages lose bits that their target needs no more."""
+        """Whether packed tokens drop bits that their target no longer needs."""
         return self.adaptive is not None and self.adaptive.requantize
 
     @cached_property
     def code_rows(self) -> int:
-        """Rows of all planes of a mixed page."""
+        """Rows of a mixed page, all bit planes together: its budget."""
         return int(self.mixed.bits * self.page_size)
 
     @cached_property
     def plane_row_words(self) -> int:
-        """Units of a row of a mixed page."""
+        """Packed words in a row of a bit plane of a mixed page."""
         return self.head_dim // WORD_BITS
 
     @cached_property
     def bounds(self) -> tuple[float, ...]:
-        """Bounds on the weighted error of mixed pages that have a target: see `target_bounds`."""
+        """Bounds on the weighted error of mixed pages with a target, by length: see `target_bounds`."""
         if self.adaptive is None:
             return ()
         norm = self.adaptive.query_norm if self.role == "key" else 0.0
@@ -392,7 +398,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
 @dataclass(frozen=True)
 class Score(OpaqueBase):
-    """What attention does to the product of a query and a key before the softmax.
+    """Modification of the product of a query and a key before the softmax.
 
     Args:
         scale: Factor on the product.
@@ -401,7 +407,7 @@ class Score(OpaqueBase):
     scale: float
 
     def __fx_repr__(self) -> tuple[str, dict[str, type]]:
-        """Return the text that stands for the score in a graph, and the class that it names."""
+        """Return the source text of the score in a graph, and the class that it names."""
         return f"Score({self.scale!r})", {"Score": Score}
 
 

@@ -1,11 +1,11 @@
-"""Declare the operators, their shapes and their dispatch.
+"""The operators ``torch.ops.kvq.*``: schemas, fakes and dispatch to backends.
 
-Schemas, fakes and registrations live here so that they exist before a graph is captured. A backend is imported when
-the dispatcher first needs it: importing this file imports no Triton.
+All of them are registered when this file is imported, before a graph is captured. A backend is imported when an
+operator first runs on its device, so importing this file does not import Triton.
 
-A packed tensor comes as two lists of tensors, its parts and what it is coded relative to (`packed`), and a `Layout`.
-New tokens go to slots ``start, start + 1, ...``: the graph knows ``start`` either as an integer or as the first
-element of ``position`` ``[T]`` on the device, never both.
+A packed tensor is passed as two lists of tensors, its parts and its calibration constants (`packed`), and a `Layout`.
+New tokens are written to slots ``start, start + 1, ...``. The start is given either as the integer ``start`` or as the
+first element of ``position`` ``[T]`` on the device, never both.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from kvq_compile.kernels.packed import (
     writable,
 )
 
-# Each backend is a module of four functions, append_, attend, importance and dequantize, of is_available, which says
-# whether it can run here, and of SCHEMES, the names of those that it has code for. Where it cannot run, and for other
-# schemes, the specification, which runs everywhere and is slow, stands in.
+# A backend is a module with four functions, append_, attend, importance and dequantize; is_available, which says if it
+# can run on this machine; and SCHEMES, the names of the schemes that it implements. In all other cases the
+# specification runs, which is slow and runs everywhere.
 BACKENDS = {
     "CPU": "kvq_compile.kernels.cpu.backend",
     "CUDA": "kvq_compile.kernels.triton.backend",
@@ -41,24 +41,25 @@ SPECIFICATION = "kvq_compile.kernels.reference.backend"
 
 LAYOUT, SCORE = get_opaque_type_name(Layout), get_opaque_type_name(Score)
 _SCHEMAS = (
-    # Quantize x as the first tokens of a new cache for `slots` tokens, with spare room if it grows.
+    # Quantize x as the first tokens of a new cache for `slots` tokens; a cache that grows gets spare pages.
     f"quantize(Tensor x, SymInt slots, bool grows, {LAYOUT} layout, Tensor[] calibrated, "
     "Tensor? importance=None, Tensor? query=None) -> Tensor[]",
-    # Write x behind the tokens held, quantizing the pages that fill up. `after`, the result of the attention
-    # that still reads the cache as it was, only orders the two: without it Inductor may run that attention
-    # later, and then has to copy the whole cache first.
+    # Write x at `start` and quantize the pages that fill up. `after`, the result of the attention that reads the
+    # cache before this write, only orders the two: without it Inductor may run that attention later and would have
+    # to copy the whole cache first.
     "append_(Tensor(a!)[] cache, Tensor[] calibrated, Tensor x, Tensor? position, SymInt? start, "
     f"{LAYOUT} layout, Tensor? importance=None, Tensor? query=None, Tensor? after=None) -> ()",
-    # Attend to the tokens before `start` of a cache and to the exact new ones; writes nothing. `calibrated` is that
-    # of the keys and, behind it, that of the values.
+    # Attend to the tokens before `start` of a cache and to the exact new tokens; writes nothing. `calibrated` has the
+    # constants of the keys, then those of the values.
     "attend(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor[] calibrated, "
     f"Tensor? mask, Tensor? position, SymInt? start, {SCORE} score, {LAYOUT} key_layout, "
     f"{LAYOUT} value_layout) -> Tensor",
-    # Say how much attention the last queries, the call's and those held, pay to each slot up to the call's last;
-    # nothing of use unless a page is to be quantized. Without keys held, `keys` and `calibrated` are empty.
+    # Return the importance score of each slot up to the call's last one: the attention that the last queries, of the
+    # call and of the cache, pay to it. Undefined unless the call completes a page. `keys` and `calibrated` are empty
+    # if there is no cache yet.
     "importance(Tensor query, Tensor key, Tensor[] keys, Tensor[] calibrated, Tensor? mask, Tensor? position, "
     f"SymInt? start, SymInt slots, {SCORE} score, bool causal, int queries, {LAYOUT} key_layout) -> Tensor",
-    # Read slots 0 .. length - 1; those without a token are zero.
+    # Read slots 0 .. length - 1; slots without a token are zero.
     f"dequantize(Tensor[] cache, Tensor[] calibrated, SymInt length, {LAYOUT} layout) -> Tensor",
 )
 
@@ -68,9 +69,9 @@ for _schema in _SCHEMAS:
 
 
 class Backend:
-    """The functions of a backend's module, or of the specification where the backend cannot run or knows no scheme.
+    """The functions of a backend, or of the specification where the backend cannot run or lacks a scheme.
 
-    The module is imported when a function is first looked up.
+    The backend's module is imported when a function is first looked up.
     """
 
     def __init__(self, module: str) -> None:
@@ -78,7 +79,7 @@ class Backend:
         self._found: dict[tuple[str, str, str], Callable[..., Any]] = {}
 
     def find(self, name: str, layout: Layout, other: Layout | None = None) -> Callable[..., Any]:
-        """Return the function for caches of a layout, or of two."""
+        """Return the function for caches of one layout, or of two (keys and values)."""
         key = name, layout.scheme.name, (other or layout).scheme.name
         function = self._found.get(key)
         if function is None:
@@ -108,7 +109,7 @@ def append_on(
     query: Tensor | None = None,
     after: Tensor | None = None,
 ) -> None:
-    """Append by a backend; first do to older pages what the layout asks for, which is `adaptive`'s to know."""
+    """Append with a backend, after `adaptive` has updated older pages if the layout asks for it."""
     del after
     packed = Packed(*cache[:4])
     if layout.adaptive is not None:
@@ -204,7 +205,7 @@ def _new_cache(x: Tensor, slots: int, grows: bool, layout: Layout) -> list[Tenso
 
 
 def _below_autocast(name: str) -> Callable[..., object]:
-    """Return an implementation that runs the op in the dtypes it is given, whatever autocast says."""
+    """Return an implementation that runs the op in the dtypes of its arguments: autocast has no effect."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, AUTOCAST[0]))
     for key in AUTOCAST[1:]:
         keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

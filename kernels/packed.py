@@ -1,7 +1,8 @@
-"""A packed tensor as the operators take it: its parts, and the tables that its tokens are coded relative to.
+"""`Packed` and `Calibrated`: the tensors of a cache, as the operators take them.
 
-A cache travels as two lists of tensors: its parts, in the order of `Packed`, behind which comes what only some
-layouts keep (`ORIGINALS`); and `Calibrated`, of which only what the layout has. `Layout` gives shapes and dtypes.
+Operators take a cache as two lists of tensors. The first has its parts in the order of `Packed`, followed by those
+that only some layouts have (`ORIGINALS`). The second has those tensors of `Calibrated` that the layout has. `Layout`
+gives shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.tables import read_section
 
-MIN_PAGES = 2  # a page count of 0 or 1 would be specialised on when the cache enters a graph
+MIN_PAGES = 2  # torch.compile specialises on sizes 0 and 1
 
 
 class Packed(NamedTuple):
@@ -29,7 +30,7 @@ class Packed(NamedTuple):
 
     @staticmethod
     def empty(like: Tensor, capacity: int | torch.SymInt, layout: Layout) -> Packed:
-        """Allocate the parts for tokens like ``like`` ``[B, H, *, D]``, with room for ``capacity`` pages."""
+        """Allocate the parts for tokens like ``like`` ``[B, H, *, D]``, with ``capacity`` pages."""
         B, H = like.shape[:2]
         codes = like.new_zeros(B, H, capacity, layout.rows, layout.row_words, dtype=torch.int16)
         params_dtype = torch.uint8 if layout.has_byte_params else torch.float16
@@ -41,12 +42,12 @@ class Packed(NamedTuple):
 
 PARTS = Packed._fields
 ORIGINALS = (
-    "originals"  # exact packed tokens in host memory, a fifth part where the layout keeps them
+    "originals"  # exact copies of packed tokens in host memory: a fifth part of some layouts
 )
 
 
 class Calibrated(NamedTuple):
-    """What packed tokens are coded relative to.
+    """Calibration constants of a packed tensor.
 
     Attributes:
         tables: ``[H, table_words]``, int32, see `Tables`; ``None`` where the layout has none.
@@ -58,10 +59,10 @@ class Calibrated(NamedTuple):
 
     @staticmethod
     def of(tensors: Sequence[Tensor], layout: Layout) -> Calibrated:
-        """Return the tensors by name, of which there are those that the layout has.
+        """Name the tensors of a list, which has those of the layout.
 
         Raises:
-            ValueError: There are more or fewer.
+            ValueError: The list has more or fewer.
         """
         if len(tensors) != layout.calibrated_tensors:
             names = ", ".join(calibrated_names(layout))
@@ -81,7 +82,7 @@ class Calibrated(NamedTuple):
         return self.section("codebook", layout).view(shape).float()
 
     def margin(self, layout: Layout) -> Tensor:
-        """Return the margins of the groups of pages, broadcasting to ``[B, H, P, groups, members]``."""
+        """Return the margin of each group, broadcasting to ``[B, H, P, groups, members]``."""
         margin = self.section("margin", layout)
         if layout.grouping == "token":
             return margin[:, :: layout.group_size][None, :, None, :, None]
@@ -93,24 +94,24 @@ CALIBRATED = Calibrated._fields
 
 
 def calibrated_names(layout: Layout) -> tuple[str, ...]:
-    """Return the names of what a layout's tokens are coded relative to, in order."""
+    """Return the names of the calibration constants of a layout, in order."""
     return CALIBRATED[: layout.calibrated_tensors]
 
 
 def part_names(layout: Layout) -> tuple[str, ...]:
-    """Return the names of the parts that a layout keeps, in order."""
+    """Return the names of the parts of a layout, in order."""
     return (*PARTS, ORIGINALS) if layout.keep_exact else PARTS
 
 
 def writable() -> AbstractContextManager[object]:
-    """Return a context in which to make what is written later, in whatever mode.
+    """Return a context for allocating tensors that are written later, in any mode.
 
-    A tensor that is made in inference mode cannot be written in place outside of it.
+    A tensor allocated in inference mode cannot be written in place outside of it.
     """
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def page_capacity(slots: int | torch.SymInt, grows: bool, layout: Layout) -> int | torch.SymInt:
-    """Return the pages to allocate for ``slots`` tokens: what they fill, an eighth more if the cache grows."""
+    """Return the pages to allocate for ``slots`` tokens: those they fill, and an eighth more if the cache grows."""
     pages = torch.sym_max(0, (slots - layout.sinks - layout.window) // layout.page_size)
     return torch.sym_max(MIN_PAGES, pages + pages // 8 + 2 if grows else pages)

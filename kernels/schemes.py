@@ -1,21 +1,21 @@
 """The quantization schemes: what the codes of a packed tensor mean, and how many bits they take.
 
-A scheme is a small frozen dataclass with its own checks. It knows neither regions nor a cache: `Layout` asks it for
-the shapes of codes and parameters of a page of ``page_size`` tokens of ``head_dim`` channels. Calibrated tables are
-named by their digest (`Tables.digest`), so that a scheme is a value; the tables themselves travel as tensors.
+A scheme is a small frozen dataclass with its own checks. It knows nothing of regions or caches: `Layout` asks it for
+the shapes of codes and parameters of a page of ``page_size`` tokens with ``head_dim`` channels. A scheme is a value, so
+it names calibration tables by their digest (`Tables.digest`); the tables themselves travel as tensors.
 
-What a scheme has besides its fields, the same for all of its kind unless said otherwise:
+Attributes of a scheme besides its fields, the same for all instances of a class unless said otherwise:
 
-    name           its file in `reference` and in each backend, and its word in saved caches
-    reader         loop of attention over its pages: keys and values must have the same
-    param_elements  numbers of a parameter: scale and zero point, or one byte of a record
-    byte_params    whether parameters are bytes; depends on their format
-    entries        vectors of the codebook that its tables hold, if any
-    attentive      whether bits go by the attention that tokens get
-    adaptive       what happens to pages after they are packed, if anything
-    keeps_codes    whether tokens of a page that was cut keep their codes when it fills again
-    takes_bias     whether keys may be coded relative to the bias of their projection
-    parts          fields that are dataclasses, which a saved cache lists among its own
+    name            its file in `reference` and in each backend, and its name in saved caches
+    reader          attention's loop over its pages; keys and values must have the same
+    param_elements  elements of a parameter: 2 (scale and zero point), or 1 (a byte of metadata)
+    byte_params     whether parameters are bytes; depends on ``params``
+    entries         vectors of its codebook; 0 without one
+    attentive       whether the bits of a token depend on the attention it gets
+    adaptive        options of QAQ for pages after they are packed, or ``None``
+    keeps_codes     whether the tokens of a truncated page keep their codes when it fills again
+    takes_bias      whether keys may be coded relative to the bias of their projection
+    parts           fields that are dataclasses; a saved cache lists their fields among those of the scheme
 """
 
 from __future__ import annotations
@@ -41,16 +41,20 @@ Params = Literal["fp16", "fp8"]
 
 WIDTHS = (1, 1.5, 2, 3, 4, 8)  # bits of the codes of a uniform quantizer; 1.5: three levels
 TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
-MAX_INDEX_BITS = 12  # a codebook of more entries could not be learned, searched or held
+MAX_INDEX_BITS = (
+    12  # more entries could not be learned from a calibration set or searched while writing
+)
 PAGE_SIZES = (32, 64, 128, 256)
 MAX_BITS = 8  # of a token in mixed pages
-HEADER = MAX_BITS  # units of a mixed page; also what keeps rows of 128 channels aligned to 16 bytes
-FLOOR = 4.0  # of the mean importance of a page; a few heavy tokens stand out above it
+HEADER = (
+    MAX_BITS  # words of the header of a mixed page; 8 keep rows of 128 channels aligned to 16 bytes
+)
+FLOOR = 4.0  # times the mean importance of a page, added before the root; only heavy tokens stand out above it
 OUTLIER_FIELDS = 3  # channel, low byte, high byte
 
 
 def largest_divisor(whole: int, most: int) -> int:
-    """Return the largest divisor of ``whole`` that is not above ``most``."""
+    """Return the largest divisor of ``whole`` up to ``most``."""
     return next(size for size in range(min(whole, most), 0, -1) if whole % size == 0)
 
 
@@ -60,7 +64,7 @@ def _planes(bits: float) -> tuple[int, ...]:
 
 
 class _Codes:
-    """What schemes have in common whose pages are codes and parameters of groups."""
+    """Attributes common to schemes whose pages are codes and parameters of groups."""
 
     reader: ClassVar[str] = "pages"
     param_elements: ClassVar[int] = 2
@@ -70,32 +74,32 @@ class _Codes:
     parts: ClassVar[Mapping[str, type]] = {}
 
     def unused_bits(self, codes: Tensor, page_size: int) -> float:
-        """Return the bits of packed pages that no token uses: there are none."""
+        """Return the bits per element of packed pages that no token uses: 0."""
         del codes, page_size
         return 0.0
 
 
 @dataclass(frozen=True, repr=False)
 class Uniform(_Codes, metaclass=Interned):
-    """A group of elements shares a scale and a zero point: a code ``c`` stands for ``c * scale + zero``.
+    """Uniform quantization: the elements of a group share a scale and a zero point, ``x = code * scale + zero``.
 
     Args:
         bits: Width of a code: 1, 1.5 (three levels), 2, 3, 4 or 8.
         grouping: ``"token"``: a group is ``group_size`` neighbouring channels of one token.
             ``"channel"``: a group is one channel of ``group_size`` neighbouring tokens.
-        group_size: Elements of a group; ``None`` takes the whole head dimension (token) or page (channel).
+        group_size: Elements of a group; ``None``: the whole head dimension (token) or page (channel).
         clip: Fraction of a group's range, about its midpoint, that the codes span; in (0, 1].
-        transform: Rotation of the head dimension before coding, undone on reading.
+        transform: Rotation of the head dimension before quantization, undone on reading.
         params: Format of scale and zero point: ``"fp16"``, or ``"fp8"`` (e4m3), half as large.
-        packing: How three-level codes are packed: in two-bit ``"fields"``, which unpack fastest, or five
-            ``"trits"`` to a byte, which are 1.6 bits each.
-        rotary: Whether keys are coded as they were before the rotary embedding.
-        tables: Digest of what calibration found for this tensor; rotary keys need tables.
-        up_to: Whether ``group_size`` is the most that a group may have: it becomes the largest divisor, not above
-            it, of what is divided.
+        packing: How three-level codes are packed: in two-bit ``"fields"``, which unpack fastest, or as five
+            ``"trits"`` a byte, 1.6 bits each.
+        rotary: Whether keys are quantized before the rotary embedding.
+        tables: Digest of the calibration tables of this tensor; rotary keys need tables.
+        up_to: Whether ``group_size`` is an upper limit: groups then get the largest size up to it that divides the
+            head dimension (token) or the page (channel).
 
     Raises:
-        TypeError: A number of bits or channels is not an integer.
+        TypeError: A count of bits or channels is not an integer.
         ValueError: An argument is out of its range, or two of them do not go together.
     """
 
@@ -142,7 +146,7 @@ class Uniform(_Codes, metaclass=Interned):
     __repr__ = changed_fields
 
     def bound_to(self, head_dim: int, page_size: int) -> Uniform:
-        """Return the scheme with the group size that it has in pages of these sizes."""
+        """Return the scheme with its group size resolved for pages of these sizes."""
         whole = head_dim if self.grouping == "token" else page_size
         if self.group_size is None:
             return replace(self, group_size=whole, up_to=False)
@@ -178,7 +182,7 @@ class Uniform(_Codes, metaclass=Interned):
         return 2 if self.bits == 1.5 else (1 << int(self.bits)) - 1
 
     def row_words(self, row_length: int) -> int:
-        """Return the 16-bit units in a row of ``row_length`` codes."""
+        """Return the packed 16-bit words in a row of ``row_length`` codes."""
         if self.packing == "trits":
             row_bytes = -(-row_length // TRITS)
             return -(-row_bytes // 2)
@@ -208,7 +212,7 @@ class Uniform(_Codes, metaclass=Interned):
         return self.transform == "none"
 
     def describe(self, head_dim: int, page_size: int) -> str:
-        """Return codes in words: ``"2-bit"``, ``"2-bit group-24"``."""
+        """Describe the codes: ``"2-bit"``, ``"2-bit group-24"``."""
         whole = head_dim if self.grouping == "token" else page_size
         group = "" if self.group_size == whole else f" group-{self.group_size}"
         return f"{self.bits:g}-bit{group}"
@@ -216,16 +220,16 @@ class Uniform(_Codes, metaclass=Interned):
 
 @dataclass(frozen=True, repr=False)
 class Codebook(_Codes, metaclass=Interned):
-    """``couple`` neighbouring channels of a token share an index, which stands for one of ``2 ** bits`` vectors.
+    """Vector quantization: an index selects one of ``2 ** bits`` vectors for ``couple`` neighbouring channels.
 
     Args:
         bits: Width of an index, 1 to 12.
         couple: Channels that share an index.
-        rotary: Whether keys are coded as they were before the rotary embedding.
+        rotary: Whether keys are quantized before the rotary embedding.
         tables: Digest of the tables with the codebook.
 
     Raises:
-        TypeError: A number of bits or channels is not an integer.
+        TypeError: A count of bits or channels is not an integer.
         ValueError: An argument is out of its range, or there are no tables.
     """
 
@@ -303,31 +307,31 @@ class Codebook(_Codes, metaclass=Interned):
         return 1 << self.bits
 
     def describe(self, head_dim: int, page_size: int) -> str:
-        """Return codes in words: ``"4 channels in 8 bits"``."""
+        """Describe the codes: ``"4 channels in 8 bits"``."""
         del head_dim, page_size
         return f"{self.couple} channels in {self.bits} bits"
 
 
 @dataclass(frozen=True, repr=False)
 class Mixed(metaclass=Interned):
-    """Each token has bits of its own, ``bits`` on average over a page; `reference.mixed` says what they mean.
+    """Mixed precision: each token has its own number of bits, ``bits`` on average over a page (`reference.mixed`).
 
     Args:
-        bits: Bits an element that the codes of a page may take; a whole number of rows a page.
+        bits: Budget of the codes of a page, in bits per element; times ``page_size`` it must be an integer.
         min_bits, max_bits: Least and most bits of a token, 0 to 8.
-        outliers: Elements of a token that are kept exactly, in fp16: half of them the largest, half the smallest.
-        params: Format of centre and reach: ``"fp16"``, or ``"fp8"`` (e4m3).
-        fit: Whether codes stand for the middles of their segments scaled to keep a token's product with itself,
-            or for the middles, as in the paper.
-        soften: Whether bits are distributed by softened importance, or by importance as it is, as in the paper.
-        attentive: Whether bits are distributed by the attention that tokens get, or by range alone.
-        transform: Rotation of the head dimension before coding, undone on reading.
-        rotary: Whether keys are coded as they were before the rotary embedding.
-        tables: Digest of what calibration found for this tensor; rotary keys need tables.
-        adaptive: What happens to pages beyond that; ``None``: nothing.
+        outliers: Elements of a token kept in fp16: half of them the largest, half the smallest.
+        params: Format of zero point and half-range: ``"fp16"``, or ``"fp8"`` (e4m3).
+        fit: Whether the half-range is fitted so that quantization keeps the product of a token with itself; the
+            paper does not.
+        soften: Whether bits are distributed by softened importance scores; the paper uses them as they are.
+        attentive: Whether bits are distributed by attention and range, or by range alone.
+        transform: Rotation of the head dimension before quantization, undone on reading.
+        rotary: Whether keys are quantized before the rotary embedding.
+        tables: Digest of the calibration tables of this tensor; rotary keys need tables.
+        adaptive: What QAQ does to pages after they are packed; ``None``: nothing.
 
     Raises:
-        TypeError: A number is not a number, or not an integer.
+        TypeError: ``bits`` is not a number, or another size not an integer.
         ValueError: An argument is out of its range, or two of them do not go together.
     """
 
@@ -415,41 +419,41 @@ class Mixed(metaclass=Interned):
 
     @property
     def param_bytes(self) -> int:
-        """Bytes of a stored centre or reach."""
+        """Bytes of a stored zero point or half-range."""
         return 1 if self.params == "fp8" else 2
 
     @property
     def rank_field(self) -> int:
-        """Field of the rank, behind centre and reach."""
+        """Field of the rank, after zero point and half-range."""
         return 2 * self.param_bytes
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes of a token's record: centre, reach, rank and outliers."""
+        """Bytes of metadata of a token: zero point, half-range, rank and outliers."""
         return self.rank_field + 1 + OUTLIER_FIELDS * self.outliers
 
     def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
-        """Return ``rows, units`` of the codes of a page: one row, the header before the planes."""
+        """Return ``rows, row_words`` of the codes of a page: one row, the header and then the bit planes."""
         del role
         return 1, HEADER + int(self.bits * page_size) * (head_dim // WORD_BITS)
 
     def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
-        """Return ``fields, tokens`` of the records of a page."""
+        """Return ``fields, tokens`` of the metadata of a page."""
         del head_dim
         return self.metadata_bytes, page_size
 
     def unused_bits(self, codes: Tensor, page_size: int) -> float:
-        """Return the bits an element of packed pages that no token uses: rows behind those of its planes.
+        """Return the bits per element of packed pages that no token uses: the rows after the last bit plane.
 
         Args:
-            codes: ``[B, H, P, 1, units]`` of one page or more.
+            codes: ``[B, H, P, 1, row_words]``, one page or more.
             page_size: Tokens of a page.
         """
         used = codes[..., 0, :HEADER].float().sum(-1).mean()
         return self.bits - float(used) / page_size
 
     def describe(self, head_dim: int, page_size: int) -> str:
-        """Return codes in words: ``"1 to 4 bits (2.5 on average)"``."""
+        """Describe the codes: ``"1 to 4 bits (2.5 on average)"``."""
         del head_dim, page_size
         average, exact = f"{self.bits:g} on average", ""
         if self.adaptive is not None and self.adaptive.target:
@@ -464,7 +468,7 @@ SCHEMES: tuple[type[Scheme], ...] = (Uniform, Codebook, Mixed)
 
 
 def plain_scheme(scheme: Scheme) -> dict[str, Any]:
-    """Return a scheme as numbers and words, the inverse of `load_scheme`."""
+    """Return the fields of a scheme as plain Python values; `load_scheme` is the inverse."""
     plain = asdict(scheme)
     for name in scheme.parts:
         plain |= plain.pop(name) or {}
@@ -472,7 +476,7 @@ def plain_scheme(scheme: Scheme) -> dict[str, Any]:
 
 
 def load_scheme(plain: Mapping[str, Any]) -> Scheme:
-    """Return the scheme that `plain_scheme` wrote.
+    """Return the scheme from what `plain_scheme` returned.
 
     Raises:
         KeyError: There is no such scheme.
@@ -488,7 +492,7 @@ def load_scheme(plain: Mapping[str, Any]) -> Scheme:
 
 
 def as_mixed(scheme: Scheme) -> Mixed:
-    """Return the scheme of pages whose tokens differ in bits.
+    """Return the scheme as `Mixed`.
 
     Raises:
         TypeError: It is another scheme.
@@ -499,12 +503,12 @@ def as_mixed(scheme: Scheme) -> Mixed:
 
 
 def scheme_of(options: Mapping[str, Any], tables: str, rotary: bool) -> Uniform | Codebook:
-    """Return the calibrated scheme that options name: of `Codebook` where ``couple`` is among them, else of `Uniform`.
+    """Return a calibrated scheme: a `Codebook` if ``couple`` is among the options, else `Uniform`.
 
     Args:
-        options: The fields that are not their defaults.
+        options: Fields that differ from their defaults.
         tables: Digest of the tables.
-        rotary: Whether keys are coded as they were before the rotary embedding.
+        rotary: Whether keys are quantized before the rotary embedding.
     """
     kind: type[Uniform | Codebook] = Codebook if "couple" in options else Uniform
     return kind(**options, rotary=rotary, tables=tables)

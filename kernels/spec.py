@@ -1,4 +1,4 @@
-"""`CacheSpec`: what a user chooses for a whole cache, bound to the `Layout` of one tensor where a tensor is known."""
+"""`CacheSpec`: the options of a whole cache, from which the `Layout` of each key or value tensor is made."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ QUERIES = 5  # last queries that a key cache holds where bits depend on attentio
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Say how a whole cache is kept: exact regions, a scheme for keys and one for values, overrides.
+    """Options of a whole cache: exact regions, a scheme for keys and one for values, overrides of layers.
 
     Args:
-        key, value: How packed keys and values are coded.
-        sinks: First tokens that stay exact for ever.
-        window: Most recent tokens that are always exact; up to ``page_size - 1`` more wait for their page.
-        page_size: Tokens quantized at once: 32, 64, 128 or 256.
-        layers: ``(layer index, CacheSpec or None)`` pairs that replace this spec for single layers, in
-            the order in which the model runs its attentions; ``None`` leaves the layer in 16 bit.
-        method: Name under which reports show this spec.
-        key_tables, value_tables: The calibration tables that the schemes name by their digest.
+        key, value: Quantization schemes of packed keys and values.
+        sinks: First tokens, which always stay exact.
+        window: Most recent tokens that are always exact; up to ``page_size - 1`` more wait until their page is full.
+        page_size: Tokens quantized together: 32, 64, 128 or 256.
+        layers: ``(layer index, CacheSpec or None)`` pairs that replace this spec for single layers; layers are
+            counted in the order in which the model runs its attentions. ``None`` leaves the layer in 16 bit.
+        method: Name of this spec in reports.
+        key_tables, value_tables: Calibration tables; the schemes name them by their digest.
 
     Raises:
-        TypeError: A number of tokens is not an integer.
+        TypeError: A count of tokens is not an integer.
         ValueError: An argument is out of its range, or tables are not those that a scheme names.
     """
 
@@ -43,7 +43,7 @@ class CacheSpec:
     value_tables: Tables | None = None
 
     def __post_init__(self) -> None:
-        _ = self.regions  # which checks itself
+        _ = self.regions  # runs the checks of `Regions`
         check(
             self.key.reader == self.value.reader,
             "keys and values must both be in mixed pages, or neither, "
@@ -70,28 +70,31 @@ class CacheSpec:
         return Regions(self.sinks, self.window, self.page_size)
 
     def for_layer(self, layer: int) -> CacheSpec | None:
-        """Return the spec of one layer; ``None`` says that it stays in 16 bit."""
+        """Return the spec of one layer, or ``None`` if it stays in 16 bit."""
         for index, override in self.layers:
             if index == layer:
                 return override
         return replace(self, layers=()) if self.layers else self
 
     def scheme(self, role: Role) -> Scheme:
-        """Return how keys or values are coded."""
+        """Return the scheme of keys or of values."""
         return self.key if role == "key" else self.value
 
     def tables(self, role: Role) -> Tables | None:
-        """Return the calibration tables of keys or values."""
+        """Return the calibration tables of keys or of values."""
         return self.key_tables if role == "key" else self.value_tables
 
     def layout(self, role: Role, head_dim: int, shared_by: int = 0) -> Layout:
         """Bind this spec to the keys or values of heads of ``head_dim`` channels.
 
-        Where bits depend on attention, keys of which ``shared_by``, the query heads of a KV head, is known also
-        hold the last queries.
+        Args:
+            role: Whether the tensor holds keys or values.
+            head_dim: Channels of a head.
+            shared_by: Queries per KV head; 0 if not known. Where bits depend on attention and it is known, a key
+                cache also holds the last queries.
 
         Raises:
-            ValueError: ``head_dim`` cannot be packed or grouped as the spec says.
+            ValueError: ``head_dim`` cannot be packed or grouped as the scheme asks.
         """
         attentive = self.key.attentive or self.value.attentive
         shared_by = shared_by if attentive and role == "key" else 0

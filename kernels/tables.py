@@ -1,22 +1,22 @@
-"""`Tables`: what calibration has found for the keys or the values of one layer, as one constant tensor.
+"""`Tables`: the calibration constants of the keys or the values of one layer, as one tensor.
 
-Per KV head, all in *coded* channel order, the order in which channels are packed:
+Sections per KV head, all in *coded* channel order, the order in which channels are packed:
 
     order      int32  [D]       the model's channel that is packed as channel c
-    mean       fp32   [D]       taken off before coding
-    scale      fp32   [D]       what a coded unit stands for
-    inverse    fp32   [D]       1 / scale, which coding multiplies by
-    margin     fp32   [D]       share of a group's range cut off at each end; one value a group
-    frequency  int32  [D / 2]   rotary keys: turns a position, in units of 2 ** -32
+    mean       fp32   [D]       subtracted before quantization
+    scale      fp32   [D]       divisor before quantization
+    inverse    fp32   [D]       1 / scale, by which quantization multiplies
+    margin     fp32   [D]       fraction of a group's range clipped at each end; equal within a group
+    frequency  int32  [D / 2]   rotary keys: angle per position, in units of 2 ** -32 of a full rotation
     codebook   fp16   [D / couple, 2 ** bits, couple]
 
-A token ``x`` is coded as ``y = (unrotate(x[order]) - mean) * inverse``. Rotary keys are unrotated by the
-angle of their position; their channels ``c`` and ``c + D / 2`` are a rotation pair, whatever pairs the model
-rotates: ``order`` says where they lie. The angle is ``position * frequency`` in 32-bit integers, which wrap
+Quantization sees ``y = (inverse_rotate(x[order]) - mean) * inverse`` in place of a token ``x``. Rotary keys are
+inversely rotated by the angle of their position. Their channels ``c`` and ``c + D / 2`` form a rotation pair whatever
+pairs the model rotates: ``order`` maps them. The angle is ``position * frequency`` in 32-bit integers, which wrap
 around as angles do, so it is exact at any length and the same on every device.
 
-The sections lie one behind another in 32-bit words, an order that `section` knows, so that a cache carries one
-tensor, shared by all caches of the layer, however many things calibration finds.
+The sections follow one another in 32-bit words (`section` gives their offsets). A cache thus carries one tensor of
+calibration constants, shared by all caches of the layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INTEGERS = ("order", "frequency")
 
 
 def section(name: str, head_dim: int, rotary: bool) -> tuple[int, int | None]:
-    """Return the first word of a section and the word behind it (``None``: the last section)."""
+    """Return the first word of a section and the word after its last (``None``: the end of the tables)."""
     if name in CHANNEL_SECTIONS:
         first = CHANNEL_SECTIONS.index(name) * head_dim
         return first, first + head_dim
@@ -47,7 +47,7 @@ def section(name: str, head_dim: int, rotary: bool) -> tuple[int, int | None]:
 
 
 def read_section(words: Tensor, name: str, head_dim: int, rotary: bool = False) -> Tensor:
-    """Return a section of ``words`` ``[H, table_words]`` as ``[H, ...]``, a codebook flat."""
+    """Return a section of ``words`` ``[H, table_words]`` as ``[H, ...]``; a codebook is flat."""
     first, last = section(name, head_dim, rotary)
     part = words[:, first:last]
     if name in INTEGERS:
@@ -57,9 +57,7 @@ def read_section(words: Tensor, name: str, head_dim: int, rotary: bool = False) 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """The tables of one tensor: the words, and a digest by which two of them are the same.
-
-    Build one with `Tables.build`.
+    """Calibration tables of one tensor; equal if their digests are. Build them with `Tables.build`.
 
     Attributes:
         words: ``[H, table_words]``, int32.
@@ -80,10 +78,10 @@ class Tables:
         frequency: Tensor | None = None,
         codebook: Tensor | None = None,
     ) -> Tables:
-        """Return tables of sections ``[H, ...]``; ``mean``, ``scale`` and ``margin`` in coded order.
+        """Return tables made of sections ``[H, ...]``; ``mean``, ``scale`` and ``margin`` are in coded order.
 
         Raises:
-            ValueError: A section's shape or values are not what the format asks for.
+            ValueError: A section has a wrong shape or wrong values.
         """
         H, D = order.shape
         for name, part in (("mean", mean), ("scale", scale), ("margin", margin)):
@@ -105,7 +103,7 @@ class Tables:
         if frequency is not None:
             if frequency.shape != (H, D // 2):
                 raise ValueError(f"frequency must be [{H}, {D // 2}], got {tuple(frequency.shape)}")
-            first, second = scale.chunk(2, 1)  # kernels scale a query before they turn it
+            first, second = scale.chunk(2, 1)  # kernels scale a query before they rotate it
             if not torch.equal(first, second):
                 raise ValueError("scale must be the same for both channels of a rotary pair")
             parts.append(frequency.int())
@@ -120,19 +118,19 @@ class Tables:
         return Tables(torch.cat(words, 1).contiguous(), D)
 
     def on(self, device: torch.device) -> Tensor:
-        """Return the words on a device; every call gives the same tensor."""
+        """Return the words on a device; the copy is made once."""
         if device not in self._copies:
             self._copies[device] = self.words.to(device)
         return self._copies[device]
 
     @property
     def heads(self) -> int:
-        """KV heads that the tables were made for."""
+        """KV heads of the tables."""
         return self.words.shape[0]
 
     @cached_property
     def digest(self) -> str:
-        """Text that differs where tables differ."""
+        """Hash of the contents (hexadecimal)."""
         words = self.words.cpu().contiguous()
         content = ctypes.string_at(words.data_ptr(), words.numel() * words.element_size())
         return hashlib.sha256(content + str(self.head_dim).encode()).hexdigest()[:16]
@@ -150,11 +148,11 @@ def checked_tables(words: Tensor, head_dim: Any, rotary: bool, entries: int) -> 
     Args:
         words: ``[H, table_words]``, int32.
         head_dim: ``D``.
-        rotary: Whether they are of keys that are coded before their rotation.
-        entries: Vectors of the codebook; 0 where there is none.
+        rotary: Whether they belong to keys that are quantized before the rotary embedding.
+        entries: Vectors of the codebook; 0 without one.
 
     Raises:
-        TypeError: ``words`` are not int32, or ``head_dim`` is no integer.
+        TypeError: ``words`` are not int32, or ``head_dim`` is not an integer.
         ValueError: A size or a value is not what `Tables.build` would have written.
     """
     if not isinstance(head_dim, int) or isinstance(head_dim, bool):

@@ -1,4 +1,4 @@
-"""The rotation of the head dimension that a scheme may ask for: the same matrix for every backend."""
+"""Hadamard rotation of the head dimension before quantization; all backends use the same matrix."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvq_compile.kernels.layout import Layout
 def hadamard(size: int, device: torch.device) -> Tensor:
     """Return the orthonormal, symmetric Hadamard matrix ``[size, size]``, fp32.
 
-    Where ``size`` is no power of two the matrix is block diagonal, with blocks of the largest power of
-    two that divides it.
+    If ``size`` is not a power of two, the matrix is block diagonal; a block has the largest power of two that
+    divides ``size``.
     """
     block = size & -size
     matrix = torch.ones(1, 1, device=device, dtype=torch.float32)
@@ -26,5 +26,5 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, layout: Layout) -> Tensor:
-    """Apply the layout's transform, which is its own inverse, to the last dimension of ``x`` (fp32)."""
+    """Apply the layout's transform to the last dimension of ``x`` (fp32); the transform is its own inverse."""
     return x @ hadamard(layout.head_dim, x.device) if layout.transform == "hadamard" else x

@@ -165,9 +165,9 @@ def test_a_scale_that_is_not_finite_is_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("place", "unit", "value", "message"),
     [
-        (0, 0, 33, "fewer and fewer of its 32 tokens"),
-        (0, 0, -1, "fewer and fewer of its 32 tokens"),
-        (0, 7, 1, "fewer and fewer of its 32 tokens"),
+        (0, 0, 33, "descending counts of its 32 tokens"),
+        (0, 0, -1, "descending counts of its 32 tokens"),
+        (0, 7, 1, "descending counts of its 32 tokens"),
         (0, slice(4), 32, "at most 64 rows"),
     ],
 )

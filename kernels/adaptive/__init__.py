@@ -1,1 +1,1 @@
-"""What QAQ does to pages after they were packed; off unless its options ask for it."""
+"""QAQ's options for pages that are already packed: targets, requantization, exact copies. Off by default."""

@@ -1,4 +1,4 @@
-"""What happens to the pages of an adaptive layout before tokens are appended: the one door of this folder."""
+"""`before_append`: update the packed pages of an adaptive layout. The only entry point of this folder."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ def before_append(
     layout: Layout,
     importance: Tensor | None,
 ) -> None:
-    """Give older pages the bits that attention asks for now, and copy to the host what is to be packed.
+    """Redistribute the bits of older pages by current attention, and copy tokens about to be packed to the host.
 
-    Once for a whole call: its own pages are all quantized under the attention of now.
+    Runs once per call, before its tokens are appended; the pages that the call completes use the same importance
+    scores.
 
     Args:
         cache: The parts before the call, changed in place.
-        originals: Exact tokens of its pages, where the layout keeps them; else empty.
+        originals: Exact copies of its packed tokens, if the layout keeps them; else empty.
         x: New tokens, ``[B, H, T, D]``.
-        position: Their slots, one behind the other; or ``None``.
+        position: Their slots, consecutive; or ``None``.
         start: The first slot; or ``None``.
         layout: The cache's layout.
-        importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, or ``None``.
+        importance: Importance score of each slot, ``[B, H, >= start + T]``, or ``None``.
     """
     codes, params, exact, cursor = cache
     tokens = x.shape[2]

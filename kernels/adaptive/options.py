@@ -1,4 +1,4 @@
-"""What a user may ask of pages after they are packed."""
+"""`Adaptive`: options for pages after they are packed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from kvq_compile.kernels.values import Interned, changed_fields, check, check_fl
 
 @dataclass(frozen=True, repr=False)
 class Adaptive(metaclass=Interned):
-    """What QAQ does to mixed pages beyond distributing a budget; `kernels.adaptive` does it.
+    """Options of QAQ for mixed pages beyond the distribution of a budget, implemented in `kernels.adaptive`.
 
     Args:
-        target: Error that is good enough: the standard deviation of an attention weight (keys) or of the output
-            (values). Pages use no more of their budget than it takes. 0: all bits are used.
-        query_norm: Squared norm of a query that few exceed, which a target of keys needs.
-        requantize: Whether tokens of packed pages lose bits that their target needs no more as attention moves on.
-        keep_exact: Whether host memory holds packed tokens exactly, for them to gain bits when attention returns.
+        target: Tolerated error: standard deviation of an attention weight (keys) or of the output (values). A page
+            uses only the bits that the target needs, up to its budget. 0: the whole budget.
+        query_norm: High quantile of the squared norms of queries; a target for keys needs it.
+        requantize: Whether packed tokens drop bits that the target no longer needs when attention moves away.
+        keep_exact: Whether host memory holds exact copies of packed tokens, from which they regain bits when
+            attention returns.
 
     Raises:
-        ValueError: A number is out of its range, or ``requantize`` has no target.
+        ValueError: A value is out of its range, or ``requantize`` is set without a target.
     """
 
     target: float = 0.0

@@ -1,16 +1,14 @@
-"""Exact copies of packed tokens, off the device: what lets tokens gain bits when attention comes back to them.
+"""Exact copies of packed tokens in host memory, from which tokens regain bits when attention returns to them.
 
-Every token of a packed page is also held as it was, in host memory, ``[B, H, pages, N, D]`` in the model's
-dtype, which is pinned where the cache is on a GPU. When a call completes pages, bits are distributed anew under
-the importance of now; a page in which a token would gain a bit is quantized anew from its original, within its
-budget, so that others may lose bits. Pages where no token gains are left alone: of their originals not a byte is
-moved.
+The copies are ``[B, H, pages, N, D]`` in the model's dtype, pinned if the cache is on a GPU. When a call completes
+pages, bits are allocated again with the current importance scores. A page in which a token gains a bit is quantized
+again from its copy, within its budget, so that other tokens may lose bits. Pages in which no token gains a bit are
+left alone, and nothing of their copies is moved.
 
-**What it costs.** A call that completes pages waits for the device twice: for the pages that it is to copy to
-the host, and for which pages gain. Other calls do not. Written in plain torch for every device, as
-`importance` is; a page is looked at once in ``page_size`` tokens.
+**Cost.** A call that completes pages synchronises with the device twice: to copy the pages to the host, and to learn
+which pages gain. Other calls do not synchronise. The code is plain torch for every device.
 
-A page that truncation cut open comes back as it was read: its original is what it is when the page fills again.
+If a page is truncated and fills again, its copy has the dequantized values of the tokens that stayed.
 
 Source: QAQ (arXiv 2403.04643), section 4.2, steps 2 and 5 of its decoding loop.
 """
@@ -31,13 +29,13 @@ PAGES = 64  # moved to the device at once
 
 
 def new_originals(like: Tensor, capacity: int | torch.SymInt, layout: Layout) -> Tensor:
-    """Allocate room for the originals of ``capacity`` pages of tokens like ``like`` ``[B, H, *, D]``."""
+    """Allocate the originals of ``capacity`` pages of tokens like ``like`` ``[B, H, *, D]``."""
     shape = (*like.shape[:2], capacity, layout.page_size, layout.head_dim)
     return held_by_host(like.new_zeros(shape, device="cpu"), like.device)
 
 
 def held_by_host(originals: Tensor, device: torch.device) -> Tensor:
-    """Return originals pinned, if the cache that they belong to is on a GPU."""
+    """Return originals in pinned memory if their cache is on a GPU."""
     if device.type != "cuda" or isinstance(originals, FakeTensor):
         return originals
     return originals.pin_memory()
@@ -46,13 +44,13 @@ def held_by_host(originals: Tensor, device: torch.device) -> Tensor:
 def keep_(
     originals: Tensor, exact: Tensor, cursor: Tensor, x: Tensor, start: int, layout: Layout
 ) -> None:
-    """Copy the tokens of the pages that new tokens ``x`` complete to the host, before they are appended.
+    """Copy the tokens of pages that new tokens ``x`` complete to the host, before ``x`` is appended.
 
     Args:
-        originals: Where they go.
+        originals: Destination, written in place.
         exact, cursor: Parts of the cache before the call.
         x: New tokens, ``[B, H, T, D]``.
-        start: Slot of the first of them.
+        start: Slot of the first new token.
         layout: The cache's layout.
     """
     if layout.pages_at(start + x.shape[2]) == layout.pages_at(start):
@@ -73,15 +71,15 @@ def renew_(
     layout: Layout,
     importance: Tensor | None,
 ) -> None:
-    """Quantize pages anew in which a token gains a bit, if the call completes others, before it appends.
+    """Requantize pages in which a token gains a bit, if the call completes others; runs before it appends.
 
     Args:
         codes, params, cursor: Parts of the cache before the call, changed in place.
-        originals: Exact tokens of its pages.
+        originals: Exact copies of its packed tokens.
         start: Slot of the call's first token.
         tokens: Tokens of the call.
         layout: The cache's layout.
-        importance: Weight of each token's error by slot, ``[B, H, >= start + tokens]``; without it nothing is done.
+        importance: Importance score of each slot, ``[B, H, >= start + tokens]``; ``None``: nothing is done.
     """
     if importance is None or layout.pages_at(start + tokens) == layout.pages_at(start):
         return

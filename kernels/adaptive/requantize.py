@@ -1,11 +1,10 @@
-"""Take bits from tokens that attention has moved away from, in plain torch: the specification.
+"""Drop bits of packed tokens that their target no longer needs, in plain torch: the specification.
 
-A page of mixed bits was given the bits that met its target (`Adaptive`) under the attention of the
-moment. When a later call completes pages, the importance of all slots is known anew; every older page then
-keeps of each token the planes that the target needs now. (The budget has no say in it: where it was too small
-for the target, taking bits from one token would give none to another.) Codes are embedded, so that dropping
-planes is all there is to do, and what is left is what quantizing with fewer bits gives. The span of a token is
-taken from its record, ``2 * reach``, since the numbers themselves are gone.
+When a mixed page with a target (`Adaptive`) is quantized, its tokens get the bits that the target needs under
+current attention. When a later call completes pages, the importance scores of all slots are computed again, and every
+older page keeps only the bit planes that the target needs now. The budget plays no part: bits dropped from one token
+are not given to another. Codes are embedded, so dropping planes gives the codes of a quantizer with fewer bits. The
+range of a token is ``2 * half_range`` from its metadata, since the exact elements are gone.
 
 Source: QAQ (arXiv 2403.04643), section 4.2, step 4 of its decoding loop.
 """
@@ -17,7 +16,7 @@ from torch import Tensor
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.reference import mixed
 
-PAGES = 256  # changed at once
+PAGES = 256  # requantized at once
 
 
 def requantize_older_(
@@ -29,15 +28,15 @@ def requantize_older_(
     layout: Layout,
     importance: Tensor | None,
 ) -> None:
-    """Drop planes of the pages that a call keeps, if it completes others, in place and before it appends.
+    """Drop bit planes of the pages that a call keeps, if it completes others; in place, before it appends.
 
     Args:
         codes, params, cursor: Parts of the cache before the call.
         start: Slot of the call's first token.
         tokens: Tokens of the call.
         layout: The cache's layout; nothing is done unless it says ``requantize``.
-        importance: Weight of each token's error by slot, ``[B, H, >= start + tokens]``. Nothing is done where
-            the layout distributes bits by attention and there is none.
+        importance: Importance score of each slot, ``[B, H, >= start + tokens]``. If it is ``None`` and the layout
+            distributes bits by attention, nothing is done.
     """
     if not layout.requantize or (layout.attentive and importance is None):
         return
@@ -57,7 +56,7 @@ def requantize_older_(
 def pages_before_and_after(
     cursor: Tensor, start: int, tokens: int, layout: Layout
 ) -> tuple[int, int]:
-    """Return how many pages a call keeps, truncation done, and how many there are after it."""
+    """Return the pages that a call keeps after truncation, and the pages after the call."""
     held, old = cursor.tolist()
     if start < held:
         old = min(old, max(0, start - layout.sinks) // layout.page_size)
@@ -67,12 +66,12 @@ def pages_before_and_after(
 def weighed_span(
     params: Tensor, layout: Layout, importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return span and importance ``[B, H, P, N]`` of the tokens of the first ``P`` pages of a cache.
+    """Return range and importance score, ``[B, H, P, N]``, of the tokens of the first ``P`` pages of a cache.
 
     Args:
-        params: Their records.
+        params: Their metadata.
         layout: The cache's layout.
-        importance: See `requantize_older_`; ``None`` also where the layout takes no notice of it.
+        importance: See `requantize_older_`; the result is ``None`` if the layout does not use it.
     """
     span = mixed.stored_span(params, layout)
     if importance is None or not layout.attentive:

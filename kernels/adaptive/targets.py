@@ -1,4 +1,4 @@
-"""How wide a segment may be for an error that is good enough: the bounds of mixed pages that have a target."""
+"""Bounds of mixed pages with a target: the segment width at which the error meets the target."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from functools import lru_cache
 
 from kvq_compile.kernels.schemes import PAGE_SIZES
 
-LONGEST = 31  # bits of the number of slots of the longest cache
+LONGEST = 31  # log2 of the slots of the longest cache
 
 
 def key_bound(query_norm: float, target: float, tokens: int, head_dim: int) -> float:
     """Return the bound on keys at which attention weights have a standard deviation of ``target``.
 
     Args:
-        query_norm: Squared norm of a query that few exceed.
+        query_norm: High quantile of the squared norms of queries.
         target: Standard deviation of an attention weight.
         tokens: Tokens that are attended to.
-        head_dim: ``D``; attention divides scores by its root, which the paper neglects.
+        head_dim: ``D``; attention divides scores by its square root, which the paper omits.
 
     Source: QAQ, section 4.1, ``sigma ** 2 = ln(T ** 3 / (T - 1) * target ** 2 + 1) / sum Q ** 2``.
     """
@@ -38,8 +38,8 @@ def value_bound(target: float, tokens: int) -> float:
 def target_bounds(role: str, target: float, query_norm: float, head_dim: int) -> tuple[float, ...]:
     """Return the bounds on keys or values of caches of ``2 ** 5`` slots, ``2 ** 6`` and so on, rounded to fp32.
 
-    How many tokens a page is attended to with counts up to its end and up to a power of two, so that its bits
-    do not depend on how many tokens came with it, and a kernel looks its bound up. Without a target, none.
+    The bound of a page depends on its last slot, rounded up to a power of two. So it does not depend on how many
+    tokens were written in the same call, and kernels find it in a table. Empty without a target.
     """
     if not target:
         return ()
@@ -52,5 +52,5 @@ def target_bounds(role: str, target: float, query_norm: float, head_dim: int) ->
 
 
 def length_class(end: int) -> int:
-    """Return the place in `target_bounds` for a page that ends before slot ``end``."""
+    """Return the index in `target_bounds` of a page that ends before slot ``end``."""
     return (end - 1).bit_length() - (min(PAGE_SIZES).bit_length() - 1)

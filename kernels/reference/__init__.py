@@ -1,4 +1,4 @@
-"""The specification in plain torch, which every backend is held to; here by the names that its users know."""
+"""The specification in plain torch, to which tests compare every backend; its public names."""
 
 from kvq_compile.kernels.reference.attention import softmax_attention
 from kvq_compile.kernels.reference.cache import append_, leaving_pages, read, truncate_

@@ -11,7 +11,7 @@ from kvq_compile.kernels.layout import Score
 
 
 def apply_score(products: Tensor, score: Score | float) -> Tensor:
-    """Return the scores of products of queries and keys, before the mask; a number is a scale."""
+    """Return attention scores, before the mask, from products of queries and keys; a float is a scale."""
     return products * (score.scale if isinstance(score, Score) else score)
 
 
@@ -21,7 +21,7 @@ def softmax_attention(
     """Attend in the dtype of the arguments: ``[B, Hq, T, D]`` against ``[B, Hkv, S, D]``.
 
     Query head ``h`` reads KV head ``h // (Hq / Hkv)``. ``mask`` is boolean (True: attend) or additive,
-    and broadcasts to ``[B, Hq, T, S]``. A query that may attend to nothing gives zeros.
+    and broadcasts to ``[B, Hq, T, S]``. A query whose keys are all masked gives zeros.
     """
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)

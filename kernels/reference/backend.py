@@ -1,7 +1,7 @@
 """The specification as a backend: the four functions in plain torch, for any device.
 
-It stands in where a device's own backend cannot run, as on a machine without a C++ compiler, and for schemes that such
-a backend has no code for. It is slow: each call of `attend` dequantizes the whole cache.
+It runs where the backend of a device cannot, as on a machine without a C++ compiler, and for schemes that the backend
+does not implement. It is slow: each call of `attend` dequantizes the whole cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def append_(
     importance: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
-    """Write new tokens behind those held: see `cache.append_`."""
+    """Write new tokens and quantize full pages: see `cache.append_`."""
     first = _first_slot(position, start)
     reference.append_(*cache, x, first, layout, calibrated, importance, query)
 
@@ -95,7 +95,7 @@ def importance(
     queries: int,
     layout: Layout,
 ) -> Tensor:
-    """Weigh tokens by the attention that they get: see `importance.recent_importance`."""
+    """Return importance scores: see `importance.recent_importance`."""
     about = _first_slot(position, start), slots, score, causal, queries, layout, calibrated
     return recent_importance(query, key, keys, mask, *about)
 
@@ -109,7 +109,7 @@ def _first_slot(position: Tensor | None, start: int | None) -> int:
     """Return the slot of the first new token.
 
     Raises:
-        ValueError: The positions do not follow one another.
+        ValueError: The positions are not consecutive.
     """
     if position is None:
         assert start is not None

@@ -1,7 +1,7 @@
-"""A whole cache: append tokens, forget them, read them.
+"""A whole cache: append tokens, truncate, read.
 
-Every backend is held to this folder, packed bits exactly and attention at the low-precision error of the
-same computation. Nothing here is fast, and no backend imports it.
+Tests hold every backend to this folder: packed bits must be equal, and the error of attention at most that of the
+same computation in low precision. Nothing here is fast, and no backend imports it.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def truncate_(
     layout: Layout,
     calibrated: Calibrated = UNCALIBRATED,
 ) -> None:
-    """Forget the tokens from ``length`` on, in place.
+    """Truncate the cache to ``length`` tokens, in place.
 
-    A page that is cut open goes back to the ring as the values it was read as; it is quantized anew when
-    it fills again. Forgetting no more than ``window`` tokens never cuts a page.
+    If the cut lies inside a packed page, the tokens that stay are dequantized into the ring; the page is quantized
+    again when it is full. Dropping at most ``window`` tokens never cuts a page.
     """
     pages = min(int(cursor[1]), max(0, length - layout.sinks) // layout.page_size)
     first = layout.sinks + pages * layout.page_size
@@ -83,12 +83,12 @@ def append_(
     Args:
         codes, params, exact, cursor: The cache, as `Layout` describes it.
         x: New tokens, ``[B, H, T, D]``.
-        start: Slot of the first new token; tokens held from there on are forgotten first.
+        start: Slot of the first new token; the cache is first truncated to ``start`` tokens.
         layout: The cache's layout.
-        calibrated: What packed tokens are coded relative to, where the layout has tables.
-        importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, which mixed layouts
-            distribute bits by; ``None``: all weigh the same.
-        query: Queries of the last of the new tokens, for layouts that hold them: see `queries`.
+        calibrated: Calibration constants, if the layout has tables.
+        importance: Importance score of each slot, ``[B, H, >= start + T]``, by which mixed layouts distribute
+            bits; ``None``: all are equal.
+        query: Queries of the last of the new tokens, for layouts that hold queries: see `queries`.
 
     Raises:
         ValueError: ``start`` would leave a gap, or the new tokens do not fit.

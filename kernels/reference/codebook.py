@@ -1,4 +1,4 @@
-"""The codebook quantizer: a code is the index of the nearest centroid."""
+"""Vector quantization: a code is the index of the nearest centroid of a codebook."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import FP16_MAX, pack, unpack
 
-MAX_DISTANCES = 1 << 22  # distances held at once
+MAX_DISTANCES = 1 << 22  # in memory at once
 
 
 def nearest_centroid(y: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index of the centroid nearest to each group of channels, the first among equals.
+    """Return the index of the nearest centroid of each group of channels; ties go to the lowest index.
 
     Args:
         y: ``[B, H, P, N, D]``, fp32.
@@ -53,14 +53,14 @@ def centroids(codes: Tensor, codebook: Tensor) -> Tensor:
 
 
 def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tuple[Tensor, Tensor]:
-    """Return codes of pages, and parameters, of which there are none: see `pages.CodeCoder`."""
+    """Return codes and empty parameters of pages: see `pages.CodeCoder`."""
     shape = (*coded.shape[:-2], *layout.params_shape, layout.param_elements)
     no_params = coded.new_zeros(shape, dtype=torch.float16)
     return nearest_centroid(coded, calibrated.codebook(layout)), no_params
 
 
 def coded_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
-    """Return what codes stand for: see `pages.CodeCoder`."""
+    """Dequantize codes: see `pages.CodeCoder`."""
     del params
     return centroids(codes, calibrated.codebook(layout))
 
@@ -79,10 +79,10 @@ def quantize_coded(
 
 
 def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
-    """Return what packed pages stand for: see `pages.Coder`."""
+    """Unpack and dequantize pages: see `pages.Coder`."""
     return coded_values(unpack(codes, layout), params, layout, calibrated)
 
 
 def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
-    """Accept pages that come from a file: any index is one of the codebook's."""
+    """Accept pages from a file: every index has an entry in the codebook."""
     del codes, params, layout

@@ -12,11 +12,11 @@ from kvq_compile.kernels.schemes import TRITS, WORD_BITS
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
 E4M3_LEAST_NORMAL = 2.0**-6
-E4M3_STEP = 2.0**-9  # between subnormal numbers
+E4M3_STEP = 2.0**-9  # distance between subnormals
 
 
 def round_down_fp16(x: Tensor) -> Tensor:
-    """Return the largest fp16 number that is not above ``x`` (fp32, within the range of fp16)."""
+    """Round ``x`` (fp32, within the range of fp16) down to fp16."""
     half = x.half()
     bits = half.view(torch.int16)
     below = torch.where(half > 0, bits - 1, bits + 1).view(torch.float16)
@@ -24,14 +24,14 @@ def round_down_fp16(x: Tensor) -> Tensor:
 
 
 def round_up_fp16(x: Tensor) -> Tensor:
-    """Return the smallest fp16 number that is not below ``x`` (fp32, not negative)."""
+    """Round ``x`` (fp32, not negative) up to fp16."""
     half = x.half()
     above = (half.view(torch.int16) + 1).view(torch.float16)
     return torch.where(half.float() < x, above, half)
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """Return the byte of the e4m3 number nearest to ``x`` (fp32, finite); saturates, halves go outwards."""
+    """Round ``x`` (fp32, finite) to the nearest e4m3 value, as a byte; saturates, ties go away from zero."""
     magnitude = x.abs().clamp_max(E4M3_MAX)
     subnormal = (magnitude / E4M3_STEP + 0.5).floor().int()
     bits = magnitude.view(torch.int32)
@@ -41,7 +41,7 @@ def round_e4m3(x: Tensor) -> Tensor:
 
 
 def e4m3_value(byte: Tensor) -> Tensor:
-    """Return the numbers (fp32) that e4m3 bytes stand for."""
+    """Convert e4m3 bytes to fp32."""
     word = byte.int()
     half = ((word & 0x80) << 8) | ((word & 0x7F) << 7)  # the same fields, read with fp16's bias
     return (
@@ -54,7 +54,7 @@ def e4m3_value(byte: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, layout: Layout) -> Tensor:
-    """Pack codes ``[..., N, D / couple]`` into units ``[..., rows, units]`` (int16), as `Layout` says."""
+    """Pack codes ``[..., N, D / couple]`` into words ``[..., rows, row_words]`` (int16), as `Layout` describes."""
     rows = codes if layout.role == "key" else codes.transpose(-2, -1)
     if layout.packing == "trits":
         return _pack_trits(rows, layout)
@@ -69,7 +69,7 @@ def pack(codes: Tensor, layout: Layout) -> Tensor:
 
 
 def unpack(units: Tensor, layout: Layout) -> Tensor:
-    """Undo `pack`: units ``[..., rows, units]`` to codes ``[..., N, D / couple]`` (int32)."""
+    """Undo `pack`: words ``[..., rows, row_words]`` to codes ``[..., N, D / couple]`` (int32)."""
     if layout.packing == "trits":
         codes = _unpack_trits(units, layout)
         return codes if layout.role == "key" else codes.transpose(-2, -1)

@@ -1,8 +1,8 @@
-"""Which tokens recent queries paid attention to: what mixed pages distribute their bits by.
+"""Importance scores: the attention that recent queries pay to each token, by which mixed pages distribute bits.
 
-It matters only when a page is about to be quantized, once in ``page_size`` tokens. The last ``n`` queries are those
-of the call and, where it has fewer, those that the cache of the keys holds of the tokens before (`queries`). A query
-of zeros pays no attention: it may stand for one that nobody knows. Cached keys are read whole.
+Scores are needed only when a page is quantized, once in ``page_size`` tokens. The last ``n`` queries are those of the
+call; if it has fewer, the key cache supplies those of earlier tokens (`queries`). A query of zeros counts for nothing:
+it marks an unknown query. Cached keys are dequantized as a whole.
 """
 
 from __future__ import annotations
@@ -32,22 +32,21 @@ def recent_importance(
     layout: Layout,
     calibrated: Calibrated,
 ) -> Tensor:
-    """Return the largest weight that the last queries paid to each slot.
+    """Return the importance score of each slot: its largest attention weight over the last queries.
 
     Args:
-        query: ``[B, Hq, T, D]``, those of the last of the call's tokens.
+        query: Queries of the last of the call's tokens, ``[B, Hq, T, D]``.
         key: The call's own keys, ``[B, Hkv, tokens, D]``.
         parts: The cache of the keys before the call; ``None`` where there is none.
-        mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column a slot, or
-            ``None``; slots beyond its ``M`` columns are not attended to. For queries of earlier calls its first
-            row holds.
+        mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column per slot, or
+            ``None``. Slots beyond its ``M`` columns are masked. Queries of earlier calls use its first row.
         start: Slot of the first of the call's keys.
         slots: Slots of the result, ``start + tokens`` or more.
-        score: What is done to products of queries and keys; a number is a scale.
-        causal: Whether the call's queries see no slot behind their own. Those of earlier calls never do.
-        queries: How many of the last queries count.
+        score: Modification of products of queries and keys; a float is a scale.
+        causal: Whether the call's queries are masked causally; queries of earlier calls always are.
+        queries: ``n``, how many of the last queries count.
         layout: Layout of the cached keys.
-        calibrated: What they are coded relative to, where the layout has tables.
+        calibrated: Their calibration constants, if the layout has tables.
 
     Returns:
         ``[B, Hkv, slots]``, fp32; zeros if the call completes no page.
@@ -98,7 +97,7 @@ def recent_importance(
 
 
 def _for_rows(mask: Tensor, earlier: int, count: int) -> Tensor:
-    """Return the rows of a mask for the last ``count`` queries, behind ``earlier`` times its first one."""
+    """Return a mask's rows: its first row for ``earlier`` queries, then the rows of the last ``count`` queries."""
     if mask.dim() < 2 or mask.shape[-2] == 1:
         return mask
     first = mask[..., :1, :].expand(*mask.shape[:-2], earlier, -1)

@@ -1,33 +1,33 @@
-"""Pages of tokens that are coded with different numbers of bits (QAQ), in plain torch: the specification.
+"""Mixed-precision pages, in which every token has its own number of bits (QAQ), in plain torch: the specification.
 
-A token of a head is a group. Its numbers lie about a *zero point*, within a *half-range* to either side; of ``B``
-bits a code says in which of ``2 ** B`` equal segments of that span a number lies, and stands for the
-middle of it (a mid-rise quantizer). Such codes are embedded: the upper bits of a code are the code of
-fewer bits. A page therefore keeps *planes* of one bit, the most significant first. Plane ``j`` has a row of
-``D`` bits for each token of more than ``j`` bits; sorted by their bits, descending, these tokens are the
-first of the page, so that the *rank* of a token in that order is its row in every plane that it has::
+The elements of one token and head form a group with a *zero point*, the middle of their range, and a *half-range*. A
+code of ``B`` bits is the index of one of ``2 ** B`` equal segments of that range and dequantizes to the middle of the
+segment (a mid-rise quantizer). Such codes are embedded: the upper bits of a code are the code of fewer bits. A page
+therefore stores *bit planes*, the most significant first. Plane ``j`` has a row of ``D`` bits for each token with more
+than ``j`` bits. Sorted by bits, descending, these tokens come first in the page, so the *rank* of a token in that
+order is its row in every plane that it has::
 
     codes   header | plane 0: n_0 rows | plane 1: n_1 <= n_0 rows | ... | unused rows
 
-The rows of all planes share a fixed number of rows, the *budget*. Which tokens get how many bits is decided
-once, when the page is quantized (`allocate`): as many as keep the error of each, weighted with its
-importance, below one bound for all, and the bound is the smallest that fits the budget. A sum over
-tokens weighted by attention then has the least error; that is the rule of QAQ.
+All planes together have a fixed number of rows, the *budget*. The bits of each token are chosen once, when the page is
+quantized (`allocate`): enough to keep its error, weighted by its importance score, below one bound for the whole page.
+The bound is the smallest that fits the budget. This rule of QAQ minimises the error of a sum over tokens weighted
+by attention.
 
-**Where the bits lie.** With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N`` tokens, ``D`` channels::
+**Storage.** With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N`` tokens, ``D`` channels::
 
-    codes   int16   [B, H, P, 1, units]       HEADER units, then rows of D / 16 units
-    params  uint8   [B, H, P, fields, N, 1]   one row of bytes for each field of the metadata
+    codes   int16   [B, H, P, 1, row_words]   HEADER words, then rows of D / 16 words
+    params  uint8   [B, H, P, fields, N, 1]   metadata: one row of bytes per field
 
-Unit ``j`` of the header is ``n_j``; bit ``f`` of unit ``u`` of a row belongs to channel ``16 u + f``. The
-fields of a token's record are zero point, half-range (one byte each, e4m3; or the low and the high byte of an fp16
-number), rank, and for each outlier its channel and the low and the high byte of its value in fp16.
-A token has as many bits as there are planes with ``n_j > rank``.
+Word ``j`` of the header is ``n_j``; bit ``f`` of word ``w`` of a row belongs to channel ``16 w + f``. The metadata of a
+token are its zero point and half-range (one e4m3 byte each, or the low and the high byte in fp16), its rank, and for
+each outlier the channel and the low and the high byte of the value in fp16. A token has as many bits as there are
+planes with ``n_j > rank``.
 
-Records lie in the order of slots and rows are found by rank, for keys as for values, because the bits of the
-two differ: were metadata sorted too, one of them had to be permuted for every score on reading.
+Metadata lie in the order of slots and rows are found by rank, for keys and values alike. If metadata were sorted too,
+attention would have to permute scores or weights, since the orders of keys and values differ.
 
-Everything is fp32 with one rounding an operation, in the order written, so that devices agree bit by bit.
+All arithmetic is fp32 with one rounding per operation, in the order written, so that devices agree bit by bit.
 
 Source: Dong et al., QAQ: Quality Adaptive Quantization for LLM KV Cache, arXiv 2403.04643, section 4.1.
 """
@@ -52,7 +52,7 @@ from kvq_compile.kernels.schemes import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS,
 from kvq_compile.kernels.values import check
 
 Level = Literal["head", "layer", "token"]
-SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] that share span and bits
+SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] with common range and bits
     "head": (),
     "layer": (-3,),
     "token": (0, -3),
@@ -65,22 +65,20 @@ SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] that s
 def allocate(
     span: Tensor, importance: Tensor | None, layout: Layout, bound: float | Tensor = 0.0
 ) -> Tensor:
-    """Return the bits of each token, so that ``span * importance / 2 ** bits`` is at most one bound.
+    """Return the bits of each token such that ``span * importance / 2 ** bits`` is at most one bound per page.
 
-    The bound is the larger of ``bound`` and the smallest with which the page fits its budget; tokens that
-    would need more than ``max_bits`` for it get ``max_bits``. Bits are compared as ``span * importance``
-    times powers of two, which is exact, in place of logarithms, which are not.
+    The bound is the larger of ``bound`` and the smallest that fits the budget of the page; tokens that need more than
+    ``max_bits`` get ``max_bits``. The comparison multiplies by powers of two, which is exact, and takes no logarithms.
 
     Args:
-        span: Largest minus smallest number of each token, ``[..., N]``, fp32, not negative.
-        importance: Weight of each token's error, ``[..., N]``; ``None``: all weigh the same.
-        layout: Least and most bits, and the budget.
-        bound: Width of a segment times importance that is good enough, ``2 sqrt(3) sigma``: see
-            `key_bound` and `value_bound`; one for all pages or one each, ``[...]``, fp32. 0: as much quality
-            as the budget buys.
+        span: Largest minus smallest element of each token, ``[..., N]``, fp32, not negative.
+        importance: Importance score of each token, ``[..., N]``; ``None``: all are equal.
+        layout: Gives least and most bits, and the budget.
+        bound: Tolerated width of a segment times importance, ``2 sqrt(3) sigma`` (`key_bound`, `value_bound`); one
+            for all pages or one each, ``[...]``, fp32. 0: the budget alone decides.
 
     Returns:
-        ``[..., N]``, int32; in sum over a page at most ``layout.code_rows``.
+        ``[..., N]``, int32; their sum over a page is at most ``layout.code_rows``.
 
     Source: QAQ, section 4.1, ``B = ceil(log2(range / (2 sqrt(3) sigma)))``.
     """
@@ -93,12 +91,15 @@ def allocate(
 
 
 def needed_bits(span: Tensor, importance: Tensor | None, layout: Layout, bound: float) -> Tensor:
-    """Return the bits that meet a bound, of `allocate` with a budget that is never short."""
+    """Return the bits that meet a bound: `allocate` without a budget."""
     return (layout.mixed.min_bits + (_needs(span, importance, layout) > bound).sum(-1)).int()
 
 
 def _needs(span: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
-    """Return what must exceed the bound for a token to get one bit more, ``[..., N, max_bits - min_bits]``."""
+    """Return the weighted error at each number of bits from ``min_bits`` on, ``[..., N, max_bits - min_bits]``.
+
+    A token gets one bit more for each that is above the bound.
+    """
     weighted = span
     if importance is not None:
         importance = torch.nan_to_num(importance.float(), nan=0.0)
@@ -109,11 +110,11 @@ def _needs(span: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
 
 
 def soften(importance: Tensor) -> Tensor:
-    """Return weights in which little importance counts no less than that of most tokens of the page.
+    """Return softened importance scores, ``sqrt(A + FLOOR * mean(A))``.
 
-    What the last queries looked at is one sample of what later ones will look at: a token that they passed
-    over may well be the one that is needed. ``sqrt(A + FLOOR * mean(A))`` lets a token that stands out have
-    a bit or two more and takes no more than that from any other. A page without importance is uniform.
+    The last queries are only one sample of the attention of later ones: a token that they ignored may be needed later.
+    Softening gives a token that stands out one or two more bits, and takes no more than that from any other. Scores
+    that are all zero give equal weights.
 
     Args:
         importance: ``[..., N]``, fp32, not negative.
@@ -124,13 +125,13 @@ def soften(importance: Tensor) -> Tensor:
 
 
 def importance(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Return the largest weight that recent queries paid to each token.
+    """Return importance scores: the largest attention weight of each token over recent queries.
 
     Args:
         query: The last queries, ``[B, Hq, n, D]``.
         key: Keys as attention sees them, ``[B, Hkv, S, D]``.
         mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, n, S]``.
-        scale: Factor on the scores.
+        scale: Factor on the products of queries and keys.
 
     Returns:
         ``[B, Hkv, S]``, fp32: the maximum over the queries and over the query heads of a KV head.
@@ -143,7 +144,7 @@ def importance(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) ->
 
 
 def importance_of(scores: Tensor, mask: Tensor | None, kv_heads: int) -> Tensor:
-    """Return `importance`, ``[B, kv_heads, S]``, of scores ``[B, Hq, n, S]``."""
+    """Return `importance`, ``[B, kv_heads, S]``, from attention scores ``[B, Hq, n, S]``."""
     if mask is not None:
         hides = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, -math.inf) if hides else scores + mask
@@ -165,23 +166,23 @@ def quantize_pages(
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole pages.
 
-    Elements that are not finite take no part in zero point and half-range; an infinity is stored as the nearer end
-    of its token's span and a NaN as zero would be.
+    Elements that are not finite do not count for zero point and half-range; an infinity is stored as the nearer end of
+    its token's range, a NaN like a zero.
 
     Args:
-        x: Pages of numbers as they are coded, ``[..., N, D]``; at level ``"layer"`` ``[..., H, P, N, D]``, at
+        x: Elements transformed for quantization, ``[..., N, D]``; at level ``"layer"`` ``[..., H, P, N, D]``, at
             level ``"token"`` ``[L, B, H, P, N, D]``.
-        importance: Weight of each token's error, ``[..., N]``.
-        layout: Where the bits go.
+        importance: Importance score of each token, ``[..., N]``.
+        layout: Layout of the packed pages.
         bound: See `allocate`.
-        level: Who shares span and bits: the channels of a ``"head"``, the heads of a ``"layer"``, or the
-            layers and heads of a ``"token"``; fitting and outliers are each head's own.
+        level: Elements with common range and bits: the channels of a ``"head"``, all heads of a ``"layer"``, or all
+            layers and heads of a ``"token"``. Fitting and outliers are always per head.
 
     Returns:
-        Codes ``[..., 1, units]`` (int16) and metadata ``[..., fields, N, 1]`` (uint8).
+        Codes ``[..., 1, row_words]`` (int16) and metadata ``[..., fields, N, 1]`` (uint8).
 
     Raises:
-        ValueError: ``x`` has not the dimensions of its level.
+        ValueError: ``x`` has too few dimensions for the level.
     """
     least = {"head": 2, "layer": 4, "token": 6}[level]
     if x.dim() < least:
@@ -223,7 +224,7 @@ def quantize_pages(
 
 
 def dequantize_pages(codes: Tensor, metadata: Tensor, layout: Layout) -> Tensor:
-    """Return the numbers ``[..., N, D]`` (fp32) of `quantize_pages`, tokens at their slots."""
+    """Dequantize pages of `quantize_pages` to elements ``[..., N, D]`` (fp32), tokens in the order of slots."""
     levels, bits = unpack(codes, metadata, layout)
     size = layout.mixed.param_bytes
     fields = metadata[..., 0].mT  # [..., N, fields]
@@ -238,10 +239,10 @@ def dequantize_pages(codes: Tensor, metadata: Tensor, layout: Layout) -> Tensor:
 
 
 def place(levels: Tensor, bits: Tensor) -> Tensor:
-    """Return the middle of the segments that codes name, from -1 to 1 of the half-range; exact in fp32.
+    """Return the middle of the segment of each code in units of the half-range, -1 to 1; exact in fp32.
 
     Args:
-        levels: 8-bit codes of which all but the upper ``bits`` are zero, ``[..., N, D]``.
+        levels: 8-bit codes whose bits below the upper ``bits`` are zero, ``[..., N, D]``.
         bits: ``[..., N]``.
     """
     return levels.float() * 2.0 ** (1 - MAX_BITS) + (torch.exp2(-bits.float()) - 1.0)[..., None]
@@ -250,20 +251,20 @@ def place(levels: Tensor, bits: Tensor) -> Tensor:
 def fit_half_range(
     offset: Tensor, codes: Tensor, bits: Tensor, stored_half_range: Tensor, layout: Layout
 ) -> Tensor:
-    """Return the half-range, stored, with which the product of a token and what is read is that with itself.
+    """Return the stored half-range with which the product of a token and its dequantized form is ``x . x``.
 
-    Middles of segments lie nearer to the zero point than the numbers they stand for, on average, the more so the
-    fewer the bits, so that a key scores too low with the query that it matches. With ``x`` the offsets from
-    the zero point and ``p`` their places the new half-range is ``x . x / x . p``, at most twice the old one.
+    On average the middle of a segment lies nearer to the zero point than its elements do, and more so with fewer bits.
+    A key would thus score too low with the query that it matches. With offsets ``x`` from the zero point, and ``p``
+    their dequantized form in units of the half-range, the new half-range is ``x . x / x . p``: at most twice the old.
 
     Args:
-        offset: Distance from the zero point, 0 for outliers and numbers that are not finite, ``[..., N, D]``.
+        offset: Elements minus zero point, 0 for outliers and elements that are not finite, ``[..., N, D]``.
         codes: 8-bit codes, ``[..., N, D]``.
         bits: Bits of each token, ``[..., N]``.
-        stored_half_range: What tokens of no bits or no extent keep, ``[..., N]``.
-        layout: Format of the half-range.
+        stored_half_range: Kept for tokens without bits or without range, ``[..., N]``.
+        layout: Gives the format of the half-range.
 
-    Source: RaBitQ (Gao and Long, arXiv 2405.12497, section 3.2) corrects the products of its codes so.
+    Source: RaBitQ (Gao and Long, arXiv 2405.12497, section 3.2) corrects the products of its codes in this way.
     """
     shift = (MAX_BITS - bits)[..., None]
     middle = place((codes >> shift) << shift, bits)
@@ -274,7 +275,7 @@ def fit_half_range(
 
 
 def sum_pairs(x: Tensor) -> Tensor:
-    """Sum the last dimension by adding neighbours until one number is left: an order that any device can keep."""
+    """Sum the last dimension by adding neighbours repeatedly: an order that every device can reproduce."""
     missing = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
     x = torch.nn.functional.pad(x, (0, missing))
     while x.shape[-1] > 1:
@@ -284,10 +285,10 @@ def sum_pairs(x: Tensor) -> Tensor:
 
 
 def requantize_down_(codes: Tensor, metadata: Tensor, bits: Tensor, layout: Layout) -> None:
-    """Take planes from tokens that have more than ``bits`` ``[..., N]``, in place.
+    """Drop the lower bit planes of tokens with more than ``bits`` ``[..., N]``, in place.
 
-    The rows move up and those left over become zero. Zero point and half-range stay as they are, so that codes are
-    what quantizing with fewer bits gives.
+    Rows move up, and freed rows become zero. Zero point and half-range stay, so that the codes are those of a quantizer
+    with fewer bits.
     """
     levels, held = unpack(codes, metadata, layout)
     bits = torch.minimum(held, bits.int())
@@ -296,10 +297,10 @@ def requantize_down_(codes: Tensor, metadata: Tensor, bits: Tensor, layout: Layo
 
 
 def find_outliers(x: Tensor, finite: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return the channels of the outliers, ``[..., outliers]``, and which numbers are neither, ``[..., D]``.
+    """Return the channels of outliers, ``[..., outliers]``, and a mask of finite elements that are none, ``[..., D]``.
 
-    The largest, the smallest, the second largest and so on, the first channel among equals. Where too few
-    numbers are finite others stand in.
+    Outliers are the largest element, the smallest, the second largest and so on; ties go to the first channel. If too
+    few elements are finite, others fill the list.
     """
     kept, taken, channels = finite.clone(), torch.zeros_like(finite), []
     for i in range(layout.mixed.outliers):
@@ -317,19 +318,19 @@ def find_outliers(x: Tensor, finite: Tensor, layout: Layout) -> tuple[Tensor, Te
 
 
 def rank(bits: Tensor) -> Tensor:
-    """Return the place of each token when a page is sorted by ``bits`` ``[..., N]``, descending and stable."""
+    """Return the rank of each token of a page sorted by ``bits`` ``[..., N]``, descending and stable."""
     return bits.argsort(dim=-1, descending=True, stable=True).argsort(-1)
 
 
 def first_rows(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens in each plane and the row at which the plane begins, ``[..., MAX_BITS]``."""
+    """Return the count of tokens and the first row of each bit plane, ``[..., MAX_BITS]``."""
     plane = torch.arange(MAX_BITS, device=bits.device, dtype=torch.int64)
     tokens = (bits[..., None] > plane).sum(-2)
     return tokens, tokens.cumsum(-1) - tokens
 
 
 def pack(levels: Tensor, bits: Tensor, layout: Layout) -> Tensor:
-    """Pack 8-bit codes ``[..., N, D]`` of which the upper ``bits`` ``[..., N]`` are kept: ``[..., 1, units]``."""
+    """Pack the upper ``bits`` ``[..., N]`` of 8-bit codes ``[..., N, D]`` into words ``[..., 1, row_words]``."""
     tokens, first = first_rows(bits)
     place = torch.arange(WORD_BITS, device=bits.device, dtype=torch.int32)
     rows = levels.new_zeros(*bits.shape[:-1], layout.code_rows + 1, layout.plane_row_words)
@@ -344,7 +345,7 @@ def pack(levels: Tensor, bits: Tensor, layout: Layout) -> Tensor:
 
 
 def unpack(codes: Tensor, metadata: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Undo `pack`: return codes ``[..., N, D]`` with zeros for the bits not kept, and bits ``[..., N]``, int32."""
+    """Undo `pack`: return codes ``[..., N, D]`` zero below the bits kept, and bits ``[..., N]``, int32."""
     words = codes[..., 0, :].int() & 0xFFFF
     tokens, rows = (
         words[..., :HEADER],
@@ -371,29 +372,29 @@ def held_bits(codes: Tensor, metadata: Tensor, layout: Layout) -> Tensor:
     return (tokens[..., None, :] > order[..., None]).sum(-1).int()
 
 
-# Stored numbers
+# Stored parameters
 
 
 def store(x: Tensor, layout: Layout, up: bool = False) -> Tensor:
-    """Round fp32 numbers to the layout's format: e4m3 as uint8, or fp16, there not downwards if ``up``."""
+    """Round fp32 to the layout's format: e4m3 as uint8, or fp16, which is rounded up if ``up``."""
     if layout.mixed.params == "fp8":
         return round_e4m3(x)
     return round_up_fp16(x) if up else x.half()
 
 
 def stored_value(stored: Tensor) -> Tensor:
-    """Return the numbers (fp32) that `store` has stored."""
+    """Convert what `store` returned to fp32."""
     return e4m3_value(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
 def stored_span(metadata: Tensor, layout: Layout) -> Tensor:
-    """Return twice the half-range of each token of packed pages, ``[..., N]`` (fp32)."""
+    """Return the range of each token of packed pages, twice its half-range, ``[..., N]`` (fp32)."""
     size = layout.mixed.param_bytes
     return 2.0 * stored_value(from_bytes(metadata[..., size : 2 * size, :, 0].mT))
 
 
 def as_bytes(stored: Tensor) -> Tensor:
-    """View numbers ``[...]`` of `store` as bytes ``[..., 1 or 2]``, the low one first."""
+    """View parameters ``[...]`` of `store` as bytes ``[..., 1 or 2]``, the low byte first."""
     if stored.dtype == torch.uint8:
         return stored[..., None]
     word = stored.view(torch.int16).int()
@@ -413,12 +414,12 @@ def from_bytes(fields: Tensor) -> Tensor:
 def counted_bits(
     bits: float, outliers: float = 0.0, *, group: int | None = None, per_group: int = 32
 ) -> float:
-    """Return the bits a number as the paper counts them, to compare with what it reports; not what is held.
+    """Return the bits per element as the paper counts them, for comparison with its figures; memory needs more.
 
     Args:
         bits: Bits of a code.
-        outliers: Fraction of numbers kept in 16 bits; where they are is not counted.
-        group: Numbers that share parameters; ``None`` leaves parameters out.
+        outliers: Fraction of elements kept in 16 bits; their indices are not counted.
+        group: Elements that share parameters; ``None`` leaves parameters out.
         per_group: Bits of a group's parameters.
 
     Source: QAQ's code, ``quantizer.py``: ``bits * (1 - outliers) + 16 * outliers``.
@@ -445,7 +446,7 @@ def quantize_coded(
 
 
 def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
-    """Return what packed pages stand for: see `pages.Coder`."""
+    """Unpack and dequantize pages: see `pages.Coder`."""
     del calibrated
     return dequantize_pages(codes, params, layout)
 
@@ -457,10 +458,10 @@ def page_bounds(layout: Layout, first: int, pages: int, device: torch.device) ->
 
 
 def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
-    """Check pages that come from a file: their headers, their metadata and the channels of outliers.
+    """Check headers, metadata and outlier channels of pages from a file.
 
     Raises:
-        ValueError: Quantizing could not have written them.
+        ValueError: Quantization could not have written them.
     """
     scheme, N = layout.mixed, layout.page_size
     counts = codes[
@@ -469,7 +470,7 @@ def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
     falls = bool((counts[..., 1:] <= counts[..., :-1]).all() and (counts >= 0).all())
     check(
         falls and bool((counts <= N).all()) and not counts[..., scheme.max_bits :].any(),
-        f"the planes of a page must hold fewer and fewer of its {N} tokens",
+        f"the planes of a page must have descending counts of its {N} tokens",
     )
     check(
         bool((counts.sum(-1) <= layout.code_rows).all()),
@@ -477,7 +478,9 @@ def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
     )
     ranks = params[..., scheme.rank_field, :, 0].int().sort(-1).values
     order = torch.arange(N, dtype=torch.int32, device=codes.device)
-    check(bool((ranks == order).all()), f"the ranks of a page must be the numbers 0 to {N - 1}")
+    check(
+        bool((ranks == order).all()), f"the ranks of a page must be a permutation of 0 to {N - 1}"
+    )
     size = scheme.param_bytes
     for first in (0, size):
         values = stored_value(from_bytes(params[..., first : first + size, :, 0].mT))

@@ -1,6 +1,6 @@
-"""Whole pages by the scheme of their layout: quantize and pack them, unpack and dequantize them.
+"""Quantize and pack, unpack and dequantize whole pages, by the scheme of their layout.
 
-The file of a scheme is found by the scheme's name; `Coder` says what it has.
+Each scheme has a file of its name in this folder, with the functions of `Coder`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvq_compile.kernels.reference.tables import from_coded, to_coded
 
 
 class Coder(Protocol):
-    """The functions of a scheme's file; pages ``[..., N, D]`` are in the basis in which they are coded."""
+    """Functions of the file of a quantization scheme; pages ``[..., N, D]`` are transformed by `tables.to_coded`."""
 
     def quantize_coded(
         self,
@@ -32,10 +32,10 @@ class Coder(Protocol):
     def packed_values(
         self, codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated
     ) -> Tensor:
-        """Return the numbers (fp32) that packed pages stand for."""
+        """Return the elements (fp32) of packed pages."""
 
     def check_pages(self, codes: Tensor, params: Tensor, layout: Layout) -> None:
-        """Check packed pages that come from a file.
+        """Check packed pages from a file.
 
         Raises:
             ValueError: Quantizing could not have written them.
@@ -43,7 +43,7 @@ class Coder(Protocol):
 
 
 class CodeCoder(Coder, Protocol):
-    """What the file of a scheme also has whose pages are a code an element or a few, and parameters."""
+    """Further functions of a scheme with one code per element or per few channels, and parameters of groups."""
 
     def quantize_codes(
         self, coded: Tensor, layout: Layout, calibrated: Calibrated
@@ -53,7 +53,7 @@ class CodeCoder(Coder, Protocol):
     def coded_values(
         self, codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated
     ) -> Tensor:
-        """Return the elements (fp32) that codes stand for."""
+        """Dequantize codes to elements (fp32)."""
 
 
 @cache
@@ -69,7 +69,7 @@ def coder_of(layout: Layout) -> Coder:
 def quantize_pages(
     x: Tensor, layout: Layout, calibrated: Calibrated = UNCALIBRATED, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Quantize whole pages of a scheme that has codes to show.
+    """Quantize whole pages of a `CodeCoder` scheme, without packing.
 
     Args:
         x: Pages of tokens, ``[..., N, D]``, any float dtype; ``[B, H, P, N, D]`` where there are tables.
@@ -98,7 +98,7 @@ def dequantize_pages(
 def coded_values(
     codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated = UNCALIBRATED
 ) -> Tensor:
-    """Return the elements ``[..., N, D]`` (fp32) that codes stand for, in the basis in which they were coded."""
+    """Dequantize codes to elements ``[..., N, D]`` (fp32), before `tables.from_coded`."""
     coder = cast(CodeCoder, coder_of(layout))
     return coder.coded_values(codes, params, layout, calibrated)
 
@@ -112,7 +112,7 @@ def quantize_packed(
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole pages ``[B, H, P, N, D]`` and pack them: the parts ``codes`` and ``params``.
 
-    ``importance``, ``[B, H, P, N]``, tells attentive layouts where bits matter.
+    ``importance``, ``[B, H, P, N]``, has the importance scores by which attentive layouts distribute bits.
     """
     coded = to_coded(x.float(), layout, calibrated, first)
     return coder_of(layout).quantize_coded(coded, layout, calibrated, first, importance)
@@ -121,7 +121,7 @@ def quantize_packed(
 def unpacked_values(
     codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated = UNCALIBRATED
 ) -> Tensor:
-    """Return packed pages as numbers ``[..., N, D]`` (fp32) in the basis in which they were coded."""
+    """Return the elements ``[..., N, D]`` (fp32) of packed pages, before `tables.from_coded`."""
     return coder_of(layout).packed_values(codes, params, layout, calibrated)
 
 
@@ -132,7 +132,7 @@ def dequantize_packed(
     calibrated: Calibrated = UNCALIBRATED,
     page: int = 0,
 ) -> Tensor:
-    """Return packed pages ``[B, H, P, ...]``, from number ``page`` on, as tokens ``[B, H, P * N, D]`` (fp32)."""
+    """Dequantize packed pages ``[B, H, P, ...]`` from index ``page`` on to tokens ``[B, H, P * N, D]`` (fp32)."""
     first = layout.sinks + page * layout.page_size
     coded = unpacked_values(codes, params, layout, calibrated)
     return from_coded(coded, layout, calibrated, first).flatten(-3, -2)

@@ -1,13 +1,13 @@
-"""The last queries, which a cache of keys holds where bits depend on attention: the specification.
+"""The ring of recent queries in a key cache, for layouts whose bits depend on attention: the specification.
 
-A page is quantized by the attention of the last ``n`` queries, and in decoding a call has one. So the exact part of
-the keys ends in a ring of ``n * G`` rows, ``G`` being the query heads that share a KV head: row
-``slot % n * G + g`` behind those of tokens is the query of head ``g`` for the token in ``slot``, in the dtype of the
-keys and before any scale. The call that writes a key writes its query, too.
+Importance scores are computed from the last ``n`` queries, but a decoding call has only one. The exact part of a key
+cache therefore ends in a ring of ``n * G`` rows, with ``G`` queries per KV head. After the rows of tokens, row
+``slot % n * G + g`` holds the query of head ``g`` for the token in ``slot``, in the dtype of the keys and before
+scaling. The call that writes a key writes its query, too.
 
-**A row of zeros says that nobody knows the query**: of tokens that were written outside an attention, and of those
-whose row a token took that has been forgotten since. It pays no attention, where a query of zeros would pay the same
-to all. So a row is always that of the last token held for it, or zeros, and truncation needs no memory of its own.
+**A row of zeros marks an unknown query**: its token was written outside attention, or another token, truncated since,
+took its row. Unknown queries do not count (a true query of zeros would attend to all keys alike). A row thus holds
+the query of the last token that maps to it, or zeros, and truncation needs no further state.
 
 Source: QAQ (arXiv 2403.04643), section 4.2, the attention window.
 """
@@ -22,13 +22,13 @@ from kvq_compile.kernels.layout import Layout
 def remember_(
     exact: Tensor, query: Tensor | None, held: int, start: int, tokens: int, layout: Layout
 ) -> None:
-    """Write the queries of the last new tokens to their rows, and zeros for what is known no more, in place.
+    """Write the queries of the last new tokens to their rows, and zeros for queries no longer known, in place.
 
     Args:
         exact: Part of a cache of keys; nothing is done unless its layout holds queries.
-        query: Queries of the last of the new tokens, ``[B, Hq, T, D]``; ``None``: nobody knows them.
+        query: Queries of the last of the new tokens, ``[B, Hq, T, D]``; ``None``: unknown.
         held: Tokens held before the call.
-        start: Slot of its first token, at most ``held``; what is held from there on is forgotten.
+        start: Slot of its first token, at most ``held``; tokens from there on are dropped.
         tokens: New tokens.
         layout: Layout of the keys.
     """
@@ -47,7 +47,7 @@ def remember_(
 
 
 def recall(exact: Tensor, held: int, first: int, last: int, layout: Layout) -> tuple[Tensor, int]:
-    """Return the queries of the slots before ``last`` and from ``first`` on, as far back as they are held.
+    """Return the queries of slots ``first .. last - 1``, as far back as the ring reaches.
 
     Args:
         exact: Part of a cache of keys.
@@ -56,7 +56,7 @@ def recall(exact: Tensor, held: int, first: int, last: int, layout: Layout) -> t
         layout: Layout of the keys.
 
     Returns:
-        Query rows ``[B, H, count, G, D]``, zeros where nobody knows the query, and the slot of the first.
+        Queries ``[B, H, count, G, D]``, zeros where unknown, and the slot of the first.
     """
     first = max(first, 0, held - layout.queries)
     slots = [slot % layout.queries for slot in range(first, last)]

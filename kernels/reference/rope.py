@@ -1,6 +1,6 @@
-"""Angles of rotary keys: integers, which are exact at any position and the same on every device.
+"""Rotary embedding of keys. Angles are integers: exact at any position and equal on every device.
 
-Kernels are held to these functions bit by bit, which is why sine and cosine are the polynomials below.
+Backends must match these functions bit by bit, hence the polynomials for sine and cosine.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
 
-QUARTER = 1 << 30  # of a turn
+QUARTER = 1 << 30  # of a full rotation
 RADIANS = 2.0 * math.pi / 2.0**32
-# Taylor's coefficients: on an eighth of a turn the next terms are below half a unit of fp32.
+# Taylor coefficients: up to an eighth of a full rotation the next terms are below half an fp32 ulp.
 SINE = (2.7557314e-6, -1.9841270e-4, 8.3333333e-3, -1.6666667e-1)
 COSINE = (2.4801587e-5, -1.3888889e-3, 4.1666667e-2, -0.5)
 
@@ -23,7 +23,7 @@ COSINE = (2.4801587e-5, -1.3888889e-3, 4.1666667e-2, -0.5)
 def cos_sin_table(
     calibrated: Calibrated, layout: Layout, first: int, pages: int
 ) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the tokens of ``pages`` pages from slot ``first`` on.
+    """Return the cos/sin table of the tokens of ``pages`` pages from slot ``first`` on.
 
     Returns:
         Two tensors ``[B, H, pages, N, D / 2]`` (fp32).
@@ -37,7 +37,7 @@ def cos_sin_table(
 
 
 def cosine_and_sine(phase: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine (fp32) of angles in units of 2 ** -32 turns (int64, any size)."""
+    """Return cosine and sine (fp32) of angles (int64, any size) in units of 2 ** -32 of a full rotation."""
     quarters = (phase + QUARTER // 2) >> 30
     t = (phase - (quarters << 30)).float() * RADIANS
     square = t * t
@@ -57,6 +57,6 @@ def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def inverse_rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Undo `rotate_pairs`, up to rounding."""
+    """Invert `rotate_pairs`, up to rounding."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cosine + b * sine, b * cosine - a * sine], -1)

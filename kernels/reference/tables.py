@@ -1,4 +1,4 @@
-"""What is done to tokens before they are quantized: channels reordered, keys unrotated, means and scales taken off."""
+"""Transform tokens before quantization: reorder channels, inverse-rotate keys, normalise by mean and scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvq_compile.kernels.transform import rotate
 
 
 def to_coded(x: Tensor, layout: Layout, calibrated: Calibrated, first: int) -> Tensor:
-    """Return pages ``[B, H, P, N, D]`` (fp32) of tokens from slot ``first`` on, as they are coded."""
+    """Return pages ``[B, H, P, N, D]`` (fp32) of tokens from slot ``first`` on, transformed for quantization."""
     if calibrated.tables is None:
         return rotate(x, layout)
     x = _gather(x, calibrated.section("order", layout))
@@ -24,7 +24,7 @@ def to_coded(x: Tensor, layout: Layout, calibrated: Calibrated, first: int) -> T
 
 
 def from_coded(y: Tensor, layout: Layout, calibrated: Calibrated, first: int) -> Tensor:
-    """Undo `to_coded`."""
+    """Invert `to_coded`."""
     y = rotate(y, layout)
     if calibrated.tables is None:
         return y

@@ -1,21 +1,20 @@
-"""The uniform quantizer.
+"""Uniform quantization.
 
-A group with smallest and largest finite element ``lo`` and ``hi`` (shrunk about their
-midpoint by ``clip``) stores
+A group whose smallest and largest finite elements are ``lo`` and ``hi`` (shrunk about their midpoint by ``clip``)
+stores
 
     zero  = lo rounded down to fp16
-    scale = (hi - zero) / levels rounded up to fp16, at most the largest fp16 number
+    scale = (hi - zero) / levels rounded up to fp16, at most the largest fp16 value
     code  = floor((x - zero) / scale + 1/2), clamped to 0 .. levels
 
-so that ``code * scale + zero`` covers ``[lo, hi]`` whatever fp16 did to the parameters, and is off by at
-most half a step inside it. A constant group that fp16 can represent has scale 0 and is exact. The
-parameters are rounded first and the codes computed with the rounded ones. In fp8 (e4m3) both are rounded to
-the nearest number, since a step of that format is too wide to round away from the group. All arithmetic is
-fp32 with one rounding an operation, in this order, which is what makes codes equal bit by bit across devices.
+Codes are computed with the rounded parameters. ``code * scale + zero`` thus covers ``[lo, hi]`` despite the rounding to
+fp16, with an error of at most half a step. A constant group whose value fp16 can represent has scale 0 and is exact. In
+fp8 (e4m3) both parameters are rounded to nearest, because rounding away from the group would widen it too much. All
+arithmetic is fp32 with one rounding per operation, in this order, so that codes are bit-identical across devices.
 
-**Elements that are not finite** take no part in ``lo`` and ``hi``, so they never widen another element's
-step; an infinity is stored as the nearer end of its group's range and a NaN as the code nearest to zero.
-The call that wrote such a token attends to it exactly, so its damage shows there.
+**Elements that are not finite** do not count for ``lo`` and ``hi``, so they never widen the step of other elements. An
+infinity is stored as the nearer end of its group's range, a NaN as the code nearest to zero. The call that writes such
+a token attends to it exactly, so the fault shows in that call's output.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from kvq_compile.kernels.values import check
 
 
 def to_groups(x: Tensor, layout: Layout) -> Tensor:
-    """View pages ``[..., N, D]`` so that the elements of a group lie along the last dimension.
+    """View pages ``[..., N, D]`` with the elements of a group along the last dimension.
 
     Returns ``[..., groups, members, group_size]`` in the order of the parameters.
     """
@@ -66,7 +65,7 @@ def quantize_groups(
         x: Elements of a group along the last dimension, ``[..., group_size]``, fp32.
         levels: The largest code.
         params: Format of the parameters.
-        margin: Share of a group's range to cut off at each end, broadcasting to ``[...]``.
+        margin: Fraction of a group's range to clip at each end, broadcasting to ``[...]``.
 
     Returns:
         Codes like ``x`` (int32) and parameters ``[..., 2]``, scale and zero point (fp16, or uint8).
@@ -94,7 +93,7 @@ def quantize_groups(
 
 
 def group_values(codes: Tensor, params: Tensor) -> Tensor:
-    """Return the elements (fp32) that codes ``[..., group_size]`` and parameters ``[..., 2]`` stand for."""
+    """Dequantize codes ``[..., group_size]`` with parameters ``[..., 2]`` to fp32."""
     scale, zero = param_values(params)[..., None, :].unbind(-1)
     return codes.float() * scale + zero
 
@@ -118,7 +117,7 @@ def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tup
 
 
 def coded_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
-    """Return what codes stand for: see `pages.CodeCoder`."""
+    """Dequantize codes: see `pages.CodeCoder`."""
     del calibrated
     return from_groups(group_values(to_groups(codes, layout), params), layout)
 
@@ -137,12 +136,12 @@ def quantize_coded(
 
 
 def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
-    """Return what packed pages stand for: see `pages.Coder`."""
+    """Unpack and dequantize pages: see `pages.Coder`."""
     return coded_values(unpack(codes, layout), params, layout, calibrated)
 
 
 def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
-    """Check pages that come from a file: any code is one that quantizing can write.
+    """Check the parameters of pages from a file; every code is valid.
 
     Raises:
         ValueError: A parameter is not finite.
