@@ -16,6 +16,7 @@ from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, graphs, record, unmet_layers
 from kvq_compile.lowering import logs
+from kvq_compile.lowering.find.caches import DENSE
 from kvq_compile.lowering.find.layers import counts_layers
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled
@@ -89,7 +90,7 @@ def compile_graph(
 
 
 def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: Config) -> None:
-    """Log what became of each attention; warn about those, and about caches, that are not served."""
+    """Log what became of each attention; warn about attentions and caches that are not served."""
     for site in reports:
         logs.sites.info("%d (%s) %s: %s", site.layer, site.where, site.outcome, site.detail)
     refused = [site for site in reports if site.outcome == "left alone" and not site.expected]
@@ -104,9 +105,14 @@ def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: 
     if not refused and not lost:
         return
     told = []
-    if refused:
-        text = f"{len(refused)} of {len(reports)} attentions were left as they are: "
-        told.append(text + "; ".join(reasons))
+    dense = [reason for reason in reasons if _is_stored_quantized(reason, states)]
+    for are, among in (
+        ("read their caches dense, which are stored quantized", dense),
+        ("were left as they are", [reason for reason in reasons if reason not in dense]),
+    ):
+        if among:
+            count = sum(site.detail in among for site in refused)
+            told.append(f"{count} of {len(reports)} attentions {are}: {'; '.join(among)}")
     if lost:
         names = "; ".join(f"{state.name}: {state.detail}" for state in lost)
         told.append(f"{len(lost)} of {len(states)} caches are not served: {names}")
@@ -114,6 +120,12 @@ def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: 
     if config.strict:
         raise KVQError(text)
     warnings.warn(text, KVQWarning, stacklevel=2)
+
+
+def _is_stored_quantized(reason: str, states: Sequence[StateReport]) -> bool:
+    """Return whether all caches whose attention was refused for ``reason`` are stored quantized."""
+    concerned = [state.detail for state in states if state.detail.endswith(reason)]
+    return bool(concerned) and all(detail.startswith(DENSE) for detail in concerned)
 
 
 def _compile_inner(
@@ -133,7 +145,7 @@ def _compile_inner(
 
 
 def _ends_the_model(gm: fx.GraphModule, reports: Sequence[SiteReport]) -> bool:
-    """Say whether no layer of the model is still to be met: the graph runs to its end and holds its layers."""
+    """Return whether no layer of the model is still to be met: the graph runs to its end and holds its layers."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     runs_to_its_end = reason is not None and not reason.graph_break
     return runs_to_its_end and all(counts_layers(site.where) for site in reports)

@@ -16,7 +16,7 @@ weights ``w = softmax(s)``; let ``k'_i``, ``v'_i`` be what the cache stands for.
 Together ``|o' - o| <= e_v + R * tanh(d / 2)``.
 
 **The element errors.** A group whose finite elements span ``r`` and reach ``M`` in magnitude is clipped to
-``c r`` and coded in ``L = 2^b - 1`` steps. Rounding ``zero`` down to fp16 widens the range by less than a unit
+``c r`` and quantized in ``L = 2^b - 1`` steps. Rounding ``zero`` down to fp16 widens the range by less than a unit
 in its last place, ``2^-10 M`` or, among subnormal numbers, ``2^-24``; rounding the scale up adds as much to it:
 
     step <= (c r + 2^-10 M + 2^-24) / L * (1 + 2^-9) + 2^-24
@@ -27,7 +27,7 @@ it by that or by its distance from the end; fp32 adds ``2^-20 M`` on the way in 
 
     e = max(step, (1 - c) r) / 2 + 2^-20 M
 
-A rotated group is coded in the rotated basis. The rotation keeps the norm, so step 1 of the argument needs
+A rotated group is quantized in the rotated basis. The rotation keeps the norm, so step 1 of the argument needs
 ``sqrt(D) e_k`` as before; one channel of the values collects the errors of all, hence a factor ``sqrt(D)`` on
 ``e_v``. An fp32 product with ``D`` terms, each way, adds at most ``2^-23 D^(3/2) M``.
 
@@ -41,14 +41,14 @@ point and by ``max(2^-4 s, 2^-10)`` for the scale ``s``, so that the steps may e
 the largest scale ``t`` of a channel: ``e`` becomes ``t (e + 2^-18 M)``, the term for the angles and the arithmetic on
 the way, ``M`` being the largest magnitude of ``y`` and of ``mean / scale``.
 
-**Mixed pages** store a token's centre and reach ``h``, half its range. The centre is off by ``z`` as above, so
+**Mixed pages** store a token's midpoint and half-range ``h``. The midpoint is off by ``z`` as above, so
 ``h <= r / 2 + z``; rounding cuts ``h / 16`` off at most. A token has ``m`` bits or more: ``e = h (2^-m 17/16 + 1/16)``.
-Fitted codes lie on the number's side of the centre and no farther from it than ``2 (17/16) h``: ``e = 17/8 h``.
+Fitted codes lie on the element's side of the midpoint and no farther from it than ``2 (17/16) h``: ``e = 17/8 h``.
 
 **A codebook** has no bound that could be told from its size. The error of its keys is the largest distance of a
-coded token from what is stored for it, that of its values the largest difference of a channel, both measured.
+quantized token from what is stored for it, that of its values the largest difference of a channel, both measured.
 
-**What it leaves out.** Elements beyond the range of fp16 (of fp8 parameters: 448 in coded form), or not finite, are
+**What it leaves out.** Elements beyond the range of fp16 (of fp8 parameters: 448 in quantized form), or not finite, are
 stored as something else and have no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
 """
 
@@ -120,10 +120,10 @@ def is_derived(spec: Scheme) -> bool:
 def element_error(
     spec: Scheme, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
 ) -> sympy.Expr:
-    """Bound the error of one stored element in the basis in which it is coded.
+    """Bound the error of one stored element in the basis in which it is quantized.
 
     Args:
-        spec: How the tensor is coded, by a scheme that `is_derived`.
+        spec: How the tensor is quantized, by a scheme that `is_derived`.
         tables: Its calibration tables, if it has any.
         spread: Largest range of a group.
         largest: Largest magnitude of an element.
@@ -138,7 +138,7 @@ def error_bound(spec: CacheSpec | str) -> sympy.Expr:
     arithmetic. Its symbols, all over the packed tokens that a query may attend to: ``query_norm``
     (Euclidean), ``scale``, ``head_dim``; ``key_range`` and ``value_range``, the largest range of a
     quantization group, and ``key_max`` and ``value_max``, the largest magnitude, in the basis in which they
-    are coded; for codebooks ``key_distance``, the largest Euclidean distance of a token in coded form from
+    are quantized; for codebooks ``key_distance``, the largest Euclidean distance of a token in quantized form from
     what is stored, and ``value_distance``, the largest difference of an element; and ``value_spread``, the
     largest range of one channel of the values over all tokens attended
     to. `testing.bound_for` evaluates it on tensors.
@@ -184,7 +184,7 @@ def _token_error(
 
 
 def _in_model_units(tables: Tables | None, error: sympy.Expr, largest: sympy.Expr) -> sympy.Expr:
-    """Return what an error in coded form is to the model."""
+    """Return what an error in quantized form is to the model."""
     if tables is None:
         return error
     scale = read_section(tables.words, "scale", tables.head_dim).max()

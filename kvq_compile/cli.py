@@ -455,7 +455,7 @@ def describe(
         "model": Path(model).name if Path(model).exists() else model,
         "text": text.name,
         "protocol": asdict(protocol),
-        "recall exams": exams,
+        "passkey retrieval": exams,
         "dtype": str(network.dtype).removeprefix("torch."),
         "hardware": torch.cuda.get_device_name(network.device)
         if on_gpu

@@ -263,7 +263,7 @@ class Cq(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Options):
-    """Layers and tensors coded as `choose` found best for ``bits`` on average, parameters included."""
+    """Layers and tensors quantized as `choose` found best for ``bits`` on average, parameters included."""
 
     calibrated: ClassVar[bool] = True
 
@@ -288,7 +288,7 @@ class Qaq(Options):
     They are ``bits`` on average.
 
     A page of tokens has a budget; its bits go where they lower the largest weighted error most. ``bits`` counts
-    codes and records of heads of 128 channels; ``key_bits`` and ``value_bits`` count codes alone.
+    codes and metadata of heads of 128 channels; ``key_bits`` and ``value_bits`` count codes alone.
     ``variant="fitted"`` weighs attention softly, for keys too, and keeps each token's product with itself;
     ``"paper"`` does neither and keeps one element at each end exact. ``params="fp8"`` saves an eighth of a bit, for
     models whose keys and values stay below 448: larger elements would be cut off.

@@ -34,7 +34,7 @@ class TensorReport:
         parts: Bytes of each part; an unquantized tensor has the one part ``"plain"``. Memory that tensors
             share counts for the first of them.
         kept_exact: Tokens among ``held`` that are exact.
-        packed_bits: Bits per number of a packed token; ``None`` where nothing is packed.
+        packed_bits: Bits per element of a packed token; ``None`` where nothing is packed.
         host_bytes: Bytes of exact copies in host memory, which are no part of ``parts``.
         read_bits: Those of them that attention reads, fewer where tokens use fewer than their page has room for.
         note: Why it is in 16 bit, or what happened to it outside compiled code; empty where there is nothing to say.
@@ -52,7 +52,7 @@ class TensorReport:
 
     @property
     def elements(self) -> int:
-        """Numbers that the tensor stands for: those of the tokens held."""
+        """Elements that the tensor stands for: those of the tokens held."""
         B, H, _, D = self.shape
         return B * H * self.held * D
 
@@ -86,7 +86,7 @@ class Report:
 
     @property
     def elements(self) -> int:
-        """Numbers that the cache stands for."""
+        """Elements that the cache stands for."""
         return sum(tensor.elements for tensor in self.tensors)
 
     @property
@@ -106,18 +106,18 @@ class Report:
 
     @property
     def effective_bits(self) -> float:
-        """Bits held per number, all parts and spare room counted."""
+        """Bits held per element, all parts and spare room counted."""
         return 8 * self.bytes / self.elements if self.elements else 0.0
 
     @property
     def packed_bits(self) -> float:
-        """Bits per number of packed tokens: codes, scales and zero points, spare room left out."""
+        """Bits per element of packed tokens: codes, scales and zero points, spare room left out."""
         widths = [tensor.packed_bits for tensor in self.tensors if tensor.packed_bits is not None]
         return sum(widths) / len(widths) if widths else 16.0
 
     @property
     def read_bits(self) -> float:
-        """Bits per number of packed tokens that attention reads: no more than `packed_bits`."""
+        """Bits per element of packed tokens that attention reads: no more than `packed_bits`."""
         widths = [tensor.read_bits for tensor in self.tensors if tensor.read_bits is not None]
         return sum(widths) / len(widths) if widths else 16.0
 
@@ -194,7 +194,7 @@ def report(cache_or_module: Any) -> Report:
 
 
 def _note(name: str, tensor: Tensor, layer: int) -> str:
-    """Say of a tensor what compiled code did not do for it; ``layer`` is its layer unless its name tells."""
+    """Return a remark on what compiled code did not do for a tensor; ``layer`` is its layer unless its name has one."""
     if not isinstance(tensor, QuantizedKV):
         told = re.search(r"layers\[(\d+)\]", name)
         quantizes = any(site.outcome == "rewritten" for graph in graphs() for site in graph.sites)
@@ -223,7 +223,7 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
 
 
 def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:
-    """Return the bits per number of packed pages, rows that no token uses left out."""
+    """Return the bits per element of packed pages, rows that no token uses left out."""
     layout, pages = cache.page_layout, int(cache.cursor[1])
     if not pages:
         return packed_bits

@@ -16,7 +16,7 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
 from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
-from kvq_compile.lowering.sites import Attention, Coding
+from kvq_compile.lowering.sites import Attention, Quantization
 
 Slots = tuple[Any, Any]  # ``position, start`` as the operators take them: one of the two is None
 # Importance of a cache's tokens and the queries that it is to hold, where its layout asks.
@@ -25,7 +25,7 @@ UNSEEN: Seen = (None, None)
 
 
 def slots_from(first: Any) -> Slots:
-    """Return the slots of a write: a node of positions, or the first slot as a number or a node of one."""
+    """Return the cache positions of a write: a node of all, or the first as a number or a node."""
     return (first, None) if isinstance(value_of(first), Tensor) else (None, first)
 
 
@@ -36,7 +36,7 @@ class CacheNodes:
     Attributes:
         parts: Nodes of its parts.
         layout: Its layout.
-        calibrated: Nodes of what its tokens are coded relative to: tables and shift, of which only what it has.
+        calibrated: Nodes of what its tokens are quantized relative to: tables and shift, of which only what it has.
         length: Of an input, the node of its length, or the length where it is constant.
         owns_length: Whether that node is an input made for this cache.
     """
@@ -91,7 +91,7 @@ def quantize(
     like: CacheNodes,
     seen: Seen = UNSEEN,
 ) -> CacheNodes:
-    """Make a cache of ``x`` with room for ``slots`` tokens, laid out and coded as ``like``, which has no parts."""
+    """Make a cache of ``x`` with room for ``slots`` tokens, laid out and quantized as ``like``, which has no parts."""
     arguments = x, slots, grows, like.layout, like.calibrated, *seen
     made, count = insert_call(graph, ops.quantize, arguments), len(part_names(like.layout))
     parts = (insert_call(graph, operator.getitem, (made, i)) for i in range(count))
@@ -107,7 +107,7 @@ def importance(
     held: Any,
     keys: CacheNodes,
 ) -> fx.Node:
-    """Weigh ``held`` tokens: those in ``keys``, which may have no parts yet, and the call's own ``key``."""
+    """Compute importance scores of ``held`` tokens: those in ``keys``, which may have no parts yet, and ``key``."""
     causal = attention.causal and mask is None
     arguments = (
         *(attention.query, key, keys.parts, keys.calibrated if keys.parts else ()),
@@ -117,19 +117,19 @@ def importance(
 
 
 @dataclass
-class Frames:
-    """What new caches are coded relative to: tables as further inputs of the graph, and positions.
+class CalibrationInputs:
+    """Calibration constants of new caches, as further inputs of the graph, and positions of new keys.
 
     Attributes:
         tensors: The tables, further arguments of the graph behind all others, by digest.
         nodes: Their placeholders.
-        positions: Node of the positions of new keys, where they are to be coded unrotated.
+        positions: Node of the positions of new keys, where keys are quantized before RoPE.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
     positions: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
 
-    def words(self, coding: Coding) -> Tensor | None:
+    def tables_of(self, quantization: Quantization) -> Tensor | None:
         """Return the tables of a new cache."""
-        return None if coding.tables is None else self.tensors[coding.tables.digest]
+        return None if quantization.tables is None else self.tensors[quantization.tables.digest]

@@ -1,4 +1,4 @@
-"""What a pass is given and what it returns: the captured graph on its way, and a report of what changed."""
+"""What a pass takes and returns: the graph with all that is known of it, and a report of what changed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.fx
 from torch.fx import GraphModule, Node
 
 from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.lowering.cache_nodes import CacheNodes, Frames, Seen
+from kvq_compile.lowering.cache_nodes import CacheNodes, CalibrationInputs, Seen
 from kvq_compile.lowering.runtime import Conversion, Output
 from kvq_compile.lowering.sites import (
     Attention,
     AttentionSite,
-    Coding,
+    Quantization,
     SiteReport,
     State,
     StateReport,
@@ -27,7 +27,7 @@ from kvq_compile.lowering.slots import SlotCheck
 
 @dataclass
 class Graph:
-    """A copy of a captured graph, and what the passes have learnt and made so far.
+    """A copy of a captured graph, and what the passes have found and made so far.
 
     Attributes:
         module: The copy that the passes rewrite.
@@ -36,18 +36,18 @@ class Graph:
         sizes: Reads lengths from the arguments of a call.
         returned: How many values the captured graph returned.
         by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions.
-        used: Nodes that are in the graph for their result only: somebody reads it in the captured graph.
+        used: Nodes whose result another node of the captured graph reads.
         sites: Attentions to rewrite.
         reports: What became of each attention.
         state_reports: What became of each cache.
-        frames: Calibration tables of new caches.
+        calibration: Calibration constants of new caches.
         caches: The quantized caches among the inputs.
         made: The quantized caches that stand for the buffers which the graph allocates.
-        seen: What attention says to caches that the graph makes of its own tokens.
-        extended: Grown caches whose attention was refused, and which take new tokens all the same.
+        seen: Importance scores and queries for caches that the graph makes of its own tokens.
+        extended: Dynamic caches whose attention was refused, and which take new tokens all the same.
         conversions: 16-bit buffers to convert after a call.
-        check: Writes to look at before a call.
-        thaw: Why the call has to run as captured, on ordinary tensors, if it has.
+        check: Writes to check before a call.
+        thaw: The reason why the call runs as captured on ordinary tensors; ``None`` if it does not.
         plans: How each value that the captured graph returned is made.
     """
 
@@ -61,11 +61,11 @@ class Graph:
     sites: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     state_reports: list[StateReport] = field(default_factory=list)
-    frames: Frames = field(default_factory=Frames)
+    calibration: CalibrationInputs = field(default_factory=CalibrationInputs)
     caches: dict[Node, CacheNodes] = field(default_factory=dict)
     made: dict[Node, CacheNodes] = field(default_factory=dict)
     seen: dict[Node, Seen] = field(default_factory=dict)
-    extended: list[tuple[State, Coding]] = field(default_factory=list)
+    extended: list[tuple[State, Quantization]] = field(default_factory=list)
     conversions: list[Conversion] = field(default_factory=list)
     check: SlotCheck | None = None
     thaw: str | None = None
@@ -112,8 +112,8 @@ class Graph:
             _renamed(key, old, new): _renamed(seen, old, new) for key, seen in self.seen.items()
         }
 
-    def states(self) -> list[tuple[State, Coding]]:
-        """Return the caches that the call keeps quantized, each with its coding."""
+    def states(self) -> list[tuple[State, Quantization]]:
+        """Return the caches that the call keeps quantized, each with its quantization."""
         return [pair for site in self.sites for pair in site.states()] + self.extended
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What the lowering tells on request: ``KVQ_LOGS=sites,passes,graphs,timing``, or loggers of these names.
+"""Logs of the lowering: ``KVQ_LOGS=sites,passes,graphs,timing``, or loggers of these names.
 
 ====================  ==========================================================
 ``kvq_compile.sites``   what became of each attention, and why
@@ -31,7 +31,7 @@ sites, passes, graphs, timing = (logging.getLogger(f"kvq_compile.{name}") for na
 
 
 def turn_on(names: str) -> None:
-    """Print what the loggers of these names say, a list like ``"sites,passes"``, to standard error.
+    """Print the loggers of these names, a list like ``"sites,passes"``, to standard error.
 
     Raises:
         ValueError: A name is unknown.
@@ -70,7 +70,7 @@ def artifact(name: str, text: Callable[[], str]) -> None:
 
 
 def tell(logger: logging.Logger, texts: Iterable[str]) -> None:
-    """Log texts that cost something to make only where somebody listens."""
+    """Log messages; they are built only if the logger is on."""
     if logger.isEnabledFor(logging.DEBUG):
         for text in texts:
             logger.debug("%s", text)

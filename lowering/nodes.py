@@ -69,7 +69,7 @@ def size_of(node: fx.Node, dim: int) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Say whether two sizes are equal for every input that the graph serves; tensors are only if they are one."""
+    """Return whether two sizes are equal for every input that the graph serves; tensors only if they are the same."""
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return a is b
     return bool(statically_known_true(a == b))
@@ -146,7 +146,7 @@ def getitem_index(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def is_full(index: Any, size: Any = None) -> bool:
-    """Say whether an index takes a whole dimension of ``size``."""
+    """Return whether an index takes a whole dimension of ``size``."""
     if not isinstance(index, slice) or index.step not in (None, 1):
         return False
     if index.start is not None and not same(value_of(index.start), 0):
@@ -169,7 +169,7 @@ def order_of(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def writes_in_place(node: fx.Node) -> bool:
-    """Say whether a node changes something that exists already, so that it has to stay where it is."""
+    """Return whether a node changes something that exists already, so that it has to stay where it is."""
     if node.is_impure():
         return True
     if node.op == "call_method":

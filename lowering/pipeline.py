@@ -130,7 +130,7 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
         conversions=graph.conversions,
         pairs=_pairs(graph),
         unwrapped=unwrapped,
-        tables=list(graph.frames.tensors.values()),
+        tables=list(graph.calibration.tensors.values()),
         captured=gm,
         check=graph.check,
     )
@@ -163,14 +163,16 @@ def _rewritten(site: AttentionSite) -> SiteReport:
     output, life = site.attention.output, site.key.life
     how = {
         Life.FRESH: "attends exactly to its own tokens, returns them quantized",
-        Life.GROWN_PLAIN: "attends exactly, returns the grown cache quantized",
+        Life.GROWN_PLAIN: "attends exactly, returns the dynamic cache quantized",
         Life.GROWN: "reads the quantized cache, quantizes on write",
         Life.ALLOCATED: "attends exactly to its own tokens, writes them into a quantized buffer",
         Life.BUFFER_PLAIN: "runs as captured once, then its buffer is quantized in place",
         Life.BUFFER: "reads the quantized buffer, quantizes on write",
     }[life]
-    bits = f"{site.key_coding.layout.about} keys, {site.value_coding.layout.about} values"
-    if site.key_coding.layout.rotary:
+    bits = (
+        f"{site.key_quantization.layout.about} keys, {site.value_quantization.layout.about} values"
+    )
+    if site.key_quantization.layout.rotary:
         bits += ", keys before RoPE"
     detail = f"{how} ({bits})"
     return SiteReport(

@@ -20,7 +20,7 @@ from kvq_compile.kernels.cache.become import (
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
-from kvq_compile.lowering.sites import Coding, SiteReport, StateReport
+from kvq_compile.lowering.sites import Quantization, SiteReport, StateReport
 from kvq_compile.lowering.sizes import Size
 from kvq_compile.lowering.slots import SlotCheck
 
@@ -41,7 +41,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Made:
-    """Wrap the outputs from number ``index`` on as a cache of ``length`` slots.
+    """Wrap the outputs from number ``index`` on as a cache of ``length`` cache positions.
 
     They are its parts and, of rotary keys, the shift. The tables are the same for every call.
     """
@@ -63,7 +63,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Extended:
-    """Return argument number ``argument``, a grown cache, as a view longer by ``tokens``."""
+    """Return argument number ``argument``, a dynamic cache, as a view longer by ``tokens``."""
 
     argument: int
     tokens: Size
@@ -117,15 +117,15 @@ class Conversion:
 
     Attributes:
         argument: Its place among the arguments.
-        position: Number of the output that holds the slots just written, or ``None``.
+        position: Number of the output that holds the cache positions just written, or ``None``.
         end: Tokens held after the call, where that is known from the arguments.
-        coding: What to convert to.
+        quantization: What to convert to.
     """
 
     argument: int
     position: int | None
     end: Size | None
-    coding: Coding
+    quantization: Quantization
 
     def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Return how many tokens the buffer holds after a call."""
@@ -142,7 +142,7 @@ class Lowered:
     Attributes:
         module: The graph. Where it was rewritten no tensor subclass goes in or comes out; else it is the captured one.
         outputs: How each value that the captured graph returned is made from what ``module`` returns; behind
-            them, the slots that ``conversions`` ask for. Empty where nothing was rewritten.
+            them, the cache positions that ``conversions`` ask for. Empty where nothing was rewritten.
         returned: How many values the captured graph returned.
         conversions: 16-bit buffers to convert after a call.
         pairs: Places of grown keys and of the values that belong to them.
@@ -243,7 +243,7 @@ class Lowered:
         return outputs
 
     def _claim(self, args: Sequence[Any]) -> None:
-        """Make room for the call's tokens in the grown caches.
+        """Make room for the call's tokens in the dynamic caches.
 
         Raises:
             ValueError: The keys and the values of a layer hold different numbers of tokens.
@@ -320,7 +320,7 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Seq
     Args:
         conversions: Which arguments to quantize, and how.
         args: The arguments of the call.
-        outputs: What it returned, the slots that the conversions ask for included.
+        outputs: What it returned, the cache positions that the conversions ask for included.
 
     Raises:
         RuntimeError: One of them cannot be converted in place. Nothing has changed then.
@@ -330,9 +330,9 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Seq
     for conversion in conversions:
         buffer, held = args[conversion.argument], conversion.held(args, outputs)
         with torch.no_grad():
-            coding = conversion.coding
-            tables = coding.tables.on(buffer.device) if coding.tables else None
+            quantization = conversion.quantization
+            tables = quantization.tables.on(buffer.device) if quantization.tables else None
             quantized = QuantizedKV.from_dense(
-                buffer, coding.layout, kind="static", length=held, tables=tables
+                buffer, quantization.layout, kind="static", length=held, tables=tables
             )
         become(buffer, quantized)

@@ -45,7 +45,7 @@ class Attention:
         query, key, value: Its operands as they reach the products, ``key`` not transposed.
         mask: Boolean (True: attend) or additive mask, or ``None``.
         score: What is done to products of queries and keys before the mask.
-        causal: Whether query ``i`` sees slots up to ``i`` only, counted from slot 0.
+        causal: Whether query ``i`` sees cache positions up to ``i`` only, counted from cache position 0.
         grouped: Whether query heads share KV heads without a repeat in the graph.
         mask_hides: Whether a boolean ``mask`` marks what is hidden instead of what is seen.
     """
@@ -78,14 +78,14 @@ class State:
 
     Attributes:
         life: How it enters and leaves the graph.
-        base: The node that attention reads, before heads are repeated or slots are cut off.
+        base: The node that attention reads, before heads are repeated or cache positions are cut off.
         new: The call's own tokens, ``[B, Hkv, T, D]``.
         past: Placeholder or allocation that held the earlier tokens, if any; or rows taken from such a placeholder.
         source: That placeholder, where ``past`` is rows taken from it.
         write: The node that writes ``new`` into ``past``, where that is a write in place.
-        position: Slots of the new tokens, a node; or their first slot, a number.
+        position: Cache positions of the new tokens, a node; or their first cache position, a number.
         repeats: Query heads for one KV head, as repeated in the graph.
-        slots: How many leading slots attention reads; ``None`` for all.
+        slots: How many leading cache positions attention reads; ``None`` for all.
     """
 
     life: Life
@@ -105,8 +105,8 @@ class State:
 
 
 @dataclass(frozen=True)
-class Coding:
-    """How one cache tensor is coded.
+class Quantization:
+    """How one cache tensor is quantized: its layout and its calibration tables.
 
     Attributes:
         layout: Where each bit lies.
@@ -127,7 +127,7 @@ class AttentionSite:
         where: The module it runs in, or the cache it reads.
         attention: The attention.
         key, value: Its cache tensors.
-        key_coding, value_coding: What they are quantized to.
+        key_quantization, value_quantization: What they are quantized to.
     """
 
     layer: int
@@ -136,12 +136,12 @@ class AttentionSite:
     attention: Attention
     key: State
     value: State
-    key_coding: Coding
-    value_coding: Coding
+    key_quantization: Quantization
+    value_quantization: Quantization
 
-    def states(self) -> tuple[tuple[State, Coding], tuple[State, Coding]]:
-        """Return keys and values, each with its coding."""
-        return (self.key, self.key_coding), (self.value, self.value_coding)
+    def states(self) -> tuple[tuple[State, Quantization], tuple[State, Quantization]]:
+        """Return keys and values, each with its quantization."""
+        return (self.key, self.key_quantization), (self.value, self.value_quantization)
 
 
 @dataclass(frozen=True)

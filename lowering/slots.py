@@ -1,7 +1,7 @@
-"""Look at the slots that a call writes before anything is written.
+"""Check the cache positions that a call writes before anything is written.
 
 A quantized cache of fixed size takes tokens one behind another, and forgets what lies behind a write. A model may
-write otherwise: with gaps, from right to left, in a ring, over slots that it goes on to read. What the graph alone
+write otherwise: with gaps, from right to left, in a ring, over tokens that it goes on to read. What the graph alone
 does not tell is read on the host, once a call. Where a write does not fit, the buffers become ordinary tensors
 again and the call runs as it was captured.
 """
@@ -19,10 +19,10 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import HIDES
 from kvq_compile.lowering.sizes import Size
 
-GAPS = "the slots written are not consecutive"
-AHEAD = "tokens are written behind empty slots"
-OVERWRITES = "slots are overwritten that attention goes on to read behind the new tokens"
-NOT_FIRST = "the first tokens of a new cache are not written at its first slots"
+GAPS = "the cache positions written are not consecutive"
+AHEAD = "tokens are written behind empty cache positions"
+OVERWRITES = "cache positions are overwritten that attention goes on to read behind the new tokens"
+NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Write:
     Attributes:
         name: How the model names the cache.
         argument: Its place among the arguments; ``None`` for one that the call allocates.
-        position: Which result of `SlotCheck.positions` holds the slots; ``None`` where the first is a number.
-        first: The first slot, where it is a number.
-        tokens: How many tokens are written, where the first slot is a number.
-        hides: What hides the slots behind the new tokens: a part of the graph that computes the mask of the
+        position: Which result of `SlotCheck.positions` holds the cache positions; ``None`` where the first is a number.
+        first: The first cache position, where it is a number.
+        tokens: How many tokens are written, where the first cache position is a number.
+        hides: What hides the cache positions behind the new tokens: a part of the graph that computes the mask of the
             attention, ``True`` where nothing behind them is read, ``None`` where that is not known.
         inverted: Whether the mask marks what is hidden.
     """
@@ -54,7 +54,7 @@ class SlotCheck:
     """The writes of a graph into caches of fixed size.
 
     Attributes:
-        positions: The part of the graph that computes slots which are tensors, if any are.
+        positions: The part of the graph that computes cache positions which are tensors, if any are.
         writes: The writes, in order.
     """
 
@@ -111,7 +111,7 @@ def _on_host(vectors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _shows(write: Write, args: Sequence[Any], end: int) -> bool | None:
-    """Say whether the attention that follows a write sees slots from ``end`` on; ``None`` where that is not known."""
+    """Return whether the attention that follows a write sees positions from ``end`` on; ``None`` where unknown."""
     if write.hides is None or isinstance(write.hides, bool):
         return None if write.hides is None else not write.hides
     (mask,) = write.hides(*args)

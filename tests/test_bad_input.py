@@ -306,7 +306,7 @@ def test_positions_with_a_gap_are_told_and_lose_nothing() -> None:
     for first, last in ((0, 8), (8, 12)):
         step(*new(last - first, 3), keys, values, torch.arange(first, last))
         fill(*new(last - first, 3), *plain, torch.arange(first, last))
-    with pytest.warns(KVQWarning, match="tokens are written behind empty slots"):
+    with pytest.warns(KVQWarning, match="tokens are written behind empty cache positions"):
         step(*new(4, 3), keys, values, torch.arange(20, 24))
     fill(*new(4, 3), *plain, torch.arange(20, 24))
     for cache, expected in zip((keys, values), plain, strict=True):

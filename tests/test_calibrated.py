@@ -317,7 +317,7 @@ def test_texts_whose_mask_hides_nothing_are_whole_texts(method: str, options: An
 
 @pytest.mark.parametrize(("method", "options"), LOOKS_FAR)
 def test_texts_that_no_query_outgrows_are_too_short(method: str, options: Any) -> None:
-    with pytest.raises(ValueError, match="text without padding of more than 133 tokens for "):
+    with pytest.raises(ValueError, match="sequence without padding of more than 133 tokens for "):
         kvq_compile.calibrate(make_model(), [ids(133)], method, tokens=128, **options)
 
 
@@ -436,7 +436,7 @@ def test_the_choice_is_the_best_within_the_budget() -> None:
 
 
 def test_batches_that_cannot_be_calibrated_on_are_named() -> None:
-    with pytest.raises(ValueError, match="batches must hold a text"):
+    with pytest.raises(ValueError, match="batches must hold a sequence"):
         kvq_compile.calibrate(make_model(), [], "skvq")
     with pytest.raises(ValueError, match="must be one that is calibrated"):
         kvq_compile.calibrate(make_model(), [ids(20)], "int4")

@@ -264,7 +264,7 @@ def test_what_is_no_batch_or_has_no_loss_is_refused() -> None:
     for batch, error, reason in (
         (["text"], TypeError, "batches must hold token ids or keyword arguments, got list"),
         (texts()[0], ValueError, r"batches must hold token ids \[B, T\]"),
-        (texts(tokens=1), ValueError, "2 tokens of a text or more"),
+        (texts(tokens=1), ValueError, "2 tokens of a sequence or more"),
     ):
         with pytest.raises(error, match=reason):
             list(capture(Plain(), [batch], gradients=True))

@@ -221,7 +221,7 @@ def test_slots_moved_on_between_keys_and_values_are_two_and_left_alone() -> None
         return sdpa(query, keys, values, attn_mask=mask)
 
     given = buffers()()
-    with torch.no_grad(), pytest.warns(KVQWarning, match="written at different slots"):
+    with torch.no_grad(), pytest.warns(KVQWarning, match="written at different cache positions"):
         output = compile_(step)(*given)
         torch.testing.assert_close(output, step(*buffers()()))
 

@@ -407,7 +407,7 @@ def test_a_mask_that_shows_an_empty_slot_of_a_new_cache_is_an_error() -> None:
     """Regression: the columns behind the call's own tokens were cut off unread."""
     mask = causal_mask(0, 7, SLOTS)
     mask[:, 20] = True
-    with pytest.raises((RuntimeError, AssertionError), match="must hide the slots"):
+    with pytest.raises((RuntimeError, AssertionError), match="must hide the cache positions"):
         torch.compile(allocate, backend=Recorder())(
             tokens(7, 4, 2), tokens(7), tokens(7, seed=1), torch.arange(7), mask
         )

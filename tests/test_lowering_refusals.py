@@ -100,7 +100,7 @@ def test_one_mask_column_for_all_slots_is_left_alone() -> None:
         keys, values = join(keys, values, key, value)
         return sdpa(query, keys, values, attn_mask=torch.zeros(query.shape[2], 1)), keys, values
 
-    assert_left_alone(step, grown(), "one column of the mask stands for all slots")
+    assert_left_alone(step, grown(), "one column of the mask stands for all cache positions")
 
 
 def test_einsum_is_left_alone() -> None:

@@ -121,7 +121,7 @@ def test_a_buffer_without_a_mask_is_left_alone() -> None:
         return sdpa(query, keys, values)
 
     given = assert_left_alone(
-        step, buffers(), "attention reads slots that hold no token: there is no mask"
+        step, buffers(), "attention reads cache positions that hold no token: there is no mask"
     )
     assert type(given[3]) is torch.Tensor
 
@@ -154,7 +154,7 @@ def write_one_token_everywhere(keys, position, key):
         (write_channels, "the cache is written at something else than whole tokens"),
         (write_one_sequence, "the cache is written at something else than whole tokens"),
         (write_with_gaps, "the cache is written with gaps"),
-        (write_one_token_everywhere, "one token is written into several slots"),
+        (write_one_token_everywhere, "one token is written to several cache positions"),
     ],
 )
 def test_a_write_of_something_else_than_whole_tokens_is_left_alone(write, reason) -> None:

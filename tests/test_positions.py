@@ -121,7 +121,7 @@ def test_what_cannot_be_served_is_told_once_and_remembered() -> None:
         assert isinstance(keys, QuantizedKV)
         with (
             watching() as graphs,
-            pytest.warns(KVQWarning, match="slots written are not consecutive"),
+            pytest.warns(KVQWarning, match="cache positions written are not consecutive"),
         ):
             cache.call(run, torch.tensor([40, 42]))
         assert cache.keys is keys
@@ -145,7 +145,7 @@ def test_strict_raises_before_anything_is_written() -> None:
     with torch.no_grad():
         cache.call(run, range_(0, 40))
         before = cache.keys.clone().dequantize()
-        with pytest.raises(KVQError, match="slots written are not consecutive"):
+        with pytest.raises(KVQError, match="cache positions written are not consecutive"):
             cache.call(run, torch.tensor([40, 42]))
         assert isinstance(cache.keys, QuantizedKV)
         assert torch.equal(cache.keys.dequantize(), before)

@@ -77,6 +77,24 @@ def test_two_branches_grown_from_one_cache_hold_their_own_tokens() -> None:
         results = assert_alike(step, *grown(), rounds=3)
     assert all(isinstance(cache, QuantizedKV) for cache in results[:4])
     assert all("grows more than once" in site.detail for site in graphs[-1].sites)
+    caches = graphs[-1].states
+    assert caches and all(
+        cache.detail.startswith("stored quantized, read dense") for cache in caches
+    )
+
+
+def test_the_warning_says_that_caches_which_are_read_dense_are_stored_quantized() -> None:
+    def step(keys, values, new):
+        one = torch.cat([keys, new], 2), torch.cat([values, new], 2)
+        two = torch.cat([keys, new + 1], 2), torch.cat([values, new + 1], 2)
+        return *one, *two, sdpa(new, *one), sdpa(new, *two)
+
+    _, packed = grown()
+    compiled = torch.compile(step, backend="kvq", options=OPTIONS)
+    told = r"2 of 2 attentions read their caches dense, which are stored quantized: the cache grows"
+    with torch.no_grad(), pytest.warns(KVQWarning, match=told):
+        results = compiled(*packed, tokens(1, 3))
+    assert all(isinstance(cache, QuantizedKV) for cache in results[:4])
 
 
 def test_a_cache_grown_twice_in_a_row_is_attended_to_at_both_lengths() -> None:

@@ -1,1 +1,1 @@
-"""What is learned from texts before a model is compiled: tables, clips, codebooks, and the file that keeps them."""
+"""What is learned from sequences before a model is compiled: tables, clips, codebooks, and the file that keeps them."""

@@ -37,7 +37,7 @@ class LayerTables:
 
     Attributes:
         key, value: Tables of its keys and values; ``None`` for a method that has none.
-        rotary: Whether its keys are coded as they were before the rotary embedding.
+        rotary: Whether its keys are quantized as they were before the rotary embedding.
         note: Why they are not, where the method would have wanted it.
         key_options, value_options: How ``"auto"`` codes them, as options of `scheme_of`; else empty.
         query_norms: Squared norm that few queries of each KV head exceed, for ``"qaq"``; else empty.

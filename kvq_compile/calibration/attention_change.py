@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Text:
-    """What one attention saw of one text, fp32, as attention reads it.
+    """What one attention saw of one sequence, fp32, as attention reads it.
 
     Attributes:
         query: Some of the queries, ``[Hq, n, D]``.
-        place: Their slots in the text, ``[n]``.
+        place: Their positions in the sequence, ``[n]``.
         key, value: All keys and values, ``[H, T, D]``.
         scale: Factor on the scores.
     """
@@ -30,7 +30,7 @@ def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> T
     """Attend causally; tokens farther back than the window, sinks apart, are ``key`` and ``value``'s.
 
     Returns:
-        Outputs of the text's queries, ``[Hq, n, D]``.
+        Outputs of the sequence's queries, ``[Hq, n, D]``.
     """
     slot = torch.arange(text.key.shape[1], device=key.device, dtype=torch.int64)
     distance = text.place[:, None] - slot
@@ -52,5 +52,5 @@ def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> T
 
 
 def exact(text: Text) -> Tensor:
-    """Return the outputs of the text's queries with nothing quantized, ``[Hq, n, D]``."""
+    """Return the outputs of the sequence's queries with nothing quantized, ``[Hq, n, D]``."""
     return attend(text, text.key, text.value, 0, 1)

@@ -2,7 +2,7 @@
 
 The tokens that are kept of each batch follow from the seed alone, so on a CPU the same call gives the same
 tables (a GPU sums gradients in no fixed order, which moves the last digits). How
-many are kept bounds the memory: where the samples of all layers would not fit, the texts are read again for
+many are kept bounds the memory: where the samples of all layers would not fit, the sequences are read again for
 each group of layers that does. `resume` names a file to which every fitted layer goes, and from which a call
 that was cut short goes on.
 """
@@ -33,12 +33,12 @@ from kvq_compile.options import base_name, make_options, method_class
 
 TOKENS = 16_384
 MEMORY = 2 << 30
-SKIPPED = 5  # first tokens of a text: sinks, which stay exact
+SKIPPED = 5  # first tokens of a sequence: sinks, which stay exact
 WINDOW = 128  # last tokens before a query: they stay exact too
 FAR = SKIPPED + WINDOW  # first slot from which a query sees tokens that do not
 CALIBRATED_NAMES = "skvq, cq-<c>c<b>b, auto or qaq"
 CODEBOOKS_BELOW = 2.5  # bits from which they lose against uniform steps
-TEXTS, QUERIES = 4, 256  # texts and queries of each by which attention's output is judged
+TEXTS, QUERIES = 4, 256  # sequences and queries of each by which attention's output is judged
 Advance = Callable[[str, int, int], None]
 
 
@@ -82,7 +82,7 @@ def calibrate(
 
     Args:
         model: Any decoder that the backend can compile.
-        batches: Texts, as token ids ``[B, T]`` or keyword arguments of the model.
+        batches: Sequences, as token ids ``[B, T]`` or keyword arguments of the model.
         method: ``"skvq"``, ``"cq-<channels>c<bits>b"``, ``"auto"`` with ``bits`` on average, or ``"qaq"``, of
             which only query norms are measured, without gradients.
         tokens: Tokens to fit to, taken evenly from all batches.
@@ -94,7 +94,7 @@ def calibrate(
 
     Raises:
         ValueError: The method, an option or the batches do not fit, or ``resume`` is of another calibration.
-        TypeError: The batches are no texts.
+        TypeError: A batch holds no sequences.
     """
     options = check_calibration(method, options)
     texts = _check_batches(batches)
@@ -148,7 +148,7 @@ def _check_batches(batches: Any) -> list[Batch]:
     """Return the batches as a list.
 
     Raises:
-        TypeError: They are no texts.
+        TypeError: A batch holds no sequences.
         ValueError: There are none.
     """
     one = isinstance(batches, (Tensor, Mapping, str, bytes))
@@ -160,7 +160,7 @@ def _check_batches(batches: Any) -> list[Batch]:
         )
     texts = list(batches)
     if not texts:
-        raise ValueError("batches must hold a text or more, got none")
+        raise ValueError("batches must hold a sequence or more, got none")
     for index, text in enumerate(texts):
         tokens = isinstance(text, Tensor) and text.dim() == 2 and not text.is_floating_point()
         if not (tokens or isinstance(text, Mapping)):
@@ -214,7 +214,7 @@ def _sample(
     samples: list[_Samples] = []
     layers = 0
     for number, found in enumerate(found_in):
-        advance("reading texts", number, len(texts))
+        advance("reading sequences", number, len(texts))
         layers = len(found)
         if number == 0:
             rows = tokens * (4 if gradients else 2) + TEXTS * 2 * found[0].key.shape[2]
@@ -226,7 +226,7 @@ def _sample(
             whole = seen.mask is None or bool(seen.mask[0].all())
             if len(sample.texts) < TEXTS and whole and seen.key.shape[2] > FAR:
                 sample.texts.append(_text(seen, generator.clone_state()))
-    advance("reading texts", len(texts), len(texts))
+    advance("reading sequences", len(texts), len(texts))
     return samples, layers
 
 
@@ -256,7 +256,7 @@ def _take(sample: _Samples, seen: Activations, share: int, generator: torch.Gene
 
 
 def _text(seen: Activations, generator: torch.Generator) -> Text:
-    """Return what an attention saw of the first text of a batch, with queries that look beyond the window."""
+    """Return what an attention saw of the first sequence of a batch, with queries that look beyond the window."""
     far = seen.key.shape[2] - FAR
     order = torch.randperm(far, generator=generator, dtype=torch.int64, device="cpu")
     places = order[:QUERIES] + FAR
@@ -322,14 +322,14 @@ def _chosen(candidates: list[_Candidates], options: dict[str, Any]) -> list[Laye
 
 
 def _note(sample: _Samples) -> str:
-    return f"keys are coded as attention sees them: {sample.note}" if sample.note else ""
+    return f"keys are quantized as attention sees them: {sample.note}" if sample.note else ""
 
 
 def _texts(sample: _Samples, what: str) -> list[Text]:
     if not sample.texts:
         raise ValueError(
-            f"batches must hold a text without padding of more than {FAR} tokens for {what}, got none; "
-            "pass longer texts"
+            f"batches must hold a sequence without padding of more than {FAR} tokens for {what}, got none; "
+            "pass longer sequences"
         )
     return sample.texts
 

@@ -1,4 +1,4 @@
-"""Capture what the attentions of a model see on given texts, for methods that calibrate.
+"""Capture what the attentions of a model see on given sequences, for methods that calibrate.
 
 The model is compiled by a backend that rewrites nothing: it finds the attentions as the ``kvq`` backend
 does, lets the graph return their queries, keys and values, and runs it eagerly. So calibration covers
@@ -234,7 +234,7 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
     if result is not None:
         loss = _loss(_logits(result), _ids(batch), mask)
         if not loss.requires_grad:
-            raise ValueError("logits must depend on the keys, got some that record no gradient")
+            raise ValueError("logits must depend on the keys, got some without a gradient")
         gradients = list(torch.autograd.grad(loss, pairs, allow_unused=True))
     found = []
     for index, (layer, scale, query, key, value) in enumerate(watch.seen):
@@ -297,6 +297,6 @@ def _loss(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
     counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device)
     counted = (counted[:, 1:] & counted[:, :-1]).to(logits.device)
     if not bool(counted.any()):
-        raise ValueError("batches must hold 2 tokens of a text or more for a loss, got fewer")
+        raise ValueError("batches must hold 2 tokens of a sequence or more for a loss, got fewer")
     targets = ids[:, 1:].to(logits.device)
     return cross_entropy(logits[:, :-1][counted].float(), targets[counted].long())

@@ -1,6 +1,6 @@
-"""``method="auto"``: choose how each layer's keys and values are coded, within a budget of bits.
+"""``method="auto"``: choose how each layer's keys and values are quantized, within a budget of bits.
 
-Every candidate coding of every tensor is tried on sequences that the model has run: the tensor alone is coded
+Every candidate scheme of every tensor is tried on sequences that the model has run: the tensor alone is quantized
 as a cache would hold it, tokens that have left the window by the time a query sees them are read as they
 are stored, and the change of the attention's output is measured. The choice with the least sum of relative
 changes among all whose average width is within the budget is found exactly, by dynamic programming.
@@ -41,7 +41,7 @@ class Choice:
     Attributes:
         options: Options of its scheme: see `scheme_of`.
         tables: Its tables.
-        bits: Bits a number of packed pages, parameters included.
+        bits: Bits per element of packed pages, parameters included.
         error: Relative squared change of the attention's output.
     """
 

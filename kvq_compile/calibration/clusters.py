@@ -1,6 +1,6 @@
 """Put channels of like range into equal groups: the channel reorder of SKVQ, as a fused kernel can read it.
 
-The authors' code clusters all channels of a layer by k-means on their least and largest numbers, into groups
+The authors' code clusters all channels of a layer by k-means on their least and largest element, into groups
 of any size that span heads (`cross_head`). Here a head keeps its channels and every group has its size, so
 k-means gives only where to start: its clusters are filled up to that size. From the best of several starts
 on, the two channels whose exchange lowers the squared distance from the groups' means most change places, until
@@ -28,7 +28,7 @@ def order_by_range(low: Tensor, high: Tensor, group_size: int, paired: bool) -> 
     half a head, into shorter ones.
 
     Args:
-        low: Least coded number of each channel, ``[H, D]``.
+        low: Least element of each stored channel, ``[H, D]``.
         high: Largest one, ``[H, D]``.
         group_size: Channels of a group; divides ``D``.
         paired: Channels ``c`` and ``c + D/2`` stay a pair, at places that are ``D/2`` apart.

@@ -38,7 +38,7 @@ class CrossHead:
     clusters: int
 
     def bits(self, levels: int, fp8: bool) -> float:
-        """Return bits a number, with two parameters for each group of a token; three levels count 1.6."""
+        """Return bits per element, with two parameters for each group of a token; three levels count 1.6."""
         used = len(self.labels.unique())
         return DIGITS.get(levels, levels.bit_length()) + 2 * (8 if fp8 else 16) * used / len(
             self.labels
@@ -46,7 +46,7 @@ class CrossHead:
 
 
 def cluster_across_heads(x: Tensor, group_size: int) -> CrossHead:
-    """Cluster all channels of a layer by their least and largest numbers.
+    """Cluster all channels of a layer by their least and largest element.
 
     Args:
         x: Samples, ``[tokens, H, D]`` fp32; keys without their rotation.

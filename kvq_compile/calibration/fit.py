@@ -1,11 +1,11 @@
 """Fit the tables of calibrated quantizers to samples of keys or values.
 
 A fitted cache codes ``y = ((x - mean) / scale)[order]``, head by head, either in uniform steps between the
-(clipped) least and largest number of a group of channels of one token (SKVQ), or as the nearest entry of a
+(clipped) least and largest element of a group of channels of one token (SKVQ), or as the nearest entry of a
 codebook for a few coupled channels (CQ). The functions here know nothing of models: they take samples
-``[tokens, H, D]`` and how much each number matters, and return tables.
+``[tokens, H, D]`` and how much each element matters, and return tables.
 
-**What is minimised.** To second order a change ``e`` of the stored numbers costs ``e' F e / 2``, with the
+**What is minimised.** To second order a change ``e`` of the stored elements costs ``e' F e / 2``, with the
 Fisher information ``F`` estimated by squared gradients of the loss, which weigh the samples of codebooks. The
 weights have heavy tails: in the reference models a hundredth of the tokens carries most of the squared gradient.
 Fitted to those alone a table overfits, so the weights may be tempered by a power. Uniform steps need no weights:
@@ -31,7 +31,7 @@ from kvq_compile.kernels.reference.uniform import group_values, quantize_groups
 _LARGEST = 128.0
 # Power of a channel's spread by which it is divided.
 EQUALIZE = 0.5
-# Tokens that are coded at a time.
+# Tokens that are quantized at a time.
 _TOKENS = 4096
 
 
@@ -40,12 +40,12 @@ class Fitted:
     """Tables of one layer's keys or values.
 
     Attributes:
-        order: Channel coded at each place, ``[H, D]`` int64, a permutation of each head's channels.
+        order: Channel stored at each place, ``[H, D]`` int64, a permutation of each head's channels.
         mean: Subtracted before coding, ``[H, D]`` fp32, by original channel.
         scale: Divided by before coding, ``[H, D]`` fp32, positive, by original channel.
-        margin: Part of a group's range that is cut off at each end, ``[H, D]`` fp32 in [0, .5), by coded
+        margin: Part of a group's range that is cut off at each end, ``[H, D]`` fp32 in [0, .5), by stored
             channel and equal within a group.
-        codebook: Centroids of coded channels, ``[H, D/c, 2**b, c]`` fp16, or None for uniform steps.
+        codebook: Centroids of stored channels, ``[H, D/c, 2**b, c]`` fp16, or None for uniform steps.
     """
 
     order: Tensor
@@ -114,11 +114,11 @@ def fit_codebook(
     """Fit a codebook to each group of ``couple`` channels.
 
     A sample weighs as much as its channels together, to the power ``temper``. The error that remains is
-    that of the nearest centroid in plain distance, as when tokens are coded.
+    that of the nearest centroid in plain distance, as when tokens are quantized.
 
     Args:
         x: Samples, ``[tokens, H, D]`` fp32; keys without their rotation.
-        weight: Nonnegative importance of each number, like ``x``, or None for equal ones.
+        weight: Nonnegative importance of each element, like ``x``, or None for equal ones.
         couple: Channels that share an index; divides ``D``.
         bits: Of an index.
         paired: Channels ``c`` and ``c + D/2`` are rotated together and share a scale.
@@ -260,7 +260,7 @@ def _arranged(y: Tensor, order: Tensor) -> Tensor:
 
 
 def _uniform(y: Tensor, margin: Tensor, levels: int, group_size: int, fp8: bool) -> Tensor:
-    """Code numbers ``[tokens, H, D]`` with margins ``[H, D/g]`` and return what the codes stand for."""
+    """Quantize elements ``[tokens, H, D]`` with margins ``[H, D/g]`` and return what the codes stand for."""
     groups = y.unflatten(-1, (-1, group_size))
     return group_values(*quantize_groups(groups, levels, "fp8" if fp8 else "fp16", margin)).flatten(
         -2

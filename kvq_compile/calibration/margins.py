@@ -1,13 +1,13 @@
 """Search how much of each group's range to cut off, by what that changes in attention's output.
 
-Squared error of the numbers is no guide: it shrinks outliers to gain finer steps, and the shrinkage of a key
+Squared error of the elements is no guide: it shrinks outliers to gain finer steps, and the shrinkage of a key
 adds up over all tokens that are attended to where rounding averages out. So a margin is judged by the attention
-itself: the queries of calibration texts attend to keys, or values, that were coded with it.
+itself: the queries of calibration sequences attend to keys, or values, that were quantized with it.
 
 Groups of values change channels of the output of their own, so that one pass over the margins finds the best
 of every group. Groups of keys meet in the scores: from the best common margin of a head on, one group after
 another takes the margin that changes its head's output least. Neither is ever worse than no margin at all, on
-the texts of the search.
+the sequences of the search.
 
 Source: SKVQ (arXiv 2405.06219), section 3.2: clipping by the error of attention's output.
 """
@@ -48,7 +48,7 @@ def search_margins(
         fitted: Tables of `fit_uniform`, whose margins are not read.
         texts: What the attention saw, with queries farther than the window from the first tokens.
         role: Whether ``fitted`` is of its keys or of its values.
-        rotation: How keys were rotated that are coded without it.
+        rotation: How keys were rotated that are quantized without it.
         levels: Largest code, as in `quantize_dequantize`, as are ``group_size`` and ``fp8``.
         group_size: Coded channels that share a margin.
         fp8: Parameters are rounded to e4m3.
@@ -60,7 +60,7 @@ def search_margins(
     samples = [_unrotated(text, role, rotation) for text in texts]
 
     def change(margin: Tensor) -> Tensor:
-        """Return the squared change of the output by coded channel, ``[H, D]``, for margins ``[H, D/g]``."""
+        """Return the squared change of the output by stored channel, ``[H, D]``, for margins ``[H, D/g]``."""
         tables = replace(fitted, margin=margin.repeat_interleave(group_size, -1))
         total = torch.zeros(H, D, dtype=torch.float64, device=margin.device)
         for text, output, x in zip(texts, outputs, samples, strict=True):
@@ -107,7 +107,7 @@ def _least(
 
 
 def _unrotated(text: Text, role: Role, rotation: Rotation | None) -> Tensor:
-    """Return a text's keys or values as they are coded, ``[T, H, D]``."""
+    """Return a sequence's keys or values as they are quantized, ``[T, H, D]``."""
     x = (text.key if role == "key" else text.value).transpose(0, 1)
     if rotation is None:
         return x

@@ -31,22 +31,22 @@ def measure_query_norms(
     Args:
         model: Any decoder that the backend can compile.
         texts: Token ids or keyword arguments of the model.
-        tokens: Queries of a head to measure, taken evenly from all texts.
+        tokens: Queries of a head to measure, taken evenly from all sequences.
         seed: Of the choice of these queries.
-        skipped: First tokens of a text that do not count.
+        skipped: First tokens of a sequence that do not count.
         advance: Called with a stage, how much of it is done and how much there is to do.
     """
     share = -(-tokens // len(texts))
     norms: list[list[Tensor]] = []
     kv_heads: list[int] = []
     for number, found in enumerate(capture(model, texts, gradients=False)):
-        advance("reading texts", number, len(texts))
+        advance("reading sequences", number, len(texts))
         norms = norms or [[] for _ in found]
         kv_heads = [seen.key.shape[1] for seen in found]
         for layer, seen in zip(norms, found, strict=True):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             layer.append(_squared_norms(seen, share, skipped, generator))
-    advance("reading texts", len(texts), len(texts))
+    advance("reading sequences", len(texts), len(texts))
     return [_quantiles(torch.cat(layer), H) for layer, H in zip(norms, kv_heads, strict=True)]
 
 
@@ -70,7 +70,7 @@ def _squared_norms(
 def _quantiles(norms: Tensor, kv_heads: int) -> tuple[float, ...]:
     """Return the quantile of each KV head of squared norms ``[n, Hq]``."""
     if not len(norms):
-        raise ValueError("batches must hold texts longer than the sinks, got none that is")
+        raise ValueError("batches must hold sequences longer than the sinks, got none that is")
     place = max(0, math.ceil(QUANTILE * len(norms)) - 1)
     of_heads = norms.sort(0).values[place].view(kv_heads, -1)
     return tuple(of_heads.amax(-1).tolist())

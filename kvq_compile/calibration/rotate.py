@@ -1,4 +1,4 @@
-"""Turn captured keys back to what they were before their rotary embedding, and forth."""
+"""Apply the inverse rotation to captured keys, and the rotation to keys before RoPE."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Protocol:
 class Score:
     """One row of the table; ``difference`` in percent, ``kl`` in nats, ``top1`` in percent.
 
-    ``packed_bits`` are those of a number in a packed page, ``effective_bits`` all bytes held over all numbers.
+    ``packed_bits`` are those of an element in a packed page, ``effective_bits`` all bytes held over all elements.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""Measure retrieval through a quantized cache: facts planted in a text, asked for at its end.
+"""Measure passkey retrieval through a quantized cache: facts planted in a sequence, asked for at its end.
 
 Perplexity is an average over tokens that mostly need their neighbours; recall is not. Six facts ::
 
@@ -150,7 +150,7 @@ def recall(
     advance: Advance = lambda exams: None,
     kept: Kept | None = None,
 ) -> list[float]:
-    """Return the percentage of digits each runner gets right over several exams.
+    """Return the percentage of digits each runner gets right over several contexts.
 
     Args:
         runners: As `make_runners` returns them.

@@ -79,7 +79,7 @@ def rounding_bound(
         query, key, value: ``[B, Hq, T, D]``, ``[B, Hkv, S, D]``, ``[B, Hkv, S, Dv]``, finite.
         scale: Factor on the scores.
         bias: Largest magnitude of an additive mask, where it does not hide.
-        rotated: Whether tokens are coded in a rotated basis.
+        rotated: Whether tokens are quantized in a rotated basis.
     """
     unit, D, S = 2.0**-24, query.shape[3], key.shape[2]
     norms = float(query.double().norm(dim=-1).max()) * float(key.double().norm(dim=-1).max())
@@ -158,7 +158,7 @@ def bound_for(
 def _measured(
     pages: Tensor, layout: Layout, tables: Tables | None, symbols: tuple[Any, Any, Any]
 ) -> dict[Any, float]:
-    """Return range, magnitude and distance of pages ``[B, H, P, N, D]`` in the basis in which they are coded."""
+    """Return range, magnitude and distance of pages ``[B, H, P, N, D]`` in the basis in which they are quantized."""
     span, largest, distance = symbols
     calibrated = UNCALIBRATED
     if tables is not None:
@@ -331,7 +331,7 @@ def _assert_close(output: Tensor, exact: Tensor, tolerance: float, what: str) ->
 
 @st.composite
 def tensor_specs(draw: st.DrawFn, head_dim: int, page_size: int, transform: bool = True) -> Uniform:
-    """Draw how one tensor is coded, in groups that divide ``head_dim`` or ``page_size``."""
+    """Draw how one tensor is quantized, in groups that divide ``head_dim`` or ``page_size``."""
     groupings: tuple[Grouping, ...] = ("token", "channel")
     transforms: tuple[Transform, ...] = ("none", "hadamard") if transform else ("none",)
     grouping = draw(st.sampled_from(groupings))

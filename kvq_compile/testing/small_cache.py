@@ -25,7 +25,7 @@ def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def grown(count: int, seed: int = 0, layout: Layout = LAYOUT) -> QuantizedKV:
-    """Return a grown cache of ``count`` tokens."""
+    """Return a dynamic cache of ``count`` tokens."""
     return QuantizedKV.from_dense(tokens(count, seed), layout)
 
 

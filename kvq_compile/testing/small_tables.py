@@ -23,8 +23,8 @@ def random_tables(
 
     Args:
         heads, head_dim: Shape of the tensor.
-        group_size: Neighbouring coded channels that share a margin.
-        rotary: Whether to rotate, at frequencies from a turn in six tokens down.
+        group_size: Neighbouring stored channels that share a margin.
+        rotary: Whether to rotate, at frequencies from a full rotation in six tokens down.
         codebook: Coupled channels and bits of an index, or ``None``.
         seed: Of the random numbers.
     """
@@ -103,7 +103,7 @@ def framed_layouts(
     draw: st.DrawFn, role: Role | None = None, heads: int = 2, batch: int = 2,
     head_dims: tuple[int, ...] = (64, 80, 96, 128), page_sizes: tuple[int, ...] = (32, 64),
 ) -> tuple[Layout, Calibrated]:  # fmt: skip
-    """Draw a calibrated layout and what its tokens are coded relative to."""
+    """Draw a calibrated layout and what its tokens are quantized relative to."""
     roles: tuple[Role, ...] = ("key", "value")
     chosen: Role = draw(st.sampled_from(roles)) if role is None else role
     head_dim = draw(st.sampled_from(head_dims))

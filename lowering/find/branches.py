@@ -10,11 +10,11 @@ from kvq_compile.lowering.find.sites import left_alone
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import argument, target_name, value_of
 
-SEVERAL = "the cache grows more than once in a call; it is stored quantized and read as an ordinary tensor"
+SEVERAL = "the cache grows more than once in a call"
 
 
 def refuse_branches(graph: Graph) -> PassReport:
-    """Turn every site into a report that reads one of several caches grown from the same one.
+    """Refuse sites that read one of several caches grown from the same one.
 
     Before:  one = cat([past, a], 2); two = cat([past, b], 2), or two = cat([past, a, b], 2); both are attended to
     After:   no sites that read them

@@ -1,9 +1,9 @@
-"""Say of every cache that enters a graph what becomes of it.
+"""Report on every cache that enters a graph: quantized, or the reason why not.
 
 Start from the state: an argument (or an allocation that is returned) of three dimensions or more is a cache if the call
 
 - hands it back longer along one axis, made of its own elements and others; or
-- writes some of its slots in place, from a tensor.
+- writes some of its cache positions in place, from a tensor.
 
 Along the third of four axes, as ``[B, H, S, D]`` grows, that suffices. Along any other axis, and with three or five
 of them, it must also be multiplied with something else that the call computes, as attention does with keys: feature
@@ -39,11 +39,11 @@ PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"
 _BY_SLOT = ("index_copy_", "setitem", "index_put_", "copy_", "scatter_", "masked_scatter_")
 _REACH = 256  # nodes followed from a cache to what reads it
 _ALLOCATED = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "full")
-DENSE = "is stored quantized and read as an ordinary tensor"
+DENSE = "stored quantized, read dense"
 
 
 def find_states(graph: Graph) -> PassReport:
-    """Report on every cache that the call grows or writes: what is not served is told by name.
+    """Report on every cache that the call grows or writes, by the model's name for it.
 
     Before:  sites, and reports on the attentions that are none
     After:   the same, ``graph.state_reports``
@@ -134,7 +134,7 @@ def _hint(size: Any) -> int:
 
 
 def _written(graph: Graph) -> dict[fx.Node, int | None]:
-    """Return the tensors some of whose slots the call writes in place, with the axis of the slots."""
+    """Return the tensors that the call writes in place at some cache positions, with the axis of these."""
     found: dict[fx.Node, int | None] = {}
     for node in graph.fx.nodes:
         if target_name(node) not in _BY_SLOT or not writes_in_place(node):

@@ -1,7 +1,7 @@
-"""Make sure that a site means after the rewriting what it meant before; refuse it where that is not certain.
+"""Refuse sites whose meaning the rewriting might change.
 
 The rewriting moves a write behind the attention that reads it, lets attention take the call's own tokens
-from where they were computed, and lets slots without a token go unread. Each check below guards one of these.
+from where they were computed, and lets cache positions without a token go unread. Each check below guards one of these.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def check_pair(key: State, value: State) -> None:
     if key.life not in _SLOTTED:
         return
     if not same_value(key.position, value.position):
-        raise Refusal("keys and values are written at different slots")
+        raise Refusal("keys and values are written at different cache positions")
     if not same_value(key.slots, value.slots):
-        raise Refusal("different numbers of slots are read from keys and values")
+        raise Refusal("keys and values are read up to different cache positions")
 
 
 def check_mask(attention: Attention, key: State) -> None:
-    """Make sure that slots without a token cannot be seen, and that the mask has a column for each slot.
+    """Make sure that cache positions without a token cannot be seen, and that the mask has a column for each.
 
     Raises:
         Refusal: That is not certain.
@@ -104,7 +104,7 @@ def check_mask(attention: Attention, key: State) -> None:
             raise Refusal("the mask is trained")
         slots = (shape_of(key.base) or (0, 0, 0))[2] if key.slots is None else value_of(key.slots)
         if mask.dim() == 0 or (same(mask.shape[-1], 1) and not same(slots, 1)):
-            raise Refusal("one column of the mask stands for all slots")
+            raise Refusal("one column of the mask stands for all cache positions")
     if key.life not in _SLOTTED or mask is not None or attention.causal:
         return
     tokens = (shape_of(key.new) or (0, 0, 0))[2]
@@ -114,7 +114,7 @@ def check_mask(attention: Attention, key: State) -> None:
         or isinstance(first, torch.Tensor)
         or not same(value_of(key.slots), first + tokens)
     ):
-        raise Refusal("attention reads slots that hold no token: there is no mask")
+        raise Refusal("attention reads cache positions that hold no token: there is no mask")
 
 
 def check_order(attention: Attention, states: Sequence[State], order: Sequence[fx.Node]) -> None:

@@ -1,4 +1,4 @@
-"""Leave everything as it is where gradients are recorded."""
+"""Refuse to rewrite where gradients are recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECORDING_GRADIENTS = (
 
 
 def refuse_gradients(graph: Graph) -> PassReport:
-    """Turn every site into a report where a gradient could flow through it.
+    """Refuse all sites where a gradient could flow through them.
 
     Before:  sites, and an argument that requires a gradient under ``enable_grad``
     After:   no sites

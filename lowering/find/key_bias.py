@@ -1,4 +1,4 @@
-"""Code keys without the bias of their projection, where that bias would swamp them."""
+"""Quantize keys without the bias of their projection, where that bias would swamp them."""
 
 from __future__ import annotations
 

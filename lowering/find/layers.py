@@ -1,4 +1,4 @@
-"""Say to which layer of the model an attention belongs: from its cache, its module, or else by counting.
+"""Find the layer of the model that an attention belongs to: from its cache, its module, or else by counting.
 
 Dynamo names every argument of a graph by where the call found it, ``L['past'].layers[3].keys``, and every node by the
 modules it ran in, ``L['self'].model.layers.3.self_attn``. The number of a layer is then the same in every graph
@@ -53,7 +53,7 @@ def places_of(attentions: Sequence[Attention | tuple[fx.Node, Exception]]) -> li
 
 
 def counts_layers(where: str) -> bool:
-    """Say whether a place is one of a graph that holds the model's list of layers, or knows no other count."""
+    """Return whether a place is one of a graph that holds the model's list of layers, or knows no other count."""
     return where == COUNTED or _number(_OF_A_MODULE, where) is not None
 
 

@@ -1,9 +1,9 @@
-"""Say where the elements of a tensor come from, whatever operations moved them there.
+"""Trace the elements of a tensor to where they come from, whatever operations moved them.
 
 A cache that grows can be spelled in many ways: ``cat``, ``F.pad`` and a write, an allocation filled by slices,
 ``scatter``, ``where``, a sum of one-hot products. None of them is matched here. What lies between the returned
 tensor and the cache is *evaluated*, on the CPU and on random numbers, at several lengths where lengths are symbols
-of the graph. The tensor is a grown cache if it equals ``cat([past, new], 2)`` every time, bit by bit.
+of the graph. The tensor is a dynamic cache if it equals ``cat([past, new], 2)`` every time, bit by bit.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Growth:
 
 
 def is_cache_like(node: Any) -> bool:
-    """Say whether a node is an argument ``[B, H, S, D]`` of floating-point numbers."""
+    """Return whether a node is an argument ``[B, H, S, D]`` of floating-point elements."""
     if not isinstance(node, fx.Node) or node.op != "placeholder":
         return False
     value = value_of(node)
@@ -92,7 +92,7 @@ def moved_from(node: Any) -> Any:
 
 
 def _keeps_dtype(node: fx.Node, name: str) -> bool:
-    """Say whether a cast casts nothing."""
+    """Return whether a cast casts nothing."""
     if name not in ("to", "type", "type_as", "float", "half", "bfloat16"):
         return False
     before, after = value_of(node.args[0]), value_of(node)
@@ -109,7 +109,7 @@ def _takes_all(node: fx.Node) -> bool:
 
 
 def is_whole_cache(node: fx.Node) -> bool:
-    """Say whether a subscript takes all of a cache: another name for it."""
+    """Return whether a subscript takes all of a cache: another name for it."""
     return is_cache_like(node.args[0]) and _takes_all(node)
 
 
@@ -213,10 +213,10 @@ def gathered_from(node: Any) -> tuple[fx.Node, fx.Node] | None:
 
 
 class _Trial:
-    """The operations between a cache and its new tokens and what may be the grown cache.
+    """The operations between a cache and its new tokens and what may be the dynamic cache.
 
     Args:
-        grown: What may be the grown cache.
+        grown: What may be the dynamic cache.
         past: A cache-like placeholder, or rows taken from one.
         new: What may be the new tokens.
     """
@@ -293,7 +293,7 @@ class _Trial:
             }
 
     def _holds(self, sizes: Mapping[Any, int], fixed: bool) -> tuple[int, ...] | None:
-        """Return the rows of the past in the grown cache, ``()`` for all in order; ``None`` if it is none."""
+        """Return the rows of the past in the dynamic cache, ``()`` for all in order; ``None`` if it is none."""
         known: dict[fx.Node, Any] = {}
         for node in (self._past, self._new):
             known[node] = _random(value_of(node), sizes)

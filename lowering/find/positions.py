@@ -1,4 +1,4 @@
-"""Say at which slots a call writes, and what can be known of them before it runs."""
+"""Find the cache positions that a call writes, and which of them can be computed before it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LARGEST_PART = 512  # nodes that positions or a mask are computed by, far more 
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Say whether two arguments of nodes are equal in every call: the same steps on the same tensors."""
+    """Return whether two arguments of nodes are equal in every call: the same steps on the same tensors."""
     if a is b:
         return True
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
@@ -98,18 +98,18 @@ def _needed_by(
         needed.add(node)
         if node.op == "placeholder":
             if isinstance(value_of(node), QuantizedKV) or node not in arguments:
-                raise Refusal("the slots written depend on the contents of a cache")
+                raise Refusal("the cache positions written depend on the contents of a cache")
             continue
         if node.op not in ("call_function", "call_method", "get_attr"):
-            raise Refusal(f"the slots written depend on a {node.op}")
+            raise Refusal(f"the cache positions written depend on a {node.op}")
         if target_name(node) in MIXING or len(needed) > _LARGEST_PART:
-            raise Refusal(f"the slots written depend on {target_name(node)}")
+            raise Refusal(f"the cache positions written depend on {target_name(node)}")
         if node.op != "get_attr" and (writes_in_place(node) or node.is_impure()):
-            raise Refusal(f"the slots written pass through {target_name(node)}")
+            raise Refusal(f"the cache positions written pass through {target_name(node)}")
         stack.extend(node.all_input_nodes)
     before = (node for node in result.graph.nodes if place[node] <= place[result])
     if {root_of(node) for node in needed} & changed_roots(before):
-        raise Refusal("the slots written change within the call before they are used")
+        raise Refusal("the cache positions written change within the call before they are used")
     return needed
 
 

@@ -1,4 +1,4 @@
-"""Say why keys and values that no finder took for a cache are none, or what hides the cache."""
+"""Reasons why keys or values are not found to be a cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
     """Return the reason why the keys or values ``base`` are not what the model keeps.
 
     Args:
-        base: What attention reads, heads and slots peeled away.
+        base: What attention reads, heads and cache positions peeled away.
         outputs: Nodes that the graph returns.
     """
     for user in _neighbours(base.users):
@@ -76,7 +76,7 @@ def _is_cache(node: fx.Node, outputs: set[fx.Node]) -> bool:
 
 
 def _reaches_cache(base: fx.Node, outputs: set[fx.Node]) -> bool:
-    """Say whether a cache lies behind ``base``, moved or changed on its way to attention."""
+    """Return whether a cache lies behind ``base``, moved or changed on its way to attention."""
     seen: set[fx.Node] = set()
     front = [base]
     for _ in range(_REACH):

@@ -1,4 +1,4 @@
-"""Run a part of a graph again, on real numbers: what `find_rotation` asks its questions of."""
+"""Evaluate a part of a graph on real tensors, for `find_rotation`."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
 
 
 def is_integer(node: fx.Node) -> bool:
-    """Say whether a node is a tensor of integers or truth values."""
+    """Return whether a node is a tensor of integers or truth values."""
     dtype = dtype_of(node)
     return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
 

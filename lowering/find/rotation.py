@@ -62,7 +62,7 @@ class Rotation:
     """How a key was rotated: by ``position * frequency`` in each pair of channels.
 
     Attributes:
-        order: ``D`` channels; entries ``c`` and ``c + D/2`` are a pair ``(a, b)`` that was turned into
+        order: ``D`` channels; entries ``c`` and ``c + D/2`` are a pair ``(a, b)`` that was rotated into
             ``(a cos - b sin, b cos + a sin)``, ``a`` being the lower channel.
         frequencies: ``D/2`` angles for one position, in units of 2**-32 turns, in ``[-2**31, 2**31)``; 0 for
             channels that are not rotated, which are paired among themselves.
@@ -156,7 +156,7 @@ def _leaves_of(
 
 
 def _repeats_integers(node: fx.Node, source: fx.Node) -> bool:
-    """Say whether a node holds the integers of ``source`` in another shape."""
+    """Return whether a node holds the integers of ``source`` in another shape."""
     if not is_integer(source):
         return False
     old, new = shape_of(source) or (), shape_of(node) or ()
@@ -196,8 +196,8 @@ def _cut(
         is_product = target_name(latest) in _PRODUCTS or any(
             isinstance(inputs.get(n), torch.nn.Parameter) for n in inner
         )
-        turned = any(leaves[n] and _TOKENS not in leaves[n] for n in inner)
-        if not inner or (is_product and not turned):
+        rotated = any(leaves[n] and _TOKENS not in leaves[n] for n in inner)
+        if not inner or (is_product and not rotated):
             raise Refusal(_why_no_cut(data))
         front.remove(latest)
         front.update(inner)
@@ -234,14 +234,14 @@ def _positions(leaves: frozenset[Origin], tokens: int) -> list[list[Leaf]]:
 
 
 def _spelling(leaf: Leaf) -> str:
-    """Return what two leaves have in common that hold the same numbers, as ``cos[:T]`` and ``sin[:T]``."""
+    """Return what two leaves have in common that hold the same elements, as ``cos[:T]`` and ``sin[:T]``."""
     if isinstance(leaf, tuple):
         return str((getitem_index(leaf[0]) or ())[leaf[1]])
     return f"{target_name(leaf)} {leaf.args} {leaf.kwargs}" if leaf.args else leaf.name
 
 
 def _fits(leaf: Leaf, tokens: int) -> bool:
-    """Say whether a leaf has an entry for each token."""
+    """Return whether a leaf has an entry for each token."""
     node, dim = leaf if isinstance(leaf, tuple) else (leaf, -1)
     shape = [number(size) for size in shape_of(node) or ()]
     if isinstance(leaf, tuple):
@@ -251,7 +251,7 @@ def _fits(leaf: Leaf, tokens: int) -> bool:
 
 
 def _is_closed(node: fx.Node) -> bool:
-    """Say whether a node depends on no input of the call but on sizes and the model's constants."""
+    """Return whether a node depends on no input of the call but on sizes and the model's constants."""
     seen, stack = set(), [node]
     while stack:
         current = stack.pop()
@@ -265,7 +265,7 @@ def _is_closed(node: fx.Node) -> bool:
 
 
 def _is_constant(placeholder: fx.Node) -> bool:
-    """Say whether an input is a tensor of a module or of the program, not an argument of the call."""
+    """Return whether an input is a tensor of a module or of the program, not an argument of the call."""
     source = getattr(placeholder, "_dynamo_source", None)
     kind = getattr(getattr(source, "guard_source", None), "name", "")
     static = "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
@@ -282,7 +282,7 @@ def _position_node(leaf: Leaf, tokens: int) -> fx.Node | None:
 # The rotation
 
 
-class _Turn:
+class _KeyRotation:
     """The function from keys as they are at position 0 to keys at given positions.
 
     At position 0 a key may differ from its source in shape, in the order of its channels and by a factor for
@@ -325,7 +325,7 @@ class _Turn:
         return self.shape[3]
 
     def __call__(self, key: Tensor, positions: Tensor) -> Tensor:
-        """Return the key ``[B, H, T, D]`` turned by ``positions`` ``[T]``."""
+        """Return the key ``[B, H, T, D]`` rotated by ``positions`` ``[T]``."""
         (source,) = torch.autograd.grad(
             self._key, self._start, key / self._factor, retain_graph=True
         )
@@ -363,11 +363,11 @@ class _Turn:
         for units in identity.split(batch * heads * tokens):
             key = torch.zeros(batch * heads * tokens, width, dtype=torch.float64, device="cpu")
             key[: len(units)] = units
-            turned = self(
+            rotated = self(
                 key.view(self.shape),
                 torch.full((tokens,), position, dtype=torch.int64, device="cpu"),
             )
-            columns.append(turned.reshape(-1, width)[: len(units)])
+            columns.append(rotated.reshape(-1, width)[: len(units)])
         return torch.cat(columns).T
 
 
@@ -377,24 +377,24 @@ def _read(replay: Replay) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Raises:
         Refusal: It performs something else.
     """
-    turn = _Turn(replay)
-    limit = turn.limit()
-    first, second = _pairs(turn, limit)
-    rest = [channel for channel in range(turn.width) if channel not in {*first, *second}]
+    rotate = _KeyRotation(replay)
+    limit = rotate.limit()
+    first, second = _pairs(rotate, limit)
+    rest = [channel for channel in range(rotate.width) if channel not in {*first, *second}]
     half = len(rest) // 2
     order = (*first, *rest[:half], *second, *rest[half:])
     powers = [1 << k for k in range(limit.bit_length() - 1)]
     positions = torch.tensor(
         sorted({*range(min(limit, _DENSE)), *powers, limit - 1}), dtype=torch.int64, device="cpu"
     )
-    frequencies = (*_frequencies(turn, first, second, powers), *[0] * half)
-    _verify(turn, order, frequencies, positions, replay.epsilon)
+    frequencies = (*_frequencies(rotate, first, second, powers), *[0] * half)
+    _verify(rotate, order, frequencies, positions, replay.epsilon)
     return order, frequencies
 
 
-def _pairs(turn: _Turn, limit: int) -> tuple[list[int], list[int]]:
+def _pairs(rotate: _KeyRotation, limit: int) -> tuple[list[int], list[int]]:
     """Return the lower and the upper channels of the pairs."""
-    mixed = turn.matrix(1).abs() + turn.matrix(limit - 1).abs()
+    mixed = rotate.matrix(1).abs() + rotate.matrix(limit - 1).abs()
     partners = mixed.fill_diagonal_(0) > 1e-12
     if not bool(partners.any()):
         raise Refusal(f"{NOT_ROTATED}: its channels do not mix at any position")
@@ -405,19 +405,19 @@ def _pairs(turn: _Turn, limit: int) -> tuple[list[int], list[int]]:
 
 
 def _frequencies(
-    turn: _Turn, first: Sequence[int], second: Sequence[int], powers: Sequence[int]
+    rotate: _KeyRotation, first: Sequence[int], second: Sequence[int], powers: Sequence[int]
 ) -> list[int]:
     """Return the angle of each pair for one position, in units of 2**-32 turns.
 
     The angle at a position tells the frequency up to whole turns, and more exactly the farther away the
     position is; the estimate from half the distance says how many turns those were.
     """
-    unit = torch.zeros(turn.shape, dtype=torch.float64, device="cpu")
+    unit = torch.zeros(rotate.shape, dtype=torch.float64, device="cpu")
     unit[..., list(first)] = 1.0
     angles = torch.empty(len(powers), len(first), dtype=torch.float64, device="cpu")
-    for rows, positions in turn.in_calls(torch.tensor(powers, dtype=torch.int64, device="cpu")):
-        turned = turn(unit, positions)[0, 0, : rows.stop - rows.start]
-        angles[rows] = torch.atan2(turned[:, list(second)], turned[:, list(first)])
+    for rows, positions in rotate.in_calls(torch.tensor(powers, dtype=torch.int64, device="cpu")):
+        rotated = rotate(unit, positions)[0, 0, : rows.stop - rows.start]
+        angles[rows] = torch.atan2(rotated[:, list(second)], rotated[:, list(first)])
     turns = angles / (2 * math.pi)
     estimate = turns[0]
     for position, seen in zip(powers[1:], turns[1:], strict=True):
@@ -428,30 +428,30 @@ def _frequencies(
 
 
 def _verify(
-    turn: _Turn,
+    rotate: _KeyRotation,
     order: Sequence[int],
     frequencies: Sequence[int],
     positions: Tensor,
     epsilon: float,
 ) -> None:
-    """Make sure that the rotation turns random keys as the graph does.
+    """Make sure that the rotation maps random keys as the graph does.
 
     The tolerance is the precision of the model's tables, and what an angle computed in float32 may be off.
 
     Raises:
         Refusal: It does not.
     """
-    half = turn.width // 2
-    lower, upper = turn.random[..., list(order[:half])], turn.random[..., list(order[half:])]
-    for rows, chunk in turn.in_calls(positions):
+    half = rotate.width // 2
+    lower, upper = rotate.random[..., list(order[:half])], rotate.random[..., list(order[half:])]
+    for rows, chunk in rotate.in_calls(positions):
         phase = (chunk[:, None] * torch.tensor(frequencies, dtype=torch.int64, device="cpu")) % TURN
         angle = phase.double() * (2 * math.pi / TURN)
         cos, sin = angle.cos(), angle.sin()
-        wanted = torch.empty(turn.shape, dtype=torch.float64, device="cpu")
+        wanted = torch.empty(rotate.shape, dtype=torch.float64, device="cpu")
         wanted[..., list(order[:half])] = lower * cos - upper * sin
         wanted[..., list(order[half:])] = upper * cos + lower * sin
-        allowed = (4 * epsilon + chunk[:, None] * 2.0**-22) * turn.random.abs().max()
-        if not bool(((turn(turn.random, chunk) - wanted).abs() <= 2 * allowed).all()):
+        allowed = (4 * epsilon + chunk[:, None] * 2.0**-22) * rotate.random.abs().max()
+        if not bool(((rotate(rotate.random, chunk) - wanted).abs() <= 2 * allowed).all()):
             first, last = int(positions[rows][0]), int(positions[rows][-1])
             raise Refusal(
                 "the key is not rotated by an angle proportional to the position "

@@ -1,4 +1,4 @@
-"""Join attentions to the cache tensors they read; say why where that fails."""
+"""Join attentions to the cache tensors they read, or give the reason why not."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.sites import (
     Attention,
     AttentionSite,
-    Coding,
     Contradiction,
     Life,
+    Quantization,
     Refusal,
     SiteReport,
     State,
@@ -36,11 +36,11 @@ GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
 
 
 def find_sites(graph: Graph) -> PassReport:
-    """Find the attentions whose caches can be quantized, and say of each other one why it cannot.
+    """Find the attentions whose caches can be quantized, and report the reason for each other one.
 
     Before:  a graph
     After:   the same graph, ``graph.sites`` and ``graph.reports``
-    Because: what is not understood for certain is left as it is, with a reason.
+    Because: rewriting needs certainty; anything else runs as captured, and the user reads the reason.
 
     Raises:
         Contradiction: A cache is quantized to something else than the call asks for.
@@ -92,23 +92,26 @@ def _site(
     if not _is_held_plain(key, layer_spec):
         layer_spec = without_bias(layer_spec, key, graph.inputs)
     heads = int(value_of(attention.query).shape[1])
-    codings = [_coding("key", layer_spec, key, heads), _coding("value", layer_spec, value, heads)]
-    for state, coding in zip((key, value), codings, strict=True):
-        if coding.layout.keep_exact and state.life not in GROWS:
+    quantizations = [
+        _quantization("key", layer_spec, key, heads),
+        _quantization("value", layer_spec, value, heads),
+    ]
+    for state, quantization in zip((key, value), quantizations, strict=True):
+        if quantization.layout.keep_exact and state.life not in GROWS:
             raise Refusal(KEEPS_NOT)
-    return AttentionSite(place.layer, order, place.where, attention, key, value, *codings)
+    return AttentionSite(place.layer, order, place.where, attention, key, value, *quantizations)
 
 
 def _is_held_plain(key: State, spec: CacheSpec) -> bool:
-    """Say whether the keys are held as ``spec`` codes them, by a cache that was quantized outside a graph."""
+    """Return whether the keys are held as ``spec`` codes them, by a cache that was quantized outside a graph."""
     if key.life not in (Life.GROWN, Life.BUFFER):
         return False
     held: Layout = value_of(key.past).page_layout
     return not held.has_tables
 
 
-def _coding(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Coding:
-    """Return how a site's keys or values are coded.
+def _quantization(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Quantization:
+    """Return how a site's keys or values are quantized.
 
     Raises:
         Refusal: Their head dimension cannot be packed so.
@@ -127,7 +130,7 @@ def _coding(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Codi
         raise Refusal(str(error)) from None
     if state.life in (Life.GROWN, Life.BUFFER):
         layout = _as_held(value_of(state.past).page_layout, layout)
-    return Coding(layout, tables)
+    return Quantization(layout, tables)
 
 
 def _as_held(held: Layout, wanted: Layout) -> Layout:

@@ -1,4 +1,4 @@
-"""Plan what is to be known before a call about the slots that it writes."""
+"""Plan checks, before a call runs, of the cache positions that it writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
 
 
 def plan_slot_checks(graph: Graph) -> PassReport:
-    """Plan which writes into caches of fixed size are looked at before a call runs.
+    """Plan which writes into static caches are checked before a call runs.
 
     Before:  sites that write into caches of fixed size
     After:   the same, ``graph.check``; those are no sites any more whose slots cannot be known beforehand
@@ -60,7 +60,7 @@ def plan_slot_checks(graph: Graph) -> PassReport:
         del value
     part = part_of(positions, graph.arguments) if positions else None
     graph.check = SlotCheck(part, tuple(writes)) if writes else None
-    return PassReport(tuple(f"slots of {write.name} are looked at" for write in writes))
+    return PassReport(tuple(f"cache positions of {write.name} are looked at" for write in writes))
 
 
 def _slotted(site: AttentionSite) -> list[tuple[State, Any]]:
@@ -73,7 +73,7 @@ def _write(
     """Plan the look at one write.
 
     Raises:
-        Refusal: Its slots cannot be known before the call, or the buffer is to stay plain.
+        Refusal: Its cache positions cannot be known before the call, or the buffer is to stay plain.
     """
     assert state.past is not None
     reason = stays_plain(graph.inputs.get(state.past))
@@ -103,7 +103,7 @@ def _place(position: fx.Node, positions: list[fx.Node]) -> int:
 
 
 def _is_counted(position: fx.Node, state: State) -> bool:
-    """Say whether slots are ``arange(T)`` plus one number for all, in one of its spellings."""
+    """Return whether cache positions are ``arange(T)`` plus one number for all, in one of its spellings."""
     tokens = (shape_of(state.new) or ())[2]
     node: Any = position
     while isinstance(node, fx.Node):
@@ -128,10 +128,10 @@ def _is_single(x: Any) -> bool:
 
 
 def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | bool | None:
-    """Return what hides the slots behind the tokens of a call."""
+    """Return what hides the cache positions behind the tokens of a call."""
     attention = site.attention
     if attention.mask is None:
-        return True  # `check_mask`: attention is causal, or reads no slot behind them
+        return True  # `check_mask`: attention is causal, or reads no cache position behind them
     if state.slots is not None and not isinstance(value_of(state.position), torch.Tensor):
         tokens = (shape_of(state.new) or ())[2]
         if same(value_of(state.slots), value_of(state.position) + tokens):

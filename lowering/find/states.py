@@ -1,6 +1,6 @@
 """Find the cache tensor behind the key or the value of an attention.
 
-From the operand back: repeated heads and cut-off slots are peeled away until the tensor that the model
+From the operand back: repeated heads and cut-off cache positions are peeled away until the tensor that the model
 keeps is reached. How that tensor enters and leaves the graph is its `Life`::
 
     cat([past, new], 2), returned                 GROWN (past is quantized) or GROWN_PLAIN
@@ -71,12 +71,12 @@ def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
 
 
 def read_base(operand: fx.Node) -> fx.Node:
-    """Return what an attention's key or value is read from, before heads are repeated or slots are cut off."""
+    """Return what an attention's key or value is read from, before heads are repeated or a prefix is taken."""
     return _peel(operand).base
 
 
 def _peel(node: Any) -> _Read:
-    """Walk back along repeated heads and cut-off slots."""
+    """Walk back along repeated heads and cut-off cache positions."""
     repeats: Any = 1
     slots: Any = None
     while True:
@@ -141,7 +141,7 @@ def _inserted_axis(node: Any) -> fx.Node | None:
 
 
 def _prefix_of(node: fx.Node) -> Any:
-    """Return how many leading slots a subscript keeps, if that is all it does."""
+    """Return how many leading cache positions a subscript keeps, if that is all it does."""
     index, shape = getitem_index(node), shape_of(node.args[0])
     if index is None or shape is None or len(index) != 4:
         return None

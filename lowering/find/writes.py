@@ -15,7 +15,7 @@ WRITES = ("index_copy_", "setitem", "index_put_")
 
 
 def is_write(node: fx.Node) -> bool:
-    """Say whether a node writes into its first argument as a cache update does."""
+    """Return whether a node writes into its first argument as a cache update does."""
     return target_name(node) in WRITES
 
 
@@ -25,7 +25,7 @@ def writes_of(cache: fx.Node) -> list[fx.Node]:
 
 
 def read_write(node: fx.Node) -> tuple[Any, fx.Node]:
-    """Return the slots (a node of positions, or the first slot) and the tokens of a cache write.
+    """Return the cache positions (a node of positions, or the first cache position) and the tokens of a cache write.
 
     Raises:
         Refusal: It writes something else than whole tokens, one behind the other.
@@ -44,9 +44,9 @@ def read_write(node: fx.Node) -> tuple[Any, fx.Node]:
         or value.dim() != 1
         or value.dtype not in (torch.int64, torch.int32)
     ):
-        raise Refusal("the slots written are no vector of positions")
+        raise Refusal("the cache positions written are no vector")
     if statically_known_true(value.shape[0] != shape[2]):
-        raise Refusal("one token is written into several slots")
+        raise Refusal("one token is written to several cache positions")
     return slots, new
 
 
@@ -57,7 +57,7 @@ def _index_copy(node: fx.Node) -> tuple[Any, Any]:
 
 
 def _assignment(node: fx.Node) -> tuple[Any, Any]:
-    """Return the slots and the tokens of ``cache[:, :, slots] = new``."""
+    """Return the cache positions and the tokens of ``cache[:, :, slots] = new``."""
     index: Any = argument(node, 1, "indices")
     index = tuple(index) if isinstance(index, (tuple, list)) else (index,)
     shape = shape_of(node.args[0]) or ()
@@ -73,13 +73,13 @@ def _assignment(node: fx.Node) -> tuple[Any, Any]:
 
 
 def _first_slot(slots: slice, size: Any, tokens: Any) -> Any:
-    """Return the first slot of a slice that takes ``tokens`` slots of ``size``."""
+    """Return the first cache position of a slice that takes ``tokens`` cache positions of ``size``."""
     if slots.step not in (None, 1):
         raise Refusal("the cache is written with gaps")
     start = 0 if slots.start is None else slots.start
     stop = size if slots.stop is None else slots.stop
     if any(statically_known_true(value_of(bound) < 0) for bound in (start, stop)):
-        raise Refusal("the cache is written at slots counted from its end")
+        raise Refusal("the cache is written at positions counted from its end")
     if statically_known_true(value_of(stop) - value_of(start) != tokens):
-        raise Refusal("one token is written into several slots")
+        raise Refusal("one token is written to several cache positions")
     return start

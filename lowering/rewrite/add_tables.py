@@ -1,4 +1,4 @@
-"""Give a graph what its new caches are coded relative to: calibration tables and shifts."""
+"""Pass calibration constants to a graph's new caches: tables, and shifts from cache position to RoPE position."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-from kvq_compile.lowering.cache_nodes import CacheNodes, Frames
+from kvq_compile.lowering.cache_nodes import CacheNodes, CalibrationInputs
 from kvq_compile.lowering.find.rotation import find_rotation
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
-from kvq_compile.lowering.sites import Coding, Life, Refusal, State
+from kvq_compile.lowering.sites import Life, Quantization, Refusal, State
 
 MAKES_CACHE = (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED)
 
@@ -22,41 +22,43 @@ def add_tables(graph: Graph) -> PassReport:
 
     Before:  return kvq.quantize(keys, layout)
     After:   tables = placeholder; shift = zeros([B]); return kvq.quantize(keys, layout, [tables, shift])
-    Because: a calibrated layout is nothing without its tables. As arguments they are shared by all
-        graphs and all caches of a layer, and a CUDA graph knows that their address stays.
+    Because: a calibrated layout needs its tables. As inputs they are shared by all graphs and all caches of a
+        layer, and their address is fixed, as CUDA graphs need.
     """
-    graph.frames = Frames(positions=_positions(graph))
-    tensors = graph.frames.tensors
+    graph.calibration = CalibrationInputs(positions=_positions(graph))
+    tensors = graph.calibration.tensors
     for site in graph.sites:
-        for state, coding in site.states():
-            if state.life in MAKES_CACHE and coding.tables is not None:
-                tensors[coding.tables.digest] = coding.tables.on(value_of(state.base).device)
+        for state, quantization in site.states():
+            if state.life in MAKES_CACHE and quantization.tables is not None:
+                tensors[quantization.tables.digest] = quantization.tables.on(
+                    value_of(state.base).device
+                )
     first = next(node for node in graph.fx.nodes if node.op != "placeholder")
     for number, (digest, words) in enumerate(tensors.items()):
         with graph.fx.inserting_before(first):
-            graph.frames.nodes[digest] = _placeholder(graph.fx, f"kvq_tables_{number}", words)
-    return PassReport(tuple(f"{node} is an input" for node in graph.frames.nodes.values()))
+            graph.calibration.nodes[digest] = _placeholder(graph.fx, f"kvq_tables_{number}", words)
+    return PassReport(tuple(f"{node} is an input" for node in graph.calibration.nodes.values()))
 
 
-def empty_cache(graph: Graph, state: State, coding: Coding) -> CacheNodes:
+def empty_cache(graph: Graph, state: State, quantization: Quantization) -> CacheNodes:
     """Return a new cache without parts: its layout, its tables and its shift, at the graph's insert point."""
-    if coding.tables is None:
-        return CacheNodes((), coding.layout)
-    calibrated = [graph.frames.nodes[coding.tables.digest]]
-    if coding.layout.rotary:
+    if quantization.tables is None:
+        return CacheNodes((), quantization.layout)
+    calibrated = [graph.calibration.nodes[quantization.tables.digest]]
+    if quantization.layout.rotary:
         calibrated.append(_shift(graph, state))
-    return CacheNodes((), coding.layout, tuple(calibrated))
+    return CacheNodes((), quantization.layout, tuple(calibrated))
 
 
 def _shift(graph: Graph, state: State) -> fx.Node:
-    """Return position minus slot of each sequence, taken from the last token of the call.
+    """Return position minus cache position of each sequence, taken from the last token of the call.
 
-    Where the graph does not tell positions they are taken to be the slots. That would cost quality under
-    left padding, never correctness: a key is rotated back by the angle by which it was unrotated.
+    Where the graph does not show positions, cache positions stand for them. Under left padding that costs
+    quality, never correctness: rotation and inverse rotation use the same angle.
     """
     nodes, device = graph.fx, value_of(state.base).device
     sequences = size_of(state.base, 0)
-    position = graph.frames.positions.get(state.new)
+    position = graph.calibration.positions.get(state.new)
     if position is None:
         return nodes.call_function(
             torch.zeros, ([sequences],), {"dtype": torch.int32, "device": device}
@@ -77,11 +79,11 @@ def _shift(graph: Graph, state: State) -> fx.Node:
 
 
 def _positions(graph: Graph) -> dict[fx.Node, fx.Node | None]:
-    """Return the node of the positions of each site's new keys, where they are to be coded unrotated."""
+    """Return the node of the positions of each site's new keys, where keys are quantized before RoPE."""
     found: dict[fx.Node, fx.Node | None] = {}
     position: fx.Node | None = None
     for site in graph.sites:
-        if not site.key_coding.layout.rotary or site.key.life not in MAKES_CACHE:
+        if not site.key_quantization.layout.rotary or site.key.life not in MAKES_CACHE:
             continue
         if position is None:  # one search serves all layers: a model's layers share their positions
             try:

@@ -13,20 +13,20 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.rewrite.add_tables import empty_cache
 from kvq_compile.lowering.rewrite.fuse_attention import check_room, erase_write
-from kvq_compile.lowering.rewrite.weigh_tokens import seen_by, turned_mask, weigh_tokens
-from kvq_compile.lowering.sites import AttentionSite, Coding, Life, State
+from kvq_compile.lowering.rewrite.weigh_tokens import seen_by, visible_mask, weigh_tokens
+from kvq_compile.lowering.sites import AttentionSite, Life, Quantization, State
 
-NOT_HIDDEN = "the attention mask must hide the slots of a cache that hold no token"
+NOT_HIDDEN = "the attention mask must hide the cache positions that hold no token"
 
 
 def attend_to_new_tokens(graph: Graph) -> PassReport:
-    """Let attention over a cache that the call allocates read the call's own tokens instead.
+    """Replace attention over a cache that the call allocates by attention over the call's own tokens.
 
     Before:  keys = zeros([B, H, S, D]); keys.index_copy_(2, position, key); ...
              output = scaled_dot_product_attention(query, keys, values, mask)
     After:   output = scaled_dot_product_attention(query, key, value, mask[..., :T])
-             keys = kvq.quantize(key[:, :, :0], pages); kvq.append_(*keys, key, position); ...
-    Because: all that attention can see are the call's own tokens, and the 16-bit cache is what we avoid.
+             keys = kvq.quantize(key[:, :, :0], S, layout); kvq.append_(*keys, key, position); ...
+    Because: the cache holds no other tokens, and its 16-bit form need not be allocated.
     """
     changes = []
     for number in range(len(graph.sites)):
@@ -42,7 +42,7 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
     nodes, attention = graph.fx, site.attention
     with nodes.inserting_before(attention.output):
         check_room(nodes, site.key)
-        mask = turned_mask(nodes, attention)
+        mask = visible_mask(nodes, attention)
         exact = nodes.call_function(
             torch.nn.functional.scaled_dot_product_attention,
             (attention.query, site.key.new, site.value.new),
@@ -55,27 +55,27 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
         )
         exact.meta.update(attention.output.meta)
         weights = weigh_tokens(nodes, site, None, mask)
-        for state, coding in site.states():
+        for state, quantization in site.states():
             assert state.past is not None
             seen = seen_by(site, state, weights)
-            graph.made[state.past] = _allocate(graph, state, coding, seen)
+            graph.made[state.past] = _allocate(graph, state, quantization, seen)
             erase_write(nodes, state)
     graph.replace(attention.output, exact)
 
 
-def _allocate(graph: Graph, state: State, coding: Coding, seen: Seen) -> CacheNodes:
+def _allocate(graph: Graph, state: State, quantization: Quantization, seen: Seen) -> CacheNodes:
     assert state.past is not None
     nothing = insert_call(
         graph.fx, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0)))
     )
-    slots, like = size_of(state.past, 2), empty_cache(graph, state, coding)
+    slots, like = size_of(state.past, 2), empty_cache(graph, state, quantization)
     made = quantize(graph.fx, nothing, slots, False, like)
     made.append(graph.fx, state.new, slots_from(state.position), seen=seen)
     return made
 
 
 def _own_mask(graph: Graph, site: AttentionSite, mask: Any) -> Any:
-    """Return the mask over the call's own tokens; the call fails if it shows a slot behind them."""
+    """Return the mask over the call's own tokens; the call fails if it shows a cache position behind them."""
     if mask is None:
         return None
     nodes, tokens = graph.fx, size_of(site.key.new, 2)

@@ -1,4 +1,4 @@
-"""Hand the operators what they take: queries and new tokens in the dtype of the cache."""
+"""Cast the operands of the operators to the dtype of the cache."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def cast_operands(graph: Graph) -> PassReport:
     Before:  keys = cat([past_keys, key], 2); output = attention(query, keys, ...)     # keys fp32, query and key bf16
     After:   query' = query.to(fp32); key' = key.to(fp32)
              keys = cat([past_keys, key'], 2); output = attention(query', keys, ...)
-    Because: ``cat`` promotes and an assignment casts; under autocast attention then casts all of it, and rounds.
+    Because: the operators take one dtype, that of the cache, to which ``cat`` promotes and an assignment casts. Under
+             autocast the captured attention would cast the whole cache as well, and round it.
 
-    Leaves alone: attention that runs as captured.
+    Leaves alone: attention over 16-bit caches, which runs as captured.
     """
     changes: list[str] = []
     for number, site in enumerate(graph.sites):

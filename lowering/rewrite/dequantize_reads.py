@@ -18,7 +18,7 @@ def dequantize_reads(graph: Graph) -> PassReport:
 
     Before:  x = some_op(cache); cache.index_copy_(2, position, y); cache.zero_()
     After:   x = some_op(kvq.dequantize(*cache)); kvq.append_(*cache, y, position); cache_cursor.zero_()
-    Because: a site that was refused still has to see the cache that an earlier call has quantized.
+    Because: an attention that was refused still reads the cache that an earlier call has quantized.
 
     Raises:
         LostWrite: A write cannot be expressed on the quantized cache.
@@ -40,7 +40,7 @@ def dequantize_reads(graph: Graph) -> PassReport:
 
 
 def _writes_into(node: fx.Node, cache: fx.Node) -> bool:
-    """Say whether a node writes into a cache or into a view of it."""
+    """Return whether a node writes into a cache or into a view of it."""
     called = node.op in ("call_function", "call_method") and bool(node.args)
     return called and writes_in_place(node) and root_of(node.args[0]) is cache
 

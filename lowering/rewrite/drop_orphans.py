@@ -9,14 +9,14 @@ from kvq_compile.lowering.nodes import root_of, writes_in_place
 
 
 def drop_orphans(graph: Graph) -> PassReport:
-    """Erase calls that had users before the rewriting, have none now, and write into nothing that outlives them.
+    """Erase calls that lost all their users to the rewriting and have no other effect.
 
     Before:  scores = matmul(query, keys); scores += mask; weights = softmax(scores)    # no longer used
-    After:
-    Because: left in place they would read the whole cache as an ordinary tensor.
+    After:   # nothing
+    Because: they would dequantize the whole cache for nothing.
 
-    Leaves alone: calls that never had users. They are in the graph for what they do: effects of custom
-    operators, assertions, the brackets of functorch, random numbers drawn and not looked at.
+    Leaves alone: calls that never had users. They are in the graph for an effect: custom operators,
+    assertions, functorch's levels, draws of random numbers.
     """
     erased = []
     for node in reversed(list(graph.fx.nodes)):
@@ -27,7 +27,7 @@ def drop_orphans(graph: Graph) -> PassReport:
 
 
 def _is_seen(node: fx.Node) -> bool:
-    """Say whether a call writes into something that others can see, or has another effect."""
+    """Return whether a call writes into something that others can see, or has another effect."""
     if not writes_in_place(node):
         return False
     if node.is_impure() or getattr(node.target, "_schema", None) is not None:

@@ -11,20 +11,20 @@ from kvq_compile.lowering.find.movement import gathered_from
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import argument, shape_of, target_name, value_of
 from kvq_compile.lowering.rewrite.gather_rows import copy_of, rows_of
-from kvq_compile.lowering.sites import Coding, Life, Refusal, State
+from kvq_compile.lowering.sites import Life, Quantization, Refusal, State
 from kvq_compile.lowering.sizes import SizeReader
 
 
 def extend_refused(graph: Graph) -> PassReport:
-    """Append the new tokens of every grown cache that no rewritten site has taken over.
+    """Append the new tokens of every dynamic cache that no rewritten site has taken over.
 
     Before:  one = cat([past_keys, a], 2); two = cat([past_keys, b], 2); ...; return one, two
     After:   copy = clone(past_keys); kvq.append_(*copy, a); kvq.append_(*past_keys, b); ...
              return copy, past_keys, each one view longer
-    Because: what leaves the call stays quantized, even if this call has to read it as ordinary tensors. Of several
-             caches grown from one the last takes over its memory.
+    Because: the cache stays quantized between calls, even if this call reads it dense. Of several caches
+             grown from one, the last takes over its memory.
 
-    Leaves alone: a cache that grows in another way. It leaves the call in 16 bit.
+    Leaves alone: a cache that grows in another way. It is returned in 16 bit.
     """
     changes = []
     taken = {state.base for state, _ in graph.states()}
@@ -50,7 +50,7 @@ def extend_refused(graph: Graph) -> PassReport:
         source = past if gathered is None else gathered[0]
         held = base if copied else past
         state = State(Life.GROWN, base, new, held, source=None if held is source else source)
-        graph.extended.append((state, Coding(cache.layout)))
+        graph.extended.append((state, Quantization(cache.layout)))
         changes.append(f"{held} takes {new}; {base} is still read as an ordinary tensor")
     return PassReport(tuple(changes))
 
@@ -76,7 +76,7 @@ def _growth(graph: Graph, base: fx.Node) -> tuple[fx.Node, fx.Node, CacheNodes] 
 
 
 def _takes(graph: Graph, cache: fx.Node, new: fx.Node) -> bool:
-    """Say whether a quantized cache can take the new tokens."""
+    """Return whether a quantized cache can take the new tokens."""
     if value_of(cache).kind != "grown" or isinstance(value_of(new), QuantizedKV):
         return False
     held = value_of(cache).dtype

@@ -14,23 +14,23 @@ from kvq_compile.lowering.nodes import insert_call, shape_of, size_of, value_of
 from kvq_compile.lowering.rewrite.weigh_tokens import (
     first_slot,
     seen_by,
-    turned_mask,
+    visible_mask,
     weigh_tokens,
 )
 from kvq_compile.lowering.sites import AttentionSite, Life, State
 
 
 def fuse_attention(graph: Graph) -> PassReport:
-    """Let each attention read its quantized history and its own tokens in one op.
+    """Fuse attention with the reads of its quantized caches; move the writes behind it.
 
     Before:  keys = cat([past_keys, key], 2); values = cat([past_values, value], 2)   # or index_copy_
              output = scaled_dot_product_attention(query, repeat(keys), repeat(values), mask)
     After:   output = kvq.attend(query, key, value, *past_keys, *past_values, mask)
              kvq.append_(*past_keys, key, after=output); kvq.append_(*past_values, value, after=output)
-    Because: decoding reads every cached byte once a token, so its time falls with the bytes.
+    Because: decoding is bound by memory bandwidth: it reads every byte of the cache once a step.
 
     Leaves alone: attention whose keys and values are all of this call (`Life.FRESH`, `Life.GROWN_PLAIN`,
-    `Life.BUFFER_PLAIN`): there is no quantized history yet, and it attends exactly as captured.
+    `Life.BUFFER_PLAIN`): nothing is quantized yet, and it runs as captured.
     """
     changes = []
     for number in range(len(graph.sites)):
@@ -38,7 +38,7 @@ def fuse_attention(graph: Graph) -> PassReport:
         if site.key.life not in (Life.GROWN, Life.BUFFER):
             continue
         fused = _fuse(graph, site)
-        changes.append(f"{fused} stands for {site.attention.output}, reads {site.key.past}")
+        changes.append(f"{fused} replaces {site.attention.output}, reads {site.key.past}")
     return PassReport(tuple(changes))
 
 
@@ -68,7 +68,7 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
 
 
 def check_room(graph: fx.Graph, state: State) -> None:
-    """Let the call fail if it writes behind the last slot, as the write that is replaced did."""
+    """Assert that the call writes within the cache, as the write that is replaced did."""
     position, _ = slots_from(state.position)
     if state.life is Life.GROWN or position is None:
         return  # a cache that grows has room; a slice was checked against the buffer when it was captured
@@ -77,7 +77,8 @@ def check_room(graph: fx.Graph, state: State) -> None:
     last = insert_call(graph, operator.getitem, (position, -1))
     inside = graph.call_function(operator.lt, (last, size_of(state.past, 2)))
     graph.call_function(
-        torch._assert_async, (inside, f"the cache has {slots} slots and no room for the new tokens")
+        torch._assert_async,
+        (inside, f"the cache has {slots} positions and no room for the new tokens"),
     )
 
 
@@ -89,13 +90,13 @@ def erase_write(graph: fx.Graph, state: State) -> None:
 
 
 def _mask(graph: fx.Graph, site: AttentionSite, keys: CacheNodes) -> Any:
-    """Return the mask over slots: the model's own, or its causal flag spelled out.
+    """Return the mask over cache positions: the model's own, or its causal flag spelled out.
 
-    Without either, every slot that attention reads holds a token: `find_sites` has made sure.
+    Without either, every cache position that attention reads holds a token: `find_sites` has made sure.
     """
     attention, key = site.attention, site.key
     if attention.mask is not None:
-        return turned_mask(graph, attention)
+        return visible_mask(graph, attention)
     if not attention.causal:
         return None
     if key.life is Life.GROWN:

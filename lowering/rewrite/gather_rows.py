@@ -16,11 +16,11 @@ from kvq_compile.lowering.sites import Life
 
 
 def gather_rows(graph: Graph) -> PassReport:
-    """Let each site that reads rows of a cache read a packed copy of them.
+    """Gather rows of a cache in packed form for the sites that read them.
 
     Before:  keys = cat([index_select(past_keys, 0, rows), key], 2)
     After:   rows_codes = index_select(past_keys_codes, 0, rows); ...; keys = cat([rows_of_past, key], 2)
-    Because: beam search reorders a cache at every step, and what is reordered was coded before.
+    Because: beam search reorders the batch at every step; gathering packed rows quantizes no token again.
     """
     changes = []
     for site in graph.sites:

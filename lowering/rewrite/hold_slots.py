@@ -1,4 +1,4 @@
-"""Keep the slots of a write as they were when it happened."""
+"""Keep the cache positions of a write as they were at that write."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvq_compile.lowering.sites import Refusal
 
 
 def hold_slots(graph: Graph) -> PassReport:
-    """Copy slots that the model moves on between a write and the attention that reads it.
+    """Copy cache positions that the model changes in place between a write and the attention behind it.
 
     Before:  cache[:, :, slot] = key; slot.add_(1); attend(query, cache)
-    After:   held = slot.clone(); cache[:, :, held] = key; slot.add_(1); attend(query, cache)
-    Because: the write is to move behind the attention, when ``slot`` is another one already.
+    After:   written = slot.clone(); cache[:, :, written] = key; slot.add_(1); attend(query, cache)
+    Because: `fuse_attention` moves the write behind the attention, where ``slot`` has changed already.
     """
     changes = []
     nodes, place = list(graph.fx.nodes), order_of(graph.fx)

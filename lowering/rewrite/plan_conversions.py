@@ -11,32 +11,33 @@ from kvq_compile.lowering.sites import Life, State
 
 
 def plan_conversions(graph: Graph) -> PassReport:
-    """Return the slots that 16-bit buffers are written at as further outputs.
+    """Return, as further outputs, the cache positions at which 16-bit buffers are written.
 
     Before:  keys.index_copy_(2, position, key); ...; position.add_(1); return logits
     After:   slots = position.clone(); keys.index_copy_(2, position, key); ...; return logits, slots
-    Because: which slots hold a token is known for certain only where they are written.
+    Because: `runtime` quantizes the buffers after the call and must know how many tokens they hold by then;
+             ``position`` may have changed.
     """
     changes = []
     for site in graph.sites:
-        for state, coding in site.states():
+        for state, quantization in site.states():
             if state.life is not Life.BUFFER_PLAIN:
                 continue
             assert state.past is not None
             argument = graph.arguments[state.past]
             if isinstance(value_of(state.position), torch.Tensor):
                 slots = _return_slots(graph, state)
-                graph.conversions.append(Conversion(argument, slots, None, coding))
+                graph.conversions.append(Conversion(argument, slots, None, quantization))
             else:
                 end = value_of(state.position) + (shape_of(state.new) or ())[2]
                 held = graph.sizes.size(end)
-                graph.conversions.append(Conversion(argument, None, held, coding))
+                graph.conversions.append(Conversion(argument, None, held, quantization))
             changes.append(f"{state.past} is quantized after the call")
     return PassReport(tuple(changes))
 
 
 def _return_slots(graph: Graph, state: State) -> int:
-    """Return the number of a new output that holds the slots of a write."""
+    """Return the number of a new output that holds the cache positions of a write."""
     assert state.write is not None
     with graph.fx.inserting_before(state.write):
         slots = graph.fx.call_method("clone", (state.position,))

@@ -15,7 +15,7 @@ from kvq_compile.lowering.sites import Life, State
 
 
 def promote_caches(graph: Graph) -> PassReport:
-    """Let a quantized cache that takes tokens of a wider dtype have their dtype.
+    """Promote a quantized cache to the wider dtype of the tokens that join it.
 
     Before:  keys = cat([past_keys, key], 2)                                           # past bf16, key fp32
     After:   past' = copy of past_keys with exact tokens in fp32; keys = cat([past', key], 2)

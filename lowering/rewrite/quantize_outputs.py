@@ -12,7 +12,7 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, size_of, value_of
 from kvq_compile.lowering.rewrite.add_tables import empty_cache
 from kvq_compile.lowering.runtime import Extended, Gathered, Given, Made, Output, Plain
-from kvq_compile.lowering.sites import Coding, Life, State
+from kvq_compile.lowering.sites import Life, Quantization, State
 
 
 def quantize_outputs(graph: Graph) -> PassReport:
@@ -20,9 +20,9 @@ def quantize_outputs(graph: Graph) -> PassReport:
 
     Before:  return (logits, keys, values)                  # keys, values: [B, Hkv, S, D], 16 bit
     After:   return (logits, *kvq.quantize(keys), *kvq.quantize(values))
-    Because: what leaves the call is what stays in memory until the next one.
+    Because: returned caches are what stays in memory between calls.
     """
-    states = {state.base: (state, coding) for state, coding in graph.states()}
+    states = {state.base: (state, quantization) for state, quantization in graph.states()}
     flat: list[Any] = []
     plans: dict[fx.Node, Output] = {}
     for returned in graph.results:
@@ -44,14 +44,14 @@ def quantize_outputs(graph: Graph) -> PassReport:
 
 
 def _plan(
-    graph: Graph, returned: fx.Node, cache: tuple[State, Coding] | None, flat: list[Any]
+    graph: Graph, returned: fx.Node, cache: tuple[State, Quantization] | None, flat: list[Any]
 ) -> Output:
     """Return how the captured graph's output ``returned`` is made; ``flat`` collects what the graph returns."""
     arguments = graph.arguments
     if isinstance(value_of(returned), QuantizedKV) and returned in arguments:
         return Given(arguments[returned])
     if cache is not None:
-        state, coding = cache
+        state, quantization = cache
         if state.life is Life.GROWN:
             assert state.past is not None
             tokens = graph.sizes.size((shape_of(state.new) or ())[2])
@@ -61,19 +61,21 @@ def _plan(
             flat.extend((*rows.parts, *rows.calibrated[1:]))
             return Gathered(first, arguments[state.source], tokens)
         if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
-            return _made(graph, returned, state, coding, flat)
+            return _made(graph, returned, state, quantization, flat)
     flat.append(returned)
     return Plain(len(flat) - 1)
 
 
-def _made(graph: Graph, x: fx.Node, state: State, coding: Coding, flat: list[Any]) -> Made:
+def _made(
+    graph: Graph, x: fx.Node, state: State, quantization: Quantization, flat: list[Any]
+) -> Made:
     made = graph.made.get(x)
     if made is None:
         with graph.fx.inserting_before(graph.output):
-            like, seen = empty_cache(graph, state, coding), graph.seen.get(x, UNSEEN)
+            like, seen = empty_cache(graph, state, quantization), graph.seen.get(x, UNSEEN)
             made = quantize(graph.fx, x, size_of(x, 2), True, like, seen)
     first = len(flat)
     flat.extend((*made.parts, *made.calibrated[1:]))  # all calls share the tables
     kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
     length = graph.sizes.size((shape_of(x) or ())[2])
-    return Made(first, coding.layout, kind, length, graph.frames.words(coding))
+    return Made(first, quantization.layout, kind, length, graph.calibration.tables_of(quantization))

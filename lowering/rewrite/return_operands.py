@@ -1,4 +1,4 @@
-"""Let a graph return what its attentions see, without knowing the names of the model's modules."""
+"""Return the operands of a graph's attentions, whatever the model's modules are called."""
 
 from __future__ import annotations
 
@@ -55,16 +55,15 @@ class Watched:
 
 
 def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Watched:
-    """Return a copy of a captured graph that hands out what its attentions see.
+    """Return a copy of a captured graph that also returns the operands of its attentions.
 
     Before:  attend(query, key, value); return logits, key, value
     After:   key' = with_gradient(key); value' = with_gradient(value); attend(query, key', value');
              return logits, key', value', query, key', value'
-    Because: calibration wants keys, values and the gradients of a loss with respect to them, of any model.
-             A gradient has to begin somewhere: without ``with_gradient`` a model of which no parameter is
-             trained records none.
+    Because: calibration needs queries, keys, values and gradients of a loss with respect to keys and values.
+             ``with_gradient`` makes these leaves: with frozen parameters nothing else requires a gradient.
 
-    Leaves alone: Attentions that keep no cache; ``reports`` has the reasons.
+    Leaves alone: attentions that keep no cache; ``reports`` has the reasons.
 
     Args:
         gm: The graph that Dynamo captured; it is left untouched.

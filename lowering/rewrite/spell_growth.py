@@ -1,4 +1,4 @@
-"""Spell every growth of a cache as one ``cat``."""
+"""Normalize every spelling of a dynamic cache's update to one ``cat``."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from kvq_compile.lowering.sites import Attention
 
 
 def spell_growth(graph: Graph) -> PassReport:
-    """Write every grown cache as ``cat([past, new], 2)``, and rows of it as ``index_select(past, 0, rows)``.
+    """Write every dynamic cache as ``cat([past, new], 2)``, and rows of it as ``index_select(past, 0, rows)``.
 
     Before:  keys = pad(past_keys, ...).index_copy(2, slots, key); attend(query, keys); return keys.clone()
     After:   keys = cat([past_keys, key], 2); attend(query, keys); return keys
-    Because: a token is coded once: the cache must be seen to be the same one, whatever spelling the model has.
+    Because: later passes match one pattern, whatever spelling the model has.
 
-    Leaves alone: what evaluation does not show to be the cache and the call's tokens behind it.
+    Leaves alone: a tensor that evaluation does not prove to be the cache followed by the call's tokens.
     """
     nodes, changes = graph.fx, []
     place = order_of(nodes)
@@ -103,7 +103,7 @@ def _joins_tokens(node: Any) -> bool:
 
 
 def _changed(graph: fx.Graph, first: fx.Node, last: fx.Node, read: Sequence[fx.Node]) -> bool:
-    """Say whether what ``first`` has read changes before ``last``."""
+    """Return whether what ``first`` has read changes before ``last``."""
     place = order_of(graph)
     between = [other for other in graph.nodes if place[first] < place[other] < place[last]]
     return bool({root_of(node) for node in read} & changed_roots(between))
@@ -142,7 +142,7 @@ def _replace(graph: fx.Graph, node: fx.Node, cat: fx.Node, growth: Growth) -> No
 
 
 def _is_own(memory: fx.Node, steps: set[fx.Node]) -> bool:
-    """Say whether nothing but ``steps`` uses a tensor's memory."""
+    """Return whether nothing but ``steps`` uses a tensor's memory."""
     views = (user for user in memory.users if root_of(user) is memory)
     return set(memory.users) <= steps and all(_is_own_view(view, steps) for view in views)
 

@@ -9,11 +9,11 @@ from kvq_compile.lowering.nodes import target_name
 
 
 def unchain_writes(graph: Graph) -> PassReport:
-    """Let everything that reads the result of a cache write read the cache.
+    """Replace the result of a write in place by the cache that was written.
 
-    Before:  written = cache[:B].index_copy_(2, position, key); attend(query, written)    # B is all there are
+    Before:  written = cache[:B].index_copy_(2, position, key); attend(query, written)    # cache has B rows
     After:   cache.index_copy_(2, position, key); attend(query, cache)
-    Because: a write in place returns its first argument, and no later pass should have to know both names.
+    Because: a write in place returns its first argument; later passes look for the cache under one name.
     """
     changes = []
     for node in list(graph.fx.nodes):

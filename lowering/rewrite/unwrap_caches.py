@@ -20,9 +20,9 @@ def unwrap_caches(graph: Graph) -> PassReport:
 
     Before:  cache = placeholder                                   # QuantizedKV [B, H, S, D]
     After:   cache_codes, ..., cache_cursor, cache_length = placeholder, ...
-    Because: AOTAutograd would turn each write into a wrapped tensor into a copy of the whole cache.
+    Because: AOTAutograd functionalizes a write into a tensor subclass by copying the whole cache.
 
-    The wrapped placeholders keep their users; they go when the rewriting passes have replaced those.
+    The wrapped placeholders keep their users until `dequantize_reads` erases them.
     """
     for node in graph.inputs:
         cache = value_of(node)

@@ -1,4 +1,4 @@
-"""Measure how much attention tokens get, where their bits depend on it."""
+"""Compute importance scores of tokens, for layouts that allocate bits by them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
 
 
 def weigh_fresh_tokens(graph: Graph) -> PassReport:
-    """Weigh the tokens of caches that a call makes of its own tokens.
+    """Compute importance scores for caches that a call makes of its own tokens.
 
     Before:  output = attention(query, keys, values, mask); return keys, values
     After:   importance = kvq.importance(query, keys, mask); output = ...
-    Because: QAQ gives tokens that get more attention more bits, and only this call knows its queries.
+    Because: QAQ allocates bits by the attention that a token receives, and only this call has the queries.
 
-    Leaves alone: layouts that do not ask; 16-bit buffers written in place, which are quantized when the call
-    is over: their tokens get bits by range alone.
+    Leaves alone: layouts without importance scores; 16-bit buffers written in place, which are quantized
+    after the call: their tokens get bits by range alone.
     """
     changes = []
     for site in graph.sites:
@@ -30,8 +30,8 @@ def weigh_fresh_tokens(graph: Graph) -> PassReport:
         weights = None
         if _asks(site):
             with graph.fx.inserting_before(site.attention.output):
-                weights = weigh_tokens(graph.fx, site, None, turned_mask(graph.fx, site.attention))
-            changes.append(f"{weights} weighs the tokens of {site.key.base}")
+                weights = weigh_tokens(graph.fx, site, None, visible_mask(graph.fx, site.attention))
+            changes.append(f"{weights} scores the tokens of {site.key.base}")
         for state, _ in site.states():
             graph.seen[state.base] = seen_by(site, state, weights)
     return PassReport(tuple(changes))
@@ -46,17 +46,17 @@ def weigh_tokens(
         graph: The nodes.
         site: The attention.
         cache: The keys held before the call, if they are quantized.
-        mask: The mask over slots, or ``None``.
+        mask: The mask over cache positions, or ``None``.
 
     Returns:
-        Their importance, or ``None`` where no layout asks for it.
+        Importance scores, or ``None`` where no layout uses them.
     """
     if not _asks(site):
         return None
     state = site.key
     key = state.base if state.life is Life.GROWN_PLAIN else state.new
     if cache is None:
-        empty = CacheNodes((), site.key_coding.layout)
+        empty = CacheNodes((), site.key_quantization.layout)
         return importance(graph, site.attention, key, mask, (None, 0), size_of(key, 2), empty)
     held = cache.length
     if state.life is Life.GROWN:
@@ -65,12 +65,12 @@ def weigh_tokens(
 
 
 def _asks(site: AttentionSite) -> bool:
-    return any(coding.layout.attentive for _, coding in site.states())
+    return any(quantization.layout.attentive for _, quantization in site.states())
 
 
 def seen_by(site: AttentionSite, state: State, weights: fx.Node | None) -> Seen:
-    """Return what the attention says to one of its caches: importance, and the queries that it is to hold."""
-    holds = state is site.key and site.key_coding.layout.queries > 0
+    """Return importance scores for one of a site's caches, and the queries that it keeps."""
+    holds = state is site.key and site.key_quantization.layout.queries > 0
     return weights, site.attention.query if holds else None
 
 
@@ -79,8 +79,8 @@ def first_slot(state: State, cache: CacheNodes) -> Slots:
     return (None, cache.length) if state.life is Life.GROWN else slots_from(state.position)
 
 
-def turned_mask(graph: fx.Graph, attention: Attention) -> Any:
-    """Return the model's mask, turned over if it marks what is hidden."""
+def visible_mask(graph: fx.Graph, attention: Attention) -> Any:
+    """Return the model's mask, inverted if it marks what is hidden."""
     if attention.mask is None or not attention.mask_hides:
         return attention.mask
     return insert_call(graph, operator.invert, (attention.mask,))
