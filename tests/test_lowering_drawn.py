@@ -203,8 +203,8 @@ def test_a_drawn_graph_does_what_pytorch_does(program: Program, seed: int) -> No
                 rtol=1e-4,
                 atol=1e-5,
             )
-            if program.beside:
-                assert all(isinstance(x, QuantizedKV) for x in outcome[0][-2:])
+            kept = outcome[0][number:][-2:]
+            assert [type(x) for x in kept] == [QuantizedKV] * (2 * program.beside)
             return outcome[0]
 
         return both
