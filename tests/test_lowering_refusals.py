@@ -65,6 +65,28 @@ def test_a_soft_cap_on_the_scores_is_left_alone() -> None:
     assert_left_alone(step, grown(), "the scores pass through tanh before the softmax")
 
 
+def test_a_soft_cap_is_named_behind_the_mask_and_the_factor() -> None:
+    """Regression: the mask's addition, which is supported, was given as the reason."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        scores = torch.tanh(query @ keys.transpose(2, 3) / 5.0) * 5.0
+        scores = scores + torch.zeros(1, 1, 1, scores.shape[-1])
+        return torch.softmax(scores, -1) @ values, keys, values
+
+    assert_left_alone(step, grown(), "the scores pass through tanh before the softmax")
+
+
+def test_a_bias_beside_the_mask_is_named_as_an_addition() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        scores = query @ keys.transpose(2, 3)
+        bias = torch.zeros(1, 1, 1, scores.shape[-1])
+        return torch.softmax(scores + bias + bias, -1) @ values, keys, values
+
+    assert_left_alone(step, grown(), "the scores pass through add before the softmax")
+
+
 def test_a_scale_computed_in_the_graph_is_left_alone() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)

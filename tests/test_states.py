@@ -115,6 +115,15 @@ def filled_in(x, buffer):
     return conv2d(buffer, x[:1, :, :1, :1])
 
 
+def stacked_images(x, weight):
+    return torch.cat([x, conv2d(x, weight, padding=1)], 2)
+
+
+def rows_of_an_image(x, image, weight):
+    image[:, :, :1] = x
+    return conv2d(image, weight)
+
+
 def handed_back(x):
     return x, x * 2
 
@@ -128,6 +137,11 @@ NO_CACHES = {
     "hidden states": (hidden_states, [draw(1, 5, 16), draw(1, 3, 16), draw(8, 16)]),
     "running mean": (running_mean, [draw(5, 1, 4, 1, 1), draw(1, 4, 1, 1)]),
     "activation filled in": (filled_in, [draw(1, 4, 8, 8), draw(1, 4, 8, 8)]),
+    "images joined along their height": (stacked_images, [draw(2, 3, 8, 8), draw(3, 3, 3, 3)]),
+    "image filled in by rows": (
+        rows_of_an_image,
+        [draw(2, 3, 1, 8), draw(2, 3, 8, 8), draw(3, 3, 3, 3)],
+    ),
     "handed back": (handed_back, [draw(1, 2, 3, 32)]),
     "no cache": (attention_of_its_own_tokens, [draw(1, 2, 3, 32) for _ in range(3)]),
 }
@@ -137,6 +151,28 @@ NO_CACHES = {
 def test_what_is_no_cache_is_not_told(name: str) -> None:
     step, args = NO_CACHES[name]
     assert reports(step, *args) == []
+
+
+def test_a_cache_that_nothing_in_the_graph_reads_is_told() -> None:
+    """A graph break may stand between growth and attention; only what reads images shows that it is none."""
+
+    def step(keys, key):
+        return torch.cat([keys, key], 2)
+
+    with pytest.warns(KVQWarning, match="no attention reads it"):
+        (state,) = reports(step, draw(1, 2, 40, 32), draw(1, 2, 1, 32))
+    assert "no attention reads it" in state.detail
+
+
+def test_keys_and_values_of_one_attention_are_refused_for_one_reason() -> None:
+    def step(query, key, value, keys, values):
+        keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        weights = torch.softmax(torch.tanh(query @ keys.mT), -1).to(values.dtype)
+        return weights @ values, keys, values
+
+    with pytest.warns(KVQWarning, match="tanh"):
+        states = reports(step, *HEADS_FIRST)
+    assert {state.detail for state in states} == {"the scores pass through tanh before the softmax"}
 
 
 def test_what_is_served_is_reported_as_such() -> None:

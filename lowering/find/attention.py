@@ -33,7 +33,11 @@ from kvq_compile.lowering.sites import Attention, Refusal, unexpected
 
 MATMUL = ("matmul", "bmm")
 SCALINGS = ("mul", "div", "truediv", "mul_", "div_", "imul", "itruediv", "multiply", "divide")
+ADDITIONS = ("add", "add_", "iadd")
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
+_REACH = (
+    8  # steps between a product and its softmax, more than masks, factors, casts and a cap take
+)
 
 
 def find_attentions(graph: fx.Graph) -> list[Attention | tuple[fx.Node, Refusal]]:
@@ -94,7 +98,7 @@ def _read_softmax(node: fx.Node) -> Attention | None:
     scores, mask, hides = _split_mask(argument(node, 0, "input"))
     scores, score = _split_score(scores)
     if target_name(scores) not in MATMUL:
-        raise Refusal(f"the scores pass through {target_name(scores) or scores} before the softmax")
+        raise Refusal(f"the scores pass through {_obstacle(scores)} before the softmax")
     query, transposed = _factors(scores)
     key = _untransposed(transposed)
     if len(scores.users) > 1 or any(len(n.users) > 1 for n in _between(scores, node)):
@@ -102,6 +106,30 @@ def _read_softmax(node: fx.Node) -> Attention | None:
     if len(node.users) > 1 or any(len(n.users) > 1 for n in _between(node, weights)):
         raise Refusal("the attention weights are used outside attention (output_attentions?)")
     return Attention(output, query, key, _factors(output)[1], mask, score, False, False, hides)
+
+
+def _obstacle(scores: Any) -> str:
+    """Return the name of the step that keeps scores from being read: behind a mask and factors, if it is there."""
+    first = node = scores
+    for _ in range(_REACH):
+        name = target_name(node)
+        if name not in (*ADDITIONS, *SCALINGS, *CASTS):
+            break
+        sides = [arg for arg in node.args[:2] if isinstance(arg, fx.Node) and _holds_product(arg)]
+        if len(sides) != 1:
+            return str(target_name(first) or first)
+        (node,) = sides
+    return str(target_name(first if name in MATMUL else node) or first)
+
+
+def _holds_product(node: fx.Node) -> bool:
+    """Say whether a product is among the few steps that ``node`` was computed by."""
+    front = [node]
+    for _ in range(_REACH):
+        if any(target_name(each) in MATMUL for each in front):
+            return True
+        front = [other for each in front for other in each.all_input_nodes]
+    return False
 
 
 def _follow_to_product(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node]:
@@ -162,7 +190,7 @@ def _split_mask(scores: Any) -> tuple[Any, fx.Node | None, bool]:
     """Return the scores before masking, the mask, and whether it marks what is hidden."""
     scores = _through_casts(scores)
     name = target_name(scores)
-    if name in ("add", "add_", "iadd"):
+    if name in ADDITIONS:
         for this, other in ((0, 1), (1, 0)):
             if _is_scores(scores.args[this]) and isinstance(scores.args[other], fx.Node):
                 if argument(scores, 2, "alpha", 1) != 1:

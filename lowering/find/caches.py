@@ -5,9 +5,10 @@ Start from the state: an argument (or an allocation that is returned) of three d
 - hands it back longer along one axis, made of its own elements and others; or
 - writes some of its cache positions in place, from a tensor.
 
-Along the third of four axes, as ``[B, H, S, D]`` grows, that suffices. Along any other axis, and with three or five
-of them, it must also be multiplied with something else that the call computes, as attention does with keys: feature
-maps and hidden states are joined and filled in as well. A convolution or a normalization ends that search.
+Along the third of four axes, as ``[B, H, S, D]`` grows, that suffices, unless a convolution or a pooling reads it: then
+it is a feature map, ``[B, C, H, W]``. Along any other axis, and with three or five of them, it must also be multiplied
+with something else that the call computes, as attention does with keys: feature maps and hidden states are joined and
+filled in as well. A convolution or a normalization ends that search.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.attention import CASTS
 from kvq_compile.lowering.find.movement import MIXING, made_of
 from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.find.sites import BY_OPTION
@@ -37,6 +39,18 @@ from kvq_compile.lowering.sites import SiteReport, StateReport
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "flex_attention")
 _BY_SLOT = ("index_copy_", "setitem", "index_put_", "copy_", "scatter_", "masked_scatter_")
+_OF_IMAGES = (
+    *(
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose2d",
+        "batch_norm",
+        "group_norm",
+        "instance_norm",
+    ),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate"),
+)
 _REACH = 256  # nodes followed from a cache to what reads it
 _ALLOCATED = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "full")
 DENSE = "stored quantized, read dense"
@@ -86,7 +100,8 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
             node in allocated and node in written
         ):
             axis = grown[node] if node in grown else written[node]
-            if (value.dim(), axis) == (4, 2) or _is_multiplied(node):
+            third_of_four = (value.dim(), axis) == (4, 2)
+            if _is_multiplied(node) or (third_of_four and not _is_feature_map(node)):
                 yield node, axis
 
 
@@ -167,6 +182,10 @@ def _is_multiplied(cache: fx.Node) -> bool:
     return any(target_name(node) in PRODUCTS for node in _followed(cache))
 
 
+def _is_feature_map(cache: fx.Node) -> bool:
+    return any(target_name(node) in _OF_IMAGES for node in _followed(cache))
+
+
 def _followed(cache: fx.Node) -> Iterator[fx.Node]:
     """Yield what a cache and its copies reach, products and the softmax behind them included."""
     seen: set[fx.Node] = {cache}
@@ -187,12 +206,25 @@ def _followed(cache: fx.Node) -> Iterator[fx.Node]:
                 front.append(memory)
 
 
+def _weights_of(product: fx.Node) -> Iterator[fx.Node]:
+    """Yield the softmax, and what stands between, whose weights a product takes as its first operand."""
+    if target_name(product) not in PRODUCTS[:2]:
+        return
+    weights = product.args[0] if product.args else None
+    while isinstance(weights, fx.Node):
+        yield weights
+        if target_name(weights) not in (*CASTS, "dropout"):
+            return
+        weights = weights.args[0]
+
+
 def _why_not(graph: Graph, cache: fx.Node, axis: int | None) -> str:
     """Return why a cache is not served."""
     refused: dict[str, SiteReport] = {
         report.node: report for report in graph.reports if report.outcome == "left alone"
     }
-    met = [refused[node.name] for node in _followed(cache) if node.name in refused]
+    reached = [near for node in _followed(cache) for near in (node, *_weights_of(node))]
+    met = [refused[node.name] for node in reached if node.name in refused]
     told = [report.detail for report in met if report.detail != NO_CACHE]
     if told:
         return told[0]
