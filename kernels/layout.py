@@ -163,9 +163,8 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self._hash == other._hash and self._values == other._values
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(
-            self
-        ), self._values  # without cached properties: hashes differ between processes
+        # Without cached properties: hashes differ between processes.
+        return type(self), self._values
 
     def __repr__(self) -> str:
         held = f", {self.queries}, {self.shared_by}" if self.queries else ""

@@ -1,1 +1,1 @@
-"""The CPU backend: packed pages read in C++."""
+"""The CPU backend: packed pages are written and read in C++."""

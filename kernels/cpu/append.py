@@ -1,8 +1,8 @@
-"""Write, cut and read a quantized cache on the CPU.
+"""Append to, truncate and dequantize a cache on the CPU.
 
-The tokens of pages that fill up are gathered from the ring and from the new ones, taken to the basis in which they are
-coded, quantized and packed in C++ (pages.cpp); a transform between the two is a matrix product. Pages go a block at a
-time, so that a long prompt needs little scratch. What stays exact is copied, a run of rows at a time.
+C++ (pages.cpp) gathers the tokens of full pages from the ring and from the new tokens, applies the calibration
+constants, and quantizes and packs them; a Hadamard transform in between is a matrix product. Pages are handled in
+blocks, so that a long prompt needs little scratch memory. Tokens that stay exact are copied in runs of rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.transform import rotate
 
-SCRATCH_ELEMENTS = 1 << 19  # fp32 elements coded or unpacked at once: two megabytes
+SCRATCH_ELEMENTS = 1 << 19  # fp32 elements quantized or unpacked at once (2 MiB)
 
 
 def append_(
@@ -35,12 +35,12 @@ def append_(
 
     Args:
         cache: The cache.
-        calibrated: What packed tokens are coded relative to.
+        calibrated: Calibration constants.
         x: New tokens, ``[B, H, T, D]``.
-        start: Slot of the first new token; tokens held from there on are forgotten first.
+        start: Slot of the first new token; the cache is first truncated to ``start`` tokens.
         layout: The cache's layout.
-        importance: Weight of each token's error by slot, ``[B, H, >= start + T]``, which mixed layouts distribute
-            bits by; ``None``: all weigh the same.
+        importance: Importance score of each slot, ``[B, H, >= start + T]``, by which mixed layouts distribute bits;
+            ``None``: all are equal.
         query: Queries of the last of the new tokens, for layouts that hold them.
 
     Raises:
@@ -71,7 +71,7 @@ def append_(
 def _quantize(
     packed: PackedTensor, pages: slice, x: Tensor, start: int, importance: Tensor | None
 ) -> None:
-    """Quantize pages, the tokens of which are in the ring or, from slot ``start`` on, in ``x``."""
+    """Quantize pages whose tokens are in the ring or, from slot ``start`` on, in ``x``."""
     layout, weights, bounds = packed.layout, None, None
     if layout.attentive and importance is not None:
         weights = importance.float()
@@ -88,20 +88,20 @@ def _quantize(
 
 
 def _write_rows(exact: Tensor, x: Tensor, start: int, packed_end: int, layout: Layout) -> None:
-    """Copy the new tokens that stay exact: sinks, and those behind the packed ones."""
+    """Copy the new tokens that stay exact: sinks, and those after the packed pages."""
     sinks = max(0, min(layout.sinks - start, x.shape[2]))
     if sinks:
         exact[:, :, start : start + sinks] = x[:, :, :sinks]
     first, end = max(start + sinks, packed_end), start + x.shape[2]
     while first < end:
         row = layout.exact_row(first)
-        last = min(end, first + layout.token_rows - row)  # the ring goes on at its beginning
+        last = min(end, first + layout.token_rows - row)  # the ring wraps around
         exact[:, :, row : row + last - first] = x[:, :, first - start : last - start]
         first = last
 
 
 def truncate_(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> None:
-    """Forget the tokens from ``length`` on, in place.
+    """Truncate the cache to ``length`` tokens, in place.
 
     A page that is cut open goes back to the ring as the values it was read as; it is quantized anew when it fills
     again. Forgetting no more than ``window`` tokens never cuts a page.
@@ -143,7 +143,7 @@ def read(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> 
 
 
 def _tokens(packed: PackedTensor, pages: slice) -> Tensor:
-    """Return the tokens ``[B, H, n, D]`` (fp32) that pages stand for."""
+    """Dequantize pages to tokens ``[B, H, n, D]`` (fp32)."""
     elements = native.unpack(packed, pages, rotated=False)
     if packed.calibrated.tables is None:
         return rotate(elements, packed.layout).flatten(2, 3)
@@ -153,7 +153,7 @@ def _tokens(packed: PackedTensor, pages: slice) -> Tensor:
 
 
 def blocks(packed: PackedTensor, pages: slice) -> Iterator[slice]:
-    """Yield runs of pages that are small enough to be held as fp32."""
+    """Yield runs of pages that fit the scratch memory as fp32."""
     B, H = packed.parts.codes.shape[:2]
     layout = packed.layout
     step = max(1, SCRATCH_ELEMENTS // (max(1, B * H) * layout.page_size * layout.head_dim))

@@ -1,8 +1,8 @@
 // Attend to a quantized cache on a CPU with a few query rows, or unpack pages for a matrix product with many.
 //
 // A page is unpacked row by row (unpack.h) into a tile that stays in the first or second cache level, so a packed
-// byte crosses the memory bus once and an unpacked number never does. Sums may be taken in any order here; what has
-// to be bit by bit is in pages.cpp.
+// byte crosses the memory bus once and an unpacked element never does. Sums may be taken in any order here; code that
+// must match the specification bit by bit is in pages.cpp.
 
 #include <atomic>
 
@@ -23,13 +23,13 @@ struct Attend {
   float* running_max;     // [batch, heads, splits + 1, query_rows]
   float* running_sum;     // the same
   float* packed_out;      // [batch, heads, query_rows, value head_dim], in the basis of packed values
-  float* weight_out;      // [batch, heads, query_rows]: what packed values weigh
+  float* weight_out;      // [batch, heads, query_rows]: sum of the weights of packed values
   float* exact_out;       // as packed_out, in the basis of exact values
   int32_t batch, heads, query_rows, pages, page_size, splits, sinks, ring;
-  int64_t held, start, visible;  // slots of the cache that may be seen, first new slot, end of what may be seen
+  int64_t held, start, visible;  // kv_len of the cache, first new slot, end of the visible slots
 };
 
-// Turn query rows back by the angles of a page's first slot, so that its keys need only those inside the page.
+// Inverse-rotate queries by the angles of a page's first slot; its keys then need only the angles inside the page.
 void inverse_rotate(const float* query, const float* cos_sin, int rows, int dim, float* out) {
   const int half = dim / 2;
   for (; rows > 0; --rows, query += dim, out += dim) {
@@ -66,11 +66,11 @@ void dot_rows(const float* left, int64_t left_stride, const float* right, int n,
   }
 }
 
-// Turn the scores of one query row into weights; rescale what was summed before.
+// Replace the scores of one query row by weights, and rescale the sums so far.
 void online_softmax(float* scores, int n, float& running_max, float& running_sum, float* accumulator, int dim) {
   float new_max = running_max;
   for (int i = 0; i < n; ++i) new_max = scores[i] > new_max ? scores[i] : new_max;
-  const float origin = new_max > -1e38f ? new_max : -1e38f;  // a row that sees nothing keeps weight 0
+  const float origin = new_max > -1e38f ? new_max : -1e38f;  // a fully masked row keeps weight 0
   const float decay = std::exp(running_max - origin);
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -105,7 +105,7 @@ struct Split {
   // The first of this head's query rows.
   int64_t first_row() const { return (b * a.heads + h) * a.query_rows; }
 
-  // Score the first n keys of the tile, slots first_slot .. first_slot + n - 1, and turn scores into weights.
+  // Score the first n keys of the tile, slots first_slot .. first_slot + n - 1, and replace scores by weights.
   void weigh_tile(const float* query, const float* constant, int n, int64_t first_slot) {
     const int N = a.page_size;
     for (int i = 0; i < n; ++i) dot_rows<false>(query, dim, s.tile + static_cast<int64_t>(i) * dim, dim, a.query_rows, s.scores + i, N);
@@ -197,7 +197,7 @@ void attend_exact(const Attend& a, int64_t b, int64_t h, Scratch& s) {
 void join_splits(const Attend& a, int64_t head, int q) {
   const int dim = a.value.head_dim;
   const int64_t Q = a.query_rows, first = head * (a.splits + 1) * Q + q;
-  float top = -1e38f, total = 0;  // a row that sees nothing: all weights 0
+  float top = -1e38f, total = 0;  // a fully masked row: all weights 0
   for (int s = 0; s <= a.splits; ++s) top = a.running_max[first + s * Q] > top ? a.running_max[first + s * Q] : top;
   for (int s = 0; s <= a.splits; ++s) total += std::exp(a.running_max[first + s * Q] - top) * a.running_sum[first + s * Q];
   const float inverse = total == 0 ? 1.0f : 1.0f / total;
@@ -248,7 +248,7 @@ bool attend(const Attend& a, int threads) {
   return damaged;
 }
 
-// Make sure of what Python hands over, and take it apart.
+// Check the arguments from Python and unpack them.
 Attend unwrap(const AttendWords& w, Check& check) {
   const LayoutWords &key = w.keys.layout, &value = w.values.layout;
   const int64_t batch = w.query.sizes[0], heads = w.query.sizes[1], rows = w.query.sizes[2], new_tokens = w.new_key.sizes[2];
@@ -299,7 +299,7 @@ extern "C" {
 // The lists of wire.h, for Python to compare with its own.
 const char* kvq_interface() { return kInterface; }
 
-// Attend as `words`, AttendWords, say. Returns what is wrong with them, or null.
+// Attend with the arguments in `words` (AttendWords). Returns an error message, or null.
 const char* kvq_attend(const int64_t* words, int64_t count) {
   static thread_local Check check;
   check = Check();

@@ -1,12 +1,10 @@
 """Attend to a quantized cache on the CPU.
 
-A few query rows, as in decoding, read the whole cache in one call of C++. Many rows, as in a chunk of a prompt, go
-through blocks of pages unpacked to fp32 and matrix products, so that the scratch stays the same however long the
-cache is. Both keep the softmax state in fp32: a running maximum, a running sum and two accumulators. Packed tokens
-lie in a basis of their own (packed.py). Changing the basis of the query once and of the packed accumulator once takes
-the place of changing that of every token, which is why packed and exact tokens accumulate apart.
-
-The lengths are read on the host, which is free on a CPU.
+Few query rows, as in decoding, attend to the whole cache in one call of C++. Many rows, as in a chunk of a prompt, use
+matrix products over blocks of pages unpacked to fp32, so that scratch memory does not depend on kv_len. Both keep the
+softmax state in fp32: a running maximum, a running sum and two accumulators. Packed tokens are transformed (packed.py):
+instead of inverting the transform of every token, the query is transformed once and the accumulator of packed values
+once. Packed and exact tokens therefore have an accumulator each.
 """
 
 from __future__ import annotations
@@ -21,13 +19,13 @@ from kvq_compile.kernels.cpu.append import blocks
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import HIDES, Layout
 
-FEW_ROWS = 16  # query rows of a KV head up to which unpacking costs more than the products
+FEW_ROWS = 16  # query rows per KV head up to which unpacking costs more than the products
 
 
 class _Softmax:
     """Running softmax of query rows ``[B, Hkv, rows, D]`` over blocks of keys and values.
 
-    Sums and accumulators come in pairs: of packed tokens, in their basis, and of exact ones.
+    Sums and accumulators come in pairs: of packed tokens, before the inverse transform, and of exact tokens.
     """
 
     def __init__(self, rows: Tensor, value_dim: int) -> None:
@@ -36,11 +34,9 @@ class _Softmax:
         self.accumulators = [rows.new_zeros(*rows.shape[:3], value_dim) for _ in range(2)]
 
     def update(self, scores: Tensor, value: Tensor, which: int) -> None:
-        """Take in scores ``[B, Hkv, rows, n]`` of values ``[B, Hkv, n, Dv]``."""
+        """Accumulate values ``[B, Hkv, n, Dv]`` with scores ``[B, Hkv, rows, n]``."""
         new_max = torch.maximum(self.running_max, scores.amax(-1, keepdim=True))
-        reference_point = new_max.clamp_min(
-            -1e38
-        )  # keeps rows that see nothing at weight 0, not NaN
+        reference_point = new_max.clamp_min(-1e38)  # keeps fully masked rows at weight 0, not NaN
         weights = (scores - reference_point).exp_()
         decay = (self.running_max - reference_point).exp_()
         self.running_max = new_max
@@ -50,8 +46,11 @@ class _Softmax:
         self.accumulators[which] += weights @ value
 
     def result(self, values: PackedTensor) -> Tensor:
-        """Return the attention output in the basis of the model."""
-        total = values.leave(self.accumulators[0], self.running_sums[0]) + self.accumulators[1]
+        """Return the attention output."""
+        total = (
+            values.inverse_transform(self.accumulators[0], self.running_sums[0])
+            + self.accumulators[1]
+        )
         weight = self.running_sums[0] + self.running_sums[1]
         return total / torch.where(weight == 0, 1.0, weight)
 
@@ -84,14 +83,14 @@ def attend(
     start: int,
     scale: float,
 ) -> Tensor:
-    """Attend to the tokens ``0 .. start - 1`` of a cache and to the new ones behind them.
+    """Attend to the tokens ``0 .. start - 1`` of a cache and to the new tokens after them.
 
     Args:
         query: ``[B, Hq, T, D]``.
         key, value: Exact new tokens, ``[B, Hkv, Tn, D]`` and ``[B, Hkv, Tn, Dv]``.
         keys, values: The cache before the new tokens are written.
         mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one
-            column a slot; slots beyond its ``M`` columns are not attended to.
+            column per slot; slots beyond its ``M`` columns are masked.
         start: Slot of the first new token.
         scale: Factor on the scores.
 
@@ -131,9 +130,9 @@ def _read_at_once(
     """Attend with few query rows, in one call."""
     key, value = key.to(keys.parts.exact.dtype), value.to(values.parts.exact.dtype)
     packed, weight, exact = native.attend(
-        rows, *keys.meet(rows), key, value, keys, values, bias, start, visible
+        rows, *keys.transform_query(rows), key, value, keys, values, bias, start, visible
     )
-    return values.leave(packed, weight) + exact
+    return values.inverse_transform(packed, weight) + exact
 
 
 def _read_in_blocks(
@@ -150,7 +149,7 @@ def _read_in_blocks(
     """Attend to the packed tokens in blocks of pages unpacked to fp32, then to the exact ones."""
     softmax = _Softmax(rows, value.shape[3])
     layout, held, pages = keys.layout, min(start, visible), min(keys.pages, values.pages)
-    coded, constant = keys.meet(rows)
+    coded, constant = keys.transform_query(rows)
     for block in blocks(keys, slice(0, pages)):
         first = layout.sinks + block.start * layout.page_size
         last = min(layout.sinks + block.stop * layout.page_size, held)

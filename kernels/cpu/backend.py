@@ -1,4 +1,4 @@
-"""The four functions of the CPU, as `ops` calls them."""
+"""The four functions of the CPU backend, as `ops` calls them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def append_(
     importance: Tensor | None = None,
     query: Tensor | None = None,
 ) -> None:
-    """Write new tokens behind those held: see `append.append_`."""
+    """Write new tokens and quantize full pages: see `append.append_`."""
     first = first_slot(position, start)
     writing.append_(cache, calibrated, x, first, layout, importance, query)
 
@@ -83,7 +83,7 @@ def importance(
     queries: int,
     layout: Layout,
 ) -> Tensor:
-    """Weigh tokens by the attention that they get: see `importance.recent_importance`."""
+    """Return importance scores: see `importance.recent_importance`."""
     packed = None if keys is None else PackedTensor(keys, layout, calibrated)
     first = first_slot(position, start)
     return weighing.recent_importance(

@@ -1,7 +1,7 @@
-"""How much attention the last queries pay to each slot: what mixed pages distribute their bits by.
+"""Importance scores: the attention of the last queries to each slot, by which mixed pages distribute bits.
 
-It matters only when a page is about to be quantized. The last queries are those of the call and, where it has fewer,
-those that the cache holds of the tokens before. Their scores are taken a block of packed pages at a time.
+Scores are needed only when a page is quantized. The last queries are those of the call; if it has fewer, the key cache
+supplies those of earlier tokens. Packed pages are unpacked in blocks.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ def recent_importance(
     queries: int,
     layout: Layout,
 ) -> Tensor:
-    """Return the largest weight that the last queries paid to each slot.
+    """Return the importance score of each slot: its largest attention weight over the last queries.
 
     Args:
-        query: ``[B, Hq, T, D]``, those of the last of the call's tokens.
+        query: Queries of the last of the call's tokens, ``[B, Hq, T, D]``.
         key: The call's own keys, ``[B, Hkv, tokens, D]``.
         keys: The cache of the keys before the call; ``None`` where there is none.
-        mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column a slot, or
-            ``None``; slots beyond its ``M`` columns are not attended to. For queries of earlier calls its first
-            row holds.
+        mask: Boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column per slot, or
+            ``None``. Slots beyond its ``M`` columns are masked. Queries of earlier calls use its first row.
         start: Slot of the first of the call's keys.
         slots: Slots of the result, ``start + tokens`` or more.
         scale: Factor on the scores.
-        causal: Whether the call's queries see no slot behind their own. Those of earlier calls never do.
+        causal: Whether the call's queries are masked causally; queries of earlier calls always are.
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
 
@@ -92,7 +91,7 @@ def _largest_weights(scores: Tensor, kv_heads: int) -> Tensor:
 
 
 def _for_rows(mask: Tensor, earlier: int, count: int) -> Tensor:
-    """Return the rows of a mask for the last ``count`` queries, behind ``earlier`` times its first one."""
+    """Return a mask's rows: its first row for ``earlier`` queries, then the rows of the last ``count`` queries."""
     if mask.dim() < 2 or mask.shape[-2] == 1:
         return mask
     first = mask[..., :1, :].expand(*mask.shape[:-2], earlier, -1)
@@ -108,7 +107,7 @@ def _scores(rows: Tensor, key: Tensor, keys: PackedTensor | None, start: int) ->
     layout, exact = keys.layout, keys.parts.exact
     sinks = min(start, layout.sinks)
     scores[..., :sinks] = rows @ exact[:, :, :sinks].float().mT
-    coded, constant = keys.meet(rows)
+    coded, constant = keys.transform_query(rows)
     used = min(keys.pages, -(-max(0, start - layout.sinks) // layout.page_size))
     for block in blocks(keys, slice(0, used)):
         first = layout.sinks + block.start * layout.page_size

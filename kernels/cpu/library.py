@@ -1,4 +1,4 @@
-"""Build, find and load the CPU backend's library, from source files in this folder.
+"""Build, find and load the library of the CPU backend from the source files in this folder.
 
 PyTorch's own CPU compiler needs a C++ compiler too, so needing one asks for nothing new. The library is built once
 for a machine, in about two seconds, and has a plain C interface, so that one build serves every Python and every

@@ -1,7 +1,8 @@
-"""Call the CPU backend's library: what a call hands over, as `wire.h` lists it.
+"""Calls into the CPU backend's library; `wire.h` lists the arguments.
 
-A call is a run of 64-bit words. Layouts are words that are made once; a tensor is its address, the bytes behind it,
-its dtype, sizes and strides. C++ checks them before it touches memory, and says what is wrong.
+The arguments of a call are an array of 64-bit words. A layout is a run of words, computed once. A tensor is its
+address, the bytes from there to the end of its memory, its dtype, sizes and strides. C++ checks all of them before it
+touches memory, and returns an error message.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.schemes import Codebook, Mixed
 from kvq_compile.kernels.tables import section
 
-PARALLEL_FROM = 1 << 16  # packed elements from which waking other threads pays
-DTYPES = {  # numbers.h has the same numbers
+PARALLEL_FROM = 1 << 16  # packed elements from which several threads are faster
+DTYPES = {  # the same constants as in numbers.h
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int16: 4,
     torch.uint8: 5, torch.int32: 6,
 }  # fmt: skip
 
-# The lists of wire.h, which the library says of itself, too: a tensor with its number of dimensions, or a word.
+# The lists of wire.h, compared with the library when it is loaded: a tensor and its dimensions, or a word.
 LAYOUT = (
     "is_key codebook mixed bits trits fp8 levels couple rows row_length row_words groups members param_elements "
     "byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary table_words "
@@ -148,7 +149,7 @@ def _call_on_pages(
 
 
 def _new_pages(packed: PackedTensor, count: int, channels_first: bool = False) -> Tensor:
-    """Allocate fp32 pages ``[B, H, count, N, D]``, which lie channel by channel if asked for."""
+    """Allocate fp32 pages ``[B, H, count, N, D]``, with the memory order ``[..., D, N]`` if ``channels_first``."""
     B, H = packed.parts.codes.shape[:2]
     tile = (packed.layout.page_size, packed.layout.head_dim)
     shape = (B, H, count, *(reversed(tile) if channels_first else tile))
@@ -157,9 +158,9 @@ def _new_pages(packed: PackedTensor, count: int, channels_first: bool = False) -
 
 
 def unpack(packed: PackedTensor, pages: slice, rotated: bool = True) -> Tensor:
-    """Return what the codes of pages stand for, ``[B, H, pages, N, D]`` (fp32), in the basis in which they were coded.
+    """Unpack pages to elements ``[B, H, pages, N, D]`` (fp32), before any inverse transform.
 
-    With ``rotated`` rotary keys are taken off their tables and rotated to their position.
+    With ``rotated``, mean and scale of rotary keys are applied and the keys rotated to their position.
     """
     channels_first = packed.layout.role == "value" and not isinstance(packed.layout.scheme, Mixed)
     elements = _new_pages(packed, pages.stop - pages.start, channels_first)
@@ -168,7 +169,7 @@ def unpack(packed: PackedTensor, pages: slice, rotated: bool = True) -> Tensor:
 
 
 def to_coded(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> Tensor:
-    """Return tokens of pages as they are coded but for a transform, ``[B, H, pages, N, D]`` (fp32).
+    """Return tokens of pages normalised by the tables, before a Hadamard transform, ``[B, H, pages, N, D]`` (fp32).
 
     Args:
         packed: The cache; tokens before ``start`` are in its ring.
@@ -183,7 +184,7 @@ def to_coded(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> Tenso
 
 
 def from_coded_(packed: PackedTensor, first_page: int, elements: Tensor) -> None:
-    """Take coded pages ``[B, H, pages, N, D]``, their transform undone, off their tables, in place."""
+    """Invert `to_coded` for pages ``[B, H, pages, N, D]``, in place."""
     _call_on_pages("from_coded", packed, elements, first_page)
 
 
@@ -194,13 +195,13 @@ def quantize_(
     importance: Tensor | None = None,
     bounds: Tensor | None = None,
 ) -> None:
-    """Quantize and pack pages ``[B, H, pages, N, D]``, which are overwritten, into a cache.
+    """Quantize pages ``[B, H, pages, N, D]`` and pack them into a cache; the elements are overwritten.
 
     Args:
         packed: The cache.
-        first_page: Number of the first page.
-        elements: Tokens as they are coded, fp32, contiguous.
-        importance: Weight of each token's error by slot, ``[B, H, slots]``; ``None``: all weigh the same.
+        first_page: Index of the first page.
+        elements: Transformed tokens, fp32, contiguous.
+        importance: Importance score of each slot, ``[B, H, slots]``; ``None``: all are equal.
         bounds: Bounds on the weighted error of mixed pages, ``[pages]``, fp32.
     """
     _call_on_pages("quantize", packed, elements, first_page, importance=importance, bounds=bounds)
@@ -218,20 +219,20 @@ def attend(
     start: int,
     visible: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend to a cache and the new tokens behind it.
+    """Attend to a cache and to new tokens.
 
     Args:
         query: Scaled query rows, ``[B, Hkv, rows, D]``, fp32, contiguous.
-        coded, constant: The same in the basis of the packed keys, and what to add to their scores.
+        coded, constant: Query rows transformed for packed keys, and a constant to add to their scores.
         key, value: New tokens, ``[B, Hkv, T, D]``, in the dtype of the exact rows.
         keys, values: The cache.
         bias: Added to the scores, ``[B, Hkv, rows, >= visible]``, fp32, any strides, or ``None``.
         start: Slot of the first new token.
-        visible: End of the slots that may be seen.
+        visible: End of the visible slots.
 
     Returns:
-        What packed values gave, in their basis, ``[B, Hkv, rows, Dv]``, their weight ``[B, Hkv, rows, 1]``, and
-        what exact values gave; fp32.
+        Output of packed values before the inverse transform, ``[B, Hkv, rows, Dv]``; their total weight,
+        ``[B, Hkv, rows, 1]``; output of exact values, ``[B, Hkv, rows, Dv]``. All fp32.
     """
     B, H, rows, _ = query.shape
     layout, Dv = keys.layout, values.layout.head_dim

@@ -1,4 +1,4 @@
-// Numbers as tensors hold them, to fp32 and back: fp64, bf16, fp16 and e4m3.
+// Conversions between fp32 and the element types of tensors: fp64, bf16, fp16 and e4m3.
 
 #pragma once
 
@@ -34,7 +34,7 @@ inline float from_half(uint16_t bits) {
 #endif
 }
 
-// The nearest fp16 number, the even one of two, of a number that is no NaN and not beyond the largest.
+// Round to the nearest fp16 value, ties to even; x is not NaN and within the range of fp16.
 inline uint16_t to_half(float value) {
 #ifdef __FLT16_MAX__
   const _Float16 half = static_cast<_Float16>(value);
@@ -50,25 +50,25 @@ inline uint16_t to_half(float value) {
 #endif
 }
 
-// The largest fp16 number that is not above a number within the range of fp16.
+// Round down to fp16; x is within its range.
 inline uint16_t to_half_below(float value) {
   const uint16_t half = to_half(value);
   if (!(from_half(half) > value)) return half;
   return static_cast<uint16_t>(half == 0 || half & 0x8000u ? half + 1 : half - 1);
 }
 
-// The smallest fp16 number that is not below a number that is not negative.
+// Round up to fp16; x is not negative.
 inline uint16_t to_half_above(float value) {
   const uint16_t half = to_half(value);
   return static_cast<uint16_t>(from_half(half) < value ? half + 1 : half);
 }
 
-// The fields of an e4m3 byte, read with fp16's bias.
+// Convert e4m3 to fp32: its fields are read as fp16, and the exponent bias is corrected.
 inline float from_e4m3(uint8_t byte) {
   return 256 * from_half(static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7F) << 7));
 }
 
-// The nearest e4m3 number; saturates, halves go outwards.
+// Round to the nearest e4m3 value; saturates, ties go away from zero.
 inline uint8_t to_e4m3(float value) {
   const float size = std::fabs(value) < kLargestE4m3 ? std::fabs(value) : kLargestE4m3;
   const uint32_t byte = size < 0x1p-6f ? static_cast<uint32_t>(size / 0x1p-9f + 0.5f) : ((bits_of_float(size) + (1u << 19)) >> 20) - (120u << 3);
@@ -81,7 +81,7 @@ inline int64_t bytes_of(int64_t dtype) {
   return dtype == kDouble ? 8 : dtype == kFloat || dtype == kInt32 ? 4 : dtype == kUint8 ? 1 : 2;
 }
 
-// Read n numbers of a floating-point dtype, from the one at `offset` on.
+// Convert n elements of a floating-point dtype, from `offset` on.
 inline void to_float(const void* from, int64_t offset, int64_t dtype, int64_t n, float* out) {
   if (dtype == kFloat) {
     std::memcpy(out, static_cast<const float*>(from) + offset, sizeof(float) * static_cast<size_t>(n));

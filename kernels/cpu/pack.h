@@ -1,7 +1,7 @@
-// Quantize and pack pages of a quantized cache: the uniform quantizer and codebooks.
+// Quantize and pack pages: uniform quantization and codebooks.
 //
 // reference/cache.py is the specification, bit by bit: fp32 with one rounding an operation, in the order written
-// there. A page comes as fp32 numbers [page_size, head_dim] in the basis in which they are coded.
+// there. A page is given as fp32 elements [page_size, head_dim], transformed for quantization.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace {
 
-// Where one page is written, and what a thread needs to do so.
+// Destination of a page, and scratch memory of a thread.
 struct PageWriter {
   const LayoutWords& t;
   uint16_t* codes;
@@ -17,7 +17,7 @@ struct PageWriter {
   const float* margin;      // of the head, [head_dim]; null: no tables
   const uint16_t* book;     // of the head, as in Packed
   float shrink;             // of a group's range, cut off at each end
-  std::vector<uint16_t> index, transposed;  // of each number or coupled channels: [page_size, code channels], and back
+  std::vector<uint16_t> index, transposed;  // codes [page_size, code channels], and transposed
   std::vector<float> lo, hi, zero, scale, distance, entries;
 
   explicit PageWriter(const LayoutWords& layout) : t(layout), codes(nullptr), params(nullptr), margin(nullptr), book(nullptr) {
@@ -32,11 +32,11 @@ struct PageWriter {
 
 bool is_finite(float x) { return std::fabs(x) <= 3.4028235e38f; }
 
-float bounded(float x) {  // a NaN stays one
+float bounded(float x) {  // NaN stays NaN
   return x < -kLargestHalf ? -kLargestHalf : x > kLargestHalf ? kLargestHalf : x;
 }
 
-// Widen ends of ranges, [count], by n numbers `stride` apart each, the first of every group side by side.
+// Extend ranges, [count], by n elements `stride` apart each; the first elements of all groups are contiguous.
 void take_ends(const float* x, int64_t n, int64_t stride, int64_t count, float* lo, float* hi) {
   for (int64_t i = 0; i < n; ++i, x += stride) {
 #pragma omp simd
@@ -49,7 +49,7 @@ void take_ends(const float* x, int64_t n, int64_t stride, int64_t count, float* 
   }
 }
 
-// Ends of the range of n numbers side by side.
+// Range of n contiguous elements.
 void take_ends(const float* x, int64_t n, float& lo, float& hi) {
   float least = INFINITY, most = -INFINITY;
 #pragma omp simd reduction(min : least) reduction(max : most)
@@ -63,7 +63,7 @@ void take_ends(const float* x, int64_t n, float& lo, float& hi) {
   lo = least, hi = most;
 }
 
-// Turn the ends of a group's range into parameters, store them at pair `at` and return them as they are read.
+// Compute parameters from the range of a group, store them at pair `at` and return the rounded values.
 void store_pair(const PageWriter& w, int64_t at, float lo, float hi, float margin, float& scale, float& zero) {
   const float levels = static_cast<float>(w.t.levels);
   if (!(lo <= hi)) lo = hi = 0.0f;  // nothing is finite
@@ -125,7 +125,7 @@ void code_channels(PageWriter& w, const float* x) {
   }
 }
 
-// The first of the centroids nearest to n coupled numbers; entries [couple, count].
+// Index of the centroid nearest to n coupled elements, the lowest among ties; entries [couple, count].
 uint16_t nearest(const float* x, int64_t couple, const float* entries, int64_t count, float* distance) {
   for (int64_t c = 0; c < couple; ++c) {
     const float at = bounded(x[c] == x[c] ? x[c] : 0.0f);
@@ -141,7 +141,7 @@ uint16_t nearest(const float* x, int64_t couple, const float* entries, int64_t c
   for (int64_t e = 0; e < count; ++e) least = distance[e] < least ? distance[e] : least;
   for (int64_t e = 0; e < count; ++e)
     if (distance[e] == least) return static_cast<uint16_t>(e);
-  return 0;  // centroids that are no numbers
+  return 0;  // all distances are NaN
 }
 
 void code_coupled(PageWriter& w, const float* x) {

@@ -14,7 +14,7 @@ namespace {
 constexpr int kMaxBits = 8;
 constexpr float kFloor = 4.0f;  // of the mean importance of a page
 
-// What a thread needs while it writes a mixed page.
+// Scratch memory of a thread that writes a mixed page.
 struct MixedScratch {
   std::vector<float> needs, weight, offset, middle;
   std::vector<uint8_t> levels, kept, bits, rank;
@@ -30,7 +30,7 @@ struct MixedScratch {
   }
 };
 
-// Sum n numbers by adding neighbours until one is left, in place; room is there for zeros up to a power of two.
+// Sum n elements by adding neighbours repeatedly, in place; x has room for zeros up to a power of two.
 float sum_pairs(float* x, int64_t n) {
   int64_t wide = 1;
   while (wide < n) wide *= 2;
@@ -55,7 +55,7 @@ void find_outliers(const float* x, int64_t dim, int64_t outliers, uint8_t* kept,
   }
 }
 
-// Weights of the tokens' errors from importance, softened or as it is.
+// Importance scores of the tokens, softened or as they are.
 void weigh(const LayoutWords& t, const float* importance, int64_t stride, MixedScratch& s) {
   const int64_t N = t.page_size;
   const auto known = [&](int64_t n) {
@@ -72,7 +72,7 @@ void weigh(const LayoutWords& t, const float* importance, int64_t stride, MixedS
   for (int64_t n = 0; n < N; ++n) s.weight[static_cast<size_t>(n)] = std::sqrt(known(n) + floor);
 }
 
-// Distribute the bits of a page by what each token needs, s.weight[n] / 2 ** bits, under one bound.
+// Choose the bits of each token such that s.weight[n] / 2 ** bits is at most one bound.
 void allocate(const LayoutWords& t, float bound, MixedScratch& s) {
   const int64_t N = t.page_size, steps = t.max_bits - t.min_bits, count = N * steps, free = t.code_rows - t.min_bits * N;
   for (int64_t n = 0; n < N; ++n)
@@ -90,7 +90,7 @@ void allocate(const LayoutWords& t, float bound, MixedScratch& s) {
   }
 }
 
-// Places of the tokens when a page is sorted by bits, descending and stable.
+// Ranks of the tokens of a page sorted by bits, descending and stable.
 void sort_by_bits(int64_t N, MixedScratch& s) {
   int64_t next = 0;
   for (int bits = kMaxBits; bits >= 0; --bits)
@@ -102,7 +102,7 @@ void put_half(uint8_t* metadata, int64_t field, int64_t N, uint16_t half) {
   metadata[field * N] = static_cast<uint8_t>(half & 0xFF), metadata[(field + 1) * N] = static_cast<uint8_t>(half >> 8);
 }
 
-// Store a zero point or half-range in the layout's format, in field `which` of two; return it as it is read.
+// Store a zero point or half-range in the layout's format, in field `which` of two; return the rounded value.
 float store(const LayoutWords& t, uint8_t* metadata, int which, float x, bool up) {
   if (t.fp8) return from_e4m3(metadata[which * t.page_size] = to_e4m3(x));
   const uint16_t half = up ? to_half_above(x) : to_half(x);
@@ -110,7 +110,7 @@ float store(const LayoutWords& t, uint8_t* metadata, int which, float x, bool up
   return from_half(half);
 }
 
-// The half-range with which the product of a token and what is read is that with itself; see fit_half_range.
+// Fit the half-range: see fit_half_range in reference/mixed.py.
 void fit_half_range(const LayoutWords& t, uint8_t* metadata, int bits, const uint8_t* kept, const uint8_t* levels, const float* offset, MixedScratch& s) {
   const int64_t D = t.head_dim;
   const int shift = kMaxBits - bits;
@@ -127,7 +127,7 @@ void fit_half_range(const LayoutWords& t, uint8_t* metadata, int bits, const uin
   store(t, metadata, 1, half_range < kLargestHalf ? half_range : kLargestHalf, false);
 }
 
-// Code one token, its bits known, into s.levels and its record.
+// Quantize one token, whose bits are known, to s.levels and its metadata.
 void code_token(const LayoutWords& t, const float* x, int64_t n, float lo, float hi, uint8_t* metadata, MixedScratch& s) {
   const int64_t D = t.head_dim;
   const size_t at = static_cast<size_t>(n * D);
@@ -173,8 +173,8 @@ void pack_planes(const LayoutWords& t, uint16_t* codes, const MixedScratch& s) {
   }
 }
 
-// Quantize a page [page_size, head_dim], whose numbers it bounds. Importance, a token's `stride` behind the last, may
-// be null: all weigh the same.
+// Quantize a page [page_size, head_dim], whose elements are clamped in place. `importance` has one score every
+// `stride` elements, or is null: all are equal.
 void quantize_mixed_page(PageWriter& w, float* x, const float* importance, int64_t stride, float bound, MixedScratch& s) {
   const LayoutWords& t = w.t;
   const int64_t N = t.page_size, D = t.head_dim;

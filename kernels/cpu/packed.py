@@ -1,12 +1,11 @@
-"""One packed tensor on the CPU, and the changes of basis that save decoding it token by token.
+"""One packed tensor on the CPU, and transforms of queries and outputs that replace those of every packed token.
 
-Exact tokens are in the basis of the model. A packed one is ``x[order] = R(mean + scale * H(yhat))`` of what its
-codes stand for, ``yhat``, with the layout's transform ``H`` and, for rotary keys, the rotation ``R`` of its
-position. Instead of all that,
+A packed token dequantizes to ``x[order] = R(mean + scale * H(yhat))``, where ``yhat`` are the unpacked elements, ``H``
+is the layout's transform and ``R``, for rotary keys, the rotation of its position. Attention avoids most of this:
 
-- a query meets packed keys as ``H(scale * query[order])`` and adds ``mean . query[order]`` to its scores;
-- rotary keys are taken to ``R(mean + scale * yhat)``, which ``query[order]`` meets;
-- values are summed as ``yhat``, and the sum is taken back once: ``mean`` counts as often as they weigh.
+- keys: the query becomes ``H(scale * query[order])``, and ``mean . query[order]`` is added to its scores;
+- rotary keys: each key becomes ``R(mean + scale * yhat)``, and the query ``query[order]``;
+- values: ``yhat`` is accumulated, and the sum transformed once; ``mean`` enters times the sum of the weights.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from kvq_compile.kernels.transform import rotate
 
 @dataclass(frozen=True)
 class Channels:
-    """Tables of the channels, ready to use: each ``[1, H, 1, D]``.
+    """Calibration constants of the channels, each ``[1, H, 1, D]``.
 
     Attributes:
-        order, mean, scale: As `Tables` has them, in coded order.
-        place: The coded channel of each of the model's channels.
+        order, mean, scale: Sections of `Tables`, in coded order.
+        place: Inverse permutation of ``order``.
     """
 
     order: Tensor
@@ -39,7 +38,7 @@ class Channels:
 
     @staticmethod
     def of(calibrated: Calibrated, layout: Layout) -> Channels:
-        """Return the tables, made ready once while their tensor lives and stays as it is."""
+        """Return the constants of tables; they are cached until the tensor of the tables is changed or freed."""
         words = calibrated.tables
         assert words is not None
         version = 0 if words.is_inference() else words._version
@@ -59,12 +58,12 @@ _known_channels: MutableMapping[Tensor, tuple[int, Channels]] = WeakTensorKeyDic
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """The keys or the values of a cache, for the duration of one call.
+    """The keys or the values of a cache during one call.
 
     Attributes:
-        parts: Its parts.
-        layout: Their layout.
-        calibrated: What packed tokens are coded relative to, where the layout has tables.
+        parts: Parts of the cache.
+        layout: Its layout.
+        calibrated: Its calibration constants, if the layout has tables.
     """
 
     parts: Packed
@@ -78,19 +77,19 @@ class PackedTensor:
 
     @property
     def held(self) -> int:
-        """Tokens held when the call began."""
+        """Tokens held (kv_len) at the beginning of the call."""
         return self._lengths[0]
 
     @property
     def pages(self) -> int:
-        """Pages packed when the call began."""
+        """Packed pages at the beginning of the call."""
         return self._lengths[1]
 
-    def meet(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Take query rows ``[B, H, rows, D]`` (fp32) to the basis of unpacked keys.
+    def transform_query(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Transform query rows ``[B, H, rows, D]`` (fp32) for products with unpacked keys.
 
         Returns:
-            The rows, contiguous, and what to add to their scores, ``[B, H, rows, 1]``, if anything.
+            The rows, contiguous, and a constant to add to their scores, ``[B, H, rows, 1]``, or ``None``.
         """
         if self.calibrated.tables is None:
             return rotate(rows, self.layout).contiguous(), None
@@ -101,8 +100,8 @@ class PackedTensor:
         coded = rotate(rows * channels.scale, self.layout).contiguous()
         return coded, (rows * channels.mean).sum(-1, keepdim=True)
 
-    def leave(self, total: Tensor, weight: Tensor) -> Tensor:
-        """Take a weighted sum of unpacked values ``[B, H, rows, D]`` to the basis of the model.
+    def inverse_transform(self, total: Tensor, weight: Tensor) -> Tensor:
+        """Apply the inverse transform to a weighted sum of unpacked values ``[B, H, rows, D]``.
 
         Args:
             total: The sum.

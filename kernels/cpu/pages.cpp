@@ -1,10 +1,10 @@
-// Write and read whole pages of a quantized cache on a CPU, bit by bit as the specification does.
+// Write and read whole pages on a CPU, bit by bit as the specification does.
 //
 // Every operation rounds once, in the order of reference/: this file is compiled without contraction to fused
-// multiply-adds and without reassociation. Tokens go through fp32 pages in the basis in which they are coded:
+// multiply-adds and without reassociation. Tokens are transformed in fp32 pages:
 //
-//     append   tokens -> kvq_to_coded -> (a rotation, in torch) -> kvq_quantize -> codes, params
-//     read     codes, params -> kvq_unpack -> (a rotation, in torch) -> kvq_from_coded -> tokens
+//     append   tokens -> kvq_to_coded -> (Hadamard transform, in torch) -> kvq_quantize -> codes, params
+//     read     codes, params -> kvq_unpack -> (Hadamard transform, in torch) -> kvq_from_coded -> tokens
 
 #include <atomic>
 
@@ -29,8 +29,8 @@ struct HeadTables {
   }
 };
 
-// Call work(b, h, page) for each page of the call, on as many threads as it says; `page` counts within the call.
-// What `make` returns is each thread's own. Says whether a thread's scratch was left damaged.
+// Call work(b, h, page) for each page of the call, on w.threads threads; `page` counts within the call. `make` returns
+// the scratch of a thread. Returns whether a page was damaged.
 template <typename Make, typename Work>
 void for_pages(const PagesWords& w, const Make& make, const Work& work) {
   const int64_t heads = w.elements.sizes[1], pages = w.elements.sizes[2], count = w.elements.sizes[0] * heads * pages;
@@ -52,8 +52,8 @@ int64_t first_slot(const PagesWords& w, int64_t page) {
 
 int64_t shift_of(const PagesWords& w, int64_t b) { return static_cast<const int32_t*>(w.packed.shift.data)[b * w.packed.shift.strides[0]]; }
 
-// Gather the tokens of pages that are to be quantized, from the ring or, from `start` on, from the new ones, and
-// take them to the basis in which they are coded.
+// Gather the tokens of pages to be quantized, from the ring or, from `start` on, from the new tokens, and normalise
+// them by the tables.
 void to_coded(const PagesWords& w) {
   const LayoutWords& t = w.packed.layout;
   const Packed packed = unwrap(w.packed);
@@ -83,7 +83,7 @@ void to_coded(const PagesWords& w) {
   for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(2 * D)); }, work);
 }
 
-// Take coded pages back to tokens, in place.
+// Invert kvq_to_coded, in place.
 void from_coded(const PagesWords& w) {
   const Packed packed = unwrap(w.packed);
   const int64_t D = w.packed.layout.head_dim, N = w.packed.layout.page_size;
@@ -104,8 +104,8 @@ void from_coded(const PagesWords& w) {
   for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(2 * D)); }, work);
 }
 
-// What codes stand for, in the basis in which they were coded; rotary keys turned if the call says so. Returns
-// whether a page was damaged. A tile of values lies as it is unpacked, a channel behind the other.
+// Unpack pages to elements, before any inverse transform; rotary keys are rotated if w.rotated. Returns whether a page
+// was damaged. A tile of values has the order of unpacking: channels, then tokens.
 bool unpack(const PagesWords& w) {
   const Packed packed = unwrap(w.packed);
   std::atomic<bool> damaged{false};
@@ -153,7 +153,7 @@ void quantize(const PagesWords& w) {
   for_pages(w, make, work);
 }
 
-// Make sure of what all calls hand over.
+// Check the arguments of all calls.
 void check_pages(const PagesWords& w, Check& check) {
   const LayoutWords& t = w.packed.layout;
   const int64_t batch = w.packed.codes.sizes[0], heads = w.packed.codes.sizes[1], pages = w.elements.sizes[2];
@@ -167,7 +167,7 @@ void check_pages(const PagesWords& w, Check& check) {
   }
 }
 
-// Run a call on what `words` say, if a check of its own holds as well.
+// Run a call with the arguments in `words`, after a check of its own.
 template <typename Run>
 const char* run_pages(const int64_t* words, int64_t count, const Run& run) {
   static thread_local Check check;

@@ -1,7 +1,7 @@
-"""The ring of the last queries that keys hold where bits depend on attention, behind the rows of tokens.
+"""The ring of recent queries in a key cache, after the rows of tokens, for layouts whose bits depend on attention.
 
-Row ``slot % n * G + g`` is the query of head ``g``, of the ``G`` that share a KV head, for the token in ``slot``. Zeros
-say that nobody knows it: see `Layout` and, for the reasons, the specification.
+With ``G`` queries per KV head, row ``slot % n * G + g`` holds the query of head ``g`` for the token in ``slot``. Zeros
+mark an unknown query. `reference.queries` gives the reasons.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def ring_of(exact: Tensor, layout: Layout) -> Tensor:
 def remember_(
     exact: Tensor, query: Tensor | None, held: int, start: int, tokens: int, layout: Layout
 ) -> None:
-    """Write the queries of the last new tokens, and forget those of tokens forgotten, in place.
+    """Write the queries of the last new tokens, and zeros for those of dropped tokens, in place.
 
     Args:
         exact: Part of a cache of keys; nothing is done unless its layout holds queries.
-        query: Queries of the last of the new tokens, ``[B, Hq, T, D]``; ``None``: nobody knows them.
+        query: Queries of the last of the new tokens, ``[B, Hq, T, D]``; ``None``: unknown.
         held: Tokens held before the call.
         start: Slot of the call's first token, at most ``held``.
         tokens: New tokens.
@@ -34,7 +34,7 @@ def remember_(
     ring, end = ring_of(exact, layout), start + tokens
     told = 0 if query is None else min(query.shape[2], tokens, layout.queries)
     for slot in range(end - layout.queries, end - told):
-        # Older ones stay, unless a token that has been forgotten took their row.
+        # Older queries stay, unless a dropped token has overwritten their row.
         if slot >= start or slot + layout.queries < held:
             ring[:, :, slot % layout.queries] = 0.0
     for slot in range(end - told, end):
@@ -44,7 +44,7 @@ def remember_(
 
 
 def recall(exact: Tensor, held: int, first: int, last: int, layout: Layout) -> tuple[Tensor, int]:
-    """Return the queries of the slots before ``last`` and from ``first`` on, as far back as they are held.
+    """Return the queries of slots ``first .. last - 1``, as far back as the ring reaches.
 
     Args:
         exact: Part of a cache of keys.
@@ -53,7 +53,7 @@ def recall(exact: Tensor, held: int, first: int, last: int, layout: Layout) -> t
         layout: Layout of the keys.
 
     Returns:
-        Query rows ``[B, H, count, G, D]``, zeros where nobody knows the query, and the slot of the first.
+        Queries ``[B, H, count, G, D]``, zeros where unknown, and the slot of the first.
     """
     first = max(first, 0, held - layout.queries)
     rows = [slot % layout.queries for slot in range(first, last)]

@@ -1,7 +1,7 @@
 // Unpack pages of a quantized cache to fp32 on a CPU, a tile at a time.
 //
-// The layout is that of layout.py. Unpacked numbers are in the basis in which they were coded (packed.py);
-// only rotary keys are turned to their position, since what meets them then is the same for all of them.
+// layout.py describes the layout. Unpacked elements are still transformed (packed.py), except that rotary keys are
+// rotated to their position, so that one query serves all of them.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace {
 
-// One packed tensor, as what unpacks it wants to know it. Strides count elements of the part between sequences,
+// One packed tensor, prepared for unpacking. Strides count elements of the part between sequences,
 // heads and pages.
 struct Packed {
   const uint16_t* codes;
@@ -28,7 +28,7 @@ struct Packed {
   int64_t codes_stride[3], params_stride[3];
   int64_t tables_stride;   // words between heads in book, mean, scale and frequency
   int64_t shift_stride;
-  int64_t pages;           // there are
+  int64_t pages;           // allocated
   int32_t bits, trits, fp8, rows, row_length, row_words, group_size;
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
   int32_t is_key, couple, entries, head_dim, page_size, sinks;
@@ -38,15 +38,15 @@ struct Packed {
 constexpr int kWordBits = 16;
 constexpr int kTrits = 5;
 constexpr int kPlanes = 8;  // counted in the header of a mixed page
-constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // of an angle's unit
+constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // per unit of an angle
 constexpr size_t kAlignment = 64;  // bytes of a cache line
 constexpr const char* kDamaged = "the cache must hold pages as its layout says; a header or a channel is out of range: the file that it came from is damaged";
 
-// What a thread needs while it unpacks and attends.
+// Scratch memory of a thread that unpacks and attends.
 struct Scratch {
   std::vector<float> buffer;
   std::vector<uint16_t> index;
-  bool damaged = false;  // whether a page was not what its layout says
+  bool damaged = false;  // whether a page contradicted its layout
   float *tile, *scores, *query, *scale, *zero, *cos_sin;
 
   Scratch(int64_t page_size, int64_t dim, int64_t query_rows, bool with_tile) {
@@ -253,8 +253,8 @@ void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* til
   }
 }
 
-// Cosines, then sines, of the angles at a position; frame.cosine_and_sine specifies them. Integers wrap around
-// as angles do.
+// Cosines, then sines, of the angles at a position, as specified by rope.cosine_and_sine. Integers wrap around as
+// angles do.
 void cos_sin_at(const Packed& t, int64_t h, int64_t position, float* cos_sin) {
   const int32_t* frequency = t.frequency + h * t.tables_stride;
   const int half = t.head_dim / 2;
@@ -273,7 +273,7 @@ void cos_sin_at(const Packed& t, int64_t h, int64_t position, float* cos_sin) {
   }
 }
 
-// Take an unpacked rotary key off its tables and turn it.
+// Apply mean and scale to an unpacked rotary key, and rotate it.
 void rotate_key(const Packed& t, int64_t h, const float* cos_sin, float* key) {
   const float *mean = t.mean + h * t.tables_stride, *scale = t.scale + h * t.tables_stride;
   const int half = t.head_dim / 2;

@@ -1,9 +1,9 @@
-// What Python hands to C++, and what makes sure of it before anything is read or written.
+// Arguments that Python passes to C++, and their checks before anything is read or written.
 //
-// A call is a run of 64-bit words: layouts, tensors and numbers in the order of the lists below. Python holds the
-// same lists (native.py) and compares the two when it loads the library, so that they cannot drift apart. A tensor
-// comes with the bytes that its memory has from its first element on; what is reached by sizes and strides is held
-// against them. Every check that fails leaves a message, and the call does nothing.
+// The arguments of a call are an array of 64-bit words: layouts, tensors and integers in the order of the lists below.
+// Python has the same lists (native.py) and compares the two when it loads the library, so that they cannot drift
+// apart. A tensor comes with the size of its memory in bytes from its first element on; sizes and strides are checked
+// against it. A check that fails leaves a message, and the call does nothing.
 
 #pragma once
 
@@ -36,7 +36,7 @@
 
 namespace {
 
-// A tensor of kDims dimensions; strides count elements. Without memory: there is none.
+// A tensor of kDims dimensions; strides count elements. A null pointer: no tensor.
 template <int kDims>
 struct View {
   void* data;
@@ -62,7 +62,7 @@ static_assert(sizeof(void*) == sizeof(int64_t), "a pointer must be a word");
 
 constexpr const char* kInterface = "layout " KVQ_LAYOUT(KVQ_WORD_NAME) "packed " KVQ_PACKED(KVQ_TENSOR_NAME, KVQ_WORD_NAME) "attend " KVQ_ATTEND(KVQ_TENSOR_NAME, KVQ_WORD_NAME) "pages " KVQ_PAGES(KVQ_TENSOR_NAME, KVQ_WORD_NAME);
 
-// Collects the first thing that is wrong with a call.
+// The first error of a call.
 class Check {
  public:
   bool ok() const { return !message_[0]; }
@@ -76,7 +76,7 @@ class Check {
     va_end(values);
   }
 
-  // A tensor has these sizes and one of two dtypes, is aligned, and lies inside its memory.
+  // Check sizes, dtype, alignment, and that the tensor lies inside its memory.
   template <int kDims>
   void tensor(const char* name, const View<kDims>& view, const int64_t (&sizes)[kDims], int64_t dtype) {
     that(view.dtype == dtype, "%s must have dtype number %lld, got %lld", name, as_long(dtype), as_long(view.dtype));
@@ -85,7 +85,7 @@ class Check {
     inside(name, view);
   }
 
-  // A tensor is aligned and lies inside its memory.
+  // Check alignment, and that the tensor lies inside its memory.
   template <int kDims>
   void inside(const char* name, const View<kDims>& view) {
     const int64_t size = bytes_of(view.dtype);
@@ -102,7 +102,7 @@ class Check {
     that((last + 1) * size <= view.bytes, "%s must lie inside its memory of %lld bytes", name, as_long(view.bytes));
   }
 
-  // The last `count` dimensions are contiguous.
+  // Check that the last `count` dimensions are contiguous.
   template <int kDims>
   void rows(const char* name, const View<kDims>& view, int count) {
     int64_t expected = 1;
@@ -118,7 +118,7 @@ class Check {
 
 bool is_floating(int64_t dtype) { return dtype >= kFloat && dtype <= kDouble; }
 
-// Make sure that a cache is what its layout says, for `batch` sequences of `heads` heads.
+// Check a cache against its layout, for `batch` sequences of `heads` heads.
 void check_packed(const char* name, const PackedWords& p, int64_t batch, int64_t heads, Check& check) {
   const LayoutWords& t = p.layout;
   const int64_t pages = p.codes.sizes[2], longest = 1 << 20;
