@@ -1,7 +1,7 @@
-"""What moves the sequences of a `QuantizedKV` and nothing else, outside of graphs: the result stays packed.
+"""Operations along the batch of a `QuantizedKV`, outside graphs: the result stays packed.
 
-A piece of a batch is a view of a tensor and a copy of a packed cache, whose parts have strides of their own; a
-write into such a piece would be lost, and is refused (`slice_copy`).
+A slice of a batch is a view of an ordinary tensor, but a copy of a packed cache. A write into such a copy would be
+lost and is refused (`slice_copy`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _split(x: QuantizedKV, size: int | Sequence[int], dim: int = 0) -> Any:
     B = x.shape[0]
     lengths = [size] * -(-B // size) if isinstance(size, int) else list(size)
     if not isinstance(size, int) and sum(lengths) != B:
-        return NotImplemented  # torch says what does not fit
+        return NotImplemented  # torch raises the error
     ends = list(accumulate(lengths))
     return [slice_copy(x, _rows(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
 
@@ -59,7 +59,7 @@ def _repeat(x: QuantizedKV, repeats: Sequence[int]) -> Any:
 
 
 def _view(x: QuantizedKV, size: Sequence[int]) -> Any:
-    """View a cache in the shape that it has."""
+    """View a cache in its own shape; any other shape is left to a dense copy."""
     whole = len(size) == 4 and _keeps(size, x.shape)
     return x._view(x.shape[2]) if whole else NotImplemented
 

@@ -1,4 +1,4 @@
-"""Turn 16-bit cache tensors into quantized ones in place: same objects, less memory."""
+"""Convert 16-bit cache tensors to quantized ones in place: same objects, less memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_can_become_quantized(tensor: Tensor) -> None:
 
 
 def become(tensor: Tensor, quantized: QuantizedKV) -> None:
-    """Make ``tensor`` the quantized cache; every reference to the object sees it, its storage is freed.
+    """Make ``tensor`` the quantized cache: every reference to the object sees it, and its storage is freed.
 
     ``torch.utils.swap_tensors`` would do, but it refuses tensors that anyone refers to weakly, and
     Dynamo's fake-tensor converter refers weakly to every input it has seen. Such references stay right:
@@ -50,7 +50,7 @@ def _shares_storage(tensor: Tensor) -> bool:
 
 
 def thaw(cache: QuantizedKV, reason: str) -> None:
-    """Make a quantized cache an ordinary tensor again, in place; slots without a token are zero.
+    """Convert a quantized cache back to an ordinary tensor, in place; slots without a token are zero.
 
     Every reference to the object sees it. It stays in 16 bit from then on: `stays_plain` has the reason.
     """
@@ -64,7 +64,7 @@ def thaw(cache: QuantizedKV, reason: str) -> None:
 
 
 def keep_plain(tensor: Tensor, reason: str) -> None:
-    """Remember why a buffer is not to be quantized."""
+    """Mark a buffer as not to be quantized, with the reason."""
     tensor._kvq_stays_plain = reason  # type: ignore[attr-defined]
 
 

@@ -1,9 +1,9 @@
-"""What comes from a file is checked against its layout once, before anything indexes by it.
+"""Check the tensors of a saved cache against their layout, once, before anything uses them as indices.
 
-Kernels trust a cache: its cursor says which pages and rows they read, the header of a mixed page where its rows
-begin, a record which row and which channels are its token's, a table which channel is packed where. A file may say
-anything. `check_loaded` therefore accepts only what quantizing could have written, as far as an index, a length or
-a number that is not finite could tell the difference.
+Kernels trust a cache: the cursor selects pages and rows, the header of a mixed page gives the first rows of its planes,
+metadata give the row and the outlier channels of a token, and tables permute channels. A file may contain
+anything. `check_loaded` therefore accepts only what quantization could have written, as far as indices, lengths and
+finite values can tell.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_loaded(
     parts: Sequence[Tensor], calibrated: Sequence[Tensor], layout: Layout, kind: str, length: int
 ) -> None:
-    """Check the tensors of a file, and the lengths that it gives, against their layout.
+    """Check the tensors and the lengths of a file against their layout.
 
     Args:
         parts: The parts that `part_names` lists.

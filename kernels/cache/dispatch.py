@@ -1,7 +1,7 @@
-"""What each operator does to a `QuantizedKV`; `cache` tells the whole story.
+"""Operators on a `QuantizedKV`: see `tensor` for an overview.
 
-`dispatch` takes a call that PyTorch hands over: a handler acts on the packed form, everything else reads
-a dequantized copy. A handler returns ``NotImplemented`` for what it leaves to that.
+`dispatch` receives the calls from PyTorch. Operators with a handler act on the packed form; all others read a
+dequantized copy, and so does a call for which its handler returns ``NotImplemented``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROWS_BY_CAT = (
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on the packed form if it can be, else on dequantized copies.
+    """Run an operator on the packed form if possible, else on dequantized copies.
 
     Raises:
         NotImplementedError: The operator would write into a copy.
@@ -41,7 +41,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    if func not in _HANDLERS:  # in inference mode composite operators arrive whole
+    if func not in _HANDLERS:  # in inference mode composite operators are not decomposed
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -61,7 +61,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
-    """Write tokens as ``cache[index] = x`` says."""
+    """Write tokens: ``cache[index] = x``."""
     slots = _token_index(index, cache.shape)
     if isinstance(slots, slice):
         if slots.step not in (None, 1):
@@ -117,7 +117,7 @@ def _is_whole(part: Any, size: Any) -> bool:
 
 
 def _token_index(index: Any, shape: Sequence[Any]) -> Any:
-    """Return what an index into ``[B, H, S, D]`` says of the tokens; it must take all else whole."""
+    """Return the part of an index into ``[B, H, S, D]`` that selects tokens; it must select all of the rest."""
     index = index if isinstance(index, tuple) else (index,)
     dots = [place for place, part in enumerate(index) if part is Ellipsis]
     place = dots[0] if dots else len(index)
@@ -175,7 +175,7 @@ def _check_slots(
 ) -> None:
     slots = cache.shape[2]
     if position is not None and position.is_cuda and torch.cuda.is_current_stream_capturing():
-        torch._assert_async(position[-1] < slots)  # the host cannot wait for the positions
+        torch._assert_async(position[-1] < slots)  # without synchronising with the device
         return
     if position is not None:
         places = position.tolist()
@@ -212,7 +212,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return NotImplemented
     new = torch.cat([_dense(t) for t in tensors[1:]], 2)
     if new.shape[:2] != first.shape[:2] or new.shape[3] != first.shape[3]:
-        return NotImplemented  # torch says what does not fit
+        return NotImplemented  # torch raises the error
     dtype = torch.promote_types(first.dtype, new.dtype)
     if not dtype.is_floating_point:
         return NotImplemented
@@ -226,7 +226,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
 
 
 def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
-    """Return a cache with the sequences of all; they agree in everything else (`_aligned`)."""
+    """Concatenate caches along the batch; they agree in everything else (`_aligned`)."""
     first = caches[0]
     with writable():
         parts = [

@@ -1,9 +1,9 @@
-"""How a `QuantizedKV` leaves PyTorch: to numpy, lists, DLPack, other processes, raw memory.
+"""Exports of a `QuantizedKV`: to numpy, lists, DLPack, other processes, raw memory.
 
-These methods of a tensor never reach the dispatcher, and PyTorch would run them on memory that a wrapper says
-it has and has not. Whatever copies gives the dense answer. Whatever asks for an address, or would write through
-one, raises a sentence that says what to write instead: a packed cache has no memory in which its elements lie
-side by side. Shared and pinned memory hold the packed parts themselves.
+These methods of a tensor bypass the dispatcher, and PyTorch would run them on memory that the wrapper claims but does
+not have. Methods that copy return dense elements. Methods that need an address raise an error that names an
+alternative, since a packed cache has no memory with its elements side by side. Shared and pinned memory hold the
+packed parts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _refusing(method: str, instead: str) -> Any:
-    """Return a method that raises, naming what to write instead of ``method``."""
+    """Return a method that raises and names the alternative to ``method``."""
 
     def refuse(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
@@ -47,7 +47,7 @@ _WRITE = (
 
 
 class Exports(Tensor):
-    """What `QuantizedKV` hands to something other than an operator.
+    """Methods of `QuantizedKV` that are not operators.
 
     Methods that need the elements side by side in memory raise NotImplementedError.
     """
@@ -81,7 +81,7 @@ class Exports(Tensor):
         return self._dense().__array__(*args, **kwargs)
 
     def tolist(self) -> Any:
-        """Return the tokens as nested lists of numbers."""
+        """Return the tokens as nested lists of floats."""
         return self._dense().tolist()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ class Exports(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes that the packed parts take: spare room and tables included."""
+        """Bytes of the packed parts, spare pages and tables included."""
         return sum(part.untyped_storage().nbytes() for part in self._held())
 
     def share_memory_(self) -> Any:
@@ -112,7 +112,7 @@ class Exports(Tensor):
 
 
 def send_by_copy(cache: QuantizedKV) -> tuple[Any, ...]:
-    """Pickle a cache for another process: a grown one as a copy, which the sender's next tokens do not touch."""
+    """Pickle a cache for another process: a dynamic one as a copy, independent of later tokens of the sender."""
     sent = cache.clone_packed() if cache.kind == "grown" else cache
     about = cache.page_layout, cache.kind, int(cache.shape[2])
     return receive, (sent.parts, sent.calibrated, *about)

@@ -1,9 +1,9 @@
 """Refuse writes into a dequantized copy.
 
-Reading a `QuantizedKV` through a view, such as ``cache[:, :, 3:5]``, gives ordinary numbers in memory of
-their own. Writing there would look like writing to the cache and be lost. Such a view is therefore a
-`ReadOnlyTokens`: an ordinary tensor for every reader, which raises when it is written to. What is computed
-from it is an ordinary tensor again, unless it is another view of the same memory.
+Reading a `QuantizedKV` through a view, such as ``cache[:, :, 3:5]``, returns a dequantized copy. A write to the copy
+would look like a write to the cache and be lost. The copy is therefore a `ReadOnlyTokens`: an ordinary tensor for
+readers that raises when it is written to. Results computed from it are ordinary tensors, except views of the same
+memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 
 class ReadOnlyTokens(Tensor):
-    """Numbers read from a `QuantizedKV` through a view; writing to them raises.
+    """Elements read from a `QuantizedKV` through a view; writing to them raises.
 
     ``clone()`` gives an ordinary tensor. To write to the cache, assign to it whole slots:
     ``cache[:, :, positions] = x``.

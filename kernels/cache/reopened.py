@@ -1,13 +1,12 @@
-"""A page that was cut open: the tokens that stay keep their codes when the page fills again.
+"""Codes of a truncated page, restored when the page fills again.
 
-Cutting a page puts its tokens back among the exact ones, as the values that they were read as, and the page is
-quantized anew once other tokens have filled it up. Where codes do not span the whole range of a group (``clip``, or
-calibrated margins) a token that is quantized from what it was read as is cut off again, a little more each time. So
-a grown cache remembers the codes of the page, and puts those of the tokens that stayed back in their place: the
-hundredth rollback into a page costs no more than the first.
+Truncation inside a page dequantizes the tokens that stay into the ring, and the page is quantized again when it is
+full. If codes do not span the whole range of a group (``clip``, or calibrated margins), each such round would clip
+those tokens further. A dynamic cache therefore keeps the codes of the page and restores those of the tokens that
+stayed, so that repeated rollbacks into a page add no error.
 
-Codes go by token where parameters do. Where a channel of some tokens shares them, only groups that stayed whole keep
-theirs. Pages whose tokens differ in bits share a budget; they are quantized anew, which clips nothing.
+Codes are restored by token if parameters are per token. If the tokens of a group share parameters per channel, only
+groups that stayed whole are restored. Mixed-precision pages share a budget; they are quantized again, without clipping.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from kvq_compile.kernels.packed import writable
 
 @dataclass(frozen=True)
 class Reopened:
-    """The first page that is not full, as it was before it was cut.
+    """The page that truncation cut, as it was before.
 
     Attributes:
-        page: Its number.
-        kept: Tokens of it that the cache still holds.
-        codes, params: Its codes ``[B, H, rows, units]`` and parameters ``[B, H, groups, members, 2]``.
+        page: Its index.
+        kept: Its tokens that the cache still holds.
+        codes, params: Its codes ``[B, H, rows, row_words]`` and parameters ``[B, H, groups, members, 2]``.
     """
 
     page: int
@@ -39,18 +38,18 @@ class Reopened:
 
     @staticmethod
     def of(codes: Tensor, params: Tensor, page: int, kept: int, layout: Layout) -> Reopened | None:
-        """Remember a page of a cache, of which ``kept`` tokens stay; ``None`` where codes cannot be kept."""
+        """Keep a page of a cache of which ``kept`` tokens stay; ``None`` if its codes cannot be restored."""
         if not layout.scheme.keeps_codes:
             return None
         with writable():
             return Reopened(page, kept, codes[:, :, page].clone(), params[:, :, page].clone())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Reopened:
-        """Return the page of a copy of the cache, of whose parts ``change`` makes those of the copy."""
+        """Return this page for a copy of the cache, whose tensors ``change`` makes."""
         return Reopened(self.page, self.kept, change(self.codes), change(self.params))
 
     def restore_(self, codes: Tensor, params: Tensor, layout: Layout) -> None:
-        """Give the tokens that stayed their codes back, in the parts of a cache whose page is full again."""
+        """Restore the codes of the tokens that stayed, in the parts of a cache whose page is full again."""
         from kvq_compile.kernels import reference
 
         by_channel = layout.grouping == "channel"

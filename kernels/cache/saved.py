@@ -1,8 +1,8 @@
 """Saved caches: what `torch.save` writes of a `QuantizedKV`, and the way back.
 
-A layout is written as a dictionary of plain numbers and words, with the number of the format, and everything that
-comes from a file goes through the checks of `Layout` again. This file imports little, so that `rebuild` can be named
-as safe to `torch.load` when the package is imported.
+A layout is saved as a dictionary of plain Python values with a format version, and loading runs the checks of `Layout`
+again. This file imports little, so that `rebuild` can be registered as safe for `torch.load` when the package is
+imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvq_compile.kernels.layout import Layout
 
 FORMAT = 2
-# Fields of the text that stood for a layout in files of format 1, in their order; files of that format have no number.
+# Fields of a layout in files of format 1, a comma-separated text; files of that format have no version.
 OLD_FIELDS = (
     *("role", "bits", "grouping", "group_size", "clip", "transform", "sinks", "window"),
     *("page_size", "head_dim", "scheme", "params", "packing", "couple", "rotary", "tables"),
@@ -31,7 +31,7 @@ ADAPTIVE = ("target", "query_norm", "requantize", "keep_exact")
 
 
 def plain_layout(layout: Layout) -> dict[str, Any]:
-    """Return a layout as numbers and words, the inverse of `load_layout`."""
+    """Return the fields of a layout as plain Python values; `load_layout` is the inverse."""
     from kvq_compile.kernels.schemes import plain_scheme
 
     own = {name: getattr(layout, name) for name in ("role", "head_dim", "queries", "shared_by")}
@@ -39,7 +39,7 @@ def plain_layout(layout: Layout) -> dict[str, Any]:
 
 
 def load_layout(plain: Mapping[str, Any]) -> Layout:
-    """Return the layout that `plain_layout` wrote.
+    """Return the layout from what `plain_layout` returned.
 
     Raises:
         ValueError: A field is missing, unknown or out of its range.
@@ -59,7 +59,7 @@ def load_layout(plain: Mapping[str, Any]) -> Layout:
 
 
 def load_old_layout(text: str) -> Layout:
-    """Return the layout that a text of format 1 stands for.
+    """Return the layout of a text of format 1.
 
     Raises:
         ValueError: It is none, or one of a version before that format was settled.
@@ -105,7 +105,7 @@ def rebuild(
     parts: list[Tensor],
     calibrated: list[Tensor],
 ) -> QuantizedKV:
-    """Wrap what a file of this format holds.
+    """Wrap the contents of a file of the current format.
 
     Raises:
         ValueError: It is of another format, or its layout is not one.
@@ -141,7 +141,7 @@ def rebuild_old(
     shift: Tensor | None = None,
     originals: Tensor | None = None,
 ) -> QuantizedKV:
-    """Wrap what a file of format 1 holds; it names this function ``kvq_compile.kernels.cache.rebuild``.
+    """Wrap the contents of a file of format 1, which names this function ``kvq_compile.kernels.cache.rebuild``.
 
     Raises:
         ValueError: Its layout is not one.

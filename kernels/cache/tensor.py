@@ -1,7 +1,7 @@
 """`QuantizedKV`: a tensor that looks like ``[B, H, S, D]`` of the model's dtype and holds packed codes.
 
-To model code, cache classes and Dynamo it is the key or value tensor of a layer. Inside it are the
-parts of `Layout`. Operations that a cache performs act on the packed form:
+Model code, cache classes and Dynamo see the key or value tensor of a layer. Inside are the parts of `Layout`.
+The operations of a KV cache act on the packed form:
 
 - writes (``cat`` of new tokens, ``index_copy_``, slice and index assignment, ``zero_``) quantize;
 - operations along the batch (``index_select``, indexing, ``repeat_interleave``: beam search) gather parts;
@@ -10,11 +10,11 @@ parts of `Layout`. Operations that a cache performs act on the packed form:
   A write that is not listed raises, since it would be lost in such a copy; so does a write into a view,
   such as ``cache[:, :, 3:5].zero_()``, outside compiled code (`ReadOnlyTokens`).
 
-**Two kinds.** A *grown* cache has exactly as many slots as tokens, and ``cat`` returns a longer view of the
-same memory; capacity grows in pages. A *static* cache has a fixed number of slots. Tokens are written one
-behind another: a write at an earlier slot forgets what lies behind it, and those slots read as zero.
+**Two kinds.** A dynamic cache (kind ``"grown"``) has exactly as many slots as tokens, and ``cat`` returns a longer view
+of the same memory; capacity grows in pages. A *static* cache has a fixed number of slots. Tokens are written at
+consecutive positions: a write at an earlier slot drops the tokens after it, whose slots then read as zero.
 
-`views` tells which caches share a memory, `exports` how one leaves PyTorch, `saved` and `checks` what a file holds.
+`views` explains which caches share memory, `exports` the ways out of PyTorch, `saved` and `checks` files.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class QuantizedKV(Views, Exports, Tensor):
 
     @property
     def calibrated(self) -> list[Tensor]:
-        """What packed tokens are coded relative to, as the ops take it."""
+        """The calibration constants, as the ops take them."""
         return [tensor for tensor in (self.tables, self.shift) if tensor is not None]
 
     def dequantize(self) -> Tensor:
@@ -175,7 +175,7 @@ class QuantizedKV(Views, Exports, Tensor):
         return [part for part in held if part is not None]
 
     def held(self) -> int:
-        """Return how many tokens the cache holds; waits for the device if the cache is static."""
+        """Return how many tokens the cache holds; synchronises with the device if the cache is static."""
         return int(self.cursor[0]) if self.kind == "static" else self.shape[2]
 
     def part_bytes(self) -> dict[str, int]:

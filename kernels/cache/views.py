@@ -1,12 +1,11 @@
-"""Views of different length that share the memory of one grown cache.
+"""Views of different length that share the memory of one dynamic cache.
 
-They share their parts, and each is a prefix of the longest. Appending to a view that is not the longest alive
-copies first, so that what a longer view holds is never overwritten; when no longer view is alive the surplus is
-forgotten in place, which makes a speculative reject cost nothing. A token seen through an older view may change
-once, from its exact value to its quantized one, when it leaves the window; and where the layout requantizes, in
-steps to coarser ones, as the longest view's attention moves on. Where it keeps exact copies such a token may
-become finer again; copies in host memory (`originals`) belong to the memory that views share, and move to no
-device.
+All views have the same parts, and each is a prefix of the longest. Appending to a view that is not the longest alive
+copies first, so that the tokens of a longer view are never overwritten. If no longer view is alive, the surplus tokens
+are dropped in place, so rejecting speculative tokens costs nothing. A token seen through an older view changes once,
+from exact to quantized, when it leaves the window. If the layout requantizes, it may become coarser with the
+attention of the longest view, and finer again if exact copies are kept. Those copies (`originals`) stay in host memory
+and belong to the shared memory.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Lineage:
-    """The views of one memory.
+    """The views that share one memory.
 
     Attributes:
         held: Tokens that the longest of them has written.
@@ -47,12 +46,12 @@ class Lineage:
         self._views: list[weakref.ref[QuantizedKV]] = []
 
     def copied(self, change: Callable[[Tensor], Tensor] = lambda part: part) -> Lineage:
-        """Return the lineage of a copy, of whose parts ``change`` makes those of the copy."""
+        """Return the lineage of a copy, whose tensors ``change`` makes."""
         reopened = None if self.reopened is None else self.reopened.map(change)
         return Lineage(self.held, self.pages, reopened)
 
     def truncate(self, view: Views, length: int) -> None:
-        """Note that tokens from ``length`` on are forgotten, before they are, and remember a page that is cut."""
+        """Record a truncation to ``length`` tokens before it is done, and keep the codes of a page that it cuts."""
         layout, was = view.page_layout, self.reopened
         self.held, packed = length, self.pages
         self.pages = min(packed, max(0, length - layout.sinks) // layout.page_size)
@@ -66,7 +65,7 @@ class Lineage:
             self.reopened = replace(was, kept=min(was.kept, kept))
 
     def extend(self, view: Views, length: int) -> None:
-        """Note that tokens up to ``length`` are there, and give those of a page that was cut their codes back."""
+        """Record an append up to ``length`` tokens, and restore the codes of a cut page that is full again."""
         self.held, packed = length, self.pages
         self.pages = max(packed, view.page_layout.pages_at(length))
         if self.reopened is not None and self.pages > packed:
@@ -74,7 +73,7 @@ class Lineage:
             self.reopened = None
 
     def take(self, other: Lineage) -> None:
-        """Become like the lineage of a cache whose parts were copied into those of this one."""
+        """Copy the lineage of a cache whose parts were copied into this one."""
         self.held, self.pages, self.reopened = other.held, other.pages, other.reopened
 
     @contextmanager
@@ -117,7 +116,7 @@ class Views(Tensor):
 
     @property
     def calibrated(self) -> list[Tensor]:
-        """What packed tokens are coded relative to, as the ops take it."""
+        """The calibration constants, as the ops take them."""
         raise NotImplementedError
 
     def clone_packed(self) -> QuantizedKV:

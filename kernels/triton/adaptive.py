@@ -1,9 +1,8 @@
-"""Take bits from tokens that attention has moved away from, in Triton; QAQ's, and done only on request.
+"""Drop bits of packed tokens that their target no longer needs, in Triton: an option of QAQ.
 
 Mirrors the specification bit by bit. One program owns a page of a KV head and leaves at once where no token loses a
-bit. Rows move in place, without scratch: planes go in ascending order, of each the whole plane is held in registers
-before a row of it is written, and no plane begins behind where it began before, so that nothing is overwritten that is
-still to be read.
+bit. Rows move in place, without scratch memory. Planes are handled in ascending order, and a whole plane is loaded into
+registers before a row of it is written. Planes only move towards the header, so a row is read before it is overwritten.
 
 Runs before the call's own tokens are appended, when the cursor still tells which pages there were.
 """
@@ -115,11 +114,11 @@ def requantize_older_(
     Args:
         cache: Codes, parameters, exact rows and cursor before the call, contiguous.
         position: Slots of the call's tokens on the device; or ``None``.
-        start: Slot of the first of them; or ``None``.
+        start: Slot of the first token; or ``None``.
         tokens: How many there are.
         layout: The cache's layout; nothing is done unless it says ``requantize``.
-        importance: Weight of each token's error by slot, ``[B, H, >= slots held then]``. Nothing is done where
-            the layout distributes bits by attention and there is none.
+        importance: Importance score of each slot, ``[B, H, >= slots held then]``. If it is ``None`` and the layout
+            distributes bits by attention, nothing is done.
     """
     if not layout.requantize or tokens == 0 or (layout.attentive and importance is None):
         return

@@ -1,12 +1,12 @@
 """Quantize on write: put new tokens into a cache and pack the pages that fill up, in Triton.
 
-It goes in the order of the specification: a page that truncation cut open goes back to the ring, full pages are
-quantized from ring and new tokens, then the new tokens that stay exact overwrite ring rows, and the cursor moves
-last. One program owns a page of one KV head, so nothing is written twice.
+The order is that of the specification: a truncated page is dequantized into the ring, full pages are quantized from
+ring and new tokens, the new tokens that stay exact overwrite ring rows, and the cursor is written last. One program
+owns a page of one KV head, so nothing is written twice.
 
-A page is read twice, in the shape in which its groups lie and then in the shape in which its packed words lie. That
-keeps tiles small for any head dimension and grouping, and the second reading hits a cache. Where tokens are coded as
-something other than what they are, that form of the page goes to fp32 scratch first, and both read it there.
+A page is read twice, first in tiles of groups, then in tiles of packed words. That keeps tiles small for any head
+dimension and grouping, and the second read hits the cache. If tokens are transformed before quantization, the
+transformed page is written to fp32 scratch memory first and read from there.
 
 Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor by counting
 arrivals in the upper bits of the page count, which every program reads through a mask and the last one clears: no
@@ -267,13 +267,13 @@ def append_(
 
     Args:
         cache: Codes, parameters, exact rows and cursor, as the layout describes them, contiguous.
-        calibrated: What packed tokens are coded relative to.
+        calibrated: Calibration constants.
         x: New tokens, ``[B, H, T, D]``.
-        position: Their slots on the device, one behind the other; or ``None``.
+        position: Their slots on the device, consecutive; or ``None``.
         start: The first slot; or ``None``.
         layout: The cache's layout.
-        importance: Weight of each token's error by slot, ``[B, H, >= slots held then]``, which mixed layouts
-            distribute bits by; ``None``: all weigh the same.
+        importance: Importance score of each slot, ``[B, H, >= slots held then]``, by which mixed layouts distribute
+            bits; ``None``: all are equal.
         query: Queries of the last of the new tokens, ``[B, Hq, T, D]``, for layouts that hold them.
 
     Raises:

@@ -144,7 +144,7 @@ def at_head(tensor, batch, head):
 
 @triton.jit
 def at_page(packed, page, CONSTANTS: tl.constexpr):
-    """Return a cache whose codes and parameters begin with number ``page`` (int64) of all pages."""
+    """Return a cache whose codes and parameters begin at index ``page`` (int64) of all pages."""
     codes = packed.codes + page * CONSTANTS.page_words
     return CacheBundle(
         codes, packed.params + page * CONSTANTS.page_params, packed.exact, packed.cursor

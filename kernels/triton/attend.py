@@ -8,7 +8,7 @@ tokens get programs of their own because they weigh as many bytes as ten times a
 of the pages they would be a long tail.
 
 What a program does with exact tokens is in `residual`; with packed pages in `pages`, or `mixed` where tokens differ
-in bits. Calibrated keys and values are dealt with where it costs least, before and behind all that (`query`,
+in bits. Calibration constants are applied where that is cheapest, before and after the loops (`query`,
 `join`); what the keys' mean adds to all packed scores of a query is added to a split's log-sum-exp.
 
 Exact tokens are multiplied in the model's own dtype. All sums are fp32. Models in fp32, and the interpreter, use fp32
@@ -209,12 +209,12 @@ def attend(
         query: ``[B, Hq, T, D]``.
         key, value: Exact new tokens, ``[B, Hkv, Tn, D]`` and ``[B, Hkv, Tn, Dv]``.
         keys, values: The cache before the new tokens are written, contiguous.
-        key_calibrated, value_calibrated: What packed keys and values are coded relative to.
+        key_calibrated, value_calibrated: Calibration constants of keys and values.
         mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column
-            a slot; slots beyond its ``M`` columns, and slots that hold no token, are not attended to.
-        position: Slots of the new tokens on the device, one behind the other; or ``None``.
+            per slot; slots beyond its ``M`` columns, and slots without a token, are masked.
+        position: Slots of the new tokens on the device, consecutive; or ``None``.
         start: The first of them; or ``None``.
-        score: What is done to products of queries and keys.
+        score: Modification of products of queries and keys.
         key_layout, value_layout: Layouts of the two parts.
 
     Returns:

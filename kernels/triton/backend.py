@@ -1,4 +1,4 @@
-"""The four functions of the GPU backend, which `ops` dispatches to: write, attend, weigh, read.
+"""The four functions of the GPU backend, to which `ops` dispatches.
 
 All of them take parts of caches as `ops` has them, contiguous, and launch without waiting for the device.
 """

@@ -1,8 +1,7 @@
-"""The tokens of a page that is being written, in Triton: where they come from, and the form in which they are coded.
+"""The tokens of a page that is being quantized, in Triton: their source, and their transform before quantization.
 
-A page is written from new tokens and, before those, from rows of the ring. Where tokens are coded as something other
-than what they are, that form of the page goes to fp32 scratch first, ``[page_size, head_dim]``, and what follows reads
-it there.
+The tokens are rows of the ring, followed by new tokens. If the layout transforms tokens before quantization, the
+transformed page, the *coded form*, is first written to fp32 scratch memory ``[page_size, head_dim]``.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from kvq_compile.kernels.triton.transforms import (
 
 
 class Source(NamedTuple):
-    """Where the tokens of a page of one KV head come from.
+    """Source of the tokens of a page of one KV head.
 
     Attributes:
         new, stride: New tokens, and how far apart they lie.
@@ -55,7 +54,7 @@ def _read_tokens(source, token, channel, exists, CONSTANTS: tl.constexpr):
 
 @triton.jit
 def write_coded_form(source, scratch, calibration, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the page's tokens to scratch in the form in which they are coded."""
+    """Write the coded form of the page to scratch memory."""
     HEAD_DIM: tl.constexpr = CONSTANTS.head_dim
     tables = calibration.tables
     # of rotary keys, one of the two channels of a pair
@@ -89,7 +88,7 @@ def write_coded_form(source, scratch, calibration, CONSTANTS: tl.constexpr, TILE
 
 @triton.jit
 def load_coded(source, scratch, token, channel, exists, CONSTANTS: tl.constexpr):
-    """Return channels of the page's tokens in the form in which they are coded, fp32."""
+    """Return channels of the coded form of the page's tokens, fp32."""
     if CONSTANTS.in_coded_form:
         return tl.load(scratch + token * CONSTANTS.head_dim + channel, mask=exists, other=0.0)
     else:

@@ -1,4 +1,4 @@
-"""What kernels know of a layout while they are compiled, derived from it in this one place.
+"""Compile-time constants of kernels, derived from a layout in this one place.
 
 A kernel that only reads packed pages takes `ReadConstants`, so that layouts which differ in how they are written
 share it; one that writes them takes `WriteConstants`, which hold the same and more. Nothing depends on what is in

@@ -1,7 +1,7 @@
-"""From packed pages to tokens of the model, in Triton: bit by bit as in the specification.
+"""Dequantize packed pages to tokens, in Triton, bit by bit as in the specification.
 
-What attention does is faster and in low precision (`pages`, `mixed`). This is for a cache that something else
-reads, and for pages that truncation cuts open.
+Attention has its own, faster code in low precision (`pages`, `mixed`). This is for other readers of a cache and for
+truncated pages.
 """
 
 import triton
@@ -103,8 +103,8 @@ def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layou
 
     Args:
         cache: Codes, parameters, exact rows and cursor, as the layout describes them.
-        calibrated: What packed tokens are coded relative to.
-        length: How many slots.
+        calibrated: Calibration constants.
+        length: Slots to read.
         layout: The cache's layout.
     """
     constants = ReadConstants.of(layout)

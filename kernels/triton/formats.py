@@ -1,4 +1,4 @@
-"""How stored numbers are rounded and read, in Triton: fp16, e4m3, and pairs of scale and zero point as one word.
+"""Rounding to and reading from fp16 and e4m3, in Triton, and pairs of scale and zero point as one word.
 
 Each function that rounds mirrors one of the specification, operation by operation.
 """
@@ -10,7 +10,7 @@ FP16_MAX = tl.constexpr(65504.0)
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
 E4M3_MAX = tl.constexpr(448.0)
 E4M3_LEAST_NORMAL = tl.constexpr(2.0**-6)
-E4M3_STEPS = tl.constexpr(2.0**9)  # of subnormal numbers in one
+E4M3_STEPS = tl.constexpr(2.0**9)  # subnormals per unit
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def round_up_fp16(x):
 
 @triton.jit
 def round_e4m3(x):
-    """Return the e4m3 number nearest to ``x`` (fp32, finite) as an integer 0 .. 255."""
+    """Round ``x`` (fp32, finite) to the nearest e4m3 value, as an integer 0 .. 255."""
     magnitude = tl.minimum(tl.abs(x), E4M3_MAX)
     subnormal = tl.floor(magnitude * E4M3_STEPS + 0.5).to(tl.int32)
     bits = magnitude.to(tl.int32, bitcast=True)
@@ -47,7 +47,7 @@ def round_e4m3(x):
 
 @triton.jit
 def e4m3_value(byte):
-    """Return the number (fp32) that the integer ``byte`` stands for."""
+    """Convert an e4m3 byte, an integer, to fp32."""
     half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)  # the same fields, read with fp16's bias
     return half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256
 
@@ -74,7 +74,7 @@ def join_params(scale, zero):
 def split_small_params(word):
     """Return ``scale, zero`` (fp16) of e4m3 parameters loaded as 16-bit words.
 
-    An e4m3 number is the fp16 number of the same fields, with its exponent's bias made up for.
+    An e4m3 value has the fields of an fp16 value; the difference of the exponent biases is corrected.
     """
     bits = word.to(tl.uint16, bitcast=True)
     scale = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)

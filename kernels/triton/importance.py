@@ -1,8 +1,8 @@
-"""Which tokens recent queries paid attention to, in Triton, where keys lie in pages whose tokens differ in bits.
+"""Importance scores, in Triton, for keys in mixed-precision pages.
 
-How much weight a query gives to a key is known when its scores with all keys are, so keys are read twice, in splits, by
-one kernel that is launched twice: first it leaves of each split and query the log-sum-exp of the scores; then it joins
-those, computes the scores again and writes of each slot the largest weight. Scores of all keys are never held.
+The weight of a key depends on the scores of all keys, so keys are read twice, in splits, by one kernel launched twice.
+The first launch stores the log-sum-exp of the scores of each split and query. The second joins those, computes the
+scores again and writes the largest weight of each slot. The scores of all keys are never stored.
 
 Keys lie on the long side of the matrix instruction and queries on its short side: column ``back * shared_by + head`` is
 the query of a head that reads the KV head, ``back`` tokens before the call's last. Where they are many, they are taken
@@ -40,7 +40,7 @@ from kvq_compile.kernels.triton.residual import View, exact_place, load_keys, pl
 from kvq_compile.kernels.triton.transforms import hadamard
 
 LOG2_E = 1.4426950408889634
-MAX_QUERIES = 64  # at once; of fp32 numbers or large tiles a quarter fits beside the keys
+MAX_QUERIES = 64  # at once; a quarter of them in fp32 or with large tiles
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 2
 
@@ -84,7 +84,7 @@ class Tile(NamedTuple):
     """A tile of queries of one KV head.
 
     Attributes:
-        number: Which tile it is.
+        number: Index of the tile.
         sight: Slot at which the sight of each query ends.
         mask: Its `MaskRows`.
         result: Weights of the head's slots.
@@ -150,7 +150,7 @@ def _hidden(scores, slot, exists, tile, LAUNCH: tl.constexpr):
 
 @triton.jit
 def _join(partial, column, splits, SPLITS: tl.constexpr, QUERIES: tl.constexpr):
-    """Return the log-sum-exp of all splits, and a number that hides all scores where there is nothing to see."""
+    """Return the log-sum-exp of all splits, and a value that masks all scores of a query without visible keys."""
     split = tl.arange(0, SPLITS)
     where = partial + split[:, None] * QUERIES + column[None, :]
     points = tl.load(where, mask=(split < splits)[:, None], other=float("-inf"))
@@ -347,19 +347,19 @@ def importance(
     position: Tensor | None, start: int | None, slots: int, score: Score, causal: bool,
     queries: int, layout: Layout,
 ) -> Tensor:  # fmt: skip
-    """Return the largest weight that the last queries paid to each slot.
+    """Return the importance score of each slot: its largest attention weight over the last queries.
 
     Args:
-        query: ``[B, Hq, T, D]``, those of the last of the call's tokens.
+        query: Queries of the last of the call's tokens, ``[B, Hq, T, D]``.
         key: The call's own keys, ``[B, Hkv, tokens, D]``.
         keys: The cache of the keys before the call, contiguous; ``None`` where there is none.
-        calibrated: What packed keys are coded relative to.
+        calibrated: Calibration constants of packed keys.
         mask: ``None``, boolean or additive, broadcasting to ``[B, Hq, T, M]``.
-        position: Slots of the call's tokens on the device, one behind the other; or ``None``.
+        position: Slots of the call's tokens on the device, consecutive; or ``None``.
         start: The first of them; or ``None``.
         slots: Slots of the result, ``start + tokens`` or more.
         score: What is done to products of queries and keys.
-        causal: Whether the call's queries see no slot behind their own.
+        causal: Whether the call's queries are masked causally.
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
 

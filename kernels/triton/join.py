@@ -1,7 +1,6 @@
-"""Results of splits joined by their log-sum-exp, in Triton, behind attention.
+"""Join the results of attention's splits by their log-sum-exp, in Triton.
 
-The sum over packed values comes back from the basis and the order in which they are coded, and their mean is added,
-once for each query.
+The inverse transform, the channel order and the mean of packed values are applied here, once per query.
 """
 
 import triton

@@ -31,7 +31,7 @@ class Operands:
     Attributes:
         fast: Whether instructions of NVIDIA hardware unpack them.
         dtype, exact_dtype: Of packed and of exact tokens in the matrix instruction.
-        precision: Of products of fp32 numbers.
+        precision: Of fp32 products.
     """
 
     fast: bool

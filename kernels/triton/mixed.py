@@ -1,4 +1,4 @@
-"""The mixed scheme in Triton: tokens of a page differ in bits. What reading needs, and attention's loop over pages.
+"""The mixed-precision scheme in Triton: reading packed pages, and attention's loop over them.
 
 A token's row of a bit plane is found by its rank, so that a tile of codes comes out in the order of slots for keys and
 for values alike, and neither scores nor weights are permuted. Planes that a token does not have are not loaded. Since
@@ -10,7 +10,7 @@ bits of a token, which enter once, as part of what a token adds to all of its ch
 Both terms belong to the token and are folded into the score of a key and the weight of a value, in fp32. With outliers
 they are not: elements are then dequantized in registers, and outliers replaced.
 
-Where rows are, only header and ranks of their page tell. Those are read a page ahead.
+The rows of a token depend on the header and the ranks of its page, which are read one page ahead.
 
 On NVIDIA hardware planes are merged in registers, by selections under a mask: first pairs of planes to fields of two
 bits, those of even and those of odd fields apart, then pairs of these to fields of four bits, and so on
@@ -50,7 +50,7 @@ def power_of_2(exponent):
 
 @triton.jit
 def stored_value(stored, CONSTANTS: tl.constexpr):
-    """Return the number (fp32) that a stored zero point or half-range stands for."""
+    """Convert a stored zero point or half-range to fp32."""
     if CONSTANTS.params == "fp8":
         x = e4m3_value(stored)
     else:
@@ -243,7 +243,7 @@ def load_page(codes, metadata, page, exists, CONSTANTS: tl.constexpr):
 
 @triton.jit
 def _field_value(fields, FIRST: tl.constexpr, CONSTANTS: tl.constexpr):
-    """Return numbers (fp32) of e4m3 bytes, or of the bytes of fp16 numbers."""
+    """Convert e4m3 bytes, or pairs of bytes of fp16 values, to fp32."""
     if CONSTANTS.params == "fp8":  # the same fields, read with the exponent bias of fp16
         byte = fields[FIRST].to(tl.int32)
         half = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.uint16)

@@ -1,12 +1,12 @@
 """The mixed scheme in Triton: quantize a page whose tokens differ in bits.
 
-Mirrors the specification bit by bit: each sum of fp32 numbers is the same tree of pairs, and the bound under which a
-page fits its budget is found by bisection on the bits of fp32 numbers, which ascend as the numbers do, so that it is
-the very number that sorting would find.
+Mirrors the specification bit by bit. Each fp32 sum is the same tree of pairs. The bound that fits the budget of a page
+is found by bisection on the bit patterns of non-negative fp32 values, which have the order of the values; the result
+is exactly the one that sorting would find.
 
-The page lies in scratch, ``[page_size, head_dim]``, in the form in which it is coded; four rows of ``page_size``
-numbers behind it hold the range of each token, its bits and its rank. The page is read twice, in tiles of whole
-tokens: for the ranges, and to be coded.
+The page is in scratch memory, ``[page_size, head_dim]``, transformed for quantization; four rows of ``page_size``
+elements after it hold the range of each token, its bits and its rank. The page is read twice, in tiles of whole
+tokens: for the ranges, and to be quantized.
 """
 
 import triton
@@ -32,7 +32,7 @@ from kvq_compile.kernels.triton.mixed import (
 FLOOR = tl.constexpr(FLOOR_OF_MEAN)
 LEAST_LENGTH = tl.constexpr(min(PAGE_SIZES))  # slots that the first bound is for
 INFINITY = tl.constexpr(0x7F800000)
-HALVINGS = tl.constexpr(31)  # of the numbers from zero to infinity
+HALVINGS = tl.constexpr(31)  # of the fp32 values from zero to infinity
 
 
 # --- helpers of the specification -----------------------------------------------------------------
@@ -64,7 +64,7 @@ def soften(importance):
 
 @triton.jit
 def _store(x, UP: tl.constexpr, CONSTANTS: tl.constexpr):
-    """Return `mixed.store` of numbers as integers."""
+    """Return `mixed.store` of fp32 values, as integers."""
     if CONSTANTS.params == "fp8":
         stored = round_e4m3(x)
     elif UP:
@@ -100,7 +100,7 @@ def allocate(weighted, least, CONSTANTS: tl.constexpr):
     FREE: tl.constexpr = CONSTANTS.code_rows - LEAST * CONSTANTS.page_size
     low = tl.sum(tl.zeros_like(weighted), 0).to(tl.int32)
     high = low + INFINITY
-    for _ in range(HALVINGS):  # for the least number that no more than FREE of the needs exceed
+    for _ in range(HALVINGS):  # for the least value that at most FREE of the needs exceed
         middle = low + (high - low) // 2
         bound = middle.to(tl.float32, bitcast=True)
         over = tl.zeros(weighted.shape, tl.int32)
@@ -189,7 +189,7 @@ def write_header(codes, bits):
 
 @triton.jit
 def write_zero_rows(codes, used, CONSTANTS: tl.constexpr):
-    """Write zeros to the rows of a page from number ``used`` on."""
+    """Write zeros to the rows of a page from index ``used`` on."""
     WORDS: tl.constexpr = CONSTANTS.head_dim // 16
     WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
     CODE_ROWS: tl.constexpr = CONSTANTS.code_rows
@@ -227,7 +227,7 @@ def _find_outliers(x, finite, channel, CONSTANTS: tl.constexpr):
         is_most = rest == tl.max(rest, 1)[:, None]
         most = tl.min(tl.where(is_most, channel[None, :], BLOCK_D), 1)
         here = channel[None, :] == most[:, None]
-        bits = x.to(tl.int32, bitcast=True)  # a sum of numbers would lose the sign of zero
+        bits = x.to(tl.int32, bitcast=True)  # a floating-point sum would lose the sign of zero
         number = tl.sum(tl.where(here, bits, 0), 1).to(tl.float32, bitcast=True)
         channels += (most,)  # type: ignore[assignment]
         numbers += (number,)  # type: ignore[assignment]

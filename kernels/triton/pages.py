@@ -12,7 +12,7 @@ folding costs nothing (``copies``). The accumulator of a copy is right in its gr
 
 Channel tables of keys are in the query already and those of values wait for the end (`query`, `join`), so that only
 rotary keys need care here. A key of slot ``first + n`` is rotated by the angle of ``n``, the same for all pages and
-held in registers, and the query by the inverse of the angle of ``first``, step by step. A page is taken in two
+held in registers, and the query is inverse-rotated by the angle of ``first``, page by page. A page is taken in two
 halves, because that halves the angles to hold. Rotary keys are read as two tiles, the first and the second channel
 of each rotation pair: in registers that have the same place, rotating them moves no data.
 """
@@ -79,7 +79,7 @@ def _rotate_keys(a, b, cosine, sine, FAST: tl.constexpr):
     """Return pairs ``a, b`` rotated by the angle."""
     if (
         FAST and a.dtype == tl.float16
-    ):  # written out, for the compiler does not pair numbers of 16 bits
+    ):  # written out, for the compiler does not pair 16-bit operations
         x, y = tl.inline_asm_elementwise(
             """{ .reg .b32 s, t, n; neg.f16x2 n, $5;
             mul.rn.f16x2 s, $2, $4; fma.rn.f16x2 $0, $3, n, s;

@@ -1,7 +1,7 @@
-"""Queries as they meet packed keys, in Triton, before attention begins.
+"""Transform queries for products with packed keys, in Triton, before attention.
 
-A query is brought, in fp32, to the order, the scale and the basis in which keys are coded; the keys' mean adds the same
-to all packed scores of a query, so it is kept apart.
+Order, scale and Hadamard transform of the packed keys are applied to the query, in fp32. The keys' mean adds the same
+constant to all packed scores of a query, which is returned separately.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ TOKENS = 16  # whose angles a program tabulates
 
 
 class CodedQuery(NamedTuple):
-    """Queries as they meet packed keys.
+    """Queries transformed for products with packed keys.
 
     Attributes:
-        query: Queries in the basis of coded keys.
+        query: Transformed queries.
         bias: What the keys' mean adds to the scores of each query, ``[B * Hq * T]``; ``None`` without tables.
         angles: Cosine and sine by which rotary keys of a block are rotated, ``[Hkv, 2, block, D / 2]``; or ``None``.
     """
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
 @triton.jit
 def _code_query(query, tables, out, bias, row, shape, KEY: tl.constexpr):
-    """Write a query row as it meets coded keys, and what their mean adds to its scores."""
+    """Write a transformed query row, and the constant that the keys' mean adds to its scores."""
     DIM: tl.constexpr = KEY.head_dim
     dim = tl.arange(0, triton.next_power_of_2(DIM))
     ok = dim < DIM
@@ -67,7 +67,7 @@ def _code_query(query, tables, out, bias, row, shape, KEY: tl.constexpr):
 def code_query_kernel(
     query, calibration, out, shape, KEY: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
-    """Bring one query row to the basis of the keys; or tabulate cosine and sine of ``TOKENS`` tokens of a block.
+    """Transform one query row; or tabulate cosine and sine of ``TOKENS`` tokens of a block.
 
     Grid: (B * Hq * T, then for rotary keys Hkv * block / TOKENS).
     """
@@ -98,7 +98,7 @@ def code_query(
     query: Tensor, bundled: Strided, kv_heads: int, calibration: Calibration, key: ReadConstants,
     single: bool,
 ) -> CodedQuery:  # fmt: skip
-    """Return queries ``[B, Hq, T, D]`` as they meet packed keys.
+    """Return queries ``[B, Hq, T, D]`` transformed for products with packed keys.
 
     Args:
         query, bundled: The queries.

@@ -18,7 +18,7 @@ ARRIVAL = tl.constexpr(MAX_PAGES)
 
 
 class Plan(NamedTuple):
-    """What a write does.
+    """Plan of a write.
 
     Attributes:
         start: Slot of the first new token.
@@ -79,7 +79,7 @@ def write_rows(
 def write_queries(
     query, exact, cursor, plan, tokens, known, batch, kv_head, CONSTANTS: tl.constexpr
 ):
-    """Write the queries of the last ``known`` new tokens to their rows, and zeros for what is known no more.
+    """Write the queries of the last ``known`` new tokens to their rows, and zeros for queries no longer known.
 
     Mirrors the specification, for the KV head (int64) that ``exact`` belongs to, before the cursor moves. Nothing is
     done unless the layout holds queries.
@@ -108,7 +108,7 @@ def write_queries(
 
 @triton.jit
 def exact_place(index, packed_end, start, kv_len, visible, CONSTANTS: tl.constexpr):
-    """Return slots, rows of ``exact`` and numbers among the new tokens of the tokens ``index`` in the order sinks,
+    """Return slots, rows of ``exact`` and indices among the new tokens of the tokens ``index`` in the order sinks,
     ring, new; and which of them the cache holds, and which are new.
     """
     SINKS: tl.constexpr = CONSTANTS.sinks
@@ -156,7 +156,7 @@ class Exact(NamedTuple):
 
 
 class View(NamedTuple):
-    """What of a cache a call sees.
+    """The part of a cache that is visible to a call.
 
     Attributes:
         start, new: Slot of the first new token, and how many there are.
