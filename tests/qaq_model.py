@@ -1,11 +1,14 @@
 """A small decoder, a call of it that is compiled with QAQ, and what such a call must return."""
 
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from kvq_compile.testing import assert_logits_close, plain_cache
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,13 +40,14 @@ def run(model: Any, **options: Any) -> Any:
 
 def assert_reads_its_cache(model: Any, call: Any, cache: Any, ids: Tensor, *cuts: int) -> None:
     """Assert that a call gives each piece of a text the logits over what its cache stands for at that time."""
+    exact, kinds = deepcopy(model).double(), (torch.float32, torch.float64)
     with torch.no_grad():
         for first, last in pairwise((0, *cuts)):
-            before = None
-            if first:
-                before = transformers.DynamicCache()
-                for index, layer in enumerate(cache.layers):
-                    before.update(layer.keys.dequantize(), layer.values.dequantize(), index)
-            logits = call(ids[:, first:last], cache)
-            expected = model(ids[:, first:last], past_key_values=before, use_cache=True).logits
-            assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+            before = [plain_cache(cache if first else None, kind) for kind in kinds]
+            piece = ids[:, first:last]
+            logits = call(piece, cache)
+            expected = [
+                m(piece, past_key_values=c, use_cache=True).logits
+                for m, c in zip((model, exact), before, strict=True)
+            ]
+            assert_logits_close(logits, *expected, layers=len(cache.layers))

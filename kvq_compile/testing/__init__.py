@@ -263,9 +263,7 @@ def assert_decodes_like(
 
     The first half of ``input_ids`` is prefilled, the rest is fed ``chunk`` tokens at a time, whatever the
     model predicts. Each call is repeated, uncompiled, on a plain cache that holds the dequantized tokens.
-    The logits of the two may differ by rounding: four times the largest difference between the model in its
-    own dtype and in fp64 on the same cache (once for each of the two, doubled since the order of
-    operations differs), plus one unit in the last place of the largest logit a layer.
+    The logits of the two may differ by rounding: see `assert_logits_close`.
 
     Args:
         model: A causal language model that grows a ``DynamicCache``; in evaluation mode.
@@ -284,20 +282,37 @@ def assert_decodes_like(
     name = cache_argument(model)
     with torch.no_grad(), watching() as graphs:
         for piece in pieces:
-            plain = [_plain_cache(cache, kind) for kind in (dtype, torch.float64)]
+            plain = [plain_cache(cache, kind) for kind in (dtype, torch.float64)]
             got = compiled(input_ids=piece, use_cache=True, **{name: cache})
-            same = [
-                m(input_ids=piece, **{name: c}) for m, c in zip((model, exact), plain, strict=True)
-            ]
-            expected, wanted = same[0].logits.double(), same[1].logits
+            expected, wanted = (
+                m(input_ids=piece, **{name: c}).logits
+                for m, c in zip((model, exact), plain, strict=True)
+            )
             cache = getattr(got, name)
-            unit = torch.finfo(dtype).eps * float(wanted.abs().max()) * len(cache.layers)
-            rounding = 4 * float((expected - wanted).abs().max()) + unit
-            _assert_close(got.logits, wanted, rounding, "rounding")
+            assert_logits_close(got.logits, expected, wanted, layers=len(cache.layers))
     assert graphs, "nothing was compiled: the call went around the compiled code"
 
 
-def _plain_cache(cache: Any, dtype: torch.dtype) -> Any:
+def assert_logits_close(logits: Tensor, expected: Tensor, exact: Tensor, *, layers: int) -> None:
+    """Assert that logits are those of a model up to rounding.
+
+    That is four times the largest difference between the model in its own dtype and in fp64 (once for each
+    of the two that are compared, doubled since the order of operations differs), plus one unit in the last
+    place of the largest logit a layer.
+
+    Args:
+        logits: What is tested, ``[B, T, V]``.
+        expected: Of the model in its own dtype, which gives the unit in the last place.
+        exact: Of the same model, over the same cache, in fp64.
+        layers: Number of layers of the model.
+    """
+    __tracebackhide__ = True
+    unit = torch.finfo(expected.dtype).eps * float(exact.abs().max()) * layers
+    rounding = 4 * float((expected.double() - exact).abs().max()) + unit
+    _assert_close(logits, exact, rounding, "rounding")
+
+
+def plain_cache(cache: Any, dtype: torch.dtype) -> Any:
     """Return a ``DynamicCache`` of ``dtype`` with the tokens that ``cache`` stands for."""
     from transformers import DynamicCache
 
