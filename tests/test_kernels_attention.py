@@ -190,15 +190,16 @@ def test_a_captured_graph_serves_every_later_length() -> None:
 
 
 @pytest.mark.skipif(NATIVE, reason="a GPU is dispatched to; here the interpreter stands in for one")
-def test_operators_hand_gpus_what_they_take() -> None:
+def test_operators_hand_gpus_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """What dispatch does for CUDA, done on CPU tensors: written, weighed, read and attended to as on the CPU."""
+    monkeypatch.setattr(import_module(ops.BACKENDS["CUDA"]), "is_available", lambda: True)
     spec = CacheSpec(Mixed(2.5, 0, 4), Mixed(2, 0, 4), 1, 4, 32)
     layouts = [spec.layout("key", 64, 2), spec.layout("value", 64)]
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, h, 41, 64, generator=generator) for h in (4, 2, 2))
     caches = {}
     for name in ("CPU", "CUDA"):
-        on = import_module(ops.BACKENDS[name])
+        on = ops.Backend(ops.BACKENDS[name])
         weights = ops._importance_on(
             on, query, key, [], [], None, None, 0, 41, Score(0.1), True, 5, layouts[0]
         )
@@ -211,7 +212,7 @@ def test_operators_hand_gpus_what_they_take() -> None:
             ops.append_on(on, cache, [], x, None, 0, layout, weights, asked)
     for one, other in zip(caches["CPU"], caches["CUDA"], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    on = import_module(ops.BACKENDS["CUDA"])
+    on = ops.Backend(ops.BACKENDS["CUDA"])
     read = ops._dequantize_on(on, caches["CUDA"][1], [], 41, layouts[1])
     torch.testing.assert_close(
         read, ops.dequantize(caches["CPU"][1], [], 41, layouts[1]), rtol=0, atol=0
