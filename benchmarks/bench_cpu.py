@@ -13,6 +13,7 @@ import argparse
 import csv
 import datetime
 import platform
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -70,9 +71,9 @@ def _write(runners: list[Runner], model: str, context: int) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    plain = runners[0].tokens_per_second
+    speeds = [1 / statistics.median(runner.seconds) for runner in runners]
     rows = []
-    for runner in runners:
+    for runner, speed in zip(runners, speeds, strict=True):
         found = held(runner.cache, runner.method)
         rows.append(
             {
@@ -84,13 +85,13 @@ def _write(runners: list[Runner], model: str, context: int) -> None:
                 "model": Path(model).name,
                 "context": context,
                 "method": runner.method.label,
-                "tokens_per_second": round(runner.tokens_per_second, 2),
-                "times_plain": round(runner.tokens_per_second / plain, 2),
+                "tokens_per_second": round(speed, 2),
+                "times_plain": round(speed / speeds[0], 2),
                 "bytes": found.bytes,
                 "effective_bits": round(found.effective_bits, 2),
             }
         )
-        speed, times = rows[-1]["tokens_per_second"], rows[-1]["times_plain"]
+        times = rows[-1]["times_plain"]
         name = runner.method.label
         print(f"{name:12s} {speed:8.2f} tokens/s  {times:5.2f} x plain  {found.bytes:12,d} bytes")
     RESULTS.parent.mkdir(exist_ok=True)
