@@ -1,9 +1,17 @@
-"""Checks of fields that several quantization schemes have."""
+"""Fields that several quantization schemes have, and their checks."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import check, check_flags
+
+Grouping = Literal["token", "channel"]
+Role = Literal["key", "value"]
+Transform = Literal["none", "hadamard"]
+Packing = Literal["fields", "trits"]
+Params = Literal["fp16", "fp8"]
 
 WORD_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 

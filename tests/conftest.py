@@ -20,7 +20,9 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when kernels are imported
-pytest.register_assert_rewrite("aot", "attention_site", "refused_steps", "written_caches")
+pytest.register_assert_rewrite(
+    "aot", "attention_site", "refused_steps", "rotated_keys", "written_caches"
+)
 torch.set_num_threads(1)  # small tensors; threads of several workers would only wait for each other
 
 # One example may compile a model, so neither a deadline nor a slow generator is a fault.

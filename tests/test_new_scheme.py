@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Who may know a scheme by name. A row that goes is a file less that a new scheme touches.
 MAY_KNOW = {
     "kernels/schemes.py",
+    "kernels/mixed_scheme.py",
     "kernels/spec.py",  # the default of `CacheSpec`
     "kernels/layout.py",  # the type of an accessor
     *(f"kernels/cpu/{name}.py" for name in ("append", "native")),

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.mixed_scheme import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
     FP16_MAX,
@@ -48,7 +49,7 @@ from kvq_compile.kernels.reference.formats import (
     round_e4m3,
     round_up_fp16,
 )
-from kvq_compile.kernels.schemes import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS, WORD_BITS
+from kvq_compile.kernels.scheme_checks import WORD_BITS
 from kvq_compile.kernels.values import check
 
 Level = Literal["head", "layer", "token"]

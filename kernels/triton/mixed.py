@@ -21,9 +21,9 @@ bits, those of even and those of odd fields apart, then pairs of these to fields
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.schemes import HEADER as HEADER_WORDS
-from kvq_compile.kernels.schemes import MAX_BITS as MOST_BITS
-from kvq_compile.kernels.schemes import OUTLIER_FIELDS as FIELDS
+from kvq_compile.kernels.mixed_scheme import HEADER as HEADER_WORDS
+from kvq_compile.kernels.mixed_scheme import MAX_BITS as MOST_BITS
+from kvq_compile.kernels.mixed_scheme import OUTLIER_FIELDS as FIELDS
 from kvq_compile.kernels.triton.formats import e4m3_value
 from kvq_compile.kernels.triton.primitives import (
     HIDDEN,

@@ -12,7 +12,7 @@ tokens: for the ranges, and to be quantized.
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.schemes import FLOOR as FLOOR_OF_MEAN
+from kvq_compile.kernels.mixed_scheme import FLOOR as FLOOR_OF_MEAN
 from kvq_compile.kernels.schemes import PAGE_SIZES
 from kvq_compile.kernels.triton.formats import (
     FP16_MAX,
