@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
-from torch._guards import CompileContext
 
 from kvq_compile.compiling import compiling
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, graphs, record, unmet_layers
+from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.caches import DENSE
 from kvq_compile.lowering.find.layers import counts_layers
@@ -66,7 +65,8 @@ def compile_graph(
         text = unmet_layers(graphs())
         if text:
             raise KVQError(text)
-    _tell_of_the_limit(lowered.reports)
+    times = make_room(gm, lowered.reports, lowered.states)
+    _tell_of_the_limit(times if lowered.reports else None)
     _tell(lowered.reports, lowered.states, config)
 
     def compile_inner(args: Sequence[Any]) -> Compiled:
@@ -151,16 +151,12 @@ def _ends_the_model(gm: fx.GraphModule, reports: Sequence[SiteReport]) -> bool:
     return runs_to_its_end and all(counts_layers(site.where) for site in reports)
 
 
-def _tell_of_the_limit(reports: Sequence[SiteReport]) -> None:
+def _tell_of_the_limit(times: int | None) -> None:
     """Warn at the last graph that Dynamo makes of a piece of code: from then on it runs without this backend."""
-    compiled = CompileContext.current_compile_id()
-    limit = torch._dynamo.config.recompile_limit
-    if compiled is None or not reports or (compiled.frame_compile_id or 0) + 1 < limit:
-        return
-    warnings.warn(
-        f"this code was compiled {limit} times, which is PyTorch's limit: further variants of it, as layers that "
-        "are compiled one by one, run uncompiled and keep their caches as they are; "
-        "raise torch._dynamo.config.recompile_limit",
-        KVQWarning,
-        stacklevel=3,
-    )
+    if times is not None:
+        warnings.warn(
+            f"this code was compiled {times} times, which is PyTorch's limit: further variants of it run uncompiled "
+            "and keep their caches as they are; raise torch._dynamo.config.recompile_limit",
+            KVQWarning,
+            stacklevel=3,
+        )

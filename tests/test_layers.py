@@ -8,7 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvq_compile
-from kvq_compile import KVQError, KVQWarning, QuantizedKV, report
+from kvq_compile import KVQError, QuantizedKV, report
 from kvq_compile.history import watching
 from kvq_compile.lowering.find.layers import COUNTED
 from refused_steps import EXACT, grown, join
@@ -142,26 +142,6 @@ def test_a_layer_that_no_graph_meets_is_an_error_of_the_first_report_and_of_stri
 def test_a_layer_behind_a_graph_break_is_no_error_of_strict() -> None:
     caches, _ = run(Model([Attention, Attention], breaks=True), layers={1: None}, strict=True)
     assert kinds_of(caches)[:2] == [True, False]
-
-
-def test_the_last_variant_that_pytorch_compiles_of_a_code_is_told_and_so_are_layers_behind_it() -> (
-    None
-):
-    layers = [Attention() for _ in range(4)]
-    for layer in layers:
-        layer.compile(backend="kvq", options=EXACT)
-    caches, x = empty_caches(), grown()()[0]
-    with (
-        torch._dynamo.config.patch(recompile_limit=3),
-        torch.no_grad(),
-        watching(),
-        pytest.warns(KVQWarning, match="compiled 3 times, which is PyTorch's limit"),
-    ):
-        for number, layer in enumerate(layers):
-            layer(x, caches, number)
-        text = " ".join(str(report([caches[layer] for layer in range(4)])).split())
-    assert kinds_of(caches) == [True, True, True, False]
-    assert "2 tensors: in 16 bit: no compiled graph has seen it" in text
 
 
 def test_tokens_appended_outside_compiled_code_are_told() -> None:
