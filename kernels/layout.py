@@ -42,6 +42,7 @@ from kvq_compile.kernels.schemes import (
     Role,
     Scheme,
     Transform,
+    as_channelwise,
     as_mixed,
 )
 from kvq_compile.kernels.tables import NO_TABLES
@@ -115,7 +116,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         head_dim: Channels of a head.
         regions: Which tokens are exact.
         scheme: Quantization scheme of the others.
-        queries: Last queries that a key cache holds, where bits depend on attention; else 0.
+        queries: Last queries that a key cache holds, where bits depend on them; else 0.
         shared_by: Queries per KV head (query heads that share it), where keys hold queries; else 0.
 
     Raises:
@@ -203,9 +204,14 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self.sinks + self.ring
 
     @cached_property
-    def exact_rows(self) -> int:
-        """Exact rows: of tokens, then of the last ``queries`` queries of each of ``shared_by`` query heads."""
+    def state_row(self) -> int:
+        """The first row behind those of tokens and of the last ``queries`` queries of each of ``shared_by`` heads."""
         return self.token_rows + self.queries * self.shared_by
+
+    @cached_property
+    def exact_rows(self) -> int:
+        """Exact rows: of tokens, of queries, and of what a cache found of itself."""
+        return self.state_row + self.scheme.state_rows
 
     def pages_at(self, length: int) -> int:
         """Return the pages that ``length`` appended tokens fill."""
@@ -340,6 +346,22 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     def about(self) -> str:
         """Codes in words: ``"2-bit"``, ``"2-bit group-24"``, ``"4 channels in 8 bits"``."""
         return self.scheme.describe(self.head_dim, self.page_size)
+
+    # Channels of different widths
+
+    @cached_property
+    def channelwise(self) -> Channelwise:
+        """The scheme of pages whose channels differ in bits.
+
+        Raises:
+            TypeError: The layout has another scheme.
+        """
+        return as_channelwise(self.scheme)
+
+    @cached_property
+    def bit_rows(self) -> int:
+        """Bits of a token in pages whose channels differ in bits."""
+        return self.channelwise.bit_rows(self.head_dim)
 
     # Mixed pages
 

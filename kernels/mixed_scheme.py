@@ -68,6 +68,7 @@ class Mixed(metaclass=Interned):
     param_elements: ClassVar[int] = 1
     byte_params: ClassVar[bool] = True
     entries: ClassVar[int] = 0
+    state_rows: ClassVar[int] = 0
     keeps_codes: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, type]] = {"adaptive": Adaptive}
@@ -105,6 +106,10 @@ class Mixed(metaclass=Interned):
             f"outliers must be an even number of 0 or more, got {self.outliers}",
         )
         check_format(self.params, self.transform, self.rotary, self.tables)
+        check(
+            self.params != "e5m3",
+            'params must be "fp16" or "fp8" where tokens differ in bits, got "e5m3"',
+        )
         exact = self.adaptive is not None and self.adaptive.keep_exact
         check(
             not exact or (self.attentive and self.tables == NO_TABLES),
@@ -137,6 +142,11 @@ class Mixed(metaclass=Interned):
             self.outliers < head_dim,
             f"outliers must be an even number below {head_dim}, got {self.outliers}",
         )
+
+    @property
+    def asks_queries(self) -> bool:
+        """Whether a cache of keys also holds the last queries."""
+        return self.attentive
 
     @property
     def param_bytes(self) -> int:

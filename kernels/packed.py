@@ -52,10 +52,13 @@ class Calibrated(NamedTuple):
     Attributes:
         tables: ``[H, table_words]``, int32, see `Tables`; ``None`` where the layout has none.
         shift: Position minus slot of each sequence, ``[B]``, int32; ``None`` unless keys are rotary.
+        state: What the cache found of itself, ``[B, H, D]``, fp32: no constant, but the specification reads
+            both together; ``None`` where the layout has no such rows.
     """
 
     tables: Tensor | None = None
     shift: Tensor | None = None
+    state: Tensor | None = None
 
     @staticmethod
     def of(tensors: Sequence[Tensor], layout: Layout) -> Calibrated:
@@ -70,6 +73,11 @@ class Calibrated(NamedTuple):
                 f"calibrated must be [{names}] for {layout}, got {len(tensors)} tensors"
             )
         return Calibrated(*tensors) if tensors else UNCALIBRATED
+
+    def state_of(self, layout: Layout) -> Tensor:
+        """Return what the cache found of itself."""
+        assert self.state is not None, f"{layout} must have been given its state"
+        return self.state
 
     def section(self, name: str, layout: Layout) -> Tensor:
         """Return a section of the tables, ``[H, ...]``."""
@@ -90,7 +98,7 @@ class Calibrated(NamedTuple):
 
 
 UNCALIBRATED = Calibrated()
-CALIBRATED = Calibrated._fields
+CALIBRATED = Calibrated._fields[:2]  # those that operators take
 
 
 def calibrated_names(layout: Layout) -> tuple[str, ...]:

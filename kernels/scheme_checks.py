@@ -11,7 +11,7 @@ Grouping = Literal["token", "channel"]
 Role = Literal["key", "value"]
 Transform = Literal["none", "hadamard"]
 Packing = Literal["fields", "trits"]
-Params = Literal["fp16", "fp8"]
+Params = Literal["fp16", "fp8", "e5m3"]
 
 WORD_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 
@@ -24,7 +24,8 @@ def check_format(params: str, transform: str, rotary: bool, tables: str) -> None
         ValueError: A value is unknown, or two of them do not go together.
     """
     check_tables(rotary, tables)
-    check(params in ("fp16", "fp8"), f'params must be "fp16" or "fp8", got {params!r}')
+    formats = ("fp16", "fp8", "e5m3")
+    check(params in formats, f'params must be "fp16", "fp8" or "e5m3", got {params!r}')
     check(
         transform in ("none", "hadamard"),
         f'transform must be "none" or "hadamard", got {transform!r}',

@@ -12,6 +12,8 @@ Attributes of a scheme besides its fields, the same for all instances of a class
     byte_params     whether parameters are bytes; depends on ``params``
     entries         vectors of its codebook; 0 without one
     attentive       whether the bits of a token depend on the attention it gets
+    asks_queries    whether a cache of keys also holds the last queries
+    state_rows      rows behind the exact ones in which a cache holds what it found of itself
     adaptive        options of QAQ for pages after they are packed, or ``None``
     keeps_codes     whether the tokens of a truncated page keep their codes when it fills again
     takes_bias      whether keys may be coded relative to the bias of their projection
@@ -25,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvq_compile.kernels.adaptive.options import Adaptive as Adaptive
+from kvq_compile.kernels.channelwise_scheme import Channelwise as Channelwise
 from kvq_compile.kernels.mixed_scheme import Mixed as Mixed
 from kvq_compile.kernels.scheme_checks import WORD_BITS as WORD_BITS
 from kvq_compile.kernels.scheme_checks import Grouping as Grouping
@@ -63,6 +66,8 @@ class _Codes:
     reader: ClassVar[str] = "pages"
     param_elements: ClassVar[int] = 2
     attentive: ClassVar[bool] = False
+    asks_queries: ClassVar[bool] = False
+    state_rows: ClassVar[int] = 0
     adaptive: ClassVar[None] = None
     keeps_codes: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, type]] = {}
@@ -84,7 +89,9 @@ class Uniform(_Codes, metaclass=Interned):
         group_size: Elements of a group; ``None``: the whole head dimension (token) or page (channel).
         clip: Fraction of a group's range, about its midpoint, that the codes span; in (0, 1].
         transform: Rotation of the head dimension before quantization, undone on reading.
-        params: Format of scale and zero point: ``"fp16"``, or ``"fp8"`` (e4m3), half as large.
+        params: Format of scale and zero point: ``"fp16"``; ``"fp8"`` (e4m3), half as large; or ``"e5m3"``, as
+            large as that, for groups about zero: a scale without a sign, of the range of fp16, and the place of the
+            middle between the ends.
         packing: How three-level codes are packed: in two-bit ``"fields"``, which unpack fastest, or as five
             ``"trits"`` a byte, 1.6 bits each.
         rotary: Whether keys are quantized before the rotary embedding.
@@ -198,7 +205,7 @@ class Uniform(_Codes, metaclass=Interned):
     @property
     def byte_params(self) -> bool:
         """Whether parameters are bytes."""
-        return self.params == "fp8"
+        return self.params != "fp16"
 
     @property
     def takes_bias(self) -> bool:
@@ -306,8 +313,8 @@ class Codebook(_Codes, metaclass=Interned):
         return f"{self.couple} channels in {self.bits} bits"
 
 
-Scheme = Uniform | Codebook | Mixed
-SCHEMES: tuple[type[Scheme], ...] = (Uniform, Codebook, Mixed)
+Scheme = Uniform | Codebook | Mixed | Channelwise
+SCHEMES: tuple[type[Scheme], ...] = (Uniform, Codebook, Mixed, Channelwise)
 
 
 def plain_scheme(scheme: Scheme) -> dict[str, Any]:
@@ -332,6 +339,17 @@ def load_scheme(plain: Mapping[str, Any]) -> Scheme:
         held = {f.name: own.pop(f.name) for f in fields(part) if f.name in own}
         own[name] = part(**held) if held else None
     return kind(**own)
+
+
+def as_channelwise(scheme: Scheme) -> Channelwise:
+    """Return the scheme as `Channelwise`.
+
+    Raises:
+        TypeError: It is another scheme.
+    """
+    if not isinstance(scheme, Channelwise):
+        raise TypeError(f"the scheme must be Channelwise, got {scheme}")
+    return scheme
 
 
 def as_mixed(scheme: Scheme) -> Mixed:

@@ -10,7 +10,7 @@ from kvq_compile.kernels.schemes import Role, Scheme, Uniform
 from kvq_compile.kernels.tables import NO_TABLES, Tables
 from kvq_compile.kernels.values import check
 
-QUERIES = 5  # last queries that a key cache holds where bits depend on attention: the paper's attention window
+QUERIES = 5  # last queries that a key cache holds where bits depend on queries: the paper's attention window
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ class CacheSpec:
         Args:
             role: Whether the tensor holds keys or values.
             head_dim: Channels of a head.
-            shared_by: Queries per KV head; 0 if not known. Where bits depend on attention and it is known, a key
+            shared_by: Queries per KV head; 0 if not known. Where bits depend on queries and it is known, a key
                 cache also holds the last queries.
 
         Raises:
             ValueError: ``head_dim`` cannot be packed or grouped as the scheme asks.
         """
-        attentive = self.key.attentive or self.value.attentive
-        shared_by = shared_by if attentive and role == "key" else 0
+        asks = self.key.asks_queries or self.value.asks_queries
+        shared_by = shared_by if asks and role == "key" else 0
         return _layout(
             *(role, head_dim, self.regions, self.scheme(role)),
             *((QUERIES if shared_by else 0), shared_by),

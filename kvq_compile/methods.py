@@ -13,9 +13,12 @@ from typing import Any, ClassVar, Literal
 
 from kvq_compile.calibration.artifact import LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
+from kvq_compile.kernels.channelwise_scheme import MAX_WIDTH, Pairs
 from kvq_compile.kernels.layout import Regions
 from kvq_compile.kernels.schemes import (
+    WIDTHS,
     Adaptive,
+    Channelwise,
     Codebook,
     Mixed,
     Packing,
@@ -30,6 +33,7 @@ from kvq_compile.kernels.spec import CacheSpec
 GroupSize = int | Literal["auto"] | None
 # Options that calibration does not depend on.
 AT_COMPILE = ("sinks", "window", "page_size", "packing")
+TC_CLIPS = {1: 0.85, 1.5: 0.85, 2: 0.92}  # parts of a value's range that its codes span
 QAQ_RECORDS = {
     "fp8": 0.196,
     "fp16": 0.321,
@@ -164,6 +168,47 @@ class Kivi(Options):
             Uniform(key_bits, "channel", size, self.clip, up_to=up_to),
             Uniform(value_bits, "token", size, self.clip, up_to=up_to),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tc(Options):
+    """Transform coding: keys by channel, each with bits of its own; values by token after a Hadamard transform.
+
+    A cache finds the bits of its channels from its first page and the last queries; no calibration is needed.
+    Values get the largest width up to ``bits`` and keys what is left of ``2 * bits``, unless ``key_bits`` or
+    ``value_bits`` say otherwise. ``pairs`` says which channels of a key the rotary embedding mixes: ``"halves"`` as
+    in Llama, ``"neighbours"`` as in GPT-J, ``"none"``.
+    """
+
+    bits: float = 4.0
+    key_bits: float | None = None
+    value_bits: float | None = None
+    value_clip: float | None = None
+    pairs: Pairs = "halves"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bits", "key_bits", "value_bits", "value_clip"):
+            number = getattr(self, name)
+            if name == "bits" or number is not None:
+                check_number(name, number)
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be from 1 to 8, got {self.bits}")
+
+    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
+        """Return the spec."""
+        del tables
+        value_bits = self.value_bits
+        if value_bits is None:
+            value_bits = max(width for width in WIDTHS if width <= max(self.bits, 1.5))
+            value_bits = value_bits if 2 * self.bits - value_bits <= MAX_WIDTH else 8
+        key_bits = 2 * self.bits - value_bits if self.key_bits is None else self.key_bits
+        clip = TC_CLIPS.get(value_bits, 1.0) if self.value_clip is None else self.value_clip
+        value = Uniform(
+            value_bits, clip=clip, transform="hadamard", params="e5m3",
+            packing="trits" if value_bits == 1.5 else "fields",
+        )  # fmt: skip
+        return self._cache(Channelwise(float(key_bits), self.pairs), value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,7 +469,9 @@ class Qaq(Options):
 UNIFORM: dict[str, type[Options]] = {
     "int8": Int8, "int4": Int4, "int3": Int3, "int2": Int2, "kivi": Kivi
 }  # fmt: skip
-METHODS: dict[str, type[Options]] = UNIFORM | {"qaq": Qaq, "skvq": Skvq, "cq": Cq, "auto": Auto}
+METHODS: dict[str, type[Options]] = UNIFORM | {
+    "tc": Tc, "qaq": Qaq, "skvq": Skvq, "cq": Cq, "auto": Auto
+}  # fmt: skip
 MEASURED = ("qaq",)  # methods that can do without a calibration and gain by one
 
 

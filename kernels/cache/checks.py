@@ -59,7 +59,10 @@ def check_loaded(
     _check_shapes(tensors, layout)
     pages = _check_cursor(tensors["cursor"], tensors["codes"].shape[2], layout, kind, length)
     codes, params = tensors["codes"][:, :, :pages], tensors["params"][:, :, :pages]
-    coder_of(layout).check_pages(codes, params, layout)
+    coder = coder_of(layout)
+    coder.check_pages(codes, params, layout)
+    if layout.scheme.state_rows:
+        coder.check_state(tensors["exact"][:, :, layout.state_row :], pages, layout)
     if layout.has_tables:
         words = tensors["tables"].cpu()
         tables = checked_tables(words, layout.head_dim, layout.rotary, layout.scheme.entries)

@@ -111,7 +111,7 @@ class QuantizedKV(Views, Exports, Tensor):
             )
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
-        self.tables, self.shift = Calibrated.of(calibrated, layout)
+        self.tables, self.shift = Calibrated.of(calibrated, layout)[:2]
         self.originals = originals
         if not isinstance(cursor, FakeTensor):
             for part, page_axis in ((codes, 2), (params, 2), (originals, 2)):

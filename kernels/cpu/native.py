@@ -118,7 +118,7 @@ def _layout(layout: Layout) -> Words:
 
 def _packed(packed: PackedTensor) -> Words:
     codes, params, exact, _ = packed.parts
-    tables, shift = packed.calibrated
+    tables, shift = packed.calibrated.tables, packed.calibrated.shift
     return (
         *_layout(packed.layout), *_tensor(codes), *_tensor(params), *_tensor(exact),
         *_maybe(tables, 2), *_maybe(shift, 1), packed.held, packed.pages,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout, exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
+from kvq_compile.kernels.reference.channelwise import find_widths, held_widths
 from kvq_compile.kernels.reference.pages import dequantize_packed, quantize_packed
 from kvq_compile.kernels.reference.queries import remember_
 
@@ -32,6 +33,7 @@ def read(
     pages = int(cursor[1])
     first_recent = layout.sinks + pages * layout.page_size
     sinks = exact[:, :, : min(length, layout.sinks)]
+    calibrated = with_state(calibrated, exact, layout)
     packed = dequantize_packed(codes[:, :, :pages], params[:, :, :pages], layout, calibrated)
     packed = packed[:, :, : max(0, length - layout.sinks)].to(exact.dtype)
     recent = exact[
@@ -59,6 +61,7 @@ def truncate_(
     first = layout.sinks + pages * layout.page_size
     if pages < int(cursor[1]) and first < length:
         cut = slice(pages, pages + 1)
+        calibrated = with_state(calibrated, exact, layout)
         page = dequantize_packed(codes[:, :, cut], params[:, :, cut], layout, calibrated, pages)
         rows = exact_row_index(first, length, layout, exact.device)
         exact[:, :, rows] = page[:, :, : length - first].to(exact.dtype)
@@ -102,10 +105,13 @@ def append_(
     if start < held:
         truncate_(codes, params, exact, cursor, start, layout, calibrated)
         old = int(cursor[1])
+    remember_(exact, query, start, start, tokens, layout)
     new = max(old, new)
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
     if new > old:
         pages = leaving_pages(exact, x, start, old, new, layout)
+        find_state_(exact, pages, layout)
+        calibrated = with_state(calibrated, exact, layout)
         if importance is not None:
             importance = importance[:, :, first:last].unflatten(2, (-1, layout.page_size))
         packed = quantize_packed(pages, layout, calibrated, first, importance)
@@ -116,8 +122,25 @@ def append_(
     exact[:, :, exact_row_index(start + kept, start + tokens, layout, x.device)] = x[
         :, :, kept:
     ].to(exact.dtype)
-    remember_(exact, query, start, start, tokens, layout)
     cursor[0], cursor[1] = start + tokens, new
+
+
+def find_state_(exact: Tensor, pages: Tensor, layout: Layout) -> None:
+    """Write what a cache finds of itself when ``pages`` ``[B, H, P, N, D]`` fill, unless it is there, in place."""
+    if not layout.scheme.state_rows:
+        return
+    queries = exact[:, :, layout.token_rows : layout.state_row]
+    found = find_widths(pages, queries, layout)
+    held = exact[:, :, layout.state_row]
+    known = held.any(-1, keepdim=True)
+    exact[:, :, layout.state_row] = torch.where(known, held, found.to(exact.dtype))
+
+
+def with_state(calibrated: Calibrated, exact: Tensor, layout: Layout) -> Calibrated:
+    """Return constants together with what a cache found of itself, where the layout has that."""
+    if not layout.scheme.state_rows:
+        return calibrated
+    return calibrated._replace(state=held_widths(exact, layout))
 
 
 def leaving_pages(

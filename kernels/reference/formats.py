@@ -11,6 +11,8 @@ from kvq_compile.kernels.schemes import TRITS, WORD_BITS
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
+E5M3_LARGEST = 0xF7  # 61440: larger exponents are those of infinity and NaN
+E5M3_MAX = 61440.0
 E4M3_LEAST_NORMAL = 2.0**-6
 E4M3_STEP = 2.0**-9  # distance between subnormals
 
@@ -51,6 +53,27 @@ def e4m3_value(byte: Tensor) -> Tensor:
         .float()
         * 256
     )
+
+
+def round_e5m3(x: Tensor) -> Tensor:
+    """Round ``x`` (fp32, not negative) to the nearest fp16 value with three bits of mantissa, as a byte; saturates."""
+    bits = x.clamp_max(E5M3_MAX).half().view(torch.int16).int()
+    return ((bits + (1 << 6)) >> 7).clamp_max(E5M3_LARGEST).to(torch.uint8)
+
+
+def e5m3_value(byte: Tensor) -> Tensor:
+    """Convert e5m3 bytes to fp32."""
+    return (byte.int() << 7).to(torch.int16).view(torch.float16).float()
+
+
+def sum_pairs(x: Tensor) -> Tensor:
+    """Sum the last dimension by adding neighbours repeatedly: an order that every device can reproduce."""
+    missing = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
+    x = F.pad(x, (0, missing))
+    while x.shape[-1] > 1:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        x = a + b
+    return x[..., 0]
 
 
 def pack(codes: Tensor, layout: Layout) -> Tensor:

@@ -48,6 +48,7 @@ from kvq_compile.kernels.reference.formats import (
     e4m3_value,
     round_e4m3,
     round_up_fp16,
+    sum_pairs,
 )
 from kvq_compile.kernels.scheme_checks import WORD_BITS
 from kvq_compile.kernels.values import check
@@ -273,16 +274,6 @@ def fit_half_range(
     ok = (bits > 0) & (product > 0)
     half_range = torch.where(ok, power / torch.where(ok, product, 1.0), 0.0).clamp_max(FP16_MAX)
     return torch.where(ok, store(half_range, layout), stored_half_range)
-
-
-def sum_pairs(x: Tensor) -> Tensor:
-    """Sum the last dimension by adding neighbours repeatedly: an order that every device can reproduce."""
-    missing = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
-    x = torch.nn.functional.pad(x, (0, missing))
-    while x.shape[-1] > 1:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        x = a + b
-    return x[..., 0]
 
 
 def requantize_down_(codes: Tensor, metadata: Tensor, bits: Tensor, layout: Layout) -> None:

@@ -41,6 +41,13 @@ class Coder(Protocol):
             ValueError: Quantizing could not have written them.
         """
 
+    def check_state(self, state: Tensor, pages: int, layout: Layout) -> None:
+        """Check the state rows of a cache from a file, where the scheme has some.
+
+        Raises:
+            ValueError: No cache could have found them.
+        """
+
 
 class CodeCoder(Coder, Protocol):
     """Further functions of a scheme with one code per element or per few channels, and parameters of groups."""

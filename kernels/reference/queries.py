@@ -1,4 +1,4 @@
-"""The ring of recent queries in a key cache, for layouts whose bits depend on attention: the specification.
+"""The ring of recent queries in a key cache, for layouts whose bits depend on queries: the specification.
 
 Importance scores are computed from the last ``n`` queries, but a decoding call has only one. The exact part of a key
 cache therefore ends in a ring of ``n * G`` rows, with ``G`` queries per KV head. After the rows of tokens, row
@@ -65,4 +65,5 @@ def recall(exact: Tensor, held: int, first: int, last: int, layout: Layout) -> t
 
 def _ring(exact: Tensor, layout: Layout) -> Tensor:
     """View the rows of queries as ``[B, H, n, G, D]``."""
-    return exact[:, :, layout.token_rows :].unflatten(2, (layout.queries, layout.shared_by))
+    rows = exact[:, :, layout.token_rows : layout.state_row]
+    return rows.unflatten(2, (layout.queries, layout.shared_by))

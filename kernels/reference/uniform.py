@@ -9,7 +9,11 @@ stores
 
 Codes are computed with the rounded parameters. ``code * scale + zero`` thus covers ``[lo, hi]`` despite the rounding to
 fp16, with an error of at most half a step. A constant group whose value fp16 can represent has scale 0 and is exact. In
-fp8 (e4m3) both parameters are rounded to nearest, because rounding away from the group would widen it too much. All
+fp8 (e4m3) both parameters are rounded to nearest, because rounding away from the group would widen it too much.
+
+In e5m3 a group's range always includes 0. The scale is rounded to nearest; of the zero point the byte says where the
+middle of the range lies between its ends, ``zero = scale * levels / 2 * ((byte - 128) / 127 - 1)``. So both are right
+for elements of any size, which those of e4m3 are not. All
 arithmetic is fp32 with one rounding per operation, in this order, so that codes are bit-identical across devices.
 
 **Elements that are not finite** do not count for ``lo`` and ``hi``, so they never widen the step of other elements. An
@@ -29,14 +33,19 @@ from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
     FP16_MAX,
     e4m3_value,
+    e5m3_value,
     pack,
     round_down_fp16,
     round_e4m3,
+    round_e5m3,
     round_up_fp16,
     unpack,
 )
 from kvq_compile.kernels.schemes import Params
 from kvq_compile.kernels.values import check
+
+
+MIDDLE, MIDDLE_STEPS = 128, 127.0  # the byte of a range about zero, and steps to either side
 
 
 def to_groups(x: Tensor, layout: Layout) -> Tensor:
@@ -78,29 +87,42 @@ def quantize_groups(
     if isinstance(margin, Tensor) or margin:
         cut = (hi - lo) * margin
         lo, hi = lo + cut, hi - cut
-    if params == "fp8":
+    if params == "e5m3":
+        lo, hi = lo.clamp_max(0.0), hi.clamp_min(0.0)
+        stored_scale = round_e5m3((hi - lo) / levels)
+        reach = e5m3_value(stored_scale) * (levels * 0.5)
+        middle = (lo + hi) * 0.5 / torch.where(reach > 0, reach, 1.0)
+        stored_zero = ((middle * MIDDLE_STEPS + 0.5).floor() + MIDDLE).clamp(1, 255).to(torch.uint8)
+    elif params == "fp8":
         stored_zero = round_e4m3(lo)
         stored_scale = round_e4m3(((hi - e4m3_value(stored_zero)) / levels).clamp_min(0.0))
     else:
         stored_zero = round_down_fp16(lo)
         stored_scale = round_up_fp16(((hi - stored_zero.float()) / levels).clamp_max(FP16_MAX))
     stored = torch.stack([stored_scale, stored_zero], -1)
-    scale, zero = param_values(stored)[..., None, :].unbind(-1)
+    scale, zero = scale_and_zero(stored, levels, params)
     codes = (
         (torch.nan_to_num(bounded, nan=0.0) - zero) / torch.where(scale > 0, scale, 1.0) + 0.5
     ).floor()
     return (codes.clamp(0, levels) * (scale > 0)).int(), stored
 
 
-def group_values(codes: Tensor, params: Tensor) -> Tensor:
-    """Dequantize codes ``[..., group_size]`` with parameters ``[..., 2]`` to fp32."""
-    scale, zero = param_values(params)[..., None, :].unbind(-1)
+def group_values(codes: Tensor, stored: Tensor, levels: int, params: Params) -> Tensor:
+    """Dequantize codes ``[..., group_size]`` with stored parameters ``[..., 2]`` to fp32."""
+    scale, zero = scale_and_zero(stored, levels, params)
     return codes.float() * scale + zero
 
 
-def param_values(params: Tensor) -> Tensor:
-    """Return stored parameters as fp32."""
-    return e4m3_value(params) if params.dtype == torch.uint8 else params.float()
+def scale_and_zero(stored: Tensor, levels: int, params: Params) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point (fp32) ``[..., 1]`` of stored parameters ``[..., 2]``."""
+    scale, zero = stored[..., None, :].unbind(-1)
+    if params == "e5m3":
+        scale = e5m3_value(scale)
+        place = (zero.float() - MIDDLE) * (1.0 / MIDDLE_STEPS) - 1.0
+        return scale, scale * (levels * 0.5) * place
+    if params == "fp8":
+        return e4m3_value(scale), e4m3_value(zero)
+    return scale.float(), zero.float()
 
 
 # Pages
@@ -119,7 +141,8 @@ def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tup
 def coded_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
     """Dequantize codes: see `pages.CodeCoder`."""
     del calibrated
-    return from_groups(group_values(to_groups(codes, layout), params), layout)
+    groups = group_values(to_groups(codes, layout), params, layout.levels, layout.params)
+    return from_groups(groups, layout)
 
 
 def quantize_coded(
@@ -146,5 +169,7 @@ def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
     Raises:
         ValueError: A parameter is not finite.
     """
-    del codes, layout
-    check(bool(param_values(params).isfinite().all()), "scales and zero points must be finite")
+    del codes
+    scale, zero = scale_and_zero(params, layout.levels, layout.params)
+    finite = bool(scale.isfinite().all() and zero.isfinite().all())
+    check(finite, "scales and zero points must be finite")

@@ -26,6 +26,7 @@ from kvq_compile.calibration.clusters import order_by_range
 from kvq_compile.calibration.kmeans import weighted_kmeans
 from kvq_compile.kernels.reference.codebook import centroids, nearest_centroid
 from kvq_compile.kernels.reference.uniform import group_values, quantize_groups
+from kvq_compile.kernels.scheme_checks import Params
 
 # Coded numbers reach this magnitude, so that e4m3 (2^-9 to 448) expresses both steps and zero points.
 _LARGEST = 128.0
@@ -262,9 +263,9 @@ def _arranged(y: Tensor, order: Tensor) -> Tensor:
 def _uniform(y: Tensor, margin: Tensor, levels: int, group_size: int, fp8: bool) -> Tensor:
     """Quantize elements ``[tokens, H, D]`` with margins ``[H, D/g]`` and return what the codes stand for."""
     groups = y.unflatten(-1, (-1, group_size))
-    return group_values(*quantize_groups(groups, levels, "fp8" if fp8 else "fp16", margin)).flatten(
-        -2
-    )
+    params: Params = "fp8" if fp8 else "fp16"
+    codes, stored = quantize_groups(groups, levels, params, margin)
+    return group_values(codes, stored, levels, params).flatten(-2)
 
 
 def _coupled(x: Tensor, couple: int) -> Tensor:

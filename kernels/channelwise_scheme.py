@@ -1,0 +1,124 @@
+"""The channelwise scheme: what the channels of a key are given, when each has its own number of bits.
+
+A scheme like those of `schemes`, whose docstring lists the attributes of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from kvq_compile.kernels.scheme_checks import WORD_BITS, Grouping, Packing, Params, Role, Transform
+from kvq_compile.kernels.tables import NO_TABLES
+from kvq_compile.kernels.values import Interned, changed_fields, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pairs = Literal["halves", "neighbours", "none"]
+
+MAX_WIDTH = 8  # bits of a channel
+BLOCK_WORDS = 8  # words of a token in a block: 16 bytes, and 128 bits for the matrix instruction to read as 128 channels
+PARAM_FIELDS = 3  # bytes of a channel's parameters: step, low and high byte of the center
+
+
+@dataclass(frozen=True, repr=False)
+class Channelwise(metaclass=Interned):
+    """Transform coding of keys: each channel of a head has its own number of bits, ``bits`` on average.
+
+    A cache finds the widths of its channels when its first page fills and keeps them (`reference.channelwise`). A
+    channel of a page has a step and a center of its own.
+
+    Args:
+        bits: Average width in bits, up to 8; of a head it becomes the nearest multiple of ``16 / head_dim``.
+        pairs: Which two channels the rotary embedding mixes, and so get their widths by the same weight:
+            ``"halves"``: ``c`` and ``c + head_dim / 2``; ``"neighbours"``: ``2 c`` and ``2 c + 1``; ``"none"``.
+
+    Raises:
+        TypeError: ``bits`` is not a number.
+        ValueError: An argument is out of its range.
+    """
+
+    name: ClassVar[str] = "channelwise"
+    reader: ClassVar[str] = "pages"
+    couple: ClassVar[int] = 1
+    packing: ClassVar[Packing] = "fields"
+    grouping: ClassVar[Grouping] = "channel"
+    group_size: ClassVar[None] = None
+    clip: ClassVar[float] = 1.0
+    transform: ClassVar[Transform] = "none"
+    params: ClassVar[Params] = "fp16"
+    planes: ClassVar[tuple[int, ...]] = (1,)
+    levels: ClassVar[int] = 1
+    param_elements: ClassVar[int] = 1
+    byte_params: ClassVar[bool] = True
+    entries: ClassVar[int] = 0
+    attentive: ClassVar[bool] = False
+    asks_queries: ClassVar[bool] = True
+    state_rows: ClassVar[int] = 1
+    adaptive: ClassVar[None] = None
+    keeps_codes: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
+    rotary: ClassVar[bool] = False
+    tables: ClassVar[str] = NO_TABLES
+    parts: ClassVar[Mapping[str, type]] = {}
+
+    bits: float = 4.0
+    pairs: Pairs = "halves"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool):
+            raise TypeError(f"bits must be a number, got {self.bits!r}")
+        check(0 < self.bits <= MAX_WIDTH, f"bits must be in (0, {MAX_WIDTH}], got {self.bits}")
+        names = ("halves", "neighbours", "none")
+        check(
+            self.pairs in names,
+            f'pairs must be "halves", "neighbours" or "none", got {self.pairs!r}',
+        )
+
+    __repr__ = changed_fields
+
+    def bound_to(self, head_dim: int, page_size: int) -> Channelwise:
+        """Return the scheme with the bits that fill whole words of a token."""
+        del page_size
+        words = max(1, round(self.bits * head_dim / WORD_BITS))
+        words = min(words, MAX_WIDTH * head_dim // WORD_BITS)
+        return replace(self, bits=words * WORD_BITS / head_dim)
+
+    def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
+        """Make sure that pages of these sizes can be packed.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        del page_size
+        check(role == "key", f'role must be "key" for channels of different widths, got "{role}"')
+        check(
+            head_dim % 2 == 0 or self.pairs == "none",
+            f'head_dim must be even, or pairs="none", got {head_dim}',
+        )
+
+    def bit_rows(self, head_dim: int) -> int:
+        """Return the bits of a token: the widths of all channels together."""
+        return round(self.bits * head_dim)
+
+    def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``rows, units`` of the codes of a page: the words of a token, tokens."""
+        del role
+        return self.bit_rows(head_dim) // WORD_BITS, page_size
+
+    def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
+        """Return ``groups, members`` of the parameters of a page: bytes of a channel, channels."""
+        del page_size
+        return PARAM_FIELDS, head_dim
+
+    def unused_bits(self, codes: Tensor, page_size: int) -> float:
+        """Return the bits per element of packed pages that no token uses: 0."""
+        del codes, page_size
+        return 0.0
+
+    def describe(self, head_dim: int, page_size: int) -> str:
+        """Describe the codes: ``"3-bit by channel"``."""
+        del head_dim, page_size
+        return f"{self.bits:g}-bit by channel"

@@ -1,0 +1,292 @@
+"""Transform coding of keys: each channel of a head has its own number of bits.
+
+Keys have a few channels that carry most of the energy and most of what queries look at. A channel of weight ``w`` and
+variance ``s`` coded in ``b`` bits changes scores by about ``w s g[b]`` (squared), ``g`` being what a good quantizer of
+``b`` bits leaves of a variance of 1. Widths are those that make the sum over the channels of a head least for their
+total: bit after bit goes where it takes most away, `allocate`.
+
+**Widths are found once**, when the first page of a cache fills, and hold for all of its pages. They are a row of
+``exact``, behind those of tokens and queries, of small integers, which every dtype has; zeros: not found yet. Weights
+are mean squares of the last queries known then (`queries`), of both channels that the rotary embedding mixes; all are
+equal where no query is known. Variances are those of the last page that the call fills: padding comes first.
+
+**A page** has a step and a center for each channel::
+
+    x = (code - levels / 2) * step + center        levels = 2 ** bits - 1
+
+The center is the middle of the channel's range, or its mean where it has no bits. The step is the best of eight, which
+span from 1 to 0.4 of the range, by the squared error that it leaves. The parameters of a channel are three bytes: the
+step in e5m3, low and high byte of the center in fp16.
+
+**Codes** are bits. Bit ``j`` of channel ``c`` is number ``first[c] + j`` of a token, ``first`` being the sum of the
+widths of the channels before. The bits of a token are cut into blocks of 128; what is left is the last block. A block
+of ``W`` words a token lies behind the one before, ``[N, W]``, and bit ``f W + w`` of a token's block is bit ``f`` of its
+word ``w``: a block is packed as keys of one bit are.
+
+All arithmetic is fp32 with one rounding per operation, in the order written, so that devices agree bit by bit.
+
+Source: reverse water-filling, T. Berger, Rate Distortion Theory (1971), 4.5; ``g`` from J. Max, Quantizing for minimum
+distortion (1960), table I, and its limit beyond.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.channelwise_scheme import BLOCK_WORDS, MAX_WIDTH, Pairs
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.reference.formats import (
+    E5M3_LARGEST,
+    FP16_MAX,
+    e5m3_value,
+    round_e5m3,
+    sum_pairs,
+)
+from kvq_compile.kernels.scheme_checks import WORD_BITS
+from kvq_compile.kernels.values import check
+
+# What a bit takes from the mean squared error of a channel of variance 1: the first, the second, ...
+GAINS = (0.6366, 0.2459, 0.08296, 0.025043, 0.006997, 0.00185, 0.00048, 0.00013)
+CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
+LEAST_WEIGHT = 0.0625  # of a channel, in mean weights: few queries do not show what others look at
+
+
+# Widths
+
+
+def find_widths(pages: Tensor, queries: Tensor, layout: Layout) -> Tensor:
+    """Return the widths ``[B, H, D]`` (fp32) of a cache that has no page yet.
+
+    Args:
+        pages: The pages that a call fills, ``[B, H, P, N, D]``.
+        queries: Queries held, ``[B, H, n, D]``; zeros: unknown.
+        layout: The cache's layout.
+    """
+    x = bounded(pages[:, :, -1].float()).mT
+    share = 1.0 / layout.page_size
+    mean = sum_pairs(x) * share
+    offset = x - mean[..., None]
+    variance = sum_pairs(offset * offset) * share
+    return allocate(variance * weights(queries, layout.channelwise.pairs), layout.bit_rows)
+
+
+def weights(queries: Tensor, pairs: Pairs) -> Tensor:
+    """Return the weight ``[..., D]`` of each channel from queries ``[..., n, D]``, of which there may be none."""
+    total = queries.new_zeros(*queries.shape[:-2], queries.shape[-1], dtype=torch.float32)
+    for query in bounded(queries.float()).unbind(-2):
+        total = total + query * query
+    if pairs == "halves":
+        total = total + total.roll(total.shape[-1] // 2, -1)
+    elif pairs == "neighbours":
+        total = total + total.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    mean = sum_pairs(total) * (1.0 / total.shape[-1])
+    floored = torch.maximum(total, (mean * LEAST_WEIGHT)[..., None])
+    return torch.where((mean > 0)[..., None], floored, 1.0)
+
+
+def allocate(value: Tensor, rows: int) -> Tensor:
+    """Distribute ``rows`` bits over channels ``[..., D]`` of this variance times weight; return widths (fp32).
+
+    A bit of a channel is worth ``value * GAINS[bit]``. The ``rows`` bits of most worth are given; of equal ones the
+    lower bit first, then the channel that comes first.
+    """
+    gains = torch.tensor(GAINS, dtype=torch.float32, device=value.device)
+    worth = (value[..., None, :] * gains[:, None]).flatten(-2)
+    given = worth.sort(stable=True, dim=-1, descending=True).indices[..., :rows]
+    return torch.zeros_like(worth).scatter_(-1, given, 1.0).unflatten(-1, (MAX_WIDTH, -1)).sum(-2)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """Return ``x`` within the range of fp16, 0 for what is no number."""
+    return torch.nan_to_num(x.clamp(-FP16_MAX, FP16_MAX), nan=0.0)
+
+
+def held_widths(exact: Tensor, layout: Layout) -> Tensor:
+    """Return the widths ``[B, H, D]`` (fp32) that a cache holds; zeros: not found yet."""
+    return exact[:, :, layout.state_row].float()
+
+
+# Channels of a page
+
+
+def quantize_channels(x: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize channels.
+
+    Args:
+        x: Tokens of a channel along the last dimension, ``[..., N]``, fp32.
+        widths: Bits of each channel, ``[...]``, fp32.
+
+    Returns:
+        Codes like ``x`` (int32), step as a byte and center in fp16, ``[...]``.
+    """
+    finite, x = x.isfinite(), x.clamp(-FP16_MAX, FP16_MAX)
+    some = finite.any(-1)
+    low = torch.where(some, x.masked_fill(~finite, math.inf).amin(-1), 0.0)
+    high = torch.where(some, x.masked_fill(~finite, -math.inf).amax(-1), 0.0)
+    x = torch.nan_to_num(x, nan=0.0)
+    half_levels = (torch.exp2(widths) - 1.0) * 0.5
+    coded = widths > 0
+    mean = sum_pairs(x) * (1.0 / x.shape[-1])
+    center = torch.where(coded, (low + high) * 0.5, mean).half()
+    half_range = (high - low) * 0.5
+    codes, step, least = None, None, torch.zeros((), dtype=torch.float32)
+    for clip in CLIPS:
+        per_level = half_range * clip / torch.where(coded, half_levels, 1.0)
+        trial = torch.where(coded, round_e5m3(per_level), 0).to(torch.uint8)
+        chosen = nearest_codes(x, trial, center, half_levels)
+        difference = torch.where(finite, channel_values(chosen, trial, center, widths) - x, 0.0)
+        error = sum_pairs(difference * difference)
+        if codes is None or step is None:
+            codes, step, least = chosen, trial, error
+            continue
+        better = error < least
+        codes = torch.where(better[..., None], chosen, codes)
+        step, least = torch.where(better, trial, step), torch.minimum(error, least)
+    assert codes is not None and step is not None
+    return codes, step, center
+
+
+def nearest_codes(x: Tensor, step: Tensor, center: Tensor, half_levels: Tensor) -> Tensor:
+    """Return the nearest codes (int32) of channels ``[..., N]``."""
+    size = e5m3_value(step)
+    lowest = center.float() - size * half_levels
+    place = (x - lowest[..., None]) / torch.where(size > 0, size, 1.0)[..., None]
+    most = torch.where(size > 0, 2.0 * half_levels, 0.0)[..., None]
+    return torch.minimum((place + 0.5).floor().clamp_min(0.0), most).int()
+
+
+def channel_values(codes: Tensor, step: Tensor, center: Tensor, widths: Tensor) -> Tensor:
+    """Dequantize codes ``[..., N]`` of channels ``[...]`` to fp32."""
+    size = e5m3_value(step)
+    lowest = center.float() - size * ((torch.exp2(widths) - 1.0) * 0.5)
+    return codes.float() * size[..., None] + lowest[..., None]
+
+
+# Parameters
+
+
+def to_params(step: Tensor, center: Tensor) -> Tensor:
+    """Return the part ``params`` ``[..., 3, D, 1]`` of steps and centers ``[..., D]``."""
+    word = center.view(torch.int16).int()
+    fields = [step, (word & 0xFF).to(torch.uint8), ((word >> 8) & 0xFF).to(torch.uint8)]
+    return torch.stack(fields, -2)[..., None]
+
+
+def from_params(params: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `to_params`."""
+    step, low, high = params[..., 0].unbind(-2)
+    word = low.int() | (high.int() << 8)
+    word = torch.where(word >= 1 << 15, word - (1 << 16), word)
+    return step, word.to(torch.int16).view(torch.float16)
+
+
+# Bits
+
+
+def bit_places(widths: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return channel and bit ``[..., rows]`` (int64) of each bit of a token, for widths ``[..., D]``."""
+    last = widths.long().cumsum(-1)
+    number = torch.arange(rows, dtype=torch.int64, device=widths.device)
+    number = number.expand(*widths.shape[:-1], rows).contiguous()
+    channel = torch.searchsorted(last, number, right=True).clamp_max(widths.shape[-1] - 1)
+    return channel, number - (last - widths.long()).gather(-1, channel)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack the bits ``[..., N, rows]`` (int32) of tokens into words ``[..., rows / 16, N]`` (int16)."""
+    blocks = []
+    for block in bits.split(BLOCK_WORDS * WORD_BITS, -1):
+        fields = block.unflatten(-1, (WORD_BITS, -1))
+        shifts = torch.arange(WORD_BITS, device=bits.device, dtype=torch.int64)[:, None]
+        words = (fields << shifts).sum(-2)
+        blocks.append(torch.where(words >= 1 << 15, words - (1 << 16), words).flatten(-2))
+    packed = torch.cat(blocks, -1).to(torch.int16)
+    return packed.unflatten(-1, (bits.shape[-1] // WORD_BITS, bits.shape[-2]))
+
+
+def unpack_bits(codes: Tensor) -> Tensor:
+    """Undo `pack_bits`."""
+    words, tokens = codes.shape[-2:]
+    blocks = []
+    for block in codes.flatten(-2).split(BLOCK_WORDS * tokens, -1):
+        fields = block.unflatten(-1, (tokens, -1)).int()[..., None, :]
+        shifts = torch.arange(WORD_BITS, device=codes.device, dtype=torch.int32)[:, None]
+        blocks.append(((fields >> shifts) & 1).flatten(-2))
+    assert sum(block.shape[-1] for block in blocks) == words * WORD_BITS
+    return torch.cat(blocks, -1)
+
+
+# Pages
+
+
+def quantize_coded(
+    coded: Tensor,
+    layout: Layout,
+    calibrated: Calibrated,
+    first: int,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize and pack pages: see `pages.Coder`."""
+    del first, importance
+    codes, params = quantize_codes(coded, layout, calibrated)
+    channel, bit = bit_places(calibrated.state_of(layout)[:, :, None, None], layout.bit_rows)
+    shape = (*codes.shape[:-1], layout.bit_rows)
+    bits = (codes.gather(-1, channel.expand(shape)) >> bit) & 1
+    return pack_bits(bits), params
+
+
+def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Unpack and dequantize pages: see `pages.Coder`."""
+    channel, bit = bit_places(calibrated.state_of(layout)[:, :, None, None], layout.bit_rows)
+    bits = unpack_bits(codes)
+    code = bits.new_zeros(*bits.shape[:-1], layout.head_dim)
+    code.scatter_add_(-1, channel.expand(bits.shape), bits << bit.int())
+    return coded_values(code, params, layout, calibrated)
+
+
+def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tuple[Tensor, Tensor]:
+    """Return codes and parameters of pages: see `pages.CodeCoder`."""
+    widths = calibrated.state_of(layout)[:, :, None].expand(*coded.shape[:3], -1)
+    codes, step, center = quantize_channels(coded.mT, widths)
+    return codes.mT, to_params(step, center)
+
+
+def coded_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Dequantize codes: see `pages.CodeCoder`."""
+    step, center = from_params(params)
+    widths = calibrated.state_of(layout)[:, :, None].expand(step.shape)
+    return channel_values(codes.mT, step, center, widths).mT
+
+
+def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
+    """Check the parameters of pages from a file; every code is valid.
+
+    Raises:
+        ValueError: A parameter is not finite.
+    """
+    del codes, layout
+    step, center = from_params(params)
+    finite = bool((step <= E5M3_LARGEST).all() and center.isfinite().all())
+    check(finite, "steps and centers must be finite")
+
+
+def check_state(state: Tensor, pages: int, layout: Layout) -> None:
+    """Check the widths ``[B, H, 1, D]`` of a cache from a file that has ``pages`` pages.
+
+    Raises:
+        ValueError: No cache could have found them.
+    """
+    widths = state.float()
+    whole = bool((widths == widths.round()).all() and ((widths >= 0) & (widths <= MAX_WIDTH)).all())
+    totals = widths.sum(-1)
+    given = totals == layout.bit_rows
+    if pages == 0:
+        given |= totals == 0
+    check(
+        whole and bool(given.all()),
+        f"the widths of channels must be 0 to {MAX_WIDTH} and {layout.bit_rows} together",
+    )
