@@ -44,7 +44,6 @@ from kvq_compile.kernels.reference.formats import (
 from kvq_compile.kernels.schemes import Params
 from kvq_compile.kernels.values import check
 
-
 MIDDLE, MIDDLE_STEPS = 128, 127.0  # the byte of a range about zero, and steps to either side
 
 
