@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Pairs = Literal["halves", "neighbours", "none"]
 
 MAX_WIDTH = 8  # bits of a channel
-BLOCK_WORDS = 8  # words of a token in a block: 16 bytes, and 128 bits for the matrix instruction to read as 128 channels
+BLOCK_WORDS = (
+    8  # words of a token in a block: 16 bytes, which the matrix instruction reads as 128 channels
+)
 PARAM_FIELDS = 3  # bytes of a channel's parameters: step, low and high byte of the center
 
 

@@ -35,6 +35,7 @@ from kvq_compile.kernels.schemes import (
     TRITS,
     WORD_BITS,
     Adaptive,
+    Channelwise,
     Grouping,
     Mixed,
     Packing,

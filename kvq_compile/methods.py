@@ -33,7 +33,7 @@ from kvq_compile.kernels.spec import CacheSpec
 GroupSize = int | Literal["auto"] | None
 # Options that calibration does not depend on.
 AT_COMPILE = ("sinks", "window", "page_size", "packing")
-TC_CLIPS = {1: 0.85, 1.5: 0.85, 2: 0.92}  # parts of a value's range that its codes span
+TC_CLIPS = {1: 0.7, 1.5: 0.78, 2: 0.88, 3: 0.96}  # parts of a value's range that its codes span
 QAQ_RECORDS = {
     "fp8": 0.196,
     "fp16": 0.321,

@@ -8,7 +8,7 @@ total: bit after bit goes where it takes most away, `allocate`.
 **Widths are found once**, when the first page of a cache fills, and hold for all of its pages. They are a row of
 ``exact``, behind those of tokens and queries, of small integers, which every dtype has; zeros: not found yet. Weights
 are mean squares of the last queries known then (`queries`), of both channels that the rotary embedding mixes; all are
-equal where no query is known. Variances are those of the last page that the call fills: padding comes first.
+equal where no query is known. Variances are those of the first and of the last page that the call fills.
 
 **A page** has a step and a center for each channel::
 
@@ -20,8 +20,8 @@ step in e5m3, low and high byte of the center in fp16.
 
 **Codes** are bits. Bit ``j`` of channel ``c`` is number ``first[c] + j`` of a token, ``first`` being the sum of the
 widths of the channels before. The bits of a token are cut into blocks of 128; what is left is the last block. A block
-of ``W`` words a token lies behind the one before, ``[N, W]``, and bit ``f W + w`` of a token's block is bit ``f`` of its
-word ``w``: a block is packed as keys of one bit are.
+of ``W`` words a token lies behind the one before, ``[N, W]``, and bit ``f W + w`` of a token's block is bit ``f`` of
+its word ``w``: a block is packed as keys of one bit are.
 
 All arithmetic is fp32 with one rounding per operation, in the order written, so that devices agree bit by bit.
 
@@ -52,7 +52,7 @@ from kvq_compile.kernels.values import check
 # What a bit takes from the mean squared error of a channel of variance 1: the first, the second, ...
 GAINS = (0.6366, 0.2459, 0.08296, 0.025043, 0.006997, 0.00185, 0.00048, 0.00013)
 CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
-LEAST_WEIGHT = 0.0625  # of a channel, in mean weights: few queries do not show what others look at
+PRIOR = 2.5  # queries that look at all channels alike, added to those known: few do not show what others look at
 
 
 # Widths
@@ -66,26 +66,34 @@ def find_widths(pages: Tensor, queries: Tensor, layout: Layout) -> Tensor:
         queries: Queries held, ``[B, H, n, D]``; zeros: unknown.
         layout: The cache's layout.
     """
-    x = bounded(pages[:, :, -1].float()).mT
-    share = 1.0 / layout.page_size
+    first, last = (variances(pages[:, :, page], layout) for page in (0, -1))
+    worth = (first + last) * weights(queries, layout.channelwise.pairs)
+    return allocate(worth, layout.bit_rows)
+
+
+def variances(page: Tensor, layout: Layout) -> Tensor:
+    """Return the variance ``[..., D]`` of each channel of pages ``[..., N, D]``."""
+    x, share = bounded(page.float()).mT, 1.0 / layout.page_size
     mean = sum_pairs(x) * share
     offset = x - mean[..., None]
-    variance = sum_pairs(offset * offset) * share
-    return allocate(variance * weights(queries, layout.channelwise.pairs), layout.bit_rows)
+    return sum_pairs(offset * offset) * share
 
 
 def weights(queries: Tensor, pairs: Pairs) -> Tensor:
-    """Return the weight ``[..., D]`` of each channel from queries ``[..., n, D]``, of which there may be none."""
-    total = queries.new_zeros(*queries.shape[:-2], queries.shape[-1], dtype=torch.float32)
+    """Return the weight ``[..., D]`` of each channel from queries ``[..., n, D]``, zeros where unknown."""
+    shape = *queries.shape[:-2], queries.shape[-1]
+    total = torch.zeros(shape, dtype=torch.float32, device=queries.device)
+    known = torch.zeros(shape[:-1], dtype=torch.float32, device=queries.device)
     for query in bounded(queries.float()).unbind(-2):
         total = total + query * query
+        known = known + (query != 0).any(-1).float()
     if pairs == "halves":
         total = total + total.roll(total.shape[-1] // 2, -1)
     elif pairs == "neighbours":
         total = total + total.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     mean = sum_pairs(total) * (1.0 / total.shape[-1])
-    floored = torch.maximum(total, (mean * LEAST_WEIGHT)[..., None])
-    return torch.where((mean > 0)[..., None], floored, 1.0)
+    prior = mean * (PRIOR / known.clamp_min(1.0))
+    return torch.where((mean > 0)[..., None], total + prior[..., None], 1.0)
 
 
 def allocate(value: Tensor, rows: int) -> Tensor:
