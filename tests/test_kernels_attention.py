@@ -45,7 +45,7 @@ def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> Scheme:
     whole_units = head_dim % 16 == 0
     transform = draw(st.sampled_from(["none", "none", "hadamard"] if whole_units else ["none"]))
     bits = draw(st.sampled_from([1, 2, 3, 4, 8] if whole_units else [2, 4, 8]))
-    return Uniform(bits, grouping, size, 1.0, transform)
+    return Uniform(bits, grouping, size, 1.0, transform, draw(st.sampled_from(["fp16", "e5m3"])))
 
 
 @st.composite

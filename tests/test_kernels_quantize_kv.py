@@ -39,7 +39,9 @@ def layouts(draw: st.DrawFn, transform: str = "none") -> Layout:
     sizes = (8, 16, 20, 22, 24, 32, 48, 64, 128)  # an own choice is any divisor of the head
     size = draw(st.sampled_from([g for g in sizes if divided % g == 0] + [None]))
     bits = draw(st.sampled_from([1, 2, 3, 4, 8] if head_dim % 16 == 0 else [2, 4, 8]))
-    spec = Uniform(bits, grouping, size, draw(st.sampled_from([1.0, 0.9])), transform)
+    clip = draw(st.sampled_from([1.0, 0.9]))
+    params = draw(st.sampled_from(["fp16", "e5m3"])) if transform == "none" else "fp16"
+    spec = Uniform(bits, grouping, size, clip, transform, params)
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
     return cache.layout(draw(st.sampled_from(["key", "value"])), head_dim)
 

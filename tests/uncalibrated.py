@@ -23,7 +23,7 @@ def plain_layouts(
         grouping=draw(st.sampled_from(("token", "channel"))),
         group_size=draw(st.sampled_from((None, 16))),
         clip=draw(st.sampled_from((1.0, 0.9))),
-        params=draw(st.sampled_from(("fp8", "fp8", "fp16"))),
+        params=draw(st.sampled_from(("fp8", "e5m3", "fp16"))),
         packing=draw(st.sampled_from(("fields", "trits"))) if bits == 1.5 else "fields",
         transform=draw(st.sampled_from(transforms)),
     )

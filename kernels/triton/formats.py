@@ -1,4 +1,4 @@
-"""Rounding to and reading from fp16 and e4m3, in Triton, and pairs of scale and zero point as one word.
+"""Rounding to and reading from fp16, e4m3 and e5m3, in Triton, and pairs of scale and zero point as one word.
 
 Each function that rounds mirrors one of the specification, operation by operation.
 """
@@ -11,6 +11,10 @@ FP32_MAX = tl.constexpr(3.4028234663852886e38)
 E4M3_MAX = tl.constexpr(448.0)
 E4M3_LEAST_NORMAL = tl.constexpr(2.0**-6)
 E4M3_STEPS = tl.constexpr(2.0**9)  # subnormals per unit
+E5M3_LARGEST = tl.constexpr(0xF7)
+E5M3_MAX = tl.constexpr(61440.0)
+MIDDLE = tl.constexpr(128)  # the byte of a range about zero
+MIDDLE_STEPS = tl.constexpr(127.0)  # to either side
 
 
 @triton.jit
@@ -52,6 +56,25 @@ def e4m3_value(byte):
     return half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256
 
 
+@triton.jit
+def round_e5m3(x):
+    """Round ``x`` (fp32, not negative) to the nearest e5m3 value, as an integer 0 .. 247."""
+    half = tl.minimum(x, E5M3_MAX).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    return tl.minimum((half + (1 << 6)) >> 7, E5M3_LARGEST)
+
+
+@triton.jit
+def e5m3_half(byte):
+    """Convert an e5m3 byte, an integer, to fp16."""
+    return (byte.to(tl.uint16) << 7).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def e5m3_value(byte):
+    """Convert an e5m3 byte, an integer, to fp32."""
+    return e5m3_half(byte).to(tl.float32)
+
+
 # --- pairs of scale and zero point ----------------------------------------------------------------
 
 
@@ -81,3 +104,12 @@ def split_small_params(word):
     zero = (bits & 0x8000) | ((bits & 0x7F00) >> 1)
     scale = scale.to(tl.uint16).to(tl.float16, bitcast=True)
     return scale * 256.0, zero.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def split_middle_params(word, LEVELS: tl.constexpr):
+    """Return ``scale, zero`` (fp32) of e5m3 parameters, for groups about zero, loaded as 16-bit words."""
+    bits = word.to(tl.int32)
+    scale = e5m3_value(bits & 0xFF)
+    place = ((bits >> 8) & 0xFF).to(tl.float32) - MIDDLE
+    return scale, scale * (LEVELS * 0.5) * (place * (1.0 / MIDDLE_STEPS) - 1.0)

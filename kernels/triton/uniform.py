@@ -15,12 +15,17 @@ import triton.language as tl
 from kvq_compile.kernels.triton.coded_form import load_coded
 from kvq_compile.kernels.triton.formats import (
     FP16_MAX,
+    MIDDLE,
+    MIDDLE_STEPS,
     bounded,
     e4m3_value,
+    e5m3_value,
     join_params,
     round_down_fp16,
     round_e4m3,
+    round_e5m3,
     round_up_fp16,
+    split_middle_params,
     split_params,
     split_small_params,
 )
@@ -43,8 +48,10 @@ def params_index(token, channel, CONSTANTS: tl.constexpr):
 
 @triton.jit
 def param_values(word, CONSTANTS: tl.constexpr):
-    """Return ``scale, zero`` (fp32) of words of parameters, of 32 bits, or 16 for fp8."""
-    if CONSTANTS.params == "fp8":
+    """Return ``scale, zero`` (fp32) of words of parameters, of 32 bits, or 16 where they are bytes."""
+    if CONSTANTS.params == "e5m3":
+        return split_middle_params(word, CONSTANTS.levels)
+    elif CONSTANTS.params == "fp8":
         bits = word.to(tl.int32)
         return e4m3_value(bits & 0xFF), e4m3_value(bits >> 8)
     else:
@@ -70,7 +77,9 @@ def _group_params(x, exists, margin, AXIS: tl.constexpr, CONSTANTS: tl.constexpr
         cut = (hi - lo) * ((1.0 - CONSTANTS.clip) / 2.0)
         lo, hi = lo + cut, hi - cut
     levels = tl.full(lo.shape, CONSTANTS.levels, tl.float32)
-    if CONSTANTS.params == "fp8":
+    if CONSTANTS.params == "e5m3":
+        return _middle_params(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), CONSTANTS)
+    elif CONSTANTS.params == "fp8":
         zero = round_e4m3(lo)
         step = tl.div_rn(hi - e4m3_value(zero), levels)
         return (round_e4m3(tl.maximum(step, 0.0)) | (zero << 8)).to(tl.uint16)
@@ -78,6 +87,17 @@ def _group_params(x, exists, margin, AXIS: tl.constexpr, CONSTANTS: tl.constexpr
         zero = round_down_fp16(lo)
         step = tl.div_rn(hi - zero.to(tl.float32), levels)
         return join_params(round_up_fp16(tl.minimum(step, FP16_MAX)), zero)
+
+
+@triton.jit
+def _middle_params(lo, hi, CONSTANTS: tl.constexpr):
+    """Return e5m3 parameters, as words, of groups from ``lo`` to ``hi``, which includes 0."""
+    stored = round_e5m3(tl.div_rn(hi - lo, tl.full(lo.shape, CONSTANTS.levels, tl.float32)))
+    reach = e5m3_value(stored) * (CONSTANTS.levels * 0.5)
+    middle = tl.div_rn((lo + hi) * 0.5, tl.where(reach > 0, reach, 1.0))
+    place = tl.floor(middle * MIDDLE_STEPS + 0.5) + MIDDLE
+    place = tl.minimum(tl.maximum(place, 1.0), 255.0).to(tl.int32)
+    return (stored | (place << 8)).to(tl.uint16)
 
 
 @triton.jit
@@ -153,9 +173,13 @@ def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
 
 @triton.jit
 def load_params(where, exists, CONSTANTS: tl.constexpr):
-    """Return ``scale, zero`` (fp16) of groups; ``exists`` may be ``None``."""
+    """Return ``scale, zero`` of groups, in fp16, or fp32 for e5m3, whose zero points fp16 would round; ``exists`` may
+    be ``None``.
+    """
     word = load_words(where, exists)
-    if CONSTANTS.params == "fp8":
+    if CONSTANTS.params == "e5m3":
+        scale, zero = split_middle_params(word, CONSTANTS.levels)
+    elif CONSTANTS.params == "fp8":
         scale, zero = split_small_params(word)
     else:
         scale, zero = split_params(word)
@@ -165,6 +189,8 @@ def load_params(where, exists, CONSTANTS: tl.constexpr):
 @triton.jit
 def _scale_codes(codes, scale, zero, FAST: tl.constexpr):
     """Return ``codes * scale + zero`` in the dtype of ``codes``."""
+    if codes.dtype == tl.float16 and zero.dtype == tl.float32:  # of e5m3, which may lie beyond fp16
+        scale, zero = scale.to(tl.float16), tl.maximum(zero, -FP16_MAX).to(tl.float16)
     if (
         FAST and codes.dtype == tl.float16
     ):  # written out, or pairs of scales are put together anew for every pair of codes
