@@ -36,7 +36,14 @@ import math
 import torch
 from torch import Tensor
 
-from kvq_compile.kernels.channelwise_scheme import BLOCK_WORDS, MAX_WIDTH, Pairs
+from kvq_compile.kernels.channelwise_scheme import (
+    BLOCK_WORDS,
+    CLIPS,
+    GAINS,
+    MAX_WIDTH,
+    PRIOR,
+    Pairs,
+)
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
@@ -48,12 +55,6 @@ from kvq_compile.kernels.reference.formats import (
 )
 from kvq_compile.kernels.scheme_checks import WORD_BITS
 from kvq_compile.kernels.values import check
-
-# What a bit takes from the mean squared error of a channel of variance 1: the first, the second, ...
-GAINS = (0.6366, 0.2459, 0.08296, 0.025043, 0.006997, 0.00185, 0.00048, 0.00013)
-CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
-PRIOR = 2.5  # queries that look at all channels alike, added to those known: few do not show what others look at
-
 
 # Widths
 
