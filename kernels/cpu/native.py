@@ -18,7 +18,7 @@ from torch import Tensor
 from kvq_compile.kernels.cpu import library
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.schemes import Codebook, Mixed
+from kvq_compile.kernels.schemes import Channelwise, Codebook, Mixed
 from kvq_compile.kernels.tables import section
 
 PARALLEL_FROM = 1 << 16  # packed elements from which several threads are faster
@@ -31,7 +31,8 @@ DTYPES = {  # the same constants as in numbers.h
 LAYOUT = (
     "is_key codebook mixed bits trits fp8 levels couple rows row_length row_words groups members param_elements "
     "byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary table_words "
-    "order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers fit soften"
+    "order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers fit soften "
+    "e5m3 channelwise pairs"
 )
 PACKED = "codes:5 params:6 exact:4 tables:2 shift:1 held pages"
 ATTEND = (
@@ -40,6 +41,7 @@ ATTEND = (
 )
 PAGES = "elements:5 new_tokens:4 importance:3 bounds:1 first_page start rotated threads"
 INTERFACE = f"layout {LAYOUT} packed {PACKED} attend {ATTEND} pages {PAGES} "
+PAIRS = {"none": 0, "halves": 1, "neighbours": 2}  # the same constants as in pack_channelwise.h
 TABLES = ("order", "mean", "scale", "inverse", "margin", "frequency", "codebook")
 
 Words = tuple[int, ...]
@@ -96,6 +98,7 @@ def _maybe(x: Tensor | None, dims: int) -> Words:
 def _layout(layout: Layout) -> Words:
     """Return the words of `LAYOUT`."""
     mixed = layout.scheme if isinstance(layout.scheme, Mixed) else None
+    channelwise = layout.scheme if isinstance(layout.scheme, Channelwise) else None
     fp8, codebook = layout.params == "fp8", isinstance(layout.scheme, Codebook)
     shrink = struct.unpack("i", struct.pack("f", (1.0 - layout.clip) / 2.0))[0]
     firsts = [section(name, layout.head_dim, layout.rotary)[0] for name in TABLES]
@@ -112,6 +115,11 @@ def _layout(layout: Layout) -> Words:
         *(layout.sinks, layout.ring, layout.exact_rows, layout.rotary, table_words, *firsts),
         *((mixed.min_bits, mixed.max_bits, layout.code_rows) if mixed else (0, 0, 0)),
         *((mixed.rank_field, mixed.outliers, mixed.fit, mixed.soften) if mixed else (0, 0, 0, 0)),
+        *(
+            layout.params == "e5m3",
+            channelwise is not None,
+            PAIRS[channelwise.pairs] if channelwise else 0,
+        ),
     )
     return tuple(int(value) for value in values)
 

@@ -1,4 +1,4 @@
-// Conversions between fp32 and the element types of tensors: fp64, bf16, fp16 and e4m3.
+// Conversions between fp32 and the element types of tensors: fp64, bf16, fp16, e4m3 and e5m3.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr float kLargestHalf = 65504.0f, kLargestE4m3 = 448.0f;
+constexpr float kLargestHalf = 65504.0f, kLargestE4m3 = 448.0f, kLargestE5m3 = 61440.0f;
 
 inline float float_of_bits(uint32_t bits) {
   float value;
@@ -73,6 +73,15 @@ inline uint8_t to_e4m3(float value) {
   const float size = std::fabs(value) < kLargestE4m3 ? std::fabs(value) : kLargestE4m3;
   const uint32_t byte = size < 0x1p-6f ? static_cast<uint32_t>(size / 0x1p-9f + 0.5f) : ((bits_of_float(size) + (1u << 19)) >> 20) - (120u << 3);
   return static_cast<uint8_t>(byte + (value < 0 ? 128 : 0));
+}
+
+// Convert e5m3 to fp32: fp16 without a sign and with three bits of mantissa.
+inline float from_e5m3(uint8_t byte) { return from_half(static_cast<uint16_t>(byte << 7)); }
+
+// Round to the nearest e5m3 value, ties of fp16 values up; x is not negative; saturates.
+inline uint8_t to_e5m3(float value) {
+  const int byte = (to_half(value < kLargestE5m3 ? value : kLargestE5m3) + (1 << 6)) >> 7;
+  return static_cast<uint8_t>(byte < 0xF7 ? byte : 0xF7);
 }
 
 enum Dtype : int64_t { kFloat = 0, kBfloat16 = 1, kHalf = 2, kDouble = 3, kInt16 = 4, kUint8 = 5, kInt32 = 6 };

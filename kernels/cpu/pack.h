@@ -76,6 +76,14 @@ void store_pair(const PageWriter& w, int64_t at, float lo, float hi, float margi
     pair[1] = to_e4m3(lo), zero = from_e4m3(pair[1]);
     const float step = (hi - zero) / levels;
     pair[0] = to_e4m3(step > 0.0f ? step : 0.0f), scale = from_e4m3(pair[0]);
+  } else if (w.t.e5m3) {
+    uint8_t* pair = static_cast<uint8_t*>(w.params) + 2 * at;
+    lo = lo < 0.0f ? lo : 0.0f, hi = hi > 0.0f ? hi : 0.0f;
+    pair[0] = to_e5m3((hi - lo) / levels), scale = from_e5m3(pair[0]);
+    const float reach = scale * (levels * 0.5f), middle = (lo + hi) * 0.5f / (reach > 0.0f ? reach : 1.0f);
+    const float place = std::floor(middle * kMiddleSteps + 0.5f) + kMiddle;
+    pair[1] = static_cast<uint8_t>(place < 1.0f ? 1.0f : place > 255.0f ? 255.0f : place);
+    zero = zero_of(scale, pair[1], levels);
   } else {
     uint16_t* pair = static_cast<uint16_t*>(w.params) + 2 * at;
     pair[1] = to_half_below(lo), zero = from_half(pair[1]);

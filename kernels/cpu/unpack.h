@@ -19,7 +19,7 @@ namespace {
 // heads and pages.
 struct Packed {
   const uint16_t* codes;
-  const void* params;      // (scale, zero) pairs, fp16 or e4m3; or metadata (reference/mixed.py)
+  const void* params;      // (scale, zero) pairs, fp16 or bytes; or metadata (reference/mixed.py)
   const uint16_t* book;    // [row_length (keys) or rows (values), entries, couple], fp16; null: no codebook
   const float* mean;       // [head_dim], with scale and frequency [head_dim / 2]; null unless keys are rotary
   const float* scale;
@@ -29,7 +29,7 @@ struct Packed {
   int64_t tables_stride;   // words between heads in book, mean, scale and frequency
   int64_t shift_stride;
   int64_t pages;           // allocated
-  int32_t bits, trits, fp8, rows, row_length, row_words, group_size;
+  int32_t bits, trits, fp8, e5m3, rows, row_length, row_words, group_size;
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
   int32_t is_key, couple, entries, head_dim, page_size, sinks;
   int32_t max_bits, code_rows, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
@@ -39,6 +39,7 @@ constexpr int kWordBits = 16;
 constexpr int kTrits = 5;
 constexpr int kPlanes = 8;  // counted in the header of a mixed page
 constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // per unit of an angle
+constexpr float kMiddle = 128.0f, kMiddleSteps = 127.0f;  // the byte of a range about zero, and steps to either side
 constexpr size_t kAlignment = 64;  // bytes of a cache line
 constexpr const char* kDamaged = "the cache must hold pages as its layout says; a header or a channel is out of range: the file that it came from is damaged";
 
@@ -118,11 +119,20 @@ void unpack_codes(const Packed& t, const uint16_t* words, T* out) {
   unpack_plane_maybe<1>(t, words, out);
 }
 
+// Zero point of a range about zero: `byte` says where its middle lies between the ends.
+inline float zero_of(float scale, uint8_t byte, float levels) {
+  const float place = (static_cast<float>(byte) - kMiddle) * (1.0f / kMiddleSteps) - 1.0f;
+  return scale * (levels * 0.5f) * place;
+}
+
 // Load the pair of parameters `at` pairs behind the first of a page.
 inline void load_pair(const Packed& t, int64_t page, int64_t at, float& scale, float& zero) {
   if (t.fp8) {
     const uint8_t* pair = static_cast<const uint8_t*>(t.params) + page + 2 * at;
     scale = from_e4m3(pair[0]), zero = from_e4m3(pair[1]);
+  } else if (t.e5m3) {
+    const uint8_t* pair = static_cast<const uint8_t*>(t.params) + page + 2 * at;
+    scale = from_e5m3(pair[0]), zero = zero_of(scale, pair[1], static_cast<float>(t.entries - 1));
   } else {
     const uint16_t* pair = static_cast<const uint16_t*>(t.params) + page + 2 * at;
     scale = from_half(pair[0]), zero = from_half(pair[1]);
@@ -298,7 +308,7 @@ Packed unwrap(const PackedWords& p) {
   for (int i = 0; i < 3; ++i) packed.codes_stride[i] = p.codes.strides[i], packed.params_stride[i] = p.params.strides[i];
   packed.tables_stride = p.tables.strides[0], packed.pages = p.pages;
   const auto narrow = [](int64_t word) { return static_cast<int32_t>(word); };
-  packed.bits = narrow(t.bits), packed.trits = narrow(t.trits), packed.fp8 = narrow(t.fp8);
+  packed.bits = narrow(t.bits), packed.trits = narrow(t.trits), packed.fp8 = narrow(t.fp8), packed.e5m3 = narrow(t.e5m3);
   packed.rows = narrow(t.rows), packed.row_length = narrow(t.row_length), packed.row_words = narrow(t.row_words);
   packed.group_size = narrow(t.group_size), packed.along_rows = t.is_key == t.by_token, packed.is_key = narrow(t.is_key);
   packed.couple = narrow(t.couple), packed.entries = narrow(t.levels + 1);
