@@ -57,15 +57,24 @@ def append_(
     if start < held:
         truncate_(cache, calibrated, start, layout)
         pages = int(cache.cursor[1])
+    remember_(cache.exact, query, start, start, x.shape[2], layout)
     filled = max(pages, layout.pages_at(end))
     if filled > pages:
         packed = PackedTensor(cache, layout, calibrated)
+        if layout.scheme.state_rows:
+            _find_state(packed, filled - 1, x, start)
         _quantize(packed, slice(pages, filled), x, start, importance)
     _write_rows(cache.exact, x, start, layout.sinks + filled * layout.page_size, layout)
-    remember_(cache.exact, query, start, start, x.shape[2], layout)
     cache.cursor[0] = end
     if filled > pages:
         cache.cursor[1] = filled
+
+
+def _find_state(packed: PackedTensor, page: int, x: Tensor, start: int) -> None:
+    """Write the widths of channels, found from the last page that a call fills, unless the cache has them."""
+    if not bool(packed.parts.exact[:, :, packed.layout.state_row].any(-1).all()):
+        last = native.to_coded(packed, slice(page, page + 1), x, start)
+        native.find_widths_(packed, last)
 
 
 def _quantize(

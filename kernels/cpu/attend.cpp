@@ -105,10 +105,26 @@ struct Split {
   // The first of this head's query rows.
   int64_t first_row() const { return (b * a.heads + h) * a.query_rows; }
 
-  // Score the first n keys of the tile, slots first_slot .. first_slot + n - 1, and replace scores by weights.
-  void weigh_tile(const float* query, const float* constant, int n, int64_t first_slot) {
+  // Score the first n keys of the tile.
+  void score_tile(const float* query, int n) {
+    for (int i = 0; i < n; ++i) dot_rows<false>(query, dim, s.tile + static_cast<int64_t>(i) * dim, dim, a.query_rows, s.scores + i, a.page_size);
+  }
+
+  // Score the keys of a page whose channels differ in bits, from its codes.
+  void score_channels(const float* query, int64_t page) {
+    const int64_t N = a.page_size;
+    if (!load_channels(a.key, b, h, page, s)) {
+      std::fill(s.scores, s.scores + a.query_rows * N, 0.0f);
+      return;
+    }
+    int q = 0;
+    for (; q + 4 <= a.query_rows; q += 4) score_rows<4>(s.channels, query + static_cast<int64_t>(q) * dim, N, s.query, s.scores + q * N);
+    for (; q < a.query_rows; ++q) score_rows<1>(s.channels, query + static_cast<int64_t>(q) * dim, N, s.query, s.scores + q * N);
+  }
+
+  // Replace the scores of n keys, slots first_slot .. first_slot + n - 1, by weights.
+  void weigh(const float* constant, int n, int64_t first_slot) {
     const int N = a.page_size;
-    for (int i = 0; i < n; ++i) dot_rows<false>(query, dim, s.tile + static_cast<int64_t>(i) * dim, dim, a.query_rows, s.scores + i, N);
     for (int q = 0; q < a.query_rows; ++q) {
       float* row = s.scores + static_cast<int64_t>(q) * N;
       if (constant)
@@ -122,7 +138,7 @@ struct Split {
     }
   }
 
-  // Add the first n values of the tile, [n, value_dim], by the weights that weigh_tile left.
+  // Add the first n values of the tile, [n, value_dim], by the weights that `weigh` left.
   void add_tokens(int n) {
     for (int q = 0; q < a.query_rows; ++q) {
       float* out = accumulator + static_cast<int64_t>(q) * value_dim;
@@ -152,13 +168,19 @@ __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t
   for (int64_t page = first; page < last; ++page) {
     const int64_t slot = a.sinks + page * N, left = a.held - slot;
     if (left <= 0) break;
-    unpack_page(a.key, b, h, page, s.tile, s);
-    if (a.key.frequency) {
-      for (int i = 0; i < N; ++i) rotate_key(a.key, h, a.cos_sin + (h * N + i) * dim, s.tile + static_cast<int64_t>(i) * dim);
-      cos_sin_at(a.key, h, slot + a.key.shift[b * a.key.shift_stride], s.cos_sin);
-      inverse_rotate(query, s.cos_sin, a.query_rows, dim, s.query);
+    const int n = left < N ? static_cast<int>(left) : N;
+    if (a.key.channelwise) {
+      state.score_channels(query, page);
+    } else {
+      unpack_page(a.key, b, h, page, s.tile, s);
+      if (a.key.frequency) {
+        for (int i = 0; i < N; ++i) rotate_key(a.key, h, a.cos_sin + (h * N + i) * dim, s.tile + static_cast<int64_t>(i) * dim);
+        cos_sin_at(a.key, h, slot + a.key.shift[b * a.key.shift_stride], s.cos_sin);
+        inverse_rotate(query, s.cos_sin, a.query_rows, dim, s.query);
+      }
+      state.score_tile(a.key.frequency ? s.query : query, n);
     }
-    state.weigh_tile(a.key.frequency ? s.query : query, constant, left < N ? static_cast<int>(left) : N, slot);
+    state.weigh(constant, n, slot);
     unpack_page(a.value, b, h, page, s.tile, s);
     if (a.value.max_bits)
       state.add_tokens(N);
@@ -186,7 +208,8 @@ void attend_exact(const Attend& a, int64_t b, int64_t h, Scratch& s) {
     for (int64_t slot = run[0]; slot < run[1]; slot += a.page_size) {
       const int n = static_cast<int>(run[1] - slot < a.page_size ? run[1] - slot : a.page_size);
       for (int i = 0; i < n; ++i) load_exact(a, a.exact_key, a.new_key, b, h, slot + i, dim, s.tile + static_cast<int64_t>(i) * dim);
-      state.weigh_tile(a.query + state.first_row() * dim, nullptr, n, slot);
+      state.score_tile(a.query + state.first_row() * dim, n);
+      state.weigh(nullptr, n, slot);
       for (int i = 0; i < n; ++i) load_exact(a, a.exact_value, a.new_value, b, h, slot + i, value_dim, s.tile + static_cast<int64_t>(i) * value_dim);
       state.add_tokens(n);
     }

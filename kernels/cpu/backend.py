@@ -12,7 +12,7 @@ from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout, Score
 from kvq_compile.kernels.packed import Calibrated, Packed
 
-SCHEMES = frozenset(("uniform", "codebook", "mixed"))
+SCHEMES = frozenset(("uniform", "codebook", "mixed", "channelwise"))
 
 
 def first_slot(position: Tensor | None, start: int | None) -> int:

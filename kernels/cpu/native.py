@@ -60,7 +60,7 @@ def _functions() -> dict[str, ctypes._NamedFuncPointer]:
     loaded.kvq_interface.restype = ctypes.c_char_p
     if loaded.kvq_interface().decode() != INTERFACE:
         raise RuntimeError("the library must have the interface of native.py, got another one")
-    names = ("attend", "to_coded", "from_coded", "unpack", "quantize")
+    names = ("attend", "to_coded", "from_coded", "unpack", "quantize", "find_widths")
     functions = {name: getattr(loaded, f"kvq_{name}") for name in names}
     for function in functions.values():
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_char_p
@@ -170,7 +170,9 @@ def unpack(packed: PackedTensor, pages: slice, rotated: bool = True) -> Tensor:
 
     With ``rotated``, mean and scale of rotary keys are applied and the keys rotated to their position.
     """
-    channels_first = packed.layout.role == "value" and not isinstance(packed.layout.scheme, Mixed)
+    layout = packed.layout
+    of_values = layout.role == "value" and not isinstance(layout.scheme, Mixed)
+    channels_first = of_values or isinstance(layout.scheme, Channelwise)
     elements = _new_pages(packed, pages.stop - pages.start, channels_first)
     _call_on_pages("unpack", packed, elements, pages.start, rotated=rotated)
     return elements
@@ -194,6 +196,16 @@ def to_coded(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> Tenso
 def from_coded_(packed: PackedTensor, first_page: int, elements: Tensor) -> None:
     """Invert `to_coded` for pages ``[B, H, pages, N, D]``, in place."""
     _call_on_pages("from_coded", packed, elements, first_page)
+
+
+def find_widths_(packed: PackedTensor, elements: Tensor) -> None:
+    """Write the widths of the channels of heads that have none yet behind their exact rows.
+
+    Args:
+        packed: The cache, whose queries are those of the call already.
+        elements: The last page that the call fills, ``[B, H, 1, N, D]``, fp32, contiguous.
+    """
+    _call_on_pages("find_widths", packed, elements, 0)
 
 
 def quantize_(

@@ -90,6 +90,16 @@ inline int64_t bytes_of(int64_t dtype) {
   return dtype == kDouble ? 8 : dtype == kFloat || dtype == kInt32 ? 4 : dtype == kUint8 ? 1 : 2;
 }
 
+// Write a number that every floating-point dtype has, such as a small integer.
+inline void put_number(void* to, int64_t offset, int64_t dtype, float value) {
+  if (dtype == kFloat)
+    static_cast<float*>(to)[offset] = value;
+  else if (dtype == kDouble)
+    static_cast<double*>(to)[offset] = value;
+  else
+    static_cast<uint16_t*>(to)[offset] = dtype == kBfloat16 ? static_cast<uint16_t>(bits_of_float(value) >> 16) : to_half(value);
+}
+
 // Convert n elements of a floating-point dtype, from `offset` on.
 inline void to_float(const void* from, int64_t offset, int64_t dtype, int64_t n, float* out) {
   if (dtype == kFloat) {

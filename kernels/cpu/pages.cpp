@@ -8,7 +8,7 @@
 
 #include <atomic>
 
-#include "pack_mixed.h"
+#include "pack_channelwise.h"
 
 namespace {
 
@@ -123,18 +123,23 @@ bool unpack(const PagesWords& w) {
   return damaged;
 }
 
-void quantize(const PagesWords& w) {
+// Quantize and pack pages. Returns whether the widths of channels are damaged.
+bool quantize(const PagesWords& w) {
   const LayoutWords& t = w.packed.layout;
+  const Packed packed = unwrap(w.packed);
+  std::atomic<bool> damaged{false};
   const View<5>& codes = w.packed.codes;
   const View<6>& params = w.packed.params;
   struct Own {
     PageWriter writer;
     MixedScratch mixed;
+    Lanes lanes;
+    Scratch scratch;
   };
   const auto make = [&] {
     LayoutWords none = t;
     if (!t.mixed) none.page_size = 0;
-    return Own{PageWriter(t), MixedScratch(none)};
+    return Own{PageWriter(t), MixedScratch(none), Lanes(t.channelwise ? t.page_size : 0), Scratch(0, 0, 0, false)};
   };
   const auto work = [&](Own& own, int64_t b, int64_t h, int64_t page) {
     PageWriter& writer = own.writer;
@@ -144,6 +149,13 @@ void quantize(const PagesWords& w) {
     writer.params = static_cast<uint8_t*>(params.data) + param * (t.byte_params ? 1 : 2);
     writer.margin = tables.margin, writer.book = tables.book;
     float* x = tile_of(w, b, h, page);
+    if (t.channelwise) {
+      if (read_channels(packed, b, h, own.scratch))
+        quantize_channelwise_page(writer, own.scratch.channels, x, own.lanes);
+      else
+        damaged = true;
+      return;
+    }
     if (!t.mixed) return quantize_page(writer, x);
     const View<3>& weights = w.importance;
     const float* importance = nullptr;
@@ -151,6 +163,27 @@ void quantize(const PagesWords& w) {
     quantize_mixed_page(writer, x, importance, weights.strides[2], static_cast<const float*>(w.bounds.data)[page * w.bounds.strides[0]], own.mixed);
   };
   for_pages(w, make, work);
+  return damaged;
+}
+
+// Find the widths of the channels of heads that have none from their page in `elements` and the queries held.
+void find_widths(const PagesWords& w) {
+  const LayoutWords& t = w.packed.layout;
+  const View<4>& exact = w.packed.exact;
+  const int64_t D = t.head_dim, first = t.sinks + t.ring, count = t.exact_rows - 1 - first;
+  const auto work = [&](std::vector<float>& queries, int64_t b, int64_t h, int64_t page) {
+    const int64_t row = b * exact.strides[0] + h * exact.strides[1] + first * D, state = row + count * D;
+    std::vector<float> held(static_cast<size_t>(D));
+    to_float(exact.data, state, exact.dtype, D, held.data());
+    if (std::any_of(held.begin(), held.end(), [](float width) { return width != 0.0f; })) return;
+    to_float(exact.data, row, exact.dtype, count * D, queries.data());
+    std::vector<float> value = variances_of(tile_of(w, b, h, page), t.page_size, D);
+    const std::vector<float> weight = weights_of(queries, count, D, t.pairs);
+    for (size_t c = 0; c < value.size(); ++c) value[c] = value[c] * weight[c];
+    const std::vector<float> width = allocate_widths(value, t.rows * kWordBits);
+    for (int64_t c = 0; c < D; ++c) put_number(exact.data, state + c, exact.dtype, width[static_cast<size_t>(c)]);
+  };
+  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(count * D)); }, work);
 }
 
 // Check the arguments of all calls.
@@ -208,9 +241,17 @@ const char* kvq_from_coded(const int64_t* words, int64_t count) {
 const char* kvq_unpack(const int64_t* words, int64_t count) {
   return run_pages(words, count, [](const PagesWords& w, Check& check) {
     const LayoutWords& t = w.packed.layout;
-    const bool by_channel = !t.is_key && !t.mixed;
+    const bool by_channel = t.channelwise || (!t.is_key && !t.mixed);
     check.that(w.elements.strides[by_channel ? 4 : 3] == (by_channel ? t.page_size : t.head_dim) && w.elements.strides[by_channel ? 3 : 4] == 1, "pages must lie as they are unpacked");
     if (check.ok()) check.that(!unpack(w), kDamaged);
+  });
+}
+
+const char* kvq_find_widths(const int64_t* words, int64_t count) {
+  return run_pages(words, count, [](const PagesWords& w, Check& check) {
+    check.rows("pages", w.elements, 2);
+    check.that(w.packed.layout.channelwise && w.elements.sizes[2] == 1, "widths must be found from one page, for channels that differ in bits");
+    if (check.ok()) find_widths(w);
   });
 }
 
@@ -223,7 +264,7 @@ const char* kvq_quantize(const int64_t* words, int64_t count) {
       check.tensor("importance", w.importance, {w.elements.sizes[0], w.elements.sizes[1], w.importance.sizes[2]}, kFloat);
       check.that(w.importance.sizes[2] >= first_slot(w, w.elements.sizes[2]), "importance must have a number for each slot");
     }
-    if (check.ok()) quantize(w);
+    if (check.ok()) check.that(!quantize(w), kDamaged);
   });
 }
 

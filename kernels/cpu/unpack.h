@@ -6,12 +6,11 @@
 #pragma once
 
 #include <memory>
-#include <vector>
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
 
-#include "wire.h"
+#include "channelwise.h"
 
 namespace {
 
@@ -25,7 +24,8 @@ struct Packed {
   const float* scale;
   const int32_t* frequency;
   const int32_t* shift;    // position minus slot of each sequence, `shift_stride` apart
-  int64_t codes_stride[3], params_stride[3];
+  const void* exact;       // with the widths of channels in its last row, where they differ
+  int64_t codes_stride[3], params_stride[3], exact_stride[2];
   int64_t tables_stride;   // words between heads in book, mean, scale and frequency
   int64_t shift_stride;
   int64_t pages;           // allocated
@@ -33,6 +33,7 @@ struct Packed {
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
   int32_t is_key, couple, entries, head_dim, page_size, sinks;
   int32_t max_bits, code_rows, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
+  int32_t channelwise, exact_dtype, state_row;        // whether channels differ in bits, and the row of their widths
 };
 
 constexpr int kWordBits = 16;
@@ -48,6 +49,7 @@ struct Scratch {
   std::vector<float> buffer;
   std::vector<uint16_t> index;
   bool damaged = false;  // whether a page contradicted its layout
+  Channels channels;     // where channels differ in bits
   float *tile, *scores, *query, *scale, *zero, *cos_sin;
 
   Scratch(int64_t page_size, int64_t dim, int64_t query_rows, bool with_tile) {
@@ -232,10 +234,44 @@ void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* me
   }
 }
 
-// Unpack a page into a tile: a key's is [page_size, head_dim], a value's [head_dim, page_size] unless mixed.
+// Read the widths of the channels of a head into s.channels; say whether they, which may come from a file, are what a
+// cache could have found.
+bool read_channels(const Packed& t, int64_t b, int64_t h, Scratch& s) {
+  const int64_t head = b * t.exact_stride[0] + h * t.exact_stride[1];
+  Channels& channels = s.channels;
+  if (channels.head != head) {
+    channels.head = head;
+    channels.damaged = !channels.read(t.exact, head + static_cast<int64_t>(t.state_row) * t.head_dim, t.exact_dtype, t.head_dim, static_cast<int64_t>(t.rows) * kWordBits);
+  }
+  s.damaged = s.damaged || channels.damaged;
+  return !channels.damaged;
+}
+
+// Load a page whose channels differ in bits into s.channels; say whether it could be.
+bool load_channels(const Packed& t, int64_t b, int64_t h, int64_t page, Scratch& s) {
+  if (!read_channels(t, b, h, s)) return false;
+  const uint16_t* codes = t.codes + b * t.codes_stride[0] + h * t.codes_stride[1] + page * t.codes_stride[2];
+  const uint8_t* params = static_cast<const uint8_t*>(t.params) + b * t.params_stride[0] + h * t.params_stride[1] + page * t.params_stride[2];
+  s.channels.load(codes, params, t.page_size);
+  return true;
+}
+
+void unpack_channelwise_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* tile, Scratch& s) {
+  if (!load_channels(t, b, h, page, s)) {
+    std::memset(tile, 0, sizeof(float) * static_cast<size_t>(t.page_size) * t.head_dim);
+    return;
+  }
+  using Unpack = void (*)(const Channels&, int64_t, float*);
+  constexpr Unpack kUnpack[kMostBits + 1] = {unpack_width<0>, unpack_width<1>, unpack_width<2>, unpack_width<3>, unpack_width<4>, unpack_width<5>, unpack_width<6>, unpack_width<7>, unpack_width<8>};
+  for (const Unpack unpack : kUnpack) unpack(s.channels, t.page_size, tile);
+}
+
+// Unpack a page into a tile: a key's is [page_size, head_dim], a value's [head_dim, page_size] unless mixed, and so is
+// a key's whose channels differ in bits.
 void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* tile, Scratch& s) {
   const uint16_t* codes = t.codes + b * t.codes_stride[0] + h * t.codes_stride[1] + page * t.codes_stride[2];
   const int64_t params = b * t.params_stride[0] + h * t.params_stride[1] + page * t.params_stride[2];
+  if (t.channelwise) return unpack_channelwise_page(t, b, h, page, tile, s);
   if (t.max_bits) return unpack_mixed_page(t, codes, static_cast<const uint8_t*>(t.params) + params, tile, s);
   if (t.book) {
     const auto unpack = t.couple == 2 ? unpack_coupled_page<2> : t.couple == 4 ? unpack_coupled_page<4> : t.couple == 8 ? unpack_coupled_page<8> : unpack_coupled_page<0>;
@@ -315,6 +351,9 @@ Packed unwrap(const PackedWords& p) {
   packed.head_dim = narrow(t.head_dim), packed.page_size = narrow(t.page_size), packed.sinks = narrow(t.sinks);
   packed.max_bits = t.mixed ? narrow(t.max_bits) : 0, packed.code_rows = narrow(t.code_rows);
   packed.rank_field = narrow(t.rank_field), packed.outliers = narrow(t.outliers);
+  packed.channelwise = narrow(t.channelwise), packed.state_row = narrow(t.exact_rows - 1);
+  packed.exact = p.exact.data, packed.exact_dtype = narrow(p.exact.dtype);
+  packed.exact_stride[0] = p.exact.strides[0], packed.exact_stride[1] = p.exact.strides[1];
   return packed;
 }
 

@@ -125,7 +125,12 @@ void check_packed(const char* name, const PackedWords& p, int64_t batch, int64_t
   check.that(t.page_size > 0 && t.page_size <= 1024 && t.head_dim > 0 && t.head_dim <= longest && t.couple > 0 && t.group_size > 0 && t.sinks >= 0 && t.ring >= t.page_size, "%s must have a layout with tokens and channels", name);
   if (!check.ok()) return;
   const int64_t channels = t.head_dim / t.couple, needed_words = t.trits ? ((t.row_length + 4) / 5 + 1) / 2 : (t.row_length * t.bits + 15) / 16;
-  if (t.mixed) {
+  if (t.channelwise) {
+    check.that(t.is_key && t.row_words == t.page_size && t.rows > 0 && 2 * t.rows <= t.head_dim, "%s must have rows of words of all tokens", name);
+    check.that(t.page_size >= 32 && (t.page_size & (t.page_size - 1)) == 0, "%s must have pages of a power of two tokens", name);
+    check.that(t.groups == 3 && t.members == t.head_dim && t.param_elements == 1 && t.byte_params, "%s must have parameters for each channel", name);
+    check.that(t.exact_rows > t.sinks + t.ring, "%s must have a row for the widths of channels", name);
+  } else if (t.mixed) {
     check.that(t.rows == 1 && t.row_words >= 8 + t.code_rows * (t.head_dim / 16) && t.max_bits <= 8 && t.page_size <= 256 && t.head_dim <= 256, "%s must have room for the planes of a page", name);
     check.that(t.groups >= t.rank_field + 1 + 3 * t.outliers && t.members == t.page_size && t.rank_field >= (t.fp8 ? 2 : 4), "%s must have metadata for each token", name);
   } else {
