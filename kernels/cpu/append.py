@@ -62,7 +62,7 @@ def append_(
     if filled > pages:
         packed = PackedTensor(cache, layout, calibrated)
         if layout.scheme.state_rows:
-            _find_state(packed, filled - 1, x, start)
+            _find_state(packed, slice(pages, filled), x, start)
         _quantize(packed, slice(pages, filled), x, start, importance)
     _write_rows(cache.exact, x, start, layout.sinks + filled * layout.page_size, layout)
     cache.cursor[0] = end
@@ -70,11 +70,14 @@ def append_(
         cache.cursor[1] = filled
 
 
-def _find_state(packed: PackedTensor, page: int, x: Tensor, start: int) -> None:
-    """Write the widths of channels, found from the last page that a call fills, unless the cache has them."""
-    if not bool(packed.parts.exact[:, :, packed.layout.state_row].any(-1).all()):
-        last = native.to_coded(packed, slice(page, page + 1), x, start)
-        native.find_widths_(packed, last)
+def _find_state(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> None:
+    """Write the widths of channels, found from the first and the last page that a call fills, unless they are there."""
+    if bool(packed.parts.exact[:, :, packed.layout.state_row].any(-1).all()):
+        return
+    ends = (slice(page, page + 1) for page in (pages.start, pages.stop - 1))
+    native.find_widths_(
+        packed, torch.cat([native.to_coded(packed, end, x, start) for end in ends], 2)
+    )
 
 
 def _quantize(

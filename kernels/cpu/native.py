@@ -203,7 +203,7 @@ def find_widths_(packed: PackedTensor, elements: Tensor) -> None:
 
     Args:
         packed: The cache, whose queries are those of the call already.
-        elements: The last page that the call fills, ``[B, H, 1, N, D]``, fp32, contiguous.
+        elements: The first and the last page that the call fills, ``[B, H, 2, N, D]``, fp32, contiguous.
     """
     _call_on_pages("find_widths", packed, elements, 0)
 

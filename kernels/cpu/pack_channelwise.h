@@ -15,7 +15,7 @@ constexpr int kClips = 8;
 constexpr float kClip[kClips] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f, 0.5f, 0.4f};
 // What a bit takes from the mean squared error of a channel of variance 1.
 constexpr float kGain[kMostBits] = {0.6366f, 0.2459f, 0.08296f, 0.025043f, 0.006997f, 0.00185f, 0.00048f, 0.00013f};
-constexpr float kLeastWeight = 0.0625f;  // of a channel, in mean weights
+constexpr float kPrior = 2.5f;  // queries that look at all channels alike, added to those known
 enum Pairs : int64_t { kNoPairs = 0, kHalves = 1, kNeighbours = 2 };
 
 // Some channels of a page, a lane each, and scratch memory: [tokens, kLanes].
@@ -148,15 +148,21 @@ void quantize_channelwise_page(PageWriter& w, const Channels& channels, const fl
 std::vector<float> weights_of(const std::vector<float>& queries, int64_t count, int64_t dim, int64_t pairs) {
   const size_t D = static_cast<size_t>(dim);
   std::vector<float> total(D), both(D), sums(2 * D + 1);
-  for (int64_t i = 0; i < count; ++i)
+  float known = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    bool any = false;
     for (size_t c = 0; c < D; ++c) {
       const float query = queries[static_cast<size_t>(i) * D + c], at = bounded(query == query ? query : 0.0f);
       total[c] = total[c] + at * at;
+      any = any || at != 0.0f;
     }
+    known = known + (any ? 1.0f : 0.0f);
+  }
   for (size_t c = 0; c < D; ++c) both[c] = pairs == kHalves ? total[c] + total[(c + D / 2) % D] : pairs == kNeighbours ? total[c] + total[c ^ 1] : total[c];
   std::copy(both.begin(), both.end(), sums.begin());
-  const float mean = sum_pairs(sums.data(), dim) * static_cast<float>(1.0 / static_cast<double>(dim)), least = mean * kLeastWeight;
-  for (float& weight : both) weight = mean > 0.0f ? (weight > least ? weight : least) : 1.0f;
+  const float mean = sum_pairs(sums.data(), dim) * static_cast<float>(1.0 / static_cast<double>(dim));
+  const float prior = mean * (1.0f / (known > 1.0f ? known : 1.0f) * kPrior);
+  for (float& weight : both) weight = mean > 0.0f ? weight + prior : 1.0f;
   return both;
 }
 

@@ -166,20 +166,21 @@ bool quantize(const PagesWords& w) {
   return damaged;
 }
 
-// Find the widths of the channels of heads that have none from their page in `elements` and the queries held.
+// Find the widths of the channels of heads that have none from two pages in `elements` and the queries held.
 void find_widths(const PagesWords& w) {
   const LayoutWords& t = w.packed.layout;
   const View<4>& exact = w.packed.exact;
   const int64_t D = t.head_dim, first = t.sinks + t.ring, count = t.exact_rows - 1 - first;
   const auto work = [&](std::vector<float>& queries, int64_t b, int64_t h, int64_t page) {
+    if (page > 0) return;
     const int64_t row = b * exact.strides[0] + h * exact.strides[1] + first * D, state = row + count * D;
     std::vector<float> held(static_cast<size_t>(D));
     to_float(exact.data, state, exact.dtype, D, held.data());
     if (std::any_of(held.begin(), held.end(), [](float width) { return width != 0.0f; })) return;
     to_float(exact.data, row, exact.dtype, count * D, queries.data());
-    std::vector<float> value = variances_of(tile_of(w, b, h, page), t.page_size, D);
-    const std::vector<float> weight = weights_of(queries, count, D, t.pairs);
-    for (size_t c = 0; c < value.size(); ++c) value[c] = value[c] * weight[c];
+    std::vector<float> value = variances_of(tile_of(w, b, h, 0), t.page_size, D);
+    const std::vector<float> last = variances_of(tile_of(w, b, h, 1), t.page_size, D), weight = weights_of(queries, count, D, t.pairs);
+    for (size_t c = 0; c < value.size(); ++c) value[c] = (value[c] + last[c]) * weight[c];
     const std::vector<float> width = allocate_widths(value, t.rows * kWordBits);
     for (int64_t c = 0; c < D; ++c) put_number(exact.data, state + c, exact.dtype, width[static_cast<size_t>(c)]);
   };
@@ -250,7 +251,7 @@ const char* kvq_unpack(const int64_t* words, int64_t count) {
 const char* kvq_find_widths(const int64_t* words, int64_t count) {
   return run_pages(words, count, [](const PagesWords& w, Check& check) {
     check.rows("pages", w.elements, 2);
-    check.that(w.packed.layout.channelwise && w.elements.sizes[2] == 1, "widths must be found from one page, for channels that differ in bits");
+    check.that(w.packed.layout.channelwise && w.elements.sizes[2] == 2, "widths must be found from two pages, for channels that differ in bits");
     if (check.ok()) find_widths(w);
   });
 }

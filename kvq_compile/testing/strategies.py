@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels.cache.tensor import Kind
+from kvq_compile.kernels.channelwise_scheme import Pairs
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.schemes import (
     Adaptive,
+    Channelwise,
     Grouping,
     Mixed,
     Role,
@@ -68,6 +70,26 @@ def page_layouts(draw: st.DrawFn, transform: bool = True, role: Role | None = No
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     roles: tuple[Role, ...] = ("key", "value") if role is None else (role,)
     return draw(specs(head_dim, transform)).layout(draw(st.sampled_from(roles)), head_dim)
+
+
+@st.composite
+def channelwise_layouts(
+    draw: st.DrawFn,
+    head_dims: tuple[int, ...] = (64, 80, 20, 96, 128, 576),
+    page_sizes: tuple[int, ...] = (32, 32, 64),
+) -> Layout:
+    """Draw the layout of keys whose channels differ in bits; a cache holds queries, or does not."""
+    pairs: tuple[Pairs, ...] = ("halves", "neighbours", "none")
+    scheme = Channelwise(
+        draw(st.sampled_from((0.5, 1.0, 2.0, 2.5, 3.0, 4.0, 8.0)) | st.floats(0.1, 8.0)),
+        draw(st.sampled_from(pairs)),
+    )
+    regions = Regions(
+        draw(st.integers(0, 5)), draw(st.integers(0, 40)), draw(st.sampled_from(page_sizes))
+    )
+    shared_by = draw(st.sampled_from((0, 1, 2, 4)))
+    queries = 5 if shared_by else 0
+    return Layout("key", draw(st.sampled_from(head_dims)), regions, scheme, queries, shared_by)
 
 
 def mixed_layout(
