@@ -19,7 +19,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import uniform
-from kvq_compile.kernels.schemes import Codebook, Mixed, Uniform
+from kvq_compile.kernels.schemes import Channelwise, Codebook, Mixed, Uniform
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import assert_matches_dequantized
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_KNOW = {
     "kernels/schemes.py",
     "kernels/mixed_scheme.py",
+    "kernels/channelwise_scheme.py",
     "kernels/spec.py",  # the default of `CacheSpec`
     "kernels/layout.py",  # the type of an accessor
     *(f"kernels/cpu/{name}.py" for name in ("append", "native")),
@@ -47,7 +48,7 @@ MAY_KNOW = {
 
 LAYOUTS = {
     scheme.name: Layout("key", 64, Regions(0, 0, 32), scheme)
-    for scheme in (Uniform(4), Codebook(4, 4, tables="0123456789abcdef"), Mixed(2))
+    for scheme in (Uniform(4), Codebook(4, 4, tables="0123456789abcdef"), Mixed(2), Channelwise(2))
 }
 
 

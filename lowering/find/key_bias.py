@@ -53,8 +53,11 @@ def without_bias(spec: CacheSpec, key: State, inputs: Mapping[fx.Node, Any]) -> 
     except Refusal:
         return spec
     tables = _tables(bias.view(heads, head_dim), rotation, (1.0 - scheme.clip) / 2.0)
-    scheme = replace(scheme, rotary=True, tables=tables.digest)
-    return replace(spec, key=scheme, key_tables=tables)
+    rotary: dict[str, Any] = {
+        "rotary": True,
+        "tables": tables.digest,
+    }  # those that take a bias have both
+    return replace(spec, key=replace(scheme, **rotary), key_tables=tables)
 
 
 def _projection(node: Any) -> tuple[fx.Node, fx.Node] | None:
