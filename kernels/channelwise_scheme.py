@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvq_compile.kernels.scheme_checks import WORD_BITS, Grouping, Packing, Params, Role, Transform
+from kvq_compile.kernels.scheme_checks import (
+    WORD_BITS,
+    Grouping,
+    Packing,
+    Params,
+    Role,
+    Transform,
+    check_tables,
+)
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, changed_fields, check
 
@@ -34,12 +42,15 @@ class Channelwise(metaclass=Interned):
     """Transform coding of keys: each channel of a head has its own number of bits, ``bits`` on average.
 
     A cache finds the widths of its channels when its first page fills and keeps them (`reference.channelwise`). A
-    channel of a page has a step and a center of its own.
+    channel of a page has a step and a center of its own. With tables, which name rotation pairs and their frequencies,
+    it also finds the mean of keys before the rotary embedding, and codes what is left of a key without it.
 
     Args:
         bits: Average width in bits, up to 8; of a head it becomes the nearest multiple of ``16 / head_dim``.
         pairs: Which two channels the rotary embedding mixes, and so get their widths by the same weight:
             ``"halves"``: ``c`` and ``c + head_dim / 2``; ``"neighbours"``: ``2 c`` and ``2 c + 1``; ``"none"``.
+            With tables it must be ``"halves"``, since they put the channels in that order.
+        tables: Digest of the tables of this tensor.
 
     Raises:
         TypeError: ``bits`` is not a number.
@@ -62,18 +73,18 @@ class Channelwise(metaclass=Interned):
     entries: ClassVar[int] = 0
     attentive: ClassVar[bool] = False
     asks_queries: ClassVar[bool] = True
-    state_rows: ClassVar[int] = 1
     adaptive: ClassVar[None] = None
     keeps_codes: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
-    tables: ClassVar[str] = NO_TABLES
     parts: ClassVar[Mapping[str, type]] = {}
 
     bits: float = 4.0
     pairs: Pairs = "halves"
+    tables: str = NO_TABLES
 
     def __post_init__(self) -> None:
+        check_tables(False, self.tables)
         if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool):
             raise TypeError(f"bits must be a number, got {self.bits!r}")
         check(0 < self.bits <= MAX_WIDTH, f"bits must be in (0, {MAX_WIDTH}], got {self.bits}")
@@ -81,6 +92,10 @@ class Channelwise(metaclass=Interned):
         check(
             self.pairs in names,
             f'pairs must be "halves", "neighbours" or "none", got {self.pairs!r}',
+        )
+        check(
+            self.pairs == "halves" or self.tables == NO_TABLES,
+            f'pairs must be "halves" with tables, got {self.pairs!r}',
         )
 
     __repr__ = changed_fields
@@ -104,6 +119,16 @@ class Channelwise(metaclass=Interned):
             head_dim % 2 == 0 or self.pairs == "none",
             f'head_dim must be even, or pairs="none", got {head_dim}',
         )
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether keys are coded without their rotated mean."""
+        return self.tables != NO_TABLES
+
+    @property
+    def state_rows(self) -> int:
+        """Rows behind the exact ones: the widths of channels, and their mean where keys are coded without it."""
+        return 2 if self.takes_mean else 1
 
     def bit_rows(self, head_dim: int) -> int:
         """Return the bits of a token: the widths of all channels together."""

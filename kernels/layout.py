@@ -360,6 +360,16 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return as_channelwise(self.scheme)
 
     @cached_property
+    def takes_mean(self) -> bool:
+        """Whether keys are coded without their rotated mean."""
+        return self.scheme.name == "channelwise" and self.channelwise.takes_mean
+
+    @cached_property
+    def has_frequencies(self) -> bool:
+        """Whether the tables have the frequencies of rotation pairs."""
+        return self.rotary or self.takes_mean
+
+    @cached_property
     def bit_rows(self) -> int:
         """Bits of a token in pages whose channels differ in bits."""
         return self.channelwise.bit_rows(self.head_dim)

@@ -52,7 +52,7 @@ class Calibrated(NamedTuple):
     Attributes:
         tables: ``[H, table_words]``, int32, see `Tables`; ``None`` where the layout has none.
         shift: Position minus slot of each sequence, ``[B]``, int32; ``None`` unless keys are rotary.
-        state: What the cache found of itself, ``[B, H, D]``, fp32: no constant, but the specification reads
+        state: What the cache found of itself, ``[B, H, rows, D]``, fp32: no constant, but the specification reads
             both together; ``None`` where the layout has no such rows.
     """
 

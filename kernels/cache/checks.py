@@ -65,7 +65,9 @@ def check_loaded(
         coder.check_state(tensors["exact"][:, :, layout.state_row :], pages, layout)
     if layout.has_tables:
         words = tensors["tables"].cpu()
-        tables = checked_tables(words, layout.head_dim, layout.rotary, layout.scheme.entries)
+        tables = checked_tables(
+            words, layout.head_dim, layout.has_frequencies, layout.scheme.entries
+        )
         check(
             tables.digest == layout.tables,
             f"tables must be those that the layout names, {layout.tables}, got {tables.digest}",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout, exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
-from kvq_compile.kernels.reference.channelwise import find_widths, held_widths
+from kvq_compile.kernels.reference.channelwise import find_state
 from kvq_compile.kernels.reference.pages import dequantize_packed, quantize_packed
 from kvq_compile.kernels.reference.queries import remember_
 
@@ -110,7 +110,7 @@ def append_(
     first, last = layout.sinks + old * layout.page_size, layout.sinks + new * layout.page_size
     if new > old:
         pages = leaving_pages(exact, x, start, old, new, layout)
-        find_state_(exact, pages, layout)
+        find_state_(exact, pages, old, layout, calibrated)
         calibrated = with_state(calibrated, exact, layout)
         if importance is not None:
             importance = importance[:, :, first:last].unflatten(2, (-1, layout.page_size))
@@ -125,22 +125,32 @@ def append_(
     cursor[0], cursor[1] = start + tokens, new
 
 
-def find_state_(exact: Tensor, pages: Tensor, layout: Layout) -> None:
-    """Write what a cache finds of itself when ``pages`` ``[B, H, P, N, D]`` fill, unless it is there, in place."""
+def find_state_(
+    exact: Tensor, pages: Tensor, old: int, layout: Layout, calibrated: Calibrated
+) -> None:
+    """Write what a cache finds of itself when ``pages`` fill, unless it is there, in place.
+
+    Args:
+        exact: Part of the cache.
+        pages: Tokens of the pages that fill, ``[B, H, P, N, D]``.
+        old: Pages before them.
+        layout: The cache's layout.
+        calibrated: Its constants.
+    """
     if not layout.scheme.state_rows:
         return
     queries = exact[:, :, layout.token_rows : layout.state_row]
-    found = find_widths(pages, queries, layout)
-    held = exact[:, :, layout.state_row]
-    known = held.any(-1, keepdim=True)
-    exact[:, :, layout.state_row] = torch.where(known, held, found.to(exact.dtype))
+    found = find_state(pages.float(), queries, old, layout, calibrated, exact.dtype)
+    held = exact[:, :, layout.state_row :]
+    known = held[:, :, :1].any(-1, keepdim=True)
+    exact[:, :, layout.state_row :] = torch.where(known, held, found)
 
 
 def with_state(calibrated: Calibrated, exact: Tensor, layout: Layout) -> Calibrated:
     """Return constants together with what a cache found of itself, where the layout has that."""
     if not layout.scheme.state_rows:
         return calibrated
-    return calibrated._replace(state=held_widths(exact, layout))
+    return calibrated._replace(state=exact[:, :, layout.state_row :].float())
 
 
 def leaving_pages(

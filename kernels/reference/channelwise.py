@@ -10,6 +10,12 @@ total: bit after bit goes where it takes most away, `allocate`.
 are mean squares of the last queries known then (`queries`), of both channels that the rotary embedding mixes; all are
 equal where no query is known. Variances are those of the first and of the last page that the call fills.
 
+**The mean** is taken off where tables say which channels a rotary embedding turns, and how fast. Turned back by the
+angles of their slots, keys have a mean that makes much of the variance of channels that turn within a page. It is
+found with the widths, turned to the slot of a token, and taken off before it is coded: ``y = x - R(slot) mean``. This
+costs attention a product of the query and the turned mean, and nothing for each code. Wrong angles cost quality, never
+correctness, since the same is added again.
+
 **A page** has a step and a center for each channel::
 
     x = (code - levels / 2) * step + center        levels = 2 ** bits - 1
@@ -53,31 +59,84 @@ from kvq_compile.kernels.reference.formats import (
     round_e5m3,
     sum_pairs,
 )
+from kvq_compile.kernels.reference.rope import (
+    cosine_and_sine,
+    inverse_rotate_pairs,
+    rotate_pairs,
+)
 from kvq_compile.kernels.scheme_checks import WORD_BITS
 from kvq_compile.kernels.values import check
 
 # Widths
 
 
-def find_widths(pages: Tensor, queries: Tensor, layout: Layout) -> Tensor:
-    """Return the widths ``[B, H, D]`` (fp32) of a cache that has no page yet.
+def find_state(
+    pages: Tensor,
+    queries: Tensor,
+    old: int,
+    layout: Layout,
+    calibrated: Calibrated,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the state ``[B, H, rows, D]`` of a cache that has none yet: widths, and the mean where it is taken off.
 
     Args:
-        pages: The pages that a call fills, ``[B, H, P, N, D]``.
+        pages: The pages that a call fills, ``[B, H, P, N, D]``, fp32.
         queries: Queries held, ``[B, H, n, D]``; zeros: unknown.
+        old: Index of the first of the pages.
         layout: The cache's layout.
+        calibrated: Its constants.
+        dtype: What the state is held in, so that what is read is what was used.
     """
-    first, last = (variances(pages[:, :, page], layout) for page in (0, -1))
-    worth = (first + last) * weights(queries, layout.channelwise.pairs)
-    return allocate(worth, layout.bit_rows)
+    ends = bounded(torch.stack([pages[:, :, 0], pages[:, :, -1]], 2))
+    if not layout.channelwise.takes_mean:
+        worth = variances(ends) * weights(queries, layout.channelwise.pairs)
+        return allocate(worth, layout.bit_rows)[:, :, None].to(dtype)
+    order = calibrated.section("order", layout).long()
+    ends = ends.gather(-1, order[None, :, None, None].expand(ends.shape))
+    queries = queries.gather(-1, order[None, :, None].expand(queries.shape))
+    angles = torch.cat(
+        [rotation(old + page, 1, layout, calibrated) for page in (0, pages.shape[2] - 1)], 2
+    )
+    mean = mean_of(inverse_rotate_pairs(ends, *angles.unbind(-1))).to(dtype)
+    rest = ends - rotate_pairs(mean.float()[:, :, None, None], *angles.unbind(-1))
+    worth = variances(rest) * weights(queries, "halves")
+    return torch.stack([allocate(worth, layout.bit_rows).to(dtype), mean], 2)
 
 
-def variances(page: Tensor, layout: Layout) -> Tensor:
-    """Return the variance ``[..., D]`` of each channel of pages ``[..., N, D]``."""
-    x, share = bounded(page.float()).mT, 1.0 / layout.page_size
+def variances(ends: Tensor) -> Tensor:
+    """Return twice the mean variance ``[B, H, D]`` of each channel in two pages ``[B, H, 2, N, D]``."""
+    x, share = ends.mT, 1.0 / ends.shape[-2]
     mean = sum_pairs(x) * share
     offset = x - mean[..., None]
-    return sum_pairs(offset * offset) * share
+    first, last = (sum_pairs(offset * offset) * share).unbind(2)
+    return first + last
+
+
+def mean_of(ends: Tensor) -> Tensor:
+    """Return the mean ``[B, H, D]`` of two pages ``[B, H, 2, N, D]``, within the range of fp16."""
+    first, last = (sum_pairs(ends.mT) * (0.5 / ends.shape[-2])).unbind(2)
+    return bounded(first + last)
+
+
+def rotation(page: int, pages: int, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Return cosine and sine ``[1, H, pages, N, D / 2, 2]`` of the slots of pages.
+
+    Slots stand for positions: what a position is ahead of its slot is in the mean.
+    """
+    frequency = calibrated.section("frequency", layout).long()[None, :, None, None, :]
+    first = layout.sinks + page * layout.page_size
+    slots = torch.arange(
+        first, first + pages * layout.page_size, dtype=torch.int64, device=frequency.device
+    )
+    slots = slots.view(1, 1, pages, layout.page_size, 1)
+    return torch.stack(cosine_and_sine(slots * frequency), -1)
+
+
+def rotated_mean(page: int, pages: int, layout: Layout, calibrated: Calibrated) -> Tensor:
+    """Return the mean ``[B, H, pages, N, D]`` of keys, rotated to the slots of pages."""
+    mean = calibrated.state_of(layout)[:, :, 1, None, None]
+    return rotate_pairs(mean, *rotation(page, pages, layout, calibrated).unbind(-1))
 
 
 def weights(queries: Tensor, pairs: Pairs) -> Tensor:
@@ -112,11 +171,6 @@ def allocate(value: Tensor, rows: int) -> Tensor:
 def bounded(x: Tensor) -> Tensor:
     """Return ``x`` within the range of fp16, 0 for what is no number."""
     return torch.nan_to_num(x.clamp(-FP16_MAX, FP16_MAX), nan=0.0)
-
-
-def held_widths(exact: Tensor, layout: Layout) -> Tensor:
-    """Return the widths ``[B, H, D]`` (fp32) that a cache holds; zeros: not found yet."""
-    return exact[:, :, layout.state_row].float()
 
 
 # Channels of a page
@@ -242,7 +296,7 @@ def quantize_coded(
     """Quantize and pack pages: see `pages.Coder`."""
     del first, importance
     codes, params = quantize_codes(coded, layout, calibrated)
-    channel, bit = bit_places(calibrated.state_of(layout)[:, :, None, None], layout.bit_rows)
+    channel, bit = bit_places(calibrated.state_of(layout)[:, :, 0, None, None], layout.bit_rows)
     shape = (*codes.shape[:-1], layout.bit_rows)
     bits = (codes.gather(-1, channel.expand(shape)) >> bit) & 1
     return pack_bits(bits), params
@@ -250,7 +304,7 @@ def quantize_coded(
 
 def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
     """Unpack and dequantize pages: see `pages.Coder`."""
-    channel, bit = bit_places(calibrated.state_of(layout)[:, :, None, None], layout.bit_rows)
+    channel, bit = bit_places(calibrated.state_of(layout)[:, :, 0, None, None], layout.bit_rows)
     bits = unpack_bits(codes)
     code = bits.new_zeros(*bits.shape[:-1], layout.head_dim)
     code.scatter_add_(-1, channel.expand(bits.shape), bits << bit.int())
@@ -259,7 +313,7 @@ def packed_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Cal
 
 def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tuple[Tensor, Tensor]:
     """Return codes and parameters of pages: see `pages.CodeCoder`."""
-    widths = calibrated.state_of(layout)[:, :, None].expand(*coded.shape[:3], -1)
+    widths = calibrated.state_of(layout)[:, :, 0, None].expand(*coded.shape[:3], -1)
     codes, step, center = quantize_channels(coded.mT, widths)
     return codes.mT, to_params(step, center)
 
@@ -267,7 +321,7 @@ def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tup
 def coded_values(codes: Tensor, params: Tensor, layout: Layout, calibrated: Calibrated) -> Tensor:
     """Dequantize codes: see `pages.CodeCoder`."""
     step, center = from_params(params)
-    widths = calibrated.state_of(layout)[:, :, None].expand(step.shape)
+    widths = calibrated.state_of(layout)[:, :, 0, None].expand(step.shape)
     return channel_values(codes.mT, step, center, widths).mT
 
 
@@ -284,12 +338,13 @@ def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
 
 
 def check_state(state: Tensor, pages: int, layout: Layout) -> None:
-    """Check the widths ``[B, H, 1, D]`` of a cache from a file that has ``pages`` pages.
+    """Check the state ``[B, H, rows, D]`` of a cache from a file that has ``pages`` pages.
 
     Raises:
-        ValueError: No cache could have found them.
+        ValueError: No cache could have found it.
     """
-    widths = state.float()
+    check(bool(state.isfinite().all()), "the mean of channels must be finite")
+    widths = state[:, :, :1].float()
     whole = bool((widths == widths.round()).all() and ((widths >= 0) & (widths <= MAX_WIDTH)).all())
     totals = widths.sum(-1)
     given = totals == layout.bit_rows

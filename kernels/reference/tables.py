@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.reference.channelwise import rotated_mean
 from kvq_compile.kernels.reference.rope import cos_sin_table, inverse_rotate_pairs, rotate_pairs
 from kvq_compile.kernels.transform import rotate
 
@@ -20,6 +21,9 @@ def to_coded(x: Tensor, layout: Layout, calibrated: Calibrated, first: int) -> T
     y = (x - _spread(calibrated.section("mean", layout))) * _spread(
         calibrated.section("inverse", layout)
     )
+    if layout.takes_mean:
+        page = (first - layout.sinks) // layout.page_size
+        y = y - rotated_mean(page, y.shape[-3], layout, calibrated)
     return rotate(y, layout)
 
 
@@ -28,6 +32,9 @@ def from_coded(y: Tensor, layout: Layout, calibrated: Calibrated, first: int) ->
     y = rotate(y, layout)
     if calibrated.tables is None:
         return y
+    if layout.takes_mean:
+        page = (first - layout.sinks) // layout.page_size
+        y = y + rotated_mean(page, y.shape[-3], layout, calibrated)
     x = y * _spread(calibrated.section("scale", layout)) + _spread(
         calibrated.section("mean", layout)
     )

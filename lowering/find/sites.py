@@ -13,6 +13,7 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find.key_bias import without_bias
+from kvq_compile.lowering.find.key_rotation import with_rotation
 from kvq_compile.lowering.find.layers import Place, places_of
 from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.find.states import find_state
@@ -91,6 +92,7 @@ def _site(
     check_mask(attention, key)
     if not _is_held_plain(key, layer_spec):
         layer_spec = without_bias(layer_spec, key, graph.inputs)
+        layer_spec = with_rotation(layer_spec, key, graph.inputs)
     heads = int(value_of(attention.query).shape[1])
     quantizations = [
         _quantization("key", layer_spec, key, heads),

@@ -1,0 +1,61 @@
+"""Tell the channelwise scheme how keys are rotated, where the graph shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvq_compile.kernels.schemes import Channelwise
+from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.kernels.tables import Tables
+from kvq_compile.lowering.find.rotation import Rotation, find_rotation
+from kvq_compile.lowering.nodes import value_of
+from kvq_compile.lowering.sites import Refusal, State
+
+
+def with_rotation(spec: CacheSpec, key: State, inputs: Mapping[fx.Node, Any]) -> CacheSpec:
+    """Return how to code a site: as ``spec`` says, and with what the graph tells of the rotation of its keys.
+
+    Before:  keys are coded as attention sees them, the mean of a channel turning with the position
+    After:   keys are coded without their turned mean, in tables of pairs and frequencies from the graph's constants
+    Because: a mean that turns within a page is variance to a channel's step, and takes a third of a bit.
+
+    Leaves alone: other schemes; keys that are not rotated, or in a way that is not understood, whose channels then
+    get bits one by one instead of by pairs.
+
+    Args:
+        spec: How the method codes a layer.
+        key: The keys' state.
+        inputs: The arguments of the call that is being compiled, by placeholder.
+    """
+    scheme = spec.key
+    if not isinstance(scheme, Channelwise) or spec.key_tables is not None:
+        return spec
+    try:
+        rotation = find_rotation(key.new, inputs)
+    except Refusal:
+        return spec
+    _, heads, _, head_dim = value_of(key.new).shape
+    tables = _tables(int(heads), int(head_dim), rotation)
+    scheme = replace(scheme, pairs="halves", tables=tables.digest)
+    return replace(spec, key=scheme, key_tables=tables)
+
+
+def _tables(heads: int, head_dim: int, rotation: Rotation) -> Tables:
+    """Return tables that order pairs from the fastest to the slowest and leave channels as they are otherwise."""
+    frequency = torch.tensor(rotation.frequencies, dtype=torch.int64, device="cpu")
+    pairs = frequency.abs().argsort(descending=True, stable=True)
+    order = torch.tensor(rotation.order, dtype=torch.int64, device="cpu").unflatten(0, (2, -1))
+    order = order[:, pairs].flatten().expand(heads, head_dim)
+    ones = torch.ones(heads, head_dim, dtype=torch.float32, device="cpu")
+    return Tables.build(
+        order=order,
+        mean=torch.zeros_like(ones),
+        scale=ones,
+        margin=torch.zeros_like(ones),
+        frequency=frequency[pairs].int().expand(heads, head_dim // 2),
+    )
