@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.cache_nodes import CacheNodes, CalibrationInputs, Seen
+from kvq_compile.lowering.find.rotation import Rotation
 from kvq_compile.lowering.runtime import Conversion, Output
 from kvq_compile.lowering.sites import (
     Attention,
@@ -37,6 +38,7 @@ class Graph:
         returned: How many values the captured graph returned.
         by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions.
         used: Nodes whose result another node of the captured graph reads.
+        rotations: How keys are rotated, by what tells keys that are rotated alike.
         sites: Attentions to rewrite.
         reports: What became of each attention.
         state_reports: What became of each cache.
@@ -58,6 +60,7 @@ class Graph:
     returned: int
     used: set[Node]
     by_order: bool = False
+    rotations: dict[Hashable, Rotation] = field(default_factory=dict)
     sites: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     state_reports: list[StateReport] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,12 @@ from kvq_compile.lowering.nodes import value_of
 from kvq_compile.lowering.sites import Refusal, State
 
 
-def with_rotation(spec: CacheSpec, key: State, inputs: Mapping[fx.Node, Any]) -> CacheSpec:
+def with_rotation(
+    spec: CacheSpec,
+    key: State,
+    inputs: Mapping[fx.Node, Any],
+    known: dict[Hashable, Rotation],
+) -> CacheSpec:
     """Return how to code a site: as ``spec`` says, and with what the graph tells of the rotation of its keys.
 
     Before:  keys are coded as attention sees them, the mean of a channel turning with the position
@@ -31,12 +36,13 @@ def with_rotation(spec: CacheSpec, key: State, inputs: Mapping[fx.Node, Any]) ->
         spec: How the method codes a layer.
         key: The keys' state.
         inputs: The arguments of the call that is being compiled, by placeholder.
+        known: Rotations found in the same graph.
     """
     scheme = spec.key
     if not isinstance(scheme, Channelwise) or spec.key_tables is not None:
         return spec
     try:
-        rotation = find_rotation(key.new, inputs)
+        rotation = find_rotation(key.new, inputs, known)
     except Refusal:
         return spec
     _, heads, _, head_dim = value_of(key.new).shape

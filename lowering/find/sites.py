@@ -92,7 +92,7 @@ def _site(
     check_mask(attention, key)
     if not _is_held_plain(key, layer_spec):
         layer_spec = without_bias(layer_spec, key, graph.inputs)
-        layer_spec = with_rotation(layer_spec, key, graph.inputs)
+        layer_spec = with_rotation(layer_spec, key, graph.inputs, graph.rotations)
     heads = int(value_of(attention.query).shape[1])
     quantizations = [
         _quantization("key", layer_spec, key, heads),
