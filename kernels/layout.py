@@ -365,6 +365,11 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self.scheme.name == "channelwise" and self.channelwise.takes_mean
 
     @cached_property
+    def mean_pairs(self) -> int:
+        """Rotation pairs, in coded order, whose mean is taken off: the faster half."""
+        return self.head_dim // 4 if self.takes_mean else 0
+
+    @cached_property
     def has_frequencies(self) -> bool:
         """Whether the tables have the frequencies of rotation pairs."""
         return self.rotary or self.takes_mean

@@ -12,9 +12,10 @@ equal where no query is known. Variances are those of the first and of the last 
 
 **The mean** is taken off where tables say which channels a rotary embedding turns, and how fast. Turned back by the
 angles of their slots, keys have a mean that makes much of the variance of channels that turn within a page. It is
-found with the widths, turned to the slot of a token, and taken off before it is coded: ``y = x - R(slot) mean``. This
-costs attention a product of the query and the turned mean, and nothing for each code. Wrong angles cost quality, never
-correctness, since the same is added again.
+found with the widths, turned to the slot of a token, and taken off before it is coded: ``y = x - R(slot) mean``. That
+costs attention a product of the query and the turned mean, and nothing for each code. The slower half of the pairs has
+mean 0: they hardly turn within a page, whose centers hold their mean. Wrong angles cost quality, never correctness,
+since the same is added again.
 
 **A page** has a step and a center for each channel::
 
@@ -99,6 +100,7 @@ def find_state(
         [rotation(old + page, 1, layout, calibrated) for page in (0, pages.shape[2] - 1)], 2
     )
     mean = mean_of(inverse_rotate_pairs(ends, *angles.unbind(-1))).to(dtype)
+    mean.unflatten(-1, (2, -1))[..., layout.mean_pairs :] = 0.0
     rest = ends - rotate_pairs(mean.float()[:, :, None, None], *angles.unbind(-1))
     worth = variances(rest) * weights(queries, "halves")
     return torch.stack([allocate(worth, layout.bit_rows).to(dtype), mean], 2)
