@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvq_compile.kernels.scheme_checks import (
-    WORD_BITS,
     Grouping,
     Packing,
     Params,
@@ -20,6 +19,7 @@ from kvq_compile.kernels.scheme_checks import (
 )
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, changed_fields, check
+from kvq_compile.kernels.words import WORD_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +134,10 @@ class Channelwise(metaclass=Interned):
         """Return the bits of a token: the widths of all channels together."""
         return round(self.bits * head_dim)
 
+    def row_places(self, row_length: int) -> int:
+        """Return the codes in a row that its planes have room for: no row has more than its length."""
+        return row_length
+
     def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``rows, units`` of the codes of a page: the words of a token, tokens."""
         del role
@@ -144,9 +148,9 @@ class Channelwise(metaclass=Interned):
         del page_size
         return PARAM_FIELDS, head_dim
 
-    def unused_bits(self, codes: Tensor, page_size: int) -> float:
+    def unused_bits(self, codes: Tensor, head_dim: int, page_size: int) -> float:
         """Return the bits per element of packed pages that no token uses: 0."""
-        del codes, page_size
+        del codes, head_dim, page_size
         return 0.0
 
     def describe(self, head_dim: int, page_size: int) -> str:

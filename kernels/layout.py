@@ -32,8 +32,6 @@ from torch._opaque_base import OpaqueBase, OpaqueBaseMeta
 from kvq_compile.kernels.adaptive.targets import length_class, target_bounds
 from kvq_compile.kernels.schemes import (
     PAGE_SIZES,
-    TRITS,
-    WORD_BITS,
     Adaptive,
     Channelwise,
     Grouping,
@@ -48,6 +46,7 @@ from kvq_compile.kernels.schemes import (
 )
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, check, check_integers
+from kvq_compile.kernels.words import TRITS, WORD_BITS, plane_words
 
 HIDES = -1e4  # an additive mask of at most this gives a token weight 0
 
@@ -109,8 +108,11 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     Codes are packed into 16-bit words. A row is planar: field ``f`` of word ``w`` holds code
     ``f * (words of the plane) + w``, so that unpacking one field of neighbouring words gives neighbouring codes. A
     width that is not a power of two is split into planes, stored one after another in the row (3 bits: a plane of the
-    low two bits, then a plane of the high bit). Trits, three-level codes, are packed into bytes: digit ``f`` in base 3
-    of byte ``u`` is code ``f * bytes + u``; a word holds two bytes, the first in its low half.
+    low two bits, then a plane of the high bit). Uniform codes that do not fill whole words of their narrowest plane are
+    followed by zeros until they do; of a codebook and of mixed tokens each plane is padded by itself.
+
+    Trits, three-level codes, are packed into bytes: digit ``f`` in base 3 of byte ``u`` is code ``f * bytes + u``; a
+    word holds two bytes, the first in its low half.
 
     Args:
         role: Whether the tensor holds keys or values.
@@ -122,7 +124,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
 
     Raises:
         TypeError: A size is not an integer.
-        ValueError: A size is out of its range, or ``head_dim`` cannot be packed or grouped as the scheme asks.
+        ValueError: A size is out of its range, or ``head_dim`` cannot be grouped as the scheme asks.
     """
 
     role: Role
@@ -316,6 +318,11 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self.code_channels if self.role == "key" else self.page_size
 
     @cached_property
+    def row_places(self) -> int:
+        """Codes in a row that its planes have room for; zeros follow the last of ``row_length``."""
+        return self.scheme.row_places(self.row_length)
+
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of a row that hold trits."""
         return -(-self.row_length // TRITS)
@@ -418,7 +425,12 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     @cached_property
     def plane_row_words(self) -> int:
         """Packed words in a row of a bit plane of a mixed page."""
-        return self.head_dim // WORD_BITS
+        return plane_words(self.head_dim, 1)
+
+    @cached_property
+    def outlier_fields(self) -> int:
+        """Bytes of metadata of an outlier of a mixed token."""
+        return self.mixed.outlier_fields(self.head_dim)
 
     @cached_property
     def bounds(self) -> tuple[float, ...]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvq_compile.kernels.adaptive.options import Adaptive
 from kvq_compile.kernels.scheme_checks import (
-    WORD_BITS,
     Grouping,
     Packing,
     Params,
@@ -21,6 +20,7 @@ from kvq_compile.kernels.scheme_checks import (
 )
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, changed_fields, check, check_flags, check_integers
+from kvq_compile.kernels.words import WORD_BITS, plane_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ HEADER = (
     MAX_BITS  # words of the header of a mixed page; 8 keep rows of 128 channels aligned to 16 bytes
 )
 FLOOR = 4.0  # times the mean importance of a page, added before the root; only heavy tokens stand out above it
-OUTLIER_FIELDS = 3  # channel, low byte, high byte
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,16 +123,12 @@ class Mixed(metaclass=Interned):
         return self
 
     def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
-        """Make sure that pages of these sizes can be packed.
+        """Make sure that pages of these sizes have whole rows, and their tokens more elements than outliers.
 
         Raises:
             ValueError: They cannot.
         """
         del role
-        check(
-            head_dim % WORD_BITS == 0 and 0 < head_dim <= 256,
-            f"head_dim must be a multiple of {WORD_BITS} up to 256, got {head_dim}",
-        )
         check(
             self.bits * page_size % 1 == 0,
             f"bits must be a multiple of 1/{page_size}, the rows of a page, got {self.bits}",
@@ -158,30 +153,38 @@ class Mixed(metaclass=Interned):
         """Field of the rank, after zero point and half-range."""
         return 2 * self.param_bytes
 
-    @property
-    def metadata_bytes(self) -> int:
-        """Bytes of metadata of a token: zero point, half-range, rank and outliers."""
-        return self.rank_field + 1 + OUTLIER_FIELDS * self.outliers
+    def outlier_fields(self, head_dim: int) -> int:
+        """Return the bytes of an outlier: one or two of its channel, the low and the high one of its value."""
+        return 3 if head_dim <= 256 else 4
+
+    def metadata_bytes(self, head_dim: int) -> int:
+        """Return the bytes of metadata of a token: zero point, half-range, rank and outliers."""
+        return self.rank_field + 1 + self.outlier_fields(head_dim) * self.outliers
+
+    def row_places(self, row_length: int) -> int:
+        """Return ``row_length``: the rows of a page are those of its planes."""
+        return row_length
 
     def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``rows, row_words`` of the codes of a page: one row, the header and then the bit planes."""
         del role
-        return 1, HEADER + int(self.bits * page_size) * (head_dim // WORD_BITS)
+        return 1, HEADER + int(self.bits * page_size) * plane_words(head_dim, 1)
 
     def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``fields, tokens`` of the metadata of a page."""
-        del head_dim
-        return self.metadata_bytes, page_size
+        return self.metadata_bytes(head_dim), page_size
 
-    def unused_bits(self, codes: Tensor, page_size: int) -> float:
+    def unused_bits(self, codes: Tensor, head_dim: int, page_size: int) -> float:
         """Return the bits per element of packed pages that no token uses: the rows after the last bit plane.
 
         Args:
             codes: ``[B, H, P, 1, row_words]``, one page or more.
+            head_dim: Channels of a head.
             page_size: Tokens of a page.
         """
         used = codes[..., 0, :HEADER].float().sum(-1).mean()
-        return self.bits - float(used) / page_size
+        row_bits = WORD_BITS * plane_words(head_dim, 1)
+        return (self.bits - float(used) / page_size) * row_bits / head_dim
 
     def describe(self, head_dim: int, page_size: int) -> str:
         """Describe the codes: ``"1 to 4 bits (2.5 on average)"``."""

@@ -13,8 +13,6 @@ Transform = Literal["none", "hadamard"]
 Packing = Literal["fields", "trits"]
 Params = Literal["fp16", "fp8", "e5m3"]
 
-WORD_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
-
 
 def check_format(params: str, transform: str, rotary: bool, tables: str) -> None:
     """Make sure that the format of parameters, the transform and the calibration tables go together.
@@ -49,20 +47,4 @@ def check_tables(rotary: bool, tables: str) -> None:
     check(
         not rotary or tables != NO_TABLES,
         "rotary keys must be calibrated: tables must be given",
-    )
-
-
-def check_fields(
-    planes: tuple[int, ...], couple: int, what: str, role: str, head_dim: int, page_size: int
-) -> None:
-    """Make sure that each plane of a row of codes fills whole packed words.
-
-    Raises:
-        ValueError: A plane does not.
-    """
-    length = head_dim // couple if role == "key" else page_size
-    check(
-        all(length * width % WORD_BITS == 0 for width in planes),
-        f"head_dim must be a multiple of {couple * WORD_BITS // min(planes)} for "
-        f"{what} {role}s, got {head_dim}",
     )

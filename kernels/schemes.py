@@ -29,21 +29,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kvq_compile.kernels.adaptive.options import Adaptive as Adaptive
 from kvq_compile.kernels.channelwise_scheme import Channelwise as Channelwise
 from kvq_compile.kernels.mixed_scheme import Mixed as Mixed
-from kvq_compile.kernels.scheme_checks import WORD_BITS as WORD_BITS
 from kvq_compile.kernels.scheme_checks import Grouping as Grouping
 from kvq_compile.kernels.scheme_checks import Packing as Packing
 from kvq_compile.kernels.scheme_checks import Params as Params
 from kvq_compile.kernels.scheme_checks import Role as Role
 from kvq_compile.kernels.scheme_checks import Transform as Transform
-from kvq_compile.kernels.scheme_checks import check_fields, check_format, check_tables
+from kvq_compile.kernels.scheme_checks import check_format, check_tables
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, changed_fields, check, check_flags, check_integers
+from kvq_compile.kernels.words import TRITS, padded_length, plane_words, planes_of
+from kvq_compile.kernels.words import WORD_BITS as WORD_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WIDTHS = (1, 1.5, 2, 3, 4, 8)  # bits of the codes of a uniform quantizer; 1.5: three levels
-TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
 MAX_INDEX_BITS = (
     12  # more entries could not be learned from a calibration set or searched while writing
 )
@@ -53,11 +53,6 @@ PAGE_SIZES = (32, 64, 128, 256)
 def largest_divisor(whole: int, most: int) -> int:
     """Return the largest divisor of ``whole`` up to ``most``."""
     return next(size for size in range(min(whole, most), 0, -1) if whole % size == 0)
-
-
-def _planes(bits: float) -> tuple[int, ...]:
-    whole = 2 if bits == 1.5 else int(bits)
-    return tuple(width for width in (8, 4, 2, 1) if whole & width)
 
 
 class _Codes:
@@ -72,9 +67,13 @@ class _Codes:
     keeps_codes: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, type]] = {}
 
-    def unused_bits(self, codes: Tensor, page_size: int) -> float:
+    def row_places(self, row_length: int) -> int:
+        """Return the codes that a row of ``row_length`` codes is padded to before its planes are."""
+        return row_length
+
+    def unused_bits(self, codes: Tensor, head_dim: int, page_size: int) -> float:
         """Return the bits per element of packed pages that no token uses: 0."""
-        del codes, page_size
+        del codes, head_dim, page_size
         return 0.0
 
 
@@ -156,11 +155,12 @@ class Uniform(_Codes, metaclass=Interned):
         return self
 
     def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
-        """Make sure that pages of these sizes can be grouped and packed.
+        """Make sure that pages of these sizes can be grouped.
 
         Raises:
             ValueError: They cannot.
         """
+        del role
         assert self.group_size is not None
         divided = head_dim if self.grouping == "token" else page_size
         what = "head_dim" if self.grouping == "token" else "page_size"
@@ -169,25 +169,30 @@ class Uniform(_Codes, metaclass=Interned):
             f"{what} must be a multiple of group_size={self.group_size}, got {divided}",
         )
         check(not self.rotary or head_dim % 2 == 0, f"head_dim must be even, got {head_dim}")
-        if self.packing == "fields":
-            check_fields(self.planes, 1, f"{self.bits:g}-bit", role, head_dim, page_size)
 
     @property
     def planes(self) -> tuple[int, ...]:
         """Widths in bits of the planes that a code is split into, low bits first."""
-        return _planes(self.bits)
+        return planes_of(self.bits)
 
     @property
     def levels(self) -> int:
         """Steps between the lowest and the highest code."""
         return 2 if self.bits == 1.5 else (1 << int(self.bits)) - 1
 
+    def row_places(self, row_length: int) -> int:
+        """Return the codes that fill whole words of the narrowest plane, and so of all.
+
+        Kernels unpack a row with all its planes at once: fields of a code must lie in the same lane.
+        """
+        return padded_length(row_length, self.planes[-1])
+
     def row_words(self, row_length: int) -> int:
         """Return the packed 16-bit words in a row of ``row_length`` codes."""
         if self.packing == "trits":
             row_bytes = -(-row_length // TRITS)
             return -(-row_bytes // 2)
-        return row_length * sum(self.planes) // WORD_BITS
+        return sum(plane_words(self.row_places(row_length), width) for width in self.planes)
 
     def codes_shape(self, role: Role, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``rows, units`` of the codes of a page."""
@@ -267,23 +272,23 @@ class Codebook(_Codes, metaclass=Interned):
         return self
 
     def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
-        """Make sure that pages of these sizes can be packed.
+        """Make sure that the channels of a token can be coupled.
 
         Raises:
             ValueError: They cannot.
         """
+        del role, page_size
         halves = 2 * self.couple if self.rotary else self.couple
         check(
             head_dim % halves == 0,
             f"head_dim must be a multiple of {halves} for {self.couple} coupled channels, "
             f"got {head_dim}",
         )
-        check_fields(self.planes, self.couple, f"{self.bits:g}-bit", role, head_dim, page_size)
 
     @property
     def planes(self) -> tuple[int, ...]:
         """Widths in bits of the planes that an index is split into, low bits first."""
-        return _planes(self.bits)
+        return planes_of(self.bits)
 
     @property
     def levels(self) -> int:
@@ -295,7 +300,7 @@ class Codebook(_Codes, metaclass=Interned):
         rows, length = head_dim // self.couple, page_size
         if role == "key":
             rows, length = length, rows
-        return rows, length * sum(self.planes) // WORD_BITS
+        return rows, sum(plane_words(length, width) for width in self.planes)
 
     def params_shape(self, head_dim: int, page_size: int) -> tuple[int, int]:
         """Return ``groups, members`` of the parameters of a page: there are none."""

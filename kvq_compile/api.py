@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvq_compile.backend import kvq
+from kvq_compile.backend import kvq, tell_of_cost
 from kvq_compile.errors import KVQError
 from kvq_compile.kernels.cache.become import become, check_can_become_quantized
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
@@ -56,13 +56,15 @@ def compile(target: T | None = None, /, *, mode: str | None = None, **options: A
     )
 
 
-def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **options: Any) -> Any:
+def quantize_cache_(
+    cache_or_module: Any, method: str | CacheSpec | None = None, **options: Any
+) -> Any:
     """Quantize the 16-bit tensors of a cache in place, freeing their storage.
 
     Args:
         cache_or_module: A transformers cache, or any nesting of tensors `report` understands; key and
             value tensors must alternate.
-        method: A method's name or a `CacheSpec`.
+        method: A method's name or a `CacheSpec`; the default is the backend's.
         **options: The method's options; ``length``, the tokens held, for caches of fixed size.
 
     Returns:
@@ -75,6 +77,7 @@ def quantize_cache_(cache_or_module: Any, method: str | CacheSpec = "int4", **op
     length = options.pop("length", None)
     kind: Kind = "grown" if length is None else "static"
     spec = method if isinstance(method, CacheSpec) else make_spec(method, **options)
+    tell_of_cost(spec)
     planned: list[tuple[Tensor, Layout, Tables | None]] = []
     for index, (name, tensor) in enumerate(cache_tensors(cache_or_module)):
         layer_spec = spec.for_layer(index // 2)

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import fx
 
+from kvq_compile import measured
 from kvq_compile.compiling import compiling
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, graphs, record, unmet_layers
+from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.caches import DENSE
@@ -48,8 +50,16 @@ def kvq(
         KVQError: ``strict`` is set and an attention that keeps a cache could not be rewritten.
     """
     config = make_config(options)
+    tell_of_cost(config.spec)
     with compiling(f"a graph of {len(gm.graph.nodes)} nodes"):
         return compile_graph(gm, example_inputs, config, mode)
+
+
+def tell_of_cost(spec: CacheSpec) -> None:
+    """Warn where a method was measured to lose too much."""
+    text = measured.warning(spec)
+    if text is not None:
+        warnings.warn(text, KVQWarning, stacklevel=3)
 
 
 def compile_graph(

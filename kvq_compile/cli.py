@@ -301,10 +301,12 @@ def explain(
 def read_method(text: str | None) -> Method:
     """Return the method an option spells; the backend's default where there is none."""
     from kvq_compile.evaluation.perplexity import Method, parse_method
-    from kvq_compile.options import make_config
+    from kvq_compile.options import DEFAULT
 
     if text is None:
-        return Method(f"{make_config().spec.method} (default)", {})
+        name, options = DEFAULT
+        said = ",".join(f"{key}={value}" for key, value in options.items())
+        return Method(f"{name}:{said} (default)" if said else f"{name} (default)", {})
     return parse_method(text)
 
 

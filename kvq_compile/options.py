@@ -13,7 +13,7 @@ from kvq_compile.calibration.artifact import Calibration
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.methods import AT_COMPILE, METHODS, Options, option_names
 
-DEFAULT = "int4"
+DEFAULT: tuple[str, Mapping[str, Any]] = ("kivi", {"bits": 4})  # where no method is named
 INNER = ("inductor", "eager", "aot_eager")
 OWN_OPTIONS = ("layers", "strict", "inner", "inductor")
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
@@ -67,7 +67,7 @@ def make_config(options: Mapping[str, Any] | None = None) -> Config:
     method, calibration = rest.pop("method", None), rest.pop("calibration", None)
     if calibration is not None:
         calibration = as_calibration(calibration)
-    known_method = method or (calibration.method if calibration else DEFAULT)
+    known_method = method or (calibration.method if calibration else DEFAULT[0])
     names = option_names(method_class(known_method))
     known = ("method", "calibration", *_free(known_method, names), *OWN_OPTIONS)
     for name in rest:
@@ -89,7 +89,7 @@ def make_spec(
     """Return the `CacheSpec` of a method.
 
     Args:
-        method: A name in `METHODS`; the default is that of the calibration, or int4.
+        method: A name in `METHODS`; the default is that of the calibration, or `DEFAULT` with its options.
         layers: What single layers get instead, by number: a method's name, a dictionary with
             ``"method"`` and its options, or ``None`` for 16 bit.
         calibration: What `calibrate` returned, or the file it was saved to.
@@ -106,7 +106,8 @@ def make_spec(
         spec = _calibrated_spec(method, as_calibration(calibration), options)
         merged = dict(spec.layers) | dict(_overrides({} if layers is None else layers))
         return replace(spec, layers=tuple(sorted(merged.items())))
-    method = DEFAULT if method is None else method
+    if method is None:
+        method, options = DEFAULT[0], {**DEFAULT[1], **options}
     if method_class(method).calibrated:
         make_options(method, options)
         raise ValueError(

@@ -227,7 +227,8 @@ def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:
     layout, pages = cache.page_layout, int(cache.cursor[1])
     if not pages:
         return packed_bits
-    return packed_bits - layout.scheme.unused_bits(cache.codes[:, :, :pages], layout.page_size)
+    sizes = layout.head_dim, layout.page_size
+    return packed_bits - layout.scheme.unused_bits(cache.codes[:, :, :pages], *sizes)
 
 
 def _bytes_once(tensor: Tensor, counted: set[int]) -> int:

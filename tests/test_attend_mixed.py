@@ -66,7 +66,7 @@ def specs(draw: st.DrawFn) -> Scheme:
 def sites(draw: st.DrawFn) -> Site:
     page = draw(st.sampled_from((32, 32, 64)))
     cache = CacheSpec(draw(specs()), draw(specs()), draw(st.integers(0, 5)), 20, page)
-    dims = st.sampled_from((16, 32, 64, 80, 128))
+    dims = st.sampled_from((8, 16, 20, 32, 64, 72, 80, 120, 128, 320))
     start = draw(st.sampled_from(starts(cache.layout("key", 64))))
     return mixed_site(
         cache, (draw(dims), draw(dims)), draw(st.sampled_from(SHARED)),

@@ -67,7 +67,7 @@ def compile_(step, **options):
         ({"key_bits": 0}, ValueError, "bits must be one of [1, 1.5, 2, 3, 4, 8], got 0"),
         ({"group_size": 0}, ValueError, "group_size must be positive, got 0"),
         ({"clip": 1.5}, ValueError, "clip must be in (0, 1], got 1.5"),
-        ({"transform": "hadamrd"}, ValueError, "transform must be"),
+        ({"method": "int4", "transform": "hadamrd"}, ValueError, "transform must be"),
         ({"window": -1}, ValueError, "window must be 0 or more, got -1"),
         ({"sinks": -1}, ValueError, "sinks must be 0 or more, got -1"),
         ({"page_size": 100}, ValueError, "page_size must be one of (32, 64, 128, 256), got 100"),

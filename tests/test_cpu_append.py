@@ -1,7 +1,6 @@
 """What the CPU backend writes, cuts and reads is what the specification does, bit by bit."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -16,7 +15,7 @@ from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
-from kvq_compile.kernels.schemes import Codebook, Role, Uniform
+from kvq_compile.kernels.schemes import Codebook, Mixed, Role, Uniform
 from kvq_compile.testing import DTYPES, kv_tensors, lengths
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from uncalibrated import Framed, mixed_layouts, plain_layouts
@@ -30,7 +29,7 @@ def coded_layouts() -> st.SearchStrategy[Framed]:
     """Draw layouts of every scheme, with tables and without."""
     return st.one_of(
         framed_layouts(),
-        plain_layouts(None, (64, 80, 96, 16, 32), ("none", "none", "hadamard")),
+        plain_layouts(None, (64, 80, 96, 8, 16, 20, 72, 120), ("none", "none", "hadamard")),
         mixed_layouts().map(lambda layout: (layout, UNCALIBRATED)),
     )
 
@@ -177,30 +176,24 @@ def test_a_page_read_for_attention_is_rotated_as_the_specification_rotates_it() 
     assert torch.equal(rotated.flatten(2, 3), tokens.gather(-1, order.expand(tokens.shape)))
 
 
-SIZES = (8, 16, 20, 24, 40, 72, 80, 100, 112, 136, 320, 576)
-WIDTHS = (8, 4, 3, 2, 1.5, 1)
-
-
-def sized_layouts(head_dim: int) -> list[tuple[Layout, Layout]]:
-    """Return the layouts of keys and values, of every width, that heads of a size can have."""
-    found = []
-    for bits in WIDTHS:
-        scheme = Uniform(bits, group_size=4, packing="trits" if bits == 1.5 else "fields")
-        with suppress(ValueError):  # rows that are no whole words
-            roles = (Layout(role, head_dim, Regions(1, 3, 32), scheme) for role in ROLES)
-            found.append(tuple(roles))
-    return found
+SIZES = (4, 8, 12, 16, 20, 24, 40, 72, 80, 88, 100, 104, 120, 136, 256, 320, 576)
+SIZED = (
+    *(Uniform(bits, group_size=4) for bits in (8, 4, 3, 2, 1)),
+    Uniform(1.5, group_size=4, packing="trits"),
+    Uniform(2, "channel", 32),
+    Uniform(3, "channel", 32, params="fp8"),
+    Mixed(2.5),
+    Mixed(3.5, 1, 6, outliers=2, params="fp8"),
+)
 
 
 @pytest.mark.parametrize("head_dim", SIZES)
-def test_every_head_size_that_a_layout_allows_is_served(head_dim: int) -> None:
-    pairs = sized_layouts(head_dim)
-    # A row of keys fills whole words: of one bit if 16 divides it, of two if 8 does, of four if 4 does.
-    assert len(pairs) == {0: 6, 8: 4}.get(head_dim % 16, 3)
+def test_every_head_size_is_served_by_every_scheme(head_dim: int) -> None:
     generator = torch.Generator().manual_seed(head_dim)
     x = torch.randn(2, 1, HEADS, 80, head_dim, generator=generator)
     query = torch.randn(1, 2 * HEADS, 1, head_dim, generator=generator)
-    for layouts in pairs:
+    for scheme in SIZED:
+        layouts = [Layout(role, head_dim, Regions(1, 3, 32), scheme) for role in ROLES]
         twins = [Twins((layout, UNCALIBRATED), x[0]) for layout in layouts]
         for twin, tokens in zip(twins, x, strict=True):
             twin.append(tokens[:, :, :79], 0)

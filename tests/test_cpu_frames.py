@@ -39,11 +39,13 @@ def through(path: str) -> Iterator[None]:
 
 
 def plain(role: Role) -> st.SearchStrategy[Framed]:
-    return plain_layouts(role, (64, 80, 256), ("none", "hadamard"))
+    return plain_layouts(role, (20, 64, 72, 80, 256), ("none", "hadamard"))
 
 
 def mixed(role: Role) -> st.SearchStrategy[Framed]:
-    return mixed_layouts(role, (16, 64, 80), (32,)).map(lambda layout: (layout, UNCALIBRATED))
+    return mixed_layouts(role, (8, 16, 64, 72, 80, 320), (32,)).map(
+        lambda layout: (layout, UNCALIBRATED)
+    )
 
 
 @st.composite

@@ -51,7 +51,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     )  # fmt: skip
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 20)), 32)
     shared = draw(st.sampled_from([0, 1, 2, 3, 7, 16]))
-    return cache.layout("key", draw(st.sampled_from([16, 32, 64, 80])), shared)
+    return cache.layout("key", draw(st.sampled_from([8, 16, 20, 32, 64, 72, 80, 120, 320])), shared)
 
 
 def random(heads: int, tokens: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -42,9 +42,8 @@ def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> Scheme:
     divided = head_dim if grouping == "token" else page
     sizes = (8, 16, 20, 24, 32, 48, 64, 128)  # an own choice is any divisor of the head
     size = draw(st.sampled_from([g for g in sizes if divided % g == 0] + [None]))
-    whole_units = head_dim % 16 == 0
-    transform = draw(st.sampled_from(["none", "none", "hadamard"] if whole_units else ["none"]))
-    bits = draw(st.sampled_from([1, 2, 3, 4, 8] if whole_units else [2, 4, 8]))
+    transform = draw(st.sampled_from(["none", "none", "hadamard"]))
+    bits = draw(st.sampled_from([1, 2, 3, 4, 8]))
     return Uniform(bits, grouping, size, 1.0, transform, draw(st.sampled_from(["fp16", "e5m3"])))
 
 
@@ -52,8 +51,8 @@ def tensor_specs(draw: st.DrawFn, head_dim: int, page: int) -> Scheme:
 def sites(draw: st.DrawFn) -> Site:
     page = draw(st.sampled_from([32, 64, 128, 256] if NATIVE else [32]))
     dims = (
-        draw(st.sampled_from([40, 64, 72, 80, 96, 128, 256])),
-        draw(st.sampled_from([40, 64, 80, 96, 128])),
+        draw(st.sampled_from([8, 20, 40, 64, 72, 80, 96, 100, 120, 128, 256])),
+        draw(st.sampled_from([8, 24, 40, 64, 80, 88, 96, 104, 128, 320])),
     )
     if draw(st.booleans()):
         dims = dims[0], dims[0]

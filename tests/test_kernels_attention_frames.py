@@ -57,7 +57,7 @@ def make_side(role: Any, head_dim: int = 64, page: int = 32, seed: int = 0, **op
 @st.composite
 def sites(draw: st.DrawFn) -> Site:
     pages = (draw(st.sampled_from((32, 32, 64))),)
-    dims = (64, 80, 96, 128)
+    dims = (40, 64, 72, 80, 96, 120, 128)
     key, key_frame = draw(framed_layouts("key", head_dims=dims, page_sizes=pages))
     plain = draw(st.sampled_from(("none", "none", "key", "value")))
     value, value_frame = draw(framed_layouts("value", head_dims=dims, page_sizes=pages))

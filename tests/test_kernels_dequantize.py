@@ -51,7 +51,7 @@ def lengths(data: st.DataObject, layout: Layout) -> tuple[int, int]:
 
 
 def formats() -> st.SearchStrategy[Framed]:
-    tabled = framed_layouts(batch=1, head_dims=(64, 80), page_sizes=(32,))
+    tabled = framed_layouts(batch=1, head_dims=(64, 72, 80), page_sizes=(32,))
     plain = st.one_of(plain_layouts(), mixed_layouts().map(lambda layout: (layout, UNCALIBRATED)))
     return st.one_of(tabled.filter(lambda framed: framed[0].transform == "none"), plain)
 

@@ -33,12 +33,12 @@ CAPACITY = 5
 @st.composite
 def layouts(draw: st.DrawFn, transform: str = "none") -> Layout:
     page = draw(st.sampled_from([32, 64, 128, 256] if NATIVE else [32, 32, 64]))
-    head_dim = draw(st.sampled_from([8, 40, 64, 72, 80, 88, 96, 128, 256]))
+    head_dim = draw(st.sampled_from([8, 20, 40, 64, 72, 80, 88, 96, 100, 104, 120, 128, 256, 320]))
     grouping = draw(st.sampled_from(["token", "channel"]))
     divided = head_dim if grouping == "token" else page
     sizes = (8, 16, 20, 22, 24, 32, 48, 64, 128)  # an own choice is any divisor of the head
     size = draw(st.sampled_from([g for g in sizes if divided % g == 0] + [None]))
-    bits = draw(st.sampled_from([1, 2, 3, 4, 8] if head_dim % 16 == 0 else [2, 4, 8]))
+    bits = draw(st.sampled_from([1, 2, 3, 4, 8]))
     clip = draw(st.sampled_from([1.0, 0.9]))
     params = draw(st.sampled_from(["fp16", "e5m3"])) if transform == "none" else "fp16"
     spec = Uniform(bits, grouping, size, clip, transform, params)

@@ -14,7 +14,7 @@ Framed = tuple[Layout, Calibrated]
 
 @st.composite
 def plain_layouts(
-    draw: st.DrawFn, role: Role | None = None, head_dims: tuple[int, ...] = (64, 80, 96),
+    draw: st.DrawFn, role: Role | None = None, head_dims: tuple[int, ...] = (8, 20, 64, 72, 80, 96, 120),
     transforms: tuple[str, ...] = ("none",),
 ) -> Framed:  # fmt: skip
     bits = draw(st.sampled_from((1, 1.5, 1.5, 2, 3, 4, 8)))
@@ -22,6 +22,7 @@ def plain_layouts(
         bits,
         grouping=draw(st.sampled_from(("token", "channel"))),
         group_size=draw(st.sampled_from((None, 16))),
+        up_to=True,
         clip=draw(st.sampled_from((1.0, 0.9))),
         params=draw(st.sampled_from(("fp8", "e5m3", "fp16"))),
         packing=draw(st.sampled_from(("fields", "trits"))) if bits == 1.5 else "fields",
@@ -34,7 +35,7 @@ def plain_layouts(
 
 @st.composite
 def mixed_layouts(
-    draw: st.DrawFn, role: Role | None = None, head_dims: tuple[int, ...] = (16, 32, 64, 80),
+    draw: st.DrawFn, role: Role | None = None, head_dims: tuple[int, ...] = (8, 16, 20, 32, 64, 72, 80, 104, 320),
     page_sizes: tuple[int, ...] = (32, 32, 64), **fixed: Any,
 ) -> Layout:  # fmt: skip
     least = draw(st.integers(0, 3))

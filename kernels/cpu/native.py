@@ -29,10 +29,10 @@ DTYPES = {  # the same constants as in numbers.h
 
 # The lists of wire.h, compared with the library when it is loaded: a tensor and its dimensions, or a word.
 LAYOUT = (
-    "is_key codebook mixed bits trits fp8 levels couple rows row_length row_words groups members param_elements "
-    "byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary table_words "
-    "order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers fit soften "
-    "e5m3 channelwise pairs"
+    "is_key codebook mixed bits trits fp8 levels couple rows row_length row_places row_words groups members "
+    "param_elements byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary "
+    "table_words order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers "
+    "outlier_fields fit soften e5m3 channelwise pairs"
 )
 PACKED = "codes:5 params:6 exact:4 tables:2 shift:1 held pages"
 ATTEND = (
@@ -109,12 +109,14 @@ def _layout(layout: Layout) -> Words:
     values = (
         *(layout.role == "key", codebook, mixed is not None, sum(layout.planes)),
         *(layout.packing == "trits", fp8, layout.levels, layout.couple),
-        *(layout.rows, layout.row_length, layout.row_words, *layout.params_shape),
+        *(layout.rows, layout.row_length, layout.row_places, layout.row_words),
+        *layout.params_shape,
         *(layout.param_elements, layout.has_byte_params, layout.group_size),
         *(layout.grouping == "token", shrink, layout.head_dim, layout.page_size),
         *(layout.sinks, layout.ring, layout.exact_rows, layout.rotary, table_words, *firsts),
         *((mixed.min_bits, mixed.max_bits, layout.code_rows) if mixed else (0, 0, 0)),
-        *((mixed.rank_field, mixed.outliers, mixed.fit, mixed.soften) if mixed else (0, 0, 0, 0)),
+        *((mixed.rank_field, mixed.outliers, layout.outlier_fields) if mixed else (0, 0, 0)),
+        *((mixed.fit, mixed.soften) if mixed else (0, 0)),
         *(
             layout.params == "e5m3",
             channelwise is not None,

@@ -162,22 +162,23 @@ void code_coupled(PageWriter& w, const float* x) {
   }
 }
 
-// Pack one plane of a row: field f of word u is the code at f * count + u, its bits from `below` on.
+// Pack one plane of a row: field f of word u is the code at f * count + u, its bits from `below` on; 0 from `length` on.
 template <int kWidth>
-void pack_plane(const uint16_t* codes, int64_t count, int below, uint16_t* words) {
+void pack_plane(const uint16_t* codes, int64_t count, int64_t length, int below, uint16_t* words) {
   for (int64_t u = 0; u < count; ++u) words[u] = 0;
   for (int field = 0; field < kWordBits / kWidth; ++field) {
     const uint16_t* run = codes + field * count;
+    const int64_t rest = length - field * count, n = rest < count ? rest : count;
 #pragma omp simd
-    for (int64_t u = 0; u < count; ++u) words[u] = static_cast<uint16_t>(words[u] | ((run[u] >> below) & ((1 << kWidth) - 1)) << (field * kWidth));
+    for (int64_t u = 0; u < n; ++u) words[u] = static_cast<uint16_t>(words[u] | ((run[u] >> below) & ((1 << kWidth) - 1)) << (field * kWidth));
   }
 }
 
 template <int kWidth>
 void pack_plane_maybe(const LayoutWords& t, const uint16_t* codes, int& below, uint16_t*& words) {
   if (!(t.bits & kWidth)) return;
-  const int64_t count = t.row_length * kWidth / kWordBits;
-  pack_plane<kWidth>(codes, count, below, words);
+  const int64_t count = plane_words(t.row_places, kWidth);
+  pack_plane<kWidth>(codes, count, t.row_length, below, words);
   below += kWidth, words += count;
 }
 

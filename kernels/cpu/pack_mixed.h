@@ -147,15 +147,23 @@ void code_token(const LayoutWords& t, const float* x, int64_t n, float lo, float
   if (t.fit) fit_half_range(t, metadata, s.bits[static_cast<size_t>(n)], kept, levels, offset, s);
   metadata[t.rank_field * t.page_size] = s.rank[static_cast<size_t>(n)];
   const int* channels = s.channels.data() + n * t.outliers;
-  for (int64_t i = 0, field = t.rank_field + 1; i < t.outliers; ++i, field += 3) {
+  for (int64_t i = 0, field = t.rank_field + 1; i < t.outliers; ++i, field += t.outlier_fields) {
     metadata[field * t.page_size] = static_cast<uint8_t>(channels[i]);
-    put_half(metadata, field + 1, t.page_size, to_half(x[channels[i]]));
+    if (t.outlier_fields > 3) metadata[(field + 1) * t.page_size] = static_cast<uint8_t>(channels[i] >> 8);
+    put_half(metadata, field + t.outlier_fields - 2, t.page_size, to_half(x[channels[i]]));
   }
+}
+
+// Bit j, from the highest, of each of `count` codes.
+inline uint16_t word_of(const uint8_t* levels, int count, int j) {
+  uint16_t word = 0;
+  for (int f = 0; f < count; ++f) word = static_cast<uint16_t>(word | ((levels[f] >> (kMaxBits - 1 - j)) & 1) << f);
+  return word;
 }
 
 // Write header and planes.
 void pack_planes(const LayoutWords& t, uint16_t* codes, const MixedScratch& s) {
-  const int64_t N = t.page_size, D = t.head_dim, words = D / kWordBits;
+  const int64_t N = t.page_size, D = t.head_dim, words = plane_words(D, 1), whole = D / kWordBits;
   std::memset(codes, 0, sizeof(uint16_t) * static_cast<size_t>(t.row_words));
   uint16_t* plane = codes + kPlanes;
   for (int j = 0; j < kMaxBits; plane += codes[j++] * words) {
@@ -164,11 +172,8 @@ void pack_planes(const LayoutWords& t, uint16_t* codes, const MixedScratch& s) {
       ++codes[j];
       uint16_t* row = plane + s.rank[static_cast<size_t>(n)] * words;
       const uint8_t* levels = s.levels.data() + n * D;
-      for (int64_t u = 0; u < words; ++u) {
-        uint16_t word = 0;
-        for (int f = 0; f < kWordBits; ++f) word = static_cast<uint16_t>(word | ((levels[kWordBits * u + f] >> (kMaxBits - 1 - j)) & 1) << f);
-        row[u] = word;
-      }
+      for (int64_t u = 0; u < whole; ++u) row[u] = word_of(levels + kWordBits * u, kWordBits, j);
+      if (whole < words) row[whole] = word_of(levels + kWordBits * whole, static_cast<int>(D % kWordBits), j);
     }
   }
 }

@@ -29,14 +29,13 @@ struct Packed {
   int64_t tables_stride;   // words between heads in book, mean, scale and frequency
   int64_t shift_stride;
   int64_t pages;           // allocated
-  int32_t bits, trits, fp8, e5m3, rows, row_length, row_words, group_size;
+  int32_t bits, trits, fp8, e5m3, rows, row_length, row_places, row_words, group_size;
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
   int32_t is_key, couple, entries, head_dim, page_size, sinks;
-  int32_t max_bits, code_rows, rank_field, outliers;  // of pages whose tokens differ in bits; max_bits 0: they do not
+  int32_t max_bits, code_rows, rank_field, outliers, outlier_fields;  // of pages whose tokens differ in bits; max_bits 0: they do not
   int32_t channelwise, exact_dtype, state_row;        // whether channels differ in bits, and the row of their widths
 };
 
-constexpr int kWordBits = 16;
 constexpr int kTrits = 5;
 constexpr int kPlanes = 8;  // counted in the header of a mixed page
 constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // per unit of an angle
@@ -63,31 +62,32 @@ struct Scratch {
   }
 };
 
-// Write the codes of one plane: field f of word u to place f * words + u, above the `below` bits of others.
+// Write the codes of one plane: field f of word u to place f * words + u, above the `below` bits of others. Places
+// from `length` on are padding.
 template <int kWidth, bool kAdd, typename T>
-void unpack_plane(const uint16_t* words, int count, int below, T* out) {
+void unpack_plane(const uint16_t* words, int count, int length, int below, T* out) {
   for (int field = 0; field < kWordBits / kWidth; ++field) {
     T* run = out + field * count;
-    const int shift = field * kWidth;
+    const int shift = field * kWidth, rest = length - field * count, n = rest < count ? rest : count;
 #pragma omp simd
-    for (int u = 0; u < count; ++u) {
+    for (int u = 0; u < n; ++u) {
       const int32_t code = (static_cast<int32_t>(words[u]) >> shift) & ((1 << kWidth) - 1);
       run[u] = static_cast<T>(kAdd ? run[u] + static_cast<T>(code << below) : static_cast<T>(code));
     }
   }
 }
 
-// Unpack the plane of width kWidth, if the code has one, behind the planes of its lower bits.
+// Unpack the plane of width kWidth, if the code has one, and move on to the words of the next.
 template <int kWidth, typename T>
-void unpack_plane_maybe(const Packed& t, const uint16_t* words, T* out) {
+void unpack_plane_maybe(const Packed& t, const uint16_t*& words, T* out) {
   if (!(t.bits & kWidth)) return;
   const int below = t.bits & ~(2 * kWidth - 1);  // bits in wider planes, which come first
-  words += t.row_length * below / kWordBits;
-  const int count = t.row_length * kWidth / kWordBits;
+  const int count = plane_words(t.row_places, kWidth);
   if (below)
-    unpack_plane<kWidth, true>(words, count, below, out);
+    unpack_plane<kWidth, true>(words, count, t.row_length, below, out);
   else
-    unpack_plane<kWidth, false>(words, count, 0, out);
+    unpack_plane<kWidth, false>(words, count, t.row_length, 0, out);
+  words += count;
 }
 
 // Digit f in base 3 of byte u goes to place f * bytes + u. Dividing by 3 is exact for a byte.
@@ -189,23 +189,26 @@ void unpack_coupled_page(const Packed& t, const uint16_t* codes, int64_t h, floa
 
 // Channels 16 u + f are bits f of words u of a row in each of kBits planes, upper bits first.
 template <int kBits>
-void unpack_token(const uint16_t* const* planes, int words, float half_range, float zero_point, float* out) {
+void unpack_token(const uint16_t* const* planes, int dim, float half_range, float zero_point, float* out) {
   constexpr float kStep = 2.0f / (1 << kBits), kFirst = 1.0f / (1 << kBits) - 1.0f;
-  for (int u = 0; u < words; ++u, out += kWordBits) {
+  const auto element = [&](int u, int f) {
+    int32_t level = 0;
+    for (int plane = 0; plane < kBits; ++plane) level = 2 * level + ((planes[plane][u] >> f) & 1);
+    return (static_cast<float>(level) * kStep + kFirst) * half_range + zero_point;
+  };
+  const int whole = dim / kWordBits, rest = dim % kWordBits;
+  for (int u = 0; u < whole; ++u, out += kWordBits) {
 #pragma omp simd
-    for (int f = 0; f < kWordBits; ++f) {
-      int32_t level = 0;
-      for (int plane = 0; plane < kBits; ++plane) level = 2 * level + ((planes[plane][u] >> f) & 1);
-      out[f] = (static_cast<float>(level) * kStep + kFirst) * half_range + zero_point;
-    }
+    for (int f = 0; f < kWordBits; ++f) out[f] = element(u, f);
   }
+  for (int f = 0; f < rest; ++f) out[f] = element(whole, f);
 }
 
 // Unpack a page whose tokens differ in bits (reference/mixed.py) into a tile [page_size, head_dim].
 void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* metadata, float* tile, Scratch& s) {
   using Unpack = void (*)(const uint16_t* const*, int, float, float, float*);
   constexpr Unpack kUnpack[kPlanes + 1] = {unpack_token<0>, unpack_token<1>, unpack_token<2>, unpack_token<3>, unpack_token<4>, unpack_token<5>, unpack_token<6>, unpack_token<7>, unpack_token<8>};
-  const int words = t.head_dim / kWordBits;
+  const int words = plane_words(t.head_dim, 1);
   int row = 0;
   for (int plane = 0; plane < t.max_bits; ++plane) row += codes[plane];
   if (row > t.code_rows) {  // a header may come from a file
@@ -224,10 +227,11 @@ void unpack_mixed_page(const Packed& t, const uint16_t* codes, const uint8_t* me
     const uint16_t* planes[kPlanes];
     int bits = 0;
     for (; bits < t.max_bits && codes[bits] > rank; ++bits) planes[bits] = first[bits] + rank * words;
-    kUnpack[bits](planes, words, half_range, zero_point, tile);
-    for (int i = 0, at = t.rank_field + 1; i < t.outliers; ++i, at += 3) {
-      if (field(at) < t.head_dim)
-        tile[field(at)] = half_at(at + 1);
+    kUnpack[bits](planes, t.head_dim, half_range, zero_point, tile);
+    for (int i = 0, at = t.rank_field + 1; i < t.outliers; ++i, at += t.outlier_fields) {
+      const int channel = t.outlier_fields == 3 ? field(at) : field(at) | field(at + 1) << 8;
+      if (channel < t.head_dim)
+        tile[channel] = half_at(at + t.outlier_fields - 2);
       else
         s.damaged = true;
     }
@@ -345,12 +349,12 @@ Packed unwrap(const PackedWords& p) {
   packed.tables_stride = p.tables.strides[0], packed.pages = p.pages;
   const auto narrow = [](int64_t word) { return static_cast<int32_t>(word); };
   packed.bits = narrow(t.bits), packed.trits = narrow(t.trits), packed.fp8 = narrow(t.fp8), packed.e5m3 = narrow(t.e5m3);
-  packed.rows = narrow(t.rows), packed.row_length = narrow(t.row_length), packed.row_words = narrow(t.row_words);
+  packed.rows = narrow(t.rows), packed.row_length = narrow(t.row_length), packed.row_places = narrow(t.row_places), packed.row_words = narrow(t.row_words);
   packed.group_size = narrow(t.group_size), packed.along_rows = t.is_key == t.by_token, packed.is_key = narrow(t.is_key);
   packed.couple = narrow(t.couple), packed.entries = narrow(t.levels + 1);
   packed.head_dim = narrow(t.head_dim), packed.page_size = narrow(t.page_size), packed.sinks = narrow(t.sinks);
   packed.max_bits = t.mixed ? narrow(t.max_bits) : 0, packed.code_rows = narrow(t.code_rows);
-  packed.rank_field = narrow(t.rank_field), packed.outliers = narrow(t.outliers);
+  packed.rank_field = narrow(t.rank_field), packed.outliers = narrow(t.outliers), packed.outlier_fields = narrow(t.outlier_fields);
   packed.channelwise = narrow(t.channelwise), packed.state_row = narrow(t.exact_rows - 1);
   packed.exact = p.exact.data, packed.exact_dtype = narrow(p.exact.dtype);
   packed.exact_stride[0] = p.exact.strides[0], packed.exact_stride[1] = p.exact.strides[1];

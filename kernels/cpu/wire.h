@@ -14,11 +14,11 @@
 
 #define KVQ_LAYOUT(WORD)                                                                                          \
   WORD(is_key) WORD(codebook) WORD(mixed) WORD(bits) WORD(trits) WORD(fp8) WORD(levels) WORD(couple)                \
-  WORD(rows) WORD(row_length) WORD(row_words) WORD(groups) WORD(members) WORD(param_elements) WORD(byte_params)          \
-  WORD(group_size) WORD(by_token) WORD(shrink_bits) WORD(head_dim) WORD(page_size) WORD(sinks) WORD(ring)           \
+  WORD(rows) WORD(row_length) WORD(row_places) WORD(row_words) WORD(groups) WORD(members) WORD(param_elements)      \
+  WORD(byte_params) WORD(group_size) WORD(by_token) WORD(shrink_bits) WORD(head_dim) WORD(page_size) WORD(sinks) WORD(ring)           \
   WORD(exact_rows) WORD(rotary) WORD(table_words) WORD(order) WORD(mean) WORD(scale) WORD(inverse) WORD(margin)     \
   WORD(frequency) WORD(book) WORD(min_bits) WORD(max_bits) WORD(code_rows) WORD(rank_field) WORD(outliers)          \
-  WORD(fit) WORD(soften) WORD(e5m3) WORD(channelwise) WORD(pairs)
+  WORD(outlier_fields) WORD(fit) WORD(soften) WORD(e5m3) WORD(channelwise) WORD(pairs)
 #define KVQ_PACKED(TENSOR, WORD)                                                                                  \
   TENSOR(codes, 5) TENSOR(params, 6) TENSOR(exact, 4) TENSOR(tables, 2) TENSOR(shift, 1) WORD(held) WORD(pages)
 #define KVQ_ATTEND(TENSOR, WORD)                                                                                  \
@@ -116,6 +116,21 @@ class Check {
   char message_[256] = "";
 };
 
+constexpr int kWordBits = 16;
+
+// Words of a plane of `width` bits in a row with room for `places` codes.
+template <typename T>
+constexpr T plane_words(T places, int width) {
+  return (places * width + kWordBits - 1) / kWordBits;
+}
+
+// Words of a row with the planes of codes of `bits` bits.
+inline int64_t words_of_planes(int64_t places, int64_t bits) {
+  int64_t words = 0;
+  for (int width = 8; width; width /= 2) words += bits & width ? plane_words(places, width) : 0;
+  return words;
+}
+
 bool is_floating(int64_t dtype) { return dtype >= kFloat && dtype <= kDouble; }
 
 // Check a cache against its layout, for `batch` sequences of `heads` heads.
@@ -124,17 +139,17 @@ void check_packed(const char* name, const PackedWords& p, int64_t batch, int64_t
   const int64_t pages = p.codes.sizes[2], longest = 1 << 20;
   check.that(t.page_size > 0 && t.page_size <= 1024 && t.head_dim > 0 && t.head_dim <= longest && t.couple > 0 && t.group_size > 0 && t.sinks >= 0 && t.ring >= t.page_size, "%s must have a layout with tokens and channels", name);
   if (!check.ok()) return;
-  const int64_t channels = t.head_dim / t.couple, needed_words = t.trits ? ((t.row_length + 4) / 5 + 1) / 2 : (t.row_length * t.bits + 15) / 16;
+  const int64_t channels = t.head_dim / t.couple, needed_words = t.trits ? ((t.row_length + 4) / 5 + 1) / 2 : words_of_planes(t.row_places, t.bits);
   if (t.channelwise) {
     check.that(t.is_key && t.row_words == t.page_size && t.rows > 0 && 2 * t.rows <= t.head_dim, "%s must have rows of words of all tokens", name);
     check.that(t.page_size >= 32 && (t.page_size & (t.page_size - 1)) == 0, "%s must have pages of a power of two tokens", name);
     check.that(t.groups == 3 && t.members == t.head_dim && t.param_elements == 1 && t.byte_params, "%s must have parameters for each channel", name);
     check.that(t.exact_rows > t.sinks + t.ring, "%s must have a row for the widths of channels", name);
   } else if (t.mixed) {
-    check.that(t.rows == 1 && t.row_words >= 8 + t.code_rows * (t.head_dim / 16) && t.max_bits <= 8 && t.page_size <= 256 && t.head_dim <= 256, "%s must have room for the planes of a page", name);
-    check.that(t.groups >= t.rank_field + 1 + 3 * t.outliers && t.members == t.page_size && t.rank_field >= (t.fp8 ? 2 : 4), "%s must have metadata for each token", name);
+    check.that(t.rows == 1 && t.row_words >= 8 + t.code_rows * plane_words(t.head_dim, 1) && t.max_bits <= 8 && t.page_size <= 256, "%s must have room for the planes of a page", name);
+    check.that(t.groups >= t.rank_field + 1 + t.outlier_fields * t.outliers && t.outlier_fields == (t.head_dim <= 256 ? 3 : 4) && t.members == t.page_size && t.rank_field >= (t.fp8 ? 2 : 4), "%s must have metadata for each token", name);
   } else {
-    check.that(t.rows == (t.is_key ? t.page_size : channels) && t.row_length == (t.is_key ? channels : t.page_size) && t.row_words >= needed_words, "%s must have rows of tokens or of channels", name);
+    check.that(t.rows == (t.is_key ? t.page_size : channels) && t.row_length == (t.is_key ? channels : t.page_size) && t.row_places >= t.row_length && t.row_places < t.row_length + kWordBits && t.row_words >= needed_words, "%s must have rows of tokens or of channels", name);
     check.that(t.codebook || (t.by_token ? t.groups * t.group_size == t.head_dim && t.members == t.page_size : t.groups * t.group_size == t.page_size && t.members == t.head_dim), "%s must have parameters for each group", name);
   }
   check.tensor(name, p.codes, {batch, heads, pages, t.rows, t.row_words}, kInt16);

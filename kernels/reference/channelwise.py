@@ -56,7 +56,9 @@ from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
     E5M3_LARGEST,
     FP16_MAX,
+    as_bytes,
     e5m3_value,
+    from_bytes,
     round_e5m3,
     sum_pairs,
 )
@@ -65,8 +67,8 @@ from kvq_compile.kernels.reference.rope import (
     inverse_rotate_pairs,
     rotate_pairs,
 )
-from kvq_compile.kernels.scheme_checks import WORD_BITS
 from kvq_compile.kernels.values import check
+from kvq_compile.kernels.words import WORD_BITS
 
 # Widths
 
@@ -236,17 +238,14 @@ def channel_values(codes: Tensor, step: Tensor, center: Tensor, widths: Tensor) 
 
 def to_params(step: Tensor, center: Tensor) -> Tensor:
     """Return the part ``params`` ``[..., 3, D, 1]`` of steps and centers ``[..., D]``."""
-    word = center.view(torch.int16).int()
-    fields = [step, (word & 0xFF).to(torch.uint8), ((word >> 8) & 0xFF).to(torch.uint8)]
-    return torch.stack(fields, -2)[..., None]
+    fields = torch.cat([step[..., None], as_bytes(center)], -1)
+    return fields.transpose(-2, -1)[..., None]
 
 
 def from_params(params: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `to_params`."""
-    step, low, high = params[..., 0].unbind(-2)
-    word = low.int() | (high.int() << 8)
-    word = torch.where(word >= 1 << 15, word - (1 << 16), word)
-    return step, word.to(torch.int16).view(torch.float16)
+    fields = params[..., 0].transpose(-2, -1)
+    return fields[..., 0], from_bytes(fields[..., 1:])
 
 
 # Bits
@@ -345,7 +344,6 @@ def check_state(state: Tensor, pages: int, layout: Layout) -> None:
     Raises:
         ValueError: No cache could have found it.
     """
-    check(bool(state.isfinite().all()), "the mean of channels must be finite")
     widths = state[:, :, :1].float()
     whole = bool((widths == widths.round()).all() and ((widths >= 0) & (widths <= MAX_WIDTH)).all())
     totals = widths.sum(-1)
@@ -356,3 +354,4 @@ def check_state(state: Tensor, pages: int, layout: Layout) -> None:
         whole and bool(given.all()),
         f"the widths of channels must be 0 to {MAX_WIDTH} and {layout.bit_rows} together",
     )
+    check(bool(state[:, :, 1:].isfinite().all()), "the mean of channels must be finite")

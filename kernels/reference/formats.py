@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.schemes import TRITS, WORD_BITS
+from kvq_compile.kernels.words import TRITS, WORD_BITS, plane_words
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
@@ -76,6 +76,32 @@ def sum_pairs(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
+def split_bytes(words: Tensor, count: int) -> Tensor:
+    """Return the low ``count`` bytes of integers ``[...]``, the lowest first, ``[..., count]``."""
+    shifts = torch.arange(0, 8 * count, 8, device=words.device, dtype=torch.int32)
+    return ((words[..., None] >> shifts) & 0xFF).to(torch.uint8)
+
+
+def join_bytes(fields: Tensor) -> Tensor:
+    """Undo `split_bytes`: return integers, int32."""
+    shifts = torch.arange(0, 8 * fields.shape[-1], 8, device=fields.device, dtype=torch.int32)
+    return (fields.int() << shifts).sum(-1, dtype=torch.int32)
+
+
+def as_bytes(stored: Tensor) -> Tensor:
+    """View parameters ``[...]``, fp16 or e4m3 bytes, as bytes ``[..., 1 or 2]``, the low one first."""
+    if stored.dtype == torch.uint8:
+        return stored[..., None]
+    return split_bytes(stored.view(torch.int16).int(), 2)
+
+
+def from_bytes(fields: Tensor) -> Tensor:
+    """Undo `as_bytes`."""
+    if fields.shape[-1] == 1:
+        return fields[..., 0]
+    return _to_int16(join_bytes(fields)).view(torch.float16)
+
+
 def pack(codes: Tensor, layout: Layout) -> Tensor:
     """Pack codes ``[..., N, D / couple]`` into words ``[..., rows, row_words]`` (int16), as `Layout` describes."""
     rows = codes if layout.role == "key" else codes.transpose(-2, -1)
@@ -84,6 +110,8 @@ def pack(codes: Tensor, layout: Layout) -> Tensor:
     planes, shift = [], 0
     for width in layout.planes:
         plane = (rows >> shift) & ((1 << width) - 1)
+        room = plane_words(layout.row_places, width) * (WORD_BITS // width)
+        plane = F.pad(plane, (0, room - layout.row_length))
         fields = plane.unflatten(-1, (WORD_BITS // width, -1))
         shifts = torch.arange(0, WORD_BITS, width, device=codes.device, dtype=torch.int64)[:, None]
         planes.append((fields << shifts).sum(-2))
@@ -98,10 +126,11 @@ def unpack(units: Tensor, layout: Layout) -> Tensor:
         return codes if layout.role == "key" else codes.transpose(-2, -1)
     codes, first, shift = torch.zeros((), dtype=torch.int32, device=units.device), 0, 0
     for width in layout.planes:
-        count = layout.row_length * width // WORD_BITS
+        count = plane_words(layout.row_places, width)
         words = units[..., None, first : first + count].int()
         shifts = torch.arange(0, WORD_BITS, width, device=units.device, dtype=torch.int32)[:, None]
-        codes = codes + ((((words >> shifts) & ((1 << width) - 1)) << shift).flatten(-2))
+        plane = ((words >> shifts) & ((1 << width) - 1)).flatten(-2)[..., : layout.row_length]
+        codes = codes + (plane << shift)
         first, shift = first + count, shift + width
     return codes if layout.role == "key" else codes.transpose(-2, -1)
 

@@ -16,13 +16,13 @@ by attention.
 
 **Storage.** With ``B`` sequences, ``H`` KV heads, ``P`` pages of ``N`` tokens, ``D`` channels::
 
-    codes   int16   [B, H, P, 1, row_words]   HEADER words, then rows of D / 16 words
+    codes   int16   [B, H, P, 1, row_words]   HEADER words, then rows of D / 16 words, rounded up
     params  uint8   [B, H, P, fields, N, 1]   metadata: one row of bytes per field
 
 Word ``j`` of the header is ``n_j``; bit ``f`` of word ``w`` of a row belongs to channel ``16 w + f``. The metadata of a
 token are its zero point and half-range (one e4m3 byte each, or the low and the high byte in fp16), its rank, and for
-each outlier the channel and the low and the high byte of the value in fp16. A token has as many bits as there are
-planes with ``n_j > rank``.
+each outlier the channel (two bytes, the low one first, where there are more than 256) and the low and the high byte of
+the value in fp16. A token has as many bits as there are planes with ``n_j > rank``.
 
 Metadata lie in the order of slots and rows are found by rank, for keys and values alike. If metadata were sorted too,
 attention would have to permute scores or weights, since the orders of keys and values differ.
@@ -38,20 +38,25 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.mixed_scheme import FLOOR, HEADER, MAX_BITS, OUTLIER_FIELDS
+from kvq_compile.kernels.mixed_scheme import FLOOR, HEADER, MAX_BITS
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
     FP16_MAX,
+    as_bytes,
     e4m3_value,
+    from_bytes,
+    join_bytes,
     round_e4m3,
     round_up_fp16,
+    split_bytes,
     sum_pairs,
 )
-from kvq_compile.kernels.scheme_checks import WORD_BITS
 from kvq_compile.kernels.values import check
+from kvq_compile.kernels.words import WORD_BITS
 
 Level = Literal["head", "layer", "token"]
 SHARED: dict[Level, tuple[int, ...]] = {  # dimensions of [L, B, H, P, N] with common range and bits
@@ -220,7 +225,10 @@ def quantize_pages(
     exact = x.gather(-1, channels).half()
     pieces = [as_bytes(stored_zero), as_bytes(stored_half_range), rank(bits)[..., None]]
     for i in range(layout.mixed.outliers):
-        pieces += [channels[..., i : i + 1], as_bytes(exact[..., i])]
+        pieces += [
+            split_bytes(channels[..., i], layout.outlier_fields - 2),
+            as_bytes(exact[..., i]),
+        ]
     metadata = torch.cat([piece.to(torch.uint8) for piece in pieces], -1).mT[..., None].contiguous()
     return pack(codes, bits, layout), metadata
 
@@ -234,9 +242,13 @@ def dequantize_pages(codes: Tensor, metadata: Tensor, layout: Layout) -> Tensor:
     half_range = stored_value(from_bytes(fields[..., size : 2 * size]))[..., None]
     x = place(levels, bits) * half_range + zero_point
     for i in range(layout.mixed.outliers):
-        first = layout.mixed.rank_field + 1 + OUTLIER_FIELDS * i
-        value = from_bytes(fields[..., first + 1 : first + OUTLIER_FIELDS]).float()
-        x = x.scatter(-1, fields[..., first : first + 1].long(), value[..., None])
+        first = layout.mixed.rank_field + 1 + layout.outlier_fields * i
+        channel, value = fields[..., first : first + layout.outlier_fields].split(
+            (layout.outlier_fields - 2, 2), -1
+        )
+        x = x.scatter(
+            -1, join_bytes(channel)[..., None].long(), from_bytes(value).float()[..., None]
+        )
     return x
 
 
@@ -327,6 +339,7 @@ def pack(levels: Tensor, bits: Tensor, layout: Layout) -> Tensor:
     place = torch.arange(WORD_BITS, device=bits.device, dtype=torch.int32)
     rows = levels.new_zeros(*bits.shape[:-1], layout.code_rows + 1, layout.plane_row_words)
     order = rank(bits)
+    levels = F.pad(levels, (0, WORD_BITS * layout.plane_row_words - layout.head_dim))
     for plane in range(layout.mixed.max_bits):
         fields = (levels >> (MAX_BITS - 1 - plane)) & 1
         words = (fields.unflatten(-1, (-1, WORD_BITS)) << place).sum(-1, dtype=torch.int32)
@@ -354,7 +367,7 @@ def unpack(codes: Tensor, metadata: Tensor, layout: Layout) -> tuple[Tensor, Ten
         held = rows.gather(-2, row.expand(*row.shape[:-1], layout.plane_row_words))
         fields = (((held[..., None] >> place) & 1) * has[..., None, None]).flatten(-2)
         levels = levels + (fields << (MAX_BITS - 1 - plane))
-    return levels, bits
+    return levels[..., : layout.head_dim], bits
 
 
 def held_bits(codes: Tensor, metadata: Tensor, layout: Layout) -> Tensor:
@@ -383,24 +396,6 @@ def stored_span(metadata: Tensor, layout: Layout) -> Tensor:
     """Return the range of each token of packed pages, twice its half-range, ``[..., N]`` (fp32)."""
     size = layout.mixed.param_bytes
     return 2.0 * stored_value(from_bytes(metadata[..., size : 2 * size, :, 0].mT))
-
-
-def as_bytes(stored: Tensor) -> Tensor:
-    """View parameters ``[...]`` of `store` as bytes ``[..., 1 or 2]``, the low byte first."""
-    if stored.dtype == torch.uint8:
-        return stored[..., None]
-    word = stored.view(torch.int16).int()
-    return torch.stack([word & 0xFF, (word >> 8) & 0xFF], -1).to(torch.uint8)
-
-
-def from_bytes(fields: Tensor) -> Tensor:
-    """Undo `as_bytes`."""
-    if fields.shape[-1] == 1:
-        return fields[..., 0]
-    low, high = fields.int().unbind(-1)
-    word = low | (high << 8)
-    word = torch.where(word >= 1 << 15, word - (1 << 16), word)
-    return word.to(torch.int16).view(torch.float16)
 
 
 def counted_bits(
@@ -477,9 +472,10 @@ def check_pages(codes: Tensor, params: Tensor, layout: Layout) -> None:
     for first in (0, size):
         values = stored_value(from_bytes(params[..., first : first + size, :, 0].mT))
         check(bool(values.isfinite().all()), "zero points and half-ranges must be finite")
-    first = scheme.rank_field + 1
-    channels = params[..., first::OUTLIER_FIELDS, :, 0]
-    check(
-        bool((channels < layout.head_dim).all()),
-        f"the channels of outliers must be below {layout.head_dim}",
-    )
+    size = layout.outlier_fields
+    for first in range(scheme.rank_field + 1, params.shape[-3], size):
+        channels = join_bytes(params[..., first : first + size - 2, :, 0].mT)
+        check(
+            bool((channels < layout.head_dim).all()),
+            f"the channels of outliers must be below {layout.head_dim}",
+        )

@@ -60,7 +60,7 @@ def _held(codes, order):
 def _requantize_page(page, weights, first, end, CONSTANTS: tl.constexpr):
     """Drop planes of the page that begins at slot ``first``, of a cache whose pages end before ``end``."""
     PAGE: tl.constexpr = CONSTANTS.page_size
-    WORDS: tl.constexpr = CONSTANTS.head_dim // 16
+    WORDS: tl.constexpr = triton.cdiv(CONSTANTS.head_dim, 16)
     PLANES: tl.constexpr = CONSTANTS.bits
     token = tl.arange(0, PAGE)
     word = tl.arange(0, triton.next_power_of_2(WORDS))[None, :]

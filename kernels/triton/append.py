@@ -39,7 +39,7 @@ from kvq_compile.kernels.triton.arguments import (
     calibrated_head,
 )
 from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
-from kvq_compile.kernels.triton.constants import WriteConstants
+from kvq_compile.kernels.triton.constants import WriteConstants, first_word, plane_words
 from kvq_compile.kernels.triton.dequantize import store_tokens
 from kvq_compile.kernels.triton.packing import DIGITS
 from kvq_compile.kernels.triton.residual import (
@@ -97,8 +97,8 @@ def _pack_plane(
     """Write the plane of ``WIDTH`` bits of a page, in tiles in which the fields of a word lie along one axis."""
     SHIFT: tl.constexpr = CONSTANTS.bits & -(2 * WIDTH)  # bits of the planes before it
     LENGTH: tl.constexpr = CONSTANTS.row_length
-    FIRST: tl.constexpr = LENGTH * SHIFT // 16
-    WORDS: tl.constexpr = LENGTH * WIDTH // 16
+    FIRST: tl.constexpr = first_word(CONSTANTS, WIDTH)
+    WORDS: tl.constexpr = plane_words(CONSTANTS, WIDTH)
     WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
     ROWS: tl.constexpr = CONSTANTS.page_words // CONSTANTS.row_words
     BLOCK: tl.constexpr = min(
@@ -108,8 +108,11 @@ def _pack_plane(
     word = tl.arange(0, WORDS_PAD)[None, None, :]
     for block in range(0, ROWS, BLOCK):
         row = block + tl.arange(0, BLOCK)[:, None, None]
+        index = field * WORDS + word
         exists = (row < ROWS) & (word < WORDS) & (field >= 0)
-        code = _row_codes(source, page, scratch, row, field * WORDS + word, exists, CONSTANTS)
+        if WORDS * 16 > LENGTH * WIDTH:  # of what does not exist the code is 0
+            exists &= index < LENGTH
+        code = _row_codes(source, page, scratch, row, index, exists, CONSTANTS)
         packed = tl.sum(((code >> SHIFT) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
         row = block + tl.arange(0, BLOCK)[:, None]
         word_2d = tl.arange(0, WORDS_PAD)[None, :]

@@ -145,7 +145,7 @@ def attend_kernel(
     pages = tl.minimum(tl.load(keys.packed.cursor + 1), tl.load(values.packed.cursor + 1))
     view = View(start, shape.new, kv_len, visible, pages)
     row = head.to(tl.int64) * (SHARED_BY * shape.tokens) + column
-    dim = tl.arange(0, triton.next_power_of_2(VALUE.head_dim))
+    dim = tl.arange(0, VALUE.channels)
     stored = (dim < VALUE.head_dim)[:, None] & exists[None, :]
     if split < shape.exact_splits:
         rows = batch * query.batch + q_head * query.head + token * query.token

@@ -125,7 +125,7 @@ def read_values(codes, book, VALUE: tl.constexpr, LAUNCH: tl.constexpr):
     if VALUE.gathers:
         v = tl.trans(_gather(codes, book, token, 0, VALUE.code_channels, VALUE))
     else:
-        channel = tl.arange(0, triton.next_power_of_2(VALUE.head_dim))
+        channel = tl.arange(0, VALUE.channels)
         exists = (channel < VALUE.head_dim)[:, None]
         v = load_elements(codes, book, token[None, :], channel[:, None], exists, VALUE)
     return v.to(LAUNCH.dtype)

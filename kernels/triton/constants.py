@@ -33,14 +33,16 @@ class ReadConstants:
         levels: Steps between the lowest and the highest code.
         packing, grouping, group_size, params, transform, couple, rotary, has_tables: As the layout has them.
         code_channels: Codes of a token.
-        row_length, row_bytes, row_words: Of a row: its codes, its bytes of trits, its 16-bit words.
+        row_length, row_places, row_bytes, row_words: Of a row: its codes, what its planes have room for, its bytes of
+            trits, its 16-bit words.
         page_words, page_params: Of a page: its words; its pairs of scale and zero point, or bytes of metadata.
         in_fields, gathers: How elements are read: from bit fields in registers, or a vector for each code.
+        channels: Of a tile of tokens, padded.
         columns: Of a tile of keys (of mixed values too), padded.
         block: Rotary keys that are rotated at once; all blocks of a page by the same angles.
         sections: First word of each section of the tables.
-        param_bytes, rank_field, outliers: Of the metadata of a mixed token: bytes of a zero point, the field of its
-            rank, outliers.
+        param_bytes, rank_field, outliers, outlier_fields: Of the metadata of a mixed token: bytes of a zero point,
+            the field of its rank, outliers, fields of each.
     """
 
     role: str
@@ -66,18 +68,21 @@ class ReadConstants:
     has_tables: bool
     code_channels: int
     row_length: int
+    row_places: int
     row_bytes: int
     row_words: int
     page_words: int
     page_params: int
     in_fields: bool
     gathers: bool
+    channels: int
     columns: int
     block: int
     sections: tuple[tuple[str, int], ...]
     param_bytes: int
     rank_field: int
     outliers: int
+    outlier_fields: int
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -128,11 +133,14 @@ def _read_values(layout: Layout) -> dict[str, object]:
     mixed = layout.mixed if scheme == "mixed" else None
     bits = sum(layout.planes) if mixed is None else mixed.max_bits
     in_fields = scheme == "uniform" and layout.packing == "fields"
+    if layout.rotary:  # halves of a padded row are not halves of its words
+        in_fields = in_fields and layout.row_places == layout.row_length
     per_word = 1
     if scheme == "mixed":
         per_word = 16  # of a bit plane
     elif in_fields:
         per_word = 16 // (2 if bits == 3 else bits)
+    channels = pad_channels(dim)
     even = all(n & (n - 1) == 0 for n in (dim, layout.couple))
     groups, members = layout.params_shape
     names = (*CHANNEL_SECTIONS, "frequency", "codebook")
@@ -161,18 +169,21 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "has_tables": layout.has_tables,
         "code_channels": layout.code_channels,
         "row_length": layout.row_length,
+        "row_places": layout.row_places,
         "row_bytes": layout.row_bytes,
         "row_words": layout.row_words,
         "page_words": layout.rows * layout.row_words,
         "page_params": groups * members,
         "in_fields": in_fields,
-        "gathers": scheme == "codebook" and even and layout.code_channels > 1,
-        "columns": per_word * triton.next_power_of_2(dim // per_word),
+        "gathers": scheme == "codebook" and even and channels == dim and layout.code_channels > 1,
+        "channels": channels,
+        "columns": pad_channels(per_word * triton.next_power_of_2(triton.cdiv(dim, per_word))),
         "block": min(layout.page_size, max(32, layout.page_size // 2)),
         "sections": tuple((name, section(name, dim, layout.rotary)[0]) for name in names),
         "param_bytes": param_bytes,
         "rank_field": 2 * param_bytes,
         "outliers": 0 if mixed is None else mixed.outliers,
+        "outlier_fields": 0 if mixed is None else layout.outlier_fields,
     }
 
 
@@ -191,6 +202,28 @@ def _write_values(layout: Layout) -> dict[str, object]:
         "fit": mixed is not None and mixed.fit,
         "soften": mixed is not None and mixed.soften,
     }
+
+
+@triton.constexpr_function
+def pad_channels(dim):
+    """Return how many channels a tile has for heads of ``dim``: a power of two that the matrix instruction takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.constexpr_function
+def plane_words(constants, width):
+    """Return the words of a plane in a row of packed codes."""
+    return -(-constants.row_places * width // 16)
+
+
+@triton.constexpr_function
+def first_word(constants, width):
+    """Return the first word of a plane in a row: the planes before it are wider."""
+    words = 0
+    for wider in (2, 4, 8):
+        if wider > width and constants.bits & wider:
+            words += -(-constants.row_places * wider // 16)
+    return words
 
 
 @triton.constexpr_function

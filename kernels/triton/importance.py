@@ -105,7 +105,7 @@ def _load_queries(
     ``query`` begins at the first query head of the KV head; ``kv_len`` tokens are held.
     """
     HEAD_DIM: tl.constexpr = KEY.head_dim
-    channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
+    channel = tl.arange(0, KEY.channels)[None, :]
     end = view.start + view.new
     head, back = column % LAUNCH.shared_by, column // LAUNCH.shared_by
     slot = end - 1 - back

@@ -23,7 +23,6 @@ import triton.language as tl
 
 from kvq_compile.kernels.mixed_scheme import HEADER as HEADER_WORDS
 from kvq_compile.kernels.mixed_scheme import MAX_BITS as MOST_BITS
-from kvq_compile.kernels.mixed_scheme import OUTLIER_FIELDS as FIELDS
 from kvq_compile.kernels.triton.formats import e4m3_value
 from kvq_compile.kernels.triton.primitives import (
     HIDDEN,
@@ -35,7 +34,6 @@ from kvq_compile.kernels.triton.primitives import (
 
 HEADER = tl.constexpr(HEADER_WORDS)
 MAX_BITS = tl.constexpr(MOST_BITS)
-OUTLIER_FIELDS = tl.constexpr(FIELDS)
 LEAST_FACTOR = tl.constexpr(2.0**-32)  # below any that is not zero, and a power of two
 
 
@@ -86,6 +84,8 @@ def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
     SIZE: tl.constexpr = CONSTANTS.param_bytes
     BITS: tl.constexpr = CONSTANTS.bits
     OUTLIERS: tl.constexpr = CONSTANTS.outliers
+    WIDE: tl.constexpr = CONSTANTS.outlier_fields - 2  # bytes of a channel
+    WORDS: tl.constexpr = triton.cdiv(CONSTANTS.head_dim, 16)
     real = token < PAGE
     where = page.params + token
     rank = tl.load(where + CONSTANTS.rank_field * PAGE, mask=real, other=0).to(tl.int32)
@@ -97,7 +97,7 @@ def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
     for plane in tl.static_range(BITS):
         tokens = tl.load(page.codes + plane).to(tl.int32)
         has = rank < tokens
-        row = page.codes + HEADER + (first + rank) * (CONSTANTS.head_dim // 16)
+        row = page.codes + HEADER + (first + rank) * WORDS
         word = tl.load(row + channel // 16, mask=exists & has, other=0).to(tl.int32)
         levels += ((word >> (channel % 16)) & 1) << (MAX_BITS - 1 - plane)
         bits += has.to(tl.int32)
@@ -105,9 +105,9 @@ def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
     middle = levels.to(tl.float32) * 0.0078125 + (power_of_2(-bits) - 1.0)
     x = middle * half_range + zero
     for outlier in tl.static_range(OUTLIERS):
-        at = 2 * SIZE + 1 + OUTLIER_FIELDS * outlier
-        here = tl.load(where + at * PAGE, mask=real, other=0).to(tl.int32)
-        stored = _load_bytes(where + (at + 1) * PAGE, real, 2, CONSTANTS)
+        at = 2 * SIZE + 1 + CONSTANTS.outlier_fields * outlier
+        here = _load_bytes(where + at * PAGE, real, WIDE, CONSTANTS)
+        stored = _load_bytes(where + (at + WIDE) * PAGE, real, 2, CONSTANTS)
         stored = stored.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         x = tl.where(channel == here, stored, x)
     return x
@@ -174,7 +174,7 @@ def _constraints(bits):
 def load_planes(codes, rank, header, CONSTANTS: tl.constexpr):
     """Return the words ``[page_size, words]`` of each plane, 0 where a token does not have it."""
     BITS: tl.constexpr = CONSTANTS.bits
-    WORDS: tl.constexpr = CONSTANTS.head_dim // 16
+    WORDS: tl.constexpr = triton.cdiv(CONSTANTS.head_dim, 16)
     WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
     word = tl.arange(0, WORDS_PAD)
     planes = ()
@@ -299,14 +299,17 @@ def _place_outliers(x, metadata, factor, offset, KEYS: tl.constexpr, CONSTANTS: 
     """Return codes ``x`` ``[page_size, columns]`` dequantized, with the outliers in their places."""
     PAGE: tl.constexpr = CONSTANTS.page_size
     OUTLIERS: tl.constexpr = CONSTANTS.outliers
+    WIDE: tl.constexpr = CONSTANTS.outlier_fields - 2
     channel = _tile_channels(KEYS, CONSTANTS)[None, :]
     where = metadata + tl.arange(0, PAGE)
     x = x * factor.to(x.dtype)[:, None] + offset.to(x.dtype)[:, None]
     for outlier in tl.static_range(OUTLIERS):
-        at = CONSTANTS.rank_field + 1 + OUTLIER_FIELDS * outlier
+        at = CONSTANTS.rank_field + 1 + CONSTANTS.outlier_fields * outlier
         here = tl.load(where + at * PAGE).to(tl.int32)
-        low = tl.load(where + (at + 1) * PAGE).to(tl.uint16)
-        high = tl.load(where + (at + 2) * PAGE).to(tl.uint16)
+        if WIDE == 2:
+            here |= tl.load(where + (at + 1) * PAGE).to(tl.int32) << 8
+        low = tl.load(where + (at + WIDE) * PAGE).to(tl.uint16)
+        high = tl.load(where + (at + WIDE + 1) * PAGE).to(tl.uint16)
         value = (low | (high << 8)).to(tl.float16, bitcast=True).to(x.dtype)
         x = tl.where(channel == here[:, None], value[:, None], x)
     return x

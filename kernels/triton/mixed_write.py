@@ -24,7 +24,6 @@ from kvq_compile.kernels.triton.formats import (
 from kvq_compile.kernels.triton.mixed import (
     HEADER,
     MAX_BITS,
-    OUTLIER_FIELDS,
     power_of_2,
     stored_value,
 )
@@ -190,7 +189,7 @@ def write_header(codes, bits):
 @triton.jit
 def write_zero_rows(codes, used, CONSTANTS: tl.constexpr):
     """Write zeros to the rows of a page from index ``used`` on."""
-    WORDS: tl.constexpr = CONSTANTS.head_dim // 16
+    WORDS: tl.constexpr = triton.cdiv(CONSTANTS.head_dim, 16)
     WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
     CODE_ROWS: tl.constexpr = CONSTANTS.code_rows
     word = tl.arange(0, WORDS_PAD)[None, :]
@@ -266,10 +265,11 @@ def _write_tokens(
 ):  # fmt: skip
     """Code the tokens and write their metadata and the rows of all planes."""
     PAGE: tl.constexpr = CONSTANTS.page_size
-    WORDS: tl.constexpr = CONSTANTS.head_dim // 16
+    WORDS: tl.constexpr = triton.cdiv(CONSTANTS.head_dim, 16)
     WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
     SIZE: tl.constexpr = CONSTANTS.param_bytes
     OUTLIERS: tl.constexpr = CONSTANTS.outliers
+    WIDE: tl.constexpr = CONSTANTS.outlier_fields - 2  # bytes of a channel
     PLANES: tl.constexpr = CONSTANTS.bits
     channel = tl.arange(0, 16 * WORDS_PAD)
     word = tl.arange(0, WORDS_PAD)
@@ -293,6 +293,8 @@ def _write_tokens(
         levels = tl.floor((tl.div_rn(offset, width[:, None]) + 0.5) * 256.0)
         levels = tl.minimum(tl.maximum(levels, 0.0), 255.0)
         levels = tl.where((half_range > 0)[:, None], levels, 0.0).to(tl.int32)
+        if CONSTANTS.head_dim % 16 > 0:  # the last word of a row ends in zeros
+            levels = tl.where((channel < CONSTANTS.head_dim)[None, :], levels, 0)
         if CONSTANTS.fit:
             offset = tl.where(kept, offset, 0.0)
             shift = (-bits + MAX_BITS)[:, None]
@@ -306,10 +308,10 @@ def _write_tokens(
         _write_bytes(where, stored_zero, exists, SIZE, CONSTANTS)
         _write_bytes(where + SIZE * PAGE, stored_range, exists, SIZE, CONSTANTS)
         for outlier in tl.static_range(OUTLIERS):
-            at = 2 * SIZE + 1 + OUTLIER_FIELDS * outlier
+            at = 2 * SIZE + 1 + CONSTANTS.outlier_fields * outlier
             number = numbers[outlier].to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
-            _write_bytes(where + at * PAGE, channels[outlier], exists, 1, CONSTANTS)
-            _write_bytes(where + (at + 1) * PAGE, number, exists, 2, CONSTANTS)
+            _write_bytes(where + at * PAGE, channels[outlier], exists, WIDE, CONSTANTS)
+            _write_bytes(where + (at + WIDE) * PAGE, number, exists, 2, CONSTANTS)
         levels = tl.reshape(levels, (ROWS, WORDS_PAD, 16))
         for plane in tl.static_range(PLANES):
             words = tl.sum(((levels >> (MAX_BITS - 1 - plane)) & 1) << field, 2)

@@ -7,7 +7,8 @@ done for every element.
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.schemes import TRITS
+from kvq_compile.kernels.triton.constants import first_word, plane_words
+from kvq_compile.kernels.words import TRITS
 
 DIGITS = tl.constexpr(TRITS)
 
@@ -25,8 +26,8 @@ def load_words(where, exists):
 def _plane(codes, row, column, exists, CONSTANTS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the bits of codes that lie in the plane of ``WIDTH`` bits, in their place."""
     SHIFT: tl.constexpr = CONSTANTS.bits & -(2 * WIDTH)  # of the planes before it
-    WORDS: tl.constexpr = CONSTANTS.row_length * WIDTH // 16
-    word = CONSTANTS.row_length * SHIFT // 16 + column % WORDS
+    WORDS: tl.constexpr = plane_words(CONSTANTS, WIDTH)
+    word = first_word(CONSTANTS, WIDTH) + column % WORDS
     word = load_words(codes + (row * CONSTANTS.row_words + word), exists).to(tl.int32)
     return ((word >> (column // WORDS * WIDTH)) & ((1 << WIDTH) - 1)) << SHIFT
 

@@ -250,6 +250,7 @@ def attend_pages(
     """
     PAGE: tl.constexpr = KEY.page_size
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
+    BLOCK_V: tl.constexpr = VALUE.channels
     COPIES: tl.constexpr = LAUNCH.copies
     PLAIN: tl.constexpr = VALUE.scheme == "uniform" and VALUE.grouping == "token"
     FOLD: tl.constexpr = PLAIN and VALUE.group_size * COPIES == VALUE.head_dim
@@ -267,7 +268,7 @@ def attend_pages(
     running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     running_sum = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
     running_zero = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
-    accumulator = tl.zeros([triton.next_power_of_2(VALUE.head_dim), BLOCK_Q], tl.float32)
+    accumulator = tl.zeros([BLOCK_V, BLOCK_Q], tl.float32)
     for page in tl.range(lo, hi, num_stages=LAUNCH.stages):
         at = tl.cast(page, tl.int64)
         k_codes = keys.codes + at * KEY.page_words

@@ -1,8 +1,8 @@
 """What more than one kernel does with packed words and with scores: unpacking in registers, masks, online softmax.
 
 A packed row is planar (`Layout`): field ``f`` of word ``w`` holds code ``f * words + w``. The helpers work on
-tiles whose sides are powers of two. Where the words of a row are not, they are padded, and column ``f * WORDS_PAD +
-w`` of a tile then stands for code ``f * words + w``; `row_index` does that arithmetic.
+tiles whose sides are powers of two, 16 or more. Where the words of a row are not as many, they are padded, and column
+``f * WORDS_PAD + w`` of a tile then stands for code ``f * words + w``; `row_index` does that arithmetic.
 
 Two ways lead from words to codes. The portable one shifts and masks, and runs everywhere, in the interpreter too.
 On NVIDIA hardware one logic instruction puts a field of two neighbouring words under the exponent of a power of two
@@ -27,19 +27,19 @@ WEIGHT_BIAS = tl.constexpr(
 
 @triton.jit
 def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr):
-    """Return the code that a tile's column stands for, and whether it exists, in rows of
+    """Return the code that a tile's column stands for, and whether it exists, in rows with room for
     ``LENGTH``."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     WORDS: tl.constexpr = LENGTH * WIDTH // 16
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
+    WORDS_PAD: tl.constexpr = max(WIDTH, triton.next_power_of_2(WORDS))
     word = column % WORDS_PAD
     return (column // WORDS_PAD) * WORDS + word, word < WORDS
 
 
 @triton.jit
 def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
-    """Load the words of rows of ``LENGTH`` codes: those of the low plane, and of the high one at 3
-    bits.
+    """Load the words of rows with room for ``LENGTH`` codes: those of the low plane, and of the high
+    one at 3 bits.
 
     Rows from ``ROWS`` on do not exist and give zeros. Words of the high plane hold 16 codes, those
     of the low one 8. They are brought to the low plane's shape: bit ``2 f`` of the result belongs
@@ -47,7 +47,7 @@ def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.con
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     WORDS: tl.constexpr = LENGTH * WIDTH // 16
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
+    WORDS_PAD: tl.constexpr = max(WIDTH, triton.next_power_of_2(WORDS))
     HALF: tl.constexpr = WORDS // 2
     word = tl.arange(0, WORDS_PAD)
     first = codes + row[:, None] * (LENGTH * BITS // 16)

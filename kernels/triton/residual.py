@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kvq_compile.kernels.triton.arguments import at_head
+from kvq_compile.kernels.triton.constants import pad_channels
 from kvq_compile.kernels.triton.primitives import WEIGHT_BIAS, load_mask, softmax_update
 
 MAX_PAGES = 1 << 20  # the lower 20 bits of cursor[1]; the other 11 count programs
@@ -125,7 +126,7 @@ def exact_place(index, packed_end, start, kv_len, visible, CONSTANTS: tl.constex
 def load_keys(exact, new, stride, place, DIM: tl.constexpr, DTYPE: tl.constexpr):
     """Return the keys ``[tokens, DIM padded]`` of tokens from `exact_place`; zeros for what is neither."""
     _slot, row, fresh, old, now = place
-    dim = tl.arange(0, triton.next_power_of_2(DIM))
+    dim = tl.arange(0, pad_channels(DIM))
     ok = (dim < DIM)[None, :]
     k = tl.load(exact + row[:, None] * DIM + dim[None, :], mask=old[:, None] & ok, other=0.0)
     where = new + fresh[:, None] * stride + dim[None, :]
@@ -137,7 +138,7 @@ def load_keys(exact, new, stride, place, DIM: tl.constexpr, DTYPE: tl.constexpr)
 def _load_values(exact, new, stride, place, DIM: tl.constexpr, DTYPE: tl.constexpr):
     """Return the values ``[DIM padded, tokens]`` of tokens from `exact_place`; zeros for what is neither."""
     _slot, row, fresh, old, now = place
-    dim = tl.arange(0, triton.next_power_of_2(DIM))
+    dim = tl.arange(0, pad_channels(DIM))
     ok = (dim < DIM)[:, None]
     v = tl.load(exact + row[None, :] * DIM + dim[:, None], mask=old[None, :] & ok, other=0.0)
     where = new + fresh[None, :] * stride + dim[:, None]
@@ -180,7 +181,8 @@ def attend_exact(
     """Attend to one split of the tokens in the order sinks, ring, new; return accumulator, sum and maximum."""
     BLOCK: tl.constexpr = LAUNCH.block_n
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
-    k_dim = tl.arange(0, triton.next_power_of_2(KEY.head_dim))
+    BLOCK_V: tl.constexpr = VALUE.channels
+    k_dim = tl.arange(0, KEY.channels)
     q_ok = (k_dim < KEY.head_dim)[:, None] & queries.exists[None, :]
     q = tl.load(queries.pointer + queries.rows[None, :] + k_dim[:, None], mask=q_ok, other=0.0)
     q = q.to(LAUNCH.exact_dtype)
@@ -190,7 +192,7 @@ def attend_exact(
     last = tl.minimum(split * size + size, total)
     running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_Q], tl.float32)
-    accumulator = tl.zeros([triton.next_power_of_2(VALUE.head_dim), BLOCK_Q], tl.float32)
+    accumulator = tl.zeros([BLOCK_V, BLOCK_Q], tl.float32)
     # Not pipelined: its buffers would cost the programs that read pages their room.
     for block in tl.range(split * size, last, BLOCK, num_stages=1):
         index = block + tl.arange(0, BLOCK)

@@ -210,7 +210,9 @@ def tile_channels(COLUMNS: tl.constexpr, LENGTH: tl.constexpr, CONSTANTS: tl.con
     """Return the channels that the columns of a tile of keys stand for, and which of ``LENGTH`` exist."""
     column = tl.arange(0, COLUMNS)
     if CONSTANTS.in_fields:
-        channel, exists = row_index(column, CONSTANTS.head_dim, CONSTANTS.bits)
+        channel, exists = row_index(column, CONSTANTS.row_places, CONSTANTS.bits)
+        if CONSTANTS.row_places > CONSTANTS.head_dim:
+            exists &= channel < CONSTANTS.head_dim
     else:
         channel, exists = column, column < LENGTH
     return channel, exists
@@ -221,7 +223,7 @@ def read_keys(codes, channel, exists, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     """Return the codes ``[page_size, columns]`` of a page of keys, as numbers of the dtype of operands."""
     token = tl.arange(0, KEY.page_size)
     if KEY.in_fields:
-        low, high = load_rows(codes, token, KEY.head_dim, KEY.page_size, KEY.bits)
+        low, high = load_rows(codes, token, KEY.row_places, KEY.page_size, KEY.bits)
         k = unpack_rows(low, high, KEY.bits, LAUNCH.fast, LAUNCH.dtype)
     else:
         k = load_codes(codes, token[:, None], channel[None, :], exists[None, :], KEY)
@@ -236,7 +238,7 @@ def read_key_halves(
     """Return the codes of ``ROWS`` keys from ``FIRST`` on as two tiles ``[ROWS, columns / 2]``."""
     if KEY.in_fields:
         row = tl.arange(0, ROWS)
-        low, high = load_rows(codes + FIRST * KEY.row_words, row, KEY.head_dim, ROWS, KEY.bits)
+        low, high = load_rows(codes + FIRST * KEY.row_words, row, KEY.row_places, ROWS, KEY.bits)
         a, b = unpack_halves(low, high, KEY.bits, LAUNCH.fast, LAUNCH.dtype)
     else:
         token, ok = (FIRST + tl.arange(0, ROWS))[:, None], exists[None, :]
@@ -283,7 +285,7 @@ def dequantize_keys(
 @triton.jit
 def read_values(codes, VALUE: tl.constexpr, LAUNCH: tl.constexpr):
     """Return the codes ``[channels, page_size]`` of a page of values, as numbers of the dtype of operands."""
-    channel = tl.arange(0, triton.next_power_of_2(VALUE.head_dim))
+    channel = tl.arange(0, VALUE.channels)
     if VALUE.in_fields:
         low, high = load_rows(codes, channel, VALUE.page_size, VALUE.head_dim, VALUE.bits)
         v = unpack_rows(low, high, VALUE.bits, LAUNCH.fast, LAUNCH.dtype)

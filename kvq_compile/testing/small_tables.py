@@ -59,14 +59,14 @@ def framed_tensors(
     options: dict[str, Any] = {}
     codebook = None
     if draw(st.booleans()):
-        couple = draw(st.sampled_from([c for c in (2, 4, 8) if head_dim // c % 8 == 0]))
+        couple = draw(st.sampled_from([c for c in (2, 4, 8) if head_dim % (2 * c) == 0]))
         bits = draw(st.sampled_from((2, 4, 8, 10)))
         codebook, options["couple"], options["bits"] = (couple, bits), couple, bits
         group_size = head_dim
     else:
         grouping = draw(st.sampled_from(("token", "token", "channel")))
         whole = head_dim if grouping == "token" else page_size
-        group_size = draw(st.sampled_from([g for g in (16, 32, 64, 128) if whole % g == 0]))
+        group_size = draw(st.sampled_from([g for g in (4, 16, 32, 64, 128) if whole % g == 0]))
         options |= {
             "bits": draw(st.sampled_from((1, 1.5, 2, 3, 4, 8))),
             "grouping": grouping,
@@ -101,7 +101,7 @@ def framed_specs(draw: st.DrawFn, head_dim: int, heads: int = 2) -> CacheSpec:
 @st.composite
 def framed_layouts(
     draw: st.DrawFn, role: Role | None = None, heads: int = 2, batch: int = 2,
-    head_dims: tuple[int, ...] = (64, 80, 96, 128), page_sizes: tuple[int, ...] = (32, 64),
+    head_dims: tuple[int, ...] = (64, 72, 80, 96, 100, 128), page_sizes: tuple[int, ...] = (32, 64),
 ) -> tuple[Layout, Calibrated]:  # fmt: skip
     """Draw a calibrated layout and what its tokens are quantized relative to."""
     roles: tuple[Role, ...] = ("key", "value")

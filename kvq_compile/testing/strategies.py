@@ -27,7 +27,7 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.methods import UNIFORM
 from kvq_compile.testing.small_decoder import Decoder
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (64, 72, 80, 96, 120, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Numbers at which fp16 parameters or fp32 arithmetic change their behaviour: zeros, subnormal in fp16,
 # its smallest normal number, its largest.
