@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,7 +85,25 @@ def cq(couple: int, bits: int) -> CacheSpec:
     return CacheSpec(key, value, key_tables=of_key, value_tables=of_value)
 
 
+def tc(bits: float, turned: bool = True) -> CacheSpec:
+    """Return transform coding, of keys whose rotation is known."""
+    spec = make_spec("tc", bits=bits)
+    if not turned:
+        return spec
+    pair = torch.arange(HEAD_DIM // 2)
+    ones = torch.ones(KV_HEADS, HEAD_DIM)
+    tables = Tables.build(
+        order=torch.arange(HEAD_DIM).expand(KV_HEADS, -1), mean=0 * ones, scale=ones, margin=0 * ones,
+        frequency=(2.0**31 / 3.1416 * 5e5 ** -(pair / (HEAD_DIM // 2))).round().int().expand(KV_HEADS, -1),
+    )  # fmt: skip
+    return replace(spec, key=replace(spec.key, tables=tables.digest), key_tables=tables)
+
+
 SPECS = {
+    "tc-4": lambda: tc(4),
+    "tc-3": lambda: tc(3),
+    "tc-2": lambda: tc(2),
+    "tc-3-unturned": lambda: tc(3, False),
     "int8": lambda: CacheSpec(Uniform(8), Uniform(8)),
     "int4": lambda: CacheSpec(Uniform(4), Uniform(4)),
     "int3": lambda: CacheSpec(Uniform(3), Uniform(3)),
@@ -113,12 +133,17 @@ def microseconds(step: Callable[[], object]) -> float:
     return 1e3 * do_bench(graph.replay, warmup=5, rep=30, return_mode="median")
 
 
-def filled(batch: int, length: int, layout: Layout) -> Parts:
+def filled(batch: int, length: int, layout: Layout, frame: Calibrated) -> Parts:
     """Return a cache of ``length`` random tokens: random codes, with parameters as of normal
     numbers."""
     pages = layout.pages_at(length)
     like = torch.empty(batch, KV_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    codes, params, exact, cursor = Packed.empty(like, pages + 1, layout)
+    codes, params, exact, cursor = parts = Packed.empty(like, pages + 1, layout)
+    if layout.scheme.name == "channelwise":
+        spread = torch.logspace(-1, 0.5, HEAD_DIM, device="cuda")[torch.randperm(HEAD_DIM)]
+        x = torch.randn(batch, KV_HEADS, length, HEAD_DIM, device="cuda") * spread + spread
+        backend.append_(parts, frame, x.bfloat16(), None, 0, layout, None, tokens(batch, HEADS))
+        return parts
     exact.normal_()
     cursor.copy_(torch.tensor([length, pages]))
     if layout.scheme.name == "mixed":
@@ -129,7 +154,10 @@ def filled(batch: int, length: int, layout: Layout) -> Parts:
         codes.view(torch.uint8).remainder_(243)
     elif layout.bits == 1.5:
         codes.bitwise_and_(~((codes >> 1) & 0x5555))  # no field of value 3
-    if layout.params == "fp8":
+    if layout.params == "e5m3":
+        params[..., 0].fill_(0x78 - 8 * int(math.log2(layout.levels)))  # 1 and less for wider codes
+        params[..., 1].random_(118, 138)
+    elif layout.params == "fp8":
         params[..., 0].random_(0x30, 0x40)  # 0.5 to 1.9, and below for wider codes
         params[..., 0].sub_(8 * int(layout.levels > 3))
         params[..., 1].random_(0xB8, 0xC4)  # -1 to -3
@@ -178,8 +206,8 @@ def measure(
     """Return one row of the table, with the costs of writing if ``writes``."""
     spec = SPECS[name]()
     layouts = [spec.layout(role, HEAD_DIM, HEADS // KV_HEADS) for role in ROLES]
-    parts = [filled(batch, length, layout) for layout in layouts]
     frames = [make_frame(spec, layout, batch) for layout in layouts]
+    parts = [filled(batch, length, *of) for of in zip(layouts, frames, strict=True)]
     query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS), tokens(batch, KV_HEADS)]
     position = torch.tensor([length], device="cuda")
     score = Score(HEAD_DIM**-0.5)
@@ -196,7 +224,7 @@ def measure(
         for part in parts:
             part[3].copy_(state)
         weights, keys = None, layouts[0]
-        if keys.queries:  # a cache of fixed size weighs tokens at every step, a page filling or not
+        if keys.attentive:  # a cache of fixed size weighs tokens at every step, a page filling or not
             weights = backend.importance(
                 query, new[0], parts[0], frames[0], None, slot, None, boundary + 1, score, True, keys.queries,
                 keys,
@@ -245,8 +273,8 @@ def check_errors(names: list[str]) -> None:
         for batch, length in ((2, 1500), (1, 5000)):
             spec = SPECS[name]()
             layouts = [spec.layout(role, HEAD_DIM, HEADS // KV_HEADS) for role in ROLES]
-            parts = [filled(batch, length, layout) for layout in layouts]
             frames = [make_frame(spec, layout, batch) for layout in layouts]
+            parts = [filled(batch, length, *of) for of in zip(layouts, frames, strict=True)]
             query, new = tokens(batch, HEADS), [tokens(batch, KV_HEADS) for _ in range(2)]
             error, plain = relative_errors(
                 lambda: backend.attend(
