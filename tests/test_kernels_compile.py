@@ -14,7 +14,7 @@ import torch
 import aot
 from kvq_compile.kernels.layout import Layout, Regions, Score
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.schemes import Adaptive, Mixed, Uniform, scheme_of
+from kvq_compile.kernels.schemes import Adaptive, Channelwise, Mixed, Uniform, scheme_of
 from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.kernels.triton import adaptive, backend
 from kvq_compile.testing.small_tables import random_tables
@@ -30,6 +30,8 @@ Side = tuple[Layout, Calibrated]
 def side(role: Any, options: Options) -> Side:
     """Return a layout over 128 channels, and what it is coded relative to: random tables where it needs some."""
     options = dict(options)
+    if "pairs" in options:
+        return Layout(role, 128, Regions(), Channelwise(**options), QUERIES, SHARED), UNCALIBRATED
     if "max_bits" in options:
         return Layout(role, 128, Regions(), Mixed(**options), QUERIES, SHARED), UNCALIBRATED
     rotary, couple = options.pop("rotary", False), options.get("couple")
@@ -109,6 +111,16 @@ def mixed(bits: float, least: int = 0, most: int = 4, **options: Any) -> Options
 SKVQ = {"group_size": 64, "params": "fp8"}
 TRITS = {"bits": 1.5, "packing": "trits", **SKVQ}
 
+
+def by_channel(bits: float) -> Options:
+    return {"bits": bits, "pairs": "halves"}
+
+
+def turned(bits: float) -> Options:
+    """Return the options of values that go with such keys."""
+    return {"bits": bits, "transform": "hadamard", "params": "e5m3"}
+
+
 DECODING = {  # keys and values
     "int8": ({"bits": 8}, {"bits": 8}),
     "int4": ({"bits": 4}, {"bits": 4}),
@@ -122,6 +134,10 @@ DECODING = {  # keys and values
     "cq-4c8b": ({"bits": 8, "couple": 4, "rotary": True}, {"bits": 8, "couple": 4}),
     "cq-8c8b": ({"bits": 8, "couple": 8, "rotary": True}, {"bits": 8, "couple": 8}),
     "cq-8c10b": ({"bits": 10, "couple": 8, "rotary": True}, {"bits": 10, "couple": 8}),
+    "tc-2": (by_channel(2), turned(2)),
+    "tc-3": (by_channel(3), turned(3)),
+    "tc-2.5": (by_channel(3.5), turned(1.5) | {"packing": "trits"}),
+    "tc-8": (by_channel(8), turned(8)),
     "qaq-2.3": (mixed(2.75), mixed(1.4375)),
     "qaq-3": (mixed(3.25), mixed(2.375)),
     "six bits": (mixed(3.5, 1, 6), mixed(3, 0, 6)),
@@ -140,6 +156,8 @@ WRITING: dict[str, tuple[str, Options]] = {
     "write qaq-outliers": ("key", mixed(2.5, 0, 6, params="fp16", outliers=2)),
     "write qaq-hadamard": ("key", mixed(2, transform="hadamard")),
     "write qaq-target": ("key", mixed(2.75, params="fp16", soften=False, adaptive=Adaptive(0.1, 300.0))),
+    "write tc": ("key", by_channel(2.5)),
+    "write e5m3": ("value", turned(2)),
     "requantize qaq": ("key", mixed(2.75, adaptive=Adaptive(0.1, 9.0, requantize=True))),
 }  # fmt: skip
 READING: dict[str, tuple[str, Options]] = {
@@ -149,6 +167,7 @@ READING: dict[str, tuple[str, Options]] = {
     "read hadamard": ("value", {"bits": 4, "transform": "hadamard", "tables": True}),
     "read codebook": ("key", {"bits": 8, "couple": 4, "rotary": True}),
     "read qaq-outliers": ("key", mixed(2.5, 0, 6, params="fp16", outliers=2)),
+    "read tc": ("key", by_channel(2.5)),
 }
 WEIGHING: dict[str, tuple[int, int, int, Options]] = {  # heads that share, channels, page, options
     "weigh decode": (4, 128, 128, {}),
@@ -167,8 +186,9 @@ CASES: dict[str, Callable[[str], Any]] = {
 }
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
 ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
-ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "write fp8-trits", "write rotary-codebook",
-             "write qaq", "requantize qaq", "read rotary", "read qaq-outliers", "weigh decode"]  # fmt: skip
+ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3", "write fp8-trits", "write rotary-codebook",
+             "write qaq", "requantize qaq", "read rotary", "read tc", "read qaq-outliers",
+             "weigh decode"]  # fmt: skip
 
 
 def usage_of(target: str, names: list[str]) -> dict[str, aot.Usage]:
@@ -177,7 +197,7 @@ def usage_of(target: str, names: list[str]) -> dict[str, aot.Usage]:
     return used
 
 
-@pytest.mark.parametrize("kind", ["int", "kivi", "skvq", "cq", "qaq", "six", "eight"])
+@pytest.mark.parametrize("kind", ["int", "kivi", "skvq", "cq", "tc", "qaq", "six", "eight"])
 def test_decoding_keeps_its_state_in_registers_and_two_programs_share_an_sm(kind: str) -> None:
     for name, used in usage_of("sm_90", [n for n in DECODING if n.startswith(kind)]).items():
         assert used["stack"] == 0, name

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout, exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
-from kvq_compile.kernels.schemes import Mixed
+from kvq_compile.kernels.schemes import Channelwise, Mixed
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import backend
 from native import DEVICE, NATIVE, frame_on_device
@@ -110,6 +110,8 @@ def unsigned_zeros(params: Tensor, layout: Layout) -> Tensor:
     if isinstance(layout.scheme, Mixed):
         high = params[..., layout.scheme.param_bytes - 1, :, 0]
         low = params[..., 0, :, 0] if layout.scheme.param_bytes == 2 else torch.zeros_like(high)
+    elif isinstance(layout.scheme, Channelwise):
+        low, high = params[..., 1, :, 0], params[..., 2, :, 0]
     else:
         high = params[..., 1]
         low = torch.zeros_like(high)

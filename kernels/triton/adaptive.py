@@ -97,7 +97,7 @@ def requantize_kernel(cache, importance, position, start, shape, CONSTANTS: tl.c
     head, number = tl.program_id(0), tl.program_id(1)
     write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
     if write.ok & (write.pages > write.kept) & (number < write.kept):
-        page = at_page(cache, head.to(tl.int64) * shape.capacity + number, CONSTANTS)
+        page = at_page(cache, head.to(tl.int64), number, shape.capacity, CONSTANTS)
         batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
         offset = batch * importance.batch + kv_head * importance.head
         weights = HeadWeights(importance.pointer, offset, importance.slots)

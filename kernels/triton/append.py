@@ -10,7 +10,8 @@ transformed page is written to fp32 scratch memory first and read from there.
 
 Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor by counting
 arrivals in the upper bits of the page count, which every program reads through a mask and the last one clears: no
-memory besides the cursor, no order between programs. More tokens take three launches.
+memory besides the cursor, no order between programs. More tokens take three launches, or four where a cache finds
+something of itself from its first pages, which all of them then need.
 
 Where tokens go follows from lengths on the device (`residual.plan_write`), and the host never waits for them. It
 checks what it knows: the room for pages, when ``start`` is an integer. What it cannot know is guarded: a write that
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
-from kvq_compile.kernels.triton import mixed_write
+from kvq_compile.kernels.triton import channelwise_write, mixed_write
 from kvq_compile.kernels.triton.arguments import (
     HeadWeights,
     at_head,
@@ -171,10 +172,27 @@ def _quantize_page(
         tl.debug_barrier()
     if CONSTANTS.scheme == "mixed":
         mixed_write.quantize_page(page, scratch, weights, source.first, CONSTANTS, TILE)
+    elif CONSTANTS.scheme == "channelwise":
+        channelwise_write.quantize_page(source, page, scratch, CONSTANTS, TILE)
     else:
         write_params(source, page, scratch, calibration, CONSTANTS, TILE)
         tl.debug_barrier()
         _pack(source, page, scratch, CONSTANTS, TILE)
+
+
+@triton.jit
+def _find_state(
+    source, query, cursor, scratch, write, shape, batch, kv_head, CONSTANTS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Write queries of a head and then, if a page fills, the widths of its channels, which depend on them."""
+    write_queries(
+        query, source.exact, cursor, write, shape.tokens, shape.known, batch, kv_head, CONSTANTS
+    )
+    tl.debug_barrier()
+    if write.pages > write.kept:
+        last = CONSTANTS.sinks + (write.pages - 1) * CONSTANTS.page_size
+        channelwise_write.find_widths(source, last, scratch, CONSTANTS, TILE)
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -193,15 +211,19 @@ def append_kernel(
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
     new = at_head(x, batch, kv_head)
-    exact = cache.exact + head.to(tl.int64) * (CONSTANTS.exact_rows * CONSTANTS.head_dim)
     index = write.kept + number
-    page = at_page(cache, head.to(tl.int64) * shape.capacity + index, CONSTANTS)
+    page = at_page(cache, head.to(tl.int64), index, shape.capacity, CONSTANTS)
+    exact = page.exact
     scratch += (head.to(tl.int64) * tl.num_programs(1) + number) * CONSTANTS.scratch_size
     tables = calibrated_head(calibration, batch, kv_head, CONSTANTS)
     first = CONSTANTS.sinks + index * CONSTANTS.page_size
     source = Source(new, x.token, exact, first, write.start)
     if write.ok & write.cut & (number == 0):
         _reopen(source, page, tables, CONSTANTS, ROWS)
+    if WHOLE and CONSTANTS.bit_rows > 0 and write.ok:
+        _find_state(
+            source, query, cache.cursor, scratch, write, shape, batch, kv_head, CONSTANTS, TILE
+        )
     if write.ok & (index < write.pages):
         offset = batch * importance.batch + kv_head * importance.head
         weights = HeadWeights(importance.pointer, offset, importance.slots)
@@ -211,16 +233,39 @@ def append_kernel(
         if write.ok:
             for row in range(0, shape.tokens, ROWS):
                 write_rows(exact, new, x.token, row, write, shape.tokens, CONSTANTS, ROWS)
-            write_queries(
-                query, exact, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
-                CONSTANTS,
-            )  # fmt: skip
+            if CONSTANTS.bit_rows == 0:
+                write_queries(
+                    query, exact, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
+                    CONSTANTS,
+                )  # fmt: skip
         tl.debug_barrier()
         word = tl.atomic_add(cache.cursor + 1, ARRIVAL, sem="acq_rel")
         if word // ARRIVAL == tl.num_programs(0) - 1:
             tl.store(cache.cursor + 1, tl.where(write.ok, write.pages, word % ARRIVAL))
             if write.ok:
                 tl.store(cache.cursor, write.start + shape.tokens)
+
+
+@triton.jit(do_not_specialize=["start"])
+def state_kernel(
+    cache, x, query, scratch, position, start, shape, pages, CONSTANTS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Write queries and what a cache finds of itself, before `append_kernel` packs up to ``pages`` pages.
+
+    Grid: (B * Hkv,).
+    """
+    head = tl.program_id(0).to(tl.int64)
+    batch, kv_head = head // shape.heads, head % shape.heads
+    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    exact = cache.exact + head * (CONSTANTS.exact_rows * CONSTANTS.head_dim)
+    first = CONSTANTS.sinks + write.kept * CONSTANTS.page_size
+    source = Source(at_head(x, batch, kv_head), x.token, exact, first, write.start)
+    scratch += head * pages * CONSTANTS.scratch_size
+    if write.ok:
+        _find_state(
+            source, query, cache.cursor, scratch, write, shape, batch, kv_head, CONSTANTS, TILE
+        )
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -238,7 +283,7 @@ def rows_kernel(
         new = at_head(x, batch, kv_head)
         exact = cache.exact + head.to(tl.int64) * (CONSTANTS.exact_rows * CONSTANTS.head_dim)
         write_rows(exact, new, x.token, block * ROWS, write, shape.tokens, CONSTANTS, ROWS)
-        if block == 0:
+        if (block == 0) & (CONSTANTS.bit_rows == 0):
             write_queries(
                 query, exact, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
                 CONSTANTS,
@@ -306,6 +351,11 @@ def append_(
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
     size = constants.scratch_size
     scratch = x.new_empty(B * H * pages, size, dtype=torch.float32) if size else x
+    if constants.bit_rows and not whole:
+        state_kernel[(B * H,)](
+            bundle, new, queries, scratch, *slot, shape, pages, CONSTANTS=constants, TILE=TILE,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     append_kernel[(B * H, pages)](
         bundle, bundle_calibration(calibrated), new, queries, scratch,
         bundle_importance(importance if mixed and layout.attentive else None), *slot, shape,

@@ -143,11 +143,14 @@ def at_head(tensor, batch, head):
 
 
 @triton.jit
-def at_page(packed, page, CONSTANTS: tl.constexpr):
-    """Return a cache whose codes and parameters begin at index ``page`` (int64) of all pages."""
-    codes = packed.codes + page * CONSTANTS.page_words
+def at_page(packed, head, number, capacity, CONSTANTS: tl.constexpr):
+    """Return a page of a head (int64) of all heads: codes and parameters from there on, and the head's exact rows."""
+    page = head * capacity + number
     return CacheBundle(
-        codes, packed.params + page * CONSTANTS.page_params, packed.exact, packed.cursor
+        packed.codes + page * CONSTANTS.page_words,
+        packed.params + page * CONSTANTS.page_params,
+        packed.exact + head * (CONSTANTS.exact_rows * CONSTANTS.head_dim),
+        packed.cursor,
     )
 
 

@@ -40,10 +40,12 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_tensor,
     calibrated_head,
 )
+from kvq_compile.kernels.triton.channelwise import tile_of
+from kvq_compile.kernels.triton.channelwise_query import expand_query
 from kvq_compile.kernels.triton.join import join, store_split
 from kvq_compile.kernels.triton.mixed import attend_mixed_pages
 from kvq_compile.kernels.triton.pages import KeyPages, Queries, ValuePages, attend_pages
-from kvq_compile.kernels.triton.primitives import MaskRows
+from kvq_compile.kernels.triton.primitives import MaskRows, tile_columns
 from kvq_compile.kernels.triton.query import code_query
 from kvq_compile.kernels.triton.residual import Exact, View, attend_exact
 
@@ -70,7 +72,7 @@ class Shape(NamedTuple):
 
 @triton.jit
 def _attend_packed(
-    queries, query_bias, row, keys, values, angles, view, head, shape, split, splits,
+    queries, coded, row, keys, values, view, head, shape, split, splits,
     KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split of a head's packed pages; return accumulator, sum and maximum."""
@@ -86,9 +88,12 @@ def _attend_packed(
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     key_calibration = calibrated_head(keys.calibration, batch, kv_head, KEY)
     value_calibration = calibrated_head(values.calibration, batch, kv_head, VALUE)
+    angles, bits = coded.angles, coded.bits
     if KEY.rotary:
         angles += kv_head * (KEY.block * KEY.head_dim)
-    key_pages = KeyPages(key_codes, key_params, key_calibration, angles)
+    if KEY.scheme == "channelwise":
+        bits = tile_of(bits, head, KEY, LAUNCH)
+    key_pages = KeyPages(key_codes, key_params, key_calibration, angles, bits)
     value_pages = ValuePages(value_codes, value_params, value_calibration.book)
     if KEY.scheme == "mixed":
         accumulator, running_sum, running_max = attend_mixed_pages(
@@ -99,7 +104,7 @@ def _attend_packed(
             queries, key_pages, value_pages, lo, hi, view.kv_len, KEY, VALUE, LAUNCH
         )
     if KEY.has_tables and not KEY.rotary:  # the same for all packed tokens, so it waits till here
-        bias = tl.load(query_bias + row, mask=queries.exists, other=0.0)
+        bias = tl.load(coded.bias + row, mask=queries.exists, other=0.0)
         running_max += bias * queries.scale
     return accumulator, running_sum, running_max
 
@@ -120,13 +125,9 @@ def attend_kernel(
     COPIES: tl.constexpr = LAUNCH.copies
     head, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
-    column = tl.program_id(1) * LAUNCH.block_q + tl.arange(0, LAUNCH.block_q)
-    group = column // (SHARED_BY * shape.tokens)
-    exists = group < COPIES
-    if COPIES > 1:
-        column = column % (SHARED_BY * shape.tokens)
-    q_head = kv_head * SHARED_BY + column // shape.tokens
-    token = (column % shape.tokens).to(tl.int64)
+    column, q_head, token, group, exists = tile_columns(
+        tl.program_id(1), kv_head, shape.tokens, LAUNCH
+    )
     mask_pointer = mask.pointer
     if LAUNCH.mask_shared:
         mask_pointer += batch * mask.batch
@@ -163,7 +164,7 @@ def attend_kernel(
         coded_rows += token * coded.query.token
         coded_queries = Queries(coded.query.pointer, coded_rows, exists, group, seen, scale)
         accumulator, running_sum, running_max = _attend_packed(
-            coded_queries, coded.bias, row, keys, values, coded.angles, view, head, shape,
+            coded_queries, coded, row, keys, values, view, head, shape,
             split - shape.exact_splits, splits - shape.exact_splits, KEY, VALUE, LAUNCH,
         )  # fmt: skip
         if COPIES > 1:
@@ -239,6 +240,9 @@ def attend(
     queries, key_tables = bundle_tensor(query), bundle_calibration(key_calibrated)
     value_tables = bundle_calibration(value_calibrated)
     coded = code_query(query, queries, H, key_tables, KEY, LAUNCH.dtype == tl.float32)
+    if KEY.scheme == "channelwise":
+        bits = expand_query(queries, keys[2], tiles, T, score.scale * LOG2_E, KEY, LAUNCH)
+        coded = coded._replace(bits=bits)
     partial = query.new_empty(B * Hq * T, exact + paged, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, exact + paged, dtype=torch.float32)
     attend_kernel[(B * H, tiles, exact + paged)](

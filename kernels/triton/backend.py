@@ -10,7 +10,7 @@ from kvq_compile.kernels.triton.importance import importance
 
 __all__ = ["SCHEMES", "append_", "attend", "dequantize", "importance", "is_available"]
 
-SCHEMES = frozenset(("uniform", "codebook", "mixed"))
+SCHEMES = frozenset(("uniform", "codebook", "mixed", "channelwise"))
 
 
 def is_available() -> bool:

@@ -14,8 +14,10 @@ from typing import Any
 
 import triton
 
+from kvq_compile.kernels.channelwise_scheme import BLOCK_WORDS
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.tables import CHANNEL_SECTIONS, section
+from kvq_compile.kernels.words import WORD_BITS
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +28,10 @@ class ReadConstants:
         role: Whether rows of packed words are tokens (``"key"``) or channels (``"value"``).
         head_dim, page_size: Channels of a head, tokens of a page.
         sinks, window, ring: Exact tokens: the first, the recent ones, rows of the ring that recent ones lie in.
-        token_rows, exact_rows: Exact rows: of tokens; of tokens and of held queries.
+        token_rows, state_row, exact_rows: Exact rows: of tokens; of tokens and held queries; of these and the widths
+            of channels.
         queries, shared_by: Held queries, and query heads to a KV head, where queries are held.
-        scheme: ``"uniform"``, ``"codebook"`` or ``"mixed"``.
+        scheme: ``"uniform"``, ``"codebook"``, ``"mixed"`` or ``"channelwise"``.
         bits: Of a code as packed: 2 for three levels; of mixed tokens the most.
         levels: Steps between the lowest and the highest code.
         packing, grouping, group_size, params, transform, couple, rotary, has_tables: As the layout has them.
@@ -43,6 +46,8 @@ class ReadConstants:
         sections: First word of each section of the tables.
         param_bytes, rank_field, outliers, outlier_fields: Of the metadata of a mixed token: bytes of a zero point,
             the field of its rank, outliers, fields of each.
+        bit_rows, bit_blocks, last_words: Of a token whose channels differ in bits: its bits, its blocks of words, and
+            the words of the last of them; else 0.
     """
 
     role: str
@@ -52,6 +57,7 @@ class ReadConstants:
     window: int
     ring: int
     token_rows: int
+    state_row: int
     exact_rows: int
     queries: int
     shared_by: int
@@ -83,6 +89,9 @@ class ReadConstants:
     rank_field: int
     outliers: int
     outlier_fields: int
+    bit_rows: int
+    bit_blocks: int
+    last_words: int
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -100,9 +109,11 @@ class WriteConstants(ReadConstants):
         in_coded_form: Whether a page goes to scratch first, for tokens are coded as something other than what they
             are, or read in more than one shape.
         scratch_size: Elements of scratch for a page: its coded form and, behind it, the entries of a codebook, or
-            of each mixed token its span, bits and rank.
+            of each mixed token its span, bits and rank; where channels differ in bits, the worth of each and the
+            place of each bit.
         min_bits, code_rows, bounds, fit, soften: Of mixed pages: least bits of a token, rows of all bit planes,
             bounds on the weighted error, how codes are placed, how importance counts.
+        pairs: Which channels the rotary embedding mixes, where they differ in bits.
     """
 
     clip: float
@@ -113,6 +124,7 @@ class WriteConstants(ReadConstants):
     bounds: tuple[float, ...]
     fit: bool
     soften: bool
+    pairs: str
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -132,7 +144,7 @@ def _read_values(layout: Layout) -> dict[str, object]:
     dim, scheme = layout.head_dim, layout.scheme.name
     mixed = layout.mixed if scheme == "mixed" else None
     bits = sum(layout.planes) if mixed is None else mixed.max_bits
-    in_fields = scheme == "uniform" and layout.packing == "fields"
+    in_fields = scheme in ("uniform", "channelwise") and layout.packing == "fields"
     if layout.rotary:  # halves of a padded row are not halves of its words
         in_fields = in_fields and layout.row_places == layout.row_length
     per_word = 1
@@ -145,6 +157,8 @@ def _read_values(layout: Layout) -> dict[str, object]:
     groups, members = layout.params_shape
     names = (*CHANNEL_SECTIONS, "frequency", "codebook")
     param_bytes = 1 if layout.params == "fp8" else 2
+    bit_rows = layout.bit_rows if scheme == "channelwise" else 0
+    bit_blocks = triton.cdiv(bit_rows, BLOCK_WORDS * WORD_BITS)
     return {
         "role": layout.role,
         "head_dim": dim,
@@ -153,6 +167,7 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "window": layout.window,
         "ring": layout.ring,
         "token_rows": layout.token_rows,
+        "state_row": layout.state_row,
         "exact_rows": layout.exact_rows,
         "queries": layout.queries,
         "shared_by": layout.shared_by,
@@ -184,6 +199,9 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "rank_field": 2 * param_bytes,
         "outliers": 0 if mixed is None else mixed.outliers,
         "outlier_fields": 0 if mixed is None else layout.outlier_fields,
+        "bit_rows": bit_rows,
+        "bit_blocks": bit_blocks,
+        "last_words": (bit_rows // WORD_BITS - 1) % BLOCK_WORDS + 1 if bit_rows else 0,
     }
 
 
@@ -192,15 +210,18 @@ def _write_values(layout: Layout) -> dict[str, object]:
     in_coded_form = mixed is not None or layout.has_tables or layout.transform != "none"
     rows = layout.head_dim if in_coded_form else 0
     rows += {"codebook": layout.code_channels, "mixed": 4}.get(layout.scheme.name, 0)
+    channelwise = layout.scheme.name == "channelwise"
+    more = layout.head_dim + layout.bit_rows if channelwise else 0
     return {
         "clip": layout.clip,
         "in_coded_form": in_coded_form,
-        "scratch_size": rows * layout.page_size,
+        "scratch_size": rows * layout.page_size + more,
         "min_bits": 0 if mixed is None else mixed.min_bits,
         "code_rows": 0 if mixed is None else layout.code_rows,
         "bounds": layout.bounds,
         "fit": mixed is not None and mixed.fit,
         "soften": mixed is not None and mixed.soften,
+        "pairs": layout.channelwise.pairs if channelwise else "none",
     }
 
 

@@ -85,7 +85,7 @@ def dequantize_kernel(
     kv_len = tl.load(cache.cursor)
     row = out + (head * length + slot) * HEAD_DIM
     if (block >= SINK_BLOCKS) & (number < tl.minimum(tl.load(cache.cursor + 1), capacity)):
-        page = at_page(cache, head * capacity + number, CONSTANTS)
+        page = at_page(cache, head, number, capacity, CONSTANTS)
         tables = calibrated_head(calibration, head // heads, head % heads, CONSTANTS)
         held = wanted & (slot < kv_len)
         store_tokens(row, page, tables, slot, token, held, CONSTANTS)

@@ -1,6 +1,6 @@
 """Rounding to and reading from fp16, e4m3 and e5m3, in Triton, and pairs of scale and zero point as one word.
 
-Each function that rounds mirrors one of the specification, operation by operation.
+Each function that rounds or sums mirrors one of the specification, operation by operation.
 """
 
 import triton
@@ -21,6 +21,22 @@ MIDDLE_STEPS = tl.constexpr(127.0)  # to either side
 def bounded(x):
     """Return ``x`` (fp32) with NaN as zero, within the range of fp16."""
     return tl.where(x == x, tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX), 0.0)
+
+
+@triton.constexpr_function
+def _steps(size):
+    return size.bit_length() - 1
+
+
+@triton.jit
+def sum_pairs(x):
+    """Return `formats.sum_pairs` of the rows of ``x``, whose length is a power of two."""
+    ROWS: tl.constexpr = x.shape[0]
+    y = x
+    for step in tl.static_range(_steps(x.shape[1])):
+        a, b = tl.split(tl.reshape(y, (ROWS, x.shape[1] >> (step + 1), 2)))
+        y = a + b
+    return tl.reshape(y, (ROWS,))
 
 
 @triton.jit

@@ -245,8 +245,8 @@ def weigh_kernel(
             at_head(query, batch, kv_head * SHARED_BY), query.batch, query.head, query.token
         )
         own = at_head(key, batch, kv_head)
-        pages_of_head = at_page(cache, head * shape.capacity, KEY)
-        exact = cache.exact + head * (KEY.exact_rows * KEY.head_dim)
+        pages_of_head = at_page(cache, head, 0, shape.capacity, KEY)
+        exact = pages_of_head.exact
         partial += head * splits * QUERIES
         result += head * shape.slots
         kv_len, pages, end = tl.load(cache.cursor), tl.load(cache.cursor + 1), start + shape.new

@@ -20,6 +20,7 @@ from kvq_compile.kernels.triton.formats import (
     bounded,
     round_e4m3,
     round_up_fp16,
+    sum_pairs,
 )
 from kvq_compile.kernels.triton.mixed import (
     HEADER,
@@ -35,22 +36,6 @@ HALVINGS = tl.constexpr(31)  # of the fp32 values from zero to infinity
 
 
 # --- helpers of the specification -----------------------------------------------------------------
-
-
-@triton.constexpr_function
-def _steps(size):
-    return size.bit_length() - 1
-
-
-@triton.jit
-def sum_pairs(x):
-    """Return `mixed.sum_pairs` of the rows of ``x``, whose length is a power of two."""
-    ROWS: tl.constexpr = x.shape[0]
-    y = x
-    for step in tl.static_range(_steps(x.shape[1])):
-        a, b = tl.split(tl.reshape(y, (ROWS, x.shape[1] >> (step + 1), 2)))
-        y = a + b
-    return tl.reshape(y, (ROWS,))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Attend to packed pages of one code width, in Triton: the loop of a program that reads a split of them.
 
-Keys and values may be of different schemes, uniform and codebook: a page is loaded as it lies, brought into
-registers by its scheme and multiplied as fp16, whose 11 bits hold codes and dequantized elements better than bf16
-does.
+Keys and values may be of different schemes, uniform and codebook, and keys channelwise: a page is loaded as it lies,
+brought into registers by its scheme and multiplied as fp16, whose 11 bits hold codes and dequantized elements better
+than bf16 does.
 
 Where a key's parameters are the same for all its channels they are folded into its score, ``scale * (q . code) +
 zero * sum(q)``, in fp32; elsewhere codes are dequantized in registers. The parameters of a value are folded into
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.triton import uniform
+from kvq_compile.kernels.triton import channelwise, uniform
 from kvq_compile.kernels.triton.constants import section_start
 from kvq_compile.kernels.triton.primitives import HIDDEN, WEIGHT_BIAS, load_mask, softmax_update
 from kvq_compile.kernels.triton.schemes import read_key_halves, read_keys, read_values
@@ -55,12 +55,14 @@ class KeyPages(NamedTuple):
         codes, params: Of the first page.
         calibration: Tables and codebook of the head, and the position of slot 0.
         angles: Cosine and sine by which rotary keys of a block are rotated, ``[2, block, D / 2]``.
+        bits: The `BitQueries` of a tile, where channels differ in bits.
     """
 
     codes: Any
     params: Any
     calibration: Any
     angles: Any
+    bits: Any
 
 
 class ValuePages(NamedTuple):
@@ -261,6 +263,9 @@ def attend_pages(
             queries, keys, KEY.sinks + lo * PAGE, KEY, LAUNCH.dtype
         )
         q_a, q_b = q
+    elif KEY.scheme == "channelwise":
+        held = channelwise.hold_queries(keys.bits, KEY, LAUNCH)
+        ahead = channelwise.load_params(keys.params, lo, lo < hi, held, KEY, LAUNCH)
     else:
         channel, channel_ok = uniform.tile_channels(KEY.columns, KEY.head_dim, KEY)
         q = _load_query(queries, 0, channel, channel_ok).to(LAUNCH.dtype)
@@ -278,6 +283,13 @@ def attend_pages(
         if KEY.rotary:
             scores, q_a, q_b = _rotary_page_scores(
                 k_codes, k_params, book, q_a, q_b, mean, angle, step, KEY, LAUNCH
+            )
+            v = read_values(v_codes, values.book, VALUE, LAUNCH)
+        elif KEY.scheme == "channelwise":
+            fields = ahead
+            ahead = channelwise.load_params(keys.params, page + 1, page + 1 < hi, held, KEY, LAUNCH)
+            scores = channelwise.page_scores(
+                k_codes, k_params, fields, keys.bits, held, KEY, LAUNCH
             )
             v = read_values(v_codes, values.book, VALUE, LAUNCH)
         else:

@@ -22,6 +22,22 @@ WEIGHT_BIAS = tl.constexpr(
 )  # weights are kept 2 ** 12 times too large, or fp16 weights would underflow
 
 
+# --- queries --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_columns(tile, kv_head, tokens, LAUNCH: tl.constexpr):
+    """Return what the columns of a tile of queries stand for: number among those of the KV head (int64), query head,
+    token, group of a value's channels that a copy is for, and whether there is one.
+    """
+    column = tile * LAUNCH.block_q + tl.arange(0, LAUNCH.block_q)
+    group = column // (LAUNCH.shared_by * tokens)
+    if LAUNCH.copies > 1:
+        column = column % (LAUNCH.shared_by * tokens)
+    q_head = kv_head * LAUNCH.shared_by + column // tokens
+    return column, q_head, (column % tokens).to(tl.int64), group, group < LAUNCH.copies
+
+
 # --- rows of packed words -------------------------------------------------------------------------
 
 

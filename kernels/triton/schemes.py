@@ -1,13 +1,13 @@
-"""Where kernels choose by scheme, in Triton: each function here asks that of `uniform`, `codebook` or `mixed`.
+"""Where kernels choose by scheme, in Triton: each function here asks that of the scheme's file.
 
-Of mixed pages only `load_elements` knows: they are written and attended to in ways of their own (`mixed_write`,
-`mixed`).
+Of pages that differ in bits, mixed and channelwise, only `load_elements` knows: they are written and attended to in
+ways of their own (`mixed_write`, `mixed`, `channelwise_write`, `channelwise`).
 """
 
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.triton import codebook, mixed, uniform
+from kvq_compile.kernels.triton import channelwise, codebook, mixed, uniform
 
 
 @triton.jit
@@ -15,6 +15,8 @@ def load_elements(page, book, token, channel, exists, CONSTANTS: tl.constexpr):
     """Return the elements (fp32) that a page stands for, in the basis in which they were coded."""
     if CONSTANTS.scheme == "mixed":
         return mixed.load_elements(page, token, channel, exists, CONSTANTS)
+    elif CONSTANTS.scheme == "channelwise":
+        return channelwise.load_elements(page, token, channel, exists, CONSTANTS)
     elif CONSTANTS.scheme == "codebook":
         y = codebook.load_elements(page.codes, book, token, channel, exists, CONSTANTS)
         return y.to(tl.float32)

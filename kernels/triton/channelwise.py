@@ -1,0 +1,274 @@
+"""The channelwise scheme in Triton: reading packed pages, whose channels differ in bits.
+
+Scores of a page are products with bits. A block of 128 bits of all tokens is read as 128 channels of one bit; what a
+bit adds to a score is the query's channel times its step times the power of two of the bit. Channel and power of each
+bit belong to the head, so that queries come as a row for each bit (`channelwise_query`) and a page has to bring its
+steps alone. What the lowest codes of a page stand for adds the same to the scores of all of its tokens::
+
+    q . x = sum over bits r of  bit[r] * (q[channel[r]] * 2 ** bit_of[r] * step[channel[r]])
+          + sum over channels c of  q[c] * (center[c] - step[c] * levels[c] / 2)
+
+Blocks are multiplied one after the other, so that registers hold one tile at a time. Parameters are loaded one page
+ahead.
+
+On NVIDIA hardware one logic instruction cuts a field out of two neighbouring words: bit ``p`` of an fp16 number alone
+reads as ``2 ** (p - 24)``, which is subnormal, and the matrix instruction takes it as it is. Two shifts of a word bring
+all fields to places 5 to 10; the query's row makes up for the place.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kvq_compile.kernels import channelwise_scheme
+from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
+from kvq_compile.kernels.triton.primitives import join_8
+
+MAX_WIDTH = tl.constexpr(channelwise_scheme.MAX_WIDTH)
+BLOCK_WORDS = tl.constexpr(channelwise_scheme.BLOCK_WORDS)
+BLOCK_ROWS = tl.constexpr(16 * channelwise_scheme.BLOCK_WORDS)  # bits of a token in a block
+HELD_COLUMNS = tl.constexpr(64)  # of all blocks together: what registers hold of queries
+
+
+class BitQueries(NamedTuple):
+    """Queries for products with bits, in tiles of ``block_q`` columns.
+
+    Attributes:
+        rows: What each bit of a block adds to a score for a step of 1, ``[B * Hkv, tiles, blocks, 128, block_q]``;
+            zeros for bits that the last block lacks.
+        channel: The channel of each, ``[B * Hkv, blocks, 128]``.
+        plain: The queries, ``[B * Hkv, tiles, D padded, block_q]``, scaled as scores are.
+        half_levels: Half of the levels of each channel, ``[B * Hkv, D padded]``.
+        factor: What products with ``rows`` are multiplied by, ``[B * Hkv, tiles, block_q]``.
+    """
+
+    rows: Any
+    channel: Any
+    plain: Any
+    half_levels: Any
+    factor: Any
+
+
+class Held(NamedTuple):
+    """What a program keeps of `BitQueries` in registers: rows and channels a tensor for each block, if they are few."""
+
+    rows: Any
+    channels: Any
+    plain: Any
+    half_levels: Any
+    factor: Any
+
+
+# --- elements, load by load -----------------------------------------------------------------------
+
+
+@triton.jit
+def block_words(block, CONSTANTS: tl.constexpr):
+    """Return the words of a token in a block: what is left in the last one."""
+    return tl.where(block == CONSTANTS.bit_blocks - 1, CONSTANTS.last_words, BLOCK_WORDS)
+
+
+@triton.jit
+def load_widths(exact, channel, CONSTANTS: tl.constexpr):
+    """Return the widths (int32) of channels of a head with exact rows ``exact``; 0 of those it does not have."""
+    where = exact + CONSTANTS.state_row * CONSTANTS.head_dim + channel
+    return tl.load(where, mask=channel < CONSTANTS.head_dim, other=0.0).to(tl.int32)
+
+
+@triton.jit
+def half_levels_of(width):
+    """Return half of the levels (fp32) of codes of these widths."""
+    return ((1 << width) - 1).to(tl.float32) * 0.5
+
+
+@triton.jit
+def load_center(params, channel, exists, CONSTANTS: tl.constexpr):
+    """Return the centers (fp32) of channels of a page."""
+    where = params + CONSTANTS.head_dim + channel
+    low = tl.load(where, mask=exists, other=0).to(tl.uint16)
+    high = tl.load(where + CONSTANTS.head_dim, mask=exists, other=0).to(tl.uint16)
+    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def lowest_value(size, center, half_levels):
+    """Return what the lowest codes of channels stand for."""
+    return center - size * half_levels
+
+
+@triton.jit
+def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
+    """Return the elements (fp32) that a page stands for, a load for each bit; for ``token`` ``[rows, 1]``, all of
+    ``channel`` ``[1, channels]`` in their order.
+    """
+    PAGE: tl.constexpr = CONSTANTS.page_size
+    real = channel < CONSTANTS.head_dim
+    width = load_widths(page.exact, channel, CONSTANTS)
+    first = tl.cumsum(width, 1) - width
+    code = tl.zeros(exists.shape, tl.int32)
+    for bit in range(tl.max(tl.max(width, 1), 0)):
+        number = first + bit
+        block, place = number // BLOCK_ROWS, number % BLOCK_ROWS
+        words = block_words(block, CONSTANTS)
+        where = page.codes + block * (BLOCK_WORDS * PAGE) + token * words + place % words
+        word = tl.load(where, mask=exists & (bit < width), other=0).to(tl.int32)
+        code |= ((word >> (place // words)) & 1) << bit
+    size = e5m3_value(tl.load(page.params + channel, mask=real, other=0).to(tl.int32))
+    center = load_center(page.params, channel, real, CONSTANTS)
+    return code.to(tl.float32) * size + lowest_value(size, center, half_levels_of(width))
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_of(block, field, word):
+    """Return where a bit is among those of all blocks, as tiles have them.
+
+    The lowest digit of the field comes behind that of the word: that is where the matrix instruction wants the elements
+    that a lane has side by side.
+    """
+    return block * BLOCK_ROWS + field // 2 * 16 + word // 2 * 4 + field % 2 * 2 + word % 2
+
+
+@triton.jit
+def tile_of(bits, head, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the `BitQueries` of a program's tile of queries of a head."""
+    D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
+    head = head.to(tl.int64)
+    tile = head * tl.num_programs(1) + tl.program_id(1)
+    return BitQueries(
+        bits.rows + tile * (KEY.bit_blocks * BLOCK_ROWS * LAUNCH.block_q),
+        bits.channel + head * (KEY.bit_blocks * BLOCK_ROWS),
+        bits.plain + tile * (D_PAD * LAUNCH.block_q),
+        bits.half_levels + head * D_PAD,
+        bits.factor + tile * LAUNCH.block_q,
+    )
+
+
+@triton.jit
+def _load_block(bits, block, LAUNCH: tl.constexpr):
+    """Return rows and channels of a block."""
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, LAUNCH.block_q)
+    rows = tl.load(bits.rows + row[:, None] * LAUNCH.block_q + column[None, :])
+    return rows, tl.load(bits.channel + row)
+
+
+@triton.jit
+def hold_queries(bits, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return what a program holds of its `BitQueries`."""
+    channel = tl.arange(0, triton.next_power_of_2(KEY.head_dim))
+    column = tl.arange(0, LAUNCH.block_q)
+    BLOCKS: tl.constexpr = KEY.bit_blocks
+    all_rows, channels = (), ()
+    if BLOCKS * LAUNCH.block_q <= HELD_COLUMNS:
+        for block in tl.static_range(BLOCKS):
+            rows, channel_of = _load_block(bits, block, LAUNCH)
+            all_rows += (rows,)  # type: ignore[assignment]  # tuples that grow
+            channels += (channel_of,)  # type: ignore[assignment]
+    plain = tl.load(bits.plain + channel[:, None] * LAUNCH.block_q + column[None, :])
+    half_levels = tl.load(bits.half_levels + channel)
+    return Held(all_rows, channels, plain, half_levels, tl.load(bits.factor + column))
+
+
+@triton.jit
+def load_params(params, page, exists, held, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the parameters of a page, as bytes: steps, the bytes of centers, and the step of each bit held."""
+    DIM: tl.constexpr = KEY.head_dim
+    first = params + tl.cast(page, tl.int64) * KEY.page_params
+    channel = tl.arange(0, triton.next_power_of_2(DIM))
+    ok = exists & (channel < DIM)
+    BLOCKS: tl.constexpr = KEY.bit_blocks
+    fields = ()
+    for field in tl.static_range(3):
+        byte = tl.load(first + field * DIM + channel, mask=ok, other=0)
+        fields += (byte,)  # type: ignore[assignment]  # a tuple that grows
+    if BLOCKS * LAUNCH.block_q <= HELD_COLUMNS:
+        for block in tl.static_range(BLOCKS):
+            step = tl.load(first + held.channels[block], mask=exists, other=0)
+            fields += (step,)  # type: ignore[assignment]
+    return fields
+
+
+@triton.jit
+def _bits(w):
+    """Return the fields of words of one-bit codes: see the docstring of the module."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 l, r; shl.b32 l, $16, 6; shr.u32 r, $16, 5;
+        and.b32 $0, l, 0x00400040; and.b32 $1, l, 0x00800080; and.b32 $2, l, 0x01000100;
+        and.b32 $3, l, 0x02000200; and.b32 $4, l, 0x04000400;
+        and.b32 $5, $16, 0x00200020; and.b32 $6, $16, 0x00400040; and.b32 $7, $16, 0x00800080;
+        and.b32 $8, $16, 0x01000100; and.b32 $9, $16, 0x02000200; and.b32 $10, $16, 0x04000400;
+        and.b32 $11, r, 0x00400040; and.b32 $12, r, 0x00800080; and.b32 $13, r, 0x01000100;
+        and.b32 $14, r, 0x02000200; and.b32 $15, r, 0x04000400; }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+        args=[w],
+        dtype=(tl.float16,) * 16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _read_bits(codes, WORDS: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return a block of ``WORDS`` words a token as ``[page_size, 128]``, its bits in the order of `row_of`, each times
+    the power of two that its field has on NVIDIA hardware.
+    """
+    PAGE: tl.constexpr = KEY.page_size
+    word = tl.arange(0, BLOCK_WORDS)[None, :]
+    where = codes + tl.arange(0, PAGE)[:, None] * WORDS + word
+    if WORDS == BLOCK_WORDS:
+        w = tl.load(where)
+    else:
+        w = tl.load(where, mask=word < WORDS, other=0)
+    if LAUNCH.fast:
+        a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _bits(w)
+        even, odd = join_8(a, c, e, g, i, k, n, p), join_8(b, d, f, h, j, m, o, q)
+        bits = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 5, 1))
+    else:
+        bits = (w.to(tl.int32)[:, None, :] >> tl.arange(0, 16)[None, :, None]) & 1
+    bits = tl.permute(tl.reshape(bits, (PAGE, 8, 2, BLOCK_WORDS // 2, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(bits, (PAGE, BLOCK_ROWS)).to(LAUNCH.dtype)
+
+
+@triton.jit
+def _add_block(
+    scores, codes, rows, step, WORDS: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr
+):
+    """Return ``scores`` and the products of a block, whose rows belong to channels with these steps (bytes)."""
+    weights = rows * e5m3_half(step).to(rows.dtype)[:, None]
+    bits = _read_bits(codes, WORDS, KEY, LAUNCH)
+    return tl.dot(bits, weights, scores, input_precision=LAUNCH.precision)
+
+
+@triton.jit
+def page_scores(
+    codes, params, fields, bits, held, KEY: tl.constexpr, LAUNCH: tl.constexpr
+):  # fmt: skip
+    """Return the scores ``[page_size, queries]`` of a page with parameters ``fields``, as `load_params` has them."""
+    PAGE: tl.constexpr = KEY.page_size
+    BLOCK_Q: tl.constexpr = LAUNCH.block_q
+    BLOCKS: tl.constexpr = KEY.bit_blocks
+    BLOCK: tl.constexpr = BLOCK_WORDS * PAGE  # words
+    scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
+    if BLOCKS * BLOCK_Q <= HELD_COLUMNS:
+        for block in tl.static_range(BLOCKS - 1):
+            rows, step = held.rows[block], fields[3 + block]
+            scores = _add_block(scores, codes + block * BLOCK, rows, step, BLOCK_WORDS, KEY, LAUNCH)
+        rows, step = held.rows[BLOCKS - 1], fields[2 + BLOCKS]
+    else:
+        for block in range(BLOCKS - 1):
+            rows, channel = _load_block(bits, block, LAUNCH)
+            step = tl.load(params + channel)
+            scores = _add_block(scores, codes + block * BLOCK, rows, step, BLOCK_WORDS, KEY, LAUNCH)
+        rows, channel = _load_block(bits, BLOCKS - 1, LAUNCH)
+        step = tl.load(params + channel)
+    last = codes + (BLOCKS - 1) * BLOCK
+    scores = _add_block(scores, last, rows, step, KEY.last_words, KEY, LAUNCH)
+    center = fields[1].to(tl.uint16) | (fields[2].to(tl.uint16) << 8)
+    center = center.to(tl.float16, bitcast=True).to(tl.float32)
+    low = lowest_value(e5m3_value(fields[0]), center, held.half_levels)
+    return scores * held.factor[None, :] + tl.sum(held.plain * low[:, None], 0)[None, :]

@@ -1,0 +1,258 @@
+"""The channelwise scheme in Triton: find the widths of channels, quantize a page whose channels differ in bits.
+
+Mirrors the specification bit by bit. Each fp32 sum is the same tree of pairs. The worth of the last bit given is found
+by bisection on the bit patterns of non-negative fp32 values, which have the order of the values; of bits of that worth
+the first are given. So the result is exactly the one that sorting would find.
+
+A page is read twice, in tiles of whole channels for parameters, then in tiles of words. The second time codes are
+found again, once for each of their bits: these lie in other tiles than the elements of their channel do.
+"""
+
+import triton
+import triton.language as tl
+
+from kvq_compile.kernels import channelwise_scheme
+from kvq_compile.kernels.triton.channelwise import (
+    BLOCK_ROWS,
+    BLOCK_WORDS,
+    MAX_WIDTH,
+    block_words,
+    half_levels_of,
+    load_center,
+    load_widths,
+    lowest_value,
+)
+from kvq_compile.kernels.triton.coded_form import Source, load_coded
+from kvq_compile.kernels.triton.formats import bounded, e5m3_value, round_e5m3, sum_pairs
+
+GAINS = tl.constexpr(channelwise_scheme.GAINS)
+CLIPS = tl.constexpr(channelwise_scheme.CLIPS)
+TRIALS = tl.constexpr(len(channelwise_scheme.CLIPS))
+PRIOR = tl.constexpr(channelwise_scheme.PRIOR)
+INFINITY = tl.constexpr(0x7F800000)
+HALVINGS = tl.constexpr(31)  # of the fp32 values from zero to infinity
+
+
+# --- widths ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_page(source, channel, CONSTANTS: tl.constexpr):
+    """Return channels of a page ``[channels, page_size]``, fp32, as they are."""
+    token = tl.arange(0, CONSTANTS.page_size)[None, :]
+    exists = (channel < CONSTANTS.head_dim)[:, None] & (token >= 0)
+    return load_coded(source, source.new, token, channel[:, None], exists, CONSTANTS)
+
+
+@triton.jit
+def _variances(source, channel, CONSTANTS: tl.constexpr):
+    """Return `channelwise.variances` of channels of a page."""
+    SHARE: tl.constexpr = 1.0 / CONSTANTS.page_size
+    x = bounded(_load_page(source, channel, CONSTANTS))
+    mean = sum_pairs(x) * SHARE
+    offset = x - mean[:, None]
+    return sum_pairs(offset * offset) * SHARE
+
+
+@triton.jit
+def _sum_squares(exact, channel, CONSTANTS: tl.constexpr):
+    """Return the sum of the squares of held queries in channels, and how many queries are known."""
+    total = tl.zeros(channel.shape, tl.float32)
+    known = tl.sum(total, 0)
+    for row in range(CONSTANTS.token_rows, CONSTANTS.state_row):
+        where = exact + row * CONSTANTS.head_dim + channel
+        exists = (channel >= 0) & (channel < CONSTANTS.head_dim)
+        q = bounded(tl.load(where, mask=exists, other=0.0).to(tl.float32))
+        total = total + q * q
+        known = known + tl.where(tl.max(tl.abs(q), 0) > 0, 1.0, 0.0)
+    return total, known
+
+
+@triton.jit
+def _weights(exact, channel, CONSTANTS: tl.constexpr):
+    """Return `channelwise.weights` of all channels."""
+    DIM: tl.constexpr = CONSTANTS.head_dim
+    total, known = _sum_squares(exact, channel, CONSTANTS)
+    if CONSTANTS.pairs == "halves":
+        other, _known = _sum_squares(exact, _other_half(channel, DIM), CONSTANTS)
+        total = total + other
+    elif CONSTANTS.pairs == "neighbours":
+        other, _known = _sum_squares(exact, channel ^ 1, CONSTANTS)
+        total = total + other
+    mean = tl.sum(sum_pairs(total[None, :]), 0) * (1.0 / DIM)
+    prior = mean * tl.div_rn(known * 0.0 + PRIOR, tl.maximum(known, 1.0))
+    return tl.where(mean > 0, total + prior, 1.0)
+
+
+@triton.jit
+def _other_half(channel, DIM: tl.constexpr):
+    """Return the other channel of pairs of halves; of what does not exist, none."""
+    return tl.where(channel < DIM, (channel + DIM // 2) % DIM, DIM)
+
+
+@triton.jit
+def _allocate(value, exists, CONSTANTS: tl.constexpr):
+    """Return the widths of `channelwise.allocate` (int32)."""
+    ROWS: tl.constexpr = CONSTANTS.bit_rows
+    low = tl.sum(tl.zeros_like(value), 0).to(tl.int32)
+    high = low + INFINITY
+    for _ in range(HALVINGS):  # for the largest value that ROWS of the bits are worth
+        middle = low + (high - low) // 2
+        bound = middle.to(tl.float32, bitcast=True)
+        worthy = tl.zeros(value.shape, tl.int32)
+        for bit in tl.static_range(MAX_WIDTH):
+            worthy += (exists & (value * GAINS[bit] >= bound)).to(tl.int32)
+        enough = tl.sum(worthy, 0) >= ROWS
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    least = low.to(tl.float32, bitcast=True)
+    widths = tl.zeros(value.shape, tl.int32)
+    for bit in tl.static_range(MAX_WIDTH):
+        widths += (exists & (value * GAINS[bit] > least)).to(tl.int32)
+    left = ROWS - tl.sum(widths, 0)
+    for bit in tl.static_range(MAX_WIDTH):
+        equal = (exists & (value * GAINS[bit] == least)).to(tl.int32)
+        widths += equal * (tl.cumsum(equal, 0) <= left).to(tl.int32)
+        left -= tl.minimum(left, tl.sum(equal, 0))
+    return widths
+
+
+@triton.jit
+def find_widths(source, last, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the widths of a head's channels to its exact rows, unless they are there.
+
+    Args:
+        source: Tokens of the first page that the call fills.
+        last: Slot of the first token of the last one.
+        scratch: Memory for the worth of each channel.
+        CONSTANTS, TILE: As `append_kernel` has them.
+    """
+    DIM: tl.constexpr = CONSTANTS.head_dim
+    D_PAD: tl.constexpr = triton.next_power_of_2(DIM)
+    CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (2 * CONSTANTS.page_size)))
+    channel = tl.arange(0, D_PAD)
+    if tl.max(load_widths(source.exact, channel, CONSTANTS), 0) == 0:
+        last_page = Source(source.new, source.stride, source.exact, last, source.start)
+        for block in range(0, DIM, CHANNELS):
+            part = block + tl.arange(0, CHANNELS)
+            variance = _variances(source, part, CONSTANTS)
+            variance = variance + _variances(last_page, part, CONSTANTS)
+            tl.store(scratch + part, variance, mask=part < DIM)
+        tl.debug_barrier()
+        value = tl.load(scratch + channel, mask=channel < DIM, other=0.0)
+        value = value * _weights(source.exact, channel, CONSTANTS)
+        widths = _allocate(value, channel < DIM, CONSTANTS).to(tl.float32)
+        where = source.exact + CONSTANTS.state_row * DIM + channel
+        tl.store(where, widths.to(source.exact.dtype.element_ty), mask=channel < DIM)
+    tl.debug_barrier()
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _nearest(x, size, center, half_levels):
+    """Return `channelwise.nearest_codes`, as fp32, for steps of ``size``."""
+    place = tl.div_rn(x - lowest_value(size, center, half_levels), tl.where(size > 0, size, 1.0))
+    most = tl.where(size > 0, 2.0 * half_levels, 0.0)
+    return tl.minimum(tl.maximum(tl.floor(place + 0.5), 0.0), most)
+
+
+@triton.jit
+def _channel_params(x, width):
+    """Return step, as a byte, and center (fp16) of channels ``[channels, page_size]`` of widths (int32)."""
+    finite = tl.abs(x) < float("inf")
+    x = bounded(x)
+    low = tl.min(tl.where(finite, x, float("inf")), 1)
+    high = tl.max(tl.where(finite, x, float("-inf")), 1)
+    high = tl.where(low == float("inf"), 0.0, high)
+    low = tl.where(low == float("inf"), 0.0, low)
+    half_levels, coded = half_levels_of(width), width > 0
+    mean = sum_pairs(x) * (1.0 / x.shape[1])
+    center = tl.where(coded, (low + high) * 0.5, mean).to(tl.float16)
+    middle, half_range = center.to(tl.float32), (high - low) * 0.5
+    levels = tl.where(coded, half_levels, 1.0)
+    step = tl.zeros(width.shape, tl.int32)
+    least = tl.full(width.shape, float("inf"), tl.float32)
+    for number in tl.static_range(TRIALS):
+        trial = tl.where(coded, round_e5m3(tl.div_rn(half_range * CLIPS[number], levels)), 0)
+        size = e5m3_value(trial)
+        codes = _nearest(x, size[:, None], middle[:, None], half_levels[:, None])
+        value = codes * size[:, None] + lowest_value(size, middle, half_levels)[:, None]
+        difference = tl.where(finite, value - x, 0.0)
+        error = sum_pairs(difference * difference)
+        step = tl.where(error < least, trial, step)
+        least = tl.minimum(error, least)
+    return step, center
+
+
+@triton.jit
+def _write_params(source, params, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the parameters of a page, in tiles of whole channels."""
+    DIM: tl.constexpr = CONSTANTS.head_dim
+    D_PAD: tl.constexpr = triton.next_power_of_2(DIM)
+    CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (2 * CONSTANTS.page_size)))
+    for block in range(0, DIM, CHANNELS):
+        channel = block + tl.arange(0, CHANNELS)
+        width = load_widths(source.exact, channel, CONSTANTS)
+        x = _load_page(source, channel, CONSTANTS)
+        step, center = _channel_params(x, width)
+        word = center.to(tl.uint16, bitcast=True).to(tl.int32)
+        exists = channel < DIM
+        tl.store(params + channel, step.to(tl.uint8), mask=exists)
+        tl.store(params + DIM + channel, (word & 0xFF).to(tl.uint8), mask=exists)
+        tl.store(params + 2 * DIM + channel, (word >> 8).to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def _write_places(exact, places, CONSTANTS: tl.constexpr):
+    """Write channel and bit of each bit of a token, ``channel * MAX_WIDTH + bit``, as fp32."""
+    channel = tl.arange(0, triton.next_power_of_2(CONSTANTS.head_dim))
+    width = load_widths(exact, channel, CONSTANTS)
+    first = tl.cumsum(width, 0) - width
+    for bit in tl.static_range(MAX_WIDTH):
+        number = (channel * MAX_WIDTH + bit).to(tl.float32)
+        tl.store(places + first + bit, number, mask=bit < width)
+
+
+@triton.constexpr_function
+def _tile_tokens(page, tile):
+    return min(page, max(1, tile // (32 * channelwise_scheme.BLOCK_WORDS)))
+
+
+@triton.jit
+def _pack(source, page, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the bits of a page, in tiles of words."""
+    PAGE: tl.constexpr = CONSTANTS.page_size
+    TOKENS: tl.constexpr = _tile_tokens(PAGE, TILE)
+    PARTS: tl.constexpr = PAGE // TOKENS
+    field = tl.arange(0, 16)[None, :, None]
+    word = tl.arange(0, BLOCK_WORDS)[None, None, :]
+    for tile in range(CONSTANTS.bit_blocks * PARTS):
+        block = tile // PARTS
+        words = block_words(block, CONSTANTS)
+        token = tile % PARTS * TOKENS + tl.arange(0, TOKENS)
+        exists = (word < words) & (field >= 0)
+        place = tl.load(places + block * BLOCK_ROWS + field * words + word, mask=exists, other=0.0)
+        place = place.to(tl.int32)
+        channel, bit = place // MAX_WIDTH, place % MAX_WIDTH
+        size = e5m3_value(tl.load(page.params + channel).to(tl.int32))
+        center = load_center(page.params, channel, channel >= 0, CONSTANTS)
+        half_levels = half_levels_of(load_widths(source.exact, channel, CONSTANTS))
+        there = exists & (token >= 0)[:, None, None]
+        x = load_coded(source, source.new, token[:, None, None], channel, there, CONSTANTS)
+        code = _nearest(bounded(x), size, center, half_levels).to(tl.int32)
+        packed = tl.sum(tl.where(there, ((code >> bit) & 1) << field, 0), 1)
+        where = page.codes + block * (BLOCK_WORDS * PAGE) + token[:, None] * words
+        word_2d = tl.arange(0, BLOCK_WORDS)[None, :]
+        tl.store(where + word_2d, packed.to(tl.uint16), mask=word_2d < words)
+
+
+@triton.jit
+def quantize_page(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Quantize and pack a page of a head whose widths have been found."""
+    places = scratch + CONSTANTS.head_dim
+    _write_params(source, page.params, CONSTANTS, TILE)
+    _write_places(source.exact, places, CONSTANTS)
+    tl.debug_barrier()
+    _pack(source, page, places, CONSTANTS, TILE)
