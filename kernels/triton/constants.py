@@ -142,6 +142,10 @@ def _one_object(kind: type, **values: object) -> Any:
 
 def _read_values(layout: Layout) -> dict[str, object]:
     dim, scheme = layout.head_dim, layout.scheme.name
+    if layout.takes_mean:
+        raise NotImplementedError(
+            "tables must be None where channels differ in bits (channelwise): no GPU kernel takes off a mean"
+        )
     mixed = layout.mixed if scheme == "mixed" else None
     bits = sum(layout.planes) if mixed is None else mixed.max_bits
     in_fields = scheme in ("uniform", "channelwise") and layout.packing == "fields"
