@@ -154,6 +154,6 @@ class Channelwise(metaclass=Interned):
         return 0.0
 
     def describe(self, head_dim: int, page_size: int) -> str:
-        """Describe the codes: ``"3-bit by channel"``."""
+        """Describe the codes: ``"3-bit by channel"``, ``"3-bit by channel without a mean"``."""
         del head_dim, page_size
-        return f"{self.bits:g}-bit by channel"
+        return f"{self.bits:g}-bit by channel{' without a mean' if self.takes_mean else ''}"

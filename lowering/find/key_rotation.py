@@ -12,6 +12,7 @@ from torch import fx
 from kvq_compile.kernels.schemes import Channelwise
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
+from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
 from kvq_compile.lowering.nodes import value_of
 from kvq_compile.lowering.sites import Refusal, State
@@ -43,7 +44,8 @@ def with_rotation(
         return spec
     try:
         rotation = find_rotation(key.new, inputs, known)
-    except Refusal:
+    except Refusal as reason:
+        logs.sites.info("%s keeps its mean, which may turn: %s", key.base, reason)
         return spec
     _, heads, _, head_dim = value_of(key.new).shape
     tables = _tables(int(heads), int(head_dim), rotation)
