@@ -31,7 +31,7 @@ def side(role: Any, options: Options) -> Side:
     """Return a layout over 128 channels, and what it is coded relative to: random tables where it needs some."""
     options = dict(options)
     if "pairs" in options:
-        return Layout(role, 128, Regions(), Channelwise(**options), QUERIES, SHARED), UNCALIBRATED
+        return by_channel_side(role, options)
     if "max_bits" in options:
         return Layout(role, 128, Regions(), Mixed(**options), QUERIES, SHARED), UNCALIBRATED
     rotary, couple = options.pop("rotary", False), options.get("couple")
@@ -43,6 +43,15 @@ def side(role: Any, options: Options) -> Side:
     )  # fmt: skip
     layout = Layout(role, 128, Regions(), scheme_of(options, tables.digest, rotary))
     return layout, calibrated(layout, tables)
+
+
+def by_channel_side(role: Any, options: Options) -> Side:
+    """Return a layout whose channels differ in bits; with tables keys are coded without their mean."""
+    frame = UNCALIBRATED
+    if options.pop("tables", False):
+        tables = random_tables(HEADS, 128, group_size=128, rotary=True, seed=0, codebook=None)
+        options["tables"], frame = tables.digest, Calibrated(tables.words)
+    return Layout(role, 128, Regions(), Channelwise(**options), QUERIES, SHARED), frame
 
 
 def token(heads: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -137,6 +146,8 @@ DECODING = {  # keys and values
     "tc-2": (by_channel(2), turned(2)),
     "tc-3": (by_channel(3), turned(3)),
     "tc-2.5": (by_channel(3.5), turned(1.5) | {"packing": "trits"}),
+    "tc-2 mean": (by_channel(2) | {"tables": True}, turned(2)),
+    "tc-3 mean": (by_channel(3) | {"tables": True}, turned(3)),
     "tc-8": (by_channel(8), turned(8)),
     "qaq-2.3": (mixed(2.75), mixed(1.4375)),
     "qaq-3": (mixed(3.25), mixed(2.375)),
@@ -157,6 +168,7 @@ WRITING: dict[str, tuple[str, Options]] = {
     "write qaq-hadamard": ("key", mixed(2, transform="hadamard")),
     "write qaq-target": ("key", mixed(2.75, params="fp16", soften=False, adaptive=Adaptive(0.1, 300.0))),
     "write tc": ("key", by_channel(2.5)),
+    "write tc mean": ("key", by_channel(2.5) | {"tables": True}),
     "write e5m3": ("value", turned(2)),
     "requantize qaq": ("key", mixed(2.75, adaptive=Adaptive(0.1, 9.0, requantize=True))),
 }  # fmt: skip
@@ -167,7 +179,7 @@ READING: dict[str, tuple[str, Options]] = {
     "read hadamard": ("value", {"bits": 4, "transform": "hadamard", "tables": True}),
     "read codebook": ("key", {"bits": 8, "couple": 4, "rotary": True}),
     "read qaq-outliers": ("key", mixed(2.5, 0, 6, params="fp16", outliers=2)),
-    "read tc": ("key", by_channel(2.5)),
+    "read tc": ("key", by_channel(2.5) | {"tables": True}),
 }
 WEIGHING: dict[str, tuple[int, int, int, Options]] = {  # heads that share, channels, page, options
     "weigh decode": (4, 128, 128, {}),
@@ -186,7 +198,7 @@ CASES: dict[str, Callable[[str], Any]] = {
 }
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
 ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
-ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3", "write fp8-trits", "write rotary-codebook",
+ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3 mean", "write fp8-trits", "write rotary-codebook",
              "write qaq", "requantize qaq", "read rotary", "read tc", "read qaq-outliers",
              "weigh decode"]  # fmt: skip
 

@@ -182,17 +182,17 @@ def _quantize_page(
 
 @triton.jit
 def _find_state(
-    source, query, cursor, scratch, write, shape, batch, kv_head, CONSTANTS: tl.constexpr,
-    TILE: tl.constexpr,
+    source, query, cursor, scratch, calibration, write, shape, batch, kv_head,
+    CONSTANTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write queries of a head and then, if a page fills, the widths of its channels, which depend on them."""
+    """Write queries of a head and then, if a page fills, what the cache finds of itself, which depends on them."""
     write_queries(
         query, source.exact, cursor, write, shape.tokens, shape.known, batch, kv_head, CONSTANTS
     )
     tl.debug_barrier()
     if write.pages > write.kept:
         last = CONSTANTS.sinks + (write.pages - 1) * CONSTANTS.page_size
-        channelwise_write.find_widths(source, last, scratch, CONSTANTS, TILE)
+        channelwise_write.find_state(source, last, scratch, calibration.tables, CONSTANTS, TILE)
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -222,8 +222,9 @@ def append_kernel(
         _reopen(source, page, tables, CONSTANTS, ROWS)
     if WHOLE and CONSTANTS.bit_rows > 0 and write.ok:
         _find_state(
-            source, query, cache.cursor, scratch, write, shape, batch, kv_head, CONSTANTS, TILE
-        )
+            source, query, cache.cursor, scratch, tables, write, shape, batch, kv_head, CONSTANTS,
+            TILE,
+        )  # fmt: skip
     if write.ok & (index < write.pages):
         offset = batch * importance.batch + kv_head * importance.head
         weights = HeadWeights(importance.pointer, offset, importance.slots)
@@ -248,7 +249,7 @@ def append_kernel(
 
 @triton.jit(do_not_specialize=["start"])
 def state_kernel(
-    cache, x, query, scratch, position, start, shape, pages, CONSTANTS: tl.constexpr,
+    cache, calibration, x, query, scratch, position, start, shape, pages, CONSTANTS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Write queries and what a cache finds of itself, before `append_kernel` packs up to ``pages`` pages.
@@ -264,8 +265,10 @@ def state_kernel(
     scratch += head * pages * CONSTANTS.scratch_size
     if write.ok:
         _find_state(
-            source, query, cache.cursor, scratch, write, shape, batch, kv_head, CONSTANTS, TILE
-        )
+            source, query, cache.cursor, scratch,
+            calibrated_head(calibration, batch, kv_head, CONSTANTS), write, shape, batch, kv_head,
+            CONSTANTS, TILE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -351,13 +354,14 @@ def append_(
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
     size = constants.scratch_size
     scratch = x.new_empty(B * H * pages, size, dtype=torch.float32) if size else x
+    relative = bundle_calibration(calibrated)
     if constants.bit_rows and not whole:
         state_kernel[(B * H,)](
-            bundle, new, queries, scratch, *slot, shape, pages, CONSTANTS=constants, TILE=TILE,
-            enable_fp_fusion=False,
+            bundle, relative, new, queries, scratch, *slot, shape, pages, CONSTANTS=constants,
+            TILE=TILE, enable_fp_fusion=False,
         )  # fmt: skip
     append_kernel[(B * H, pages)](
-        bundle, bundle_calibration(calibrated), new, queries, scratch,
+        bundle, relative, new, queries, scratch,
         bundle_importance(importance if mixed and layout.attentive else None), *slot, shape,
         CONSTANTS=constants, ROWS=rows, TILE=TILE, WHOLE=whole, enable_fp_fusion=False,
     )  # fmt: skip

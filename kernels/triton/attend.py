@@ -92,7 +92,9 @@ def _attend_packed(
     if KEY.rotary:
         angles += kv_head * (KEY.block * KEY.head_dim)
     if KEY.scheme == "channelwise":
-        bits = tile_of(bits, head, KEY, LAUNCH)
+        bits = tile_of(bits, head.to(tl.int64), tl.num_programs(1), KEY, LAUNCH)
+        if KEY.takes_mean:
+            angles = bits.angles + kv_head * (KEY.page_size * 2 * KEY.mean_places)
     key_pages = KeyPages(key_codes, key_params, key_calibration, angles, bits)
     value_pages = ValuePages(value_codes, value_params, value_calibration.book)
     if KEY.scheme == "mixed":
@@ -239,10 +241,12 @@ def attend(
     exact, paged = launch.count_splits(B * H * tiles, capacity, KEY.token_rows + new, resident)
     queries, key_tables = bundle_tensor(query), bundle_calibration(key_calibrated)
     value_tables = bundle_calibration(value_calibrated)
-    coded = code_query(query, queries, H, key_tables, KEY, LAUNCH.dtype == tl.float32)
     if KEY.scheme == "channelwise":
-        bits = expand_query(queries, keys[2], tiles, T, score.scale * LOG2_E, KEY, LAUNCH)
-        coded = coded._replace(bits=bits)
+        coded = expand_query(
+            queries, keys[2], key_tables, tiles, T, score.scale * LOG2_E, KEY, LAUNCH
+        )
+    else:
+        coded = code_query(query, queries, H, key_tables, KEY, LAUNCH.dtype == tl.float32)
     partial = query.new_empty(B * Hq * T, exact + paged, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, exact + paged, dtype=torch.float32)
     attend_kernel[(B * H, tiles, exact + paged)](

@@ -24,6 +24,7 @@ import triton.language as tl
 from kvq_compile.kernels import channelwise_scheme
 from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
 from kvq_compile.kernels.triton.primitives import join_8
+from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table, rotate_back
 
 MAX_WIDTH = tl.constexpr(channelwise_scheme.MAX_WIDTH)
 BLOCK_WORDS = tl.constexpr(channelwise_scheme.BLOCK_WORDS)
@@ -41,6 +42,9 @@ class BitQueries(NamedTuple):
         plain: The queries, ``[B * Hkv, tiles, D padded, block_q]``, scaled as scores are.
         half_levels: Half of the levels of each channel, ``[B * Hkv, D padded]``.
         factor: What products with ``rows`` are multiplied by, ``[B * Hkv, tiles, block_q]``.
+        mean: What cosine and sine of the angles of pairs are multiplied by in scores, for the mean of keys,
+            ``[B * Hkv, tiles, 2, places, block_q]``; ``None`` if keys keep their mean.
+        angles: Cosine and sine for the tokens of a page, ``[Hkv, page_size, 2, places]``; or ``None``.
     """
 
     rows: Any
@@ -48,6 +52,8 @@ class BitQueries(NamedTuple):
     plain: Any
     half_levels: Any
     factor: Any
+    mean: Any
+    angles: Any
 
 
 class Held(NamedTuple):
@@ -133,17 +139,21 @@ def row_of(block, field, word):
 
 
 @triton.jit
-def tile_of(bits, head, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the `BitQueries` of a program's tile of queries of a head."""
+def tile_of(bits, head, tiles, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the `BitQueries` of a program's tile, one of ``tiles`` of a head (int64); angles stay those of all."""
     D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
-    head = head.to(tl.int64)
-    tile = head * tl.num_programs(1) + tl.program_id(1)
+    tile = head * tiles + tl.program_id(1)
+    mean = bits.mean
+    if KEY.takes_mean:
+        mean += tile * (2 * KEY.mean_places * LAUNCH.block_q)
     return BitQueries(
         bits.rows + tile * (KEY.bit_blocks * BLOCK_ROWS * LAUNCH.block_q),
         bits.channel + head * (KEY.bit_blocks * BLOCK_ROWS),
         bits.plain + tile * (D_PAD * LAUNCH.block_q),
         bits.half_levels + head * D_PAD,
         bits.factor + tile * LAUNCH.block_q,
+        mean,
+        bits.angles,
     )
 
 
@@ -246,15 +256,14 @@ def _add_block(
 
 @triton.jit
 def page_scores(
-    codes, params, fields, bits, held, KEY: tl.constexpr, LAUNCH: tl.constexpr
+    scores, codes, params, fields, bits, held, KEY: tl.constexpr, LAUNCH: tl.constexpr
 ):  # fmt: skip
-    """Return the scores ``[page_size, queries]`` of a page with parameters ``fields``, as `load_params` has them."""
-    PAGE: tl.constexpr = KEY.page_size
-    BLOCK_Q: tl.constexpr = LAUNCH.block_q
+    """Return the scores ``[page_size, queries]`` of a page with parameters ``fields``, as `load_params` has them, and
+    what adds to ``scores`` in units of products with bits.
+    """
     BLOCKS: tl.constexpr = KEY.bit_blocks
-    BLOCK: tl.constexpr = BLOCK_WORDS * PAGE  # words
-    scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
-    if BLOCKS * BLOCK_Q <= HELD_COLUMNS:
+    BLOCK: tl.constexpr = BLOCK_WORDS * KEY.page_size  # words
+    if BLOCKS * LAUNCH.block_q <= HELD_COLUMNS:
         for block in tl.static_range(BLOCKS - 1):
             rows, step = held.rows[block], fields[3 + block]
             scores = _add_block(scores, codes + block * BLOCK, rows, step, BLOCK_WORDS, KEY, LAUNCH)
@@ -272,3 +281,40 @@ def page_scores(
     center = center.to(tl.float16, bitcast=True).to(tl.float32)
     low = lowest_value(e5m3_value(fields[0]), center, held.half_levels)
     return scores * held.factor[None, :] + tl.sum(held.plain * low[:, None], 0)[None, :]
+
+
+# --- the mean of keys -----------------------------------------------------------------------------
+
+
+@triton.jit
+def start_mean(keys, first, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return what a program needs of the mean of keys, for pages from ``first`` on.
+
+    A pair ``a, b`` of the mean ``m``, rotated by the angle of a slot, adds ``cosine (q_a m_a + q_b m_b) + sine (q_b
+    m_a - q_a m_b)`` to a score. The angle is that of the page's first slot, by which both terms are rotated, page by
+    page, and that of the token in the page, the same for all pages.
+
+    Returns:
+        Both terms ``[places, queries]`` for the first page, cosine and sine of the tokens of a page ``[page_size, 2 *
+        places]``, and cosine and sine of the angle from page to page.
+    """
+    PLACES: tl.constexpr = KEY.mean_places
+    pair, column = tl.arange(0, PLACES), tl.arange(0, LAUNCH.block_q)
+    where = keys.bits.mean + pair[:, None] * LAUNCH.block_q + column[None, :]
+    a, b = tl.load(where), tl.load(where + PLACES * LAUNCH.block_q)
+    tables = keys.calibration.tables
+    frequency = load_table(tables, pair, pair < KEY.mean_pairs, "frequency", KEY)
+    cosine, sine = cosine_and_sine((KEY.sinks + first * KEY.page_size) * frequency)
+    a, b = rotate_back(a, b, cosine, sine)
+    token, place = tl.arange(0, KEY.page_size), tl.arange(0, 2 * PLACES)
+    angles = tl.load(keys.angles + token[:, None] * (2 * PLACES) + place[None, :])
+    return a, b, angles, cosine_and_sine(KEY.page_size * frequency)
+
+
+@triton.jit
+def mean_scores(a, b, angles, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return what the mean of keys adds to the scores of a page, in units of products with bits."""
+    terms = tl.permute(tl.join(a.to(LAUNCH.dtype), b.to(LAUNCH.dtype)), (2, 0, 1))
+    terms = tl.reshape(terms, (2 * KEY.mean_places, LAUNCH.block_q))
+    scores = tl.dot(angles, terms, input_precision=LAUNCH.precision)
+    return scores * (2.0**-18 if LAUNCH.fast else 2.0)

@@ -9,7 +9,7 @@ is at most 61440 and a range 131008; half of that fits fp16. What underflows cha
 fp16 would one of the size of 2 ** -7.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels import channelwise_scheme
-from kvq_compile.kernels.triton.arguments import Strided
+from kvq_compile.kernels.triton.arguments import Calibration, Strided
 from kvq_compile.kernels.triton.channelwise import (
     BLOCK_ROWS,
     MAX_WIDTH,
@@ -26,10 +26,13 @@ from kvq_compile.kernels.triton.channelwise import (
     half_levels_of,
     load_widths,
     row_of,
+    tile_of,
 )
 from kvq_compile.kernels.triton.constants import ReadConstants
 from kvq_compile.kernels.triton.mixed import power_of_2
 from kvq_compile.kernels.triton.primitives import tile_columns
+from kvq_compile.kernels.triton.query import TOKENS, CodedQuery
+from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table
 
 HALF = tl.constexpr(-1)  # exponent of what makes room
 
@@ -60,41 +63,110 @@ def _field_exponent(field, FAST: tl.constexpr):
 
 
 @triton.jit
-def expand_query_kernel(
-    query, exact, out, scale, shape, KEY: tl.constexpr, LAUNCH: tl.constexpr
-):  # fmt: skip
-    """Write the `BitQueries` of one tile of queries of a KV head.
+def _load_query(where, channel, exists, tables, KEY: tl.constexpr):
+    """Return coded channels of queries ``[channels, columns]``, fp32, and what the table of means adds to scores."""
+    ok = (channel < KEY.head_dim)[:, None] & exists[None, :]
+    order = channel
+    if KEY.has_tables:
+        order = load_table(tables, channel, channel < KEY.head_dim, "order", KEY)
+    q = tl.load(where[None, :] + order[:, None], mask=ok, other=0.0).to(tl.float32)
+    bias = tl.zeros(exists.shape, tl.float32)
+    if KEY.has_tables:
+        real = channel < KEY.head_dim
+        bias = tl.sum(q * load_table(tables, channel, real, "mean", KEY)[:, None], 0)
+        q = q * load_table(tables, channel, real, "scale", KEY)[:, None]
+    return q, bias
 
-    Grid: (B * Hkv, tiles).
+
+@triton.jit
+def _write_mean_queries(
+    where, exact, out, exists, factor, tables, KEY: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """Write what the mean of keys adds to scores, for cosine and sine of the angle of each pair: see `start_mean`."""
+    HALF: tl.constexpr = KEY.head_dim // 2
+    PLACES: tl.constexpr = KEY.mean_places
+    pair = tl.arange(0, PLACES)
+    real = pair < KEY.mean_pairs
+    first = tl.where(real, pair, KEY.head_dim)  # of places without a pair there is no channel
+    q_a, _bias = _load_query(where, first, exists, tables, KEY)
+    q_b, _bias = _load_query(where, first + HALF, exists, tables, KEY)
+    mean = exact + (KEY.state_row + 1) * KEY.head_dim + pair
+    a = tl.load(mean, mask=real, other=0.0).to(tl.float32)[:, None]
+    b = tl.load(mean + HALF, mask=real, other=0.0).to(tl.float32)[:, None]
+    to = out + pair[:, None] * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
+    tl.store(to, (q_a * a + q_b * b) * factor[None, :])
+    tl.store(to + PLACES * BLOCK_Q, (q_b * a - q_a * b) * factor[None, :])
+
+
+@triton.jit
+def _write_angles(out, tables, block, KEY: tl.constexpr, TOKENS: tl.constexpr):
+    """Write cosine and sine of the angles of ``TOKENS`` tokens of a page, ``[tokens, 2, places]``."""
+    PLACES: tl.constexpr = KEY.mean_places
+    pair = tl.arange(0, PLACES)
+    frequency = load_table(tables, pair, pair < KEY.mean_pairs, "frequency", KEY)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    cosine, sine = cosine_and_sine(token[:, None] * frequency[None, :])
+    where = out + token[:, None] * (2 * PLACES) + pair[None, :]
+    tl.store(where, cosine.to(out.dtype.element_ty))
+    tl.store(where + PLACES, sine.to(out.dtype.element_ty))
+
+
+@triton.jit
+def expand_query_kernel(
+    query, exact, calibration, out, bias, scale, kv_heads, tokens, tiles, KEY: tl.constexpr,
+    LAUNCH: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write the `BitQueries` of one tile of queries of a KV head; or angles of ``TOKENS`` tokens of a page.
+
+    Grid: (B * Hkv, tiles, then, where keys have a mean, page_size / TOKENS).
     """
+    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tables = calibration.tables
+    if KEY.has_tables:
+        tables += head % kv_heads * calibration.words
+    if tile < tiles:
+        exact += head * (KEY.exact_rows * KEY.head_dim)
+        _expand_query(
+            query, exact, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY, LAUNCH
+        )
+    elif KEY.takes_mean and head < kv_heads:
+        angles = out.angles + head * (KEY.page_size * 2 * KEY.mean_places)
+        _write_angles(angles, tables, tile - tiles, KEY, TOKENS)
+
+
+@triton.jit
+def _expand_query(
+    query, exact, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY: tl.constexpr,
+    LAUNCH: tl.constexpr,
+):  # fmt: skip
+    """Write the `BitQueries` of one tile of queries of a head."""
     BLOCKS: tl.constexpr = KEY.bit_blocks
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
     D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
-    head = tl.program_id(0).to(tl.int64)
-    tile = head * tl.num_programs(1) + tl.program_id(1)
-    kv_head = head % shape.kv_heads
-    _column, q_head, token, _group, exists = tile_columns(
-        tl.program_id(1), kv_head, shape.tokens, LAUNCH
+    number, q_head, token, _group, exists = tile_columns(
+        tl.program_id(1), head % kv_heads, tokens, LAUNCH
     )
-    rows = head // shape.kv_heads * query.batch + q_head * query.head + token * query.token
-    out = BitQueries(
-        out.rows + tile * (BLOCKS * BLOCK_ROWS * BLOCK_Q), out.channel + head * (BLOCKS * BLOCK_ROWS),
-        out.plain + tile * (D_PAD * BLOCK_Q), out.half_levels + head * D_PAD,
-        out.factor + tile * BLOCK_Q,
-    )  # fmt: skip
+    where = query.pointer + head // kv_heads * query.batch
+    where = where + q_head * query.head + token * query.token
+    out = tile_of(out, head, tiles, KEY, LAUNCH)
     _clear(out, BLOCKS, BLOCK_Q)
 
     channel, column = tl.arange(0, D_PAD), tl.arange(0, BLOCK_Q)
-    ok = (channel < KEY.head_dim)[:, None] & exists[None, :]
-    q = tl.load(query.pointer + rows[None, :] + channel[:, None], mask=ok, other=0.0)
-    q = q.to(tl.float32) * scale
+    q, offset = _load_query(where, channel, exists, tables, KEY)
+    if KEY.has_tables:
+        row = head * (LAUNCH.shared_by * tokens) + number
+        tl.store(bias + row, offset, mask=exists)
+    q = q * scale
     tl.store(out.plain + channel[:, None] * BLOCK_Q + column[None, :], q)
     exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 126
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     tl.store(out.factor + column, power_of_2(exponent - HALF + (19 if LAUNCH.fast else 0)))
+    if KEY.takes_mean:
+        quarter = power_of_2(-exponent - 2) * scale
+        _write_mean_queries(where, exact, out.mean, exists, quarter, tables, KEY, BLOCK_Q)
     q = q * power_of_2(-exponent)[None, :]
 
-    width = load_widths(exact + head * (KEY.exact_rows * KEY.head_dim), channel, KEY)
+    width = load_widths(exact, channel, KEY)
     tl.store(out.half_levels + channel, half_levels_of(width))
     first = tl.cumsum(width, 0) - width
     for bit in tl.static_range(MAX_WIDTH):
@@ -110,22 +182,16 @@ def expand_query_kernel(
         tl.store(out.channel + at, channel, mask=has)
 
 
-class Shape(NamedTuple):
-    """KV heads and query tokens of a call."""
-
-    kv_heads: Any
-    tokens: Any
-
-
 def expand_query(
-    query: Strided, exact: Tensor, tiles: int, tokens: int, scale: float, key: ReadConstants,
-    launch: Any,
-) -> BitQueries:  # fmt: skip
-    """Return the `BitQueries` of a call.
+    query: Strided, exact: Tensor, calibration: Calibration, tiles: int, tokens: int, scale: float,
+    key: ReadConstants, launch: Any,
+) -> CodedQuery:  # fmt: skip
+    """Return the queries of a call with their `BitQueries`.
 
     Args:
         query: Queries ``[B, Hq, T, D]``.
         exact: Exact rows of the keys.
+        calibration: Tables of the keys.
         tiles: Tiles of queries of a KV head.
         tokens: Query tokens.
         scale: Factor on scores.
@@ -143,8 +209,15 @@ def expand_query(
         plain,
         plain.new_empty(B * H, D_pad),
         plain.new_empty(B * H, tiles, columns),
+        plain.new_empty(B * H, tiles, 2, key.mean_places, columns) if key.takes_mean else None,
+        exact.new_empty(H, key.page_size, 2, key.mean_places, dtype=dtype)
+        if key.takes_mean
+        else None,
     )
-    expand_query_kernel[(B * H, tiles)](
-        query, exact, out, scale, Shape(H, tokens), KEY=key, LAUNCH=launch
-    )
-    return out
+    bias = plain.new_empty(B * H * launch.shared_by * tokens) if key.has_tables else None
+    programs = tiles + (key.page_size // TOKENS if key.takes_mean else 0)
+    expand_query_kernel[(B * H, programs)](
+        query, exact, calibration, out, bias, scale, H, tokens, tiles, KEY=key, LAUNCH=launch,
+        TOKENS=TOKENS,
+    )  # fmt: skip
+    return CodedQuery(query, bias, None, out)

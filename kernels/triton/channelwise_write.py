@@ -22,8 +22,14 @@ from kvq_compile.kernels.triton.channelwise import (
     load_widths,
     lowest_value,
 )
-from kvq_compile.kernels.triton.coded_form import Source, load_coded
+from kvq_compile.kernels.triton.coded_form import Source, load_coded, read_tokens
 from kvq_compile.kernels.triton.formats import bounded, e5m3_value, round_e5m3, sum_pairs
+from kvq_compile.kernels.triton.transforms import (
+    load_table,
+    other_of_pair,
+    rotated_mean,
+    slot_angle,
+)
 
 GAINS = tl.constexpr(channelwise_scheme.GAINS)
 CLIPS = tl.constexpr(channelwise_scheme.CLIPS)
@@ -37,31 +43,68 @@ HALVINGS = tl.constexpr(31)  # of the fp32 values from zero to infinity
 
 
 @triton.jit
-def _load_page(source, channel, CONSTANTS: tl.constexpr):
-    """Return channels of a page ``[channels, page_size]``, fp32, as they are."""
+def _load_tokens(source, channel, tables, CONSTANTS: tl.constexpr):
+    """Return coded channels of a page ``[channels, page_size]``, fp32, within fp16, before anything is taken off."""
     token = tl.arange(0, CONSTANTS.page_size)[None, :]
-    exists = (channel < CONSTANTS.head_dim)[:, None] & (token >= 0)
-    return load_coded(source, source.new, token, channel[:, None], exists, CONSTANTS)
+    exists = channel < CONSTANTS.head_dim
+    if CONSTANTS.has_tables:
+        channel = load_table(tables, channel, exists, "order", CONSTANTS)
+    exists = exists[:, None] & (token >= 0)
+    return bounded(read_tokens(source, token, channel[:, None], exists, CONSTANTS))
 
 
 @triton.jit
-def _variances(source, channel, CONSTANTS: tl.constexpr):
+def _part_of_mean(source, channel, tables, CONSTANTS: tl.constexpr):
+    """Return what a page adds to the mean of coded channels: half of its own mean, rotated back."""
+    SHARE: tl.constexpr = 0.5 / CONSTANTS.page_size
+    slot = source.first + tl.arange(0, CONSTANTS.page_size)[None, :]
+    exists = channel < CONSTANTS.head_dim
+    cosine, sine = slot_angle(slot, channel[:, None], exists[:, None], tables, CONSTANTS)
+    other = tl.where(exists, other_of_pair(channel, CONSTANTS), CONSTANTS.head_dim)
+    own = _load_tokens(source, channel, tables, CONSTANTS)
+    other = _load_tokens(source, other, tables, CONSTANTS)
+    other = tl.where((channel < CONSTANTS.head_dim // 2)[:, None], other, -other)
+    return sum_pairs(own * cosine + other * sine) * SHARE
+
+
+@triton.jit
+def _find_mean(source, last_page, tables, CONSTANTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write the mean of a head's keys to its exact rows."""
+    DIM: tl.constexpr = CONSTANTS.head_dim
+    for block in range(0, DIM, CHANNELS):
+        channel = block + tl.arange(0, CHANNELS)
+        mean = _part_of_mean(source, channel, tables, CONSTANTS)
+        mean = bounded(mean + _part_of_mean(last_page, channel, tables, CONSTANTS))
+        mean = tl.where(channel % (DIM // 2) < CONSTANTS.mean_pairs, mean, 0.0)
+        where = source.exact + (CONSTANTS.state_row + 1) * DIM + channel
+        tl.store(where, mean.to(source.exact.dtype.element_ty), mask=channel < DIM)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _variances(source, channel, tables, CONSTANTS: tl.constexpr):
     """Return `channelwise.variances` of channels of a page."""
     SHARE: tl.constexpr = 1.0 / CONSTANTS.page_size
-    x = bounded(_load_page(source, channel, CONSTANTS))
+    x = _load_tokens(source, channel, tables, CONSTANTS)
+    if CONSTANTS.takes_mean:
+        slot = source.first + tl.arange(0, CONSTANTS.page_size)[None, :]
+        exists = (channel < CONSTANTS.head_dim)[:, None]
+        x = x - rotated_mean(source.exact, slot, channel[:, None], exists, tables, CONSTANTS)
     mean = sum_pairs(x) * SHARE
     offset = x - mean[:, None]
     return sum_pairs(offset * offset) * SHARE
 
 
 @triton.jit
-def _sum_squares(exact, channel, CONSTANTS: tl.constexpr):
-    """Return the sum of the squares of held queries in channels, and how many queries are known."""
+def _sum_squares(exact, channel, tables, CONSTANTS: tl.constexpr):
+    """Return the sum of the squares of held queries in coded channels, and how many queries are known."""
     total = tl.zeros(channel.shape, tl.float32)
     known = tl.sum(total, 0)
+    exists = channel < CONSTANTS.head_dim
+    if CONSTANTS.has_tables:
+        channel = load_table(tables, channel, exists, "order", CONSTANTS)
     for row in range(CONSTANTS.token_rows, CONSTANTS.state_row):
         where = exact + row * CONSTANTS.head_dim + channel
-        exists = (channel >= 0) & (channel < CONSTANTS.head_dim)
         q = bounded(tl.load(where, mask=exists, other=0.0).to(tl.float32))
         total = total + q * q
         known = known + tl.where(tl.max(tl.abs(q), 0) > 0, 1.0, 0.0)
@@ -69,25 +112,20 @@ def _sum_squares(exact, channel, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def _weights(exact, channel, CONSTANTS: tl.constexpr):
+def _weights(exact, channel, tables, CONSTANTS: tl.constexpr):
     """Return `channelwise.weights` of all channels."""
     DIM: tl.constexpr = CONSTANTS.head_dim
-    total, known = _sum_squares(exact, channel, CONSTANTS)
+    total, known = _sum_squares(exact, channel, tables, CONSTANTS)
     if CONSTANTS.pairs == "halves":
-        other, _known = _sum_squares(exact, _other_half(channel, DIM), CONSTANTS)
+        other = tl.where(channel < DIM, other_of_pair(channel, CONSTANTS), DIM)
+        other, _known = _sum_squares(exact, other, tables, CONSTANTS)
         total = total + other
     elif CONSTANTS.pairs == "neighbours":
-        other, _known = _sum_squares(exact, channel ^ 1, CONSTANTS)
+        other, _known = _sum_squares(exact, channel ^ 1, tables, CONSTANTS)
         total = total + other
     mean = tl.sum(sum_pairs(total[None, :]), 0) * (1.0 / DIM)
     prior = mean * tl.div_rn(known * 0.0 + PRIOR, tl.maximum(known, 1.0))
     return tl.where(mean > 0, total + prior, 1.0)
-
-
-@triton.jit
-def _other_half(channel, DIM: tl.constexpr):
-    """Return the other channel of pairs of halves; of what does not exist, none."""
-    return tl.where(channel < DIM, (channel + DIM // 2) % DIM, DIM)
 
 
 @triton.jit
@@ -118,29 +156,33 @@ def _allocate(value, exists, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def find_widths(source, last, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the widths of a head's channels to its exact rows, unless they are there.
+def find_state(source, last, scratch, tables, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write what a head finds of its keys to its exact rows, unless it is there: widths, and the mean it takes off.
 
     Args:
         source: Tokens of the first page that the call fills.
         last: Slot of the first token of the last one.
         scratch: Memory for the worth of each channel.
+        tables: Tables of the head.
         CONSTANTS, TILE: As `append_kernel` has them.
     """
     DIM: tl.constexpr = CONSTANTS.head_dim
     D_PAD: tl.constexpr = triton.next_power_of_2(DIM)
-    CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (2 * CONSTANTS.page_size)))
+    TILES: tl.constexpr = 8 if CONSTANTS.takes_mean else 2  # at once in registers
+    CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (TILES * CONSTANTS.page_size)))
     channel = tl.arange(0, D_PAD)
     if tl.max(load_widths(source.exact, channel, CONSTANTS), 0) == 0:
         last_page = Source(source.new, source.stride, source.exact, last, source.start)
+        if CONSTANTS.takes_mean:
+            _find_mean(source, last_page, tables, CONSTANTS, CHANNELS)
         for block in range(0, DIM, CHANNELS):
             part = block + tl.arange(0, CHANNELS)
-            variance = _variances(source, part, CONSTANTS)
-            variance = variance + _variances(last_page, part, CONSTANTS)
+            variance = _variances(source, part, tables, CONSTANTS)
+            variance = variance + _variances(last_page, part, tables, CONSTANTS)
             tl.store(scratch + part, variance, mask=part < DIM)
         tl.debug_barrier()
         value = tl.load(scratch + channel, mask=channel < DIM, other=0.0)
-        value = value * _weights(source.exact, channel, CONSTANTS)
+        value = value * _weights(source.exact, channel, tables, CONSTANTS)
         widths = _allocate(value, channel < DIM, CONSTANTS).to(tl.float32)
         where = source.exact + CONSTANTS.state_row * DIM + channel
         tl.store(where, widths.to(source.exact.dtype.element_ty), mask=channel < DIM)
@@ -148,6 +190,14 @@ def find_widths(source, last, scratch, CONSTANTS: tl.constexpr, TILE: tl.constex
 
 
 # --- pages ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_page(source, scratch, channel, CONSTANTS: tl.constexpr):
+    """Return coded channels of a page ``[channels, page_size]``, fp32, as they are."""
+    token = tl.arange(0, CONSTANTS.page_size)[None, :]
+    exists = (channel < CONSTANTS.head_dim)[:, None] & (token >= 0)
+    return load_coded(source, scratch, token, channel[:, None], exists, CONSTANTS)
 
 
 @triton.jit
@@ -187,7 +237,7 @@ def _channel_params(x, width):
 
 
 @triton.jit
-def _write_params(source, params, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+def _write_params(source, params, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
     """Write the parameters of a page, in tiles of whole channels."""
     DIM: tl.constexpr = CONSTANTS.head_dim
     D_PAD: tl.constexpr = triton.next_power_of_2(DIM)
@@ -195,7 +245,7 @@ def _write_params(source, params, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
     for block in range(0, DIM, CHANNELS):
         channel = block + tl.arange(0, CHANNELS)
         width = load_widths(source.exact, channel, CONSTANTS)
-        x = _load_page(source, channel, CONSTANTS)
+        x = _load_page(source, scratch, channel, CONSTANTS)
         step, center = _channel_params(x, width)
         word = center.to(tl.uint16, bitcast=True).to(tl.int32)
         exists = channel < DIM
@@ -221,7 +271,7 @@ def _tile_tokens(page, tile):
 
 
 @triton.jit
-def _pack(source, page, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+def _pack(source, page, scratch, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
     """Write the bits of a page, in tiles of words."""
     PAGE: tl.constexpr = CONSTANTS.page_size
     TOKENS: tl.constexpr = _tile_tokens(PAGE, TILE)
@@ -240,7 +290,7 @@ def _pack(source, page, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
         center = load_center(page.params, channel, channel >= 0, CONSTANTS)
         half_levels = half_levels_of(load_widths(source.exact, channel, CONSTANTS))
         there = exists & (token >= 0)[:, None, None]
-        x = load_coded(source, source.new, token[:, None, None], channel, there, CONSTANTS)
+        x = load_coded(source, scratch, token[:, None, None], channel, there, CONSTANTS)
         code = _nearest(bounded(x), size, center, half_levels).to(tl.int32)
         packed = tl.sum(tl.where(there, ((code >> bit) & 1) << field, 0), 1)
         where = page.codes + block * (BLOCK_WORDS * PAGE) + token[:, None] * words
@@ -250,9 +300,9 @@ def _pack(source, page, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def quantize_page(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Quantize and pack a page of a head whose widths have been found."""
-    places = scratch + CONSTANTS.head_dim
-    _write_params(source, page.params, CONSTANTS, TILE)
+    """Quantize and pack a page of a head that has found its state; in coded form if the layout has tables."""
+    places = scratch + (CONSTANTS.scratch_size - CONSTANTS.bit_rows)
+    _write_params(source, page.params, scratch, CONSTANTS, TILE)
     _write_places(source.exact, places, CONSTANTS)
     tl.debug_barrier()
-    _pack(source, page, places, CONSTANTS, TILE)
+    _pack(source, page, scratch, places, CONSTANTS, TILE)

@@ -14,6 +14,7 @@ from kvq_compile.kernels.triton.transforms import (
     load_table,
     normalize,
     rotary_angle,
+    rotated_mean,
 )
 
 
@@ -41,7 +42,7 @@ def ring_row(slot, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def _read_tokens(source, token, channel, exists, CONSTANTS: tl.constexpr):
+def read_tokens(source, token, channel, exists, CONSTANTS: tl.constexpr):
     """Return channels of the page's tokens from ring or new tokens, fp32."""
     slot = source.first + token
     recent = slot < source.start
@@ -68,11 +69,11 @@ def write_coded_form(source, scratch, calibration, CONSTANTS: tl.constexpr, TILE
         order = channel
         if CONSTANTS.has_tables:
             order = load_table(tables, channel, inside, "order", CONSTANTS)
-        y = _read_tokens(source, token, order, exists, CONSTANTS)
+        y = read_tokens(source, token, order, exists, CONSTANTS)
         where = scratch + token * HEAD_DIM + channel
         if CONSTANTS.rotary:
             other = load_table(tables, channel + CHANNELS, inside, "order", CONSTANTS)
-            z = _read_tokens(source, token, other, exists, CONSTANTS)
+            z = read_tokens(source, token, other, exists, CONSTANTS)
             cosine, sine = rotary_angle(
                 source.first + token, channel, inside, calibration, CONSTANTS
             )
@@ -81,6 +82,9 @@ def write_coded_form(source, scratch, calibration, CONSTANTS: tl.constexpr, TILE
             tl.store(where + CHANNELS, z, mask=exists)
         if CONSTANTS.has_tables:
             y = normalize(y, tables, channel, inside, CONSTANTS)
+        if CONSTANTS.takes_mean:
+            slot = source.first + token
+            y = y - rotated_mean(source.exact, slot, channel, inside, tables, CONSTANTS)
         if CONSTANTS.transform == "hadamard":
             y = hadamard(y, HEAD_DIM)
         tl.store(where, y, mask=exists)
@@ -92,4 +96,4 @@ def load_coded(source, scratch, token, channel, exists, CONSTANTS: tl.constexpr)
     if CONSTANTS.in_coded_form:
         return tl.load(scratch + token * CONSTANTS.head_dim + channel, mask=exists, other=0.0)
     else:
-        return _read_tokens(source, token, channel, exists, CONSTANTS)
+        return read_tokens(source, token, channel, exists, CONSTANTS)

@@ -48,6 +48,8 @@ class ReadConstants:
             the field of its rank, outliers, fields of each.
         bit_rows, bit_blocks, last_words: Of a token whose channels differ in bits: its bits, its blocks of words, and
             the words of the last of them; else 0.
+        takes_mean, mean_pairs, mean_places: Whether keys are coded without their rotated mean; rotation pairs that have
+            one, and places for them in a tile.
     """
 
     role: str
@@ -92,6 +94,9 @@ class ReadConstants:
     bit_rows: int
     bit_blocks: int
     last_words: int
+    takes_mean: bool
+    mean_pairs: int
+    mean_places: int
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -142,10 +147,6 @@ def _one_object(kind: type, **values: object) -> Any:
 
 def _read_values(layout: Layout) -> dict[str, object]:
     dim, scheme = layout.head_dim, layout.scheme.name
-    if layout.takes_mean:
-        raise NotImplementedError(
-            "tables must be None where channels differ in bits (channelwise): no GPU kernel takes off a mean"
-        )
     mixed = layout.mixed if scheme == "mixed" else None
     bits = sum(layout.planes) if mixed is None else mixed.max_bits
     in_fields = scheme in ("uniform", "channelwise") and layout.packing == "fields"
@@ -198,7 +199,7 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "channels": channels,
         "columns": pad_channels(per_word * triton.next_power_of_2(triton.cdiv(dim, per_word))),
         "block": min(layout.page_size, max(32, layout.page_size // 2)),
-        "sections": tuple((name, section(name, dim, layout.rotary)[0]) for name in names),
+        "sections": tuple((name, section(name, dim, layout.has_frequencies)[0]) for name in names),
         "param_bytes": param_bytes,
         "rank_field": 2 * param_bytes,
         "outliers": 0 if mixed is None else mixed.outliers,
@@ -206,6 +207,9 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "bit_rows": bit_rows,
         "bit_blocks": bit_blocks,
         "last_words": (bit_rows // WORD_BITS - 1) % BLOCK_WORDS + 1 if bit_rows else 0,
+        "takes_mean": layout.takes_mean,
+        "mean_pairs": layout.mean_pairs,
+        "mean_places": max(8, triton.next_power_of_2(layout.mean_pairs)),
     }
 
 

@@ -24,6 +24,7 @@ from kvq_compile.kernels.triton.transforms import (
     hadamard,
     load_table,
     rotary_angle,
+    rotated_mean,
 )
 
 TILE = 4096  # elements a program holds at once
@@ -46,6 +47,8 @@ def store_tokens(rows, page, calibration, slot, token, real, CONSTANTS: tl.const
     y = load_elements(page, book, token, channel, exists, CONSTANTS)
     if CONSTANTS.transform == "hadamard":
         y = hadamard(y, HEAD_DIM)
+    if CONSTANTS.takes_mean:
+        y = y + rotated_mean(page.exact, slot, channel, inside, tables, CONSTANTS)
     order = channel
     if CONSTANTS.has_tables:
         y = denormalize(y, tables, channel, inside, CONSTANTS)

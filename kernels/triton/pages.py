@@ -26,7 +26,7 @@ from kvq_compile.kernels.triton import channelwise, uniform
 from kvq_compile.kernels.triton.constants import section_start
 from kvq_compile.kernels.triton.primitives import HIDDEN, WEIGHT_BIAS, load_mask, softmax_update
 from kvq_compile.kernels.triton.schemes import read_key_halves, read_keys, read_values
-from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table
+from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table, rotate_back
 
 
 class Queries(NamedTuple):
@@ -113,13 +113,6 @@ def _add(x, y, FAST: tl.constexpr):
 
 
 @triton.jit
-def _rotate_query_back(a, b, cosine, sine):
-    """Return query pairs rotated by the inverse of the angle by which the keys that they meet are."""
-    c, s = cosine[:, None], sine[:, None]
-    return a * c + b * s, b * c - a * s
-
-
-@triton.jit
 def _coded_mean(tables, channel, exists, KEY: tl.constexpr, DTYPE: tl.constexpr):
     """Return mean / scale of key channels: what their elements are coded relative to, in coded units."""
     mean = load_table(tables, channel, exists, "mean", KEY)
@@ -185,7 +178,7 @@ def _start_rotation(queries, keys, first, KEY: tl.constexpr, DTYPE: tl.constexpr
     mean_b = _coded_mean(tables, HALF + channel, channel_ok, KEY, DTYPE)
     frequency = load_table(tables, channel, channel_ok, "frequency", KEY)
     cosine, sine = cosine_and_sine((first + keys.calibration.shift) * frequency)
-    q = _rotate_query_back(q_a, q_b, cosine, sine)
+    q = rotate_back(q_a, q_b, cosine, sine)
     step = cosine_and_sine(KEY.block * frequency)
     where = keys.angles + tl.arange(0, KEY.block)[:, None] * HALF + channel[None, :]
     cosine = tl.load(where, mask=channel_ok[None, :], other=0).to(DTYPE)
@@ -200,12 +193,12 @@ def _rotary_page_scores(
     """Return the scores of a page, and the query rotated on to the next."""
     BLOCK: tl.constexpr = KEY.block
     scores = _rotary_scores(codes, params, book, (q_a, q_b), mean, angle, KEY, 0, BLOCK, LAUNCH)
-    q_a, q_b = _rotate_query_back(q_a, q_b, step[0], step[1])
+    q_a, q_b = rotate_back(q_a, q_b, step[0], step[1])
     if KEY.page_size > BLOCK:
         second = _rotary_scores(
             codes, params, book, (q_a, q_b), mean, angle, KEY, BLOCK, BLOCK, LAUNCH
         )
-        q_a, q_b = _rotate_query_back(q_a, q_b, step[0], step[1])
+        q_a, q_b = rotate_back(q_a, q_b, step[0], step[1])
         scores = tl.permute(tl.join(scores, second), (2, 0, 1))
         scores = tl.reshape(scores, (KEY.page_size, q_a.shape[1]))
     return scores, q_a, q_b
@@ -266,6 +259,8 @@ def attend_pages(
     elif KEY.scheme == "channelwise":
         held = channelwise.hold_queries(keys.bits, KEY, LAUNCH)
         ahead = channelwise.load_params(keys.params, lo, lo < hi, held, KEY, LAUNCH)
+        if KEY.takes_mean:
+            mean_a, mean_b, angles, step = channelwise.start_mean(keys, lo, KEY, LAUNCH)
     else:
         channel, channel_ok = uniform.tile_channels(KEY.columns, KEY.head_dim, KEY)
         q = _load_query(queries, 0, channel, channel_ok).to(LAUNCH.dtype)
@@ -288,8 +283,12 @@ def attend_pages(
         elif KEY.scheme == "channelwise":
             fields = ahead
             ahead = channelwise.load_params(keys.params, page + 1, page + 1 < hi, held, KEY, LAUNCH)
+            scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
+            if KEY.takes_mean:
+                scores = channelwise.mean_scores(mean_a, mean_b, angles, KEY, LAUNCH)
+                mean_a, mean_b = rotate_back(mean_a, mean_b, step[0], step[1])
             scores = channelwise.page_scores(
-                k_codes, k_params, fields, keys.bits, held, KEY, LAUNCH
+                scores, k_codes, k_params, fields, keys.bits, held, KEY, LAUNCH
             )
             v = read_values(v_codes, values.book, VALUE, LAUNCH)
         else:

@@ -61,6 +61,13 @@ def cosine_and_sine(phase):
     return cosine * tl.where(half ^ odd, -1.0, 1.0), sine * tl.where(half, -1.0, 1.0)
 
 
+@triton.jit
+def rotate_back(a, b, cosine, sine):
+    """Return pairs ``[pairs, columns]`` rotated by the inverse of angles ``[pairs]``."""
+    c, s = cosine[:, None], sine[:, None]
+    return a * c + b * s, b * c - a * s
+
+
 # --- calibrated tables ----------------------------------------------------------------------------
 
 
@@ -93,3 +100,29 @@ def rotary_angle(slot, half, exists, calibration, CONSTANTS: tl.constexpr):
     """Return cosine and sine by which rotation pairs ``half`` of tokens in ``slot`` are rotated."""
     frequency = load_table(calibration.tables, half, exists, "frequency", CONSTANTS)
     return cosine_and_sine((slot + calibration.shift) * frequency)
+
+
+@triton.jit
+def other_of_pair(channel, CONSTANTS: tl.constexpr):
+    """Return the other channels of the rotation pairs that coded channels are in."""
+    HALF: tl.constexpr = CONSTANTS.head_dim // 2
+    return tl.where(channel < HALF, channel + HALF, channel - HALF)
+
+
+@triton.jit
+def slot_angle(slot, channel, exists, tables, CONSTANTS: tl.constexpr):
+    """Return cosine and sine by which coded channels are rotated in a slot, slots standing for positions."""
+    pair = channel % (CONSTANTS.head_dim // 2)
+    return cosine_and_sine(slot * load_table(tables, pair, exists, "frequency", CONSTANTS))
+
+
+@triton.jit
+def rotated_mean(exact, slot, channel, exists, tables, CONSTANTS: tl.constexpr):
+    """Return the mean of keys in coded channels of a head with exact rows ``exact``, rotated to slots."""
+    mean = exact + (CONSTANTS.state_row + 1) * CONSTANTS.head_dim
+    own = tl.load(mean + channel, mask=exists, other=0.0).to(tl.float32)
+    other = mean + other_of_pair(channel, CONSTANTS)
+    other = tl.load(other, mask=exists, other=0.0).to(tl.float32)
+    other = tl.where(channel < CONSTANTS.head_dim // 2, -other, other)
+    cosine, sine = slot_angle(slot, channel, exists, tables, CONSTANTS)
+    return own * cosine + other * sine
