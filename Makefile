@@ -73,7 +73,8 @@ test-sanitize: $(VENV)/.test
 		"from kvq_compile.kernels.cpu import library; print(library.find() or library.build())"
 	KVQ_SANITIZE=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(BIN)/python -m pytest tests/test_cpu_append.py tests/test_cpu_checks.py tests/test_cpu_frames.py
+		$(BIN)/python -m pytest tests/test_cpu_append.py tests/test_cpu_checks.py tests/test_cpu_frames.py \
+		tests/test_channelwise_cpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -110,16 +110,17 @@ struct Split {
     for (int i = 0; i < n; ++i) dot_rows<false>(query, dim, s.tile + static_cast<int64_t>(i) * dim, dim, a.query_rows, s.scores + i, a.page_size);
   }
 
-  // Score the keys of a page whose channels differ in bits, from its codes.
+  // Take query rows for pages whose channels differ in bits.
+  void ask_channels(const float* query) {
+    if (read_channels(a.key, b, h, s)) s.channels.ask(query, a.query_rows);
+  }
+
+  // Score the keys of such a page from its codes.
   void score_channels(const float* query, int64_t page) {
-    const int64_t N = a.page_size;
-    if (!load_channels(a.key, b, h, page, s)) {
-      std::fill(s.scores, s.scores + a.query_rows * N, 0.0f);
-      return;
-    }
-    int q = 0;
-    for (; q + 4 <= a.query_rows; q += 4) score_rows<4>(s.channels, query + static_cast<int64_t>(q) * dim, N, s.query, s.scores + q * N);
-    for (; q < a.query_rows; ++q) score_rows<1>(s.channels, query + static_cast<int64_t>(q) * dim, N, s.query, s.scores + q * N);
+    if (load_channels(a.key, b, h, page, s))
+      s.channels.score(query, a.query_rows, a.page_size, s.scores);
+    else
+      std::fill(s.scores, s.scores + static_cast<int64_t>(a.query_rows) * a.page_size, 0.0f);
   }
 
   // Replace the scores of n keys, slots first_slot .. first_slot + n - 1, by weights.
@@ -165,6 +166,7 @@ __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t
   const float* constant = a.constant ? a.constant + state.first_row() : nullptr;
   const int64_t first = static_cast<int64_t>(a.pages) * split / a.splits;
   const int64_t last = static_cast<int64_t>(a.pages) * (split + 1) / a.splits;
+  if (a.key.channelwise) state.ask_channels(query);
   for (int64_t page = first; page < last; ++page) {
     const int64_t slot = a.sinks + page * N, left = a.held - slot;
     if (left <= 0) break;

@@ -1,169 +1,195 @@
 // Read pages of keys whose channels differ in bits.
 //
-// reference/channelwise.py is the specification. The words of a page are turned round first, so that those of
-// neighbouring tokens lie side by side and one bit of a channel is read from many tokens at once. Channels are visited
-// in order of their widths, so that no width has to be looked up in between.
+// reference/channelwise.py is the specification. A page is loaded as bytes [bits of a token / 8, tokens]: byte k of a
+// token has its bits 8 k .. 8 k + 7, so that the codes of a channel are bits of one byte or of two, at the same place
+// in all tokens. To unpack them is a shift and a mask. To score them takes less: bits that are masked, but not shifted,
+// are a code times a power of two, by which the query is divided.
 
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "wire.h"
 
 namespace {
 
-constexpr int kMostBits = 8;     // of a channel
-constexpr int kBlockWords = 8;   // words of a token in a block
-constexpr int kBitsOfWord = 16;
-constexpr int kStrip = 32;       // tokens read at once; a page has a multiple of them
+constexpr int kMostBits = 8;    // of a channel
+constexpr int kBlockWords = 8;  // words of a token in a block
+constexpr int kBitsOfWord = 16, kBitsOfByte = 8;
+constexpr int kStrip = 32;      // tokens scored at once; a page has a multiple of them
 
 // Where a bit of a token lies: a word of the token, counted through all blocks, and a bit of that word.
 struct BitPlace {
-  int32_t word, field;
+  int64_t word, field;
 };
 
-// The channels of a head: their widths, where their bits lie, and their parameters in a page.
+inline BitPlace place_of(int64_t bit, int64_t total) {
+  constexpr int64_t kBlock = kBlockWords * kBitsOfWord;
+  const int64_t start = bit / kBlock * kBlock, words = (total - start < kBlock ? total - start : kBlock) / kBitsOfWord;
+  return {start / kBitsOfWord + (bit - start) % words, (bit - start) / words};
+}
+
+// Bits of a channel that lie in one byte: as they lie there, they are `scale` times less than in its code.
+struct Piece {
+  int32_t channel, byte;
+  uint8_t mask;
+  float scale;
+};
+
+// Exchange bits of x, `shift` places up, with bits of y, in 8 x 8 squares of bits.
+inline void exchange(uint16_t& x, uint16_t& y, int shift, uint16_t mask) {
+  const uint16_t differing = static_cast<uint16_t>((x >> shift ^ y) & mask);
+  y = static_cast<uint16_t>(y ^ differing), x = static_cast<uint16_t>(x ^ differing << shift);
+}
+
+// The channels of a head: widths, where their bits lie, parameters and bits of a page.
 struct Channels {
-  int64_t head = -1;               // the head that `read` was called for, -1: none
+  int64_t head = -1;  // the head that the widths are of, -1: none
   bool damaged = false;
-  std::vector<uint8_t> width;      // [dim]
-  std::vector<int32_t> order;      // channels by width
-  std::vector<int32_t> first;      // [dim]: the place of bit 0 in `places`
-  std::vector<BitPlace> places;    // of all bits
-  int32_t begins[kMostBits + 2];   // of each width, in `order`
-  std::vector<uint16_t> words;     // of a page, [words of a token, tokens]
-  std::vector<float> step, lowest; // of a page, [dim]
+  std::vector<uint8_t> width;
+  std::vector<int32_t> first;  // bit 0 of each channel
+  std::vector<Piece> pieces;
+  std::vector<float> step, lowest;
+  std::vector<uint16_t> words;  // of the page, [words of a token, tokens]
+  std::vector<uint8_t> bytes;   // of the page, [bits of a token / 8, tokens]
+  std::vector<float> asked, factor, scaled;  // queries, parameters and both together, a number for each piece
 
-  // Find the places of all bits for `dim` widths, of `total` bits together; say whether they are that many.
-  bool place(int64_t dim, int64_t total) {
-    order.resize(static_cast<size_t>(dim)), first.resize(static_cast<size_t>(dim)), places.resize(static_cast<size_t>(total));
-    step.resize(static_cast<size_t>(dim)), lowest.resize(static_cast<size_t>(dim));
-    int32_t counts[kMostBits + 1] = {}, row = 0;
-    for (int32_t c = 0; c < dim; ++c) ++counts[width[static_cast<size_t>(c)]], first[static_cast<size_t>(c)] = row, row += width[static_cast<size_t>(c)];
-    if (row != total) return false;
-    begins[0] = 0;
-    for (int bits = 0; bits <= kMostBits; ++bits) begins[bits + 1] = begins[bits] + counts[bits];
-    int32_t next[kMostBits + 1];
-    std::memcpy(next, begins, sizeof next);
-    for (int32_t c = 0; c < dim; ++c) order[static_cast<size_t>(next[width[static_cast<size_t>(c)]]++)] = c;
-    const int32_t block = kBlockWords * kBitsOfWord;
-    for (int32_t bit = 0; bit < total; ++bit) {
-      const int32_t start = bit / block * block, words_of = (total - start < block ? static_cast<int32_t>(total) - start : block) / kBitsOfWord;
-      places[static_cast<size_t>(bit)] = {start / kBitsOfWord + (bit - start) % words_of, (bit - start) / words_of};
-    }
-    return true;
-  }
-
-  // Read the widths of a head; say whether they are ones that a cache could have found.
-  bool read(const void* exact, int64_t offset, int64_t dtype, int64_t dim, int64_t total) {
-    std::vector<float> held(static_cast<size_t>(dim));
-    to_float(exact, offset, dtype, dim, held.data());
-    width.assign(static_cast<size_t>(dim), 0);
-    for (size_t c = 0; c < held.size(); ++c) {
-      if (!(held[c] >= 0.0f && held[c] <= kMostBits && held[c] == std::floor(held[c]))) return false;
-      width[c] = static_cast<uint8_t>(held[c]);
-    }
-    return place(dim, total);
-  }
-
-  // Turn the words of a page round, and load its parameters.
-  void load(const uint16_t* codes, const uint8_t* params, int64_t tokens) {
-    const int64_t count = static_cast<int64_t>(places.size()) / kBitsOfWord, dim = static_cast<int64_t>(width.size());
-    words.resize(static_cast<size_t>(count * tokens));
-    uint16_t* out = words.data();
-    for (int64_t done = 0; done < count; done += kBlockWords, codes += kBlockWords * tokens, out += kBlockWords * tokens) {
-      const int64_t some = count - done;
-      if (some >= kBlockWords) {
-        for (int64_t n = 0; n < tokens; ++n)
-          for (int64_t w = 0; w < kBlockWords; ++w) out[w * tokens + n] = codes[n * kBlockWords + w];
-      } else {
-        for (int64_t w = 0; w < some; ++w)
-          for (int64_t n = 0; n < tokens; ++n) out[w * tokens + n] = codes[n * some + w];
-      }
-    }
-    for (int64_t c = 0; c < dim; ++c) {
-      const size_t at = static_cast<size_t>(c);
-      const float center = from_half(static_cast<uint16_t>(params[dim + c] | params[2 * dim + c] << 8));
-      step[at] = from_e5m3(params[c]);
-      lowest[at] = center - step[at] * half_levels(width[at]);
-    }
-  }
+  int64_t dim() const { return static_cast<int64_t>(width.size()); }
 
   static float half_levels(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
-};
 
-// Codes of kStrip tokens of a channel of kBits bits.
-template <int kBits>
-inline void codes_of(const uint16_t* words, int64_t tokens, const BitPlace* places, uint16_t* out) {
-  const uint16_t* from[kBits + 1];
-  for (int j = 0; j < kBits; ++j) from[j] = words + places[j].word * tokens;
-#pragma omp simd
-  for (int i = 0; i < kStrip; ++i) {
-    uint16_t code = 0;
-    for (int j = 0; j < kBits; ++j) code = static_cast<uint16_t>(code | ((from[j][i] >> places[j].field) & 1) << j);
-    out[i] = code;
+  // Read the widths of a head; say whether a cache whose tokens have `total` bits could have found them.
+  bool read(const void* exact, int64_t offset, int64_t dtype, int64_t channels, int64_t total) {
+    step.resize(static_cast<size_t>(channels)), first.resize(step.size()), width.resize(step.size()), lowest.resize(step.size());
+    to_float(exact, offset, dtype, channels, step.data());
+    pieces.clear();
+    int32_t bit = 0;
+    for (size_t c = 0; c < step.size(); ++c) {
+      if (!(step[c] >= 0.0f && step[c] <= kMostBits && step[c] == std::floor(step[c]))) return false;
+      width[c] = static_cast<uint8_t>(step[c]), first[c] = bit;
+      for (const int32_t end = bit + width[c]; bit < end;) {
+        const int32_t low = bit % kBitsOfByte, count = end - bit < kBitsOfByte - low ? end - bit : kBitsOfByte - low;
+        pieces.push_back({static_cast<int32_t>(c), bit / kBitsOfByte, static_cast<uint8_t>(((1 << count) - 1) << low), std::ldexp(1.0f, bit - first[c] - low)});
+        bit += count;
+      }
+    }
+    words.resize(0), bytes.resize(0);
+    return bit == total;
   }
-}
 
-// Dequantize the channels of kBits bits of a loaded page into a tile [dim, tokens].
-template <int kBits>
-void unpack_width(const Channels& s, int64_t tokens, float* tile) {
-  uint16_t codes[kStrip];
-  for (int32_t k = s.begins[kBits]; k < s.begins[kBits + 1]; ++k) {
-    const int32_t c = s.order[static_cast<size_t>(k)];
-    const float step = s.step[static_cast<size_t>(c)], lowest = s.lowest[static_cast<size_t>(c)];
+  // Load a page of checked widths.
+  void load(const uint16_t* codes, const uint8_t* params, int64_t tokens) {
+    for (int64_t c = 0; c < dim(); ++c) {
+      const size_t at = static_cast<size_t>(c);
+      step[at] = from_e5m3(params[c]);
+      lowest[at] = from_half(static_cast<uint16_t>(params[dim() + c] | params[2 * dim() + c] << 8)) - step[at] * half_levels(width[at]);
+    }
+    const int64_t total = first.back() + width.back(), count = total / kBitsOfWord;
+    words.resize(static_cast<size_t>(count * tokens)), bytes.resize(2 * words.size());
+    for (int64_t done = 0; done < count; done += kBlockWords) {
+      const int64_t some = count - done < kBlockWords ? count - done : kBlockWords, at = done * tokens;
+      if (some == kBlockWords)
+        load_block(codes + at, tokens, words.data() + at, bytes.data() + 2 * at);
+      else
+        load_rest(codes + at, some, tokens, words.data() + at, bytes.data() + 2 * at);
+    }
+  }
+
+  static void load_block(const uint16_t* codes, int64_t tokens, uint16_t* turned, uint8_t* out) {
+    for (int64_t n = 0; n < tokens; ++n)
+      for (int64_t w = 0; w < kBlockWords; ++w) turned[w * tokens + n] = codes[n * kBlockWords + w];
+#pragma omp simd
+    for (int64_t n = 0; n < tokens; ++n) {
+      uint16_t a = turned[n], b = turned[tokens + n], c = turned[2 * tokens + n], d = turned[3 * tokens + n];
+      uint16_t e = turned[4 * tokens + n], f = turned[5 * tokens + n], g = turned[6 * tokens + n], h = turned[7 * tokens + n];
+      exchange(a, e, 4, 0x0F0F), exchange(b, f, 4, 0x0F0F), exchange(c, g, 4, 0x0F0F), exchange(d, h, 4, 0x0F0F);
+      exchange(a, c, 2, 0x3333), exchange(b, d, 2, 0x3333), exchange(e, g, 2, 0x3333), exchange(f, h, 2, 0x3333);
+      exchange(a, b, 1, 0x5555), exchange(c, d, 1, 0x5555), exchange(e, f, 1, 0x5555), exchange(g, h, 1, 0x5555);
+      const uint16_t all[kBlockWords] = {a, b, c, d, e, f, g, h};
+      for (int k = 0; k < kBlockWords; ++k) {
+        out[k * tokens + n] = static_cast<uint8_t>(all[k]);
+        out[(kBlockWords + k) * tokens + n] = static_cast<uint8_t>(all[k] >> kBitsOfByte);
+      }
+    }
+  }
+
+  // The same of a block with fewer words.
+  static void load_rest(const uint16_t* codes, int64_t count, int64_t tokens, uint16_t* turned, uint8_t* out) {
+    for (int64_t w = 0; w < count; ++w)
+      for (int64_t n = 0; n < tokens; ++n) turned[w * tokens + n] = codes[n * count + w];
+    std::fill(out, out + 2 * count * tokens, uint8_t{0});
+    for (int64_t bit = 0; bit < count * kBitsOfWord; ++bit) {
+      const uint16_t* from = turned + bit % count * tokens;
+      uint8_t* to = out + bit / kBitsOfByte * tokens;
+      const int field = static_cast<int>(bit / count), low = static_cast<int>(bit % kBitsOfByte);
+#pragma omp simd
+      for (int64_t n = 0; n < tokens; ++n) to[n] = static_cast<uint8_t>(to[n] | ((from[n] >> field) & 1) << low);
+    }
+  }
+
+  // Dequantize the page loaded into a tile [dim, tokens].
+  void unpack(int64_t tokens, float* tile) const {
+    for (size_t c = 0; c < width.size(); ++c, tile += tokens) {
+      if (!width[c]) {
+        for (int64_t n = 0; n < tokens; ++n) tile[n] = 0.0f * step[c] + lowest[c];
+        continue;
+      }
+      const int low = first[c] % kBitsOfByte, mask = (1 << width[c]) - 1;
+      const uint8_t* one = bytes.data() + first[c] / kBitsOfByte * tokens;
+      const uint8_t* other = low + width[c] > kBitsOfByte ? one + tokens : one;  // has no bit of the channel
+#pragma omp simd
+      for (int64_t n = 0; n < tokens; ++n) tile[n] = static_cast<float>(((one[n] | other[n] << kBitsOfByte) >> low) & mask) * step[c] + lowest[c];
+    }
+  }
+
+  // Take query rows [rows, dim], to score pages of this head with `score`.
+  void ask(const float* query, int64_t rows) {
+    factor.resize(pieces.size()), asked.resize(static_cast<size_t>(rows) * pieces.size()), scaled.resize(asked.size());
+    float* out = asked.data();
+    for (int64_t q = 0; q < rows; ++q, query += dim())
+      for (const Piece& piece : pieces) *out++ = query[piece.channel];
+  }
+
+  // Score the page loaded: scores[q, n] is the product of query row q, as asked, and token n.
+  void score(const float* query, int64_t rows, int64_t tokens, float* scores) {
+    for (size_t p = 0; p < pieces.size(); ++p) factor[p] = step[static_cast<size_t>(pieces[p].channel)] * pieces[p].scale;
+    for (int64_t q = 0; q < rows; ++q) {
+      const float *row = query + q * dim(), *in = asked.data() + static_cast<size_t>(q) * pieces.size();
+      float constant = 0, *out = scaled.data() + static_cast<size_t>(q) * pieces.size();
+#pragma omp simd reduction(+ : constant)
+      for (size_t c = 0; c < width.size(); ++c) constant += row[c] * lowest[c];
+#pragma omp simd
+      for (size_t p = 0; p < pieces.size(); ++p) out[p] = in[p] * factor[p];
+      for (int64_t n = 0; n < tokens; ++n) scores[q * tokens + n] = constant;
+    }
+    int64_t q = 0;
+    for (; q + 4 <= rows; q += 4) add_products<4>(q, tokens, scores + q * tokens);
+    for (; q + 2 <= rows; q += 2) add_products<2>(q, tokens, scores + q * tokens);
+    for (; q < rows; ++q) add_products<1>(q, tokens, scores + q * tokens);
+  }
+
+  template <int kRows>
+  void add_products(int64_t row, int64_t tokens, float* scores) const {
+    const float* factors = scaled.data() + static_cast<size_t>(row) * pieces.size();
     for (int64_t n = 0; n < tokens; n += kStrip) {
-      codes_of<kBits>(s.words.data() + n, tokens, s.places.data() + s.first[static_cast<size_t>(c)], codes);
-      float* out = tile + c * tokens + n;
+      float sums[kRows][kStrip] = {};
+      for (size_t p = 0; p < pieces.size(); ++p) {
+        const uint8_t* from = bytes.data() + pieces[p].byte * tokens + n;
+        const uint8_t mask = pieces[p].mask;
+        float values[kStrip];
 #pragma omp simd
-      for (int i = 0; i < kStrip; ++i) out[i] = static_cast<float>(codes[i]) * step + lowest;
+        for (int i = 0; i < kStrip; ++i) values[i] = static_cast<float>(static_cast<int32_t>(from[i] & mask));
+        for (int q = 0; q < kRows; ++q) {
+          const float by = factors[static_cast<size_t>(q) * pieces.size() + p];
+#pragma omp simd
+          for (int i = 0; i < kStrip; ++i) sums[q][i] += by * values[i];
+        }
+      }
+      for (int q = 0; q < kRows; ++q)
+        for (int i = 0; i < kStrip; ++i) scores[q * tokens + n + i] += sums[q][i];
     }
   }
-}
-
-// Add the channels of kBits bits of a loaded page to the scores of kStrip tokens and kRows query rows.
-template <int kBits, int kRows>
-void score_width(const Channels& s, const float* query, int64_t first, int64_t tokens, float (&sums)[kRows][kStrip]) {
-  uint16_t codes[kStrip];
-  const int64_t dim = static_cast<int64_t>(s.width.size());
-  for (int32_t k = s.begins[kBits]; k < s.begins[kBits + 1]; ++k) {
-    const int32_t c = s.order[static_cast<size_t>(k)];
-    codes_of<kBits>(s.words.data() + first, tokens, s.places.data() + s.first[static_cast<size_t>(c)], codes);
-    for (int q = 0; q < kRows; ++q) {
-      const float factor = query[q * dim + c];
-#pragma omp simd
-      for (int i = 0; i < kStrip; ++i) sums[q][i] += factor * static_cast<float>(codes[i]);
-    }
-  }
-}
-
-// Score a loaded page for kRows query rows: scores[q, n] is the product of row q and token n. `scaled` is scratch,
-// [kRows, dim].
-template <int kRows>
-void score_rows(const Channels& s, const float* query, int64_t tokens, float* scaled, float* scores) {
-  const int64_t dim = static_cast<int64_t>(s.width.size());
-  float constant[kRows];
-  for (int q = 0; q < kRows; ++q) {
-    const float* row = query + q * dim;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < dim; ++c) sum += row[c] * s.lowest[static_cast<size_t>(c)], scaled[q * dim + c] = row[c] * s.step[static_cast<size_t>(c)];
-    constant[q] = sum;
-  }
-  for (int64_t n = 0; n < tokens; n += kStrip) {
-    float sums[kRows][kStrip];
-    for (int q = 0; q < kRows; ++q)
-      for (int i = 0; i < kStrip; ++i) sums[q][i] = constant[q];
-    score_width<1, kRows>(s, scaled, n, tokens, sums);
-    score_width<2, kRows>(s, scaled, n, tokens, sums);
-    score_width<3, kRows>(s, scaled, n, tokens, sums);
-    score_width<4, kRows>(s, scaled, n, tokens, sums);
-    score_width<5, kRows>(s, scaled, n, tokens, sums);
-    score_width<6, kRows>(s, scaled, n, tokens, sums);
-    score_width<7, kRows>(s, scaled, n, tokens, sums);
-    score_width<8, kRows>(s, scaled, n, tokens, sums);
-    for (int q = 0; q < kRows; ++q) std::memcpy(scores + q * tokens + n, sums[q], sizeof sums[q]);
-  }
-}
+};
 
 }  // namespace

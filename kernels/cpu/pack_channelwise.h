@@ -4,8 +4,6 @@
 
 #pragma once
 
-#include <algorithm>
-
 #include "pack_mixed.h"
 
 namespace {
@@ -57,7 +55,7 @@ inline void nearest_codes(const Lanes& s, const float* x, float* codes) {
 
 // Choose the step of each lane by the squared error that it leaves.
 void choose_steps(Lanes& s, int64_t tokens, const float* half_range, uint8_t* step) {
-  float least[kLanes], codes[kLanes];
+  float least[kLanes] = {}, codes[kLanes];
   for (int clip = 0; clip < kClips; ++clip) {
     uint8_t trial[kLanes];
     for (int l = 0; l < kLanes; ++l) trial[l] = s.half_levels[l] > 0.0f ? to_e5m3(half_range[l] * kClip[clip] / s.half_levels[l]) : 0;
@@ -122,7 +120,7 @@ void pack_bits(PageWriter& w, const Channels& channels) {
   for (size_t c = 0; c < channels.width.size(); ++c) {
     const uint16_t* codes = w.transposed.data() + static_cast<int64_t>(c) * N;
     for (int j = 0; j < channels.width[c]; ++j) {
-      const BitPlace place = channels.places[static_cast<size_t>(channels.first[c] + j)];
+      const BitPlace place = place_of(channels.first[c] + j, w.t.rows * kBitsOfWord);
       uint16_t* out = words.data() + place.word * N;
 #pragma omp simd
       for (int64_t n = 0; n < N; ++n) out[n] = static_cast<uint16_t>(out[n] | ((codes[n] >> j) & 1) << place.field);

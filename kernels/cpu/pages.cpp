@@ -177,7 +177,7 @@ void find_widths(const PagesWords& w) {
     std::vector<float> held(static_cast<size_t>(D));
     to_float(exact.data, state, exact.dtype, D, held.data());
     if (std::any_of(held.begin(), held.end(), [](float width) { return width != 0.0f; })) return;
-    to_float(exact.data, row, exact.dtype, count * D, queries.data());
+    if (count) to_float(exact.data, row, exact.dtype, count * D, queries.data());
     std::vector<float> value = variances_of(tile_of(w, b, h, 0), t.page_size, D);
     const std::vector<float> last = variances_of(tile_of(w, b, h, 1), t.page_size, D), weight = weights_of(queries, count, D, t.pairs);
     for (size_t c = 0; c < value.size(); ++c) value[c] = (value[c] + last[c]) * weight[c];

@@ -265,9 +265,7 @@ void unpack_channelwise_page(const Packed& t, int64_t b, int64_t h, int64_t page
     std::memset(tile, 0, sizeof(float) * static_cast<size_t>(t.page_size) * t.head_dim);
     return;
   }
-  using Unpack = void (*)(const Channels&, int64_t, float*);
-  constexpr Unpack kUnpack[kMostBits + 1] = {unpack_width<0>, unpack_width<1>, unpack_width<2>, unpack_width<3>, unpack_width<4>, unpack_width<5>, unpack_width<6>, unpack_width<7>, unpack_width<8>};
-  for (const Unpack unpack : kUnpack) unpack(s.channels, t.page_size, tile);
+  s.channels.unpack(t.page_size, tile);
 }
 
 // Unpack a page into a tile: a key's is [page_size, head_dim], a value's [head_dim, page_size] unless mixed, and so is
