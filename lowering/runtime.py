@@ -120,12 +120,14 @@ class Conversion:
         position: Number of the output that holds the cache positions just written, or ``None``.
         end: Tokens held after the call, where that is known from the arguments.
         quantization: What to convert to.
+        query: Number of the output that holds the queries of the call, where bits depend on them.
     """
 
     argument: int
     position: int | None
     end: Size | None
     quantization: Quantization
+    query: int | None = None
 
     def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Return how many tokens the buffer holds after a call."""
@@ -332,7 +334,8 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Seq
         with torch.no_grad():
             quantization = conversion.quantization
             tables = quantization.tables.on(buffer.device) if quantization.tables else None
+            query = None if conversion.query is None else outputs[conversion.query]
             quantized = QuantizedKV.from_dense(
-                buffer, quantization.layout, kind="static", length=held, tables=tables
+                buffer, quantization.layout, kind="static", length=held, tables=tables, query=query
             )
         become(buffer, quantized)

@@ -169,7 +169,7 @@ def test_a_buffer_that_was_filled_in_16_bit_is_quantized_by_range_and_weighed_fr
     keys = cache.layers[0].keys
     held, first = recall(keys.exact, 74, 0, 74, keys.page_layout)
     assert first == 69
-    assert [bool(held[:, :, i].any()) for i in range(5)] == [False, False, True, True, True]
+    assert [bool(held[:, :, i].any()) for i in range(5)] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("bits", [2.3, 3, 4])

@@ -133,11 +133,13 @@ class QuantizedKV(Views, Exports, Tensor):
         length: int | None = None,
         tables: Tensor | None = None,
         shift: Tensor | None = None,
+        query: Tensor | None = None,
     ) -> QuantizedKV:
         """Quantize the first ``length`` (default: all) tokens of ``x`` ``[B, H, S, D]``.
 
         A static cache gets as many slots as ``x`` has, a grown one as many as it has tokens. ``tables``
-        are the words of the layout's `Tables`; ``shift``, ``[B]``, is zero if it is not given.
+        are the words of the layout's `Tables`; ``shift``, ``[B]``, is zero if it is not given. ``query``,
+        ``[B, Hq, T, D]``, has the queries of the last of these tokens, where the layout holds queries.
 
         Raises:
             ValueError: The layout keeps exact copies, and the cache is static.
@@ -149,7 +151,8 @@ class QuantizedKV(Views, Exports, Tensor):
         if layout.rotary and shift is None:
             shift = x.new_zeros(x.shape[0], dtype=torch.int32)
         calibrated = [tensor for tensor in (tables, shift) if tensor is not None]
-        parts = ops.quantize(x[:, :, :tokens], slots, kind == "grown", layout, calibrated)
+        about = layout, calibrated, None, query
+        parts = ops.quantize(x[:, :, :tokens], slots, kind == "grown", *about)
         return cls(parts, calibrated, layout, kind, slots)
 
     @property

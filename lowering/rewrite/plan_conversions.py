@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, value_of
+from kvq_compile.lowering.rewrite.weigh_tokens import keeps_queries
 from kvq_compile.lowering.runtime import Conversion
 from kvq_compile.lowering.sites import Life, State
 
 
 def plan_conversions(graph: Graph) -> PassReport:
-    """Return, as further outputs, the cache positions at which 16-bit buffers are written.
+    """Return, as further outputs, the cache positions at which 16-bit buffers are written, and queries.
 
     Before:  keys.index_copy_(2, position, key); ...; position.add_(1); return logits
     After:   slots = position.clone(); keys.index_copy_(2, position, key); ...; return logits, slots
     Because: `runtime` quantizes the buffers after the call and must know how many tokens they hold by then;
-             ``position`` may have changed.
+             ``position`` may have changed. Keys whose bits depend on queries take those of the call, a further output.
     """
     changes = []
     for site in graph.sites:
@@ -25,13 +27,14 @@ def plan_conversions(graph: Graph) -> PassReport:
                 continue
             assert state.past is not None
             argument = graph.arguments[state.past]
+            query = _return(graph, site.attention.query) if keeps_queries(site, state) else None
             if isinstance(value_of(state.position), torch.Tensor):
                 slots = _return_slots(graph, state)
-                graph.conversions.append(Conversion(argument, slots, None, quantization))
+                graph.conversions.append(Conversion(argument, slots, None, quantization, query))
             else:
                 end = value_of(state.position) + (shape_of(state.new) or ())[2]
                 held = graph.sizes.size(end)
-                graph.conversions.append(Conversion(argument, None, held, quantization))
+                graph.conversions.append(Conversion(argument, None, held, quantization, query))
             changes.append(f"{state.past} is quantized after the call")
     return PassReport(tuple(changes))
 
@@ -41,5 +44,10 @@ def _return_slots(graph: Graph, state: State) -> int:
     assert state.write is not None
     with graph.fx.inserting_before(state.write):
         slots = graph.fx.call_method("clone", (state.position,))
-    graph.results = [*graph.results, slots]
+    return _return(graph, slots)
+
+
+def _return(graph: Graph, node: fx.Node) -> int:
+    """Return the number of a new output."""
+    graph.results = [*graph.results, node]
     return len(graph.results) - 1

@@ -70,8 +70,12 @@ def _asks(site: AttentionSite) -> bool:
 
 def seen_by(site: AttentionSite, state: State, weights: fx.Node | None) -> Seen:
     """Return importance scores for one of a site's caches, and the queries that it keeps."""
-    holds = state is site.key and site.key_quantization.layout.queries > 0
-    return weights, site.attention.query if holds else None
+    return weights, site.attention.query if keeps_queries(site, state) else None
+
+
+def keeps_queries(site: AttentionSite, state: State) -> bool:
+    """Return whether one of a site's caches keeps queries."""
+    return state is site.key and site.key_quantization.layout.queries > 0
 
 
 def first_slot(state: State, cache: CacheNodes) -> Slots:
