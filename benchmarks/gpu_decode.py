@@ -224,7 +224,9 @@ def measure(
         for part in parts:
             part[3].copy_(state)
         weights, keys = None, layouts[0]
-        if keys.attentive:  # a cache of fixed size weighs tokens at every step, a page filling or not
+        if (
+            keys.attentive
+        ):  # a cache of fixed size weighs tokens at every step, a page filling or not
             weights = backend.importance(
                 query, new[0], parts[0], frames[0], None, slot, None, boundary + 1, score, True, keys.queries,
                 keys,

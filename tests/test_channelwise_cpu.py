@@ -11,7 +11,7 @@ from torch import Tensor
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cpu import append, attend, backend
 from kvq_compile.kernels.layout import Layout, Regions, Score
-from kvq_compile.kernels.packed import UNCALIBRATED, Packed
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.reference.channelwise import check_state
 from kvq_compile.kernels.schemes import Channelwise, Uniform
@@ -24,6 +24,7 @@ from kvq_compile.testing import (
     masks,
     rounding_bound,
 )
+from kvq_compile.testing.small_tables import turning_tables
 
 BATCH, HEADS, PAGES = 2, 2, 4
 EVERY_DTYPE = (*DTYPES, torch.float64)
@@ -49,17 +50,35 @@ def unsigned_zeros(params: Tensor) -> Tensor:
     return torch.stack([step, low, high], -3)
 
 
+@st.composite
+def framed_channels(
+    draw: st.DrawFn, head_dims: tuple[int, ...] = (64, 80, 20, 96, 128, 576)
+) -> tuple[Layout, Calibrated]:
+    """Draw a layout, and tables by which the mean of keys turns, or none."""
+    layout = draw(channelwise_layouts(head_dims))
+    if draw(st.booleans()):
+        return layout, UNCALIBRATED
+    return turning(layout, draw(st.integers(0, 99)))
+
+
+def turning(layout: Layout, seed: int = 0) -> tuple[Layout, Calibrated]:
+    tables = turning_tables(layout.head_dim, HEADS, seed)
+    return changed(layout, pairs="halves", tables=tables.digest), Calibrated(tables.words)
+
+
 class Twins:
     """One cache kept twice, by the backend and by the specification."""
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, pages: int = PAGES) -> None:
+    def __init__(
+        self, layout: Layout, dtype: torch.dtype, frame: Calibrated = UNCALIBRATED
+    ) -> None:
         like = torch.zeros(BATCH, HEADS, 1, layout.head_dim, dtype=dtype)
-        self.layout = layout
+        self.layout, self.frame, pages = layout, frame, PAGES
         self.caches = [Packed.empty(like, pages, layout) for _ in WRITERS]
 
     def append(self, x: Tensor, start: int, query: Tensor | None = None) -> None:
         for by, cache in zip(WRITERS, self.caches, strict=True):
-            by.append_(cache, UNCALIBRATED, x, None, start, self.layout, None, query)
+            by.append_(cache, self.frame, x, None, start, self.layout, None, query)
 
     def assert_equal(self) -> None:
         for name, ours, expected in zip(Packed._fields, *self.caches, strict=True):
@@ -71,21 +90,22 @@ class Twins:
 
     def assert_read_alike(self, length: int) -> None:
         ours, expected = (
-            by.dequantize(cache, UNCALIBRATED, length, self.layout)
+            by.dequantize(cache, self.frame, length, self.layout)
             for by, cache in zip(WRITERS, self.caches, strict=True)
         )
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@given(channelwise_layouts(), st.sampled_from(EVERY_DTYPE), st.data())
+@given(framed_channels(), st.sampled_from(EVERY_DTYPE), st.data())
 def test_what_is_written_cut_and_read_is_bit_by_bit_that_of_the_specification(
-    layout: Layout, dtype: torch.dtype, data: st.DataObject
+    framed: tuple[Layout, Calibrated], dtype: torch.dtype, data: st.DataObject
 ) -> None:
+    layout, frame = framed
     count = data.draw(lengths(layout)) + 1
     x = data.draw(kv_tensors((BATCH, HEADS, count, layout.head_dim), dtype, finite=False))
     shared = layout.shared_by or 1
     asked = data.draw(kv_tensors((BATCH, HEADS * shared, 7, layout.head_dim), dtype, finite=False))
-    twins = Twins(layout, dtype)
+    twins = Twins(layout, dtype, frame)
     cuts = sorted({0, count, *data.draw(st.lists(st.integers(0, count), max_size=2))})
     for first, last in pairwise(cuts):
         told = layout.queries and data.draw(st.booleans())
@@ -129,7 +149,11 @@ def test_widths_of_a_sequence_stay_when_others_find_theirs() -> None:
 class Case:
     """A cache of ``held`` tokens, and new ones that attend to all of them."""
 
-    def __init__(self, layout: Layout, held: int, new: int, shared: int, seed: int = 0) -> None:
+    def __init__(
+        self, framed: tuple[Layout, Calibrated], held: int, new: int, shared: int, seed: int = 0
+    ) -> None:
+        layout, frame = framed
+        self.frames = frame, UNCALIBRATED
         D, values = layout.head_dim, Layout("value", 64, layout.regions, Uniform(4, params="e5m3"))
         key, value = (
             drawn(seed, BATCH, HEADS, held + new, D),
@@ -140,22 +164,24 @@ class Case:
             BATCH, HEADS * shared, new, D, generator=torch.Generator().manual_seed(seed + 2)
         )
         self.new, self.caches = (key[:, :, held:], value[:, :, held:]), []
-        for x, of in zip((key, value), self.layouts, strict=True):
+        for x, of, relative in zip((key, value), self.layouts, self.frames, strict=True):
             cache = Packed.empty(x, 2 + held // of.page_size, of)
-            backend.append_(cache, UNCALIBRATED, x[:, :, :held], None, 0, of)
+            backend.append_(cache, relative, x[:, :, :held], None, 0, of)
             self.caches.append(cache)
 
     def attend(self, mask: Tensor | None = None) -> Tensor:
         return backend.attend(
-            *(self.query, *self.new, *self.caches, UNCALIBRATED, UNCALIBRATED, mask, None),
+            *(self.query, *self.new, *self.caches, *self.frames, mask, None),
             *(self.held, Score(self.scale), *self.layouts),
         )
 
     def check(self, mask: Tensor | None = None) -> None:
         """Assert that the output is fp64 attention over the tokens read, up to rounding."""
         key, value = (
-            torch.cat([reference.read(*cache, self.held, layout), new], 2)
-            for cache, layout, new in zip(self.caches, self.layouts, self.new, strict=True)
+            torch.cat([reference.read(*cache, self.held, layout, frame), new], 2)
+            for cache, layout, frame, new in zip(
+                self.caches, self.layouts, self.frames, self.new, strict=True
+            )
         )
         bias = 0.0
         if mask is not None and mask.dtype != torch.bool:
@@ -169,13 +195,13 @@ class Case:
 
 
 @pytest.mark.parametrize("way", ["at once", "in blocks"])
-@given(channelwise_layouts(), st.integers(1, 5), st.sampled_from((1, 2, 3, 4, 7)), st.data())
+@given(framed_channels(), st.integers(1, 5), st.sampled_from((1, 2, 3, 4, 7)), st.data())
 def test_attention_is_that_over_the_tokens_read(
-    way: str, layout: Layout, new: int, shared: int, data: st.DataObject
+    way: str, framed: tuple[Layout, Calibrated], new: int, shared: int, data: st.DataObject
 ) -> None:
-    layout = changed(layout, queries=0, shared_by=0)
+    layout, frame = changed(framed[0], queries=0, shared_by=0), framed[1]
     held = data.draw(lengths(layout))
-    case = Case(layout, held, new, shared, data.draw(st.integers(0, 99)))
+    case = Case((layout, frame), held, new, shared, data.draw(st.integers(0, 99)))
     mask = data.draw(masks(BATCH, HEADS * shared, new, held + new))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attend, "FEW_ROWS", 10**6 if way == "at once" else 0)
@@ -184,7 +210,7 @@ def test_attention_is_that_over_the_tokens_read(
 
 
 def test_attention_does_not_depend_on_threads() -> None:
-    case = Case(layout_of(shared_by=0), 400, 1, 4)
+    case = Case(turning(layout_of(shared_by=0)), 400, 1, 4)
     alone = case.attend()
     threads = torch.get_num_threads()
     try:
@@ -200,7 +226,7 @@ def test_attention_does_not_depend_on_threads() -> None:
 
 @pytest.mark.parametrize("width", [float("nan"), float("inf"), -1.0, 9.0, 0.5, 3e9, 0.0])
 def test_widths_that_no_cache_could_find_are_refused_by_name(width: float) -> None:
-    case = Case(layout_of(shared_by=0), 100, 1, 2)
+    case = Case((layout_of(shared_by=0), UNCALIBRATED), 100, 1, 2)
     cache, layout = case.caches[0], case.layouts[0]
     cache.exact[0, 0, layout.state_row, 5] = width
     damaged = "the cache must hold pages as its layout says"

@@ -12,7 +12,8 @@ from torch import Tensor
 import kvq_compile
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.reference.channelwise import find_widths
+from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.reference.channelwise import find_state
 from kvq_compile.options import make_spec
 from kvq_compile.testing import assert_logits_close, plain_cache
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
@@ -69,8 +70,10 @@ def test_the_first_compiled_step_after_a_plain_prompt_weighs_channels_by_its_que
     assert known_queries(keys) == layout.shared_by == 2
     pages = plain[:, :, layout.sinks : layout.sinks + 64].unflatten(2, (2, 32))
     asked = keys.exact[:, :, layout.token_rows : layout.state_row]
-    assert torch.equal(widths(keys), find_widths(pages, asked, layout))
-    assert not torch.equal(widths(keys), find_widths(pages, asked * 0, layout))
+    about = 0, layout, Calibrated(keys.tables), keys.dtype
+    assert layout.takes_mean
+    assert torch.equal(keys.exact[:, :, layout.state_row :], find_state(pages, asked, *about))
+    assert not torch.equal(widths(keys), find_state(pages, asked * 0, *about)[:, :, 0])
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

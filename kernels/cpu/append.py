@@ -71,13 +71,12 @@ def append_(
 
 
 def _find_state(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> None:
-    """Write the widths of channels, found from the first and the last page that a call fills, unless they are there."""
+    """Write what a cache finds of itself from the first and the last page that a call fills, unless it is there."""
     if bool(packed.parts.exact[:, :, packed.layout.state_row].any(-1).all()):
         return
     ends = (slice(page, page + 1) for page in (pages.start, pages.stop - 1))
-    native.find_widths_(
-        packed, torch.cat([native.to_coded(packed, end, x, start) for end in ends], 2)
-    )
+    tokens = torch.cat([native.to_coded(packed, end, x, start) for end in ends], 2)
+    native.find_state_(packed, pages, tokens)
 
 
 def _quantize(

@@ -18,7 +18,7 @@ struct Attend {
   const float* constant;  // added to the scores of packed keys, or null: [batch, heads, query_rows]
   const float* bias;      // added to the scores, or null: [batch, heads, query_rows, slots] by strides
   int64_t bias_stride[4];
-  float* cos_sin;           // rotary keys: [heads, page_size, key head_dim] for cosines and sines inside a page
+  float* cos_sin;         // inside a page; rotary keys: [heads, page_size, key head_dim], mean: [heads, 2 * pairs, page_size]
   float* accumulator;     // [batch, heads, splits + 1, query_rows, value head_dim]
   float* running_max;     // [batch, heads, splits + 1, query_rows]
   float* running_sum;     // the same
@@ -112,15 +112,24 @@ struct Split {
 
   // Take query rows for pages whose channels differ in bits.
   void ask_channels(const float* query) {
-    if (read_channels(a.key, b, h, s)) s.channels.ask(query, a.query_rows);
+    if (!read_channels(a.key, b, h, s)) return;
+    s.channels.ask(query, a.query_rows);
+    if (!a.key.takes_mean) return;
+    read_mean(a.key, b, h, s.cos_sin);
+    s.channels.ask_mean(query, a.query_rows, s.cos_sin, a.key.mean_pairs);
   }
 
   // Score the keys of such a page from its codes.
   void score_channels(const float* query, int64_t page) {
-    if (load_channels(a.key, b, h, page, s))
-      s.channels.score(query, a.query_rows, a.page_size, s.scores);
-    else
-      std::fill(s.scores, s.scores + static_cast<int64_t>(a.query_rows) * a.page_size, 0.0f);
+    const int64_t N = a.page_size, pairs = a.key.mean_pairs;
+    if (!load_channels(a.key, b, h, page, s)) {
+      std::fill(s.scores, s.scores + a.query_rows * N, 0.0f);
+      return;
+    }
+    s.channels.score(query, a.query_rows, N, s.scores);
+    if (!a.key.takes_mean) return;
+    cos_sin_at(a.key, h, a.sinks + page * N, s.cos_sin);
+    s.channels.add_mean(s.cos_sin, a.cos_sin + h * 2 * pairs * N, a.query_rows, pairs, N, s.scores);
   }
 
   // Replace the scores of n keys, slots first_slot .. first_slot + n - 1, by weights.
@@ -175,12 +184,12 @@ __attribute__((noinline)) void attend_packed(const Attend& a, int64_t b, int64_t
       state.score_channels(query, page);
     } else {
       unpack_page(a.key, b, h, page, s.tile, s);
-      if (a.key.frequency) {
+      if (a.key.rotary) {
         for (int i = 0; i < N; ++i) rotate_key(a.key, h, a.cos_sin + (h * N + i) * dim, s.tile + static_cast<int64_t>(i) * dim);
         cos_sin_at(a.key, h, slot + a.key.shift[b * a.key.shift_stride], s.cos_sin);
         inverse_rotate(query, s.cos_sin, a.query_rows, dim, s.query);
       }
-      state.score_tile(a.key.frequency ? s.query : query, n);
+      state.score_tile(a.key.rotary ? s.query : query, n);
     }
     state.weigh(constant, n, slot);
     unpack_page(a.value, b, h, page, s.tile, s);
@@ -243,6 +252,14 @@ void join_splits(const Attend& a, int64_t head, int q) {
   a.weight_out[head * Q + q] = packed_weight;
 }
 
+// Cosines and sines of the angles inside a page by which a mean turns.
+void angles_inside(const Attend& a, int64_t h, int64_t n, float* cos_sin) {
+  const int64_t pairs = a.key.mean_pairs, half = a.key.head_dim / 2, N = a.page_size;
+  float* out = a.cos_sin + h * 2 * pairs * N + n;
+  cos_sin_at(a.key, h, n, cos_sin);
+  for (int64_t c = 0; c < pairs; ++c) out[c * N] = cos_sin[c], out[(pairs + c) * N] = cos_sin[half + c];
+}
+
 // Attend to the whole cache and the new tokens; say whether a page was damaged. Splits of the packed part, then one
 // for the exact part, are worked on in any order and joined at the end.
 bool attend(const Attend& a, int threads) {
@@ -252,7 +269,11 @@ bool attend(const Attend& a, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Scratch scratch(a.page_size, dim, a.query_rows, true);
-    if (a.key.frequency && a.pages > 0) {
+    if (a.key.takes_mean && a.pages > 0) {
+#pragma omp for
+      for (int64_t i = 0; i < static_cast<int64_t>(a.heads) * a.page_size; ++i) angles_inside(a, i / a.page_size, i % a.page_size, scratch.cos_sin);
+    }
+    if (a.key.rotary && a.pages > 0) {
 #pragma omp for
       for (int64_t i = 0; i < static_cast<int64_t>(a.heads) * a.page_size; ++i)
         cos_sin_at(a.key, i / a.page_size, i % a.page_size, a.cos_sin + i * a.key.head_dim);
@@ -298,7 +319,7 @@ Attend unwrap(const AttendWords& w, Check& check) {
   check.that(w.start >= 0 && w.start <= w.keys.held && w.start <= w.values.held, "start must be a slot up to the tokens held");
   check.that(w.visible >= 0 && w.visible <= w.start + new_tokens, "visible must be a slot up to the new tokens' last");
   check.that(!w.bias.data || w.bias.sizes[3] >= w.visible, "bias must have a column for each visible slot");
-  const int64_t states = batch * heads * parts * rows, cos_sin = key.rotary ? heads * key.page_size * key.head_dim : 0;
+  const int64_t states = batch * heads * parts * rows, cos_sin = heads * key.page_size * (key.rotary ? key.head_dim : 2 * key.mean_pairs);
   check.tensor("scratch", w.scratch, {states * (value.head_dim + 2) + cos_sin}, kFloat);
   check.rows("scratch", w.scratch, 1);
   Attend a = {};

@@ -53,6 +53,7 @@ struct Channels {
   std::vector<float> step, lowest;
   std::vector<uint16_t> words;  // of the page, [words of a token, tokens]
   std::vector<uint8_t> bytes;   // of the page, [bits of a token / 8, tokens]
+  std::vector<float> turning;   // products of queries and the mean that is taken off
   std::vector<float> asked, factor, scaled;  // queries, parameters and both together, a number for each piece
 
   int64_t dim() const { return static_cast<int64_t>(width.size()); }
@@ -167,6 +168,44 @@ struct Channels {
     for (; q + 4 <= rows; q += 4) add_products<4>(q, tokens, scores + q * tokens);
     for (; q + 2 <= rows; q += 2) add_products<2>(q, tokens, scores + q * tokens);
     for (; q < rows; ++q) add_products<1>(q, tokens, scores + q * tokens);
+  }
+
+  // Take the mean that was taken off the keys, for the query rows asked: `turning` has two numbers for each pair.
+  void ask_mean(const float* query, int64_t rows, const float* mean, int64_t pairs) {
+    const int64_t half = dim() / 2;
+    turning.resize(static_cast<size_t>(4 * rows * pairs));
+    float* out = turning.data();
+    for (int64_t q = 0; q < rows; ++q, query += dim(), out += 2 * pairs)
+      for (int64_t c = 0; c < pairs; ++c) {
+        out[c] = query[c] * mean[c] + query[half + c] * mean[half + c];
+        out[pairs + c] = query[half + c] * mean[c] - query[c] * mean[half + c];
+      }
+  }
+
+  // Add the products with the mean, rotated to the slots of a page. `cos_sin` is of the page's first slot, `inside` of
+  // the slots inside a page: [cosines, then sines of pairs, tokens].
+  void add_mean(const float* cos_sin, const float* inside, int64_t rows, int64_t pairs, int64_t tokens, float* scores) {
+    const int64_t half = dim() / 2;
+    const float* in = turning.data();
+    float* out = turning.data() + 2 * rows * pairs;
+    for (int64_t q = 0; q < rows; ++q, in += 2 * pairs, out += 2 * pairs) {
+#pragma omp simd
+      for (int64_t c = 0; c < pairs; ++c) {
+        out[c] = in[c] * cos_sin[c] + in[pairs + c] * cos_sin[half + c];
+        out[pairs + c] = in[pairs + c] * cos_sin[c] - in[c] * cos_sin[half + c];
+      }
+    }
+    out = turning.data() + 2 * rows * pairs;
+    for (int64_t n = 0; n < tokens; n += kStrip)
+      for (int64_t q = 0; q < rows; ++q) {
+        float sums[kStrip] = {};
+        for (int64_t k = 0; k < 2 * pairs; ++k) {
+          const float by = out[q * 2 * pairs + k], *values = inside + k * tokens + n;
+#pragma omp simd
+          for (int i = 0; i < kStrip; ++i) sums[i] += by * values[i];
+        }
+        for (int i = 0; i < kStrip; ++i) scores[q * tokens + n + i] += sums[i];
+      }
   }
 
   template <int kRows>

@@ -32,7 +32,7 @@ LAYOUT = (
     "is_key codebook mixed bits trits fp8 levels couple rows row_length row_places row_words groups members "
     "param_elements byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary "
     "table_words order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers "
-    "outlier_fields fit soften e5m3 channelwise pairs"
+    "outlier_fields fit soften e5m3 channelwise pairs takes_mean mean_pairs"
 )
 PACKED = "codes:5 params:6 exact:4 tables:2 shift:1 held pages"
 ATTEND = (
@@ -60,7 +60,7 @@ def _functions() -> dict[str, ctypes._NamedFuncPointer]:
     loaded.kvq_interface.restype = ctypes.c_char_p
     if loaded.kvq_interface().decode() != INTERFACE:
         raise RuntimeError("the library must have the interface of native.py, got another one")
-    names = ("attend", "to_coded", "from_coded", "unpack", "quantize", "find_widths")
+    names = ("attend", "to_coded", "from_coded", "unpack", "quantize", "find_state")
     functions = {name: getattr(loaded, f"kvq_{name}") for name in names}
     for function in functions.values():
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_char_p
@@ -101,7 +101,7 @@ def _layout(layout: Layout) -> Words:
     channelwise = layout.scheme if isinstance(layout.scheme, Channelwise) else None
     fp8, codebook = layout.params == "fp8", isinstance(layout.scheme, Codebook)
     shrink = struct.unpack("i", struct.pack("f", (1.0 - layout.clip) / 2.0))[0]
-    firsts = [section(name, layout.head_dim, layout.rotary)[0] for name in TABLES]
+    firsts = [section(name, layout.head_dim, layout.has_frequencies)[0] for name in TABLES]
     table_words = 0
     if layout.has_tables:
         book = layout.head_dim * (layout.levels + 1) // 2 if codebook else 0
@@ -121,6 +121,8 @@ def _layout(layout: Layout) -> Words:
             layout.params == "e5m3",
             channelwise is not None,
             PAIRS[channelwise.pairs] if channelwise else 0,
+            layout.takes_mean,
+            layout.mean_pairs,
         ),
     )
     return tuple(int(value) for value in values)
@@ -170,7 +172,8 @@ def _new_pages(packed: PackedTensor, count: int, channels_first: bool = False) -
 def unpack(packed: PackedTensor, pages: slice, rotated: bool = True) -> Tensor:
     """Unpack pages to elements ``[B, H, pages, N, D]`` (fp32), before any inverse transform.
 
-    With ``rotated``, mean and scale of rotary keys are applied and the keys rotated to their position.
+    With ``rotated``, mean and scale of rotary keys are applied and the keys rotated to their position; and the rotated
+    mean is added that was taken off.
     """
     layout = packed.layout
     of_values = layout.role == "value" and not isinstance(layout.scheme, Mixed)
@@ -200,14 +203,15 @@ def from_coded_(packed: PackedTensor, first_page: int, elements: Tensor) -> None
     _call_on_pages("from_coded", packed, elements, first_page)
 
 
-def find_widths_(packed: PackedTensor, elements: Tensor) -> None:
-    """Write the widths of the channels of heads that have none yet behind their exact rows.
+def find_state_(packed: PackedTensor, pages: slice, elements: Tensor) -> None:
+    """Write the widths of the channels of heads that have none yet behind their exact rows, and the mean of keys.
 
     Args:
         packed: The cache, whose queries are those of the call already.
+        pages: The pages that the call fills.
         elements: The first and the last page that the call fills, ``[B, H, 2, N, D]``, fp32, contiguous.
     """
-    _call_on_pages("find_widths", packed, elements, 0)
+    _call_on_pages("find_state", packed, elements, pages.start, start=pages.stop - 1)
 
 
 def quantize_(
@@ -262,7 +266,8 @@ def attend(
     threads = _threads(B * H * pages * layout.page_size * layout.head_dim)
     splits = min(pages, -(-4 * threads // (B * H))) if threads > 1 else min(pages, 1)
     states = B * H * (splits + 1) * rows  # each an accumulator, a maximum and a sum
-    cos_sin = H * layout.page_size * layout.head_dim if layout.rotary else 0
+    angles = layout.head_dim if layout.rotary else 2 * layout.mean_pairs
+    cos_sin = H * layout.page_size * angles
     scratch = torch.empty(states * (Dv + 2) + cos_sin, dtype=torch.float32, device="cpu")
     packed, exact = query.new_empty(B, H, rows, Dv), query.new_empty(B, H, rows, Dv)
     weight = query.new_empty(B, H, rows, 1)

@@ -50,6 +50,12 @@ inline uint16_t to_half(float value) {
 #endif
 }
 
+// Round to the nearest bf16 value, ties to even; x is finite.
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_of_float(value);
+  return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+}
+
 // Round down to fp16; x is within its range.
 inline uint16_t to_half_below(float value) {
   const uint16_t half = to_half(value);
@@ -90,14 +96,14 @@ inline int64_t bytes_of(int64_t dtype) {
   return dtype == kDouble ? 8 : dtype == kFloat || dtype == kInt32 ? 4 : dtype == kUint8 ? 1 : 2;
 }
 
-// Write a number that every floating-point dtype has, such as a small integer.
-inline void put_number(void* to, int64_t offset, int64_t dtype, float value) {
+// Round a number within the range of fp16 to a floating-point dtype, ties to even.
+inline void put_rounded(void* to, int64_t offset, int64_t dtype, float value) {
   if (dtype == kFloat)
     static_cast<float*>(to)[offset] = value;
   else if (dtype == kDouble)
     static_cast<double*>(to)[offset] = value;
   else
-    static_cast<uint16_t*>(to)[offset] = dtype == kBfloat16 ? static_cast<uint16_t>(bits_of_float(value) >> 16) : to_half(value);
+    static_cast<uint16_t*>(to)[offset] = dtype == kBfloat16 ? to_bfloat16(value) : to_half(value);
 }
 
 // Convert n elements of a floating-point dtype, from `offset` on.

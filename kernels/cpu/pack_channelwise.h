@@ -143,7 +143,7 @@ void quantize_channelwise_page(PageWriter& w, const Channels& channels, const fl
 // Widths
 
 // Weights of channels from `count` queries [count, dim].
-std::vector<float> weights_of(const std::vector<float>& queries, int64_t count, int64_t dim, int64_t pairs) {
+std::vector<float> weights_of(const float* queries, int64_t count, int64_t dim, int64_t pairs) {
   const size_t D = static_cast<size_t>(dim);
   std::vector<float> total(D), both(D), sums(2 * D + 1);
   float known = 0.0f;
@@ -164,12 +164,48 @@ std::vector<float> weights_of(const std::vector<float>& queries, int64_t count, 
   return both;
 }
 
+// Take the mean, rotated to the slots from `first` on, off the tokens of a page [tokens, dim].
+void take_off(const Packed& t, int64_t h, int64_t first, const float* mean, float* x) {
+  const int64_t D = t.head_dim;
+  std::vector<float> own(static_cast<size_t>(2 * D));
+  float *cos_sin = own.data(), *turned = cos_sin + D;
+  for (int64_t n = 0; n < t.page_size; ++n, x += D) {
+    cos_sin_at(t, h, first + n, cos_sin), rotate_pairs(mean, cos_sin, t.head_dim, turned);
+    for (int64_t c = 0; c < D; ++c) x[c] = x[c] - turned[c];
+  }
+}
+
+// The mean of the tokens of two pages, rotated back by the angles of their slots; 0 in slow pairs.
+void find_mean(const Packed& t, int64_t h, float* const* ends, const int64_t* slots, float* mean) {
+  const int64_t D = t.head_dim, N = t.page_size, half = D / 2;
+  std::vector<float> turned(static_cast<size_t>(N * D)), cos_sin(static_cast<size_t>(D)), sums(static_cast<size_t>(N));
+  const float share = 0.5f / static_cast<float>(N);
+  for (int i = 0; i < 2; ++i) {
+    for (int64_t n = 0; n < N; ++n) {
+      const float* x = ends[i] + n * D;
+      float* out = turned.data() + n * D;
+      cos_sin_at(t, h, slots[i] + n, cos_sin.data());
+      for (int64_t c = 0; c < half; ++c) {
+        const float cosine = cos_sin[static_cast<size_t>(c)], sine = cos_sin[static_cast<size_t>(half + c)];
+        out[c] = x[c] * cosine + x[half + c] * sine, out[half + c] = x[half + c] * cosine - x[c] * sine;
+      }
+    }
+    for (int64_t c = 0; c < D; ++c) {
+      for (int64_t n = 0; n < N; ++n) sums[static_cast<size_t>(n)] = turned[static_cast<size_t>(n * D + c)];
+      const float sum = sum_pairs(sums.data(), N) * share;
+      mean[c] = i ? bounded(mean[c] + sum) : sum;
+    }
+  }
+  for (int64_t c = 0; c < D; ++c)
+    if (c % half >= t.mean_pairs) mean[c] = 0.0f;
+}
+
 // Variance of channels of a page [tokens, dim].
 std::vector<float> variances_of(const float* x, int64_t tokens, int64_t dim) {
   std::vector<float> variance(static_cast<size_t>(dim)), channel(static_cast<size_t>(tokens)), sums(channel);
   const float share = 1.0f / static_cast<float>(tokens);
   for (int64_t c = 0; c < dim; ++c) {
-    for (int64_t n = 0; n < tokens; ++n) channel[static_cast<size_t>(n)] = bounded(x[n * dim + c] == x[n * dim + c] ? x[n * dim + c] : 0.0f);
+    for (int64_t n = 0; n < tokens; ++n) channel[static_cast<size_t>(n)] = x[n * dim + c];
     sums = channel;
     const float mean = sum_pairs(sums.data(), tokens) * share;
     for (size_t n = 0; n < channel.size(); ++n) sums[n] = (channel[n] - mean) * (channel[n] - mean);

@@ -61,7 +61,8 @@ void to_coded(const PagesWords& w) {
   const int64_t D = t.head_dim, half = D / 2;
   const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
     const HeadTables tables(w.packed, h);
-    float *token = own.data(), *cos_sin = token + D, *out = tile_of(w, b, h, page);
+    float *token = own.data(), *cos_sin = token + D, *mean = cos_sin + D, *out = tile_of(w, b, h, page);
+    if (packed.takes_mean) read_mean(packed, b, h, mean);
     for (int64_t slot = first_slot(w, page), end = slot + t.page_size; slot < end; ++slot, out += D) {
       float* to = tables.order ? token : out;
       if (slot < w.start)
@@ -78,9 +79,12 @@ void to_coded(const PagesWords& w) {
         }
       }
       for (int64_t c = 0; c < D; ++c) out[c] = (out[c] - tables.mean[c]) * tables.inverse[c];
+      if (!packed.takes_mean) continue;
+      cos_sin_at(packed, h, slot, cos_sin), rotate_pairs(mean, cos_sin, packed.head_dim, token);
+      for (int64_t c = 0; c < D; ++c) out[c] = out[c] - token[c];
     }
   };
-  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(2 * D)); }, work);
+  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(3 * D)); }, work);
 }
 
 // Invert kvq_to_coded, in place.
@@ -89,8 +93,13 @@ void from_coded(const PagesWords& w) {
   const int64_t D = w.packed.layout.head_dim, N = w.packed.layout.page_size;
   const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
     const HeadTables tables(w.packed, h);
-    float *token = own.data(), *cos_sin = token + D, *out = tile_of(w, b, h, page);
+    float *token = own.data(), *cos_sin = token + D, *mean = cos_sin + D, *out = tile_of(w, b, h, page);
+    if (packed.takes_mean) read_mean(packed, b, h, mean);
     for (int64_t slot = first_slot(w, page), end = slot + N; slot < end; ++slot, out += D) {
+      if (packed.takes_mean) {
+        cos_sin_at(packed, h, slot, cos_sin), rotate_pairs(mean, cos_sin, packed.head_dim, token);
+        for (int64_t c = 0; c < D; ++c) out[c] = out[c] + token[c];
+      }
       if (tables.frequency) {
         std::memcpy(token, out, sizeof(float) * static_cast<size_t>(D));
         cos_sin_at(packed, h, slot + shift_of(w, b), cos_sin);
@@ -101,7 +110,19 @@ void from_coded(const PagesWords& w) {
       for (int64_t c = 0; c < D; ++c) out[tables.order[c]] = token[c];
     }
   };
-  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(2 * D)); }, work);
+  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(3 * D)); }, work);
+}
+
+// Add the mean that was taken off to a tile [dim, tokens] from slot `first` on.
+void add_mean(const Packed& t, int64_t b, int64_t h, int64_t first, float* tile) {
+  const int64_t D = t.head_dim, N = t.page_size;
+  std::vector<float> own(static_cast<size_t>(3 * D));
+  float *mean = own.data(), *cos_sin = mean + D, *turned = cos_sin + D;
+  read_mean(t, b, h, mean);
+  for (int64_t n = 0; n < N; ++n) {
+    cos_sin_at(t, h, first + n, cos_sin), rotate_pairs(mean, cos_sin, t.head_dim, turned);
+    for (int64_t c = 0; c < D; ++c) tile[c * N + n] += turned[c];
+  }
 }
 
 // Unpack pages to elements, before any inverse transform; rotary keys are rotated if w.rotated. Returns whether a page
@@ -113,7 +134,8 @@ bool unpack(const PagesWords& w) {
     float* out = tile_of(w, b, h, page);
     unpack_page(packed, b, h, w.first_page + page, out, scratch);
     if (scratch.damaged) damaged = true;
-    if (!w.rotated || !packed.frequency) return;
+    if (w.rotated && packed.takes_mean) add_mean(packed, b, h, first_slot(w, page), out);
+    if (!w.rotated || !packed.rotary) return;
     for (int64_t n = 0; n < packed.page_size; ++n, out += packed.head_dim) {
       cos_sin_at(packed, h, first_slot(w, page) + n + shift_of(w, b), scratch.cos_sin);
       rotate_key(packed, h, scratch.cos_sin, out);
@@ -166,34 +188,50 @@ bool quantize(const PagesWords& w) {
   return damaged;
 }
 
-// Find the widths of the channels of heads that have none from two pages in `elements` and the queries held.
-void find_widths(const PagesWords& w) {
+// Find the widths of the channels of heads that have none, and the mean that is taken off their keys, from two pages in
+// `elements`, the first and the last that a call fills, and from the queries held. The last is page number w.start.
+void find_state(const PagesWords& w) {
   const LayoutWords& t = w.packed.layout;
   const View<4>& exact = w.packed.exact;
-  const int64_t D = t.head_dim, first = t.sinks + t.ring, count = t.exact_rows - 1 - first;
-  const auto work = [&](std::vector<float>& queries, int64_t b, int64_t h, int64_t page) {
+  const Packed packed = unwrap(w.packed);
+  const int64_t D = t.head_dim, first = t.sinks + t.ring, count = packed.state_row - first;
+  const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
     if (page > 0) return;
+    const HeadTables tables(w.packed, h);
     const int64_t row = b * exact.strides[0] + h * exact.strides[1] + first * D, state = row + count * D;
-    std::vector<float> held(static_cast<size_t>(D));
-    to_float(exact.data, state, exact.dtype, D, held.data());
-    if (std::any_of(held.begin(), held.end(), [](float width) { return width != 0.0f; })) return;
-    if (count) to_float(exact.data, row, exact.dtype, count * D, queries.data());
-    std::vector<float> value = variances_of(tile_of(w, b, h, 0), t.page_size, D);
-    const std::vector<float> last = variances_of(tile_of(w, b, h, 1), t.page_size, D), weight = weights_of(queries, count, D, t.pairs);
+    float *held = own.data(), *mean = held + D, *queries = mean + D;
+    to_float(exact.data, state, exact.dtype, D, held);
+    if (std::any_of(held, held + D, [](float width) { return width != 0.0f; })) return;
+    for (int64_t i = 0; i < count; ++i) {
+      to_float(exact.data, row + i * D, exact.dtype, D, held);
+      for (int64_t c = 0; c < D; ++c) queries[i * D + c] = held[tables.order ? tables.order[c] : c];
+    }
+    float* ends[2] = {tile_of(w, b, h, 0), tile_of(w, b, h, 1)};
+    for (float* tile : ends)
+      for (int64_t i = 0; i < t.page_size * D; ++i) tile[i] = bounded(tile[i] == tile[i] ? tile[i] : 0.0f);
+    if (packed.takes_mean) {
+      const int64_t slots[2] = {first_slot(w, 0), t.sinks + w.start * t.page_size};
+      find_mean(packed, h, ends, slots, mean);
+      for (int64_t c = 0; c < D; ++c) put_rounded(exact.data, state + D + c, exact.dtype, mean[c]);
+      read_mean(packed, b, h, mean);
+      for (int i = 0; i < 2; ++i) take_off(packed, h, slots[i], mean, ends[i]);
+    }
+    std::vector<float> value = variances_of(ends[0], t.page_size, D);
+    const std::vector<float> last = variances_of(ends[1], t.page_size, D), weight = weights_of(queries, count, D, t.pairs);
     for (size_t c = 0; c < value.size(); ++c) value[c] = (value[c] + last[c]) * weight[c];
     const std::vector<float> width = allocate_widths(value, t.rows * kWordBits);
-    for (int64_t c = 0; c < D; ++c) put_number(exact.data, state + c, exact.dtype, width[static_cast<size_t>(c)]);
+    for (int64_t c = 0; c < D; ++c) put_rounded(exact.data, state + c, exact.dtype, width[static_cast<size_t>(c)]);
   };
-  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>(count * D)); }, work);
+  for_pages(w, [&] { return std::vector<float>(static_cast<size_t>((2 + count) * D)); }, work);
 }
 
-// Check the arguments of all calls.
-void check_pages(const PagesWords& w, Check& check) {
+// Check the arguments of all calls; the first `in_a_row` of the pages follow one another.
+void check_pages(const PagesWords& w, int64_t in_a_row, Check& check) {
   const LayoutWords& t = w.packed.layout;
   const int64_t batch = w.packed.codes.sizes[0], heads = w.packed.codes.sizes[1], pages = w.elements.sizes[2];
   check_packed("cache", w.packed, batch, heads, check);
   check.tensor("pages", w.elements, {batch, heads, pages, t.page_size, t.head_dim}, kFloat);
-  check.that(w.first_page >= 0 && w.first_page + pages <= w.packed.codes.sizes[2], "pages must be ones that the cache has room for");
+  check.that(w.first_page >= 0 && w.first_page + (pages < in_a_row ? pages : in_a_row) <= w.packed.codes.sizes[2], "pages must be ones that the cache has room for");
   check.that(w.threads > 0 && w.threads <= 4096, "threads must be a number of threads");
   for (int64_t h = 0; check.ok() && t.table_words && h < heads; ++h) {
     const int32_t* order = HeadTables(w.packed, h).order;
@@ -203,14 +241,14 @@ void check_pages(const PagesWords& w, Check& check) {
 
 // Run a call with the arguments in `words`, after a check of its own.
 template <typename Run>
-const char* run_pages(const int64_t* words, int64_t count, const Run& run) {
+const char* run_pages(const int64_t* words, int64_t count, const Run& run, int64_t in_a_row = INT64_MAX) {
   static thread_local Check check;
   check = Check();
   check.that(count * static_cast<int64_t>(sizeof(int64_t)) == static_cast<int64_t>(sizeof(PagesWords)), "the call must have %zu words, got %lld", sizeof(PagesWords) / sizeof(int64_t), static_cast<long long>(count));
   if (!check.ok()) return check.message();
   PagesWords w;
   std::memcpy(&w, words, sizeof w);
-  check_pages(w, check);
+  check_pages(w, in_a_row, check);
   if (check.ok()) run(w, check);
   return check.message();
 }
@@ -248,12 +286,13 @@ const char* kvq_unpack(const int64_t* words, int64_t count) {
   });
 }
 
-const char* kvq_find_widths(const int64_t* words, int64_t count) {
+const char* kvq_find_state(const int64_t* words, int64_t count) {
   return run_pages(words, count, [](const PagesWords& w, Check& check) {
     check.rows("pages", w.elements, 2);
     check.that(w.packed.layout.channelwise && w.elements.sizes[2] == 2, "widths must be found from two pages, for channels that differ in bits");
-    if (check.ok()) find_widths(w);
-  });
+    check.that(w.start >= w.first_page && w.start < w.packed.codes.sizes[2], "the last page must be one that the cache has room for");
+    if (check.ok()) find_state(w);
+  }, 1);
 }
 
 const char* kvq_quantize(const int64_t* words, int64_t count) {

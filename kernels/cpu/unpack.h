@@ -22,7 +22,7 @@ struct Packed {
   const uint16_t* book;    // [row_length (keys) or rows (values), entries, couple], fp16; null: no codebook
   const float* mean;       // [head_dim], with scale and frequency [head_dim / 2]; null unless keys are rotary
   const float* scale;
-  const int32_t* frequency;
+  const int32_t* frequency;  // of rotary keys, and where a rotated mean is taken off
   const int32_t* shift;    // position minus slot of each sequence, `shift_stride` apart
   const void* exact;       // with the widths of channels in its last row, where they differ
   int64_t codes_stride[3], params_stride[3], exact_stride[2];
@@ -34,6 +34,7 @@ struct Packed {
   int32_t is_key, couple, entries, head_dim, page_size, sinks;
   int32_t max_bits, code_rows, rank_field, outliers, outlier_fields;  // of pages whose tokens differ in bits; max_bits 0: they do not
   int32_t channelwise, exact_dtype, state_row;        // whether channels differ in bits, and the row of their widths
+  int32_t rotary, takes_mean, mean_pairs;  // the mean is in the row behind
 };
 
 constexpr int kTrits = 5;
@@ -321,6 +322,21 @@ void cos_sin_at(const Packed& t, int64_t h, int64_t position, float* cos_sin) {
   }
 }
 
+// Read the mean of the keys of a head that is taken off before they are coded.
+void read_mean(const Packed& t, int64_t b, int64_t h, float* mean) {
+  to_float(t.exact, b * t.exact_stride[0] + h * t.exact_stride[1] + static_cast<int64_t>(t.state_row + 1) * t.head_dim, t.exact_dtype, t.head_dim, mean);
+}
+
+// Rotate pairs by the angles of cos_sin.
+void rotate_pairs(const float* x, const float* cos_sin, int dim, float* out) {
+  const int half = dim / 2;
+#pragma omp simd
+  for (int c = 0; c < half; ++c) {
+    out[c] = x[c] * cos_sin[c] - x[half + c] * cos_sin[half + c];
+    out[half + c] = x[half + c] * cos_sin[c] + x[c] * cos_sin[half + c];
+  }
+}
+
 // Apply mean and scale to an unpacked rotary key, and rotate it.
 void rotate_key(const Packed& t, int64_t h, const float* cos_sin, float* key) {
   const float *mean = t.mean + h * t.tables_stride, *scale = t.scale + h * t.tables_stride;
@@ -341,7 +357,7 @@ Packed unwrap(const PackedWords& p) {
   packed.codes = static_cast<const uint16_t*>(p.codes.data), packed.params = p.params.data;
   packed.book = reinterpret_cast<const uint16_t*>(table(t.book, t.codebook));
   packed.mean = reinterpret_cast<const float*>(table(t.mean, t.rotary)), packed.scale = reinterpret_cast<const float*>(table(t.scale, t.rotary));
-  packed.frequency = table(t.frequency, t.rotary);
+  packed.frequency = table(t.frequency, t.rotary || t.takes_mean);
   packed.shift = static_cast<const int32_t*>(p.shift.data), packed.shift_stride = p.shift.strides[0];
   for (int i = 0; i < 3; ++i) packed.codes_stride[i] = p.codes.strides[i], packed.params_stride[i] = p.params.strides[i];
   packed.tables_stride = p.tables.strides[0], packed.pages = p.pages;
@@ -353,7 +369,8 @@ Packed unwrap(const PackedWords& p) {
   packed.head_dim = narrow(t.head_dim), packed.page_size = narrow(t.page_size), packed.sinks = narrow(t.sinks);
   packed.max_bits = t.mixed ? narrow(t.max_bits) : 0, packed.code_rows = narrow(t.code_rows);
   packed.rank_field = narrow(t.rank_field), packed.outliers = narrow(t.outliers), packed.outlier_fields = narrow(t.outlier_fields);
-  packed.channelwise = narrow(t.channelwise), packed.state_row = narrow(t.exact_rows - 1);
+  packed.channelwise = narrow(t.channelwise), packed.state_row = narrow(t.exact_rows - 1 - t.takes_mean);
+  packed.rotary = narrow(t.rotary), packed.takes_mean = narrow(t.takes_mean), packed.mean_pairs = narrow(t.mean_pairs);
   packed.exact = p.exact.data, packed.exact_dtype = narrow(p.exact.dtype);
   packed.exact_stride[0] = p.exact.strides[0], packed.exact_stride[1] = p.exact.strides[1];
   return packed;

@@ -18,7 +18,7 @@
   WORD(byte_params) WORD(group_size) WORD(by_token) WORD(shrink_bits) WORD(head_dim) WORD(page_size) WORD(sinks) WORD(ring)           \
   WORD(exact_rows) WORD(rotary) WORD(table_words) WORD(order) WORD(mean) WORD(scale) WORD(inverse) WORD(margin)     \
   WORD(frequency) WORD(book) WORD(min_bits) WORD(max_bits) WORD(code_rows) WORD(rank_field) WORD(outliers)          \
-  WORD(outlier_fields) WORD(fit) WORD(soften) WORD(e5m3) WORD(channelwise) WORD(pairs)
+  WORD(outlier_fields) WORD(fit) WORD(soften) WORD(e5m3) WORD(channelwise) WORD(pairs) WORD(takes_mean) WORD(mean_pairs)
 #define KVQ_PACKED(TENSOR, WORD)                                                                                  \
   TENSOR(codes, 5) TENSOR(params, 6) TENSOR(exact, 4) TENSOR(tables, 2) TENSOR(shift, 1) WORD(held) WORD(pages)
 #define KVQ_ATTEND(TENSOR, WORD)                                                                                  \
@@ -144,7 +144,8 @@ void check_packed(const char* name, const PackedWords& p, int64_t batch, int64_t
     check.that(t.is_key && t.row_words == t.page_size && t.rows > 0 && 2 * t.rows <= t.head_dim, "%s must have rows of words of all tokens", name);
     check.that(t.page_size >= 32 && (t.page_size & (t.page_size - 1)) == 0, "%s must have pages of a power of two tokens", name);
     check.that(t.groups == 3 && t.members == t.head_dim && t.param_elements == 1 && t.byte_params, "%s must have parameters for each channel", name);
-    check.that(t.exact_rows > t.sinks + t.ring, "%s must have a row for the widths of channels", name);
+    check.that(t.exact_rows > t.sinks + t.ring + (t.takes_mean != 0), "%s must have rows for the widths of channels and their mean", name);
+    check.that(!t.takes_mean || (t.table_words >= t.frequency + t.head_dim / 2 && t.head_dim % 2 == 0 && t.mean_pairs >= 0 && 2 * t.mean_pairs <= t.head_dim), "%s must have tables of frequencies where a mean is taken off", name);
   } else if (t.mixed) {
     check.that(t.rows == 1 && t.row_words >= 8 + t.code_rows * plane_words(t.head_dim, 1) && t.max_bits <= 8 && t.page_size <= 256, "%s must have room for the planes of a page", name);
     check.that(t.groups >= t.rank_field + 1 + t.outlier_fields * t.outliers && t.outlier_fields == (t.head_dim <= 256 ? 3 : 4) && t.members == t.page_size && t.rank_field >= (t.fp8 ? 2 : 4), "%s must have metadata for each token", name);

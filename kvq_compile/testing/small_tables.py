@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -117,3 +118,21 @@ def framed_layouts(
             [draw(st.integers(-9, 9)) for _ in range(batch)], dtype=torch.int32, device="cpu"
         )
     return layout, Calibrated(tables.words, shift)
+
+
+def turning_tables(head_dim: int, heads: int = 2, seed: int = 0) -> Tables:
+    """Return tables of keys whose mean turns: channels in pairs, from the fastest, in any order, and frequencies."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(heads)])
+    turns = 10000.0 ** -(
+        torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") * 2 / head_dim
+    )
+    frequency = (turns / (2 * math.pi) * 2.0**32).round().long().int()
+    ones = torch.ones(heads, head_dim, dtype=torch.float32, device="cpu")
+    return Tables.build(
+        order=order,
+        mean=torch.zeros_like(ones),
+        scale=ones,
+        margin=torch.zeros_like(ones),
+        frequency=frequency.expand(heads, -1),
+    )
