@@ -26,7 +26,7 @@ class ReadConstants:
         role: Whether rows of packed words are tokens (``"key"``) or channels (``"value"``).
         head_dim, page_size: Channels of a head, tokens of a page.
         sinks, window, ring: Exact tokens: the first, the recent ones, rows of the ring that recent ones lie in.
-        token_rows, exact_rows: Exact rows: of tokens; of tokens and of held queries.
+        token_rows: Exact rows of tokens; those of held queries lie behind them.
         queries, shared_by: Held queries, and query heads to a KV head, where queries are held.
         scheme: ``"uniform"``, ``"codebook"`` or ``"mixed"``.
         bits: Of a code as packed: 2 for three levels; of mixed tokens the most.
@@ -52,7 +52,6 @@ class ReadConstants:
     window: int
     ring: int
     token_rows: int
-    exact_rows: int
     queries: int
     shared_by: int
     scheme: str
@@ -153,7 +152,6 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "window": layout.window,
         "ring": layout.ring,
         "token_rows": layout.token_rows,
-        "exact_rows": layout.exact_rows,
         "queries": layout.queries,
         "shared_by": layout.shared_by,
         "scheme": scheme,
