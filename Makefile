@@ -31,7 +31,7 @@ endef
 help:
 	@echo "make demo           generate with a plain and a quantized cache, side by side"
 	@echo "make demo-real      the same on a pretrained model, SmolLM2-135M, made in $(REAL)"
-	@echo "make quality        measure every table of docs/quality.md anew and write it; QUALITY=... says on what"
+	@echo "make quality        measure every table of docs/quality.md anew and write it; TEXTS=... says on what"
 	@echo "make tables         write the tables from the rows that are there"
 	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
 	@echo "make test-thorough  the same with many more random examples"
@@ -99,10 +99,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Give other models, texts and budgets as QUALITY="--model NAME=DIR --text NAME=FILE ..."; see benchmarks/quality.py.
-QUALITY ?= --model SmolLM2-135M-Instruct=$(REAL) --text demo=examples/text/demo.txt --windows 2
+# Texts are not part of the repository: TEXTS="--text wikitext=FILE --text code=FILE --calibrate-on FILE". Methods, tasks,
+# budgets and further models go into QUALITY; see benchmarks/quality.py.
 quality: $(VENV)/.test $(REAL)/config.json
-	$(BIN)/python benchmarks/quality.py $(QUALITY)
+	@[ -n "$(TEXTS)" ] || { echo 'give TEXTS="--text wikitext=FILE --text code=FILE --calibrate-on FILE"'; exit 2; }
+	$(BIN)/python benchmarks/quality.py --model SmolLM2-135M-Instruct=$(REAL) $(TEXTS) $(QUALITY)
 	$(BIN)/python benchmarks/quality_tables.py
 
 tables: $(VENV)/.test

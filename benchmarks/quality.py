@@ -33,7 +33,7 @@ from kvq_compile.evaluation.perplexity import Protocol
 from kvq_compile.evaluation.results import KINDS, Row, flat_row
 from kvq_compile.evaluation.runner import Method, parse_method
 from kvq_compile.evaluation.sweep import standard_methods
-from kvq_compile.evaluation.tasks import Measurement, Task
+from kvq_compile.evaluation.tasks import Measurement, Task, check_text, usual_lengths
 from kvq_compile.loading import encode_file, load_model, longest_context, spread_windows
 
 # Beside what `kvq eval --sweep` runs: variants that single tables are about.
@@ -101,6 +101,10 @@ def measure_model(model_name: str, folder: Path, options: argparse.Namespace) ->
     texts = {name: encode_file(tokenizer, path) for name, path in options.text}
     about = describe(model, model_name, options.commit)
     tasks = make_tasks(options, longest_context(model))
+    wanted = options.task or TASKS
+    for name in wanted:
+        for ids in texts.values():
+            check_text(tasks[name], ids, longest_context(model))
     kept = Kept(
         options.out / f"{model_name}.part.jsonl",
         about | {name: str(asdict(task)) for name, task in tasks.items()},
@@ -118,7 +122,7 @@ def measure_model(model_name: str, folder: Path, options: argparse.Namespace) ->
             found = [about | flat_row(row) for row in rows if isinstance(row, kind)]
             add_rows(options.out / FILES[name], found)
 
-    for name in options.task or TASKS:
+    for name in wanted:
         note(f"{model_name}: {name}")
         measurement.run(tasks[name], write)
     kept.remove()
@@ -126,9 +130,7 @@ def measure_model(model_name: str, folder: Path, options: argparse.Namespace) ->
 
 def make_tasks(options: argparse.Namespace, context: int | None) -> dict[str, Task]:
     """Return the tasks by name, with the contexts that a model takes."""
-    lengths = [
-        length for length in options.length or Passkeys.lengths if length <= (context or length)
-    ]
+    lengths = options.length or usual_lengths(context)
     return {
         "perplexity": Protocol(windows=options.windows, batch=options.batch),
         "passkey": Passkeys(lengths, samples=options.samples, batch=options.batch),

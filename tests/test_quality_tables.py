@@ -86,7 +86,7 @@ def test_a_model_is_measured_into_rows_with_where_and_on_what(
     arguments = [
         "--model", f"tiny={DEMO_MODEL}", "--text", f"demo={DEMO_TEXT}", "--out", str(tmp_path),
         "--task", task, "--method", "int8:sinks=2,window=32,page_size=32", "--windows", "1",
-        "--length", "150", "--length", "4096", "--samples", "1", "--batch", "5",
+        "--length", "150", "--samples", "1", "--batch", "5",
         "--prompts", "2", "--tokens", "2", "--commit", "abc", "--device", "cpu",
     ]  # fmt: skip
     short = quality.Protocol(window=64, prefill=32, windows=1)

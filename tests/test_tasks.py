@@ -20,7 +20,9 @@ from kvq_compile.evaluation.passkey import (
     make_case,
     passkey,
 )
+from kvq_compile.evaluation.perplexity import Protocol
 from kvq_compile.evaluation.runner import make_runners, parse_method
+from kvq_compile.evaluation.tasks import check_text, usual_lengths
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model
 
 SMALL = parse_method("int8:sinks=2,window=32,page_size=32,inner=eager")
@@ -160,6 +162,26 @@ def test_leading_tokens_are_those_before_the_first_that_differs(first, data) -> 
     count = leading(first, second)
     assert first[:count] == second[:count]
     assert count == len(first) or first[count] != second[count]
+
+
+def test_a_text_or_a_context_that_is_too_short_is_told_beforehand(ids) -> None:
+    check_text(Passkeys(lengths=(512,)), ids[:512], 512)
+    with pytest.raises(
+        ValueError, match="length must fit into the model's context of 2048, got 4096"
+    ):
+        check_text(Passkeys(lengths=(1024, 4096)), ids, 2048)
+    with pytest.raises(ValueError, match="text must have 512 tokens for passkeys"):
+        check_text(Passkeys(lengths=(512,)), ids[:511], None)
+    with pytest.raises(ValueError, match="for 50 windows of 1024"):
+        check_text(Continuations(), ids[:100], None)
+    with pytest.raises(ValueError, match="need a text of 8193 tokens"):
+        check_text(Protocol(), ids[:100], None)
+
+
+def test_passkeys_are_asked_for_in_the_contexts_that_a_model_has() -> None:
+    assert usual_lengths(None) == Passkeys.lengths
+    assert usual_lengths(4096) == (2048, 4096)
+    assert usual_lengths(1000) == (1000,)
 
 
 @pytest.mark.skipif("KVQ_REAL_MODEL" not in os.environ, reason="no folder of a real model")

@@ -91,7 +91,7 @@ def evaluate_(
     length: Annotated[
         list[int] | None,
         typer.Option(
-            help="Tokens of a context; may be repeated. [default: 2048, 4096, 8192]",
+            help="Tokens of a context; may be repeated. 2048, 4096 and 8192, as the model has them, if none is named.",
             rich_help_panel=RETRIEVAL,
         ),
     ] = None,
@@ -123,15 +123,15 @@ def evaluate_(
     from kvq_compile.evaluation.passkey import Passkeys
     from kvq_compile.evaluation.perplexity import Protocol
     from kvq_compile.evaluation.results import write_results
-    from kvq_compile.evaluation.tasks import Measurement, Task, after
+    from kvq_compile.evaluation.tasks import Measurement, Task, after, check_text, usual_lengths
+    from kvq_compile.loading import longest_context
 
     if not method and not sweep:
         raise ValueError("--method must be given, got none; give --sweep to run all methods")
     choices = [uncompiled(read_method(item)) for item in method or []]
     wanted = read_tasks(task)
-    perplexity = Protocol(window, prefill, chunk, windows, batch)
     protocols: dict[str, Task] = {
-        "perplexity": perplexity,
+        "perplexity": Protocol(window, prefill, chunk, windows, batch),
         "passkey": Passkeys(tuple(length or Passkeys.lengths), depths, samples, batch),
         "greedy": Continuations(prompts, prompt, tokens, batch),
     }
@@ -146,8 +146,12 @@ def evaluate_(
     make_folder(out)
     network, tokenizer = load(model, dtype, device)
     texts = encode(tokenizer, files)
-    for ids in texts.values() if "perplexity" in wanted else ():
-        perplexity.cut(ids)  # a text that is too short is told before methods are calibrated
+    context = longest_context(network)
+    if not length:
+        protocols["passkey"] = Passkeys(usual_lengths(context), depths, samples, batch)
+    for name in wanted:
+        for ids in texts.values():  # what is too short is told before methods are calibrated
+            check_text(protocols[name], ids, context)
     about = describe(network, model, list(texts), plain)
     about |= {name: asdict(protocols[name]) for name in wanted} | {"recall contexts": exams}
     kept = Kept(

@@ -19,6 +19,7 @@ from kvq_compile.evaluation.perplexity import Advance, Protocol, Score, chunks_t
 from kvq_compile.evaluation.recall import recall
 from kvq_compile.evaluation.results import Row
 from kvq_compile.evaluation.runner import Method, Runner, make_runners
+from kvq_compile.loading import spread_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,6 +106,40 @@ class Measurement:
             replace(score, recall={**score.recall, length: percent})
             for score, percent in zip(scores, percents, strict=True)
         ]
+
+
+def check_text(task: Task, ids: Sequence[int], context: int | None) -> None:
+    """Make sure, before anything is measured, that a text is long enough for a task and a model for its lengths.
+
+    Args:
+        task: The task.
+        ids: The text.
+        context: Tokens that the model can attend over, ``None`` where it does not say.
+
+    Raises:
+        ValueError: One of them is not.
+    """
+    if isinstance(task, Protocol):
+        task.cut(ids)
+    elif isinstance(task, Continuations):
+        spread_windows(list(ids), task.prompts, task.prompt)
+    else:
+        longest = max(task.lengths)
+        if longest > (context or longest):
+            raise ValueError(
+                f"length must fit into the model's context of {context}, got {longest}"
+            )
+        if longest > len(ids):
+            raise ValueError(
+                f"text must have {longest} tokens for passkeys in contexts of as many, got {len(ids)}; "
+                "take a longer text or shorter contexts"
+            )
+
+
+def usual_lengths(context: int | None) -> tuple[int, ...]:
+    """Return the lengths of `Passkeys` that fit into a model's context; all of it where none does."""
+    fitting = tuple(length for length in Passkeys.lengths if length <= (context or length))
+    return fitting or (context or 0,)
 
 
 def after(done: Sequence[Row], write: Write) -> Write:
