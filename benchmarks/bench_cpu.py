@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kvq_compile.evaluation.perplexity import Runner, held, make_runners, parse_method
+from kvq_compile.evaluation.runner import Runner, held, make_runners, parse_method
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT
 
 RESULTS = Path(__file__).parent / "results" / "cpu_decode.csv"

@@ -100,6 +100,8 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         originals  model's  [B, H, P, N, D]       exact copies of packed tokens, in host memory; optional
         shift   int32    [B]                      position minus slot of each sequence; only rotary keys
 
+    Caches that grow have flat pages, and of ``exact`` the first rows only: see `packed`.
+
     Where tokens differ in bits (`Mixed`), codes have one row and ``params`` are bytes ``[B, H, P, fields, N, 1]``.
 
     ``groups, members`` is ``D / group_size, N`` for groups inside a token, ``N / group_size, D`` for groups inside a
@@ -311,6 +313,11 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     def row_words(self) -> int:
         """Packed 16-bit words in a row."""
         return self.scheme.codes_shape(self.role, self.head_dim, self.page_size)[1]
+
+    @cached_property
+    def page_words(self) -> int:
+        """Packed 16-bit words of a page."""
+        return self.rows * self.row_words
 
     @cached_property
     def row_length(self) -> int:

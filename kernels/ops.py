@@ -22,6 +22,7 @@ from torch._library.opaque_object import get_opaque_type_name
 
 from kvq_compile.kernels.layout import Layout, Score
 from kvq_compile.kernels.packed import (
+    MIN_PAGES,
     PARTS,
     Calibrated,
     Packed,
@@ -41,7 +42,7 @@ SPECIFICATION = "kvq_compile.kernels.reference.backend"
 
 LAYOUT, SCORE = get_opaque_type_name(Layout), get_opaque_type_name(Score)
 _SCHEMAS = (
-    # Quantize x as the first tokens of a new cache for `slots` tokens; a cache that grows gets spare pages.
+    # Quantize x as the first tokens of a new cache for `slots` tokens; one that grows gets room for some more.
     f"quantize(Tensor x, SymInt slots, bool grows, {LAYOUT} layout, Tensor[] calibrated, "
     "Tensor? importance=None, Tensor? query=None) -> Tensor[]",
     # Write x at `start` and quantize the pages that fill up. `after`, the result of the attention that reads the
@@ -194,13 +195,15 @@ def _quantize(
 
 
 def _new_cache(x: Tensor, slots: int, grows: bool, layout: Layout) -> list[Tensor]:
-    capacity = page_capacity(slots, grows, layout)
     with writable():
-        cache = list(Packed.empty(x, capacity, layout))
+        if not grows:
+            capacity = torch.sym_max(MIN_PAGES, page_capacity(slots, layout))
+            return list(Packed.empty(x, capacity, layout))
+        cache = list(Packed.growing(x, slots, layout))
         if layout.keep_exact:
             from kvq_compile.kernels.adaptive.originals import new_originals
 
-            cache.append(new_originals(x, capacity, layout))
+            cache.append(new_originals(x, slots, layout))
     return cache
 
 

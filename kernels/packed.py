@@ -3,12 +3,19 @@
 Operators take a cache as two lists of tensors. The first has its parts in the order of `Packed`, followed by those
 that only some layouts have (`ORIGINALS`). The second has those tensors of `Calibrated` that the layout has. `Layout`
 gives shapes and dtypes.
+
+A cache that grows has room for what it holds and an eighth more. Its pages lie flat, ``[B, H, elements]``, and
+``exact`` has the first of its rows only, as many as it needs so far. Both axes are sizes that compiled graphs leave
+open, which torch.compile can do with sizes of 2 and more: no page and one page would be a graph each if pages had an
+axis of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,11 +24,17 @@ from torch import Tensor
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.tables import read_section
 
-MIN_PAGES = 2  # torch.compile specialises on sizes 0 and 1
+MIN_SIZE = MIN_PAGES = 2  # torch.compile specialises on sizes 0 and 1
+PARTS_FORM = (
+    2  # of the parts that operators return: compiled graphs that torch caches on disk rely on it
+)
+FLAT = 3  # dimensions of a part whose pages are flat
+ROWS_STEP = 8  # rows of exact tokens are added in multiples of it
+Size = int | torch.SymInt
 
 
 class Packed(NamedTuple):
-    """The parts of a packed tensor; `Layout` gives their shapes."""
+    """The parts of a packed tensor; `Layout` gives the shapes that `paged` brings them into."""
 
     codes: Tensor
     params: Tensor
@@ -29,15 +42,29 @@ class Packed(NamedTuple):
     cursor: Tensor
 
     @staticmethod
-    def empty(like: Tensor, capacity: int | torch.SymInt, layout: Layout) -> Packed:
-        """Allocate the parts for tokens like ``like`` ``[B, H, *, D]``, with ``capacity`` pages."""
+    def empty(like: Tensor, capacity: Size, layout: Layout) -> Packed:
+        """Allocate the parts for tokens like ``like`` ``[B, H, *, D]``, with ``capacity`` pages and all exact rows."""
         B, H = like.shape[:2]
-        codes = like.new_zeros(B, H, capacity, layout.rows, layout.row_words, dtype=torch.int16)
-        params_dtype = torch.uint8 if layout.has_byte_params else torch.float16
-        params_shape = (*layout.params_shape, layout.param_elements)
-        params = like.new_zeros(B, H, capacity, *params_shape, dtype=params_dtype)
+        of_codes, of_params, _ = page_shapes(layout)
+        codes = like.new_zeros(B, H, capacity, *of_codes, dtype=torch.int16)
+        params = like.new_zeros(B, H, capacity, *of_params, dtype=_params_dtype(layout))
         exact = like.new_zeros(B, H, layout.exact_rows, layout.head_dim)
         return Packed(codes, params, exact, like.new_zeros(2, dtype=torch.int32))
+
+    @staticmethod
+    def growing(like: Tensor, slots: Size, layout: Layout) -> Packed:
+        """Allocate the parts of a cache that grows, for ``slots`` tokens like ``like`` ``[B, H, *, D]``."""
+        B, H = like.shape[:2]
+        pages, rows = room_for(slots, layout)
+        of_codes, of_params = (flat_size(pages, shape) for shape in page_shapes(layout)[:2])
+        codes = like.new_zeros(B, H, of_codes, dtype=torch.int16)
+        params = like.new_zeros(B, H, of_params, dtype=_params_dtype(layout))
+        exact = like.new_zeros(B, H, rows, layout.head_dim)
+        return Packed(codes, params, exact, like.new_zeros(2, dtype=torch.int32))
+
+    def paged(self, layout: Layout) -> Packed:
+        """Return the parts with pages that are not flat: views."""
+        return Packed(*paged(self, layout))
 
 
 PARTS = Packed._fields
@@ -119,7 +146,107 @@ def writable() -> AbstractContextManager[object]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
-def page_capacity(slots: int | torch.SymInt, grows: bool, layout: Layout) -> int | torch.SymInt:
-    """Return the pages to allocate for ``slots`` tokens: those they fill, and an eighth more if the cache grows."""
-    pages = torch.sym_max(0, (slots - layout.sinks - layout.window) // layout.page_size)
-    return torch.sym_max(MIN_PAGES, pages + pages // 8 + 2 if grows else pages)
+@cache
+def page_shapes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of a page: of its codes, its parameters and its originals."""
+    codes = layout.rows, layout.row_words
+    params = *layout.params_shape, layout.param_elements
+    return codes, params, (layout.page_size, layout.head_dim)
+
+
+def _params_dtype(layout: Layout) -> torch.dtype:
+    return torch.uint8 if layout.has_byte_params else torch.float16
+
+
+def flat_size(pages: Size, shape: tuple[int, ...]) -> Size:
+    """Return the elements of ``pages`` flat pages, of which a page has ``shape``; at least 2 of any."""
+    size = math.prod(shape)
+    return torch.sym_max(MIN_SIZE, pages * size) if size else 0
+
+
+def paged(parts: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """Return parts with pages ``[B, H, P, ...]``: views where they are flat, those given where they are not."""
+    if parts[0].dim() != FLAT:
+        return list(parts)
+    pages = page_room(parts, layout)
+
+    def view(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return part[:, :, : pages * math.prod(shape)].view(*part.shape[:2], pages, *shape)
+
+    return _map_pages(view, parts, layout)
+
+
+def flat(parts: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """Return parts with flat pages, in the same memory as pages ``[B, H, P, ...]`` if there are any."""
+
+    def flatten(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+        size = flat_size(part.shape[2], shape)
+        return part.new_zeros(*part.shape[:2], size) if part.numel() == 0 else part.flatten(2)
+
+    return _map_pages(flatten, parts, layout)
+
+
+def _map_pages(
+    change: Callable[[Tensor, tuple[int, ...]], Tensor], parts: Sequence[Tensor], layout: Layout
+) -> list[Tensor]:
+    codes, params, originals = page_shapes(layout)
+    changed = [change(parts[0], codes), change(parts[1], params), *parts[2:4]]
+    return changed + [change(part, originals) for part in parts[4:]]
+
+
+def page_capacity(slots: Size, layout: Layout) -> Size:
+    """Return the pages that ``slots`` tokens fill."""
+    return torch.sym_max(0, (slots - layout.sinks - layout.window) // layout.page_size)
+
+
+def room_for(slots: Size, layout: Layout) -> tuple[Size, Size]:
+    """Return the pages and the exact rows that a growing cache allocates for ``slots`` tokens."""
+    pages = page_capacity(slots, layout)
+    pages += pages // 8
+    if layout.exact_rows > layout.token_rows:  # other rows lie behind those of all tokens
+        return pages, layout.exact_rows
+    rows = -(-(slots + slots // 8) // ROWS_STEP) * ROWS_STEP
+    return pages, torch.sym_min(layout.exact_rows, torch.sym_max(ROWS_STEP, rows))
+
+
+def page_room(parts: Sequence[Tensor], layout: Layout) -> int:
+    """Return how many pages parts have room for."""
+    return math.prod(parts[0].shape[2:]) // layout.page_words
+
+
+def has_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> bool:
+    """Say whether parts have room for ``slots`` tokens."""
+    fits = layout.pages_at(slots) <= page_room(parts, layout)
+    return fits and min(slots, layout.token_rows) <= parts[2].shape[2]
+
+
+def check_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> None:
+    """Check that parts have room for ``slots`` tokens.
+
+    Raises:
+        ValueError: They have not.
+    """
+    needed, pages = layout.pages_at(slots), page_room(parts, layout)
+    if needed > pages:
+        raise ValueError(f"the cache must have room for {needed} pages, got {pages}")
+    needed, rows = min(slots, layout.token_rows), parts[2].shape[2]
+    if needed > rows:
+        raise ValueError(f"the cache must have room for {needed} exact tokens, got {rows}")
+
+
+def with_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> list[Tensor]:
+    """Return the parts of a growing cache with room for ``slots`` tokens: those given where they have it, or copies."""
+    pages, rows = room_for(slots, layout)
+    sizes = [int(flat_size(pages, shape)) for shape in page_shapes(layout)]
+    sizes[2:2] = int(rows), 0
+    return [widened(part, size) for part, size in zip(parts, sizes, strict=False)]
+
+
+def widened(part: Tensor, size: int) -> Tensor:
+    """Return a copy of a part with ``size`` elements along its third axis, or the part where it has as many."""
+    had = part.shape[2] if part.dim() > 1 else size
+    if had >= size:
+        return part
+    wider = part.new_zeros(*part.shape[:2], size, *part.shape[3:])
+    wider[:, :, :had] = part
+    return wider

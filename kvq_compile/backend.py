@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvq_compile import measured
@@ -14,6 +15,7 @@ from kvq_compile.compiling import compiling
 from kvq_compile.entry import watch_generate
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, graphs, record, unmet_layers
+from kvq_compile.kernels.packed import PARTS_FORM
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
@@ -151,7 +153,10 @@ def _compile_inner(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **config.inductor}
-    return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
+    tag = torch.compiler.config.cache_key_tag
+    form = {"cache_key_tag": f"{tag} kvq {PARTS_FORM}"}
+    with torch.compiler.config.patch(form):  # type: ignore[attr-defined]
+        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def _ends_the_model(gm: fx.GraphModule, reports: Sequence[SiteReport]) -> bool:

@@ -26,7 +26,10 @@ from kvq_compile.compiling import watched_by
 
 if TYPE_CHECKING:
     from kvq_compile.demo import Comparison, Generation
+    from kvq_compile.evaluation.greedy import GreedyScore
+    from kvq_compile.evaluation.passkey import PasskeyScore
     from kvq_compile.evaluation.perplexity import Score
+    from kvq_compile.evaluation.results import Row
 
 OWN_ERRORS = ("typer", "click")  # packages whose errors show themselves, usage included
 console = Console()
@@ -124,6 +127,47 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 def readable_bytes(count: int) -> str:
     """Return a number of bytes in kB or MB (powers of ten)."""
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def show_results(rows: Sequence[Row]) -> None:
+    """Print the tables of `kvq eval`, of each task and text; they fit 80 columns."""
+    from kvq_compile.evaluation.results import KINDS
+
+    shows = (show_scores, show_passkeys, show_greedy)
+    for text in dict.fromkeys(row.text for row in rows):
+        console.print(escape(text), highlight=False, soft_wrap=True)
+        for show, (_, kind) in zip(shows, KINDS.values(), strict=True):
+            if of_kind := [row for row in rows if row.text == text and isinstance(row, kind)]:
+                show(of_kind)  # type: ignore[operator]
+
+
+def show_passkeys(rows: Sequence[PasskeyScore]) -> None:
+    """Print the passkeys found by each method, by length, over all depths."""
+    lengths = list(dict.fromkeys(row.length for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    cells = [
+        [_found([row for row in rows if (row.method, row.length) == (method, length)]) for length in lengths]
+        for method in methods
+    ]  # fmt: skip
+    console.print("passkeys found, in percent, by tokens of context", highlight=False)
+    console.print(_table(methods, list(map(str, lengths)), cells))
+
+
+def _found(rows: Sequence[PasskeyScore]) -> str:
+    cases = sum(row.cases for row in rows)
+    return f"{sum(row.found * row.cases for row in rows) / cases:.1f}" if cases else ""
+
+
+def show_greedy(rows: Sequence[GreedyScore]) -> None:
+    """Print how long continuations stay those of the plain cache."""
+    heads = ("same %", "equal tokens %", "first other: mean", "median")
+    cells = [
+        (f"{row.same:.1f}", f"{row.equal:.1f}", f"{row.agreed:.1f}", f"{row.median:.1f}")
+        for row in rows
+    ]
+    said = f"greedy continuations by {rows[0].tokens} tokens against those of the plain cache"
+    console.print(said, highlight=False)
+    console.print(_table([row.method for row in rows], heads, cells))
 
 
 def show_scores(scores: Sequence[Score]) -> None:

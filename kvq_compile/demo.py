@@ -17,15 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvq_compile.evaluation.perplexity import (
-    PLAIN,
-    Method,
-    Protocol,
-    Score,
-    evaluate,
-    held,
-    make_runners,
-)
+from kvq_compile.evaluation.perplexity import Protocol, Score, evaluate
+from kvq_compile.evaluation.runner import PLAIN, Method, held, make_runners
 from kvq_compile.loading import cache_argument, longest_context
 from kvq_compile.reports import Report
 

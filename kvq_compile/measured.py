@@ -26,10 +26,10 @@ class Figure:
     kl: float
 
 
-BETTER = Figure("kivi:bits=4", 5.0, 0.33, 0.0038)
+BETTER = Figure("kivi:bits=4", 5, 0.331, 0.00383)
 FIGURES = (
-    Figure("int2:group_size=64", 2.5, 300.0, 1.36),
-    Figure("kivi:bits=2", 3.0, 11.1, 0.115),
+    Figure("int2:group_size=64", 2.5, 300, 1.36),
+    Figure("kivi:bits=2", 3, 11.1, 0.115),
     Figure("skvq:bits=2", 2.5, 11.4, 0.114),
     Figure("qaq:bits=2.3", 2.61, 56.1, 0.441),
 )

@@ -210,9 +210,7 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
         return TensorReport(name, shape, shape[2], {PLAIN: _bytes_once(tensor, counted)}, shape[2])
     held, layout = tensor.held(), tensor.page_layout
     packed = max(0, min(int(tensor.cursor[1]) * layout.page_size, held - layout.sinks))
-    page = tensor.codes[:1, :1, :1], tensor.params[:1, :1, :1]
-    page_bits = 8 * sum(part.numel() * part.element_size() for part in page)
-    width = page_bits / (layout.page_size * layout.head_dim)
+    width = layout.bits_per_element
     held_parts = {part: getattr(tensor, part) for part in NAMES}
     parts = {
         name: _bytes_once(part, counted) for name, part in held_parts.items() if part is not None
@@ -228,7 +226,7 @@ def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:
     if not pages:
         return packed_bits
     sizes = layout.head_dim, layout.page_size
-    return packed_bits - layout.scheme.unused_bits(cache.codes[:, :, :pages], *sizes)
+    return packed_bits - layout.scheme.unused_bits(cache.paged().codes[:, :, :pages], *sizes)
 
 
 def _bytes_once(tensor: Tensor, counted: set[int]) -> int:

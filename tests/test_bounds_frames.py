@@ -31,7 +31,7 @@ def attend(query: Tensor, x: list[Tensor], spec: CacheSpec, held: int) -> Tensor
         calibrated = [] if tables is None else [tables.words]
         if layout.rotary:
             calibrated.append(torch.zeros(tokens.shape[0], dtype=torch.int32))
-        caches.append(ops.quantize(tokens[:, :, :held], held, True, layout, calibrated))
+        caches.append(ops.quantize(tokens[:, :, :held], held, False, layout, calibrated))
         frames.append(Calibrated.of(calibrated, layout))
         layouts.append(layout)
     new = [tokens[:, :, held:] for tokens in x]

@@ -58,7 +58,7 @@ def test_codes_of_a_full_page_never_change() -> None:
     cache, pages = grown(0), []
     for step in range(0, 150, 3):
         cache = torch.cat([cache, tokens(3, step)], 2)
-        pages.append(cache.codes[:, :, : int(cache.cursor[1])].clone())
+        pages.append(cache.paged().codes[:, :, : int(cache.cursor[1])].clone())
     assert pages[-1].shape[2] == 4
     for page in pages:
         assert torch.equal(page, pages[-1][:, :, : page.shape[2]])

@@ -209,7 +209,7 @@ def test_bytes_flipped_at_random_are_refused_or_read_as_the_reference_reads_them
     except ValueError:
         return
     about = cache.shape[2], layout, Calibrated()
-    expected = reference.read(*cache.parts, *about)
+    expected = reference.read(*cache.paged(), *about)
     torch.testing.assert_close(cache.dequantize(), expected, equal_nan=True)
     query = torch.ones(2, 1, 1, D)
     attended = torch.nn.functional.scaled_dot_product_attention(query, cache, cache)
@@ -280,7 +280,7 @@ def test_an_old_file_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rebuild_old, "__name__", "rebuild")
     with monkeypatch.context() as saving:
         saving.setattr(
-            QuantizedKV, "__reduce_ex__", lambda *_: (rebuild_old, (*cache.parts, *about))
+            QuantizedKV, "__reduce_ex__", lambda *_: (rebuild_old, (*cache.paged(), *about))
         )
         buffer = io.BytesIO()
         torch.save(cache, buffer)

@@ -20,7 +20,8 @@ import kvq_compile
 from kvq_compile import cli, console
 from kvq_compile.compiling import compiling, watched_by
 from kvq_compile.demo import compare, protocol_for
-from kvq_compile.evaluation.perplexity import Score, parse_method
+from kvq_compile.evaluation.perplexity import Score
+from kvq_compile.evaluation.runner import parse_method
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model
 
 SMALL = "sinks=2,window=32,page_size=32,inner=eager"
@@ -89,6 +90,15 @@ MODEL = ("--model", str(DEMO_MODEL))
         (("eval", *MODEL, "--method", "int4", "--plain", "fast"), "compiled or eager"),
         (("eval", *MODEL, "--method", "no.safetensors"), "calibration must be a file"),
         (("eval", *MODEL, "--method", "int4", "--calibrate-on", "/no/x"), "No such file"),
+        (("eval", *MODEL, "--method", "int4", "--task", "quiz"), "task must be one of perplexity"),
+        (("eval", *MODEL, "--sweep", "--task", "greedy"), "task must be perplexity"),
+        (
+            ("eval", *MODEL, "--method", "int4", "--task", "greedy", "--prompts", "0"),
+            "prompts must",
+        ),
+        (("eval", *MODEL, "--method", "int4", "--task", "passkey", "--depths", "0"), "depths must"),
+        (("eval", *MODEL, "--method", "int4", *2 * ("--text", str(DEMO_TEXT))), "demo.txt twice"),
+        (("model", "smallm", "--out", "x"), "model must be one of smollm2, got 'smallm'"),
         (("demo", "--dtype", "int7"), "dtype must be"),
         (("demo", "--text", "/no/such/file"), "No such file"),
         (("demo", "--text", str(DEMO_MODEL / "model.safetensors")), "text must be UTF-8, got"),
@@ -120,7 +130,9 @@ def test_a_wrong_argument_ends_in_one_sentence(run, arguments, message) -> None:
 def test_results_that_cannot_be_written_are_told_before_anything_is_loaded(
     run, arguments, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("the model was loaded"))
+    for command in ("eval", "calibrate"):
+        name = f"kvq_compile.commands.{command}.load"
+        monkeypatch.setattr(name, lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "file").touch()
     code, output = run(*arguments, str(tmp_path / "file" / "below"))
     assert code == 2
@@ -133,7 +145,7 @@ def test_an_unexpected_error_is_named_and_its_traceback_is_shown_on_request(
     def fails(*_: object) -> None:
         raise KeyError("rope_theta")
 
-    monkeypatch.setattr(cli, "check_places", fails)
+    monkeypatch.setattr("kvq_compile.commands.explain.check_places", fails)
     code, output = run("explain", *MODEL)
     assert code == 1
     assert output == "error: KeyError: 'rope_theta'; kvq --traceback shows where\n"
@@ -221,6 +233,33 @@ def test_eval_writes_its_table(run, tmp_path: Path, fresh_dynamo) -> None:
         "int8:sinks=2,window=32,page_size=32",
     ]
     assert not (tmp_path / "eval.part.jsonl").exists()
+
+
+def test_eval_runs_every_task_on_every_text(run, tmp_path: Path, fresh_dynamo) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(DEMO_TEXT.read_text()[4000:])
+    code, output = run(
+        "eval", "--model", str(DEMO_MODEL), "--method", "int8:sinks=2,window=32,page_size=32",
+        "--text", str(DEMO_TEXT), "--text", str(other), "--batch", "2",
+        *("--task", "perplexity", "--windows", "2", "--window", "80", "--prefill", "40"),
+        *("--task", "passkey", "--length", "150", "--depths", "2", "--samples", "1"),
+        *("--task", "greedy", "--prompts", "2", "--prompt", "60", "--tokens", "3"),
+        "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0
+    lines = [line for line in output.splitlines() if not line.startswith("wrote ")]  # a path
+    assert max(map(len, lines)) <= 80
+    assert "passkeys found" in output and "greedy continuations by 3 tokens" in output
+    stored = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert stored["about"]["texts"] == ["demo.txt", "other.txt"]
+    for name, key, rows in (
+        ("eval", "scores", 4),
+        ("passkey", "passkey", 8),
+        ("greedy", "greedy", 4),
+    ):
+        assert len(stored[key]) == rows
+        assert (tmp_path / "out" / f"{name}.csv").read_text().count("\n") == rows + 1
+    assert not (tmp_path / "out" / "eval.part.jsonl").exists()
 
 
 def test_explain_needs_no_text_and_no_tokenizer(run, tmp_path: Path, fresh_dynamo) -> None:

@@ -14,23 +14,14 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 from kvq_compile.evaluation.kept import Kept
-from kvq_compile.evaluation.perplexity import (
-    PLAIN,
-    Protocol,
-    Runner,
-    Score,
-    Sums,
-    chunks_to_do,
-    evaluate,
-    make_runners,
-    parse_method,
-    parse_value,
-    write_results,
-)
+from kvq_compile.evaluation.perplexity import Protocol, Score, Sums, chunks_to_do, evaluate
 from kvq_compile.evaluation.recall import DIGITS, FACTS, Exam, count_right, make_exam, sit_exam
+from kvq_compile.evaluation.results import write_results
+from kvq_compile.evaluation.runner import PLAIN, Runner, make_runners, parse_method, parse_value
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model, pick_dtype
 
 SHORT = Protocol(window=160, prefill=96, chunk=32, windows=1)
+CURSORS = 4 * 2 * 2 * 4  # bytes: of keys and values of four layers, two integers each
 SMALL = "int8:sinks=2,window=32,page_size=32,inner=eager"
 
 
@@ -65,6 +56,7 @@ def test_a_text_one_token_too_short_is_refused() -> None:
         ({"prefill": 2048}, "prefill must be between 1 and window - 1 = 2047, got 2048"),
         ({"prefill": 0}, "prefill must be between"),
         ({"chunk": 0}, "chunk and windows must be 1 or more, got 0 and 4"),
+        ({"batch": 0}, "batch must be 1 or more, got 0"),
     ],
 )
 def test_a_protocol_that_scores_nothing_is_refused(settings, message) -> None:
@@ -142,6 +134,52 @@ def test_eight_bits_halve_the_bytes_and_keep_the_perplexity(tiny, ids) -> None:
     assert quantized.tokens_per_second > 0
 
 
+def test_windows_fed_at_once_are_scored_as_one_by_one(tiny, ids) -> None:
+    """Sums are over the same tokens; what differs is the rounding of matrix products of other shapes."""
+    model, _ = tiny
+    method = parse_method("int4:sinks=2,window=8,page_size=32,inner=eager")
+    one, pair = (
+        evaluate(
+            make_runners(model, [method], compile_plain=False),
+            ids,
+            Protocol(window=96, prefill=48, chunk=16, windows=3, batch=batch),
+        )
+        for batch in (1, 2)
+    )
+    assert one[1].kl > 0
+    for a, b in zip(one, pair, strict=True):
+        assert a.windows == b.windows == 3
+        assert a.bytes - CURSORS <= b.bytes <= a.bytes  # which sequences of a batch share
+        assert math.isclose(a.perplexity, b.perplexity, rel_tol=1e-4)
+        assert math.isclose(a.kl, b.kl, rel_tol=0.01, abs_tol=1e-9)
+
+
+def test_a_row_whose_time_is_up_is_held_against_the_same_windows_of_the_plain_cache(
+    tiny, ids
+) -> None:
+    model, _ = tiny
+    protocol = Protocol(window=48, prefill=16, chunk=16, windows=3)
+    method = parse_method("int8:sinks=2,window=8,page_size=32,inner=eager")
+    runners = make_runners(model, [method], compile_plain=False)
+    kept, one = Kept(), replace(protocol, windows=1)
+    evaluate([runners[0]], ids, protocol, kept=kept)
+    plain, cut = evaluate(runners, ids, protocol, kept=kept, seconds=1e-9)
+    assert (plain.windows, cut.windows) == (3, 1)
+    base, whole = evaluate(runners, ids, one)
+    assert cut.difference == whole.difference
+    assert base.perplexity != plain.perplexity
+
+
+def test_rows_name_their_text_and_texts_do_not_share_what_was_kept(tiny, ids) -> None:
+    model, _ = tiny
+    protocol, kept = Protocol(window=48, prefill=16, chunk=16, windows=1), Kept()
+    runner = plain_runner(model)
+    [first] = evaluate([runner], ids, protocol, kept=kept, text="a")
+    [second] = evaluate([runner], ids[100:], protocol, kept=kept, text="b")
+    assert (first.text, second.text) == ("a", "b")
+    assert first.perplexity != second.perplexity
+
+
 def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
     tiny, ids, tmp_path: Path
 ) -> None:
@@ -159,13 +197,13 @@ def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
         measured = []
         for runner in runners:
 
-            def score(window, protocol, runner=runner, score=runner.score_window):
+            def start(runner=runner, start=runner.start):
                 if len(measured) == fail_at:
                     raise KeyboardInterrupt
                 measured.append(runner.method.label)
-                return score(window, protocol)
+                start()
 
-            runner.score_window = score
+            runner.start = start
         kept = Kept(path, about, model, ids)
         found = evaluate(runners, ids, protocol, kept=kept, done=lambda r: rows.append(len(r)))
         return found, measured, rows
@@ -176,7 +214,7 @@ def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
         file.write('{"method": "cut o')
     resumed, measured, rows = run()
     assert measured == ["plain", methods[1].label]
-    assert rows == [1, 2, 3]
+    assert rows == [1, 2, 3, 3]
     path.unlink()
     whole, measured, _ = run()
     assert len(measured) == 6
@@ -188,8 +226,8 @@ def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
 @pytest.mark.parametrize("change", ["about", "text", "model"])
 def test_a_file_of_another_measurement_is_refused(tiny, ids, tmp_path: Path, change: str) -> None:
     model, path = tiny[0], tmp_path / "part.jsonl"
-    Kept(path, {"a": 1}, model, ids).add_recall("plain", 100, 50.0)
-    assert Kept(path, {"a": 1}, model, ids).recalls == {("plain", 100): 50.0}
+    Kept(path, {"a": 1}, model, ids)["recall", "text", "plain", 100] = 50.0
+    assert Kept(path, {"a": 1}, model, ids)["recall", "text", "plain", 100] == 50.0
     about, text = {"a": 2 if change == "about" else 1}, ids[1:] if change == "text" else ids
     other = torch.nn.Linear(2, 2) if change == "model" else model
     with pytest.raises(ValueError, match="out must be empty or of this measurement"):

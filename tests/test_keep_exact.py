@@ -16,6 +16,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.ops import Backend
+from kvq_compile.kernels.packed import paged
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Adaptive
 from kvq_compile.options import make_spec
@@ -28,6 +29,11 @@ OPTIONS = [
     {"bits": 3, "variant": "paper"},
     {"bits": 4, "value_target": 0.02, "requantize": True},
 ]
+
+
+def originals_of(cache: QuantizedKV) -> Tensor:
+    """Return the copies, ``[B, H, P, N, D]``."""
+    return paged(cache.parts, cache.page_layout)[4]
 
 
 def layout_of(role: Any = "value", **options: Any) -> Layout:
@@ -84,16 +90,20 @@ def test_a_page_in_which_a_token_gains_is_the_exact_page_quantized_under_the_att
     before, cache, x, importance = reweighed(layout, pages, seed, new)
     bound = layout.bound_at(layout.sinks + layout.pages_at(x.shape[2]) * 32)
     weight = packed(importance, layout, pages)
-    held = mixed.held_bits(before.codes[:, :, :pages], before.params[:, :, :pages], layout)
-    span = mixed.stored_span(before.params[:, :, :pages], layout)
+    held = mixed.held_bits(
+        before.paged().codes[:, :, :pages], before.paged().params[:, :, :pages], layout
+    )
+    span = mixed.stored_span(before.paged().params[:, :, :pages], layout)
     wanted = mixed.allocate(span, weight, layout, bound)
     gains = (wanted > held).any(-1)
     anew = mixed.quantize_pages(packed(x, layout, pages), weight, layout, bound)
-    for old, now, expected in zip(before.parts[:2], cache.parts[:2], anew, strict=True):
+    for old, now, expected in zip(before.paged()[:2], cache.paged()[:2], anew, strict=True):
         picked = gains.view(*gains.shape, *[1] * (expected.dim() - 3))
         chosen = torch.where(picked, expected, old[:, :, :pages])
         assert torch.equal(now[:, :, :pages], chosen)
-    bits = mixed.held_bits(cache.codes[:, :, :pages], cache.params[:, :, :pages], layout)
+    bits = mixed.held_bits(
+        cache.paged().codes[:, :, :pages], cache.paged().params[:, :, :pages], layout
+    )
     assert torch.equal(bits[~gains], held[~gains])
 
 
@@ -103,13 +113,15 @@ def test_pages_keep_to_their_rows_whoever_gains(
 ) -> None:
     layout = layout_of(**options)
     cache = reweighed(layout, pages, seed, new)[1]
-    bits = mixed.held_bits(cache.codes[:, :, :pages], cache.params[:, :, :pages], layout)
+    bits = mixed.held_bits(
+        cache.paged().codes[:, :, :pages], cache.paged().params[:, :, :pages], layout
+    )
     assert bits.sum(-1).max() <= layout.code_rows
 
 
 def bits_of(cache: QuantizedKV, token: int) -> Tensor:
     """Return the bits of a token of the first page, ``[B, H]``."""
-    page = cache.codes[:, :, 0], cache.params[:, :, 0]
+    page = cache.paged().codes[:, :, 0], cache.paged().params[:, :, 0]
     return mixed.held_bits(*page, cache.page_layout)[..., token]
 
 
@@ -152,7 +164,7 @@ def test_copies_are_the_tokens_whatever_the_pieces_they_come_in(cuts: list[int],
     pages = layout.pages_at(300)
     assert cache.originals is not None
     assert cache.originals.dtype == torch.float16
-    assert torch.equal(cache.originals[:, :, :pages], packed(x, layout, pages))
+    assert torch.equal(originals_of(cache)[:, :, :pages], packed(x, layout, pages))
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -214,7 +226,7 @@ def test_copies_go_where_the_cache_goes() -> None:
     for name, (made, rows) in moved(cache).items():
         assert made.originals is not None, name
         expected = packed(x, layout, pages)[rows].to(made.dtype)
-        assert torch.equal(made.originals[:, :, :pages], expected), name
+        assert torch.equal(originals_of(made)[:, :, :pages], expected), name
         assert made.originals.untyped_storage()._cdata != cache.originals.untyped_storage()._cdata
 
 
@@ -228,7 +240,7 @@ def test_a_cache_that_was_cut_keeps_the_copies_of_whole_pages() -> None:
     cut = layout.sinks + 5 * 32
     expected = torch.cat([x[:, :, :cut], read[:, :, cut:180], more], 2)
     pages = layout.pages_at(240)
-    assert torch.equal(again.originals[:, :, :pages], packed(expected, layout, pages))
+    assert torch.equal(originals_of(again)[:, :, :pages], packed(expected, layout, pages))
 
 
 def test_a_report_counts_copies_apart() -> None:
@@ -286,7 +298,7 @@ def test_copies_are_written_in_place_under_inductor(fresh_dynamo: None) -> None:
     assert ReinplaceCounters.get_total_missed() == 0
     kept = cache.layers[0].values
     assert int(kept.cursor[1]) == 3
-    assert kept.originals[:, :, :3].abs().amin(2).amax() > 0
+    assert originals_of(kept)[:, :, :3].abs().amin(2).amax() > 0
 
 
 def test_a_static_cache_is_refused_with_the_reason(fresh_dynamo: None) -> None:

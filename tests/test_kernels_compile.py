@@ -28,20 +28,21 @@ Side = tuple[Layout, Calibrated]
 
 
 def side(role: Any, options: Options) -> Side:
-    """Return a layout over 128 channels, and what it is coded relative to: random tables where it needs some."""
+    """Return a layout, over 128 channels unless told, and what it is coded relative to: random tables or nothing."""
     options = dict(options)
     if "pairs" in options:
         return by_channel_side(role, options)
+    dim = options.pop("head_dim", 128)
     if "max_bits" in options:
-        return Layout(role, 128, Regions(), Mixed(**options), QUERIES, SHARED), UNCALIBRATED
+        return Layout(role, dim, Regions(), Mixed(**options), QUERIES, SHARED), UNCALIBRATED
     rotary, couple = options.pop("rotary", False), options.get("couple")
     if not (options.pop("tables", False) or rotary or couple):
-        return Layout(role, 128, Regions(), Uniform(**options)), UNCALIBRATED
+        return Layout(role, dim, Regions(), Uniform(**options)), UNCALIBRATED
     tables = random_tables(
-        HEADS, 128, group_size=options.get("group_size", 128), rotary=rotary, seed=0,
+        HEADS, dim, group_size=options.get("group_size", dim), rotary=rotary, seed=0,
         codebook=None if couple is None else (couple, options["bits"]),
     )  # fmt: skip
-    layout = Layout(role, 128, Regions(), scheme_of(options, tables.digest, rotary))
+    layout = Layout(role, dim, Regions(), scheme_of(options, tables.digest, rotary))
     return layout, calibrated(layout, tables)
 
 
@@ -62,13 +63,14 @@ def token(heads: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 def compile_attend(key: Options, value: Options, target: str) -> Any:
-    """Compile what decodes one token in bf16 over 128 channels."""
+    """Compile what decodes one token in bf16."""
     (key_layout, key_frame), (value_layout, value_frame) = side("key", key), side("value", value)
-    x, position = token(HEADS), torch.zeros(1, dtype=torch.int64)
+    dim, position = key_layout.head_dim, torch.zeros(1, dtype=torch.int64)
+    x = token(HEADS, dim)
     parts = [Packed.empty(x, CAPACITY, layout) for layout in (key_layout, value_layout)]
     with aot.launches(target) as compiled:
         backend.attend(
-            token(HEADS * SHARED), x, x, *parts, key_frame, value_frame, None, position, None,
+            token(HEADS * SHARED, dim), x, x, *parts, key_frame, value_frame, None, position, None,
             Score(1.0), key_layout, value_layout,
         )  # fmt: skip
     return compiled["attend_kernel"]
@@ -190,7 +192,14 @@ WEIGHING: dict[str, tuple[int, int, int, Options]] = {  # heads that share, chan
     "weigh fp32": (4, 128, 128, {"transform": "hadamard", "dtype": torch.float32}),
     "weigh fp32, large": (8, 256, 256, {"dtype": torch.float32}),
 }
+SIZES = {  # of heads whose rows fill no whole words, or whose tiles are the least or large
+    f"{dim} channels, {name}": ({"head_dim": dim} | key, {"head_dim": dim} | value)
+    for name in ("int3", "qaq-2.3")
+    for key, value in (DECODING[name],)
+    for dim in (8, 120, 320)
+}
 CASES: dict[str, Callable[[str], Any]] = {
+    **{name: partial(compile_attend, *case) for name, case in SIZES.items()},
     **{name: partial(compile_attend, *case) for name, case in DECODING.items()},
     **{name: partial(compile_append, *case) for name, case in WRITING.items()},
     **{name: partial(compile_dequantize, *case) for name, case in READING.items()},
@@ -215,6 +224,13 @@ def test_decoding_keeps_its_state_in_registers_and_two_programs_share_an_sm(kind
         assert used["stack"] == 0, name
         assert used["shared"] * 2 <= SM_SHARED, name
         assert name in ALONE or used["registers"] * 128 * 2 <= SM_REGISTERS, name
+
+
+def test_decoding_fits_an_sm_whatever_the_size_of_heads() -> None:
+    used = usage_of("sm_90", [*SIZES])
+    assert {name: use["shared"] <= SM_SHARED for name, use in used.items()} == dict.fromkeys(
+        SIZES, True
+    )
 
 
 @pytest.mark.parametrize("cases", [WRITING, READING], ids=["writing", "reading"])

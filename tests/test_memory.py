@@ -44,7 +44,7 @@ def model() -> LlamaForCausalLM:
 def histories(tokens: int) -> list[tuple[int, ...]]:
     """Return the shapes of all floating tensors with four dimensions that hold ``tokens`` or more.
 
-    Parts of a cache are none of them: its codes are integers, its parameters have six dimensions and its
+    Parts of a cache are none of them: its codes are integers, its parameters have three dimensions or six, and its
     exact rows are fewer than the tokens. A tensor is judged by its storage, so that no view hides one.
     """
     gc.collect()

@@ -91,7 +91,7 @@ def check_like_uniform(parts: list[Tensor], x: Tensor, layout: Layout) -> None:
     """Append the tokens of ``x`` from 90 on, and compare with all of them in uniform codes."""
     ops.append_(parts, [], x[:, :, 90:], None, 90, layout)
     plain = replace(layout, scheme=Uniform(4))
-    whole = ops.quantize(x, x.shape[2], True, plain, [])
+    whole = ops.quantize(x, x.shape[2], False, plain, [])
     pages = int(whole[3][1])
     assert pages == int(parts[3][1]) > 0
     assert torch.equal(parts[0][:, :, :pages], ~whole[0][:, :, :pages])
@@ -113,7 +113,7 @@ def test_a_scheme_that_no_backend_knows_runs_as_specified_and_is_told(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         cut = [
-            ops.quantize(x[:, :, :90], 90, True, layout, [])
+            ops.quantize(x[:, :, :90], 90, False, layout, [])
             for x, layout in zip((key, value), layouts, strict=True)
         ]
         out = ops.attend(query, *new, *cut, [], None, None, 90, Score(0.125), *layouts)

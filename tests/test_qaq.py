@@ -53,7 +53,7 @@ def test_importance_is_what_attention_over_the_cache_gives(
     """Against the definition: softmax over every token as it is read, the largest of the last queries."""
     layout = layouts()[0]
     x = tokens(start + new, seed)
-    parts = ops.quantize(x[:, :, :start], start, True, layout, [])
+    parts = ops.quantize(x[:, :, :start], start, False, layout, [])
     rows = min(new, 7)
     query = tokens(rows, seed + 1, heads=4)
     found = recent_importance(
@@ -85,11 +85,11 @@ def test_what_is_attended_to_gets_more_bits() -> None:
     x = tokens(39)
     importance = torch.full((2, 2, 39), 1e-4)
     importance[:, :, 10:14] = 0.5
-    codes, params, *_ = ops.quantize(x, 39, True, layout, [], importance)
+    codes, params, *_ = ops.quantize(x, 39, False, layout, [], importance)
     _, bits = mixed.unpack(codes[:, :, :1], params[:, :, :1], layout)
     first = layout.sinks
     assert (bits[:, :, 0, 10 - first : 14 - first].amin(-1) > bits.float().mean((2, 3))).all()
-    plain = ops.quantize(x, 39, True, layout, [])
+    plain = ops.quantize(x, 39, False, layout, [])
     _, even = mixed.unpack(plain[0][:, :, :1], plain[1][:, :, :1], layout)
     assert not torch.equal(bits, even)
 
@@ -114,10 +114,12 @@ def test_the_compiled_call_weighs_tokens_by_its_own_queries() -> None:
             run(model)(ids, cache)
         kept.append(cache.layers[1].values)
     layout = kept[0].page_layout
-    assert torch.equal(kept[0].codes[:, :, :2], kept[1].codes[:, :, :2])
+    assert torch.equal(kept[0].paged().codes[:, :, :2], kept[1].paged().codes[:, :, :2])
     even = QuantizedKV.from_dense(kept[0].dequantize(), layout)
-    _, with_attention = mixed.unpack(kept[0].codes[:, :, :1], kept[0].params[:, :, :1], layout)
-    _, without = mixed.unpack(even.codes[:, :, :1], even.params[:, :, :1], layout)
+    _, with_attention = mixed.unpack(
+        kept[0].paged().codes[:, :, :1], kept[0].paged().params[:, :, :1], layout
+    )
+    _, without = mixed.unpack(even.paged().codes[:, :, :1], even.paged().params[:, :, :1], layout)
     assert not torch.equal(with_attention, without)
 
 
@@ -142,10 +144,10 @@ def test_a_static_cache_holds_the_bytes_of_a_grown_one(options: dict[str, Any]) 
         assert isinstance(fixed, QuantizedKV)
         assert torch.equal(grown.cursor, fixed.cursor)
         assert int(fixed.cursor[1]) == 2
-        for a, b in zip(grown.parts[:2], fixed.parts[:2], strict=True):
+        for a, b in zip(grown.paged()[:2], fixed.paged()[:2], strict=True):
             assert torch.equal(a[:, :, :2], b[:, :, :2])
         even = QuantizedKV.from_dense(fixed.dequantize()[:, :, :72], fixed.page_layout)
-        bits = bits_held(fixed.parts, fixed.page_layout), bits_held(even.parts, even.page_layout)
+        bits = bits_held(fixed.parts, fixed.page_layout), bits_held(even.paged(), even.page_layout)
         assert name == "keys" or not torch.equal(*bits)
 
 
@@ -165,7 +167,7 @@ def test_a_buffer_that_was_filled_in_16_bit_is_quantized_by_range_and_weighed_fr
     layout = values.page_layout
     assert int(values.cursor[1]) == 2
     even = QuantizedKV.from_dense(dense[:, :, :70], layout)
-    assert torch.equal(even.codes[:, :, 0], values.codes[:, :, 0])
+    assert torch.equal(even.paged().codes[:, :, 0], values.paged().codes[:, :, 0])
     keys = cache.layers[0].keys
     held, first = recall(keys.exact, 74, 0, 74, keys.page_layout)
     assert first == 69
@@ -197,7 +199,7 @@ def test_a_target_gives_a_token_the_bits_of_the_formula_and_no_more(role: int) -
     layout = layouts(**TARGETS, max_bits=8, min_bits=0)[role]
     layout = changed(layout, bits=8)
     x, importance = tokens(300), torch.rand(2, 2, 300) ** 4
-    parts = ops.quantize(x, 300, True, layout, [], importance)
+    parts = ops.quantize(x, 300, False, layout, [], importance)
     for page in range(int(parts[3][1])):
         first = layout.sinks + page * 32
         T = 1 << (first + 31).bit_length()
@@ -221,8 +223,8 @@ def test_a_target_is_met_alike_in_whatever_pieces_a_prompt_comes(
 ) -> None:
     for layout in layouts(**TARGETS):
         x = tokens(200, seed)
-        whole = ops.quantize(x, 200, True, layout, [])
-        parts = ops.quantize(x[:, :, :0], 200, True, layout, [])
+        whole = ops.quantize(x, 200, False, layout, [])
+        parts = ops.quantize(x[:, :, :0], 200, False, layout, [])
         edges = sorted({0, 200, *cuts})
         for first, last in pairwise(edges):
             ops.append_(parts, [], x[:, :, first:last], None, first, layout)
@@ -234,10 +236,10 @@ def test_a_target_is_met_alike_in_whatever_pieces_a_prompt_comes(
 def test_the_budget_stays_the_cap() -> None:
     spec = {"key_target": 1e-6, "value_target": 1e-6, "bits": 2.3}
     for layout in layouts(**spec):
-        parts = ops.quantize(tokens(200), 200, True, layout, [])
+        parts = ops.quantize(tokens(200), 200, False, layout, [])
         assert bits_held(parts, layout).sum(-1).max() <= layout.code_rows
         loose = changed(layout, min_bits=0, target=50.0)
-        none = ops.quantize(tokens(200), 200, True, loose, [])
+        none = ops.quantize(tokens(200), 200, False, loose, [])
         assert bits_held(none, loose).float().mean() < 0.1
 
 
@@ -246,7 +248,7 @@ def test_a_report_says_how_many_bits_are_read() -> None:
     cache = QuantizedKV.from_dense(tokens(200), layout)
     report = kvq_compile.report([cache, cache])
     assert report.read_bits < report.packed_bits - 0.5
-    rows = bits_held(cache.parts, layout).float().mean()
+    rows = bits_held(cache.paged(), layout).float().mean()
     assert report.read_bits == pytest.approx(
         layout.bits_per_element - layout.bits + float(rows), abs=1e-4
     )

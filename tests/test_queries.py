@@ -43,7 +43,7 @@ def tokens(count: int, seed: int = 0, heads: int = 2) -> Tensor:
 
 def written(x: Tensor, query: Tensor | None, cuts: list[int], layout: Layout) -> Parts:
     """Return the cache of tokens that came in pieces, each with its queries."""
-    parts = ops.quantize(x[:, :, :0], x.shape[2], True, layout, [])
+    parts = ops.quantize(x[:, :, :0], x.shape[2], False, layout, [])
     for first, last in pairwise(cuts):
         asked = None if query is None else query[:, :, first:last]
         ops.append_(parts, [], x[:, :, first:last], None, first, layout, query=asked)
@@ -92,7 +92,7 @@ def test_a_long_prompt_leaves_its_last_queries_though_it_is_appended_in_steps(
         query,
         query[:, :, 60:],
     ):  # of all tokens; or of the last, as a model may compute them
-        parts = ops.quantize(x[:, :, :0], 66, True, layout, [])
+        parts = ops.quantize(x[:, :, :0], 66, False, layout, [])
         ops.append_(parts, [], x, None, 0, layout, query=asked)
         assert torch.equal(held_queries(parts, layout)[0], query[:, :, 61:])
 
@@ -264,6 +264,6 @@ def test_a_decoded_page_is_weighed_by_the_queries_before_the_last() -> None:
                 call(ids[:, slot : slot + 1], cache)
         layers.append([layer.values for layer in cache.layers])
     for held, without in zip(*layers, strict=True):
-        pages = held.codes[:, :, :2], without.codes[:, :, :2]
+        pages = held.paged().codes[:, :, :2], without.paged().codes[:, :, :2]
         assert torch.equal(pages[0][:, :, 0], pages[1][:, :, 0])
         assert not torch.equal(pages[0][:, :, 1], pages[1][:, :, 1])

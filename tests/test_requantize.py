@@ -61,7 +61,7 @@ def filled(layout: Layout, pages: int, seed: int) -> tuple[Parts, int]:
     count = layout.sinks + layout.window + (pages + 1) * 32 - 1
     importance = weights(count, seed)
     x = tokens(count, seed)
-    made = ops.quantize(x, count + 400, True, layout, [], importance)
+    made = ops.quantize(x, count + 400, False, layout, [], importance)
     return made, count
 
 
@@ -140,7 +140,7 @@ def test_the_error_that_is_left_meets_the_target_of_now(layout: Layout, seed: in
     """Of a token that has fewer bits than before: half a segment times its weight is at most half the bound."""
     count = layout.sinks + layout.window + 3 * 32 - 1
     x, importance = tokens(count + 1, seed), weights(count + 1, seed + 1)
-    parts = ops.quantize(x[:, :, :count], count, True, layout, [], weights(count, seed))
+    parts = ops.quantize(x[:, :, :count], count + 1, False, layout, [], weights(count, seed))
     before = bits_of(parts, slice(0, 2), layout)
     new = x[:, :, count:]
     ops.append_(parts, [], new, None, count, layout, importance)
@@ -229,7 +229,7 @@ def test_a_compiled_model_reads_what_its_requantized_cache_stands_for() -> None:
         assert_reads_its_cache(model, call, caches[-1], small_text(200), *cuts)
     held = [
         sum(
-            int(bits_of(x.parts, slice(0, int(x.cursor[1])), x.page_layout).sum())
+            int(bits_of(x.paged(), slice(0, int(x.cursor[1])), x.page_layout).sum())
             for layer in some.layers
             for x in (layer.keys, layer.values)
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvq_compile.kernels.adaptive.originals import keep_, renew_
 from kvq_compile.kernels.adaptive.requantize import requantize_older_
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import Packed
+from kvq_compile.kernels.packed import Packed, paged
 
 
 def before_append(
@@ -35,14 +35,14 @@ def before_append(
         layout: The cache's layout.
         importance: Importance score of each slot, ``[B, H, >= start + T]``, or ``None``.
     """
-    codes, params, exact, cursor = cache
+    codes, params, exact, cursor, *copies = paged([*cache, *originals], layout)
     tokens = x.shape[2]
-    if originals and tokens:
+    if copies and tokens:
         if start is None:
             assert position is not None
             start = int(position[0])
-        renew_(codes, params, cursor, originals[0], start, tokens, layout, importance)
-        keep_(originals[0], exact, cursor, x, start, layout)
+        renew_(codes, params, cursor, copies[0], start, tokens, layout, importance)
+        keep_(copies[0], exact, cursor, x, start, layout)
     if not layout.requantize:
         return
     if codes.is_cuda:

@@ -1,9 +1,9 @@
 """Exact copies of packed tokens in host memory, from which tokens regain bits when attention returns to them.
 
-The copies are ``[B, H, pages, N, D]`` in the model's dtype, pinned if the cache is on a GPU. When a call completes
-pages, bits are allocated again with the current importance scores. A page in which a token gains a bit is quantized
-again from its copy, within its budget, so that other tokens may lose bits. Pages in which no token gains a bit are
-left alone, and nothing of their copies is moved.
+The copies are pages ``[N, D]`` in the model's dtype, flat as those of codes (`packed`), pinned if the cache is on a
+GPU. When a call completes pages, bits are allocated again with the current importance scores. A page in which a token
+gains a bit is quantized again from its copy, within its budget, so that other tokens may lose bits. Pages in which no
+token gains a bit are left alone, and nothing of their copies is moved.
 
 **Cost.** A call that completes pages synchronises with the device twice: to copy the pages to the host, and to learn
 which pages gain. Other calls do not synchronise. The code is plain torch for every device.
@@ -22,15 +22,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after, weighed_span
 from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Size, flat_size, page_shapes, room_for
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.transform import rotate
 
 PAGES = 64  # moved to the device at once
 
 
-def new_originals(like: Tensor, capacity: int | torch.SymInt, layout: Layout) -> Tensor:
-    """Allocate the originals of ``capacity`` pages of tokens like ``like`` ``[B, H, *, D]``."""
-    shape = (*like.shape[:2], capacity, layout.page_size, layout.head_dim)
+def new_originals(like: Tensor, slots: Size, layout: Layout) -> Tensor:
+    """Allocate the originals of a cache that grows, for ``slots`` tokens like ``like`` ``[B, H, *, D]``."""
+    pages, _ = room_for(slots, layout)
+    shape = (*like.shape[:2], flat_size(pages, page_shapes(layout)[2]))
     return held_by_host(like.new_zeros(shape, device="cpu"), like.device)
 
 

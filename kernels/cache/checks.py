@@ -58,6 +58,12 @@ def check_loaded(
     tensors = dict(zip(names, given, strict=True))
     _check_shapes(tensors, layout)
     pages = _check_cursor(tensors["cursor"], tensors["codes"].shape[2], layout, kind, length)
+    rows, held = tensors["exact"].shape[2], int(tensors["cursor"][0])
+    check(
+        rows == layout.exact_rows
+        or (kind == "grown" and not layout.queries and held <= rows < layout.exact_rows),
+        f"exact must have rows for {min(held, layout.exact_rows)} tokens, got {rows}",
+    )
     codes, params = tensors["codes"][:, :, :pages], tensors["params"][:, :, :pages]
     coder = coder_of(layout)
     coder.check_pages(codes, params, layout)
@@ -93,7 +99,7 @@ def _check_shapes(tensors: dict[str, Tensor], layout: Layout) -> None:
             torch.uint8 if layout.has_byte_params else torch.float16,
             *(B, H, P, *layout.params_shape, layout.param_elements),
         ),
-        "exact": (exact.dtype, B, H, layout.exact_rows, layout.head_dim),
+        "exact": (exact.dtype, B, H, exact.shape[2], layout.head_dim),
         "cursor": (torch.int32, 2),
         "originals": (exact.dtype, B, H, P, *page),
         "tables": (torch.int32, H, *tensors.get("tables", exact).shape[1:]),

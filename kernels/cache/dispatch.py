@@ -20,7 +20,7 @@ from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.batch import EAGER, slice_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
-from kvq_compile.kernels.packed import PARTS, part_names, writable
+from kvq_compile.kernels.packed import PARTS, part_names, widened, writable
 
 aten = torch.ops.aten
 GROWS_BY_CAT = (
@@ -150,7 +150,7 @@ def _write(
         if cache.kind == "grown":
             first = int(position[0]) if start is None else start  # type: ignore[index]
             with cache._lineage.overwritten(cache, first):
-                ops.append_(cache.parts, cache.calibrated, x, position, start, cache.page_layout)
+                ops.append_(cache.parts, cache.calibrated, x, None, first, cache.page_layout)
             return
     elif cache.kind == "grown":
         raise NotImplementedError(GROWS_BY_CAT)
@@ -230,7 +230,7 @@ def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
     first = caches[0]
     with writable():
         parts = [
-            torch.cat([getattr(cache, name) for cache in caches])
+            _join([getattr(cache, name) for cache in caches])
             for name in part_names(first.page_layout)
             if name != "cursor"
         ]
@@ -244,14 +244,19 @@ def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
     return QuantizedKV(parts, calibrated, *about)
 
 
+def _join(parts: list[Tensor]) -> Tensor:
+    """Concatenate a part of several caches along the batch; some may have more room than others."""
+    most = max(part.shape[2] for part in parts)
+    return torch.cat([widened(part, most) for part in parts])
+
+
 def _aligned(caches: list[Any]) -> bool:
     """Say whether caches agree in everything but their sequences, so that batches may be joined."""
     if any(isinstance(cache.cursor, FakeTensor) for cache in caches):
         return False
     first = caches[0]
     return all(
-        torch.equal(cache.cursor, first.cursor) and cache.codes.shape[2] == first.codes.shape[2]
-        for cache in caches
+        torch.equal(cache.cursor, first.cursor) and cache.kind == first.kind for cache in caches
     )
 
 
@@ -374,7 +379,7 @@ def _is_alike(x: QuantizedKV, source: Tensor) -> bool:
         isinstance(source, QuantizedKV)
         and (source.page_layout, source.kind) == (x.page_layout, x.kind)
         and source.shape == x.shape
-        and source.codes.shape == x.codes.shape
+        and [part.shape for part in source.parts] == [part.shape for part in x.parts]
     )
 
 

@@ -11,7 +11,7 @@ The operations of a KV cache act on the packed form:
   such as ``cache[:, :, 3:5].zero_()``, outside compiled code (`ReadOnlyTokens`).
 
 **Two kinds.** A dynamic cache (kind ``"grown"``) has exactly as many slots as tokens, and ``cat`` returns a longer view
-of the same memory; capacity grows in pages. A *static* cache has a fixed number of slots. Tokens are written at
+of the same memory; capacity grows with the tokens. A *static* cache has a fixed number of slots. Tokens are written at
 consecutive positions: a write at an earlier slot drops the tokens after it, whose slots then read as zero.
 
 `views` explains which caches share memory, `exports` the ways out of PyTorch, `saved` and `checks` files.
@@ -38,10 +38,14 @@ from kvq_compile.kernels.cache.views import Lineage, Views
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import (
     CALIBRATED,
+    FLAT,
     ORIGINALS,
     PARTS,
     Calibrated,
+    Packed,
     calibrated_names,
+    flat,
+    paged,
     part_names,
     writable,
 )
@@ -59,10 +63,10 @@ class QuantizedKV(Views, Exports, Tensor):
     Build one with `QuantizedKV.from_dense`; ``QuantizedKV(...)`` wraps existing parts.
 
     Attributes:
-        codes, params, exact, cursor: The parts, as `Layout` describes them.
+        codes, params, exact, cursor: The parts, as `packed` describes them.
         tables, shift: What packed tokens are coded relative to, where the layout has it, else ``None``.
             Caches of a layer share their tables.
-        originals: Exact packed tokens in host memory, where the layout keeps them, else ``None``.
+        originals: Exact packed tokens in host memory, flat pages, where the layout keeps them, else ``None``.
         page_layout: Their layout.
         kind: ``"grown"`` or ``"static"``.
     """
@@ -102,6 +106,8 @@ class QuantizedKV(Views, Exports, Tensor):
                 f"parts must be [{', '.join(names)}] for {layout}, got {len(parts)} tensors"
             )
         with writable():
+            if kind == "grown" and parts[0].dim() != FLAT:
+                parts = flat(parts, layout)
             codes, params, exact, cursor = (_outside_inference(part) for part in parts[:4])
             originals = _outside_inference(parts[4]) if layout.keep_exact else None
             B, H, _, D = exact.shape
@@ -114,9 +120,9 @@ class QuantizedKV(Views, Exports, Tensor):
         self.tables, self.shift = Calibrated.of(calibrated, layout)[:2]
         self.originals = originals
         if not isinstance(cursor, FakeTensor):
-            for part, page_axis in ((codes, 2), (params, 2), (originals, 2)):
+            for part in (codes, params, exact, originals):
                 if kind == "grown" and part is not None:
-                    torch._dynamo.maybe_mark_dynamic(part, page_axis)
+                    torch._dynamo.maybe_mark_dynamic(part, 2)
             self._lineage = lineage or Lineage(int(length), layout.pages_at(int(length)))
             self._lineage.add(self)
         return self
@@ -160,6 +166,10 @@ class QuantizedKV(Views, Exports, Tensor):
         """The parts in the order of `part_names`, as the ops take them."""
         parts = [self.codes, self.params, self.exact, self.cursor]
         return parts if self.originals is None else [*parts, self.originals]
+
+    def paged(self) -> Packed:
+        """Return views of the parts with codes and parameters as pages, as `Layout` describes them."""
+        return Packed(*paged(self.parts[:4], self.page_layout))
 
     @property
     def calibrated(self) -> list[Tensor]:
@@ -237,7 +247,7 @@ class QuantizedKV(Views, Exports, Tensor):
         # Loaded views would not know of each other, so that each takes memory of its own.
         owner = self.clone_packed() if self._lineage.others(self) else self
         about = FORMAT, plain_layout(self.page_layout), self.kind, int(self.shape[2])
-        return rebuild, (*about, owner.parts, owner.calibrated)
+        return rebuild, (*about, paged(owner.parts, self.page_layout), owner.calibrated)
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)

@@ -24,7 +24,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.reopened import Reopened
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import ORIGINALS, page_capacity, part_names, writable
+from kvq_compile.kernels.packed import ORIGINALS, Packed, has_room, part_names, with_room, writable
 
 if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import QuantizedKV
@@ -60,7 +60,8 @@ class Lineage:
             self.reopened = None
         elif self.pages < packed:
             about = self.pages, kept, layout
-            self.reopened = Reopened.of(view.codes, view.params, *about)
+            codes, params, _, _ = view.paged()
+            self.reopened = Reopened.of(codes, params, *about)
         elif was is not None:
             self.reopened = replace(was, kept=min(was.kept, kept))
 
@@ -69,7 +70,8 @@ class Lineage:
         self.held, packed = length, self.pages
         self.pages = max(packed, view.page_layout.pages_at(length))
         if self.reopened is not None and self.pages > packed:
-            self.reopened.restore_(view.codes, view.params, view.page_layout)
+            codes, params, _, _ = view.paged()
+            self.reopened.restore_(codes, params, view.page_layout)
             self.reopened = None
 
     def take(self, other: Lineage) -> None:
@@ -114,6 +116,10 @@ class Views(Tensor):
         """The parts, as the ops take them."""
         raise NotImplementedError
 
+    def paged(self) -> Packed:
+        """Return views of the parts with codes and parameters as pages."""
+        raise NotImplementedError
+
     @property
     def calibrated(self) -> list[Tensor]:
         """The calibration constants, as the ops take them."""
@@ -142,27 +148,20 @@ class Views(Tensor):
                 nothing = self.exact[:, :, :0]
                 about = self.shape[2], self.page_layout
                 ops.append_(self.parts, self.calibrated, nothing, None, *about)
-        if self.page_layout.pages_at(self.shape[2] + tokens) > self.codes.shape[2]:
+        if not has_room(self.parts, self.shape[2] + tokens, self.page_layout):
             if self._lineage.others(self):
                 self._fork(tokens)
             else:
-                self._grow(tokens)
+                self._grow(self.shape[2] + tokens)
 
-    def _grow(self, tokens: int) -> None:
+    def _grow(self, length: int) -> None:
         with writable():
-            self._enlarge(int(page_capacity(self.shape[2] + tokens, True, self.page_layout)))
-
-    def _enlarge(self, capacity: int) -> None:
-        for name in ("codes", "params", ORIGINALS):
-            old = getattr(self, name)
-            if old is None:
-                continue
-            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
-            if name == ORIGINALS:
-                new = held_by_host(new, self.device)
-            new[:, :, : old.shape[2]] = old
-            torch._dynamo.maybe_mark_dynamic(new, 2)
-            setattr(self, name, new)
+            wider = with_room(self.parts, length, self.page_layout)
+        for name, old, new in zip(part_names(self.page_layout), self.parts, wider, strict=True):
+            if new is not old:
+                new = held_by_host(new, self.device) if name == ORIGINALS else new
+                torch._dynamo.maybe_mark_dynamic(new, 2)
+                setattr(self, name, new)
 
     def _fork(self, tokens: int) -> None:
         copy = self.clone_packed()

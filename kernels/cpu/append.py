@@ -16,7 +16,7 @@ from kvq_compile.kernels.cpu import native
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.cpu.queries import remember_
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.packed import Calibrated, Packed, check_room
 from kvq_compile.kernels.transform import rotate
 
 SCRATCH_ELEMENTS = 1 << 19  # fp32 elements quantized or unpacked at once (2 MiB)
@@ -50,10 +50,7 @@ def append_(
     end = start + x.shape[2]
     if not 0 <= start <= held:
         raise ValueError(f"position must start at or before the {held} tokens held, got {start}")
-    if layout.pages_at(end) > cache.codes.shape[2]:
-        raise ValueError(
-            f"the cache must have room for {layout.pages_at(end)} pages, got {cache.codes.shape[2]}"
-        )
+    check_room(cache, end, layout)
     if start < held:
         truncate_(cache, calibrated, start, layout)
         pages = int(cache.cursor[1])

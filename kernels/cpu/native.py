@@ -8,6 +8,7 @@ touches memory, and returns an error message.
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from array import array
 from functools import cache
@@ -18,6 +19,7 @@ from torch import Tensor
 from kvq_compile.kernels.cpu import library
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import FLAT, page_room, page_shapes
 from kvq_compile.kernels.schemes import Channelwise, Codebook, Mixed
 from kvq_compile.kernels.tables import section
 
@@ -85,6 +87,20 @@ def _tensor(x: Tensor) -> Words:
     return x.data_ptr(), behind, DTYPES[x.dtype], *x.shape, *x.stride()
 
 
+def _pages(x: Tensor, pages: int, shape: tuple[int, ...]) -> Words:
+    """Return the words of pages ``[B, H, pages, *shape]``, which may be flat."""
+    if x.dim() != FLAT:
+        return _tensor(x)
+    address, behind, dtype, B, H, _, *strides = _tensor(x)
+    return address, behind, dtype, B, H, pages, *shape, *strides[:2], *page_strides(shape)
+
+
+@cache
+def page_strides(shape: tuple[int, ...]) -> Words:
+    """Return the strides of flat pages of a shape: of the pages, then of its axes."""
+    return tuple(math.prod(shape[axis:]) for axis in range(len(shape) + 1))
+
+
 @cache
 def _no_tensor(dims: int) -> Words:
     return (0,) * (3 + 2 * dims)
@@ -129,10 +145,11 @@ def _layout(layout: Layout) -> Words:
 
 
 def _packed(packed: PackedTensor) -> Words:
-    codes, params, exact, _ = packed.parts
+    layout, (codes, params, exact, _) = packed.layout, packed.parts
     tables, shift = packed.calibrated.tables, packed.calibrated.shift
+    pages, (of_codes, of_params, _) = page_room(packed.parts, layout), page_shapes(layout)
     return (
-        *_layout(packed.layout), *_tensor(codes), *_tensor(params), *_tensor(exact),
+        *_layout(layout), *_pages(codes, pages, of_codes), *_pages(params, pages, of_params), *_tensor(exact),
         *_maybe(tables, 2), *_maybe(shift, 1), packed.held, packed.pages,
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ def append_(
 ) -> None:
     """Write new tokens and quantize full pages: see `cache.append_`."""
     first = _first_slot(position, start)
-    reference.append_(*cache, x, first, layout, calibrated, importance, query)
+    reference.append_(*cache.paged(layout), x, first, layout, calibrated, importance, query)
 
 
 def attend(
@@ -67,7 +67,7 @@ def attend(
         (keys, key, key_layout, key_calibrated),
         (values, value, value_layout, value_calibrated),
     ):
-        in_fp32 = cache._replace(exact=cache.exact.float())
+        in_fp32 = cache.paged(layout)._replace(exact=cache.exact.float())
         pair.append(torch.cat([reference.read(*in_fp32, first, layout, relative), new.float()], 2))
     if mask is not None:
         beyond = mask[..., end:]
@@ -97,12 +97,13 @@ def importance(
 ) -> Tensor:
     """Return importance scores: see `importance.recent_importance`."""
     about = _first_slot(position, start), slots, score, causal, queries, layout, calibrated
-    return recent_importance(query, key, keys, mask, *about)
+    parts = None if keys is None else keys.paged(layout)
+    return recent_importance(query, key, parts, mask, *about)
 
 
 def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> Tensor:
     """Read slots: see `cache.read`."""
-    return reference.read(*cache, length, layout, calibrated)
+    return reference.read(*cache.paged(layout), length, layout, calibrated)
 
 
 def _first_slot(position: Tensor | None, start: int | None) -> int:

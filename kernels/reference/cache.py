@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout, exact_row_index
-from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
+from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, check_room
 from kvq_compile.kernels.reference.channelwise import find_state
 from kvq_compile.kernels.reference.pages import dequantize_packed, quantize_packed
 from kvq_compile.kernels.reference.queries import remember_
@@ -99,9 +99,8 @@ def append_(
     held, tokens = int(cursor[0]), x.shape[2]
     if not 0 <= start <= held:
         raise ValueError(f"position must start at or before the {held} tokens held, got {start}")
+    check_room((codes, params, exact, cursor), start + tokens, layout)
     old, new = int(cursor[1]), layout.pages_at(start + tokens)
-    if new > codes.shape[2]:
-        raise ValueError(f"the cache must have room for {new} pages, got {codes.shape[2]}")
     if start < held:
         truncate_(codes, params, exact, cursor, start, layout, calibrated)
         old = int(cursor[1])

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import Packed
+from kvq_compile.kernels.packed import Packed, page_room
 from kvq_compile.kernels.triton.arguments import (
     HeadWeights,
     at_page,
@@ -35,11 +35,10 @@ from kvq_compile.kernels.triton.residual import plan_write
 
 
 class Shape(NamedTuple):
-    """KV heads, new tokens, and pages of room."""
+    """KV heads and new tokens."""
 
     heads: Any
     tokens: Any
-    capacity: Any
 
 
 @triton.jit
@@ -86,8 +85,10 @@ def _requantize_page(page, weights, first, end, CONSTANTS: tl.constexpr):
         write_zero_rows(page.codes, used, CONSTANTS)
 
 
-@triton.jit(do_not_specialize=["start"])
-def requantize_kernel(cache, importance, position, start, shape, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["start", "capacity"])
+def requantize_kernel(
+    cache, importance, position, start, capacity, shape, CONSTANTS: tl.constexpr
+):  # fmt: skip
     """Drop planes of one page that the call keeps, if the call completes others.
 
     Grid: (B * Hkv, pages that the call can keep).
@@ -95,9 +96,9 @@ def requantize_kernel(cache, importance, position, start, shape, CONSTANTS: tl.c
     SINKS: tl.constexpr = CONSTANTS.sinks
     PAGE: tl.constexpr = CONSTANTS.page_size
     head, number = tl.program_id(0), tl.program_id(1)
-    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
     if write.ok & (write.pages > write.kept) & (number < write.kept):
-        page = at_page(cache, head.to(tl.int64), number, shape.capacity, CONSTANTS)
+        page = at_page(cache, head.to(tl.int64), number, capacity, CONSTANTS)
         batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
         offset = batch * importance.batch + kv_head * importance.head
         weights = HeadWeights(importance.pointer, offset, importance.slots)
@@ -122,7 +123,7 @@ def requantize_older_(
     """
     if not layout.requantize or tokens == 0 or (layout.attentive and importance is None):
         return
-    B, H, capacity = cache[0].shape[:3]
+    (B, H), capacity = cache[2].shape[:2], page_room(cache, layout)
     pages = capacity
     if start is not None:
         if layout.pages_at(start + tokens) == layout.pages_at(start):
@@ -131,7 +132,7 @@ def requantize_older_(
     if pages == 0:
         return
     requantize_kernel[(B * H, pages)](
-        bundle_cache(cache), bundle_importance(importance if layout.attentive else None), position,
-        start or 0, Shape(H, tokens, capacity), CONSTANTS=WriteConstants.of(layout),
+        bundle_cache(cache, layout), bundle_importance(importance if layout.attentive else None), position,
+        start or 0, capacity, Shape(H, tokens), CONSTANTS=WriteConstants.of(layout),
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.packed import Calibrated, Packed, check_room, page_room
 from kvq_compile.kernels.triton import channelwise_write, mixed_write
 from kvq_compile.kernels.triton.arguments import (
     HeadWeights,
@@ -38,6 +38,7 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_importance,
     bundle_tensor,
     calibrated_head,
+    exact_rows,
 )
 from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
 from kvq_compile.kernels.triton.constants import WriteConstants, first_word, plane_words
@@ -57,11 +58,10 @@ TILE = 4096  # elements a program holds at once: 32 fp32 registers of each of 12
 
 
 class Shape(NamedTuple):
-    """KV heads, new tokens, pages of room, and how many of the last new tokens have a known query."""
+    """KV heads, new tokens, and how many of the last new tokens have a known query."""
 
     heads: Any
     tokens: Any
-    capacity: Any
     known: Any
 
 
@@ -198,9 +198,9 @@ def _find_state(
 # --- kernels --------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "capacity"])
 def append_kernel(
-    cache, calibration, x, query, scratch, importance, position, start, shape,
+    cache, calibration, x, query, scratch, importance, position, start, capacity, shape,
     CONSTANTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor too.
@@ -209,10 +209,10 @@ def append_kernel(
     """
     head, number = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
-    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
     new = at_head(x, batch, kv_head)
     index = write.kept + number
-    page = at_page(cache, head.to(tl.int64), index, shape.capacity, CONSTANTS)
+    page = at_page(cache, head.to(tl.int64), index, capacity, CONSTANTS)
     exact = page.exact
     scratch += (head.to(tl.int64) * tl.num_programs(1) + number) * CONSTANTS.scratch_size
     tables = calibrated_head(calibration, batch, kv_head, CONSTANTS)
@@ -247,9 +247,9 @@ def append_kernel(
                 tl.store(cache.cursor, write.start + shape.tokens)
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "capacity"])
 def state_kernel(
-    cache, calibration, x, query, scratch, position, start, shape, pages, CONSTANTS: tl.constexpr,
+    cache, calibration, x, query, scratch, position, start, capacity, shape, pages, CONSTANTS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Write queries and what a cache finds of itself, before `append_kernel` packs up to ``pages`` pages.
@@ -258,8 +258,8 @@ def state_kernel(
     """
     head = tl.program_id(0).to(tl.int64)
     batch, kv_head = head // shape.heads, head % shape.heads
-    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
-    exact = cache.exact + head * (CONSTANTS.exact_rows * CONSTANTS.head_dim)
+    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
+    exact = exact_rows(cache, head)
     first = CONSTANTS.sinks + write.kept * CONSTANTS.page_size
     source = Source(at_head(x, batch, kv_head), x.token, exact, first, write.start)
     scratch += head * pages * CONSTANTS.scratch_size
@@ -271,9 +271,10 @@ def state_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "capacity"])
 def rows_kernel(
-    cache, x, query, position, start, shape, CONSTANTS: tl.constexpr, ROWS: tl.constexpr
+    cache, x, query, position, start, capacity, shape, CONSTANTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write the new tokens that stay exact, and queries, after `append_kernel` has read the rows they replace.
 
@@ -281,10 +282,10 @@ def rows_kernel(
     """
     head, block = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
-    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
     if write.ok:
         new = at_head(x, batch, kv_head)
-        exact = cache.exact + head.to(tl.int64) * (CONSTANTS.exact_rows * CONSTANTS.head_dim)
+        exact = exact_rows(cache, head.to(tl.int64))
         write_rows(exact, new, x.token, block * ROWS, write, shape.tokens, CONSTANTS, ROWS)
         if (block == 0) & (CONSTANTS.bit_rows == 0):
             write_queries(
@@ -293,13 +294,13 @@ def rows_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start"])
-def cursor_kernel(cache, position, start, shape, CONSTANTS: tl.constexpr):
+@triton.jit(do_not_specialize=["start", "capacity"])
+def cursor_kernel(cache, position, start, capacity, shape, CONSTANTS: tl.constexpr):
     """Move the cursor behind the new tokens.
 
     Grid: (1,).
     """
-    write = plan_write(cache.cursor, position, start, shape.tokens, shape.capacity, CONSTANTS)
+    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
     tl.debug_barrier()
     if write.ok:
         tl.store(cache.cursor, write.start + shape.tokens)
@@ -338,19 +339,22 @@ def append_(
         raise NotImplementedError(
             "tables must be None where tokens differ in bits (mixed): no GPU kernel writes both"
         )
-    capacity = cache[0].shape[2]
-    if start is not None and layout.pages_at(start + tokens) > capacity:
-        pages = layout.pages_at(start + tokens)
-        raise ValueError(f"the cache must have room for {pages} pages, got {capacity}")
+    capacity = page_room(cache, layout)
+    # Slots on the device may be any: a cache that grows takes the first of them as a number.
+    check_room(cache, layout.token_rows if start is None else start + tokens, layout)
     if tokens == 0:
         return
-    bundle, new, slot = bundle_cache(cache), bundle_tensor(x), (position, start or 0)
+    bundle, new, slot = (
+        bundle_cache(cache, layout),
+        bundle_tensor(x),
+        (position, start or 0, capacity),
+    )
     pages = triton.cdiv(tokens, layout.page_size)
     whole = pages == 1 and B * H <= MAX_ARRIVALS and capacity < MAX_PAGES
     known = 0 if query is None else min(query.shape[2], tokens)
     # Of no queries, none is read.
     queries = new if query is None else bundle_tensor(query[:, :, query.shape[2] - known :])
-    shape = Shape(H, tokens, capacity, known)
+    shape = Shape(H, tokens, known)
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
     size = constants.scratch_size
     scratch = x.new_empty(B * H * pages, size, dtype=torch.float32) if size else x

@@ -1,7 +1,7 @@
 """What kernels take: tensors with their strides, in bundles that a kernel hands on as they are.
 
 Triton specialises each integer in a bundle as it would an argument of its own. What must not be specialised, for it
-differs at every step (``start``, ``mask_width``), therefore stays outside of bundles.
+differs at every step or as a cache grows (``start``, ``mask_width``, ``capacity``), therefore stays outside of bundles.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.triton.constants import section_start
 
@@ -27,12 +28,14 @@ class Strided(NamedTuple):
 
 class CacheBundle(NamedTuple):
     """A packed cache, or what belongs to one KV head or one page: codes in 16-bit words; parameters, a word for each
-    pair of scale and zero point or bytes of metadata; exact rows; the cursor.
+    pair of scale and zero point or bytes of metadata; exact rows, and how many of their elements belong to a head;
+    the cursor.
     """
 
     codes: Any
     params: Any
     exact: Any
+    exact_head: Any
     cursor: Any
 
 
@@ -88,12 +91,13 @@ def bundle_tensor(x: Tensor) -> Strided:
     return Strided(x, *x.stride()[:3])
 
 
-def bundle_cache(cache: Sequence[Tensor]) -> CacheBundle:
+def bundle_cache(cache: Sequence[Tensor], layout: Layout) -> CacheBundle:
     """Bundle the parts of a cache, which are contiguous."""
     codes, params, exact, cursor = cache[:4]
-    if params.shape[-1] == 2:
+    rows = exact.shape[2] * exact.shape[3]
+    if layout.param_elements == 2:
         params = params.view(torch.uint16 if params.dtype == torch.uint8 else torch.int32)
-    return CacheBundle(codes.view(torch.uint16), params, exact, cursor)
+    return CacheBundle(codes.view(torch.uint16), params, exact, rows, cursor)
 
 
 def bundle_calibration(calibrated: Calibrated) -> Calibration:
@@ -149,9 +153,16 @@ def at_page(packed, head, number, capacity, CONSTANTS: tl.constexpr):
     return CacheBundle(
         packed.codes + page * CONSTANTS.page_words,
         packed.params + page * CONSTANTS.page_params,
-        packed.exact + head * (CONSTANTS.exact_rows * CONSTANTS.head_dim),
+        exact_rows(packed, head),
+        packed.exact_head,
         packed.cursor,
     )
+
+
+@triton.jit
+def exact_rows(packed, head):
+    """Return a pointer to the exact rows of one head (int64) of all."""
+    return packed.exact + head * packed.exact_head
 
 
 @triton.jit

@@ -30,15 +30,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout, Score
-from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.packed import Calibrated, Packed, page_room
 from kvq_compile.kernels.triton import launch
 from kvq_compile.kernels.triton.arguments import (
     at_head,
+    at_page,
     bundle_cache,
     bundle_calibration,
     bundle_mask,
     bundle_tensor,
     calibrated_head,
+    exact_rows,
 )
 from kvq_compile.kernels.triton.channelwise import tile_of
 from kvq_compile.kernels.triton.channelwise_query import expand_query
@@ -61,18 +63,17 @@ class Side(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """KV heads, query tokens, new tokens, pages of room, and splits of the exact tokens."""
+    """KV heads, query tokens, new tokens, and splits of the exact tokens."""
 
     heads: Any
     tokens: Any
     new: Any
-    capacity: Any
     exact_splits: Any
 
 
 @triton.jit
 def _attend_packed(
-    queries, coded, row, keys, values, view, head, shape, split, splits,
+    queries, coded, row, keys, values, view, head, rooms, shape, split, splits,
     KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split of a head's packed pages; return accumulator, sum and maximum."""
@@ -80,11 +81,8 @@ def _attend_packed(
     size = tl.cdiv(seen, splits)
     lo = split * size
     hi = tl.minimum(lo + size, seen)
-    page = head.to(tl.int64) * shape.capacity
-    key_codes = keys.packed.codes + page * KEY.page_words
-    key_params = keys.packed.params + page * KEY.page_params
-    value_codes = values.packed.codes + page * VALUE.page_words
-    value_params = values.packed.params + page * VALUE.page_params
+    key_pages = at_page(keys.packed, head.to(tl.int64), 0, rooms[0], KEY)
+    value_pages = at_page(values.packed, head.to(tl.int64), 0, rooms[1], VALUE)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     key_calibration = calibrated_head(keys.calibration, batch, kv_head, KEY)
     value_calibration = calibrated_head(values.calibration, batch, kv_head, VALUE)
@@ -95,8 +93,8 @@ def _attend_packed(
         bits = tile_of(bits, head.to(tl.int64), tl.num_programs(1), KEY, LAUNCH)
         if KEY.takes_mean:
             angles = bits.angles + kv_head * (KEY.page_size * 2 * KEY.mean_places)
-    key_pages = KeyPages(key_codes, key_params, key_calibration, angles, bits)
-    value_pages = ValuePages(value_codes, value_params, value_calibration.book)
+    key_pages = KeyPages(key_pages.codes, key_pages.params, key_calibration, angles, bits)
+    value_pages = ValuePages(value_pages.codes, value_pages.params, value_calibration.book)
     if KEY.scheme == "mixed":
         accumulator, running_sum, running_max = attend_mixed_pages(
             queries, key_pages, value_pages, lo, hi, view.kv_len, KEY, VALUE, LAUNCH
@@ -111,10 +109,10 @@ def _attend_packed(
     return accumulator, running_sum, running_max
 
 
-@triton.jit(do_not_specialize=["start", "mask_width"])
+@triton.jit(do_not_specialize=["start", "mask_width", "key_room", "value_room"])
 def attend_kernel(
-    query, coded, keys, values, mask, mask_width, position, start, partial, lse, scale, shape,
-    KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
+    query, coded, keys, values, mask, mask_width, position, start, partial, lse, scale, key_room,
+    value_room, shape, KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile of queries to one split of the tokens.
 
@@ -153,11 +151,13 @@ def attend_kernel(
     if split < shape.exact_splits:
         rows = batch * query.batch + q_head * query.head + token * query.token
         queries = Queries(query.pointer, rows, exists, group, seen, scale)
-        key_rows = keys.packed.exact + head.to(tl.int64) * (KEY.exact_rows * KEY.head_dim)
-        value_rows = values.packed.exact + head.to(tl.int64) * (VALUE.exact_rows * VALUE.head_dim)
+        key_rows = exact_rows(keys.packed, head.to(tl.int64))
+        value_rows = exact_rows(values.packed, head.to(tl.int64))
+        least = tl.minimum(tl.load(keys.packed.cursor), tl.load(values.packed.cursor))
+        held = View(start, shape.new, tl.minimum(kv_len, least), visible, pages)
         accumulator, running_sum, running_max = attend_exact(
             queries, Exact(key_rows, at_head(keys.new, batch, kv_head), keys.new.token),
-            Exact(value_rows, at_head(values.new, batch, kv_head), values.new.token), view, split,
+            Exact(value_rows, at_head(values.new, batch, kv_head), values.new.token), held, split,
             shape.exact_splits, KEY, VALUE, LAUNCH,
         )  # fmt: skip
         stored &= (group == 0)[None, :] | (COPIES == 1)
@@ -166,7 +166,7 @@ def attend_kernel(
         coded_rows += token * coded.query.token
         coded_queries = Queries(coded.query.pointer, coded_rows, exists, group, seen, scale)
         accumulator, running_sum, running_max = _attend_packed(
-            coded_queries, coded, row, keys, values, view, head, shape,
+            coded_queries, coded, row, keys, values, view, head, (key_room, value_room), shape,
             split - shape.exact_splits, splits - shape.exact_splits, KEY, VALUE, LAUNCH,
         )  # fmt: skip
         if COPIES > 1:
@@ -230,7 +230,7 @@ def attend(
         return _attend_new(query, key, value, mask, score.scale)
     B, Hq, T, _D = query.shape
     H, new, Dv = key.shape[1], key.shape[2], value.shape[3]
-    capacity = keys[0].shape[2]
+    rooms = page_room(keys, key_layout), page_room(values, value_layout)
     mask_bundle, width, kind, mask_shared = bundle_mask(mask, query.shape)
     KEY, VALUE, LAUNCH, options = launch.attend_settings(
         key_layout, value_layout, Hq // H, T, query.dtype, launch.platform_of(query), kind,
@@ -238,7 +238,7 @@ def attend(
     )  # fmt: skip
     tiles = triton.cdiv(Hq // H * T, LAUNCH.block_q)
     resident = launch.programs_per_sm(KEY, VALUE) * launch.sm_count(query.device)
-    exact, paged = launch.count_splits(B * H * tiles, capacity, KEY.token_rows + new, resident)
+    exact, paged = launch.count_splits(B * H * tiles, rooms[0], KEY.token_rows + new, resident)
     queries, key_tables = bundle_tensor(query), bundle_calibration(key_calibrated)
     value_tables = bundle_calibration(value_calibrated)
     if KEY.scheme == "channelwise":
@@ -250,9 +250,9 @@ def attend(
     partial = query.new_empty(B * Hq * T, exact + paged, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, exact + paged, dtype=torch.float32)
     attend_kernel[(B * H, tiles, exact + paged)](
-        queries, coded, Side(bundle_tensor(key), bundle_cache(keys), key_tables),
-        Side(bundle_tensor(value), bundle_cache(values), value_tables), mask_bundle, width, position,
-        start or 0, partial, lse, score.scale * LOG2_E, Shape(H, T, new, capacity, exact), KEY=KEY,
-        VALUE=VALUE, LAUNCH=LAUNCH, **options,
+        queries, coded, Side(bundle_tensor(key), bundle_cache(keys, key_layout), key_tables),
+        Side(bundle_tensor(value), bundle_cache(values, value_layout), value_tables), mask_bundle,
+        width, position, start or 0, partial, lse, score.scale * LOG2_E, *rooms,
+        Shape(H, T, new, exact), KEY=KEY, VALUE=VALUE, LAUNCH=LAUNCH, **options,
     )  # fmt: skip
     return join(partial, lse, query, value_tables, VALUE, exact, H)

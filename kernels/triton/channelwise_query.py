@@ -113,8 +113,8 @@ def _write_angles(out, tables, block, KEY: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def expand_query_kernel(
-    query, exact, calibration, out, bias, scale, kv_heads, tokens, tiles, KEY: tl.constexpr,
-    LAUNCH: tl.constexpr, TOKENS: tl.constexpr,
+    query, exact, exact_head, calibration, out, bias, scale, kv_heads, tokens, tiles,
+    KEY: tl.constexpr, LAUNCH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Write the `BitQueries` of one tile of queries of a KV head; or angles of ``TOKENS`` tokens of a page.
 
@@ -125,7 +125,7 @@ def expand_query_kernel(
     if KEY.has_tables:
         tables += head % kv_heads * calibration.words
     if tile < tiles:
-        exact += head * (KEY.exact_rows * KEY.head_dim)
+        exact += head * exact_head
         _expand_query(
             query, exact, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY, LAUNCH
         )
@@ -217,7 +217,7 @@ def expand_query(
     bias = plain.new_empty(B * H * launch.shared_by * tokens) if key.has_tables else None
     programs = tiles + (key.page_size // TOKENS if key.takes_mean else 0)
     expand_query_kernel[(B * H, programs)](
-        query, exact, calibration, out, bias, scale, H, tokens, tiles, KEY=key, LAUNCH=launch,
+        query, exact, exact.stride(1), calibration, out, bias, scale, H, tokens, tiles, KEY=key, LAUNCH=launch,
         TOKENS=TOKENS,
     )  # fmt: skip
     return CodedQuery(query, bias, None, out)

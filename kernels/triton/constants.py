@@ -28,8 +28,7 @@ class ReadConstants:
         role: Whether rows of packed words are tokens (``"key"``) or channels (``"value"``).
         head_dim, page_size: Channels of a head, tokens of a page.
         sinks, window, ring: Exact tokens: the first, the recent ones, rows of the ring that recent ones lie in.
-        token_rows, state_row, exact_rows: Exact rows: of tokens; of tokens and held queries; of these and the widths
-            of channels.
+        token_rows, state_row: Exact rows: of tokens; of tokens and of held queries, behind which the state lies.
         queries, shared_by: Held queries, and query heads to a KV head, where queries are held.
         scheme: ``"uniform"``, ``"codebook"``, ``"mixed"`` or ``"channelwise"``.
         bits: Of a code as packed: 2 for three levels; of mixed tokens the most.
@@ -60,7 +59,6 @@ class ReadConstants:
     ring: int
     token_rows: int
     state_row: int
-    exact_rows: int
     queries: int
     shared_by: int
     scheme: str
@@ -173,7 +171,6 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "ring": layout.ring,
         "token_rows": layout.token_rows,
         "state_row": layout.state_row,
-        "exact_rows": layout.exact_rows,
         "queries": layout.queries,
         "shared_by": layout.shared_by,
         "scheme": scheme,

@@ -9,12 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.packed import Calibrated, Packed, page_room
 from kvq_compile.kernels.triton.arguments import (
     at_page,
     bundle_cache,
     bundle_calibration,
     calibrated_head,
+    exact_rows,
 )
 from kvq_compile.kernels.triton.coded_form import ring_row
 from kvq_compile.kernels.triton.constants import ReadConstants
@@ -64,7 +65,7 @@ def store_tokens(rows, page, calibration, slot, token, real, CONSTANTS: tl.const
     tl.store(rows + order, y.to(rows.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["blocks", "length"])
+@triton.jit(do_not_specialize=["blocks", "capacity", "length"])
 def dequantize_kernel(
     cache, calibration, out, blocks, heads, capacity, length, CONSTANTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -96,7 +97,7 @@ def dequantize_kernel(
     channel = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
     exists = wanted & (channel < HEAD_DIM)
     exact = tl.where(slot < SINKS, slot, ring_row(tl.maximum(slot, SINKS), CONSTANTS))
-    exact = cache.exact + (head * CONSTANTS.exact_rows + exact) * HEAD_DIM + channel
+    exact = exact_rows(cache, head) + exact * HEAD_DIM + channel
     x = tl.load(exact, mask=exists & (slot < kv_len), other=0.0)
     tl.store(row + channel, x, mask=exists)
 
@@ -111,7 +112,7 @@ def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layou
         layout: The cache's layout.
     """
     constants = ReadConstants.of(layout)
-    B, H, capacity = cache[0].shape[:3]
+    (B, H), capacity = cache[2].shape[:2], page_room(cache, layout)
     out = cache[2].new_empty(B, H, length, layout.head_dim)
     if length == 0:
         return out
@@ -120,7 +121,7 @@ def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layou
     sinks, pages = triton.cdiv(layout.sinks, rows), triton.cdiv(max(0, length - layout.sinks), page)
     blocks = sinks + pages * (page // rows)
     dequantize_kernel[(B * H * blocks,)](
-        bundle_cache([part.contiguous() for part in cache]), bundle_calibration(calibrated), out,
+        bundle_cache([part.contiguous() for part in cache], layout), bundle_calibration(calibrated), out,
         blocks, H, capacity, length, CONSTANTS=constants, ROWS=rows, enable_fp_fusion=False,
     )  # fmt: skip
     return out

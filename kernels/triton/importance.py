@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout, Score
-from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.packed import Calibrated, Packed, page_room
 from kvq_compile.kernels.triton import launch
 from kvq_compile.kernels.triton.arguments import (
     MaskKind,
@@ -68,12 +68,11 @@ class WeighConstants(launch.Operands):
 
 
 class Shape(NamedTuple):
-    """KV heads, query tokens, new tokens, pages of room, and slots of the result."""
+    """KV heads, query tokens, new tokens, and slots of the result."""
 
     heads: Any
     tokens: Any
     new: Any
-    capacity: Any
     slots: Any
 
 
@@ -219,10 +218,10 @@ def _take_exact(
 # --- kernel ---------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["start", "mask_width"])
+@triton.jit(do_not_specialize=["start", "mask_width", "capacity"])
 def weigh_kernel(
-    query, key, cache, mask, mask_width, position, start, partial, result, scale, shape,
-    KEY: tl.constexpr, LAUNCH: tl.constexpr, JOINS: tl.constexpr, SPLITS: tl.constexpr,
+    query, key, cache, mask, mask_width, position, start, partial, result, scale, capacity,
+    shape, KEY: tl.constexpr, LAUNCH: tl.constexpr, JOINS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Weigh a split of the keys of a KV head, if the call completes a page: ``JOINS`` tells the second launch.
 
@@ -237,7 +236,7 @@ def weigh_kernel(
     BLOCK_N: tl.constexpr = LAUNCH.block_n
     QUERIES: tl.constexpr = LAUNCH.tiles * BLOCK_Q
     head, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    write = plan_write(cache.cursor, position, start, shape.new, shape.capacity, KEY)
+    write = plan_write(cache.cursor, position, start, shape.new, capacity, KEY)
     start = write.start
     if write.ok & (write.pages > write.kept):
         batch, kv_head = head // shape.heads, head % shape.heads
@@ -245,7 +244,7 @@ def weigh_kernel(
             at_head(query, batch, kv_head * SHARED_BY), query.batch, query.head, query.token
         )
         own = at_head(key, batch, kv_head)
-        pages_of_head = at_page(cache, head, 0, shape.capacity, KEY)
+        pages_of_head = at_page(cache, head, 0, capacity, KEY)
         exact = pages_of_head.exact
         partial += head * splits * QUERIES
         result += head * shape.slots
@@ -375,7 +374,7 @@ def importance(
         raise NotImplementedError(
             "tables must be None where tokens differ in bits (mixed): no GPU kernel weighs such keys"
         )
-    (B, H, new, _D), capacity = key.shape, keys[0].shape[2]
+    (B, H, new, _D), capacity = key.shape, page_room(keys, layout)
     result = query.new_empty(B, H, slots, dtype=torch.float32)
     filled = None if start is None else layout.pages_at(start + new)
     if start is not None and filled == layout.pages_at(start):
@@ -390,11 +389,11 @@ def importance(
     splits = min(MAX_SPLITS, work, max(1, resident // (B * H)))
     size = constants.tiles * constants.block_q
     partial = query.new_empty(B * H, splits, size, dtype=torch.float32)
-    bundles = bundle_tensor(query), bundle_tensor(key), bundle_cache(keys), mask_bundle
-    shape = Shape(H, query.shape[2], new, capacity, slots)
+    bundles = bundle_tensor(query), bundle_tensor(key), bundle_cache(keys, layout), mask_bundle
+    shape = Shape(H, query.shape[2], new, slots)
     for joins in (False, True):
         weigh_kernel[(B * H, splits)](
-            *bundles, width, position, start or 0, partial, result, score.scale * LOG2_E, shape,
+            *bundles, width, position, start or 0, partial, result, score.scale * LOG2_E, capacity, shape,
             KEY=ReadConstants.of(layout), LAUNCH=constants, JOINS=joins,
             SPLITS=triton.next_power_of_2(splits), **options,
         )  # fmt: skip

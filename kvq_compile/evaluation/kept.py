@@ -1,8 +1,8 @@
 """`Kept`: what a measurement has found so far, on disk, so that one that was cut short goes on.
 
-The file has one JSON object a line. The first says what is measured, by hashes of the text and of the
-model's weights too; every other is a window of one method, the recall of one method at one length, or a method
-that was calibrated. A last line that was cut off is dropped.
+The file has one JSON object a line. The first says what is measured, by a hash of the texts and of the model's
+weights too; every other is one step that was measured, such as a window of a text under a method, and its key. A
+last line that was cut off is dropped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +17,19 @@ from torch import nn
 
 from kvq_compile.calibration.artifact import weight_hash
 
-
-@dataclass(frozen=True)
-class Part:
-    """What one window gave for one method.
-
-    Attributes:
-        tokens: Tokens scored.
-        loss, kl: Sums over them, in nats.
-        agreed: Those whose likeliest next token is that of the plain cache.
-        packed_bits, effective_bits, bytes: Of the cache at the end of the window.
-        seconds: Time per token of each full chunk.
-    """
-
-    tokens: int
-    loss: float
-    kl: float
-    agreed: int
-    packed_bits: float
-    effective_bits: float
-    bytes: int
-    seconds: list[float] = field(default_factory=list)
+Key = tuple[str | int | float, ...]
 
 
 class Kept:
-    """Windows, recalls and calibrations that are done, by method; without a file it only remembers them.
+    """What is done, by key: what kind of measurement, of which text and method, and which part of it.
+
+    Without a file it only remembers.
 
     Args:
         path: The file; read when it is there, else written at the first entry.
         about: What is measured.
         model: The model it is measured on.
-        ids: The text.
+        ids: The texts, one after the other.
 
     Raises:
         ValueError: The file is of another measurement.
@@ -62,29 +43,23 @@ class Kept:
         ids: Sequence[int] = (),
     ) -> None:
         self.path = path
-        self.parts: dict[tuple[str, int], Part] = {}
-        self.recalls: dict[tuple[str, int], float] = {}
-        self.calibrated: set[str] = set()
+        self._entries: dict[Key, Any] = {}
         weights = [] if model is None else [weight_hash(x) for x in model.parameters()]
         said = json.dumps([about, list(ids), weights], sort_keys=True, default=str)
         self._head = {"measurement": hashlib.sha256(said.encode()).hexdigest()}
         if path is not None and path.exists():
             self._read(path)
 
-    def add_part(self, method: str, window: int, part: Part) -> None:
-        """Keep what a window gave."""
-        self.parts[method, window] = part
-        self._write({"method": method, "window": window, "part": asdict(part)})
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
 
-    def add_recall(self, method: str, length: int, percent: float) -> None:
-        """Keep a recall in percent."""
-        self.recalls[method, length] = percent
-        self._write({"method": method, "length": length, "recall": percent})
+    def __getitem__(self, key: Key) -> Any:
+        return self._entries[key]
 
-    def add_calibrated(self, method: str) -> None:
-        """Keep that a method's calibration was saved."""
-        self.calibrated.add(method)
-        self._write({"calibrated": method})
+    def __setitem__(self, key: Key, value: Any) -> None:
+        """Keep ``value``, of what JSON has, and write it down."""
+        self._entries[key] = value
+        self._write({"key": list(key), "value": value})
 
     def remove(self) -> None:
         """Remove the file: the measurement is done."""
@@ -107,10 +82,4 @@ class Kept:
                 "remove that file or name another folder"
             )
         path.write_text(whole + "\n", encoding="utf-8")
-        for entry in lines[1:]:
-            if "part" in entry:
-                self.parts[entry["method"], entry["window"]] = Part(**entry["part"])
-            elif "recall" in entry:
-                self.recalls[entry["method"], entry["length"]] = entry["recall"]
-            else:
-                self.calibrated.add(entry["calibrated"])
+        self._entries = {tuple(entry["key"]): entry["value"] for entry in lines[1:]}

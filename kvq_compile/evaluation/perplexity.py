@@ -7,64 +7,40 @@ been quantized by then. The prediction made at each of these tokens is scored ag
 comes next in the text (teacher forcing), so a window of 2048 needs 2049 tokens and scores 1536.
 
 Every method sees the same chunks of the same windows as the *plain* cache, which holds what the
-model computes in the model's dtype. Windows are the outer loop: the plain logits of one window
-are kept while the methods are held against them, and no longer. What a window gave is kept on disk (`Kept`), so
-that a run that was cut short goes on; only the plain logits of the window that it stopped in are computed anew.
+model computes in the model's dtype. Windows are the outer loop, ``batch`` of them at a time: the plain logits of
+these are kept while the methods are held against them, and no longer. What windows gave is kept on disk (`Kept`), so
+that a run that was cut short goes on; only the plain logits of the windows that it stopped in are computed anew.
 
-Speed is chunk length over the *median* time of a chunk. Compilation happens in the first calls and
-therefore does not count.
+Speed is tokens of a chunk, of all windows of a batch, over the *median* time of a chunk. Compilation happens in the
+first calls and therefore does not count.
 """
 
 from __future__ import annotations
 
-import csv
-import inspect
-import json
 import math
 import statistics
 import time
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvq_compile.evaluation.kept import Kept, Part
-from kvq_compile.loading import cache_argument
-from kvq_compile.options import make_config
-from kvq_compile.reports import Report, report
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+from kvq_compile.evaluation.kept import Kept, Key
+from kvq_compile.evaluation.runner import Runner
 
 Advance = Callable[[int], None]
-PLAIN = "plain"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method with its options, as ``options=`` of the backend takes them.
-
-    Args:
-        label: What tables call it.
-        options: The backend's options; ``None`` is the plain cache, ``{}`` the backend's default.
-    """
-
-    label: str
-    options: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Lengths, in tokens, and the number of windows."""
+    """Lengths, in tokens, the number of windows, and how many of them are fed at once."""
 
     window: int = 2048
     prefill: int = 512
     chunk: int = 64
     windows: int = 4
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.prefill < self.window:
@@ -75,6 +51,8 @@ class Protocol:
             raise ValueError(
                 f"chunk and windows must be 1 or more, got {self.chunk} and {self.windows}"
             )
+        if self.batch < 1:
+            raise ValueError(f"batch must be 1 or more, got {self.batch}")
 
     @property
     def scored(self) -> int:
@@ -83,7 +61,7 @@ class Protocol:
 
     @property
     def chunks(self) -> int:
-        """Chunks that one window is fed in after its prefill."""
+        """Chunks that windows are fed in after their prefill."""
         return math.ceil(self.scored / self.chunk)
 
     def cut(self, ids: Sequence[int]) -> list[Tensor]:
@@ -100,12 +78,19 @@ class Protocol:
             for start in starts
         ]
 
+    def batches(self, ids: Sequence[int]) -> list[Tensor]:
+        """Return the windows of a text, ``batch`` in one tensor ``[B, window + 1]``; the last may have fewer."""
+        windows = torch.stack(self.cut(ids))
+        return list(windows.split(self.batch))
+
 
 @dataclass(frozen=True)
 class Score:
     """One row of the table; ``difference`` in percent, ``kl`` in nats, ``top1`` in percent.
 
-    ``packed_bits`` are those of an element in a packed page, ``effective_bits`` all bytes held over all elements.
+    ``packed_bits`` are those of an element in a packed page, ``read_bits`` those of them that attention reads,
+    ``effective_bits`` all bytes held over all elements.
+    ``recall`` is in percent of digits, by tokens of context; ``text`` and ``windows`` are what was scored.
     """
 
     method: str
@@ -118,139 +103,34 @@ class Score:
     bytes: int
     tokens_per_second: float
     recall: dict[int, float] = field(default_factory=dict)
+    text: str = ""
+    windows: int = 0
+    read_bits: float = 16.0
 
 
-def parse_value(text: str) -> object:
-    """Return ``text`` as the bool, None, int or float it spells, else as it is."""
-    words: dict[str, object] = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+@dataclass(frozen=True)
+class Part:
+    """What a batch of windows gave for one method.
 
-
-def parse_method(text: str) -> Method:
-    """Read ``name`` or ``name:option=value,option=value``; the name may be a calibration's file.
-
-    >>> parse_method("kivi:key_bits=2,group_size=32").options
-    {'method': 'kivi', 'key_bits': 2, 'group_size': 32}
-
-    Raises:
-        ValueError: An option lacks its ``=``, or the method or an option is unknown.
-    """
-    if text == PLAIN:
-        return Method(PLAIN, None)
-    name, options = parse_options(text)
-    if Path(name).suffix == ".safetensors":
-        options = {"calibration": name, **options}
-    else:
-        options = {"method": name, **options}
-    make_config(options)
-    return Method(text, options)
-
-
-def parse_options(text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``name:option=value,...`` into the name and the options.
-
-    Raises:
-        ValueError: An option lacks its ``=``.
-    """
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"method option must read option=value, got {item!r} in {text!r}")
-        options[key.strip()] = parse_value(value.strip())
-    return name, options
-
-
-def held(cache: DynamicCache, method: Method) -> Report:
-    """Return what a cache holds.
-
-    Raises:
-        RuntimeError: ``method`` should have quantized the cache and did not.
-    """
-    found = report(cache)
-    if method.options is not None and not any(t.packed_bits for t in found.tensors):
-        raise RuntimeError(
-            f"no layer of the cache was quantized by {method.label}; `kvq explain` tells why"
-        )
-    return found
-
-
-class Runner:
-    """One model under one method, fed piece by piece with the cache of one text.
-
-    Several runners share a model. Each compiles a function of its own around it, so nothing is
-    left behind on the model and they do not count against each other's limit of recompilations.
-
-    Args:
-        model: A decoder of transformers, in evaluation mode.
-        method: What its cache becomes.
-        compile_plain: Whether the plain cache runs through Inductor, as the others do, or eagerly.
+    Attributes:
+        tokens: Tokens scored.
+        loss, kl: Sums over them, in nats.
+        agreed: Those whose likeliest next token is that of the plain cache.
+        windows: Windows in the batch.
+        packed_bits, read_bits, effective_bits, bytes: Of the cache of one window, at its end.
+        seconds: Time per token of each full chunk.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method, compile_plain: bool = True) -> None:
-        self.model = model
-        self.method = method
-        self.seconds: list[float] = []
-        self.cache: DynamicCache = None
-        # transformers computes the logits of a whole prompt unless it is told not to.
-        accepted = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._call = self._compile(compile_plain)
-
-    def _compile(self, compile_plain: bool) -> Callable[..., Tensor]:
-        model, name = self.model, cache_argument(self.model)
-
-        def call(ids: Tensor, cache: DynamicCache, **extra: int) -> Tensor:
-            logits: Tensor = model(ids, **{name: cache}, use_cache=True, **extra).logits
-            return logits
-
-        # Dynamo keeps its compiled code by code object: every runner needs one of its own.
-        own = types.FunctionType(
-            call.__code__.replace(), call.__globals__, f"call_{self.method.label}", None,
-            call.__closure__,
-        )  # fmt: skip
-        if self.method.options is not None:
-            return torch.compile(own, backend="kvq", options=dict(self.method.options))
-        return torch.compile(own) if compile_plain else own
-
-    def start(self) -> None:
-        """Begin a text with an empty cache."""
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=self.model.config)
-
-    def feed(self, ids: Tensor, timed: bool = False) -> Tensor:
-        """Append tokens ``[T]`` to the cache and return their logits ``[T, V]``."""
-        began = time.perf_counter()
-        with torch.no_grad():
-            logits = self._call(ids.to(self.model.device)[None], self.cache)[0]
-        if logits.is_cuda:
-            torch.cuda.synchronize()
-        if timed:
-            self.seconds.append((time.perf_counter() - began) / len(ids))
-        return logits
-
-    def prefill(self, ids: Tensor) -> None:
-        """Append a prompt ``[T]`` and drop its logits."""
-        with torch.no_grad():
-            self._call(ids.to(self.model.device)[None], self.cache, **self._last_only)
-
-    def score_window(self, window: Tensor, protocol: Protocol) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the logits ``[T, V]`` of each chunk of a window with their targets ``[T]``."""
-        self.start()
-        self.prefill(window[: protocol.prefill])
-        for start in range(protocol.prefill, protocol.window, protocol.chunk):
-            stop = min(start + protocol.chunk, protocol.window)
-            logits = self.feed(window[start:stop], timed=stop - start == protocol.chunk)
-            yield logits, window[start + 1 : stop + 1].to(logits.device)
+    tokens: int
+    loss: float
+    kl: float
+    agreed: int
+    windows: int
+    packed_bits: float
+    read_bits: float
+    effective_bits: float
+    bytes: int
+    seconds: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -277,15 +157,6 @@ class Sums:
         return math.exp(self.loss / self.tokens)
 
 
-def make_runners(
-    model: PreTrainedModel, methods: Sequence[Method], compile_plain: bool = True
-) -> list[Runner]:
-    """Return a runner for the plain cache and one for each method, in this order."""
-    plain = Method(PLAIN, None)
-    wanted = [plain, *(method for method in methods if method.options is not None)]
-    return [Runner(model, method, compile_plain) for method in wanted]
-
-
 def evaluate(
     runners: Sequence[Runner],
     ids: Sequence[int],
@@ -293,6 +164,8 @@ def evaluate(
     advance: Advance = lambda chunks: None,
     kept: Kept | None = None,
     done: Callable[[list[Score]], object] = lambda rows: None,
+    text: str = "",
+    seconds: float = math.inf,
 ) -> list[Score]:
     """Return the score of each runner on a text; the first must be the plain one.
 
@@ -303,57 +176,94 @@ def evaluate(
         advance: Called after each chunk with the number of chunks done, for a progress bar.
         kept: What was measured before, which is not measured again, and where the rest goes.
         done: Called with the rows measured so far whenever there is one more.
+        text: What rows call the text.
+        seconds: Time that a row may take. One that has used it up begins no more windows, and is held against the
+            plain cache on those that it has; none has more windows than the plain cache.
     """
     protocol, kept = protocol or Protocol(), kept or Kept()
-    rows: list[Score] = []
-    for number, window in enumerate(protocol.cut(ids)):
+    spent = dict.fromkeys(runners, 0.0)
+    batches = protocol.batches(ids)
+    for number, windows in enumerate(batches):
+        if spent[runners[0]] >= seconds:
+            break
         plain: list[Tensor] = []
-        missing = [runner for runner in runners if (runner.method.label, number) not in kept.parts]
+        missing = [
+            runner
+            for runner in runners
+            if spent[runner] < seconds and _key(text, runner, number) not in kept
+        ]
         for runner in runners:
             if runner in missing or (missing and runner is runners[0]):
-                part = _score_window(runner, window, protocol, plain, advance)
-                kept.add_part(runner.method.label, number, part)
+                began = time.perf_counter()
+                part = _score_windows(runner, windows, protocol, plain, advance)
+                spent[runner] += time.perf_counter() - began
+                kept[_key(text, runner, number)] = asdict(part)
             else:
                 advance(protocol.chunks)
-            if number + 1 == protocol.windows:
-                rows.append(_score(runner.method.label, runners[0].method.label, protocol, kept))
-                done(rows)
+            if number + 1 == len(batches):
+                done(_rows(runners[: runners.index(runner) + 1], text, protocol, kept))
+    rows = _rows(runners, text, protocol, kept)
+    done(rows)
     return rows
 
 
-def _score_window(
-    runner: Runner, window: Tensor, protocol: Protocol, plain: list[Tensor], advance: Advance
+def _key(text: str, runner: Runner, number: int) -> Key:
+    return "windows", text, runner.method.label, number
+
+
+def _score_windows(
+    runner: Runner, windows: Tensor, protocol: Protocol, plain: list[Tensor], advance: Advance
 ) -> Part:
-    """Score one window; the first call for a window, of the plain runner, fills ``plain`` with its logits."""
+    """Score a batch of windows; the first call for it, of the plain runner, fills ``plain`` with its logits."""
     sums, is_plain, before = Sums(), not plain, len(runner.seconds)
-    for index, (logits, targets) in enumerate(runner.score_window(window, protocol)):
+    for index, (logits, targets) in enumerate(score_windows(runner, windows, protocol)):
         if is_plain:
             plain.append(logits)
         sums.add(logits, plain[index], targets)
         advance(1)
-    found = held(runner.cache, runner.method)
-    runner.cache = None
+    found = runner.finish()
     return Part(
         **asdict(sums),
+        windows=len(windows),
         packed_bits=found.packed_bits,
+        read_bits=found.read_bits,
         effective_bits=found.effective_bits,
-        bytes=found.bytes,
+        bytes=found.bytes // len(windows),
         seconds=runner.seconds[before:],
     )
 
 
-def _score(method: str, plain: str, protocol: Protocol, kept: Kept) -> Score:
-    """Return the row of a method, of all windows."""
+def score_windows(
+    runner: Runner, windows: Tensor, protocol: Protocol
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits ``[N, V]`` of each chunk of windows ``[B, window + 1]`` with their targets ``[N]``."""
+    runner.start()
+    runner.prefill(windows[:, : protocol.prefill])
+    for start in range(protocol.prefill, protocol.window, protocol.chunk):
+        stop = min(start + protocol.chunk, protocol.window)
+        logits = runner.feed(windows[:, start:stop], timed=stop - start == protocol.chunk)
+        targets = windows[:, start + 1 : stop + 1].to(logits.device)
+        yield logits.flatten(0, 1), targets.flatten()
+
+
+def _rows(runners: Sequence[Runner], text: str, protocol: Protocol, kept: Kept) -> list[Score]:
+    """Return the rows of runners, of all windows that each has."""
+    return [_score(runner, runners[0], text, protocol, kept) for runner in runners]
+
+
+def _score(runner: Runner, plain: Runner, text: str, protocol: Protocol, kept: Kept) -> Score:
+    count = math.ceil(protocol.windows / protocol.batch)
+    done = [number for number in range(count) if _key(text, runner, number) in kept]
     parts, base = (
-        [kept.parts[label, number] for number in range(protocol.windows)]
-        for label in (method, plain)
+        [Part(**kept[_key(text, each, number)]) for number in done] for each in (runner, plain)
     )
     tokens = sum(part.tokens for part in parts)
     loss, least = (sum(part.loss for part in each) for each in (parts, base))
     seconds = [second for part in parts for second in part.seconds]
     return Score(
-        method=method,
+        method=runner.method.label,
         packed_bits=parts[-1].packed_bits,
+        read_bits=parts[-1].read_bits,
         effective_bits=parts[-1].effective_bits,
         perplexity=math.exp(loss / tokens),
         difference=100 * (math.exp(loss / tokens) / math.exp(least / tokens) - 1),
@@ -361,35 +271,11 @@ def _score(method: str, plain: str, protocol: Protocol, kept: Kept) -> Score:
         top1=100 * sum(part.agreed for part in parts) / tokens,
         bytes=parts[-1].bytes,
         tokens_per_second=1 / statistics.median(seconds) if seconds else math.nan,
+        text=text,
+        windows=sum(part.windows for part in parts),
     )
 
 
 def chunks_to_do(protocol: Protocol, runners: Sequence[Runner]) -> int:
-    """Return how often `evaluate` will call ``advance(1)``."""
-    return protocol.windows * len(runners) * protocol.chunks
-
-
-def flat_row(score: Score) -> dict[str, object]:
-    """Return a score as one flat row, a column for each recall length."""
-    row: dict[str, object] = asdict(score)
-    row.pop("recall")
-    return row | {f"recall_{length}": percent for length, percent in score.recall.items()}
-
-
-def write_results(scores: Sequence[Score], out: Path, about: Mapping[str, object]) -> list[Path]:
-    """Write ``eval.csv`` and ``eval.json`` to the folder ``out`` and return both paths.
-
-    Args:
-        scores: The rows.
-        out: Created when missing.
-        about: What the rows were measured on: model, text, protocol, versions, hardware.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [flat_row(score) for score in scores]
-    table, document = out / "eval.csv", out / "eval.json"
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    document.write_text(json.dumps({"about": dict(about), "scores": rows}, indent=2) + "\n")
-    return [table, document]
+    """Return how often `evaluate` will call ``advance(1)``, if no time runs out."""
+    return math.ceil(protocol.windows / protocol.batch) * len(runners) * protocol.chunks

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvq_compile.evaluation.kept import Kept
-from kvq_compile.evaluation.perplexity import Advance, Runner
+from kvq_compile.evaluation.perplexity import Advance
+from kvq_compile.evaluation.runner import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,21 +124,12 @@ def sit_exam(runner: Runner, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> 
     right = 0
     before: list[int] = []
     for question in exam.questions:
-        token = runner.feed(
-            torch.tensor(before + question.prompt, dtype=torch.int64, device="cpu")
-        )[-1].argmax()
-        answer = [int(token)]
-        while len(answer) < question.answer_length:
-            answer.append(
-                int(
-                    runner.feed(torch.tensor(answer[-1:], dtype=torch.int64, device="cpu"))[
-                        -1
-                    ].argmax()
-                )
-            )
+        asked = torch.tensor([before + question.prompt], dtype=torch.int64, device="cpu")
+        first = runner.feed(asked)[:, -1].argmax(-1)
+        answer = runner.decode(first, question.answer_length)[0].tolist()
         right += count_right(tokenizer.decode(answer), question.digits)
         before = [*answer[-1:], *question.ending]
-    runner.cache = None
+    runner.finish()
     return right
 
 
@@ -149,6 +141,7 @@ def recall(
     exams: int = 4,
     advance: Advance = lambda exams: None,
     kept: Kept | None = None,
+    text: str = "",
 ) -> list[float]:
     """Return the percentage of digits each runner gets right over several contexts.
 
@@ -160,11 +153,12 @@ def recall(
         exams: Contexts.
         advance: Called after each exam with the number of exams done, for a progress bar.
         kept: What was measured before, which is not measured again, and where the rest goes.
+        text: What the text is called there.
     """
     kept = kept or Kept()
     contexts = [make_exam(tokenizer, filler, length, seed) for seed in range(exams)]
     for runner in runners:
-        if (runner.method.label, length) in kept.recalls:
+        if ("recall", text, runner.method.label, length) in kept:
             advance(exams)
             continue
         right = 0
@@ -172,5 +166,5 @@ def recall(
             right += sit_exam(runner, tokenizer, exam)
             advance(1)
         percent = 100 * right / (exams * FACTS * DIGITS)
-        kept.add_recall(runner.method.label, length, percent)
-    return [kept.recalls[runner.method.label, length] for runner in runners]
+        kept["recall", text, runner.method.label, length] = percent
+    return [kept["recall", text, runner.method.label, length] for runner in runners]

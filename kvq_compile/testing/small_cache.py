@@ -43,8 +43,8 @@ def used(cache: QuantizedKV) -> list[Tensor]:
     sinks = exact_row_index(0, min(length, layout.sinks), layout, cache.device)
     rows = torch.cat([sinks, rows])
     return [
-        cache.codes[:, :, :pages],
-        cache.params[:, :, :pages],
+        cache.paged().codes[:, :, :pages],
+        cache.paged().params[:, :, :pages],
         cache.exact[:, :, rows],
         cache.cursor,
     ]
