@@ -81,8 +81,8 @@ def _site(
     outputs: set[fx.Node],
     graph: Graph,
 ) -> AttentionSite:
-    key = find_state(attention.key, outputs)
-    value = find_state(attention.value, outputs)
+    key = find_state(attention.key, outputs, graph.updates)
+    value = find_state(attention.value, outputs, graph.updates)
     layer_spec = graph.spec.for_layer(order if graph.by_order else place.layer)
     if layer_spec is None:
         raise Refusal(BY_OPTION)

@@ -83,7 +83,8 @@ def _write(
     is_tensor = isinstance(value_of(position), torch.Tensor)
     if is_tensor:
         part_of([position], graph.arguments)  # raises where it cannot be known
-    if is_tensor and value_of(position).is_cuda and _is_counted(position, state):
+    counted = is_tensor and value_of(position).is_cuda and _is_counted(position, state)
+    if counted and not state.is_update:
         return None  # consecutive whatever the call; the host does not wait for where they begin
     hides = _hides(graph, state, site)
     name = source_name(state.past)
@@ -92,8 +93,10 @@ def _write(
     if not is_tensor:
         first = graph.sizes.size(value_of(position))
         tokens = graph.sizes.size((shape_of(state.new) or ())[2])
-        return Write(name, argument, None, first, tokens, hides, inverted)
-    return Write(name, argument, _place(position, positions), None, None, hides, inverted)
+        return Write(name, argument, None, first, tokens, hides, inverted, state.is_update)
+    count, place = (shape_of(state.new) or ())[2], _place(position, positions)
+    tokens = None if same(value_of(position).numel(), count) else graph.sizes.size(count)
+    return Write(name, argument, place, None, tokens, hides, inverted, state.is_update)
 
 
 def _place(position: fx.Node, positions: list[fx.Node]) -> int:

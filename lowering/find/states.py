@@ -7,18 +7,21 @@ keeps is reached. How that tensor enters and leaves the graph is its `Life`::
     new, returned                                 FRESH
     zeros(...), index_copy_(2, pos, new), returned   ALLOCATED
     placeholder, index_copy_(2, pos, new)         BUFFER or BUFFER_PLAIN; ``cache[:, :, pos] = new`` as well
+    index_copy(placeholder, 2, pos, new), returned   the same, and the tensor that was passed in stays as it was
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
+from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
 from kvq_compile.lowering.find.writes import read_write, writes_of
 from kvq_compile.lowering.nodes import (
     argument,
@@ -35,7 +38,9 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Life, Refusal, State
 
-ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")
+NOT_UNDERSTOOD = (
+    "is updated in a way that is not understood as tokens written at some cache positions"
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,15 @@ class _Read:
     slots: Any
 
 
-def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
+def find_state(
+    operand: fx.Node, outputs: set[fx.Node], updates: Mapping[fx.Node, Update] | None = None
+) -> State:
     """Return the state behind an attention's key or value.
 
     Args:
         operand: The key, not transposed, or the value: ``[B, H, S, D]``.
         outputs: Nodes that the graph returns.
+        updates: What `name_updates` has found.
 
     Raises:
         Refusal: The tensor is not a cache, or not one that can be quantized.
@@ -60,6 +68,9 @@ def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
     shape = shape_of(base)
     if shape is None or len(shape) != 4:
         raise Refusal(f"keys and values must be [B, H, S, D], got {shape}")
+    update = (updates or {}).get(base)
+    if update is not None:
+        return _updated(read, update, outputs)
     if target_name(base) in ("cat", "concat"):
         return _grown(read, outputs)
     if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
@@ -190,6 +201,9 @@ def _fresh(read: _Read, kept: fx.Node) -> State:
     Raises:
         Refusal: They are not: a cache that entered the call is among what they are made of.
     """
+    updated = updated_cache(read.base)
+    if updated is not None and updated.op == "placeholder":
+        raise Refusal(f"the cache {source_name(updated)} {NOT_UNDERSTOOD}")
     length = (shape_of(kept) or ())[2]
     for cache in cache_inputs(kept):
         value = value_of(cache)
@@ -227,6 +241,31 @@ def _written(read: _Read, outputs: set[fx.Node]) -> State:
     if len([user for user in readers if user.op != "output"]) > 1:
         raise Refusal("the cache is read outside attention in the same call")
     return State(life, past, new, past, writes[0], position, read.repeats, read.slots)
+
+
+def _updated(read: _Read, update: Update, outputs: set[fx.Node]) -> State:
+    """Return the state of a fixed-size cache of which an updated copy is returned.
+
+    Raises:
+        Refusal: It is not returned, or both the cache as it was and the updated one are read.
+    """
+    past, result = update.past, read.base
+    if result not in outputs:
+        raise Refusal(why_not_kept(result, outputs))
+    value, steps = value_of(past), {*update.steps}
+    if isinstance(value, QuantizedKV) and value.kind != "static":
+        raise Refusal("a quantized cache that grows by cat is updated as one of fixed size")
+    before = [user for user in past.users if user not in steps and not _is_dead(user)]
+    if any(isinstance(value_of(user), Tensor) or user.op == "output" for user in before):
+        raise Refusal("the cache is read as it was before the write, too")
+    readers = [user for user in result.users if user not in steps and not _is_dead(user)]
+    if len([user for user in readers if user.op != "output"]) > 1:
+        raise Refusal("the cache is read outside attention in the same call")
+    if past.op != "placeholder":
+        life, base = Life.ALLOCATED, past
+    else:
+        life, base = Life.BUFFER if isinstance(value, QuantizedKV) else Life.BUFFER_PLAIN, result
+    return State(life, base, update.new, past, result, update.position, read.repeats, read.slots)
 
 
 def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:

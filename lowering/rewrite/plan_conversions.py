@@ -25,14 +25,15 @@ def plan_conversions(graph: Graph) -> PassReport:
                 continue
             assert state.past is not None
             argument = graph.arguments[state.past]
+            output = graph.results.index(state.base) if state.is_update else None
             if isinstance(value_of(state.position), torch.Tensor):
                 slots = _return_slots(graph, state)
-                graph.conversions.append(Conversion(argument, slots, None, quantization))
+                graph.conversions.append(Conversion(argument, slots, None, quantization, output))
             else:
                 end = value_of(state.position) + (shape_of(state.new) or ())[2]
                 held = graph.sizes.size(end)
-                graph.conversions.append(Conversion(argument, None, held, quantization))
-            changes.append(f"{state.past} is quantized after the call")
+                graph.conversions.append(Conversion(argument, None, held, quantization, output))
+            changes.append(f"{state.base} is quantized after the call")
     return PassReport(tuple(changes))
 
 
