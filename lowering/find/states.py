@@ -28,6 +28,7 @@ from kvq_compile.lowering.nodes import (
     getitem_index,
     input_of,
     is_full,
+    order_of,
     root_of,
     same,
     shape_of,
@@ -45,13 +46,19 @@ NOT_UNDERSTOOD = (
 
 @dataclass(frozen=True)
 class _Read:
+    """How an attention reads a tensor: ``first`` is the first node of the way from there, ``None`` if it is none."""
+
     base: fx.Node
     repeats: Any
     slots: Any
+    first: fx.Node | None
 
 
 def find_state(
-    operand: fx.Node, outputs: set[fx.Node], updates: Mapping[fx.Node, Update] | None = None
+    operand: fx.Node,
+    outputs: set[fx.Node],
+    updates: Mapping[fx.Node, Update] | None = None,
+    attention: fx.Node | None = None,
 ) -> State:
     """Return the state behind an attention's key or value.
 
@@ -59,6 +66,7 @@ def find_state(
         operand: The key, not transposed, or the value: ``[B, H, S, D]``.
         outputs: Nodes that the graph returns.
         updates: What `name_updates` has found.
+        attention: The result of the attention; of the writes into a buffer, the last before it is its own.
 
     Raises:
         Refusal: The tensor is not a cache, or not one that can be quantized.
@@ -74,7 +82,7 @@ def find_state(
     if target_name(base) in ("cat", "concat"):
         return _grown(read, outputs)
     if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
-        return _written(read, outputs)
+        return _written(read, outputs, attention)
     kept = [node for node in outputs if node is base or moved_from(node) is base]
     if kept:
         return _fresh(read, base if base in kept else kept[0])
@@ -90,8 +98,9 @@ def _peel(node: Any) -> _Read:
     """Walk back along repeated heads and cut-off cache positions."""
     repeats: Any = 1
     slots: Any = None
+    first: fx.Node | None = None
     while True:
-        name = target_name(node)
+        name, behind = target_name(node), node
         step = _repeat_of(node)
         if step is not None:
             node, times = step
@@ -101,7 +110,10 @@ def _peel(node: Any) -> _Read:
         elif name == "getitem" and slots is None and (cut := _prefix_of(node)) is not None:
             slots, node = cut, input_of(node)
         else:
-            return _Read(node, repeats, slots)
+            return _Read(node, repeats, slots, first)
+        first = behind
+        while first.args[0] is not node:
+            first = input_of(first)
 
 
 def _repeat_of(node: Any) -> tuple[fx.Node, Any] | None:
@@ -220,27 +232,51 @@ def _is_empty(node: Any) -> bool:
     return shape is not None and len(shape) == 1 and same(shape[0], 0)
 
 
-def _written(read: _Read, outputs: set[fx.Node]) -> State:
+def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> State:
     past = read.base
-    writes = writes_of(past)
-    if not writes:
+    if not writes_of(past):
         raise Refusal(_why_not_written(past, outputs))
-    if len(writes) > 1:
-        raise Refusal("the cache is written more than once in a call")
-    position, new = read_write(writes[0])
+    write = _own_write(read, attention)
+    position, new = read_write(write)
     quantized = isinstance(value_of(past), QuantizedKV)
     if quantized and value_of(past).kind != "static":
         raise Refusal("a quantized cache that grows by cat is written in place")
     if past.op != "placeholder":
         if past not in outputs:
             raise Refusal(why_not_kept(past, outputs))
+        if len(writes_of(past)) > 1:
+            raise Refusal("the cache is allocated and written more than once in a call")
         life = Life.ALLOCATED
     else:
         life = Life.BUFFER if quantized else Life.BUFFER_PLAIN
-    readers = [user for user in past.users if user is not writes[0] and not _is_dead(user)]
-    if len([user for user in readers if user.op != "output"]) > 1:
+    return State(life, past, new, past, write, position, read.repeats, read.slots)
+
+
+def _own_write(read: _Read, attention: fx.Node | None) -> fx.Node:
+    """Return the write whose tokens an attention is the first to read, and the only one before the next write.
+
+    Raises:
+        Refusal: There is none, or something else reads the cache in between.
+    """
+    past, writes = read.base, writes_of(read.base)
+    place = order_of(past.graph)
+    end = len(place) if attention is None else place[attention]
+    reads = [
+        place[user]
+        for user in past.users
+        if user not in writes and user.op != "output" and not _is_dead(user)
+    ]
+    written = [place[write] for write in writes]
+    before = [at for at in written if at < (end if read.first is None else place[read.first])]
+    if not before or min(reads, default=end) < written[0]:
+        raise Refusal("the cache is read before it is written")
+    following = next((at for at in written if at > before[-1]), len(place))
+    if following < end:
+        raise Refusal("the cache is written between its read and the attention")
+    own = [at for at in reads if before[-1] < at < following]
+    if len(own) != 1:
         raise Refusal("the cache is read outside attention in the same call")
-    return State(life, past, new, past, writes[0], position, read.repeats, read.slots)
+    return writes[len(before) - 1]
 
 
 def _updated(read: _Read, update: Update, outputs: set[fx.Node]) -> State:

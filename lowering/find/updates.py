@@ -77,7 +77,7 @@ def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         allocated = target_name(past) in ALLOCATIONS
         if not (is_cache_like(past) or allocated) or not same(shape_of(past)[2], shape[2]):  # type: ignore[index]
             continue
-        shorter = [node for node in near if not same(shape_of(node)[2], shape[2])]  # type: ignore[index]
+        shorter = [node for node in near if _hint(node) < _hint(result)]
         yield from ((past, new) for new in shorter[:_TRIES])
 
 
@@ -86,6 +86,14 @@ def _is_like(node: fx.Node, like: Tensor) -> bool:
     if mine is None or len(mine) != 4 or value.dtype != like.dtype:
         return False
     return all(same(mine[dim], like.shape[dim]) for dim in (0, 1, 3))
+
+
+def _hint(node: fx.Node) -> int:
+    """Return how many tokens a tensor has in the call that is being compiled; 0 where that depends on data."""
+    size = (shape_of(node) or ())[2]
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.has_hint() else 0
 
 
 def _positions(result: fx.Node, past: fx.Node, new: fx.Node) -> list[fx.Node]:
@@ -113,7 +121,7 @@ def _are_symbols(a: Any, b: Any) -> bool:
     if not (isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)):
         return False
     known = a.node.has_hint() and b.node.has_hint() and a.node.hint == b.node.hint
-    return known and a.node.expr.is_symbol and b.node.expr.is_symbol
+    return bool(known and a.node.expr.is_symbol and b.node.expr.is_symbol)
 
 
 class _Trial(Trial):

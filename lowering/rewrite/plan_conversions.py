@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvq_compile.lowering.find.writes import writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.runtime import Conversion
@@ -24,6 +25,8 @@ def plan_conversions(graph: Graph) -> PassReport:
             if state.life is not Life.BUFFER_PLAIN:
                 continue
             assert state.past is not None
+            if state.write not in (state.base, *writes_of(state.past)[-1:]):
+                continue  # a later write tells how many tokens there are in the end
             argument = graph.arguments[state.past]
             output = graph.results.index(state.base) if state.is_update else None
             if isinstance(value_of(state.position), torch.Tensor):
