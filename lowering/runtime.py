@@ -156,6 +156,7 @@ class Lowered:
         check: The writes to look at before a call.
         thaw: Why every call has to run as captured, if it has.
         states: What became of each cache.
+        updated: Numbers of the outputs that are updated caches, by the places of the caches that they are made of.
     """
 
     module: fx.GraphModule
@@ -223,9 +224,12 @@ class Lowered:
         self.keep_plain(args, reason)
         assert self.captured is not None
         outputs = list(self.captured(*args))
+        self._keep_updated_plain(outputs, reason)
+        return outputs
+
+    def _keep_updated_plain(self, outputs: Sequence[Any], reason: str) -> None:
         for place in self.updated.values():
             keep_plain(outputs[place], reason)
-        return outputs
 
     def _told(self, args: Sequence[Any]) -> str | None:
         """Return why a buffer of the call is not to be quantized, where an earlier call has found out."""
@@ -301,7 +305,7 @@ class Lowered:
             compile_inner: Compiles ``module`` for arguments of the captured graph.
             tell: Called with the reason why a buffer stays as it is.
         """
-        compiled: list[Compiled] = []
+        compiled: list[tuple[Compiled, str]] = []
 
         def call(*args: Any) -> list[Any]:
             told = self._told(args)
@@ -309,18 +313,20 @@ class Lowered:
             if look.reason is not None:
                 if told is None:
                     tell(look.reason)
-                if self.unwrapped or self.updated:
+                if self.unwrapped:
                     return self._as_captured(args, look.reason)
                 self.keep_plain(args, look.reason)
-                compiled.append(compile_inner(args))
+                compiled.append((compile_inner(args), look.reason))
             args = tuple(_passed_on(args, look.updated))
-            outputs = self.call(compiled[0] if compiled else self.module.forward, args)
-            if not compiled:
-                try:
-                    convert(self.conversions, args, outputs)
-                except RuntimeError as error:
-                    tell(str(error))
-                    compiled.append(compile_inner(args))
+            outputs = self.call(compiled[0][0] if compiled else self.module.forward, args)
+            if compiled:
+                self._keep_updated_plain(outputs, compiled[0][1])
+                return outputs[: self.returned]
+            try:
+                convert(self.conversions, args, outputs)
+            except RuntimeError as error:
+                tell(str(error))
+                compiled.append((compile_inner(args), str(error)))
             return outputs[: self.returned]
 
         return call

@@ -32,7 +32,7 @@ def by_slices(past: Tensor, position: Tensor, first: int, new: Tensor) -> Tensor
 
 
 def by_copies(past: Tensor, position: Tensor, first: int, new: Tensor) -> Tensor:
-    made = torch.empty_like(past)
+    made = torch.zeros(past.shape)
     made.copy_(past)
     made.narrow(2, first, new.shape[2]).copy_(new)
     return made
@@ -285,6 +285,29 @@ def test_positions_that_a_packed_cache_cannot_take_turn_an_updated_cache_plain_a
         with pytest.warns(KVQWarning, match="not consecutive"):  # and stays so
             later = run(*drawn(1, 3), *packed, torch.tensor([48]), 48)
         assert [type(cache) for cache in later[1:]] == [Tensor, Tensor]
+
+
+def test_an_updated_cache_in_16_bit_that_cannot_be_packed_stays_so_and_is_told_once() -> None:
+    """A ring: its cache positions are counted from the beginning again at its end."""
+
+    def ring(past, position, first, new):
+        return past.index_copy(2, position % SLOTS, new)
+
+    def step(query, key, value, keys, values, position, mask):
+        keys, values = ring(keys, position, 0, key), ring(values, position, 0, value)
+        return sdpa(query, keys, values, attn_mask=mask), keys, values
+
+    run = torch.compile(step, backend="kvq", options=OPTIONS)
+    kept = exact = plain_caches()
+    mask = torch.ones(1, SLOTS, dtype=torch.bool)
+    with torch.no_grad(), pytest.warns(KVQWarning) as told:
+        for first in (SLOTS - 1, SLOTS + 1, SLOTS + 3):
+            arguments = list(drawn(2, 3, first)), (torch.arange(first, first + 2), mask)
+            output, *kept = run(*arguments[0], *kept, *arguments[1])
+            expected, *exact = step(*arguments[0], *exact, *arguments[1])
+            torch.testing.assert_close([output, *kept], [expected, *exact], rtol=0, atol=0)
+    assert [type(cache) for cache in kept] == [Tensor, Tensor]
+    assert len([w for w in told if "not consecutive" in str(w.message)]) == 1
 
 
 def test_a_cache_that_is_read_as_it_was_and_as_it_is_stays_in_16_bit() -> None:

@@ -70,15 +70,26 @@ def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     shape, like = shape_of(result), value_of(result)
     if shape is None or len(shape) != 4 or not like.is_floating_point():
         return
-    if result.op not in ("call_function", "call_method") or target_name(result) in ALLOCATIONS:
+    if result.op not in ("call_function", "call_method"):
         return
-    near = [node for node in made_of(result, _ENDS) if _is_like(node, like)]
-    for past in near:
-        allocated = target_name(past) in ALLOCATIONS
-        if not (is_cache_like(past) or allocated) or not same(shape_of(past)[2], shape[2]):  # type: ignore[index]
-            continue
+    pasts = {node for node in result.graph.nodes if _is_past(node, result)}
+    if not pasts:  # as in most graphs: the search below costs far more
+        return
+    near = [node for node in made_of(result, _ENDS) if node is not result and _is_like(node, like)]
+    for past in filter(pasts.__contains__, near):
         shorter = [node for node in near if _hint(node) < _hint(result)]
         yield from ((past, new) for new in shorter[:_TRIES])
+
+
+def _is_past(node: fx.Node, result: fx.Node) -> bool:
+    """Return whether a node may be the fixed-size cache that ``result`` is an update of."""
+    allocated = target_name(node) in ALLOCATIONS and target_name(result) not in ALLOCATIONS
+    if node is result or not (allocated or is_cache_like(node)):
+        return False
+    mine, theirs = shape_of(node), shape_of(result)
+    if mine is None or theirs is None or len(mine) != 4 or _hint(node) != _hint(result):
+        return False
+    return same(mine[2], theirs[2])
 
 
 def _is_like(node: fx.Node, like: Tensor) -> bool:
