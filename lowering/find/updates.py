@@ -77,7 +77,7 @@ def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         return
     near = [node for node in made_of(result, _ENDS) if node is not result and _is_like(node, like)]
     for past in filter(pasts.__contains__, near):
-        shorter = [node for node in near if _hint(node) < _hint(result)]
+        shorter = [node for node in near if 0 < _hint(node) < _hint(result)]
         yield from ((past, new) for new in shorter[:_TRIES])
 
 
