@@ -193,7 +193,7 @@ class _Trial(Trial):
         if self._position is not None:
             like = value_of(self._position)
             shape = [size_of_trial(size, sizes) for size in like.shape]
-            counted = torch.arange(first, first + new.shape[2], dtype=like.dtype)
+            counted = torch.arange(first, first + new.shape[2], dtype=like.dtype, device="cpu")
             given[self._position] = counted.reshape(shape)
         result = self.run(sizes, given)
         if result.dtype != past.dtype or result.shape != past.shape:
