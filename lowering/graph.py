@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.cache_nodes import CacheNodes, CalibrationInputs, Seen
 from kvq_compile.lowering.find.rotation import Rotation
+from kvq_compile.lowering.find.updates import Update
 from kvq_compile.lowering.runtime import Conversion, Output
 from kvq_compile.lowering.sites import (
     Attention,
@@ -42,6 +43,7 @@ class Graph:
         sites: Attentions to rewrite.
         reports: What became of each attention.
         state_reports: What became of each cache.
+        updates: Fixed-size caches of which the graph returns an updated copy, by that copy.
         calibration: Calibration constants of new caches.
         caches: The quantized caches among the inputs.
         made: The quantized caches that stand for the buffers which the graph allocates.
@@ -64,6 +66,7 @@ class Graph:
     sites: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     state_reports: list[StateReport] = field(default_factory=list)
+    updates: dict[Node, Update] = field(default_factory=dict)
     calibration: CalibrationInputs = field(default_factory=CalibrationInputs)
     caches: dict[Node, CacheNodes] = field(default_factory=dict)
     made: dict[Node, CacheNodes] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -239,6 +239,24 @@ def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         for root in (root_of(node.args[0]),)
         if isinstance(root, fx.Node)
     }
+
+
+def erase_unread(graph: fx.Graph, steps: Sequence[fx.Node]) -> None:
+    """Erase those of some steps that lead to nothing else, writes into memory of their own included."""
+    among = set(steps)
+    for step in reversed(steps):
+        if not step.users and (not writes_in_place(step) or _is_own(root_of(step.args[0]), among)):
+            graph.erase_node(step)
+
+
+def _is_own(memory: fx.Node, steps: set[fx.Node]) -> bool:
+    """Return whether nothing but ``steps`` uses a tensor's memory."""
+    views = (user for user in memory.users if root_of(user) is memory)
+    return set(memory.users) <= steps and all(_is_own_view(view, steps) for view in views)
+
+
+def _is_own_view(view: fx.Node, steps: set[fx.Node]) -> bool:
+    return set(view.users) <= steps and all(_is_own_view(user, steps) for user in view.users)
 
 
 # What positions are computed with; each call of one gives the same result.

@@ -28,6 +28,7 @@ from kvq_compile.lowering.rewrite.extend_refused import extend_refused
 from kvq_compile.lowering.rewrite.fuse_attention import fuse_attention
 from kvq_compile.lowering.rewrite.gather_rows import gather_rows
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
+from kvq_compile.lowering.rewrite.name_updates import name_updates
 from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
@@ -49,6 +50,7 @@ ANALYSIS: tuple[Pass, ...] = (
     unchain_writes,  # first: the finders know a cache by one node
     spell_growth,  # and its growth by one spelling
     hold_slots,
+    name_updates,
     find_sites,
     refuse_gradients,
     refuse_branches,
@@ -111,6 +113,11 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
         return Lowered.thawed(gm, graph.reports + refused, graph.thaw)
     graph.reports += [_rewritten(site) for site in graph.sites]
     graph.reports.sort(key=lambda report: report.layer)
+    updated = {
+        graph.arguments[state.past]: graph.results.index(state.base)
+        for state, _ in graph.states()
+        if state.is_update and state.past is not None
+    }
     before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
     run(REWRITING, graph)
     graph.module.recompile()
@@ -133,6 +140,7 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
         tables=list(graph.calibration.tensors.values()),
         captured=gm,
         check=graph.check,
+        updated=updated,
     )
 
 
@@ -160,7 +168,7 @@ def _pairs(graph: Graph) -> list[tuple[int, int]]:
 
 
 def _rewritten(site: AttentionSite) -> SiteReport:
-    output, life = site.attention.output, site.key.life
+    output, key = site.attention.output, site.key
     how = {
         Life.FRESH: "attends exactly to its own tokens, returns them quantized",
         Life.GROWN_PLAIN: "attends exactly, returns the dynamic cache quantized",
@@ -168,7 +176,9 @@ def _rewritten(site: AttentionSite) -> SiteReport:
         Life.ALLOCATED: "attends exactly to its own tokens, writes them into a quantized buffer",
         Life.BUFFER_PLAIN: "runs as captured once, then its buffer is quantized in place",
         Life.BUFFER: "reads the quantized buffer, quantizes on write",
-    }[life]
+    }[key.life]
+    if key.is_update and key.life is Life.BUFFER_PLAIN:
+        how = "runs as captured, then the updated cache is returned quantized"
     bits = (
         f"{site.key_quantization.layout.about} keys, {site.value_quantization.layout.about} values"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
 from kvq_compile.lowering.sites import Quantization, SiteReport, StateReport
 from kvq_compile.lowering.sizes import Size
-from kvq_compile.lowering.slots import SlotCheck
+from kvq_compile.lowering.slots import Look, SlotCheck
 
 Compiled = Callable[..., Any]
 Tell = Callable[[str], None]
@@ -121,6 +121,7 @@ class Conversion:
         end: Tokens held after the call, where that is known from the arguments.
         quantization: What to convert to.
         query: Number of the output that holds the queries of the call, where bits depend on them.
+        output: Number of the output that holds the tokens, where the call leaves the argument as it was.
     """
 
     argument: int
@@ -128,6 +129,7 @@ class Conversion:
     end: Size | None
     quantization: Quantization
     query: int | None = None
+    output: int | None = None
 
     def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Return how many tokens the buffer holds after a call."""
@@ -156,6 +158,7 @@ class Lowered:
         check: The writes to look at before a call.
         thaw: Why every call has to run as captured, if it has.
         states: What became of each cache.
+        updated: Numbers of the outputs that are updated caches, by the places of the caches that they are made of.
     """
 
     module: fx.GraphModule
@@ -171,6 +174,7 @@ class Lowered:
     check: SlotCheck | None = None
     thaw: str | None = None
     states: tuple[StateReport, ...] = ()
+    updated: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def as_captured(
@@ -201,21 +205,33 @@ class Lowered:
             return (lambda *args: self.call(inner, args)) if self.rewritten else inner
 
         def call(*args: Any) -> list[Any]:
-            reason = self.why_not(args)
-            if reason is None:
-                return self.call(inner, args)
-            tell(reason)
-            self.keep_plain(args, reason)
-            assert self.captured is not None
-            return list(self.captured(*args))
+            look = self.look(args)
+            if look.reason is None:
+                return self.call(inner, _passed_on(args, look.updated))
+            tell(look.reason)
+            return self._as_captured(args, look.reason)
 
         return call
 
-    def why_not(self, args: Sequence[Any]) -> str | None:
-        """Return why this call cannot run on quantized caches of fixed size, or ``None`` if it can."""
-        if self.thaw is not None or self.check is None:
-            return self.thaw
-        return self.check.reason(args)
+    def look(self, args: Sequence[Any]) -> Look:
+        """Look at what a call writes into quantized caches of fixed size, before it runs."""
+        return (
+            Look(self.thaw)
+            if self.thaw is not None or self.check is None
+            else self.check.look(args)
+        )
+
+    def _as_captured(self, args: Sequence[Any], reason: str) -> list[Any]:
+        """Run the captured graph on ordinary tensors, and leave them so."""
+        self.keep_plain(args, reason)
+        assert self.captured is not None
+        outputs = list(self.captured(*args))
+        self._keep_updated_plain(outputs, reason)
+        return outputs
+
+    def _keep_updated_plain(self, outputs: Sequence[Any], reason: str) -> None:
+        for place in self.updated.values():
+            keep_plain(outputs[place], reason)
 
     def _told(self, args: Sequence[Any]) -> str | None:
         """Return why a buffer of the call is not to be quantized, where an earlier call has found out."""
@@ -291,32 +307,34 @@ class Lowered:
             compile_inner: Compiles ``module`` for arguments of the captured graph.
             tell: Called with the reason why a buffer stays as it is.
         """
-        compiled: list[Compiled] = []
+        compiled: list[tuple[Compiled, str]] = []
 
         def call(*args: Any) -> list[Any]:
             told = self._told(args)
-            reason = None if compiled else told or self.why_not(args)
-            if reason is not None:
+            look = Look() if compiled else Look(told) if told else self.look(args)
+            if look.reason is not None:
                 if told is None:
-                    tell(reason)
-                self.keep_plain(args, reason)
+                    tell(look.reason)
                 if self.unwrapped:
-                    assert self.captured is not None
-                    return list(self.captured(*args))
-                compiled.append(compile_inner(args))
-            outputs = self.call(compiled[0] if compiled else self.module.forward, args)
-            if not compiled:
-                try:
-                    convert(self.conversions, args, outputs)
-                except RuntimeError as error:
-                    tell(str(error))
-                    compiled.append(compile_inner(args))
+                    return self._as_captured(args, look.reason)
+                self.keep_plain(args, look.reason)
+                compiled.append((compile_inner(args), look.reason))
+            args = tuple(_passed_on(args, look.updated))
+            outputs = self.call(compiled[0][0] if compiled else self.module.forward, args)
+            if compiled:
+                self._keep_updated_plain(outputs, compiled[0][1])
+                return outputs[: self.returned]
+            try:
+                convert(self.conversions, args, outputs)
+            except RuntimeError as error:
+                tell(str(error))
+                compiled.append((compile_inner(args), str(error)))
             return outputs[: self.returned]
 
         return call
 
 
-def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Sequence[Any]) -> None:
+def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: list[Any]) -> None:
     """Quantize the buffers that a call has written, or none of them.
 
     Args:
@@ -328,9 +346,11 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Seq
         RuntimeError: One of them cannot be converted in place. Nothing has changed then.
     """
     for conversion in conversions:
-        check_can_become_quantized(args[conversion.argument])
+        if conversion.output is None:
+            check_can_become_quantized(args[conversion.argument])
     for conversion in conversions:
-        buffer, held = args[conversion.argument], conversion.held(args, outputs)
+        updated, held = conversion.output, conversion.held(args, outputs)
+        buffer = args[conversion.argument] if updated is None else outputs[updated]
         with torch.no_grad():
             quantization = conversion.quantization
             tables = quantization.tables.on(buffer.device) if quantization.tables else None
@@ -338,4 +358,18 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: Seq
             quantized = QuantizedKV.from_dense(
                 buffer, quantization.layout, kind="static", length=held, tables=tables, query=query
             )
-        become(buffer, quantized)
+        if updated is None:
+            become(buffer, quantized)
+        else:
+            outputs[:] = [quantized if output is buffer else output for output in outputs]
+
+
+def _passed_on(args: Sequence[Any], updated: Mapping[int, tuple[int, int]]) -> Sequence[Any]:
+    """Return the arguments with a cache that may be written in place of each that the call leaves as it was."""
+    if not updated:
+        return args
+    own = list(args)
+    for place, (held, first) in updated.items():
+        cache: QuantizedKV = args[place]
+        own[place] = cache.pass_on(held) if first == held else cache.clone_packed()
+    return own

@@ -82,7 +82,7 @@ class State:
         new: The call's own tokens, ``[B, Hkv, T, D]``.
         past: Placeholder or allocation that held the earlier tokens, if any; or rows taken from such a placeholder.
         source: That placeholder, where ``past`` is rows taken from it.
-        write: The node that writes ``new`` into ``past``, where that is a write in place.
+        write: The node that writes ``new`` into ``past``, in place or, where it is ``base``, into a copy.
         position: Cache positions of the new tokens, a node; or their first cache position, a number.
         repeats: Query heads for one KV head, as repeated in the graph.
         slots: How many leading cache positions attention reads; ``None`` for all.
@@ -97,6 +97,19 @@ class State:
     repeats: Any = 1
     slots: Any = None
     source: fx.Node | None = None
+
+    @property
+    def is_update(self) -> bool:
+        """Whether the call returns an updated cache and leaves the tensor that it was given as it was."""
+        return self.write is not None and self.write is self.base
+
+    @property
+    def how(self) -> str:
+        """How the cache enters the graph and leaves it, in words."""
+        if not self.is_update:
+            return self.life.value
+        held = "quantized" if self.life is Life.BUFFER else "16-bit"
+        return f"{held} cache of fixed size, of which an updated one is returned"
 
     @property
     def cache(self) -> fx.Node | None:

@@ -8,8 +8,8 @@ again and the call runs as it was captured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from kvq_compile.kernels.layout import HIDES
 from kvq_compile.lowering.sizes import Size
 
 GAPS = "the cache positions written are not consecutive"
+SEVERAL = "one token is written to several cache positions"
 AHEAD = "tokens are written behind empty cache positions"
 OVERWRITES = "cache positions are overwritten that attention goes on to read behind the new tokens"
+FROM_THE_END = "the cache is written at positions counted from its end"
 NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
 
 
@@ -34,10 +36,12 @@ class Write:
         argument: Its place among the arguments; ``None`` for one that the call allocates.
         position: Which result of `SlotCheck.positions` holds the cache positions; ``None`` where the first is a number.
         first: The first cache position, where it is a number.
-        tokens: How many tokens are written, where the first cache position is a number.
+        tokens: How many tokens are written, where the first cache position is a number, or where the graph does not
+            show that there is a cache position for each.
         hides: What hides the cache positions behind the new tokens: a part of the graph that computes the mask of the
             attention, ``True`` where nothing behind them is read, ``None`` where that is not known.
         inverted: Whether the mask marks what is hidden.
+        is_update: Whether the call leaves the cache as it was and returns an updated one.
     """
 
     name: str
@@ -47,6 +51,21 @@ class Write:
     tokens: Size | None = None
     hides: fx.GraphModule | bool | None = None
     inverted: bool = False
+    is_update: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a call is about to write.
+
+    Attributes:
+        reason: Why the caches cannot take it; ``None`` if they can.
+        updated: Tokens held by each cache of which an updated one is returned, and the first position written, by the
+            place of its argument.
+    """
+
+    reason: str | None = None
+    updated: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,8 +80,8 @@ class SlotCheck:
     positions: fx.GraphModule | None
     writes: tuple[Write, ...]
 
-    def reason(self, args: Sequence[Any]) -> str | None:
-        """Return why the caches cannot take the writes of a call, or ``None`` if they can."""
+    def look(self, args: Sequence[Any]) -> Look:
+        """Look at the writes of a call before it runs."""
         slots = [] if self.positions is None else list(self.positions(*args))
         places = {write.argument for write in self.writes if write.argument is not None}
         caches = {place: args[place] for place in sorted(places)}
@@ -71,6 +90,7 @@ class SlotCheck:
         held: dict[int | None, int] = {
             place: found[0] for place, found in zip(cursors, numbers[len(slots) :], strict=True)
         }
+        updated: dict[int, tuple[int, int]] = {}
         for write in self.writes:
             if write.first is not None and write.tokens is not None:
                 first, tokens = write.first(args), write.tokens(args)
@@ -79,21 +99,27 @@ class SlotCheck:
                 found = numbers[write.position]
                 first, tokens = (found or [0])[0], len(found)
                 if found != list(range(first, first + tokens)):
-                    return GAPS
+                    return Look(GAPS)
+                if write.tokens is not None and write.tokens(args) != tokens:
+                    return Look(SEVERAL)
+            if first < 0:
+                return Look(FROM_THE_END)
             if write.argument is None and first != 0:
-                return NOT_FIRST
+                return Look(NOT_FIRST)
             if write.argument in held:
+                if write.is_update and write.argument is not None:
+                    updated[write.argument] = held[write.argument], first
                 if first > held[write.argument]:
-                    return AHEAD
+                    return Look(AHEAD)
                 if (
                     first < held[write.argument]
                     and _shows(write, args, first + tokens) is not False
                 ):
-                    return OVERWRITES
+                    return Look(OVERWRITES)
                 held[write.argument] = first + tokens
             elif write.argument is not None and _shows(write, args, first + tokens):
-                return OVERWRITES
-        return None
+                return Look(OVERWRITES)
+        return Look(None, updated)
 
 
 def _on_host(vectors: Sequence[Tensor]) -> list[list[int]]:

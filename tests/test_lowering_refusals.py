@@ -56,6 +56,21 @@ def test_active_dropout_is_left_alone() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "divide",
+    [lambda scores: 8.0 / scores, lambda scores: scores.reciprocal() * 8.0],
+    ids=["division", "reciprocal"],
+)
+def test_a_softmax_of_reciprocal_scores_is_left_alone(divide) -> None:
+    """Regression: the operands of a division were taken in either order, as those of a product may be."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        return torch.softmax(divide(query @ keys.mT), -1) @ values, keys, values
+
+    assert_left_alone(step, grown(), "scores")
+
+
 def test_a_soft_cap_on_the_scores_is_left_alone() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import KVQWarning, QuantizedKV
+from kvq_compile.history import watching
 from refused_steps import (
     assert_grows_alike,
     assert_left_alone,
@@ -114,6 +115,20 @@ def test_a_cache_that_a_second_attention_reads_is_left_to_the_first() -> None:
         assert_grows_alike(compiled, step, state, plain)
 
 
+def test_a_buffer_with_rows_that_a_call_does_not_write_is_left_alone_for_that_reason() -> None:
+    """Regression: the attention was said to keep nothing, and the cache to be written within tokens."""
+
+    def step(query, key, value, keys, values, position, mask):
+        keys = keys[:1].index_copy_(2, position, key[:1])
+        values = values[:1].index_copy_(2, position, value[:1])
+        return sdpa(query[:1], keys, values, attn_mask=mask)
+
+    reason = "only some rows of the cache are written"
+    with watching() as graphs:
+        assert_left_alone(step, buffers(), reason)
+    assert [state.detail[: len(reason)] for state in graphs[0].states] == [reason] * 2
+
+
 def test_a_buffer_without_a_mask_is_left_alone() -> None:
     def step(query, key, value, keys, values, position, mask):
         keys.index_copy_(2, position, key)
@@ -124,11 +139,6 @@ def test_a_buffer_without_a_mask_is_left_alone() -> None:
         step, buffers(), "attention reads cache positions that hold no token: there is no mask"
     )
     assert type(given[3]) is torch.Tensor
-
-
-def write_twice(keys, position, key):
-    keys.index_copy_(2, position, key)
-    keys.index_copy_(2, position, key)
 
 
 def write_channels(keys, position, key):
@@ -150,7 +160,6 @@ def write_one_token_everywhere(keys, position, key):
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (write_twice, "the cache is written more than once in a call"),
         (write_channels, "the cache is written at something else than whole tokens"),
         (write_one_sequence, "the cache is written at something else than whole tokens"),
         (write_with_gaps, "the cache is written with gaps"),

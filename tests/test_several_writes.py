@@ -226,16 +226,72 @@ def test_programs_over_a_buffer_give_the_plain_numbers(data: st.DataObject) -> N
     assert_alike(step, *static())
 
 
-def test_a_plain_buffer_written_twice_stays_plain_and_is_told() -> None:
-    def step(keys, values):
-        for slot in (40, 41):
-            keys[:, :, slot : slot + 1] = tokens(1, slot)
-            values[:, :, slot : slot + 1] = tokens(1, 100 + slot)
-        return sdpa(tokens(1, 7), keys, values, attn_mask=seen(41, 1))
-
+def kinds_and_details(step: Step, calls: int) -> tuple[set[type], list[str]]:
+    """Run a step on buffers in 16 bit, compare; return what they are then and what became of each attention."""
     plain, _ = static()
-    expected = step(*(cache.clone() for cache in plain))
-    with torch.no_grad(), pytest.warns(KVQWarning, match="written more than once"):
-        actual = torch.compile(step, backend="kvq", options=OPTIONS)(*plain)
-    assert type(plain[0]) is Tensor
-    torch.testing.assert_close(actual, expected)
+    caches = [cache.clone() for cache in plain]
+    compiled = torch.compile(step, backend="kvq", options=OPTIONS)
+    with torch.no_grad(), watching() as graphs:
+        for number in range(calls):
+            expected, actual = step(*plain, 40 + 3 * number), compiled(*caches, 40 + 3 * number)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+    return {type(cache) for cache in caches}, [site.detail for graph in graphs for site in graph.sites]  # fmt: skip
+
+
+def unrolled(attends: list[int], write: Step) -> Step:
+    """Return a step that writes three tokens, one after the other, and attends after some of the writes."""
+
+    def step(keys, values, first):
+        outputs = []
+        for place in range(3):
+            write(keys, first + place, tokens(1, place))
+            write(values, first + place, tokens(1, 100 + place))
+            if place in attends:
+                mask = torch.arange(SLOTS) <= first + place
+                outputs.append(sdpa(tokens(1, 7), keys, values, attn_mask=mask[None]))
+        return outputs
+
+    return step
+
+
+def by_slice(cache: Tensor, slot: int, token: Tensor) -> None:
+    cache[:, :, slot : slot + 1] = token
+
+
+def by_position(cache: Tensor, slot: int, token: Tensor) -> None:
+    cache.index_copy_(2, torch.arange(slot, slot + 1), token)
+
+
+@pytest.mark.parametrize("write", [by_slice, by_position])
+@pytest.mark.parametrize("attends", [[2], [0, 2], [0, 1, 2]])
+def test_a_buffer_written_several_times_in_a_call_is_quantized_and_read_packed(
+    attends, write
+) -> None:
+    """Regression: it stayed in 16 bit for good, and a quantized one was read dense."""
+    kinds, details = kinds_and_details(unrolled(attends, write), 4)
+    first, later = details[: len(attends)], details[len(attends) :]
+    assert kinds == {QuantizedKV}
+    assert later and all(detail.startswith("runs as captured once") for detail in first)
+    assert all(detail.startswith("reads the quantized buffer") for detail in later)
+
+
+def test_a_buffer_in_16_bit_written_again_behind_its_last_attention_stays_so_and_is_told() -> None:
+    kinds, details = kinds_and_details(unrolled([0, 1], by_slice), 2)
+    assert set(details) == {"the cache is written again behind its last attention"}
+    assert kinds == {Tensor}
+
+
+def test_a_cache_written_between_a_read_and_its_attention_is_left_alone() -> None:
+    def step(keys, values, first):
+        by_slice(keys, first, tokens(1, 40))
+        by_slice(values, first, tokens(1, 140))
+        read = keys.repeat_interleave(2, 1)
+        by_slice(keys, first + 1, tokens(1, 41))
+        by_slice(values, first + 1, tokens(1, 141))
+        query = torch.cat([tokens(1, 7), tokens(1, 8)], 1)
+        mask = torch.arange(SLOTS)[None] <= first
+        return sdpa(query, read, values.repeat_interleave(2, 1), attn_mask=mask)
+
+    kinds, details = kinds_and_details(step, 2)
+    assert set(details) == {"the cache is written between its read and the attention"}
+    assert kinds == {Tensor}

@@ -220,6 +220,10 @@ class QuantizedKV(Views, Exports, Tensor):
         about = self.page_layout, self.kind, length, lineage
         return QuantizedKV(self.parts, self.calibrated, *about)
 
+    def _heir(self) -> QuantizedKV:
+        about = self.page_layout, self.kind, self.shape[2]
+        return QuantizedKV(self.parts, self.calibrated, *about)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"QuantizedKV({list(self.shape)}, {self.page_layout.about} {self.page_layout.role}s, {self.kind}, "

@@ -6,6 +6,9 @@ are dropped in place, so rejecting speculative tokens costs nothing. A token see
 from exact to quantized, when it leaves the window. If the layout requantizes, it may become coarser with the
 attention of the longest view, and finer again if exact copies are kept. Those copies (`originals`) stay in host memory
 and belong to the shared memory.
+
+A static cache has its memory to itself. Where a call returns an updated copy of one (`pass_on`), the copy takes the
+memory over, and the cache that was passed in takes a copy of what it held when it is used again, if ever it is.
 """
 
 from __future__ import annotations
@@ -170,6 +173,42 @@ class Views(Tensor):
         self._lineage = copy._lineage.copied()
         self._lineage.add(self)
         self.claim(tokens)
+
+    def pass_on(self, held: int) -> QuantizedKV:
+        """Return a static cache that takes over this one's memory, in which ``held`` tokens are written.
+
+        This one copies what it holds when it is used again.
+        """
+        heir = self._heir()
+        for view in (self, *self._lineage.others(self)):
+            view.__dict__["_passed_on"] = (tuple(view.parts), held)
+            for name in part_names(self.page_layout):
+                del view.__dict__[name]
+        return heir
+
+    def _heir(self) -> QuantizedKV:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if "_passed_on" not in self.__dict__ or name not in part_names(self.page_layout):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        parts, held = self.__dict__.pop("_passed_on")
+        with writable():
+            for part, mine in zip(part_names(self.page_layout), parts, strict=True):
+                setattr(self, part, mine.clone())
+        self._lineage = self._lineage.copied()
+        self._lineage.add(self)
+        self._forget(held)
+        return getattr(self, name)
+
+    def _forget(self, held: int) -> None:
+        """Drop the tokens behind the first ``held`` of a static cache."""
+        if held == 0:
+            self.cursor.zero_()
+        elif held < int(self.cursor[0]):
+            layout, slots = self.page_layout, self.shape[2]
+            last = ops.dequantize(self.parts, self.calibrated, slots, layout)[:, :, held - 1 : held]
+            ops.append_(self.parts, self.calibrated, last, None, held - 1, layout)
 
     def extended(self, tokens: int) -> QuantizedKV:
         """Return the view that also shows ``tokens`` just appended behind this one."""

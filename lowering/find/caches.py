@@ -2,8 +2,9 @@
 
 Start from the state: an argument (or an allocation that is returned) of three dimensions or more is a cache if the call
 
-- hands it back longer along one axis, made of its own elements and others; or
-- writes some of its cache positions in place, from a tensor.
+- hands it back longer along one axis, made of its own elements and others;
+- writes some of its cache positions in place, from a tensor; or
+- hands it back as long as it was, made of its own elements and of a shorter tensor's.
 
 Along the third of four axes, as ``[B, H, S, D]`` grows, that suffices, unless a convolution or a pooling reads it: then
 it is a feature map, ``[B, C, H, W]``. Along any other axis, and with three or five of them, it must also be multiplied
@@ -21,9 +22,11 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import CASTS
-from kvq_compile.lowering.find.movement import MIXING, made_of
+from kvq_compile.lowering.find.movement import made_of
 from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.find.sites import BY_OPTION
+from kvq_compile.lowering.find.trial import MIXING
+from kvq_compile.lowering.find.updates import updated_cache
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     argument,
@@ -69,9 +72,7 @@ def find_states(graph: Graph) -> PassReport:
         shape = tuple(str(size) for size in shape_of(node) or ())
         name = source_name(node)
         if node in served:
-            graph.state_reports.append(
-                StateReport(name, shape, "quantized", served[node].life.value)
-            )
+            graph.state_reports.append(StateReport(name, shape, "quantized", served[node].how))
             continue
         reason = graph.thaw or _why_not(graph, node, axis)
         if graph.thaw is None and isinstance(value_of(node), QuantizedKV):
@@ -84,13 +85,17 @@ def find_states(graph: Graph) -> PassReport:
 def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
     """Yield the caches of a graph, each with the axis along which it grows or is written, where that is known."""
     written = _written(graph)
-    grown = _grown(graph, written)
     returned = graph.output.all_input_nodes
+    updates = {node: past for node in returned if (past := updated_cache(node)) is not None}
+    grown = _grown(graph, written, updates)
+    written = {**dict.fromkeys(updates.values(), 2), **written}
     allocated = {node for node in returned if target_name(node) in _ALLOCATED}
     for node in graph.fx.nodes:
         value = value_of(node)
         if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
             continue
+        if node in updates:
+            continue  # what it is made of is the cache
         if not value.is_floating_point() or value.dim() not in (3, 4, 5):
             continue
         if node.op == "placeholder" and isinstance(value, QuantizedKV):
@@ -105,7 +110,9 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
                 yield node, axis
 
 
-def _grown(graph: Graph, written: Mapping[fx.Node, int | None]) -> dict[fx.Node, int]:
+def _grown(
+    graph: Graph, written: Mapping[fx.Node, int | None], updates: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, int]:
     """Return the arguments that leave the call longer along one axis, with that axis."""
     found: dict[fx.Node, int] = {}
     served = {state.base: state.cache for state, _ in graph.states()}
@@ -114,6 +121,8 @@ def _grown(graph: Graph, written: Mapping[fx.Node, int | None]) -> dict[fx.Node,
             cache = served[result]
             if cache is not None and cache.op == "placeholder" and cache is not result:
                 found.setdefault(cache, 2)
+            continue
+        if result in updates:
             continue
         shape = shape_of(result)
         if shape is None or len(shape) not in (3, 4, 5):

@@ -126,17 +126,13 @@ def check_order(attention: Attention, states: Sequence[State], order: Sequence[f
         order: The nodes of the graph in the order in which they run.
 
     Raises:
-        Refusal: The cache is read before it is written, or what is written changes in between.
+        Refusal: What is written changes in between.
     """
     place = {node: number for number, node in enumerate(order)}
     for state in states:
         if state.life not in (*_SLOTTED, Life.GROWN):
             continue
         write = state.base if state.write is None else state.write
-        if state.write is not None and any(
-            place[user] < place[write] for user in state.base.users if user.users
-        ):
-            raise Refusal("the cache is read before it is written")
         between = order[place[write] + 1 : place[attention.output]]
         needed = {
             root_of(node) for node in (state.new, state.position) if isinstance(node, fx.Node)

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.find.movement import MIXING, moved_from
+from kvq_compile.lowering.find.movement import moved_from
+from kvq_compile.lowering.find.trial import MIXING
 from kvq_compile.lowering.nodes import (
     changed_roots,
     order_of,

@@ -8,11 +8,15 @@ from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.writes import writes_of
-from kvq_compile.lowering.nodes import shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import root_of, same, shape_of, target_name, value_of
 
 NO_CACHE = "keys and values are not kept after the call"
 A_PART_IS_KEPT = "only a part of the keys and values is kept (sliding window); left in 16 bit"
 OVERWRITTEN = "the cache is overwritten as a whole (sliding window); left in 16 bit"
+SOME_ROWS = (
+    "only some rows of the cache are written, and a quantized cache holds equally many tokens in every row; "
+    "allocate it for the batch at hand"
+)
 _REACH = (
     32  # steps followed from an attention's operand to a cache, far more than any spelling takes
 )
@@ -35,6 +39,8 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
     for user in _neighbours(base.users):
         if target_name(user) == "getitem" and (user in outputs or _copied(user)):
             return A_PART_IS_KEPT
+    if _is_rows_of_a_buffer(base):
+        return SOME_ROWS
     if _overwritten(base):
         return OVERWRITTEN
     if _reaches_cache(base, outputs):
@@ -47,6 +53,15 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
         if through is None
         else f"keys and values are returned through {through}, not as they are"
     )
+
+
+def _is_rows_of_a_buffer(base: fx.Node) -> bool:
+    """Return whether ``base`` is written, and is a view of fewer rows than a cache tensor has."""
+    memory, rows = root_of(base), shape_of(base)
+    whole = shape_of(memory)
+    if memory is base or memory.op != "placeholder" or not writes_of(base):
+        return False
+    return bool(whole and rows and len(whole) == len(rows) and not same(whole[0], rows[0]))
 
 
 def _neighbours(nodes: Iterable[fx.Node]) -> list[fx.Node]:

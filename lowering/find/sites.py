@@ -47,7 +47,7 @@ def find_sites(graph: Graph) -> PassReport:
         Contradiction: A cache is quantized to something else than the call asks for.
     """
     outputs = set(graph.output.all_input_nodes)
-    taken: set[fx.Node] = set()
+    taken: set[tuple[fx.Node, fx.Node | None]] = set()
     attentions = find_attentions(graph.fx)
     for order, (found, place) in enumerate(zip(attentions, places_of(attentions), strict=True)):
         node = found.output if isinstance(found, Attention) else found[0]
@@ -63,7 +63,7 @@ def find_sites(graph: Graph) -> PassReport:
             graph.reports.append(left_alone(place.layer, place.where, node, str(reason)))
         else:
             graph.sites.append(site)
-            taken.update(state.base for state, _ in site.states())
+            taken.update((state.base, state.write) for state, _ in site.states())
     return PassReport(tuple(f"{site.attention.output} is a site" for site in graph.sites))
 
 
@@ -82,8 +82,8 @@ def _site(
     outputs: set[fx.Node],
     graph: Graph,
 ) -> AttentionSite:
-    key = find_state(attention.key, outputs)
-    value = find_state(attention.value, outputs)
+    key = find_state(attention.key, outputs, graph.updates, attention.output)
+    value = find_state(attention.value, outputs, graph.updates, attention.output)
     layer_spec = graph.spec.for_layer(order if graph.by_order else place.layer)
     if layer_spec is None:
         raise Refusal(BY_OPTION)
@@ -159,10 +159,12 @@ def _in_words(layout: Layout) -> str:
     )
 
 
-def _check_graph(site: AttentionSite, graph: Graph, taken: set[fx.Node]) -> None:
+def _check_graph(
+    site: AttentionSite, graph: Graph, taken: set[tuple[fx.Node, fx.Node | None]]
+) -> None:
     """Make sure that the rest of the graph lets the site be rewritten."""
     states = (site.key, site.value)
-    if taken & {state.base for state in states}:
+    if taken & {(state.base, state.write) for state in states}:
         raise Refusal("another attention has taken over the same cache")
     check_order(site.attention, states, list(graph.fx.nodes))
     for state in states:

@@ -11,7 +11,7 @@ from kvq_compile.kernels.cache.become import stays_plain
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.positions import part_of
 from kvq_compile.lowering.find.sites import left_alone
-from kvq_compile.lowering.find.writes import is_write, read_write
+from kvq_compile.lowering.find.writes import is_write, read_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     order_of,
@@ -38,33 +38,57 @@ def plan_slot_checks(graph: Graph) -> PassReport:
              call has to run as it was captured, and that must be known before anything is written.
     """
     positions: list[fx.Node] = []
-    writes: list[Write] = []
+    writes: dict[fx.Node, Write] = {}
+    _refuse_unfinished(graph)
     kept: list[AttentionSite] = []
     for site in graph.sites:
         try:
-            found = [_write(graph, state, site, positions) for state, _ in _slotted(site)]
+            found = {state.write: _write(graph, state, site, positions) for state in _slotted(site)}
         except Refusal as reason:
-            graph.reports.append(
-                left_alone(site.layer, site.where, site.attention.output, str(reason))
-            )
+            _refuse(graph, site, reason)
         else:
             kept.append(site)
-            writes += [write for write in found if write is not None]
+            writes |= {node: write for node, write in found.items() if node and write}
     graph.sites = kept
-    for cache, value in graph.inputs.items():
+    _refuse_unfinished(graph)
+    for cache in graph.inputs:
         if isinstance(value_of(cache), QuantizedKV):
             try:
-                writes += _other_writes(graph, cache, positions)
+                writes |= _other_writes(graph, cache, positions)
             except Refusal as reason:
                 graph.thaw = f"{source_name(cache)}: {reason}"
-        del value
     part = part_of(positions, graph.arguments) if positions else None
-    graph.check = SlotCheck(part, tuple(writes)) if writes else None
-    return PassReport(tuple(f"cache positions of {write.name} are looked at" for write in writes))
+    place = order_of(graph.fx)
+    planned = tuple(writes[node] for node in sorted(writes, key=place.__getitem__))
+    graph.check = SlotCheck(part, planned) if planned else None
+    return PassReport(tuple(f"cache positions of {write.name} are looked at" for write in planned))
 
 
-def _slotted(site: AttentionSite) -> list[tuple[State, Any]]:
-    return [pair for pair in site.states() if pair[0].life in SLOTTED]
+def _refuse(graph: Graph, site: AttentionSite, reason: Refusal) -> None:
+    output = site.attention.output
+    graph.reports.append(left_alone(site.layer, site.where, output, str(reason)))
+
+
+def _refuse_unfinished(graph: Graph) -> None:
+    """Refuse sites on a 16-bit buffer whose last write belongs to none: it tells how many tokens the buffer holds."""
+    while True:
+        owned = {state.write for state, _ in graph.states()}
+        unfinished = [site for site in graph.sites if not _is_finished(site, owned)]
+        if not unfinished:
+            return
+        graph.sites = [site for site in graph.sites if site not in unfinished]
+        for site in unfinished:
+            _refuse(graph, site, Refusal("the cache is written again behind its last attention"))
+
+
+def _is_finished(site: AttentionSite, owned: set[fx.Node | None]) -> bool:
+    plain = (state for state, _ in site.states() if state.life is Life.BUFFER_PLAIN)
+    pasts = (state.past for state in plain if state.past is not None)
+    return all(write in owned for past in pasts for write in writes_of(past)[-1:])
+
+
+def _slotted(site: AttentionSite) -> list[State]:
+    return [state for state, _ in site.states() if state.life in SLOTTED]
 
 
 def _write(
@@ -83,17 +107,20 @@ def _write(
     is_tensor = isinstance(value_of(position), torch.Tensor)
     if is_tensor:
         part_of([position], graph.arguments)  # raises where it cannot be known
-    if is_tensor and value_of(position).is_cuda and _is_counted(position, state):
+    counted = is_tensor and value_of(position).is_cuda and _is_counted(position, state)
+    if counted and writes_of(state.past) == [state.write]:
         return None  # consecutive whatever the call; the host does not wait for where they begin
     hides = _hides(graph, state, site)
     name = source_name(state.past)
     argument = graph.arguments.get(state.past)
     inverted = site.attention.mask_hides
+    about = hides, inverted, state.is_update
+    count = (shape_of(state.new) or ())[2]
     if not is_tensor:
         first = graph.sizes.size(value_of(position))
-        tokens = graph.sizes.size((shape_of(state.new) or ())[2])
-        return Write(name, argument, None, first, tokens, hides, inverted)
-    return Write(name, argument, _place(position, positions), None, None, hides, inverted)
+        return Write(name, argument, None, first, graph.sizes.size(count), *about)
+    tokens = None if same(value_of(position).numel(), count) else graph.sizes.size(count)
+    return Write(name, argument, _place(position, positions), None, tokens, *about)
 
 
 def _place(position: fx.Node, positions: list[fx.Node]) -> int:
@@ -142,7 +169,7 @@ def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | 
         return None
 
 
-def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> list[Write]:
+def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dict[fx.Node, Write]:
     """Plan the look at writes into a quantized cache that belong to no site.
 
     Raises:
@@ -162,23 +189,23 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> lis
         raise Refusal(f"a cache that grows is written in place by {target_name(others[0])}")
     if writers:
         _check_views(graph, cache, writers)
-    found: list[Write] = []
+    found: dict[fx.Node, Write] = {}
     name, argument = source_name(cache), graph.arguments[cache]
     for node in others:
         if target_name(node) == "zero_" and node.args[0] is cache:
             nothing = graph.sizes.size(0)
-            found.append(Write(name, argument, None, nothing, nothing, True))
+            found[node] = Write(name, argument, None, nothing, nothing, True)
             continue
         if not is_write(node) or node.args[0] is not cache:
             raise Refusal(f"{target_name(node)} writes something else than whole tokens")
         position, new = read_write(node)
         if isinstance(value_of(position), torch.Tensor):
             part_of([position], graph.arguments)
-            found.append(Write(name, argument, _place(position, positions)))
+            found[node] = Write(name, argument, _place(position, positions))
         else:
             first = graph.sizes.size(value_of(position))
             tokens = graph.sizes.size((shape_of(new) or ())[2])
-            found.append(Write(name, argument, None, first, tokens))
+            found[node] = Write(name, argument, None, first, tokens)
     return found
 
 

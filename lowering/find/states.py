@@ -7,24 +7,28 @@ keeps is reached. How that tensor enters and leaves the graph is its `Life`::
     new, returned                                 FRESH
     zeros(...), index_copy_(2, pos, new), returned   ALLOCATED
     placeholder, index_copy_(2, pos, new)         BUFFER or BUFFER_PLAIN; ``cache[:, :, pos] = new`` as well
+    index_copy(placeholder, 2, pos, new), returned   the same, and the tensor that was passed in stays as it was
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
+from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
 from kvq_compile.lowering.find.writes import read_write, writes_of
 from kvq_compile.lowering.nodes import (
     argument,
     getitem_index,
     input_of,
     is_full,
+    order_of,
     root_of,
     same,
     shape_of,
@@ -35,22 +39,34 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Life, Refusal, State
 
-ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")
+NOT_UNDERSTOOD = (
+    "is updated in a way that is not understood as tokens written at some cache positions"
+)
 
 
 @dataclass(frozen=True)
 class _Read:
+    """How an attention reads a tensor: ``first`` is the first node of the way from there, ``None`` if it is none."""
+
     base: fx.Node
     repeats: Any
     slots: Any
+    first: fx.Node | None
 
 
-def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
+def find_state(
+    operand: fx.Node,
+    outputs: set[fx.Node],
+    updates: Mapping[fx.Node, Update] | None = None,
+    attention: fx.Node | None = None,
+) -> State:
     """Return the state behind an attention's key or value.
 
     Args:
         operand: The key, not transposed, or the value: ``[B, H, S, D]``.
         outputs: Nodes that the graph returns.
+        updates: What `name_updates` has found.
+        attention: The result of the attention; of the writes into a buffer, the last before it is its own.
 
     Raises:
         Refusal: The tensor is not a cache, or not one that can be quantized.
@@ -60,10 +76,13 @@ def find_state(operand: fx.Node, outputs: set[fx.Node]) -> State:
     shape = shape_of(base)
     if shape is None or len(shape) != 4:
         raise Refusal(f"keys and values must be [B, H, S, D], got {shape}")
+    update = (updates or {}).get(base)
+    if update is not None:
+        return _updated(read, update, outputs)
     if target_name(base) in ("cat", "concat"):
         return _grown(read, outputs)
     if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
-        return _written(read, outputs)
+        return _written(read, outputs, attention)
     kept = [node for node in outputs if node is base or moved_from(node) is base]
     if kept:
         return _fresh(read, base if base in kept else kept[0])
@@ -79,8 +98,9 @@ def _peel(node: Any) -> _Read:
     """Walk back along repeated heads and cut-off cache positions."""
     repeats: Any = 1
     slots: Any = None
+    first: fx.Node | None = None
     while True:
-        name = target_name(node)
+        name, behind = target_name(node), node
         step = _repeat_of(node)
         if step is not None:
             node, times = step
@@ -90,7 +110,10 @@ def _peel(node: Any) -> _Read:
         elif name == "getitem" and slots is None and (cut := _prefix_of(node)) is not None:
             slots, node = cut, input_of(node)
         else:
-            return _Read(node, repeats, slots)
+            return _Read(node, repeats, slots, first)
+        first = behind
+        while first.args[0] is not node:
+            first = input_of(first)
 
 
 def _repeat_of(node: Any) -> tuple[fx.Node, Any] | None:
@@ -190,6 +213,9 @@ def _fresh(read: _Read, kept: fx.Node) -> State:
     Raises:
         Refusal: They are not: a cache that entered the call is among what they are made of.
     """
+    updated = updated_cache(read.base)
+    if updated is not None and updated.op == "placeholder":
+        raise Refusal(f"the cache {source_name(updated)} {NOT_UNDERSTOOD}")
     length = (shape_of(kept) or ())[2]
     for cache in cache_inputs(kept):
         value = value_of(cache)
@@ -206,27 +232,76 @@ def _is_empty(node: Any) -> bool:
     return shape is not None and len(shape) == 1 and same(shape[0], 0)
 
 
-def _written(read: _Read, outputs: set[fx.Node]) -> State:
+def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> State:
     past = read.base
-    writes = writes_of(past)
-    if not writes:
+    if not writes_of(past):
         raise Refusal(_why_not_written(past, outputs))
-    if len(writes) > 1:
-        raise Refusal("the cache is written more than once in a call")
-    position, new = read_write(writes[0])
+    write = _own_write(read, attention)
+    position, new = read_write(write)
     quantized = isinstance(value_of(past), QuantizedKV)
     if quantized and value_of(past).kind != "static":
         raise Refusal("a quantized cache that grows by cat is written in place")
     if past.op != "placeholder":
         if past not in outputs:
             raise Refusal(why_not_kept(past, outputs))
+        if len(writes_of(past)) > 1:
+            raise Refusal("the cache is allocated and written more than once in a call")
         life = Life.ALLOCATED
     else:
         life = Life.BUFFER if quantized else Life.BUFFER_PLAIN
-    readers = [user for user in past.users if user is not writes[0] and not _is_dead(user)]
+    return State(life, past, new, past, write, position, read.repeats, read.slots)
+
+
+def _own_write(read: _Read, attention: fx.Node | None) -> fx.Node:
+    """Return the write whose tokens an attention is the first to read, and the only one before the next write.
+
+    Raises:
+        Refusal: There is none, or something else reads the cache in between.
+    """
+    past, writes = read.base, writes_of(read.base)
+    place = order_of(past.graph)
+    end = len(place) if attention is None else place[attention]
+    reads = [
+        place[user]
+        for user in past.users
+        if user not in writes and user.op != "output" and not _is_dead(user)
+    ]
+    written = [place[write] for write in writes]
+    before = [at for at in written if at < (end if read.first is None else place[read.first])]
+    if not before or min(reads, default=end) < written[0]:
+        raise Refusal("the cache is read before it is written")
+    following = next((at for at in written if at > before[-1]), len(place))
+    if following < end:
+        raise Refusal("the cache is written between its read and the attention")
+    own = [at for at in reads if before[-1] < at < following]
+    if len(own) != 1:
+        raise Refusal("the cache is read outside attention in the same call")
+    return writes[len(before) - 1]
+
+
+def _updated(read: _Read, update: Update, outputs: set[fx.Node]) -> State:
+    """Return the state of a fixed-size cache of which an updated copy is returned.
+
+    Raises:
+        Refusal: It is not returned, or both the cache as it was and the updated one are read.
+    """
+    past, result = update.past, read.base
+    if result not in outputs:
+        raise Refusal(why_not_kept(result, outputs))
+    value, steps = value_of(past), {*update.steps}
+    if isinstance(value, QuantizedKV) and value.kind != "static":
+        raise Refusal("a quantized cache that grows by cat is updated as one of fixed size")
+    before = [user for user in past.users if user not in steps and not _is_dead(user)]
+    if any(isinstance(value_of(user), Tensor) or user.op == "output" for user in before):
+        raise Refusal("the cache is read as it was before the write, too")
+    readers = [user for user in result.users if user not in steps and not _is_dead(user)]
     if len([user for user in readers if user.op != "output"]) > 1:
         raise Refusal("the cache is read outside attention in the same call")
-    return State(life, past, new, past, writes[0], position, read.repeats, read.slots)
+    if past.op != "placeholder":
+        life, base = Life.ALLOCATED, past
+    else:
+        life, base = Life.BUFFER if isinstance(value, QuantizedKV) else Life.BUFFER_PLAIN, result
+    return State(life, base, update.new, past, result, update.position, read.repeats, read.slots)
 
 
 def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:

@@ -8,7 +8,15 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from kvq_compile.lowering.nodes import argument, is_full, same, shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import (
+    argument,
+    is_full,
+    order_of,
+    same,
+    shape_of,
+    target_name,
+    value_of,
+)
 from kvq_compile.lowering.sites import Refusal
 
 WRITES = ("index_copy_", "setitem", "index_put_")
@@ -20,8 +28,11 @@ def is_write(node: fx.Node) -> bool:
 
 
 def writes_of(cache: fx.Node) -> list[fx.Node]:
-    """Return the nodes that write into a cache tensor."""
-    return [user for user in cache.users if is_write(user) and user.args[0] is cache]
+    """Return the nodes that write into a cache tensor, in order."""
+    writes = [user for user in cache.users if is_write(user) and user.args[0] is cache]
+    if len(writes) < 2:
+        return writes
+    return sorted(writes, key=order_of(cache.graph).__getitem__)
 
 
 def read_write(node: fx.Node) -> tuple[Any, fx.Node]:

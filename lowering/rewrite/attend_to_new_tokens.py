@@ -59,7 +59,7 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
             assert state.past is not None
             seen = seen_by(site, state, weights)
             graph.made[state.past] = _allocate(graph, state, quantization, seen)
-            erase_write(nodes, state)
+            erase_write(graph, state)
     graph.replace(attention.output, exact)
 
 

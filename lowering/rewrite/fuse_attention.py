@@ -10,7 +10,7 @@ from torch import fx
 
 from kvq_compile.lowering.cache_nodes import CacheNodes, slots_from
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import insert_call, shape_of, size_of, value_of
+from kvq_compile.lowering.nodes import erase_unread, insert_call, shape_of, size_of, value_of
 from kvq_compile.lowering.rewrite.weigh_tokens import (
     first_slot,
     seen_by,
@@ -56,7 +56,7 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
             seen = seen_by(site, state, weights)
             cache.append(nodes, state.new, first_slot(state, cache), fused, seen)
             if state.write is not None:
-                erase_write(nodes, state)
+                erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
     result, dtype = fused, value_of(attention.output).dtype
     if value_of(attention.query).dtype != dtype:  # autocast
@@ -82,11 +82,16 @@ def check_room(graph: fx.Graph, state: State) -> None:
     )
 
 
-def erase_write(graph: fx.Graph, state: State) -> None:
-    """Erase the write in place of a state."""
+def erase_write(graph: Graph, state: State) -> None:
+    """Erase the write of a state; what has read its result reads the cache, into which it is written otherwise."""
     assert state.write is not None and state.past is not None
-    state.write.replace_all_uses_with(state.past)  # an in-place write returns what it wrote into
-    graph.erase_node(state.write)
+    update = graph.updates.get(state.write)
+    steps = (state.write,) if update is None else update.steps
+    state.write.replace_all_uses_with(state.past, delete_user_cb=lambda user: user not in steps)
+    if update is None:
+        graph.fx.erase_node(state.write)
+    else:
+        erase_unread(graph.fx, steps)
 
 
 def _mask(graph: fx.Graph, site: AttentionSite, keys: CacheNodes) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from kvq_compile.lowering.find.writes import writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.rewrite.weigh_tokens import keeps_queries
@@ -26,16 +27,18 @@ def plan_conversions(graph: Graph) -> PassReport:
             if state.life is not Life.BUFFER_PLAIN:
                 continue
             assert state.past is not None
+            if state.write not in (state.base, *writes_of(state.past)[-1:]):
+                continue  # a later write tells how many tokens there are in the end
             argument = graph.arguments[state.past]
             query = _return(graph, site.attention.query) if keeps_queries(site, state) else None
+            output = graph.results.index(state.base) if state.is_update else None
             if isinstance(value_of(state.position), torch.Tensor):
-                slots = _return_slots(graph, state)
-                graph.conversions.append(Conversion(argument, slots, None, quantization, query))
+                slots, held = _return_slots(graph, state), None
             else:
                 end = value_of(state.position) + (shape_of(state.new) or ())[2]
-                held = graph.sizes.size(end)
-                graph.conversions.append(Conversion(argument, None, held, quantization, query))
-            changes.append(f"{state.past} is quantized after the call")
+                slots, held = None, graph.sizes.size(end)
+            graph.conversions.append(Conversion(argument, slots, held, quantization, query, output))
+            changes.append(f"{state.base} is quantized after the call")
     return PassReport(tuple(changes))
 
 

@@ -13,6 +13,7 @@ from kvq_compile.lowering.find.sites import find_sites
 from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
+from kvq_compile.lowering.rewrite.name_updates import name_updates
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import AttentionSite, SiteReport
@@ -78,6 +79,7 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
     unchain_writes(graph)  # first: the finders know a cache by one node
     hold_slots(graph)
     spell_growth(graph)
+    name_updates(graph)
     find_sites(graph)
     placeholders = list(graph.inputs)
     changed = changed_roots(graph.fx.nodes)

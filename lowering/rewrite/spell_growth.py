@@ -16,13 +16,13 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     argument,
     changed_roots,
+    erase_unread,
     insert_call,
     order_of,
     root_of,
     shape_of,
     target_name,
     value_of,
-    writes_in_place,
 )
 from kvq_compile.lowering.sites import Attention
 
@@ -136,16 +136,4 @@ def _replace(graph: fx.Graph, node: fx.Node, cat: fx.Node, growth: Growth) -> No
     """Let what reads ``node`` read ``cat``; erase the steps that led to nothing else."""
     steps = set(growth.steps)
     node.replace_all_uses_with(cat, delete_user_cb=lambda user: user not in steps)
-    for step in reversed(growth.steps):
-        if not step.users and (not writes_in_place(step) or _is_own(root_of(step.args[0]), steps)):
-            graph.erase_node(step)
-
-
-def _is_own(memory: fx.Node, steps: set[fx.Node]) -> bool:
-    """Return whether nothing but ``steps`` uses a tensor's memory."""
-    views = (user for user in memory.users if root_of(user) is memory)
-    return set(memory.users) <= steps and all(_is_own_view(view, steps) for view in views)
-
-
-def _is_own_view(view: fx.Node, steps: set[fx.Node]) -> bool:
-    return set(view.users) <= steps and all(_is_own_view(user, steps) for user in view.users)
+    erase_unread(graph, growth.steps)

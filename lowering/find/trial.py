@@ -1,0 +1,195 @@
+"""Evaluate a part of a graph on random numbers, to see what it does whatever its operations are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.lowering.find.replay import number
+from kvq_compile.lowering.nodes import order_of, root_of, target_name, value_of, writes_in_place
+from kvq_compile.lowering.sites import Refusal
+
+MIXING = (
+    *("matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "einsum", "softmax", "embedding"),
+    *("scaled_dot_product_attention", "flex_attention", "layer_norm", "rms_norm", "group_norm"),
+    *("conv1d", "conv2d", "conv3d", "batch_norm", "multi_head_attention_forward"),
+)
+# Operations that take nothing but shape, dtype or device of their first argument.
+_SHAPED = (
+    *("size", "dim", "new_empty", "new_zeros", "new_ones", "new_full"),
+    *("empty_like", "zeros_like", "ones_like", "full_like"),
+)
+_EMPTY = ("empty", "new_empty", "empty_like")
+CANNOT_BE_RUN = (Refusal, RuntimeError, IndexError, TypeError, ValueError, AttributeError)
+_MOST = 64  # steps of a trial, far more than any spelling takes
+_LARGEST = 1 << 26  # elements evaluated at once; 256 MiB in float32
+_SIZES = (5, 3, 7, 4, 11, 6, 13, 9)  # what symbolic sizes are set to
+
+
+def plain_name(node: Any) -> str:
+    """Return the name of what a node calls without the overload: ``"cat"`` of ``aten.cat.default``."""
+    return target_name(node).partition(".")[0]
+
+
+def data_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes whose elements, not only shapes, a node depends on."""
+    name = plain_name(node)
+    if name in _SHAPED or (name == "getattr" and node.args[1] in ("shape", "dtype", "device")):
+        return []
+    if name in ("type_as", "to", "expand_as", "view_as"):
+        first = node.args[0]
+        return [first] if isinstance(first, fx.Node) else []
+    return node.all_input_nodes
+
+
+def writers_of(graph: fx.Graph) -> dict[Any, list[fx.Node]]:
+    """Return the nodes that write in place, by the tensor whose memory they write into."""
+    writers: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and node.args and writes_in_place(node):
+            writers.setdefault(root_of(node.args[0]), []).append(node)
+    return writers
+
+
+class Trial:
+    """The steps between some tensors and a result.
+
+    Args:
+        result: What is evaluated.
+        cuts: Where its evaluation begins: nodes that are given.
+        ends: Names of operations that no step may be.
+    """
+
+    def __init__(self, result: fx.Node, cuts: Sequence[fx.Node], ends: Collection[str]) -> None:
+        self.result, self._cuts, self._ends = result, tuple(cuts), ends
+        self.steps: list[fx.Node] = []
+
+    def collect(self) -> bool:
+        """Collect the nodes to run; say whether nothing but they decides on the result."""
+        place, writers = order_of(self.result.graph), writers_of(self.result.graph)
+        needed: set[fx.Node] = set()
+        stack = [self.result]
+        while stack:
+            node = stack.pop()
+            if node in needed or node in self._cuts:
+                continue
+            if node.op not in ("call_function", "call_method", "get_attr"):
+                if isinstance(value_of(node), (torch.SymInt, int)):
+                    continue
+                return False
+            if plain_name(node) in self._ends or len(needed) > _MOST:
+                return False
+            needed.add(node)
+            if not isinstance(value_of(node), torch.SymInt):
+                stack.extend(data_of(node))
+            stack.extend(writers.get(root_of(node), ()))
+        self.steps = sorted(needed, key=place.__getitem__)
+        end = place[self.steps[-1]]
+        for cut in self._cuts:
+            changes = [place[node] for node in writers.get(root_of(cut), ())]
+            if any(place[cut] < change <= end for change in changes):
+                return False  # it changes before it is moved
+        last = max((place[node] for node in self.steps if writes_in_place(node)), default=-1)
+        memory = root_of(self.result)
+        readers = [user for node in self.steps if root_of(node) is memory for user in node.users]
+        return all(place[user] > last for user in readers if user not in needed)
+
+    def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:
+        """Yield the sizes to try for the symbols of the graph, a mapping a trial; without symbols only one."""
+        nodes = (*self.steps, *self._cuts)
+        symbols: set[Any] = set()
+        for node in nodes:
+            value = value_of(node)
+            sizes = value.shape if isinstance(value, Tensor) else (value,)
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    symbols |= size.node.expr.free_symbols
+        ordered = sorted(symbols, key=str)
+        for trial in range(trials if ordered else 1):
+            yield {
+                symbol: _SIZES[(place + trial) % len(_SIZES)] + len(_SIZES) * (place // len(_SIZES))
+                for place, symbol in enumerate(ordered)
+            }
+
+    def run(self, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any]) -> Any:
+        """Return the result for given values of the cuts.
+
+        Raises:
+            one of `CANNOT_BE_RUN`: A step cannot be run.
+        """
+        known = dict(given)
+        for node in self.steps:
+            known[node] = _run(node, known, sizes)
+        return known[self.result]
+
+
+def random_like(like: Tensor, sizes: Mapping[Any, int]) -> Tensor:
+    """Return random elements between 0.5 and 1.5, on the CPU.
+
+    Raises:
+        Refusal: They would be too many.
+    """
+    shape = [size_of_trial(size, sizes) for size in like.shape]
+    count = 1
+    for size in shape:
+        count *= size
+    if count > _LARGEST:
+        raise Refusal("the cache is too large to be evaluated")
+    return torch.rand(shape, dtype=torch.float32, device="cpu").add_(0.5).to(like.dtype)
+
+
+def size_of_trial(size: Any, sizes: Mapping[Any, int]) -> int:
+    """Return a size as a trial sets it."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = sympy.sympify(size.node.expr).xreplace(
+        {symbol: sympy.Integer(chosen) for symbol, chosen in sizes.items()}
+    )
+    return int(expression) if expression.is_number else number(size)
+
+
+def _run(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, int]) -> Any:
+    """Evaluate one node on the CPU."""
+
+    def fill(x: Any) -> Any:
+        if isinstance(x, fx.Node):
+            return known[x] if x in known else _blank(x, sizes)
+        if isinstance(x, torch.device) or (isinstance(x, str) and x.startswith("cuda")):
+            return torch.device("cpu")
+        return size_of_trial(x, sizes) if isinstance(x, torch.SymInt) else x
+
+    value = value_of(node)
+    if isinstance(value, torch.SymInt):
+        return size_of_trial(value, sizes)
+    if node.op == "get_attr":
+        return _constant(node)
+    args: Any = fx.node.map_aggregate(node.args, fill)
+    kwargs: Any = fx.node.map_aggregate(node.kwargs, fill)
+    target: Any = node.target
+    if node.op == "call_method":
+        result = getattr(args[0], target)(*args[1:], **kwargs)
+    else:
+        result = target(*args, **kwargs)
+    if plain_name(node) in _EMPTY and result.is_floating_point():
+        result.fill_(float("nan"))  # no element of it may pass for one that was moved here
+    return result
+
+
+def _blank(node: fx.Node, sizes: Mapping[Any, int]) -> Any:
+    """Return what stands for a node of which only shape, dtype and device count."""
+    value = value_of(node)
+    if isinstance(value, Tensor):
+        shape = [size_of_trial(size, sizes) for size in value.shape]
+        return torch.zeros((), dtype=value.dtype, device="cpu").expand(shape)
+    return size_of_trial(value, sizes)
+
+
+def _constant(node: fx.Node) -> Any:
+    value: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value.detach().cpu() if isinstance(value, Tensor) else value
