@@ -37,6 +37,13 @@ point and by ``max(2^-4 s, 2^-10)`` for the scale ``s``, so that the steps may e
     step <= (c r + z) / L * (1 + 2^-4) + 2^-10
     e = max(step / 2, (1 - c) r / 2 + z + (c r + z) / 16 + L 2^-10) + 2^-20 M
 
+**e5m3 parameters** are of a range about zero, ``R = max(c r, M)`` at most. The scale is off by ``(2^-4 + 2^-11) s``, or
+``2^-18``, which is less than ``s / 15 + 2^-17``; the middle by half of ``1 / 127`` of half the range that the codes
+span, and by half of what that range lacks, for it lies between the ends:
+
+    step <= 16/15 R / L + 2^-17
+    e = max(step / 2, (1 - c) r / 2 + (1/15 + 1/400) R + L 2^-17) + 2^-20 M
+
 **Calibration tables** code ``y = (R^-1 x - mean) / scale``. Rotation keeps the norm, and an error of ``y`` grows by
 the largest scale ``t`` of a channel: ``e`` becomes ``t (e + 2^-18 M)``, the term for the angles and the arithmetic on
 the way, ``M`` being the largest magnitude of ``y`` and of ``mean / scale``.
@@ -45,11 +52,15 @@ the way, ``M`` being the largest magnitude of ``y`` and of ``mean / scale``.
 ``h <= r / 2 + z``; rounding cuts ``h / 16`` off at most. A token has ``m`` bits or more: ``e = h (2^-m 17/16 + 1/16)``.
 Fitted codes lie on the element's side of the midpoint and no farther from it than ``2 (17/16) h``: ``e = 17/8 h``.
 
+**Channels that differ in bits**, as those of ``tc``, have the bits that a cache found, and no bound that could be told
+beforehand: the error of their keys is measured, as that of a codebook is.
+
 **A codebook** has no bound that could be told from its size. The error of its keys is the largest distance of a
 quantized token from what is stored for it, that of its values the largest difference of a channel, both measured.
 
-**What it leaves out.** Elements beyond the range of fp16 (of fp8 parameters: 448 in quantized form), or not finite, are
-stored as something else and have no bound. The computation's own rounding comes on top (`testing.rounding_bound`).
+**What it leaves out.** Elements beyond the range of fp16 (of fp8 parameters: 448 in quantized form; of e5m3: ranges of
+more than 61440 a level), or not finite, are stored as something else and have no bound. The computation's own rounding
+comes on top (`testing.rounding_bound`).
 """
 
 from __future__ import annotations
@@ -99,10 +110,19 @@ def _of_uniform(
         step = (clip * spread + zero) / levels * sympy.Rational(17, 16) + ulp
         short = (1 - clip) * spread / 2 + zero + (clip * spread + zero) / 16 + levels * ulp
         return sympy.Max(step / 2, short) + largest * ulp**2
+    if spec.params == "e5m3":
+        coarse, most = sympy.Rational(1, 2**17), sympy.Max(clip * spread, largest)
+        step = most / levels * sympy.Rational(16, 15) + coarse
+        short = (1 - clip) * spread / 2 + most * sympy.Rational(7, 100) + levels * coarse
+        return _coded(spec, sympy.Max(step / 2, short) + largest * ulp**2, largest)
     least = sympy.Rational(1, 2**24)
     step = (clip * spread + ulp * largest + least) / levels * (1 + 2 * ulp) + least
     widest = step if 1 - clip <= clip / levels else sympy.Max(step, (1 - clip) * spread)
-    error = widest / 2 + largest * ulp**2
+    return _coded(spec, widest / 2 + largest * ulp**2, largest)
+
+
+def _coded(spec: Uniform, error: sympy.Expr, largest: sympy.Expr) -> sympy.Expr:
+    """Return the error of an element together with that of the rotations on the way."""
     if spec.transform == "hadamard":
         error += largest * HEAD_DIM ** sympy.Rational(3, 2) / 2**23
     return error

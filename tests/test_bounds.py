@@ -24,6 +24,7 @@ from kvq_compile.testing import (
     assert_matches_dequantized,
     assert_within_bound,
     bound_for,
+    changed,
     decoders,
     kv_tensors,
     lengths,
@@ -73,6 +74,25 @@ def coded_pages(draw: st.DrawFn) -> tuple[Tensor, Layout]:
             x / 16
         )  # a rotated number may be sqrt(head_dim) times as large, and must stay within fp16
     return x, layout
+
+
+@given(coded_pages())
+@example(tiny_rows())
+def test_a_stored_element_of_a_range_about_zero_is_off_by_at_most_its_bound(
+    case: tuple[Tensor, Layout],
+) -> None:
+    x, layout = case[0] / 2, changed(case[1], params="e5m3")
+    coded = x.double()
+    if layout.transform == "hadamard":
+        coded = coded @ hadamard(layout.head_dim, x.device).double()
+    groups = reference.to_groups(coded, layout)
+    codes, params = reference.quantize_pages(x, layout)
+    stored = reference.to_groups(reference.coded_values(codes, params, layout).double(), layout)
+    spread = float((groups.amax(-1) - groups.amin(-1)).max())
+    about = sympy.Float(spread), sympy.Float(float(groups.abs().max()))
+    limit = bounds.element_error(layout.scheme, None, *about)
+    error = float((stored - groups).abs().max())
+    assert error <= float(limit.subs(bounds.HEAD_DIM, layout.head_dim))
 
 
 @given(coded_pages())
@@ -418,7 +438,7 @@ def test_the_assertions_refuse_an_output_that_is_off() -> None:
         assert_matches_dequantized(output[..., :3], new, new, new, caches)
 
 
-@pytest.mark.parametrize("method", ["int8", "int4", "int2", "kivi"])
+@pytest.mark.parametrize("method", ["int8", "int4", "int2", "kivi", "tc"])
 def test_a_bound_is_given_for_a_method_by_name(method: str) -> None:
     assert error_bound(method) == error_bound(make_spec(method))
 

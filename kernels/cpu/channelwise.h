@@ -195,17 +195,28 @@ struct Channels {
         out[pairs + c] = in[pairs + c] * cos_sin[c] - in[c] * cos_sin[half + c];
       }
     }
-    out = turning.data() + 2 * rows * pairs;
-    for (int64_t n = 0; n < tokens; n += kStrip)
-      for (int64_t q = 0; q < rows; ++q) {
-        float sums[kStrip] = {};
-        for (int64_t k = 0; k < 2 * pairs; ++k) {
-          const float by = out[q * 2 * pairs + k], *values = inside + k * tokens + n;
+    const float* factors = turning.data() + 2 * rows * pairs;
+    int64_t q = 0;
+    for (; q + 4 <= rows; q += 4) add_turned<4>(factors + 2 * q * pairs, inside, 2 * pairs, tokens, scores + q * tokens);
+    for (; q < rows; ++q) add_turned<1>(factors + 2 * q * pairs, inside, 2 * pairs, tokens, scores + q * tokens);
+  }
+
+  // scores [kRows, tokens] += factors [kRows, count] x values [count, tokens]
+  template <int kRows>
+  static void add_turned(const float* factors, const float* values, int64_t count, int64_t tokens, float* scores) {
+    for (int64_t n = 0; n < tokens; n += kStrip) {
+      float sums[kRows][kStrip] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        const float* at = values + k * tokens + n;
+        for (int q = 0; q < kRows; ++q) {
+          const float by = factors[q * count + k];
 #pragma omp simd
-          for (int i = 0; i < kStrip; ++i) sums[i] += by * values[i];
+          for (int i = 0; i < kStrip; ++i) sums[q][i] += by * at[i];
         }
-        for (int i = 0; i < kStrip; ++i) scores[q * tokens + n + i] += sums[i];
       }
+      for (int q = 0; q < kRows; ++q)
+        for (int i = 0; i < kStrip; ++i) scores[q * tokens + n + i] += sums[q][i];
+    }
   }
 
   template <int kRows>
