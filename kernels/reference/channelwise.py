@@ -200,7 +200,7 @@ def quantize_channels(x: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor
     mean = sum_pairs(x) * (1.0 / x.shape[-1])
     center = torch.where(coded, (low + high) * 0.5, mean).half()
     half_range = (high - low) * 0.5
-    codes, step, least = None, None, torch.zeros((), dtype=torch.float32)
+    codes, step, least = None, None, torch.zeros((), dtype=torch.float32, device=x.device)
     for clip in CLIPS:
         per_level = half_range * clip / torch.where(coded, half_levels, 1.0)
         trial = torch.where(coded, round_e5m3(per_level), 0).to(torch.uint8)

@@ -123,7 +123,12 @@ def framed_layouts(
 def turning_tables(head_dim: int, heads: int = 2, seed: int = 0) -> Tables:
     """Return tables of keys whose mean turns: channels in pairs, from the fastest, in any order, and frequencies."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(heads)])
+    order = torch.stack(
+        [
+            torch.randperm(head_dim, generator=generator, dtype=torch.int64, device="cpu")
+            for _ in range(heads)
+        ]
+    )
     turns = 10000.0 ** -(
         torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") * 2 / head_dim
     )
