@@ -90,9 +90,7 @@ def _attend_packed(
     if KEY.rotary:
         angles += kv_head * (KEY.block * KEY.head_dim)
     if KEY.scheme == "channelwise":
-        bits = tile_of(bits, head.to(tl.int64), tl.num_programs(1), KEY, LAUNCH)
-        if KEY.takes_mean:
-            angles = bits.angles + kv_head * (KEY.page_size * 2 * KEY.mean_places)
+        bits = tile_of(bits, head.to(tl.int64), shape.heads, tl.num_programs(1), KEY, LAUNCH)
     key_pages = KeyPages(key_pages.codes, key_pages.params, key_calibration, angles, bits)
     value_pages = ValuePages(value_pages.codes, value_pages.params, value_calibration.book)
     if KEY.scheme == "mixed":

@@ -39,7 +39,7 @@ class BitQueries(NamedTuple):
         rows: What each bit of a block adds to a score for a step of 1, ``[B * Hkv, tiles, blocks, 128, block_q]``;
             zeros for bits that the last block lacks.
         channel: The channel of each, ``[B * Hkv, blocks, 128]``.
-        plain: The queries, ``[B * Hkv, tiles, D padded, block_q]``, scaled as scores are.
+        plain: The queries, ``[B * Hkv, tiles, block_q, D padded]``, scaled as scores are.
         half_levels: Half of the levels of each channel, ``[B * Hkv, D padded]``.
         factor: What products with ``rows`` are multiplied by, ``[B * Hkv, tiles, block_q]``.
         mean: What cosine and sine of the angles of pairs are multiplied by in scores, for the mean of keys,
@@ -61,7 +61,6 @@ class Held(NamedTuple):
 
     rows: Any
     channels: Any
-    plain: Any
     half_levels: Any
     factor: Any
 
@@ -139,13 +138,14 @@ def row_of(block, field, word):
 
 
 @triton.jit
-def tile_of(bits, head, tiles, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the `BitQueries` of a program's tile, one of ``tiles`` of a head (int64); angles stay those of all."""
+def tile_of(bits, head, kv_heads, tiles, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the `BitQueries` of a program's tile, one of ``tiles`` of a head (int64), as far as it has them."""
     D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
     tile = head * tiles + tl.program_id(1)
-    mean = bits.mean
+    mean, angles = 0, 0
     if KEY.takes_mean:
-        mean += tile * (2 * KEY.mean_places * LAUNCH.block_q)
+        mean = bits.mean + tile * (2 * KEY.mean_places * LAUNCH.block_q)
+        angles = bits.angles + head % kv_heads * (KEY.page_size * 2 * KEY.mean_places)
     return BitQueries(
         bits.rows + tile * (KEY.bit_blocks * BLOCK_ROWS * LAUNCH.block_q),
         bits.channel + head * (KEY.bit_blocks * BLOCK_ROWS),
@@ -153,7 +153,7 @@ def tile_of(bits, head, tiles, KEY: tl.constexpr, LAUNCH: tl.constexpr):
         bits.half_levels + head * D_PAD,
         bits.factor + tile * LAUNCH.block_q,
         mean,
-        bits.angles,
+        angles,
     )
 
 
@@ -178,14 +178,15 @@ def hold_queries(bits, KEY: tl.constexpr, LAUNCH: tl.constexpr):
             rows, channel_of = _load_block(bits, block, LAUNCH)
             all_rows += (rows,)  # type: ignore[assignment]  # tuples that grow
             channels += (channel_of,)  # type: ignore[assignment]
-    plain = tl.load(bits.plain + channel[:, None] * LAUNCH.block_q + column[None, :])
     half_levels = tl.load(bits.half_levels + channel)
-    return Held(all_rows, channels, plain, half_levels, tl.load(bits.factor + column))
+    return Held(all_rows, channels, half_levels, tl.load(bits.factor + column))
 
 
 @triton.jit
 def load_params(params, page, exists, held, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the parameters of a page, as bytes: steps, the bytes of centers, and the step of each bit held."""
+    """Return the parameters of a page, as bytes: steps and the bytes of centers ``[D padded]``, and the steps ``[128,
+    1]`` of each block held.
+    """
     DIM: tl.constexpr = KEY.head_dim
     first = params + tl.cast(page, tl.int64) * KEY.page_params
     channel = tl.arange(0, triton.next_power_of_2(DIM))
@@ -197,7 +198,7 @@ def load_params(params, page, exists, held, KEY: tl.constexpr, LAUNCH: tl.conste
         fields += (byte,)  # type: ignore[assignment]  # a tuple that grows
     if BLOCKS * LAUNCH.block_q <= HELD_COLUMNS:
         for block in tl.static_range(BLOCKS):
-            step = tl.load(first + held.channels[block], mask=exists, other=0)
+            step = tl.load(first + held.channels[block][:, None], mask=exists, other=0)
             fields += (step,)  # type: ignore[assignment]
     return fields
 
@@ -249,14 +250,14 @@ def _add_block(
     scores, codes, rows, step, WORDS: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr
 ):
     """Return ``scores`` and the products of a block, whose rows belong to channels with these steps (bytes)."""
-    weights = rows * e5m3_half(step).to(rows.dtype)[:, None]
+    weights = rows * e5m3_half(step).to(rows.dtype)
     bits = _read_bits(codes, WORDS, KEY, LAUNCH)
     return tl.dot(bits, weights, scores, input_precision=LAUNCH.precision)
 
 
 @triton.jit
 def page_scores(
-    scores, codes, params, fields, bits, held, KEY: tl.constexpr, LAUNCH: tl.constexpr
+    scores, page, codes, params, fields, bits, held, KEY: tl.constexpr, LAUNCH: tl.constexpr
 ):  # fmt: skip
     """Return the scores ``[page_size, queries]`` of a page with parameters ``fields``, as `load_params` has them, and
     what adds to ``scores`` in units of products with bits.
@@ -271,16 +272,21 @@ def page_scores(
     else:
         for block in range(BLOCKS - 1):
             rows, channel = _load_block(bits, block, LAUNCH)
-            step = tl.load(params + channel)
+            step = tl.load(params + channel[:, None])
             scores = _add_block(scores, codes + block * BLOCK, rows, step, BLOCK_WORDS, KEY, LAUNCH)
         rows, channel = _load_block(bits, BLOCKS - 1, LAUNCH)
-        step = tl.load(params + channel)
+        step = tl.load(params + channel[:, None])
     last = codes + (BLOCKS - 1) * BLOCK
     scores = _add_block(scores, last, rows, step, KEY.last_words, KEY, LAUNCH)
     center = fields[1].to(tl.uint16) | (fields[2].to(tl.uint16) << 8)
     center = center.to(tl.float16, bitcast=True).to(tl.float32)
     low = lowest_value(e5m3_value(fields[0]), center, held.half_levels)
-    return scores * held.factor[None, :] + tl.sum(held.plain * low[:, None], 0)[None, :]
+    channel, column = tl.arange(0, low.shape[0]), tl.arange(0, LAUNCH.block_q)
+    # Loaded for each page, for held they would cost an SM its third program. The compiler, which would load them
+    # once, does not know that pages are not negative.
+    where = bits.plain + tl.minimum(page, 0) * 16
+    plain = tl.load(where + column[:, None] * low.shape[0] + channel[None, :])
+    return scores * held.factor[None, :] + tl.sum(plain * low[None, :], 1)[None, :]
 
 
 # --- the mean of keys -----------------------------------------------------------------------------
@@ -307,7 +313,7 @@ def start_mean(keys, first, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     cosine, sine = cosine_and_sine((KEY.sinks + first * KEY.page_size) * frequency)
     a, b = rotate_back(a, b, cosine, sine)
     token, place = tl.arange(0, KEY.page_size), tl.arange(0, 2 * PLACES)
-    angles = tl.load(keys.angles + token[:, None] * (2 * PLACES) + place[None, :])
+    angles = tl.load(keys.bits.angles + token[:, None] * (2 * PLACES) + place[None, :])
     return a, b, angles, cosine_and_sine(KEY.page_size * frequency)
 
 

@@ -148,7 +148,7 @@ def _expand_query(
     )
     where = query.pointer + head // kv_heads * query.batch
     where = where + q_head * query.head + token * query.token
-    out = tile_of(out, head, tiles, KEY, LAUNCH)
+    out = tile_of(out, head, kv_heads, tiles, KEY, LAUNCH)
     _clear(out, BLOCKS, BLOCK_Q)
 
     channel, column = tl.arange(0, D_PAD), tl.arange(0, BLOCK_Q)
@@ -157,7 +157,7 @@ def _expand_query(
         row = head * (LAUNCH.shared_by * tokens) + number
         tl.store(bias + row, offset, mask=exists)
     q = q * scale
-    tl.store(out.plain + channel[:, None] * BLOCK_Q + column[None, :], q)
+    tl.store(out.plain + column[None, :] * D_PAD + channel[:, None], q)
     exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 126
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     tl.store(out.factor + column, power_of_2(exponent - HALF + (19 if LAUNCH.fast else 0)))
@@ -202,7 +202,7 @@ def expand_query(
     rows, columns = channelwise_scheme.BLOCK_WORDS * 16, launch.block_q
     D_pad = triton.next_power_of_2(key.head_dim)
     dtype = torch.float32 if launch.dtype == tl.float32 else torch.float16
-    plain = exact.new_empty(B * H, tiles, D_pad, columns, dtype=torch.float32)
+    plain = exact.new_empty(B * H, tiles, columns, D_pad, dtype=torch.float32)
     out = BitQueries(
         exact.new_empty(B * H, tiles, key.bit_blocks, rows, columns, dtype=dtype),
         exact.new_empty(B * H, key.bit_blocks, rows, dtype=torch.int32),

@@ -209,6 +209,15 @@ def _nearest(x, size, center, half_levels):
 
 
 @triton.jit
+def _clip(number):
+    """Return one of `CLIPS`."""
+    clip = number * 0.0
+    for trial in tl.static_range(TRIALS):
+        clip = tl.where(number == trial, CLIPS[trial], clip)
+    return clip
+
+
+@triton.jit
 def _channel_params(x, width):
     """Return step, as a byte, and center (fp16) of channels ``[channels, page_size]`` of widths (int32)."""
     finite = tl.abs(x) < float("inf")
@@ -224,8 +233,8 @@ def _channel_params(x, width):
     levels = tl.where(coded, half_levels, 1.0)
     step = tl.zeros(width.shape, tl.int32)
     least = tl.full(width.shape, float("inf"), tl.float32)
-    for number in tl.static_range(TRIALS):
-        trial = tl.where(coded, round_e5m3(tl.div_rn(half_range * CLIPS[number], levels)), 0)
+    for number in range(TRIALS):  # not unrolled, for that would spill on AMD hardware
+        trial = tl.where(coded, round_e5m3(tl.div_rn(half_range * _clip(number), levels)), 0)
         size = e5m3_value(trial)
         codes = _nearest(x, size[:, None], middle[:, None], half_levels[:, None])
         value = codes * size[:, None] + lowest_value(size, middle, half_levels)[:, None]

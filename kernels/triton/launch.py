@@ -88,6 +88,8 @@ def programs_per_sm(key: ReadConstants, value: ReadConstants) -> int:
     """
     if PROGRAMS_PER_SM is not None:
         return PROGRAMS_PER_SM
+    if key.takes_mean or key.bit_blocks > 2:  # of whose programs only two fit
+        return 2
     return 2 if key.rotary or "codebook" in (key.scheme, value.scheme) else 3
 
 

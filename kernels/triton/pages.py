@@ -288,7 +288,7 @@ def attend_pages(
                 scores = channelwise.mean_scores(mean_a, mean_b, angles, KEY, LAUNCH)
                 mean_a, mean_b = rotate_back(mean_a, mean_b, step[0], step[1])
             scores = channelwise.page_scores(
-                scores, k_codes, k_params, fields, keys.bits, held, KEY, LAUNCH
+                scores, page, k_codes, k_params, fields, keys.bits, held, KEY, LAUNCH
             )
             v = read_values(v_codes, values.book, VALUE, LAUNCH)
         else:
