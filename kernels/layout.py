@@ -209,14 +209,28 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self.sinks + self.ring
 
     @cached_property
-    def state_row(self) -> int:
-        """The first row behind those of tokens and of the last ``queries`` queries of each of ``shared_by`` heads."""
-        return self.token_rows + self.queries * self.shared_by
+    def query_rows(self) -> int:
+        """Exact rows of the last ``queries`` queries of each of ``shared_by`` heads, behind those of tokens."""
+        return self.queries * self.shared_by
+
+    @cached_property
+    def tail_rows(self) -> int:
+        """The last of the exact rows: of queries, then of what a cache found of itself."""
+        return self.query_rows + self.scheme.state_rows
 
     @cached_property
     def exact_rows(self) -> int:
-        """Exact rows: of tokens, of queries, and of what a cache found of itself."""
-        return self.state_row + self.scheme.state_rows
+        """Exact rows: of tokens, then the tail. A cache that grows has fewer rows of tokens at first."""
+        return self.token_rows + self.tail_rows
+
+    def queries_of(self, exact: Tensor) -> Tensor:
+        """Return the rows of queries of the part ``exact``, ``[B, H, query_rows, D]``."""
+        first = exact.shape[2] - self.tail_rows
+        return exact[:, :, first : first + self.query_rows]
+
+    def state_of(self, exact: Tensor) -> Tensor:
+        """Return the rows of the part ``exact`` in which a cache holds what it found of itself."""
+        return exact[:, :, exact.shape[2] - self.scheme.state_rows :]
 
     def pages_at(self, length: int) -> int:
         """Return the pages that ``length`` appended tokens fill."""

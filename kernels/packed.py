@@ -203,10 +203,9 @@ def room_for(slots: Size, layout: Layout) -> tuple[Size, Size]:
     """Return the pages and the exact rows that a growing cache allocates for ``slots`` tokens."""
     pages = page_capacity(slots, layout)
     pages += pages // 8
-    if layout.exact_rows > layout.token_rows:  # other rows lie behind those of all tokens
-        return pages, layout.exact_rows
     rows = -(-(slots + slots // 8) // ROWS_STEP) * ROWS_STEP
-    return pages, torch.sym_min(layout.exact_rows, torch.sym_max(ROWS_STEP, rows))
+    rows = torch.sym_min(layout.token_rows, torch.sym_max(ROWS_STEP, rows))
+    return pages, rows + layout.tail_rows
 
 
 def page_room(parts: Sequence[Tensor], layout: Layout) -> int:
@@ -217,7 +216,7 @@ def page_room(parts: Sequence[Tensor], layout: Layout) -> int:
 def has_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> bool:
     """Say whether parts have room for ``slots`` tokens."""
     fits = layout.pages_at(slots) <= page_room(parts, layout)
-    return fits and min(slots, layout.token_rows) <= parts[2].shape[2]
+    return fits and min(slots, layout.token_rows) <= parts[2].shape[2] - layout.tail_rows
 
 
 def check_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> None:
@@ -229,7 +228,7 @@ def check_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> None:
     needed, pages = layout.pages_at(slots), page_room(parts, layout)
     if needed > pages:
         raise ValueError(f"the cache must have room for {needed} pages, got {pages}")
-    needed, rows = min(slots, layout.token_rows), parts[2].shape[2]
+    needed, rows = min(slots, layout.token_rows), parts[2].shape[2] - layout.tail_rows
     if needed > rows:
         raise ValueError(f"the cache must have room for {needed} exact tokens, got {rows}")
 
@@ -239,14 +238,18 @@ def with_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> list[Tenso
     pages, rows = room_for(slots, layout)
     sizes = [int(flat_size(pages, shape)) for shape in page_shapes(layout)]
     sizes[2:2] = int(rows), 0
-    return [widened(part, size) for part, size in zip(parts, sizes, strict=False)]
+    tails = 0, 0, layout.tail_rows, 0, 0
+    return [widened(*of) for of in zip(parts, sizes, tails, strict=False)]
 
 
-def widened(part: Tensor, size: int) -> Tensor:
-    """Return a copy of a part with ``size`` elements along its third axis, or the part where it has as many."""
+def widened(part: Tensor, size: int, tail: int = 0) -> Tensor:
+    """Return a copy of a part with ``size`` elements along its third axis, the last ``tail`` of which stay the last;
+    or the part where it has as many.
+    """
     had = part.shape[2] if part.dim() > 1 else size
     if had >= size:
         return part
     wider = part.new_zeros(*part.shape[:2], size, *part.shape[3:])
-    wider[:, :, :had] = part
+    wider[:, :, : had - tail] = part[:, :, : had - tail]
+    wider[:, :, size - tail :] = part[:, :, had - tail :]
     return wider

@@ -124,9 +124,9 @@ def test_widths_are_ones_that_a_file_may_have(layout: Layout, data: st.DataObjec
     count = layout.sinks + layout.window + layout.page_size
     x = data.draw(kv_tensors((BATCH, HEADS, count, layout.head_dim), finite=False))
     twins = Twins(layout, torch.float32)
-    check_state(twins.caches[0].exact[:, :, layout.state_row :], 0, layout)
+    check_state(layout.state_of(twins.caches[0].exact), 0, layout)
     twins.append(x, 0)
-    check_state(twins.caches[0].exact[:, :, layout.state_row :], 1, layout)
+    check_state(layout.state_of(twins.caches[0].exact), 1, layout)
 
 
 def test_widths_of_a_sequence_stay_when_others_find_theirs() -> None:
@@ -134,11 +134,11 @@ def test_widths_of_a_sequence_stay_when_others_find_theirs() -> None:
     twins = Twins(layout, torch.float32)
     twins.append(drawn(0, BATCH, HEADS, 39, 64), 0)
     for cache in twins.caches:
-        cache.exact[1, :, layout.state_row] = 0
-    before = twins.caches[0].exact[0, :, layout.state_row].clone()
+        layout.state_of(cache.exact)[1, :, 0] = 0
+    before = layout.state_of(twins.caches[0].exact)[0, :, 0].clone()
     twins.append(drawn(1, BATCH, HEADS, 60, 64), 39, drawn(2, BATCH, 2 * HEADS, 3, 64))
     twins.assert_equal()
-    found = twins.caches[0].exact[:, :, layout.state_row]
+    found = layout.state_of(twins.caches[0].exact)[:, :, 0]
     assert torch.equal(found[0], before)
     assert found[1].any()
 
@@ -228,7 +228,7 @@ def test_attention_does_not_depend_on_threads() -> None:
 def test_widths_that_no_cache_could_find_are_refused_by_name(width: float) -> None:
     case = Case((layout_of(shared_by=0), UNCALIBRATED), 100, 1, 2)
     cache, layout = case.caches[0], case.layouts[0]
-    cache.exact[0, 0, layout.state_row, 5] = width
+    layout.state_of(cache.exact)[0, 0, 0, 5] = width
     damaged = "the cache must hold pages as its layout says"
     with pytest.raises(ValueError, match=damaged):
         case.attend()
@@ -237,4 +237,4 @@ def test_widths_that_no_cache_could_find_are_refused_by_name(width: float) -> No
     with pytest.raises(ValueError, match=damaged):
         backend.append_(cache, UNCALIBRATED, drawn(0, BATCH, HEADS, 40, 64), None, 100, layout)
     with pytest.raises(ValueError, match="widths of channels"):
-        check_state(cache.exact[:, :, layout.state_row :], 2, layout)
+        check_state(layout.state_of(cache.exact), 2, layout)

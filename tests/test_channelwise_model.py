@@ -24,13 +24,13 @@ METHOD = {"method": "tc", "bits": 3}
 
 
 def widths(cache: QuantizedKV) -> Tensor:
-    return cache.exact[:, :, cache.page_layout.state_row]
+    return cache.page_layout.state_of(cache.exact)[:, :, 0]
 
 
 def known_queries(cache: QuantizedKV) -> int:
     """Return how many of the rows of queries that a head holds are known."""
     layout = cache.page_layout
-    return int(cache.exact[0, 0, layout.token_rows : layout.state_row].any(-1).sum())
+    return int(layout.queries_of(cache.exact)[0, 0].any(-1).sum())
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_the_first_compiled_step_after_a_plain_prompt_weighs_channels_by_its_que
     layout = keys.page_layout
     assert known_queries(keys) == layout.shared_by == 2
     pages = plain[:, :, layout.sinks : layout.sinks + 64].unflatten(2, (2, 32))
-    asked = keys.exact[:, :, layout.token_rows : layout.state_row]
+    asked = layout.queries_of(keys.exact)
     about = 0, layout, Calibrated(keys.tables), keys.dtype
     assert layout.takes_mean
-    assert torch.equal(keys.exact[:, :, layout.state_row :], find_state(pages, asked, *about))
+    assert torch.equal(layout.state_of(keys.exact), find_state(pages, asked, *about))
     assert not torch.equal(widths(keys), find_state(pages, asked * 0, *about)[:, :, 0])
 
 
@@ -172,7 +172,7 @@ def test_a_cache_survives_its_file_and_another_dtype() -> None:
 
 def test_a_file_with_impossible_widths_is_refused() -> None:
     cache, file = filled(), io.BytesIO()
-    cache.exact[1, 1, cache.page_layout.state_row, 3] += 1
+    cache.page_layout.state_of(cache.exact)[1, 1, 0, 3] += 1
     torch.save(cache, file)
     file.seek(0)
     with pytest.raises(ValueError, match="the widths of channels must be 0 to 8 and 192 together"):

@@ -133,7 +133,7 @@ def test_rewriting_from_an_earlier_slot_keeps_what_the_cache_found_of_itself(
     caches = make_caches(layout, dtype, frame)
     count = full(layout, 2) + data.draw(st.integers(0, 9))
     caches.append(random_tokens(layout, count, dtype, 0), 0, True)
-    state = caches.actual[2][:, :, layout.state_row :].clone()
+    state = layout.state_of(caches.actual[2]).clone()
     start, tokens = data.draw(st.integers(0, count)), data.draw(lengths(layout))
     assume(layout.pages_at(start + tokens + layout.page_size) <= CAPACITY)
     query = data.draw(queries(layout, tokens, dtype))
@@ -142,7 +142,7 @@ def test_rewriting_from_an_earlier_slot_keeps_what_the_cache_found_of_itself(
     caches.assert_equal()
     caches.append(random_tokens(layout, layout.page_size, dtype, 2), start + tokens, True)
     caches.assert_equal()
-    assert torch.equal(caches.actual[2][:, :, layout.state_row :], state)
+    assert torch.equal(layout.state_of(caches.actual[2]), state)
     assert set(state[:, :, 0].float().sum(-1).flatten().tolist()) == {layout.bit_rows}
 
 
@@ -172,7 +172,7 @@ def test_bits_of_equal_worth_go_to_lower_bits_and_then_to_channels_that_come_fir
     caches.append(x, 0, True)
     caches.assert_equal()
     expected = torch.tensor([2.0] * 8 + [1.0] * 32)
-    assert torch.equal(caches.actual[2][0, 0, layout.state_row].cpu(), expected)
+    assert torch.equal(layout.state_of(caches.actual[2])[0, 0, 0].cpu(), expected)
 
 
 def test_many_heads_take_more_launches_and_leave_the_same_bytes(
@@ -242,7 +242,7 @@ def test_slots_read_as_the_specification_reads_them(data: st.DataObject) -> None
     x = random_tokens(layout, held, dtype, 0)
     parts = Packed.empty(x, 3, layout)
     parts[2].fill_(9.0)
-    parts[2][:, :, layout.state_row :] = 0
+    layout.state_of(parts[2]).zero_()
     reference.append_(*parts, x, 0, layout, frame)
     found = backend.dequantize(
         Packed(*(p.to(DEVICE) for p in parts)), frame_on_device(frame), length, layout

@@ -256,9 +256,10 @@ def test_a_decoded_page_is_weighed_by_the_queries_before_the_last() -> None:
         with torch.no_grad():
             call(ids[:, :66], cache)
             for layer in cache.layers * (not holds):
-                layout = changed(layer.keys.page_layout, queries=0, shared_by=0)
+                held = layer.keys.page_layout
+                layout = changed(held, queries=0, shared_by=0)
                 parts = list(layer.keys.parts)
-                parts[2] = parts[2][:, :, : layout.exact_rows].contiguous()
+                parts[2] = parts[2][:, :, : parts[2].shape[2] - held.tail_rows].contiguous()
                 layer.keys = QuantizedKV(parts, [], layout, "grown", 66)
             for slot in range(66, 72):
                 call(ids[:, slot : slot + 1], cache)

@@ -143,7 +143,12 @@ def test_kernels_read_and_write_few_rows_and_flat_pages_as_all(module: str, meth
         for few, layout in zip(empty, layouts, strict=True):
             few = Packed(*with_room(few, length + new, layout))
             whole = Packed(*(part.clone() for part in few.paged(layout)))
-            pairs.append((few, whole._replace(exact=widened(whole.exact, layout.exact_rows))))
+            pairs.append(
+                (
+                    few,
+                    whole._replace(exact=widened(whole.exact, layout.exact_rows, layout.tail_rows)),
+                )
+            )
         for read in zip(*pairs, strict=True):
             about = UNCALIBRATED, UNCALIBRATED, None, None, length, Score(0.125), *layouts
             reads.append(backend.attend(fresh, fresh, fresh, *read, *about))

@@ -87,7 +87,7 @@ class Caches:
         first = self.layout.sinks + pages * self.layout.page_size
         rows = exact_row_index(first, max(first, length), self.layout, exact.device)
         sinks = torch.arange(min(length, self.layout.sinks))
-        queries = torch.arange(self.layout.token_rows, self.layout.exact_rows)
+        queries = torch.arange(exact.shape[2] - self.layout.tail_rows, exact.shape[2])
         exact = exact[:, :, torch.cat([sinks, rows, queries])]
         return codes[:, :, :pages], params[:, :, :pages], exact, cursor
 

@@ -61,14 +61,14 @@ def check_loaded(
     rows, held = tensors["exact"].shape[2], int(tensors["cursor"][0])
     check(
         rows == layout.exact_rows
-        or (kind == "grown" and not layout.queries and held <= rows < layout.exact_rows),
+        or (kind == "grown" and held <= rows - layout.tail_rows < layout.token_rows),
         f"exact must have rows for {min(held, layout.exact_rows)} tokens, got {rows}",
     )
     codes, params = tensors["codes"][:, :, :pages], tensors["params"][:, :, :pages]
     coder = coder_of(layout)
     coder.check_pages(codes, params, layout)
     if layout.scheme.state_rows:
-        coder.check_state(tensors["exact"][:, :, layout.state_row :], pages, layout)
+        coder.check_state(layout.state_of(tensors["exact"]), pages, layout)
     if layout.has_tables:
         words = tensors["tables"].cpu()
         tables = checked_tables(

@@ -228,9 +228,10 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
 def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
     """Concatenate caches along the batch; they agree in everything else (`_aligned`)."""
     first = caches[0]
+    tails = {"exact": first.page_layout.tail_rows}
     with writable():
         parts = [
-            _join([getattr(cache, name) for cache in caches])
+            _join([getattr(cache, name) for cache in caches], tails.get(name, 0))
             for name in part_names(first.page_layout)
             if name != "cursor"
         ]
@@ -244,10 +245,10 @@ def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
     return QuantizedKV(parts, calibrated, *about)
 
 
-def _join(parts: list[Tensor]) -> Tensor:
+def _join(parts: list[Tensor], tail: int) -> Tensor:
     """Concatenate a part of several caches along the batch; some may have more room than others."""
     most = max(part.shape[2] for part in parts)
-    return torch.cat([widened(part, most) for part in parts])
+    return torch.cat([widened(part, most, tail) for part in parts])
 
 
 def _aligned(caches: list[Any]) -> bool:

@@ -69,7 +69,7 @@ def append_(
 
 def _find_state(packed: PackedTensor, pages: slice, x: Tensor, start: int) -> None:
     """Write what a cache finds of itself from the first and the last page that a call fills, unless it is there."""
-    if bool(packed.parts.exact[:, :, packed.layout.state_row].any(-1).all()):
+    if bool(packed.layout.state_of(packed.parts.exact)[:, :, 0].any(-1).all()):
         return
     ends = (slice(page, page + 1) for page in (pages.start, pages.stop - 1))
     tokens = torch.cat([native.to_coded(packed, end, x, start) for end in ends], 2)

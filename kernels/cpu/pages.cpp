@@ -194,7 +194,7 @@ void find_state(const PagesWords& w) {
   const LayoutWords& t = w.packed.layout;
   const View<4>& exact = w.packed.exact;
   const Packed packed = unwrap(w.packed);
-  const int64_t D = t.head_dim, first = t.sinks + t.ring, count = packed.state_row - first;
+  const int64_t D = t.head_dim, first = exact.sizes[2] - (t.exact_rows - t.sinks - t.ring), count = packed.state_row - first;
   const auto work = [&](std::vector<float>& own, int64_t b, int64_t h, int64_t page) {
     if (page > 0) return;
     const HeadTables tables(w.packed, h);

@@ -13,8 +13,7 @@ from kvq_compile.kernels.layout import Layout
 
 def ring_of(exact: Tensor, layout: Layout) -> Tensor:
     """View the rows of queries of ``exact`` as ``[B, H, n, G, D]``."""
-    rows = exact[:, :, layout.token_rows : layout.state_row]
-    return rows.unflatten(2, (layout.queries, layout.shared_by))
+    return layout.queries_of(exact).unflatten(2, (layout.queries, layout.shared_by))
 
 
 def remember_(

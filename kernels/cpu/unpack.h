@@ -369,7 +369,7 @@ Packed unwrap(const PackedWords& p) {
   packed.head_dim = narrow(t.head_dim), packed.page_size = narrow(t.page_size), packed.sinks = narrow(t.sinks);
   packed.max_bits = t.mixed ? narrow(t.max_bits) : 0, packed.code_rows = narrow(t.code_rows);
   packed.rank_field = narrow(t.rank_field), packed.outliers = narrow(t.outliers), packed.outlier_fields = narrow(t.outlier_fields);
-  packed.channelwise = narrow(t.channelwise), packed.state_row = narrow(t.exact_rows - 1 - t.takes_mean);
+  packed.channelwise = narrow(t.channelwise), packed.state_row = narrow(p.exact.sizes[2] - 1 - t.takes_mean);
   packed.rotary = narrow(t.rotary), packed.takes_mean = narrow(t.takes_mean), packed.mean_pairs = narrow(t.mean_pairs);
   packed.exact = p.exact.data, packed.exact_dtype = narrow(p.exact.dtype);
   packed.exact_stride[0] = p.exact.strides[0], packed.exact_stride[1] = p.exact.strides[1];

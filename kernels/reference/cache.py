@@ -138,18 +138,17 @@ def find_state_(
     """
     if not layout.scheme.state_rows:
         return
-    queries = exact[:, :, layout.token_rows : layout.state_row]
+    queries, held = layout.queries_of(exact), layout.state_of(exact)
     found = find_state(pages.float(), queries, old, layout, calibrated, exact.dtype)
-    held = exact[:, :, layout.state_row :]
     known = held[:, :, :1].any(-1, keepdim=True)
-    exact[:, :, layout.state_row :] = torch.where(known, held, found)
+    held.copy_(torch.where(known, held, found))
 
 
 def with_state(calibrated: Calibrated, exact: Tensor, layout: Layout) -> Calibrated:
     """Return constants together with what a cache found of itself, where the layout has that."""
     if not layout.scheme.state_rows:
         return calibrated
-    return calibrated._replace(state=exact[:, :, layout.state_row :].float())
+    return calibrated._replace(state=layout.state_of(exact).float())
 
 
 def leaving_pages(

@@ -65,5 +65,4 @@ def recall(exact: Tensor, held: int, first: int, last: int, layout: Layout) -> t
 
 def _ring(exact: Tensor, layout: Layout) -> Tensor:
     """View the rows of queries as ``[B, H, n, G, D]``."""
-    rows = exact[:, :, layout.token_rows : layout.state_row]
-    return rows.unflatten(2, (layout.queries, layout.shared_by))
+    return layout.queries_of(exact).unflatten(2, (layout.queries, layout.shared_by))

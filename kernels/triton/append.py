@@ -38,7 +38,7 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_importance,
     bundle_tensor,
     calibrated_head,
-    exact_rows,
+    tail_of,
 )
 from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
 from kvq_compile.kernels.triton.constants import WriteConstants, first_word, plane_words
@@ -187,7 +187,7 @@ def _find_state(
 ):  # fmt: skip
     """Write queries of a head and then, if a page fills, what the cache finds of itself, which depends on them."""
     write_queries(
-        query, source.exact, cursor, write, shape.tokens, shape.known, batch, kv_head, CONSTANTS
+        query, source.tail, cursor, write, shape.tokens, shape.known, batch, kv_head, CONSTANTS
     )
     tl.debug_barrier()
     if write.pages > write.kept:
@@ -217,7 +217,7 @@ def append_kernel(
     scratch += (head.to(tl.int64) * tl.num_programs(1) + number) * CONSTANTS.scratch_size
     tables = calibrated_head(calibration, batch, kv_head, CONSTANTS)
     first = CONSTANTS.sinks + index * CONSTANTS.page_size
-    source = Source(new, x.token, exact, first, write.start)
+    source = Source(new, x.token, exact, tail_of(page, CONSTANTS), first, write.start)
     if write.ok & write.cut & (number == 0):
         _reopen(source, page, tables, CONSTANTS, ROWS)
     if WHOLE and CONSTANTS.bit_rows > 0 and write.ok:
@@ -236,7 +236,7 @@ def append_kernel(
                 write_rows(exact, new, x.token, row, write, shape.tokens, CONSTANTS, ROWS)
             if CONSTANTS.bit_rows == 0:
                 write_queries(
-                    query, exact, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
+                    query, source.tail, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
                     CONSTANTS,
                 )  # fmt: skip
         tl.debug_barrier()
@@ -259,9 +259,16 @@ def state_kernel(
     head = tl.program_id(0).to(tl.int64)
     batch, kv_head = head // shape.heads, head % shape.heads
     write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
-    exact = exact_rows(cache, head)
+    page = at_page(cache, head, 0, capacity, CONSTANTS)
     first = CONSTANTS.sinks + write.kept * CONSTANTS.page_size
-    source = Source(at_head(x, batch, kv_head), x.token, exact, first, write.start)
+    source = Source(
+        at_head(x, batch, kv_head),
+        x.token,
+        page.exact,
+        tail_of(page, CONSTANTS),
+        first,
+        write.start,
+    )
     scratch += head * pages * CONSTANTS.scratch_size
     if write.ok:
         _find_state(
@@ -285,11 +292,11 @@ def rows_kernel(
     write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
     if write.ok:
         new = at_head(x, batch, kv_head)
-        exact = exact_rows(cache, head.to(tl.int64))
-        write_rows(exact, new, x.token, block * ROWS, write, shape.tokens, CONSTANTS, ROWS)
+        page = at_page(cache, head.to(tl.int64), 0, capacity, CONSTANTS)
+        write_rows(page.exact, new, x.token, block * ROWS, write, shape.tokens, CONSTANTS, ROWS)
         if (block == 0) & (CONSTANTS.bit_rows == 0):
             write_queries(
-                query, exact, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
+                query, tail_of(page, CONSTANTS), cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
                 CONSTANTS,
             )  # fmt: skip
 

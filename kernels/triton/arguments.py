@@ -166,6 +166,12 @@ def exact_rows(packed, head):
 
 
 @triton.jit
+def tail_of(page, CONSTANTS: tl.constexpr):
+    """Return a pointer to the tail of the exact rows of the head that a page of `at_page` belongs to."""
+    return page.exact + page.exact_head - CONSTANTS.tail_rows * CONSTANTS.head_dim
+
+
+@triton.jit
 def calibrated_head(calibration, batch, head, CONSTANTS: tl.constexpr):
     """Return what belongs to a sequence and a KV head (int64), as far as the layout has it."""
     tables, book, shift = 0, 0, 0

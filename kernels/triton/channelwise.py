@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from kvq_compile.kernels import channelwise_scheme
+from kvq_compile.kernels.triton.arguments import tail_of
 from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
 from kvq_compile.kernels.triton.primitives import join_8
 from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table, rotate_back
@@ -75,9 +76,9 @@ def block_words(block, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def load_widths(exact, channel, CONSTANTS: tl.constexpr):
-    """Return the widths (int32) of channels of a head with exact rows ``exact``; 0 of those it does not have."""
-    where = exact + CONSTANTS.state_row * CONSTANTS.head_dim + channel
+def load_widths(tail, channel, CONSTANTS: tl.constexpr):
+    """Return the widths (int32) of channels of a head, whose tail of exact rows is ``tail``; 0 where it has none."""
+    where = tail + CONSTANTS.query_rows * CONSTANTS.head_dim + channel
     return tl.load(where, mask=channel < CONSTANTS.head_dim, other=0.0).to(tl.int32)
 
 
@@ -109,7 +110,7 @@ def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
     """
     PAGE: tl.constexpr = CONSTANTS.page_size
     real = channel < CONSTANTS.head_dim
-    width = load_widths(page.exact, channel, CONSTANTS)
+    width = load_widths(tail_of(page, CONSTANTS), channel, CONSTANTS)
     first = tl.cumsum(width, 1) - width
     code = tl.zeros(exists.shape, tl.int32)
     for bit in range(tl.max(tl.max(width, 1), 0)):

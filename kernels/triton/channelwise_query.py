@@ -80,7 +80,7 @@ def _load_query(where, channel, exists, tables, KEY: tl.constexpr):
 
 @triton.jit
 def _write_mean_queries(
-    where, exact, out, exists, factor, tables, KEY: tl.constexpr, BLOCK_Q: tl.constexpr
+    where, tail, out, exists, factor, tables, KEY: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
     """Write what the mean of keys adds to scores, for cosine and sine of the angle of each pair: see `start_mean`."""
     HALF: tl.constexpr = KEY.head_dim // 2
@@ -90,7 +90,7 @@ def _write_mean_queries(
     first = tl.where(real, pair, KEY.head_dim)  # of places without a pair there is no channel
     q_a, _bias = _load_query(where, first, exists, tables, KEY)
     q_b, _bias = _load_query(where, first + HALF, exists, tables, KEY)
-    mean = exact + (KEY.state_row + 1) * KEY.head_dim + pair
+    mean = tail + (KEY.query_rows + 1) * KEY.head_dim + pair
     a = tl.load(mean, mask=real, other=0.0).to(tl.float32)[:, None]
     b = tl.load(mean + HALF, mask=real, other=0.0).to(tl.float32)[:, None]
     to = out + pair[:, None] * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
@@ -125,9 +125,9 @@ def expand_query_kernel(
     if KEY.has_tables:
         tables += head % kv_heads * calibration.words
     if tile < tiles:
-        exact += head * exact_head
+        tail = exact + head * exact_head + exact_head - KEY.tail_rows * KEY.head_dim
         _expand_query(
-            query, exact, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY, LAUNCH
+            query, tail, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY, LAUNCH
         )
     elif KEY.takes_mean and head < kv_heads:
         angles = out.angles + head * (KEY.page_size * 2 * KEY.mean_places)
@@ -136,7 +136,7 @@ def expand_query_kernel(
 
 @triton.jit
 def _expand_query(
-    query, exact, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY: tl.constexpr,
+    query, tail, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY: tl.constexpr,
     LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Write the `BitQueries` of one tile of queries of a head."""
@@ -163,10 +163,10 @@ def _expand_query(
     tl.store(out.factor + column, power_of_2(exponent - HALF + (19 if LAUNCH.fast else 0)))
     if KEY.takes_mean:
         quarter = power_of_2(-exponent - 2) * scale
-        _write_mean_queries(where, exact, out.mean, exists, quarter, tables, KEY, BLOCK_Q)
+        _write_mean_queries(where, tail, out.mean, exists, quarter, tables, KEY, BLOCK_Q)
     q = q * power_of_2(-exponent)[None, :]
 
-    width = load_widths(exact, channel, KEY)
+    width = load_widths(tail, channel, KEY)
     tl.store(out.half_levels + channel, half_levels_of(width))
     first = tl.cumsum(width, 0) - width
     for bit in tl.static_range(MAX_WIDTH):

@@ -76,8 +76,8 @@ def _find_mean(source, last_page, tables, CONSTANTS: tl.constexpr, CHANNELS: tl.
         mean = _part_of_mean(source, channel, tables, CONSTANTS)
         mean = bounded(mean + _part_of_mean(last_page, channel, tables, CONSTANTS))
         mean = tl.where(channel % (DIM // 2) < CONSTANTS.mean_pairs, mean, 0.0)
-        where = source.exact + (CONSTANTS.state_row + 1) * DIM + channel
-        tl.store(where, mean.to(source.exact.dtype.element_ty), mask=channel < DIM)
+        where = source.tail + (CONSTANTS.query_rows + 1) * DIM + channel
+        tl.store(where, mean.to(source.tail.dtype.element_ty), mask=channel < DIM)
     tl.debug_barrier()
 
 
@@ -89,22 +89,22 @@ def _variances(source, channel, tables, CONSTANTS: tl.constexpr):
     if CONSTANTS.takes_mean:
         slot = source.first + tl.arange(0, CONSTANTS.page_size)[None, :]
         exists = (channel < CONSTANTS.head_dim)[:, None]
-        x = x - rotated_mean(source.exact, slot, channel[:, None], exists, tables, CONSTANTS)
+        x = x - rotated_mean(source.tail, slot, channel[:, None], exists, tables, CONSTANTS)
     mean = sum_pairs(x) * SHARE
     offset = x - mean[:, None]
     return sum_pairs(offset * offset) * SHARE
 
 
 @triton.jit
-def _sum_squares(exact, channel, tables, CONSTANTS: tl.constexpr):
+def _sum_squares(tail, channel, tables, CONSTANTS: tl.constexpr):
     """Return the sum of the squares of held queries in coded channels, and how many queries are known."""
     total = tl.zeros(channel.shape, tl.float32)
     known = tl.sum(total, 0)
     exists = channel < CONSTANTS.head_dim
     if CONSTANTS.has_tables:
         channel = load_table(tables, channel, exists, "order", CONSTANTS)
-    for row in range(CONSTANTS.token_rows, CONSTANTS.state_row):
-        where = exact + row * CONSTANTS.head_dim + channel
+    for row in range(CONSTANTS.query_rows):
+        where = tail + row * CONSTANTS.head_dim + channel
         q = bounded(tl.load(where, mask=exists, other=0.0).to(tl.float32))
         total = total + q * q
         known = known + tl.where(tl.max(tl.abs(q), 0) > 0, 1.0, 0.0)
@@ -112,16 +112,16 @@ def _sum_squares(exact, channel, tables, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def _weights(exact, channel, tables, CONSTANTS: tl.constexpr):
+def _weights(tail, channel, tables, CONSTANTS: tl.constexpr):
     """Return `channelwise.weights` of all channels."""
     DIM: tl.constexpr = CONSTANTS.head_dim
-    total, known = _sum_squares(exact, channel, tables, CONSTANTS)
+    total, known = _sum_squares(tail, channel, tables, CONSTANTS)
     if CONSTANTS.pairs == "halves":
         other = tl.where(channel < DIM, other_of_pair(channel, CONSTANTS), DIM)
-        other, _known = _sum_squares(exact, other, tables, CONSTANTS)
+        other, _known = _sum_squares(tail, other, tables, CONSTANTS)
         total = total + other
     elif CONSTANTS.pairs == "neighbours":
-        other, _known = _sum_squares(exact, channel ^ 1, tables, CONSTANTS)
+        other, _known = _sum_squares(tail, channel ^ 1, tables, CONSTANTS)
         total = total + other
     mean = tl.sum(sum_pairs(total[None, :]), 0) * (1.0 / DIM)
     prior = mean * tl.div_rn(known * 0.0 + PRIOR, tl.maximum(known, 1.0))
@@ -171,8 +171,8 @@ def find_state(source, last, scratch, tables, CONSTANTS: tl.constexpr, TILE: tl.
     TILES: tl.constexpr = 8 if CONSTANTS.takes_mean else 2  # at once in registers
     CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (TILES * CONSTANTS.page_size)))
     channel = tl.arange(0, D_PAD)
-    if tl.max(load_widths(source.exact, channel, CONSTANTS), 0) == 0:
-        last_page = Source(source.new, source.stride, source.exact, last, source.start)
+    if tl.max(load_widths(source.tail, channel, CONSTANTS), 0) == 0:
+        last_page = Source(source.new, source.stride, source.exact, source.tail, last, source.start)
         if CONSTANTS.takes_mean:
             _find_mean(source, last_page, tables, CONSTANTS, CHANNELS)
         for block in range(0, DIM, CHANNELS):
@@ -182,10 +182,10 @@ def find_state(source, last, scratch, tables, CONSTANTS: tl.constexpr, TILE: tl.
             tl.store(scratch + part, variance, mask=part < DIM)
         tl.debug_barrier()
         value = tl.load(scratch + channel, mask=channel < DIM, other=0.0)
-        value = value * _weights(source.exact, channel, tables, CONSTANTS)
+        value = value * _weights(source.tail, channel, tables, CONSTANTS)
         widths = _allocate(value, channel < DIM, CONSTANTS).to(tl.float32)
-        where = source.exact + CONSTANTS.state_row * DIM + channel
-        tl.store(where, widths.to(source.exact.dtype.element_ty), mask=channel < DIM)
+        where = source.tail + CONSTANTS.query_rows * DIM + channel
+        tl.store(where, widths.to(source.tail.dtype.element_ty), mask=channel < DIM)
     tl.debug_barrier()
 
 
@@ -253,7 +253,7 @@ def _write_params(source, params, scratch, CONSTANTS: tl.constexpr, TILE: tl.con
     CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (2 * CONSTANTS.page_size)))
     for block in range(0, DIM, CHANNELS):
         channel = block + tl.arange(0, CHANNELS)
-        width = load_widths(source.exact, channel, CONSTANTS)
+        width = load_widths(source.tail, channel, CONSTANTS)
         x = _load_page(source, scratch, channel, CONSTANTS)
         step, center = _channel_params(x, width)
         word = center.to(tl.uint16, bitcast=True).to(tl.int32)
@@ -264,10 +264,10 @@ def _write_params(source, params, scratch, CONSTANTS: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def _write_places(exact, places, CONSTANTS: tl.constexpr):
+def _write_places(tail, places, CONSTANTS: tl.constexpr):
     """Write channel and bit of each bit of a token, ``channel * MAX_WIDTH + bit``, as fp32."""
     channel = tl.arange(0, triton.next_power_of_2(CONSTANTS.head_dim))
-    width = load_widths(exact, channel, CONSTANTS)
+    width = load_widths(tail, channel, CONSTANTS)
     first = tl.cumsum(width, 0) - width
     for bit in tl.static_range(MAX_WIDTH):
         number = (channel * MAX_WIDTH + bit).to(tl.float32)
@@ -297,7 +297,7 @@ def _pack(source, page, scratch, places, CONSTANTS: tl.constexpr, TILE: tl.const
         channel, bit = place // MAX_WIDTH, place % MAX_WIDTH
         size = e5m3_value(tl.load(page.params + channel).to(tl.int32))
         center = load_center(page.params, channel, channel >= 0, CONSTANTS)
-        half_levels = half_levels_of(load_widths(source.exact, channel, CONSTANTS))
+        half_levels = half_levels_of(load_widths(source.tail, channel, CONSTANTS))
         there = exists & (token >= 0)[:, None, None]
         x = load_coded(source, scratch, token[:, None, None], channel, there, CONSTANTS)
         code = _nearest(bounded(x), size, center, half_levels).to(tl.int32)
@@ -312,6 +312,6 @@ def quantize_page(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.const
     """Quantize and pack a page of a head that has found its state; in coded form if the layout has tables."""
     places = scratch + (CONSTANTS.scratch_size - CONSTANTS.bit_rows)
     _write_params(source, page.params, scratch, CONSTANTS, TILE)
-    _write_places(source.exact, places, CONSTANTS)
+    _write_places(source.tail, places, CONSTANTS)
     tl.debug_barrier()
     _pack(source, page, scratch, places, CONSTANTS, TILE)

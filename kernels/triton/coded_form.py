@@ -23,7 +23,7 @@ class Source(NamedTuple):
 
     Attributes:
         new, stride: New tokens, and how far apart they lie.
-        exact: Exact rows of the cache.
+        exact, tail: Exact rows of the cache, and the last of them.
         first: Slot of the page's first token.
         start: Slot of the first new token; tokens before it lie in the ring.
     """
@@ -31,6 +31,7 @@ class Source(NamedTuple):
     new: Any
     stride: Any
     exact: Any
+    tail: Any
     first: Any
     start: Any
 
@@ -84,7 +85,7 @@ def write_coded_form(source, scratch, calibration, CONSTANTS: tl.constexpr, TILE
             y = normalize(y, tables, channel, inside, CONSTANTS)
         if CONSTANTS.takes_mean:
             slot = source.first + token
-            y = y - rotated_mean(source.exact, slot, channel, inside, tables, CONSTANTS)
+            y = y - rotated_mean(source.tail, slot, channel, inside, tables, CONSTANTS)
         if CONSTANTS.transform == "hadamard":
             y = hadamard(y, HEAD_DIM)
         tl.store(where, y, mask=exists)

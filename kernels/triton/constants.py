@@ -28,7 +28,8 @@ class ReadConstants:
         role: Whether rows of packed words are tokens (``"key"``) or channels (``"value"``).
         head_dim, page_size: Channels of a head, tokens of a page.
         sinks, window, ring: Exact tokens: the first, the recent ones, rows of the ring that recent ones lie in.
-        token_rows, state_row: Exact rows: of tokens; of tokens and of held queries, behind which the state lies.
+        token_rows, tail_rows, query_rows: Exact rows: of tokens, where there are all; the last, which are the tail; of
+            these the first, of held queries.
         queries, shared_by: Held queries, and query heads to a KV head, where queries are held.
         scheme: ``"uniform"``, ``"codebook"``, ``"mixed"`` or ``"channelwise"``.
         bits: Of a code as packed: 2 for three levels; of mixed tokens the most.
@@ -58,7 +59,8 @@ class ReadConstants:
     window: int
     ring: int
     token_rows: int
-    state_row: int
+    tail_rows: int
+    query_rows: int
     queries: int
     shared_by: int
     scheme: str
@@ -170,7 +172,8 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "window": layout.window,
         "ring": layout.ring,
         "token_rows": layout.token_rows,
-        "state_row": layout.state_row,
+        "tail_rows": layout.tail_rows,
+        "query_rows": layout.query_rows,
         "queries": layout.queries,
         "shared_by": layout.shared_by,
         "scheme": scheme,

@@ -16,6 +16,7 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_calibration,
     calibrated_head,
     exact_rows,
+    tail_of,
 )
 from kvq_compile.kernels.triton.coded_form import ring_row
 from kvq_compile.kernels.triton.constants import ReadConstants
@@ -49,7 +50,7 @@ def store_tokens(rows, page, calibration, slot, token, real, CONSTANTS: tl.const
     if CONSTANTS.transform == "hadamard":
         y = hadamard(y, HEAD_DIM)
     if CONSTANTS.takes_mean:
-        y = y + rotated_mean(page.exact, slot, channel, inside, tables, CONSTANTS)
+        y = y + rotated_mean(tail_of(page, CONSTANTS), slot, channel, inside, tables, CONSTANTS)
     order = channel
     if CONSTANTS.has_tables:
         y = denormalize(y, tables, channel, inside, CONSTANTS)

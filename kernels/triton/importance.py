@@ -32,6 +32,7 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_cache,
     bundle_mask,
     bundle_tensor,
+    tail_of,
 )
 from kvq_compile.kernels.triton.constants import ReadConstants
 from kvq_compile.kernels.triton.mixed import in_tile_order, load_page, load_planes, page_scores
@@ -97,7 +98,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _load_queries(
-    query, exact, column, kv_len, view, tokens, KEY: tl.constexpr, LAUNCH: tl.constexpr
+    query, tail, column, kv_len, view, tokens, KEY: tl.constexpr, LAUNCH: tl.constexpr
 ):  # fmt: skip
     """Return queries ``[queries, channels]`` of a KV head, fp32, and the slot at which the sight of each ends.
 
@@ -115,8 +116,8 @@ def _load_queries(
     x = x.to(tl.float32)
     if KEY.queries > 0:
         earlier = (slot < view.start) & (slot >= tl.maximum(kv_len - KEY.queries, 0)) & (mine == 0)
-        row = KEY.token_rows + tl.maximum(slot, 0) % KEY.queries * LAUNCH.shared_by + head
-        where = exact + row[:, None] * HEAD_DIM + channel
+        row = tl.maximum(slot, 0) % KEY.queries * LAUNCH.shared_by + head
+        where = tail + row[:, None] * HEAD_DIM + channel
         x += tl.load(where, mask=exists & earlier[:, None], other=0.0).to(tl.float32)
     sight = slot + 1
     if not LAUNCH.causal:
@@ -245,7 +246,7 @@ def weigh_kernel(
         )
         own = at_head(key, batch, kv_head)
         pages_of_head = at_page(cache, head, 0, capacity, KEY)
-        exact = pages_of_head.exact
+        exact, tail = pages_of_head.exact, tail_of(pages_of_head, KEY)
         partial += head * splits * QUERIES
         result += head * shape.slots
         kv_len, pages, end = tl.load(cache.cursor), tl.load(cache.cursor + 1), start + shape.new
@@ -258,7 +259,7 @@ def weigh_kernel(
         first_exact, last_exact = split * size, tl.minimum(split * size + size, total_exact)
         for number in range(LAUNCH.tiles):
             column = number * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            q, sight = _load_queries(asked, exact, column, kv_len, view, shape.tokens, KEY, LAUNCH)
+            q, sight = _load_queries(asked, tail, column, kv_len, view, shape.tokens, KEY, LAUNCH)
             mask_pointer, mask_rows = mask.pointer, column.to(tl.int64)
             if LAUNCH.mask_kind > 0:  # an earlier query goes by the first row
                 mask_pointer += batch * mask.batch

@@ -78,12 +78,12 @@ def write_rows(
 
 @triton.jit
 def write_queries(
-    query, exact, cursor, plan, tokens, known, batch, kv_head, CONSTANTS: tl.constexpr
+    query, tail, cursor, plan, tokens, known, batch, kv_head, CONSTANTS: tl.constexpr
 ):
     """Write the queries of the last ``known`` new tokens to their rows, and zeros for queries no longer known.
 
-    Mirrors the specification, for the KV head (int64) that ``exact`` belongs to, before the cursor moves. Nothing is
-    done unless the layout holds queries.
+    Mirrors the specification, for the KV head (int64) whose tail of exact rows is ``tail``, before the cursor moves.
+    Nothing is done unless the layout holds queries.
     """
     if CONSTANTS.queries > 0:
         SHARED_BY: tl.constexpr = CONSTANTS.shared_by
@@ -100,8 +100,8 @@ def write_queries(
         token = (slot - end + known).to(tl.int64)
         where = at_head(query, batch, query_head) + token * query.token
         asked = tl.load(where + channel, mask=exists & (token >= 0), other=0.0)
-        where = exact + (CONSTANTS.token_rows + row) * HEAD_DIM + channel
-        tl.store(where, asked.to(exact.dtype.element_ty), mask=exists & lost)
+        where = tail + row * HEAD_DIM + channel
+        tl.store(where, asked.to(tail.dtype.element_ty), mask=exists & lost)
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -117,9 +117,9 @@ def slot_angle(slot, channel, exists, tables, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def rotated_mean(exact, slot, channel, exists, tables, CONSTANTS: tl.constexpr):
-    """Return the mean of keys in coded channels of a head with exact rows ``exact``, rotated to slots."""
-    mean = exact + (CONSTANTS.state_row + 1) * CONSTANTS.head_dim
+def rotated_mean(tail, slot, channel, exists, tables, CONSTANTS: tl.constexpr):
+    """Return the mean of keys in coded channels of a head with the tail ``tail`` of exact rows, rotated to slots."""
+    mean = tail + (CONSTANTS.query_rows + 1) * CONSTANTS.head_dim
     own = tl.load(mean + channel, mask=exists, other=0.0).to(tl.float32)
     other = mean + other_of_pair(channel, CONSTANTS)
     other = tl.load(other, mask=exists, other=0.0).to(tl.float32)
