@@ -208,7 +208,7 @@ CASES: dict[str, Callable[[str], Any]] = {
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
 ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
 ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3 mean", "write fp8-trits", "write rotary-codebook",
-             "write qaq", "requantize qaq", "read rotary", "read tc", "read qaq-outliers",
+             "write qaq", "write tc", "requantize qaq", "read rotary", "read tc", "read qaq-outliers",
              "weigh decode"]  # fmt: skip
 
 

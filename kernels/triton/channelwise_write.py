@@ -168,7 +168,7 @@ def find_state(source, last, scratch, tables, CONSTANTS: tl.constexpr, TILE: tl.
     """
     DIM: tl.constexpr = CONSTANTS.head_dim
     D_PAD: tl.constexpr = triton.next_power_of_2(DIM)
-    TILES: tl.constexpr = 8 if CONSTANTS.takes_mean else 2  # at once in registers
+    TILES: tl.constexpr = 8  # at once in registers
     CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (TILES * CONSTANTS.page_size)))
     channel = tl.arange(0, D_PAD)
     if tl.max(load_widths(source.tail, channel, CONSTANTS), 0) == 0:
@@ -250,7 +250,10 @@ def _write_params(source, params, scratch, CONSTANTS: tl.constexpr, TILE: tl.con
     """Write the parameters of a page, in tiles of whole channels."""
     DIM: tl.constexpr = CONSTANTS.head_dim
     D_PAD: tl.constexpr = triton.next_power_of_2(DIM)
-    CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (2 * CONSTANTS.page_size)))
+    TILES: tl.constexpr = (
+        2 if CONSTANTS.in_coded_form else 4
+    )  # the ring takes more registers to read
+    CHANNELS: tl.constexpr = min(D_PAD, max(1, TILE // (TILES * CONSTANTS.page_size)))
     for block in range(0, DIM, CHANNELS):
         channel = block + tl.arange(0, CHANNELS)
         width = load_widths(source.tail, channel, CONSTANTS)
@@ -276,7 +279,7 @@ def _write_places(tail, places, CONSTANTS: tl.constexpr):
 
 @triton.constexpr_function
 def _tile_tokens(page, tile):
-    return min(page, max(1, tile // (32 * channelwise_scheme.BLOCK_WORDS)))
+    return min(page, max(1, tile // (64 * channelwise_scheme.BLOCK_WORDS)))
 
 
 @triton.jit
