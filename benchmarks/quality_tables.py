@@ -167,6 +167,12 @@ def measured_on(rows: Sequence[Row]) -> str:
 
 REAL_METHODS = {
     "int8": "`int8`",
+    "tc:bits=4": "`tc`, 4 bits",
+    "tc:bits=3.5": "`tc`, 3.5 bits",
+    "tc:bits=3": "`tc`, 3 bits",
+    "tc:bits=2.5": "`tc`, 2.5 bits",
+    "tc:bits=2": "`tc`, 2 bits",
+    "tc:bits=1.75": "`tc`, 1.75 bits",
     "kivi:bits=4": "`kivi`, 4 bits",
     "int4": "`int4`",
     "int3": "`int3`",
@@ -212,7 +218,19 @@ REFERENCE_METHODS = {
     "cq-4c8b": "`cq-4c8b`",
     "cq-8c8b": "`cq-8c8b`",
 }
-FRONT_PAGE = ("int8", "kivi:bits=4", "int4", "int3", "kivi:bits=2", "qaq:bits=2.3")
+FRONT_PAGE = (
+    *(
+        "int8",
+        "kivi:bits=4",
+        "int4",
+        "tc:bits=4",
+        "int3",
+        "tc:bits=3",
+        "kivi:bits=2",
+        "tc:bits=2.5",
+    ),
+    *("qaq:bits=2.3", "tc:bits=2"),
+)
 TARGETS = "qaq:bits=4,key_target=3e-4,value_target=0.1"
 TARGET_METHODS = {
     TARGETS: "targets",

@@ -7,77 +7,32 @@ no other list of them.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from kvq_compile.calibration.artifact import LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
 from kvq_compile.kernels.channelwise_scheme import MAX_WIDTH, Pairs
-from kvq_compile.kernels.layout import Regions
 from kvq_compile.kernels.schemes import (
     WIDTHS,
-    Adaptive,
     Channelwise,
     Codebook,
-    Mixed,
     Packing,
     Params,
-    Scheme,
     Transform,
     Uniform,
     scheme_of,
 )
 from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.method_base import Options, check_number, is_number
+from kvq_compile.qaq import Qaq
 
 GroupSize = int | Literal["auto"] | None
 # Options that calibration does not depend on.
 AT_COMPILE = ("sinks", "window", "page_size", "packing")
 TC_CLIPS = {1: 0.7, 1.5: 0.78, 2: 0.88, 3: 0.96}  # parts of a value's range that its codes span
-QAQ_RECORDS = {
-    "fp8": 0.196,
-    "fp16": 0.321,
-}  # bits an element of records and headers at 128 channels
-QAQ_QUERY_NORM = 300.0  # squared; what QAQ's code takes for every layer of every model
-QAQ_KEYS_WIDER = 0.55  # keys get so many bits more than the average, values as many less
 # Bits of SKVQ's codes to the parts of a group's range that they span, of keys and of values: docs/decisions.md.
 DEFAULT_CLIPS = {1: (0.85, 0.7), 1.5: (0.85, 0.7), 2: (0.85, 0.75), 3: (0.95, 0.9)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every method takes: the regions of exact tokens, and how many tokens are quantized at once.
-
-    Args:
-        sinks: First tokens that stay exact for ever.
-        window: Most recent tokens that are always exact.
-        page_size: Tokens quantized at once: 32, 64, 128 or 256.
-    """
-
-    calibrated: ClassVar[bool] = False  # whether there is no spec without tables
-
-    sinks: int = 5
-    window: int = 128
-    page_size: int = 128
-
-    def __post_init__(self) -> None:
-        _ = Regions(self.sinks, self.window, self.page_size)  # which checks itself
-
-    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
-        """Return the spec of a cache, or of the layer that ``tables`` belong to.
-
-        Raises:
-            TypeError: An option has the wrong type.
-            ValueError: An option is out of its range, or options do not go together.
-        """
-        raise NotImplementedError
-
-    def _cache(self, key: Scheme, value: Scheme, tables: LayerTables | None = None) -> CacheSpec:
-        return CacheSpec(
-            *(key, value, self.sinks, self.window, self.page_size),
-            key_tables=None if tables is None else tables.key,
-            value_tables=None if tables is None else tables.value,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +149,10 @@ class Tc(Options):
                 check_number(name, number)
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be from 1 to 8, got {self.bits}")
+        if self.key_bits is not None and not 0 < self.key_bits <= MAX_WIDTH:
+            raise ValueError(
+                f"key_bits must be above 0 and at most {MAX_WIDTH}, got {self.key_bits}"
+            )
 
     def spec(self, tables: LayerTables | None = None) -> CacheSpec:
         """Return the spec."""
@@ -326,146 +285,6 @@ class Auto(Options):
         return self._cache(key, scheme_of(tables.value_options, of_value, rotary=False), tables)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Qaq(Options):
-    """Bits by token, more for those of wide range and for those that the last five queries attended to.
-
-    They are ``bits`` on average.
-
-    A page of tokens has a budget; its bits go where they lower the largest weighted error most. ``bits`` counts
-    codes and metadata of heads of 128 channels; ``key_bits`` and ``value_bits`` count codes alone.
-    ``variant="fitted"`` weighs attention softly, for keys too, and keeps each token's product with itself;
-    ``"paper"`` does neither and keeps one element at each end exact. ``params="fp8"`` saves an eighth of a bit, for
-    models whose keys and values stay below 448: larger elements would be cut off.
-
-    Targets are the standard deviations of an attention weight (``key_target``) and of attention's output
-    (``value_target``) that are good enough. Tokens get the bits that meet them, weighed as in the paper: values by
-    attention as it is, keys not at all. The budget stays the cap, and what is held; less of it is used and read.
-    The target of keys takes ``query_norm``, the squared norm that one query of ten exceeds: 300 as in the code of
-    the paper, or what `calibrate` measured, of each layer the largest of its heads.
-
-    ``requantize=True``: whenever a page fills, tokens of older pages lose the bits that their target needs no more
-    now that attention has moved on, in place. It needs a target: a budget would gain nothing.
-    ``keep_exact="cpu"`` holds packed tokens whose bits depend on attention exactly in host memory, as in the paper,
-    and quantizes a page anew, within its budget, when a token of it would gain bits. Only of caches that grow.
-
-    Source: QAQ (arXiv 2403.04643), with its per-head level.
-    """
-
-    bits: float = 3.0
-    key_bits: float | None = None
-    value_bits: float | None = None
-    max_bits: int | None = None
-    min_bits: int | None = None
-    outliers: int | None = None
-    variant: Literal["fitted", "paper"] = "fitted"
-    key_target: float | None = None
-    value_target: float | None = None
-    query_norm: float = QAQ_QUERY_NORM
-    requantize: bool = False
-    keep_exact: Literal["cpu"] | None = None
-    params: Params = "fp16"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant not in ("fitted", "paper"):
-            raise ValueError(f'variant must be "fitted" or "paper", got {self.variant!r}')
-        if self.params not in QAQ_RECORDS:
-            raise ValueError(f'params must be "fp16" or "fp8", got {self.params!r}')
-        for name in ("key_target", "value_target", "query_norm"):
-            number = getattr(self, name)
-            if number is not None and not (is_number(number) and 0 < number < math.inf):
-                raise ValueError(f"{name} must be a positive number, got {number!r}")
-        if not isinstance(self.requantize, bool):
-            raise TypeError(f"requantize must be a bool, got {self.requantize!r}")
-        if self.keep_exact not in (None, "cpu"):
-            raise ValueError(f'keep_exact must be "cpu" or None, got {self.keep_exact!r}')
-        targets = self.key_target, self.value_target, self.keep_exact
-        if self.requantize and targets == (None, None, None):
-            raise ValueError(
-                "requantize must go with error targets, got none: a page keeps its budget, so that taking bits "
-                'away would gain nothing; give key_target or value_target, or keep_exact="cpu"'
-            )
-        for name in ("max_bits", "min_bits", "outliers"):
-            number = getattr(self, name)
-            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
-                raise TypeError(f"{name} must be an integer, got {number!r}")
-        self._check_budgets()
-
-    def _check_budgets(self) -> None:
-        """Make sure that the bits of keys and values lie between those of the least and the most of a token."""
-        check_number("bits", self.bits)
-        least, most = self._range()
-        if not 0 <= least < most <= 8:
-            raise ValueError(
-                f"min_bits and max_bits must be two ascending numbers of 0 to 8, got {least} and {most}"
-            )
-        for name in ("key_bits", "value_bits"):
-            budget = getattr(self, name)
-            if budget is None:
-                continue
-            check_number(name, budget)
-            if not (least <= budget <= most and budget > 0):
-                raise ValueError(
-                    f"{name} must be from min_bits={least} to max_bits={most} and positive, got {budget}"
-                )
-        low, high = -99.0, 99.0  # of the codes' share, where keys and values follow from it
-        if self.value_bits is None:
-            low = max(least, 1 / self.page_size) + QAQ_KEYS_WIDER
-        if self.key_bits is None:
-            high = most - QAQ_KEYS_WIDER
-        if not low <= self.bits - self._records() <= high:
-            raise ValueError(
-                f"bits must be from {math.ceil(100 * (low + self._records())) / 100:g} to "
-                f"{math.floor(100 * (high + self._records())) / 100:g} with min_bits={least} and "
-                f"max_bits={most}, got {self.bits}; give other min_bits or max_bits, or another method"
-            )
-
-    def _range(self) -> tuple[int, int]:
-        """Return the least and the most bits of a token."""
-        least = (0 if self.variant == "paper" else 1) if self.min_bits is None else self.min_bits
-        most = (4 if self.bits <= 3.25 else 6) if self.max_bits is None else self.max_bits
-        return least, most
-
-    def _outliers(self) -> int:
-        return (2 if self.variant == "paper" else 0) if self.outliers is None else self.outliers
-
-    def _records(self) -> float:
-        """Return the bits an element that are not codes."""
-        return QAQ_RECORDS[self.params] + 24 * self._outliers() / 128
-
-    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
-        """Return the spec; with ``tables``, for the query norm that was measured."""
-        norm = max(tables.query_norms) if tables is not None else self.query_norm
-        codes = self.bits - self._records()
-        keys, values = (
-            int(budget * self.page_size) / self.page_size
-            if given is None
-            else given  # whole rows of a page
-            for budget, given in (
-                (codes + QAQ_KEYS_WIDER, self.key_bits),
-                (codes - QAQ_KEYS_WIDER, self.value_bits),
-            )
-        )
-        by_attention = self.variant != "paper" and self.key_target is None
-        key = self._tensor(keys, by_attention, self.key_target, float(norm))
-        return self._cache(key, self._tensor(values, True, self.value_target, 0.0))
-
-    def _tensor(self, budget: float, attentive: bool, target: float | None, norm: float) -> Mixed:
-        exact = self.keep_exact is not None and attentive
-        adaptive = None
-        if target is not None:
-            adaptive = Adaptive(float(target), norm, self.requantize, exact)
-        elif exact:
-            adaptive = Adaptive(keep_exact=True)
-        least, most = self._range()
-        fitted = self.variant != "paper"
-        return Mixed(
-            budget, least, most, self._outliers(), self.params, fit=fitted,
-            soften=fitted and target is None, attentive=attentive, adaptive=adaptive,
-        )  # fmt: skip
-
-
 UNIFORM: dict[str, type[Options]] = {
     "int8": Int8, "int4": Int4, "int3": Int3, "int2": Int2, "kivi": Kivi
 }  # fmt: skip
@@ -510,24 +329,6 @@ def default_clip(role: str, bits: float) -> float:
     """Return the part of a group's range that pays best: the less, the fewer the codes."""
     key, value = DEFAULT_CLIPS.get(bits, (1.0, 1.0))
     return key if role == "key" else value
-
-
-def is_number(x: Any) -> bool:
-    """Return whether ``x`` is an integer or a float, and no bool."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
-def check_number(name: str, x: Any) -> None:
-    """Make sure that an option is a finite number.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is not finite.
-    """
-    if not is_number(x):
-        raise TypeError(f"{name} must be a number, got {x!r}")
-    if not math.isfinite(x):
-        raise ValueError(f"{name} must be finite, got {x!r}")
 
 
 def _check_switches(**values: object) -> None:

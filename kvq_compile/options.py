@@ -11,9 +11,10 @@ from typing import Any
 
 from kvq_compile.calibration.artifact import Calibration
 from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.methods import AT_COMPILE, METHODS, Options, option_names
+from kvq_compile.method_base import Options
+from kvq_compile.methods import AT_COMPILE, METHODS, option_names
 
-DEFAULT: tuple[str, Mapping[str, Any]] = ("kivi", {"bits": 4})  # where no method is named
+DEFAULT: tuple[str, Mapping[str, Any]] = ("tc", {"bits": 4})  # where no method is named
 INNER = ("inductor", "eager", "aot_eager")
 OWN_OPTIONS = ("layers", "strict", "inner", "inductor")
 CQ = re.compile(r"cq-(\d+)c(\d+)b")

@@ -123,7 +123,7 @@ def test_bits_count_the_padding_of_rows(method: str, head_dim: int, role: Role) 
     assert layout.bits_per_element == 8 * held / (layout.page_size * head_dim)
     groups, members = layout.params_shape
     params = 8 * cache.params.element_size() * groups * members * layout.param_elements
-    codes = layout.bits_per_element * layout.page_size * head_dim - params
+    codes = 8 * held - params
     if isinstance(layout.scheme, Mixed):
         rows, width, header = layout.code_rows, 1, 8 * WORD_BITS
     else:

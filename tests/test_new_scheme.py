@@ -40,6 +40,7 @@ MAY_KNOW = {
     "kernels/tables.py",  # a section of tables that is called as the scheme that reads it
     "lowering/find/key_rotation.py",  # tells it how keys are rotated
     "kvq_compile/methods.py",  # names for users
+    "kvq_compile/qaq.py",
     "kvq_compile/bounds.py",  # bounds that are derived; those of other schemes are measured
     "kvq_compile/testing/small_cache.py",
     "kvq_compile/testing/small_tables.py",

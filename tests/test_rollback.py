@@ -28,8 +28,8 @@ def tokens(layout: Layout, count: int, seed: int = 0) -> Tensor:
 
 
 def make(framed: tuple[Layout, Calibrated], x: Tensor) -> QuantizedKV:
-    layout, (tables, shift) = framed
-    return QuantizedKV.from_dense(x, layout, tables=tables, shift=shift)
+    layout, frame = framed
+    return QuantizedKV.from_dense(x, layout, tables=frame.tables, shift=frame.shift)
 
 
 def packed_end(cache: QuantizedKV) -> int:

@@ -110,8 +110,10 @@ def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
     """
     PAGE: tl.constexpr = CONSTANTS.page_size
     real = channel < CONSTANTS.head_dim
-    width = load_widths(tail_of(page, CONSTANTS), channel, CONSTANTS)
-    first = tl.cumsum(width, 1) - width
+    # A scan of [1, channels] does not compile for some layouts of it (Triton 3.6).
+    width = load_widths(tail_of(page, CONSTANTS), tl.arange(0, channel.shape[1]), CONSTANTS)
+    first = (tl.cumsum(width, 0) - width)[None, :]
+    width = width[None, :]
     code = tl.zeros(exists.shape, tl.int32)
     for bit in range(tl.max(tl.max(width, 1), 0)):
         number = first + bit
