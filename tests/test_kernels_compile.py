@@ -91,6 +91,16 @@ def compile_append(role: str, options: Options, target: str) -> Any:
     return next(iter(compiled.values()))
 
 
+def compile_reopening(target: str) -> Any:
+    """Compile what writes ten tokens, which may cut a small page of small heads open."""
+    layout = Layout("key", 64, Regions(4, 24, 64), Channelwise(1.0), QUERIES, SHARED)
+    x, query = (torch.zeros(1, n, 10, 64, dtype=torch.float16) for n in (HEADS, HEADS * SHARED))
+    with aot.launches(target) as compiled:
+        parts, position = Packed.empty(x, CAPACITY, layout), torch.arange(10)
+        backend.append_(parts, UNCALIBRATED, x, position, None, layout, None, query)
+    return compiled["append_kernel"]
+
+
 def compile_dequantize(role: str, options: Options, target: str) -> Any:
     """Compile what reads a whole cache."""
     layout, frame = side(role, options)
@@ -204,6 +214,7 @@ CASES: dict[str, Callable[[str], Any]] = {
     **{name: partial(compile_append, *case) for name, case in WRITING.items()},
     **{name: partial(compile_dequantize, *case) for name, case in READING.items()},
     **{name: partial(compile_weigh, *case) for name, case in WEIGHING.items()},
+    "reopen tc": compile_reopening,
 }
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
 ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
@@ -238,6 +249,12 @@ def test_writing_and_reading_stay_in_registers(cases: dict[str, Any]) -> None:
     assert {
         name: used["stack"] for name, used in usage_of("sm_90", [*cases]).items()
     } == dict.fromkeys(cases, 0)
+
+
+def test_small_pages_that_are_cut_open_are_written() -> None:
+    """Regression: a scan of a tile of one row did not compile in the layout that these sizes lead to."""
+    used = usage_of("sm_90", ["reopen tc"])["reopen tc"]
+    assert used["shared"] <= SM_SHARED
 
 
 def test_weighing_fits_an_sm() -> None:
