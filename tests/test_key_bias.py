@@ -52,15 +52,18 @@ def divergence(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("bias", [20.0, 600.0])
-@pytest.mark.parametrize("method", [{}, {"method": "int4"}], ids=["default", "int4"])
+@pytest.mark.parametrize("method", [{}, {"method": "int4"}, {"method": "kivi", "bits": 4}], ids=str)
 def test_no_method_breaks_on_a_huge_key_bias(
     method: dict[str, object], bias: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is left of the error is a small part of that of keys coded per token as they are."""
+    """What is left of the error is a small part of that of keys coded per token as they are. The default takes the
+    bias off with the mean that turns, which holds it.
+    """
     model, ids = make_model(bias), torch.randint(0, 64, (1, 104))
     exact, _ = logits(model, ids, compile_=False)
     found, cache = logits(model, ids, **method)
-    assert cache.layers[0].keys.page_layout.rotary
+    layout = cache.layers[0].keys.page_layout
+    assert layout.rotary != layout.takes_mean
     monkeypatch.setattr("kvq_compile.lowering.find.sites.without_bias", lambda spec, *_: spec)
     broken, cache = logits(model, ids, method="int4")
     assert not cache.layers[0].keys.page_layout.rotary
@@ -90,7 +93,15 @@ def test_explain_tells_where_keys_are_coded_before_their_rotation() -> None:
     cache = transformers.DynamicCache(config=model.config)
     ids = torch.zeros(1, 10, dtype=torch.long)
     with torch.no_grad():
-        told = str(kvq_compile.explain(model, input_ids=ids, use_cache=True, past_key_values=cache))
+        told = str(
+            kvq_compile.explain(
+                model,
+                options={"method": "int4"},
+                input_ids=ids,
+                use_cache=True,
+                past_key_values=cache,
+            )
+        )
     assert "keys before RoPE" in " ".join(told.split())
 
 
