@@ -5,9 +5,9 @@ that only some layouts have (`ORIGINALS`). The second has those tensors of `Cali
 gives shapes and dtypes.
 
 A cache that grows has room for what it holds and an eighth more. Its pages lie flat, ``[B, H, elements]``, and
-``exact`` has the first of its rows only, as many as it needs so far. Both axes are sizes that compiled graphs leave
-open, which torch.compile can do with sizes of 2 and more: no page and one page would be a graph each if pages had an
-axis of their own.
+``exact`` has the first rows of tokens only, as many as it needs so far, and then its tail. Both axes are sizes that
+compiled graphs leave open, which torch.compile can do with sizes of 2 and more: no page and one page would be a graph
+each if pages had an axis of their own.
 """
 
 from __future__ import annotations
