@@ -14,6 +14,8 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.channelwise import find_state
+from kvq_compile.lowering.find.rotation import Rotation, find_rotation
+from kvq_compile.lowering.sites import Refusal
 from kvq_compile.options import make_spec
 from kvq_compile.testing import assert_logits_close, plain_cache
 from qaq_model import SMALL, assert_reads_its_cache, make_model, run, small_text
@@ -45,6 +47,27 @@ def test_a_compiled_model_attends_to_what_its_cache_stands_for(
     for layer in cache.layers:
         assert layer.keys.cursor.tolist() == [120, 3]
         assert (widths(layer.keys).sum(-1) == 3 * 64).all()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rotation_that_one_graph_shows_and_the_next_does_not_keeps_the_cache_as_it_is(
+    first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the later graph wanted another layout than the cache had, in the middle of a generation."""
+    seen: list[bool] = []
+
+    def sometimes(*about: Any) -> Rotation:
+        seen.append(True)
+        if (len(seen) <= 2) != first:  # of two layers
+            raise Refusal("not shown here")
+        return find_rotation(*about)
+
+    monkeypatch.setattr("kvq_compile.lowering.find.key_rotation.find_rotation", sometimes)
+    model = make_model()
+    cache = transformers.DynamicCache(config=model.config)
+    assert_reads_its_cache(model, run(model, **METHOD), cache, small_text(120), 60, 61, 100, 120)
+    assert cache.layers[0].keys.page_layout.takes_mean == first
+    assert (len(seen) > 2) == first  # a cache without a mean is not asked about
 
 
 def prefilled(kind: str) -> tuple[Any, Tensor, Any]:

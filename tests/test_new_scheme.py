@@ -39,6 +39,7 @@ MAY_KNOW = {
     *(f"kernels/triton/{name}.py" for name in ("pages", "schemes")),
     "kernels/tables.py",  # a section of tables that is called as the scheme that reads it
     "lowering/find/key_rotation.py",  # tells it how keys are rotated
+    "lowering/find/sites.py",  # takes a cache that was told otherwise
     "kvq_compile/methods.py",  # names for users
     "kvq_compile/qaq.py",
     "kvq_compile/bounds.py",  # bounds that are derived; those of other schemes are measured

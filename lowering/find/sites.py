@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.schemes import Role
+from kvq_compile.kernels.schemes import Channelwise, Role
 from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find.key_bias import without_bias
@@ -132,16 +133,20 @@ def _quantization(role: Role, spec: CacheSpec, state: State, query_heads: int) -
         raise Refusal(str(error)) from None
     if state.life in (Life.GROWN, Life.BUFFER):
         layout = _as_held(value_of(state.past).page_layout, layout)
-    return Quantization(layout, tables)
+    return Quantization(layout, tables if layout.has_tables else None)
 
 
 def _as_held(held: Layout, wanted: Layout) -> Layout:
-    """Return the layout of a cache that is held; one that was quantized outside a graph holds no queries.
+    """Return the layout of a cache that is held.
+
+    One that was quantized outside a graph holds no queries, and the graph that made another may have shown how keys are
+    rotated where this one does not, or the other way round.
 
     Raises:
         Contradiction: It is not quantized as this model is compiled.
     """
-    if held not in (wanted, replace(wanted, queries=0, shared_by=0)):
+    alike = wanted, replace(wanted, queries=0, shared_by=0)
+    if held not in alike and _untold(held) not in [_untold(layout) for layout in alike]:
         told = _in_words(wanted), _in_words(held)
         if told[0] == told[1]:
             told = str(wanted.scheme), str(held.scheme)
@@ -150,6 +155,13 @@ def _as_held(held: Layout, wanted: Layout) -> Layout:
             "empty cache, or compile with the options that made this one"
         )
     return held
+
+
+def _untold(layout: Layout) -> Layout:
+    """Return a layout without what the graph told of the rotation of its keys; others as they are."""
+    if not isinstance(layout.scheme, Channelwise):
+        return layout
+    return replace(layout, scheme=replace(layout.scheme, pairs="halves", tables=NO_TABLES))
 
 
 def _in_words(layout: Layout) -> str:
