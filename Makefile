@@ -32,7 +32,7 @@ help:
 	@echo "make demo           generate with a plain and a quantized cache, side by side"
 	@echo "make demo-real      the same on a pretrained model, SmolLM2-135M, made in $(REAL)"
 	@echo "make quality        measure every table of docs/quality.md anew and write it; TEXTS=... says on what"
-	@echo "make tables         write the tables from the rows that are there"
+	@echo "make tables         write the tables and the plot from the rows that are there"
 	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
 	@echo "make test-thorough  the same with many more random examples"
 	@echo "make test-matrix    the same on the newest torch and transformers"
@@ -105,10 +105,11 @@ types: $(VENV)/.dev
 quality: $(VENV)/.test $(REAL)/config.json
 	@[ -n "$(TEXTS)" ] || { echo 'give TEXTS="--text wikitext=FILE --text code=FILE --calibrate-on FILE"'; exit 2; }
 	$(BIN)/python benchmarks/quality.py --model SmolLM2-135M-Instruct=$(REAL) $(TEXTS) $(QUALITY)
-	$(BIN)/python benchmarks/quality_tables.py
+	$(MAKE) tables
 
 tables: $(VENV)/.test
 	$(BIN)/python benchmarks/quality_tables.py
+	$(BIN)/python benchmarks/quality_plot.py
 
 bench-cpu: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_cpu.py

@@ -140,7 +140,7 @@ def evaluate_(
     check_places(dtype, device, *files, calibrate_on)
     check_names(files)
     if sweep:
-        from kvq_compile.evaluation.sweep import check_plot
+        from kvq_compile.evaluation.plot import check_plot
 
         check_plot("perplexity" in wanted)
     make_folder(out)
@@ -180,9 +180,9 @@ def evaluate_(
     else:
         show_results(rows)
     if sweep:
-        from kvq_compile.evaluation.sweep import draw
+        from kvq_compile.evaluation.plot import draw, points_of
 
-        written += draw(rows, out)
+        written += draw(points_of(rows), out)
     for path in written:
         note(f"wrote {path}")
 

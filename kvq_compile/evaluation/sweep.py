@@ -1,25 +1,20 @@
-"""Compare every method at many widths: what to run, which of them no other beats, and a plot of it."""
+"""Every method at many widths: what `kvq eval --sweep` runs."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from kvq_compile.calibration.artifact import Calibration
 from kvq_compile.calibration.calibrator import calibrate
 from kvq_compile.evaluation.kept import Kept
-from kvq_compile.evaluation.perplexity import Score
-from kvq_compile.evaluation.results import Row
 from kvq_compile.evaluation.runner import Method, parse_method
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 PLAIN = (
+    *(f"tc:bits={bits}" for bits in (4, 3.5, 3, 2.5, 2, 1.75)),
     "int8",
     "int4",
     "int3",
@@ -86,84 +81,3 @@ def standard_methods(
                 kept["calibrated", label] = True
         methods.append(Method(label, {"calibration": calibration, **runtime}))
     return methods
-
-
-def front(scores: Sequence[Score]) -> list[Score]:
-    """Return the scores that no other beats: none diverges less at as few bits. Ascending in bits."""
-    best: list[Score] = []
-    for score in sorted(scores, key=lambda s: (s.packed_bits, s.kl)):
-        if not best or score.kl < best[-1].kl:
-            best.append(score)
-    return best
-
-
-def check_plot(measured: bool) -> None:
-    """Make sure, before anything is measured, that a plot can be drawn.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: What is drawn is not measured.
-    """
-    if not measured:
-        raise ValueError("task must be perplexity, or it among others, for --sweep, which draws it")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "--sweep draws with matplotlib, which is not installed; pip install kvq-compile[plot]"
-        )
-
-
-def draw(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Draw the divergence of methods against bits of packed pages, a panel for each text, with the front.
-
-    Args:
-        rows: Rows of any kinds, of which those of perplexity are drawn.
-        out: The folder of ``sweep.png`` and ``sweep.svg``.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    from matplotlib.figure import Figure
-
-    scores = [row for row in rows if isinstance(row, Score) and row.packed_bits < 16]
-    texts = list(dict.fromkeys(score.text for score in scores))
-    figure = Figure(figsize=(7.5 * len(texts), 5), layout="constrained")
-    families = list(dict.fromkeys(_family(score.method) for score in scores))
-    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
-    for axes, text in zip(panels, texts, strict=True):
-        _draw_text(axes, [score for score in scores if score.text == text], families)
-        axes.set_title(text)
-    panels[0].set_ylabel("KL divergence from the 16-bit cache")
-    panels[-1].legend()
-    paths = [out / "sweep.png", out / "sweep.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths
-
-
-def _draw_text(axes: Axes, scores: Sequence[Score], families: Sequence[str]) -> None:
-    """Draw the methods of one text, a colour for each family, and the front."""
-    best = front(scores)
-    line = [score.packed_bits for score in best], [score.kl for score in best]
-    axes.step(*line, where="post", color="0.7", zorder=1)
-    for number, family in enumerate(families):
-        members = [score for score in scores if _family(score.method) == family]
-        points = [score.packed_bits for score in members], [score.kl for score in members]
-        axes.scatter(*points, label=family, color=f"C{number}")
-    for score in scores:
-        axes.annotate(
-            _short(score.method), (score.packed_bits, score.kl),
-            xytext=(4, 4), textcoords="offset points", fontsize=7,
-        )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xlabel("bits a number of packed pages, parameters included")
-    axes.grid(alpha=0.3)
-
-
-def _short(method: str) -> str:
-    """Return a method's name and bits: ``"kivi 4"`` of ``"kivi:bits=4"``."""
-    return method.replace(":bits=", " ")
-
-
-def _family(method: str) -> str:
-    name = method.partition(":")[0].partition("-")[0]
-    return "int" if name.startswith("int") else name
