@@ -19,11 +19,10 @@ from kvq_compile.kernels.packed import PARTS_FORM
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
-from kvq_compile.lowering.find.caches import DENSE
 from kvq_compile.lowering.find.layers import counts_layers
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled
-from kvq_compile.lowering.sites import SiteReport, StateReport
+from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport
 from kvq_compile.options import Config, make_config
 
 watch_generate()
@@ -105,6 +104,7 @@ def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: 
     """Log what became of each attention; warn about attentions and caches that are not served."""
     for site in reports:
         logs.sites.info("%d (%s) %s: %s", site.layer, site.where, site.outcome, site.detail)
+    _tell_dense(reports)
     refused = [site for site in reports if site.outcome == "left alone" and not site.expected]
     reasons = sorted({site.detail for site in refused})
     lost = [
@@ -117,14 +117,9 @@ def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: 
     if not refused and not lost:
         return
     told = []
-    dense = [reason for reason in reasons if _is_stored_quantized(reason, states)]
-    for are, among in (
-        ("read their caches dense, which are stored quantized", dense),
-        ("were left as they are", [reason for reason in reasons if reason not in dense]),
-    ):
-        if among:
-            count = sum(site.detail in among for site in refused)
-            told.append(f"{count} of {len(reports)} attentions {are}: {'; '.join(among)}")
+    if refused:
+        count = f"{len(refused)} of {len(reports)} attentions were left as they are"
+        told.append(f"{count}: {'; '.join(reasons)}")
     if lost:
         names = "; ".join(f"{state.name}: {state.detail}" for state in lost)
         told.append(f"{len(lost)} of {len(states)} caches are not served: {names}")
@@ -134,10 +129,17 @@ def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: 
     warnings.warn(text, KVQWarning, stacklevel=2)
 
 
-def _is_stored_quantized(reason: str, states: Sequence[StateReport]) -> bool:
-    """Return whether all caches whose attention was refused for ``reason`` are stored quantized."""
-    concerned = [state.detail for state in states if state.detail.endswith(reason)]
-    return bool(concerned) and all(detail.startswith(DENSE) for detail in concerned)
+def _tell_dense(reports: Sequence[SiteReport]) -> None:
+    """Warn where caches save memory and cost time."""
+    dense = [site for site in reports if site.outcome == DENSE]
+    if dense:
+        reasons = "; ".join(sorted({site.detail for site in dense}))
+        warnings.warn(
+            f"{len(dense)} of {len(reports)} attentions read their caches dense, which are stored quantized, and are "
+            f"slower than over 16 bit: {reasons}",
+            KVQWarning,
+            stacklevel=3,
+        )
 
 
 def _compile_inner(

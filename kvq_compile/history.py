@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.find.layers import COUNTED
-from kvq_compile.lowering.sites import SiteReport, StateReport
+from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,19 @@ def unmet_layers(among: Sequence[GraphReport]) -> str:
 
 def why_plain(layer: int) -> str:
     """Return the reason why the cache of a layer is in 16 bit, as far as the compiled graphs tell."""
-    sites = [site for graph in _recent for site in graph.sites if site.layer == layer]
-    if sites and sites[-1].outcome == "left alone":
-        return sites[-1].detail
-    what = "wrote it last" if sites else "has seen it"
+    last = _last_site(layer)
+    if last is not None and last.outcome == "left alone":
+        return last.detail
+    what = "has seen it" if last is None else "wrote it last"
     return f"no compiled graph {what} (recompile limit, torch.compiler.disable or a graph break?)"
+
+
+def why_dense(layer: int) -> str | None:
+    """Return the reason why the quantized cache of a layer is read as an ordinary tensor; ``None`` where it is not."""
+    last = _last_site(layer)
+    return last.detail if last is not None and last.outcome == DENSE else None
+
+
+def _last_site(layer: int) -> SiteReport | None:
+    sites = [site for graph in _recent for site in graph.sites if site.layer == layer]
+    return sites[-1] if sites else None

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kvq_compile.errors import KVQError
-from kvq_compile.history import graphs, unmet_layers, why_plain
+from kvq_compile.history import graphs, unmet_layers, why_dense, why_plain
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.packed import CALIBRATED, PARTS
+from kvq_compile.lowering.sites import DENSE
 
 PLAIN = "plain"
 NAMES = (*PARTS, *CALIBRATED)
@@ -37,7 +38,9 @@ class TensorReport:
         packed_bits: Bits per element of a packed token; ``None`` where nothing is packed.
         host_bytes: Bytes of exact copies in host memory, which are no part of ``parts``.
         read_bits: Those of them that attention reads, fewer where tokens use fewer than their page has room for.
-        note: Why it is in 16 bit, or what happened to it outside compiled code; empty where there is nothing to say.
+        note: Why it is in 16 bit or read dense, or what happened to it outside compiled code; empty where there is
+            nothing to say.
+        dense_read: Bytes of the ordinary tensor that its attention reads in each call, where that is not understood.
     """
 
     name: str
@@ -49,6 +52,7 @@ class TensorReport:
     read_bits: float | None = None
     host_bytes: int = 0
     note: str = ""
+    dense_read: int = 0
 
     @property
     def elements(self) -> int:
@@ -83,6 +87,17 @@ class Report:
     def host_bytes(self) -> int:
         """Bytes of exact copies in host memory, beside `bytes`: only where the option ``keep_exact`` is set."""
         return sum(tensor.host_bytes for tensor in self.tensors)
+
+    @property
+    def dense_layers(self) -> int:
+        """Pairs of key and value tensors that are stored quantized and read dense."""
+        return -(-sum(tensor.dense_read > 0 for tensor in self.tensors) // 2)
+
+    @property
+    def dense_read(self) -> int:
+        """Bytes of the ordinary tensors that the largest such layer reads in a call, beside `bytes`, while it runs."""
+        sizes = [tensor.dense_read for tensor in self.tensors]
+        return max((sum(sizes[first : first + 2]) for first in range(0, len(sizes), 2)), default=0)
 
     @property
     def elements(self) -> int:
@@ -128,7 +143,15 @@ class Report:
 
     def json(self) -> str:
         """Return the report as JSON: totals, bytes by part, and one object a tensor."""
-        names = ("layers", "tokens", "bytes", "dense_bytes", "host_bytes")
+        names = (
+            "layers",
+            "tokens",
+            "bytes",
+            "dense_bytes",
+            "host_bytes",
+            "dense_layers",
+            "dense_read",
+        )
         widths = ("effective_bits", "packed_bits", "read_bits")
         totals = {name: getattr(self, name) for name in (*names, *widths)}
         tensors = [asdict(tensor) for tensor in self.tensors]
@@ -140,6 +163,9 @@ class Report:
             rows.append(f"  of {self.packed_bits:.2f} bits packed {self.read_bits:.2f} are read")
         if self.host_bytes:
             rows.append(f"  and {self.host_bytes:,d} bytes of exact copies in host memory")
+        if self.dense_layers:
+            layers = _count(self.dense_layers, "layer")
+            rows.append(f"  {layers} read dense: {self.dense_read:,d} bytes more while one runs")
         for note, number in Counter(t.note for t in self.tensors if t.note).items():
             text = f"{_count(number, 'tensor')}: {note}"
             rows.append(textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    "))
@@ -182,7 +208,7 @@ def report(cache_or_module: Any) -> Report:
         raise KVQError(unmet)
     counted: set[int] = set()
     tensors = tuple(
-        replace(_tensor_report(name, tensor, counted), note=_note(name, tensor, index // 2))
+        _noted(_tensor_report(name, tensor, counted), tensor, index // 2)
         for index, (name, tensor) in enumerate(cache_tensors(cache_or_module))
     )
     if not tensors:
@@ -193,14 +219,22 @@ def report(cache_or_module: Any) -> Report:
     return Report(tensors)
 
 
-def _note(name: str, tensor: Tensor, layer: int) -> str:
-    """Return a remark on what compiled code did not do for a tensor; ``layer`` is its layer unless its name has one."""
+def _noted(told: TensorReport, tensor: Tensor, index: int) -> TensorReport:
+    """Add what compiled code did, or did not, for a tensor; its layer is ``index`` unless its name has one."""
+    named = re.search(r"layers\[(\d+)\]", told.name)
+    layer = int(named[1]) if named else index
     if not isinstance(tensor, QuantizedKV):
-        told = re.search(r"layers\[(\d+)\]", name)
-        quantizes = any(site.outcome == "rewritten" for graph in graphs() for site in graph.sites)
-        return f"in 16 bit: {why_plain(int(told[1]) if told else layer)}" if quantizes else ""
-    behind = tensor.written_outside()
-    return f"its last {_count(behind, 'token')} came outside compiled code" if behind else ""
+        sites = [site for graph in graphs() for site in graph.sites]
+        quantizes = any(site.outcome in ("rewritten", DENSE) for site in sites)
+        return replace(told, note=f"in 16 bit: {why_plain(layer)}" if quantizes else "")
+    notes = []
+    reason, behind = why_dense(layer), tensor.written_outside()
+    if reason is not None:
+        told = replace(told, dense_read=tensor.numel() * tensor.element_size())
+        notes.append(f"{DENSE}: {reason}")
+    if behind:
+        notes.append(f"its last {_count(behind, 'token')} came outside compiled code")
+    return replace(told, note="; ".join(notes))
 
 
 def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport:

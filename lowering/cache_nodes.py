@@ -9,6 +9,7 @@ import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from kvq_compile.kernels import ops
@@ -81,6 +82,17 @@ class CacheNodes:
         length = size_of(like, 2) if self.length is None else self.length
         arguments = (self.parts, self.calibrated, length, self.layout)
         return insert_call(graph, ops.dequantize, arguments, value_of(like))
+
+
+def tokens_for(graph: fx.Graph, new: fx.Node, cache: fx.Node) -> fx.Node:
+    """Return tokens as ``cache`` takes them, in its dtype and without a gradient, at the graph's insert point."""
+    tokens, dtype = new, value_of(cache).dtype
+    if torch.is_grad_enabled():
+        tokens = graph.call_method("detach", (tokens,))
+    if value_of(new).dtype != dtype:
+        tokens = graph.call_method("to", (tokens, dtype))
+    tokens.meta.setdefault("example_value", value_of(new))
+    return tokens
 
 
 def quantize(

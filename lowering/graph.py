@@ -48,6 +48,7 @@ class Graph:
         caches: The quantized caches among the inputs.
         made: The quantized caches that stand for the buffers which the graph allocates.
         seen: Importance scores and queries for caches that the graph makes of its own tokens.
+        dense: Caches that become quantized in this call, or are returned updated, although their attention was refused.
         extended: Dynamic caches whose attention was refused, and which take new tokens all the same.
         conversions: 16-bit buffers to convert after a call.
         check: Writes to check before a call.
@@ -71,6 +72,7 @@ class Graph:
     caches: dict[Node, CacheNodes] = field(default_factory=dict)
     made: dict[Node, CacheNodes] = field(default_factory=dict)
     seen: dict[Node, Seen] = field(default_factory=dict)
+    dense: list[tuple[State, Quantization]] = field(default_factory=list)
     extended: list[tuple[State, Quantization]] = field(default_factory=list)
     conversions: list[Conversion] = field(default_factory=list)
     check: SlotCheck | None = None
@@ -120,7 +122,7 @@ class Graph:
 
     def states(self) -> list[tuple[State, Quantization]]:
         """Return the caches that the call keeps quantized, each with its quantization."""
-        return [pair for site in self.sites for pair in site.states()] + self.extended
+        return [pair for site in self.sites for pair in site.states()] + self.dense + self.extended
 
     @cached_property
     def arguments(self) -> Mapping[Node, int]:

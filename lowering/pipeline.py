@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import fx
 
+from kvq_compile.kernels.cache.higher_order import register
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
+from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
@@ -33,6 +35,7 @@ from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
+from kvq_compile.lowering.rewrite.store_dense import store_dense
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
 from kvq_compile.lowering.rewrite.weigh_tokens import weigh_fresh_tokens
@@ -46,6 +49,8 @@ from kvq_compile.lowering.sites import (
     unexpected,
 )
 
+register()  # before Dynamo traces a call whose caches are quantized
+
 ANALYSIS: tuple[Pass, ...] = (
     unchain_writes,  # first: the finders know a cache by one node
     spell_growth,  # and its growth by one spelling
@@ -54,7 +59,9 @@ ANALYSIS: tuple[Pass, ...] = (
     find_sites,
     refuse_gradients,
     refuse_branches,
+    find_dense,
     plan_slot_checks,
+    tell_dense,
     find_states,
 )
 REWRITING: tuple[Pass, ...] = (
@@ -68,6 +75,7 @@ REWRITING: tuple[Pass, ...] = (
     weigh_fresh_tokens,
     fuse_attention,
     extend_refused,
+    store_dense,
     quantize_outputs,  # after it: cat nodes have lost a reader
     drop_orphans,
     dequantize_reads,  # last: what is left are reads that no pass claimed
@@ -103,7 +111,7 @@ def lower(
 
 def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
     run(ANALYSIS, graph)
-    if not graph.sites and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
+    if not graph.states() and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
         return Lowered.as_captured(gm, graph.reports, ())
     if graph.thaw is not None:
         refused = [
@@ -116,7 +124,7 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
     updated = {
         graph.arguments[state.past]: graph.results.index(state.base)
         for state, _ in graph.states()
-        if state.is_update and state.past is not None
+        if state.is_update and state.past is not None and state.past in graph.arguments
     }
     before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
     run(REWRITING, graph)

@@ -24,6 +24,8 @@ from kvq_compile.lowering.sites import Quantization, SiteReport, StateReport
 from kvq_compile.lowering.sizes import Size
 from kvq_compile.lowering.slots import Look, SlotCheck
 
+NOT_EMPTY = "the buffer holds something behind its tokens, which its attention may read"
+
 Compiled = Callable[..., Any]
 Tell = Callable[[str], None]
 
@@ -122,6 +124,7 @@ class Conversion:
         quantization: What to convert to.
         query: Number of the output that holds the queries of the call, where bits depend on them.
         output: Number of the output that holds the tokens, where the call leaves the argument as it was.
+        is_read_whole: Whether what reads the buffer may see cache positions behind its tokens.
     """
 
     argument: int
@@ -130,6 +133,7 @@ class Conversion:
     quantization: Quantization
     query: int | None = None
     output: int | None = None
+    is_read_whole: bool = False
 
     def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Return how many tokens the buffer holds after a call."""
@@ -343,11 +347,16 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: lis
         outputs: What it returned, the cache positions that the conversions ask for included.
 
     Raises:
-        RuntimeError: One of them cannot be converted in place. Nothing has changed then.
+        RuntimeError: One of them cannot be converted in place, or would lose what is read. Nothing has changed then.
     """
     for conversion in conversions:
-        if conversion.output is None:
+        updated = conversion.output
+        if updated is None:
             check_can_become_quantized(args[conversion.argument])
+        if conversion.is_read_whole:
+            buffer = args[conversion.argument] if updated is None else outputs[updated]
+            if buffer[:, :, conversion.held(args, outputs) :].any():
+                raise RuntimeError(NOT_EMPTY)
     for conversion in conversions:
         updated, held = conversion.output, conversion.held(args, outputs)
         buffer = args[conversion.argument] if updated is None else outputs[updated]

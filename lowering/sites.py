@@ -14,6 +14,8 @@ from kvq_compile.kernels.tables import Tables
 
 logger = logging.getLogger("kvq_compile")
 
+DENSE = "stored quantized, read dense"  # the outcome of an attention that was refused, over caches that were not
+
 
 class Refusal(Exception):
     """A reason to leave a site as it is; its text is what `explain` shows."""
@@ -165,8 +167,8 @@ class SiteReport:
         layer: Number of its layer in the model; its number in the order of execution where ``where`` says so.
         node: Name of its output node.
         source: Line of the model's source that called it, where known.
-        outcome: ``"rewritten"`` or ``"left alone"``.
-        detail: What it became, or the reason why it was left alone.
+        outcome: ``"rewritten"``, ``DENSE`` or ``"left alone"``.
+        detail: What it became, or the reason why it was not rewritten.
         expected: Whether a reason is one that needs no warning (no cache kept, or the user's option).
         where: The module it runs in, or the cache it reads.
     """
@@ -187,8 +189,8 @@ class StateReport:
     Attributes:
         name: How the model names it.
         shape: Its shape as the graph has it.
-        outcome: ``"quantized"`` or ``"left alone"``.
-        detail: How it enters and leaves the graph, or the reason why it was left alone.
+        outcome: ``"quantized"``, ``DENSE`` or ``"left alone"``.
+        detail: How it enters and leaves the graph, or the reason why its attention was not rewritten.
         expected: Whether a reason is one that needs no warning.
     """
 

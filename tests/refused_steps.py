@@ -1,12 +1,14 @@
 """Steps of a decoder that a compiler refuses to rewrite: what they take, and what must hold of them."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from kvq_compile import KVQWarning, QuantizedKV, quantize_cache_
 from kvq_compile.history import watching
+from kvq_compile.lowering.sites import DENSE
 
 EXACT = {"method": "int8", "sinks": 1, "window": 256, "page_size": 32, "inner": "eager"}
 SLOTS = 64
@@ -25,21 +27,34 @@ def compile_(step, **options):
 
 def assert_left_alone(step, arguments, reason: str, warns: bool = True) -> list:
     """Run a step compiled and not, on arguments made anew each time; compare, and check what is said."""
-    with torch.no_grad():
-        expected = step(*arguments())
-        given = arguments()
-        with watching() as graphs:
-            if warns:
-                with pytest.warns(KVQWarning, match=re.escape(reason)):
-                    outputs = compile_(step)(*given)
-            else:
-                outputs = compile_(step)(*given)
-    sites = [site for graph in graphs for site in graph.sites]
-    assert sites
+    warning = pytest.warns(KVQWarning, match=re.escape(reason)) if warns else nullcontext()
+    given, _, sites = _compared(step, arguments, warning)
     assert all(site.outcome == "left alone" for site in sites)
     assert any(reason in site.detail for site in sites)
-    torch.testing.assert_close(dense(outputs), dense(expected), rtol=1e-4, atol=1e-5)
     return given
+
+
+def assert_read_dense(step, arguments, reason: str) -> list:
+    """The same for a step whose caches are stored quantized although its attention is refused for a reason."""
+    warning = pytest.warns(KVQWarning, match=f"read their caches dense.*{re.escape(reason)}")
+    given, outputs, sites = _compared(step, arguments, warning)
+    assert all(site.outcome == DENSE for site in sites)
+    assert any(reason in site.detail for site in sites)
+    results = outputs if isinstance(outputs, tuple) else ()
+    assert any(isinstance(x, QuantizedKV) for x in (*results, *given))
+    return given
+
+
+def _compared(step, arguments, warning):
+    given = arguments()
+    with torch.no_grad(), watching() as graphs:
+        expected = step(*arguments())
+        with warning:
+            outputs = compile_(step)(*given)
+    sites = [site for graph in graphs for site in graph.sites]
+    assert sites
+    torch.testing.assert_close(dense(outputs), dense(expected), rtol=1e-4, atol=1e-5)
+    return given, outputs, sites
 
 
 def dense(x):

@@ -215,8 +215,17 @@ def soft_capped(query, key, value, keys, values):
 
 
 def test_strict_makes_a_refusal_an_error() -> None:
-    with pytest.raises(BackendCompilerFailed, match=r"KVQError: 1 of 1 attentions were left.*tanh"):
-        compile_(soft_capped, strict=True)(*new(2))
+    with pytest.raises(
+        BackendCompilerFailed, match=r"KVQError: 1 of 1 attentions were left.*head_dim"
+    ):
+        compile_(attend, group_size=32, strict=True)(*new(2, head_dim=48))
+
+
+@torch.no_grad()
+def test_strict_accepts_a_cache_that_is_stored_quantized_and_read_dense() -> None:
+    with pytest.warns(KVQWarning, match=r"slower than over 16 bit: .*tanh"):
+        _, keys, values = compile_(soft_capped, strict=True)(*new(2))
+    assert type(keys) is type(values) is QuantizedKV
 
 
 def test_strict_accepts_what_keeps_no_cache() -> None:

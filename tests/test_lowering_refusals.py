@@ -7,38 +7,38 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from kvq_compile import make_spec
 from kvq_compile.history import watching
 from kvq_compile.lowering.pipeline import lower
-from refused_steps import assert_left_alone, compile_, grown, join, tokens
+from refused_steps import assert_left_alone, assert_read_dense, compile_, grown, join, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def test_softmax_over_another_dimension_is_left_alone() -> None:
+def test_softmax_over_another_dimension_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         return torch.softmax(query @ keys.transpose(2, 3), 2) @ values, keys, values
 
-    assert_left_alone(step, grown(), "softmax runs over dimension 2, not over the tokens")
+    assert_read_dense(step, grown(), "softmax runs over dimension 2, not over the tokens")
 
 
-def test_attention_weights_that_are_returned_are_left_alone() -> None:
+def test_attention_weights_that_are_returned_are_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         weights = torch.softmax(query @ keys.transpose(2, 3), -1)
         return weights @ values, weights, keys, values
 
-    assert_left_alone(step, grown(), "the attention weights are used outside attention")
+    assert_read_dense(step, grown(), "the attention weights are used outside attention")
 
 
-def test_scores_that_are_returned_are_left_alone() -> None:
+def test_scores_that_are_returned_are_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         scores = query @ keys.transpose(2, 3)
         return torch.softmax(scores, -1) @ values, scores, keys, values
 
-    assert_left_alone(step, grown(), "the scores are used outside attention")
+    assert_read_dense(step, grown(), "the scores are used outside attention")
 
 
-def test_active_dropout_is_left_alone() -> None:
+def test_active_dropout_is_read_dense() -> None:
     def by_flag(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         return sdpa(query, keys, values, dropout_p=1e-9), keys, values
@@ -51,7 +51,7 @@ def test_active_dropout_is_left_alone() -> None:
         return weights @ values, keys, values
 
     for step in (by_flag, written_out):
-        assert_left_alone(
+        assert_read_dense(
             step, grown(), "attention drops weights at random; call model.eval() first"
         )
 
@@ -61,23 +61,23 @@ def test_active_dropout_is_left_alone() -> None:
     [lambda scores: 8.0 / scores, lambda scores: scores.reciprocal() * 8.0],
     ids=["division", "reciprocal"],
 )
-def test_a_softmax_of_reciprocal_scores_is_left_alone(divide) -> None:
+def test_a_softmax_of_reciprocal_scores_is_read_dense(divide) -> None:
     """Regression: the operands of a division were taken in either order, as those of a product may be."""
 
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         return torch.softmax(divide(query @ keys.mT), -1) @ values, keys, values
 
-    assert_left_alone(step, grown(), "scores")
+    assert_read_dense(step, grown(), "scores")
 
 
-def test_a_soft_cap_on_the_scores_is_left_alone() -> None:
+def test_a_soft_cap_on_the_scores_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         scores = 5.0 * torch.tanh(query @ keys.transpose(2, 3) / 5.0)
         return torch.softmax(scores, -1) @ values, keys, values
 
-    assert_left_alone(step, grown(), "the scores pass through tanh before the softmax")
+    assert_read_dense(step, grown(), "the scores pass through tanh before the softmax")
 
 
 def test_a_soft_cap_is_named_behind_the_mask_and_the_factor() -> None:
@@ -89,7 +89,7 @@ def test_a_soft_cap_is_named_behind_the_mask_and_the_factor() -> None:
         scores = scores + torch.zeros(1, 1, 1, scores.shape[-1])
         return torch.softmax(scores, -1) @ values, keys, values
 
-    assert_left_alone(step, grown(), "the scores pass through tanh before the softmax")
+    assert_read_dense(step, grown(), "the scores pass through tanh before the softmax")
 
 
 def test_a_bias_beside_the_mask_is_named_as_an_addition() -> None:
@@ -99,27 +99,27 @@ def test_a_bias_beside_the_mask_is_named_as_an_addition() -> None:
         bias = torch.zeros(1, 1, 1, scores.shape[-1])
         return torch.softmax(scores + bias + bias, -1) @ values, keys, values
 
-    assert_left_alone(step, grown(), "the scores pass through add before the softmax")
+    assert_read_dense(step, grown(), "the scores pass through add before the softmax")
 
 
-def test_a_scale_computed_in_the_graph_is_left_alone() -> None:
+def test_a_scale_computed_in_the_graph_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         return torch.softmax(query @ keys.transpose(2, 3) * query.mean(), -1) @ values, keys, values
 
-    assert_left_alone(step, grown(), "the scale of the scores is computed in the graph")
+    assert_read_dense(step, grown(), "the scale of the scores is computed in the graph")
 
 
-def test_a_mask_that_only_lowers_scores_is_left_alone() -> None:
+def test_a_mask_that_only_lowers_scores_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         scores = (query @ keys.transpose(2, 3)).masked_fill(query[..., :1] > 0, -2.0)
         return torch.softmax(scores, -1) @ values, keys, values
 
-    assert_left_alone(step, grown(), "hidden scores are set to -2.0, which does not hide them")
+    assert_read_dense(step, grown(), "hidden scores are set to -2.0, which does not hide them")
 
 
-def test_a_boolean_mask_that_is_added_is_left_alone() -> None:
+def test_a_boolean_mask_that_is_added_is_read_dense() -> None:
     """Regression: True was taken for "attend" although adding it adds one."""
 
     def step(query, key, value, keys, values):
@@ -127,35 +127,35 @@ def test_a_boolean_mask_that_is_added_is_left_alone() -> None:
         hidden = torch.arange(keys.shape[2]) < 7
         return torch.softmax(query @ keys.transpose(2, 3) + hidden, -1) @ values, keys, values
 
-    assert_left_alone(step, grown(), "a mask that is not floating is added to the scores")
+    assert_read_dense(step, grown(), "a mask that is not floating is added to the scores")
 
 
-def test_one_mask_column_for_all_slots_is_left_alone() -> None:
+def test_one_mask_column_for_all_slots_is_read_dense() -> None:
     """Regression: a mask of width 1 was read as the mask of slot 0."""
 
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         return sdpa(query, keys, values, attn_mask=torch.zeros(query.shape[2], 1)), keys, values
 
-    assert_left_alone(step, grown(), "one column of the mask stands for all cache positions")
+    assert_read_dense(step, grown(), "one column of the mask stands for all cache positions")
 
 
-def test_einsum_is_left_alone() -> None:
+def test_einsum_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         weights = torch.softmax(torch.einsum("bhtd,bhsd->bhts", query, keys), -1)
         return torch.einsum("bhts,bhsd->bhtd", weights, values), keys, values
 
-    assert_left_alone(step, grown(), "the weights meet the values in einsum")
+    assert_read_dense(step, grown(), "the weights meet the values in einsum")
 
 
-def test_attention_over_three_dimensions_is_left_alone() -> None:
+def test_attention_over_three_dimensions_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         weights = torch.softmax(torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT), -1)
         return torch.bmm(weights, values.flatten(0, 1)), keys, values
 
-    assert_left_alone(step, grown(), "attention written as products must be over [B, H, T, S]")
+    assert_read_dense(step, grown(), "attention written as products must be over [B, H, T, S]")
 
 
 def test_flex_attention_is_left_alone() -> None:

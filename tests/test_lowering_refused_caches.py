@@ -9,6 +9,7 @@ from kvq_compile.history import watching
 from refused_steps import (
     assert_grows_alike,
     assert_left_alone,
+    assert_read_dense,
     buffers,
     compile_,
     grown,
@@ -28,7 +29,7 @@ def test_no_cache_is_left_alone_without_a_warning() -> None:
     )
 
 
-def test_heads_repeated_in_tile_order_are_left_alone() -> None:
+def test_heads_repeated_in_tile_order_are_read_dense() -> None:
     """Regression: this was reported as a call that keeps no cache, which warns nobody."""
 
     def step(query, key, value, keys, values):
@@ -36,7 +37,7 @@ def test_heads_repeated_in_tile_order_are_left_alone() -> None:
         query = torch.cat([query, query], 1)
         return sdpa(query, keys.repeat(1, 2, 1, 1), values.repeat(1, 2, 1, 1)), keys, values
 
-    assert_left_alone(step, grown(), "the cache reaches attention through repeat")
+    assert_read_dense(step, grown(), "the cache reaches attention through repeat")
 
 
 def test_a_cache_with_tokens_before_heads_is_left_alone() -> None:
@@ -58,13 +59,13 @@ def test_a_cache_with_tokens_before_heads_is_left_alone() -> None:
     assert_left_alone(step, arguments, "the cache reaches attention through transpose")
 
 
-def test_keys_rotated_after_they_are_read_are_left_alone() -> None:
+def test_keys_rotated_after_they_are_read_are_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         angle = torch.arange(keys.shape[2])[:, None] / 10
         return sdpa(query, keys * angle.cos() + keys.flip(-1) * angle.sin(), values), keys, values
 
-    assert_left_alone(step, grown(), "the cache reaches attention through add")
+    assert_read_dense(step, grown(), "the cache reaches attention through add")
 
 
 def test_keys_and_values_returned_in_one_stack_are_left_alone() -> None:
@@ -89,14 +90,14 @@ def test_a_sliding_window_is_left_alone() -> None:
     assert_left_alone(step, grown(), "only a part of the keys and values is kept")
 
 
-def test_keys_and_values_in_one_tensor_are_left_alone() -> None:
+def test_keys_and_values_in_one_tensor_are_read_dense() -> None:
     """Regression: the shared tensor came back quantized as values and was refused as keys in the next call."""
 
     def step(query, key, keys):
         keys = torch.cat([keys, key], 2)
         return sdpa(query, keys, keys), keys
 
-    assert_left_alone(
+    assert_read_dense(
         step, lambda: [tokens(2), tokens(2, seed=1), tokens(40)], "keys and values are one tensor"
     )
 
@@ -129,16 +130,16 @@ def test_a_buffer_with_rows_that_a_call_does_not_write_is_left_alone_for_that_re
     assert [state.detail[: len(reason)] for state in graphs[0].states] == [reason] * 2
 
 
-def test_a_buffer_without_a_mask_is_left_alone() -> None:
+def test_a_buffer_without_a_mask_is_read_dense() -> None:
     def step(query, key, value, keys, values, position, mask):
         keys.index_copy_(2, position, key)
         values.index_copy_(2, position, value)
         return sdpa(query, keys, values)
 
-    given = assert_left_alone(
+    given = assert_read_dense(
         step, buffers(), "attention reads cache positions that hold no token: there is no mask"
     )
-    assert type(given[3]) is torch.Tensor
+    assert given[3].held() == 5
 
 
 def write_channels(keys, position, key):
@@ -176,16 +177,16 @@ def test_a_write_of_something_else_than_whole_tokens_is_left_alone(write, reason
     assert type(given[3]) is torch.Tensor
 
 
-def test_a_buffer_that_is_read_elsewhere_is_left_alone() -> None:
+def test_a_buffer_that_is_read_elsewhere_is_read_dense() -> None:
     def step(query, key, value, keys, values, position, mask):
         keys.index_copy_(2, position, key)
         values.index_copy_(2, position, value)
         return sdpa(query, keys, values, attn_mask=mask) + keys.mean()
 
-    assert_left_alone(step, buffers(), "the cache is read outside attention in the same call")
+    assert_read_dense(step, buffers(), "the cache is read outside attention in the same call")
 
 
-def test_a_buffer_read_before_it_is_written_is_left_alone() -> None:
+def test_a_buffer_read_before_it_is_written_is_read_dense() -> None:
     """Regression: attention was shown the new tokens although it had read the cache before they were written."""
 
     def step(query, key, value, keys, values, position, mask):
@@ -194,10 +195,10 @@ def test_a_buffer_read_before_it_is_written_is_left_alone() -> None:
         values.index_copy_(2, position, value)
         return output
 
-    assert_left_alone(step, buffers(first=4, new=1), "the cache is read before it is written")
+    assert_read_dense(step, buffers(first=4, new=1), "the cache is read before it is written")
 
 
-def test_tokens_changed_after_they_are_written_are_left_alone() -> None:
+def test_tokens_changed_after_they_are_written_are_read_dense() -> None:
     """Regression: the write moves behind the attention and took the changed tokens along."""
 
     def step(query, key, value, keys, values, position, mask):
@@ -208,7 +209,7 @@ def test_tokens_changed_after_they_are_written_are_left_alone() -> None:
         position.add_(1)
         return sdpa(query, keys, values, attn_mask=mask)
 
-    assert_left_alone(
+    assert_read_dense(
         step, buffers(), "what is written changes between the write and the attention"
     )
 
@@ -232,10 +233,9 @@ def test_a_refused_attention_over_a_buffer_is_right() -> None:
         values = values.index_copy_(2, position, value)
         return sdpa(query, keys, values, attn_mask=mask) + keys.mean(), keys
 
-    given = assert_left_alone(
+    given = assert_read_dense(
         step, buffers(4, quantized=True), "the cache is read outside attention"
     )
-    assert isinstance(given[3], QuantizedKV)
     assert given[3].held() == 9
 
 

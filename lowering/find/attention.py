@@ -163,27 +163,16 @@ def _drops(node: fx.Node) -> bool:
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     """Return the nodes on the chain from ``first``, excluded, to ``last``, included unless it is first."""
+    behind, node = {first}, first
+    while node is not last:
+        node = node.next
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
     chain: list[fx.Node] = []
-    node = last
     while node is not first:
         chain.append(node)
-        inputs = [n for n in node.all_input_nodes if _depends(n, first)]
-        node = inputs[0]
-    return [n for n in chain if n is not last]
-
-
-def _depends(node: fx.Node, on: fx.Node) -> bool:
-    seen, stack = set(), [node]
-    for _ in range(64):
-        if not stack:
-            return False
-        current = stack.pop()
-        if current is on:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False
+        node = next(n for n in node.all_input_nodes if n in behind)
+    return chain[1:]
 
 
 def _split_mask(scores: Any) -> tuple[Any, fx.Node | None, bool]:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import CASTS
-from kvq_compile.lowering.find.movement import made_of
+from kvq_compile.lowering.find.movement import as_spelled, made_of
 from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.find.sites import BY_OPTION
 from kvq_compile.lowering.find.trial import MIXING
@@ -38,7 +38,7 @@ from kvq_compile.lowering.nodes import (
     value_of,
     writes_in_place,
 )
-from kvq_compile.lowering.sites import SiteReport, StateReport
+from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "flex_attention")
 _BY_SLOT = ("index_copy_", "setitem", "index_put_", "copy_", "scatter_", "masked_scatter_")
@@ -56,7 +56,6 @@ _OF_IMAGES = (
 )
 _REACH = 256  # nodes followed from a cache to what reads it
 _ALLOCATED = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "full")
-DENSE = "stored quantized, read dense"
 
 
 def find_states(graph: Graph) -> PassReport:
@@ -66,17 +65,20 @@ def find_states(graph: Graph) -> PassReport:
     After:   the same, ``graph.state_reports``
     Because: an attention that no finder knows must not hide the cache that it reads.
     """
-    served = {state.cache: state for state, _ in graph.states()}
+    served = {state.cache or state.base: state for state, _ in graph.states()}
+    dense = {state.base for state, _ in graph.dense}
     graph.state_reports = []
     for node, axis in _caches(graph):
         shape = tuple(str(size) for size in shape_of(node) or ())
-        name = source_name(node)
-        if node in served:
-            graph.state_reports.append(StateReport(name, shape, "quantized", served[node].how))
+        name, state = source_name(node), served.get(node)
+        if state is not None and state.base not in dense:
+            graph.state_reports.append(StateReport(name, shape, "quantized", state.how))
             continue
         reason = graph.thaw or _why_not(graph, node, axis)
-        if graph.thaw is None and isinstance(value_of(node), QuantizedKV):
-            reason = f"{DENSE}: {reason}"
+        stored = state is not None or isinstance(value_of(node), QuantizedKV)
+        if stored and graph.thaw is None:
+            graph.state_reports.append(StateReport(name, shape, DENSE, reason))
+            continue
         expected = reason in (NO_CACHE, BY_OPTION, graph.thaw)  # a call that thaws tells so itself
         graph.state_reports.append(StateReport(name, shape, "left alone", reason, expected))
     return PassReport(tuple(f"{report.name} {report.outcome}" for report in graph.state_reports))
@@ -106,7 +108,7 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
         ):
             axis = grown[node] if node in grown else written[node]
             third_of_four = (value.dim(), axis) == (4, 2)
-            if _is_multiplied(node) or (third_of_four and not _is_feature_map(node)):
+            if _is_multiplied(node) or (third_of_four and not is_feature_map(node)):
                 yield node, axis
 
 
@@ -123,6 +125,10 @@ def _grown(
                 found.setdefault(cache, 2)
             continue
         if result in updates:
+            continue
+        spelled = as_spelled(result)
+        if spelled is not None:
+            found.setdefault(spelled.past, 2)
             continue
         shape = shape_of(result)
         if shape is None or len(shape) not in (3, 4, 5):
@@ -191,7 +197,8 @@ def _is_multiplied(cache: fx.Node) -> bool:
     return any(target_name(node) in PRODUCTS for node in _followed(cache))
 
 
-def _is_feature_map(cache: fx.Node) -> bool:
+def is_feature_map(cache: fx.Node) -> bool:
+    """Return whether a convolution or a pooling reads a tensor."""
     return any(target_name(node) in _OF_IMAGES for node in _followed(cache))
 
 
@@ -230,7 +237,7 @@ def _weights_of(product: fx.Node) -> Iterator[fx.Node]:
 def _why_not(graph: Graph, cache: fx.Node, axis: int | None) -> str:
     """Return why a cache is not served."""
     refused: dict[str, SiteReport] = {
-        report.node: report for report in graph.reports if report.outcome == "left alone"
+        report.node: report for report in graph.reports if report.outcome != "rewritten"
     }
     reached = [near for node in _followed(cache) for near in (node, *_weights_of(node))]
     met = [refused[node.name] for node in reached if node.name in refused]

@@ -21,9 +21,7 @@ def refuse_gradients(graph: Graph) -> PassReport:
     After:   no sites
     Because: quantization is piecewise constant: its gradient is zero, and training would go wrong without a word.
     """
-    records = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in graph.inputs.values()
-    )
+    records = records_gradients(graph)
     refused = graph.sites if records else []
     graph.sites = [] if records else graph.sites
     graph.reports += [
@@ -31,3 +29,10 @@ def refuse_gradients(graph: Graph) -> PassReport:
         for site in refused
     ]
     return PassReport(tuple(f"{site.attention.output} is no site" for site in refused))
+
+
+def records_gradients(graph: Graph) -> bool:
+    """Return whether a gradient could flow from an argument of the call."""
+    arguments = graph.inputs.values()
+    needed = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    return torch.is_grad_enabled() and needed

@@ -52,16 +52,25 @@ def places_of(attentions: Sequence[Attention | tuple[fx.Node, Exception]]) -> li
     ]
 
 
+def place_of(reader: fx.Node, cache: fx.Node, order: int) -> Place:
+    """Return the place of what reads a cache and is no attention that was found; counted as ``order`` if need be."""
+    return _place_among(reader, cache_inputs(cache) or [cache]) or Place(order)
+
+
 def counts_layers(where: str) -> bool:
     """Return whether a place is one of a graph that holds the model's list of layers, or knows no other count."""
     return where == COUNTED or _number(_OF_A_MODULE, where) is not None
 
 
 def _place(found: Attention | tuple[fx.Node, Exception]) -> Place | None:
-    node = found.output if isinstance(found, Attention) else found[0]
-    module = _module_of(node)
+    if isinstance(found, Attention):
+        return _place_among(found.output, cache_inputs(found.key))
+    return _place_among(found[0], [])
+
+
+def _place_among(reader: fx.Node, caches: Sequence[fx.Node]) -> Place | None:
+    module = _module_of(reader)
     within = _number(_OF_A_MODULE, module)
-    caches = cache_inputs(found.key) if isinstance(found, Attention) else []
     for name in map(source_name, caches):
         layer = _number(_OF_A_CACHE, name)
         if layer is None:

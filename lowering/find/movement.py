@@ -70,6 +70,16 @@ def is_cache_like(node: Any) -> bool:
     return held and value.dim() == 4 and value.is_floating_point()
 
 
+def as_spelled(node: fx.Node) -> Growth | None:
+    """Return the growth that a node spells as one ``cat`` of a cache and the call's tokens."""
+    if target_name(node) != "cat" or argument(node, 1, "dim", 0) not in (2, -2):
+        return None
+    tensors = argument(node, 0, "tensors")
+    spelled = len(tensors) == 2 and is_cache_like(tensors[0])
+    alike = spelled and value_of(tensors[0]).dtype == value_of(tensors[1]).dtype
+    return Growth(tensors[0], tensors[1]) if alike else None
+
+
 def moved_from(node: Any) -> Any:
     """Return the tensor whose elements ``node`` holds unchanged, walking back along copies and whole views."""
     while isinstance(node, fx.Node):

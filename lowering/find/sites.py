@@ -96,8 +96,8 @@ def _site(
         layer_spec = with_rotation(layer_spec, key, graph.inputs, graph.rotations)
     heads = int(value_of(attention.query).shape[1])
     quantizations = [
-        _quantization("key", layer_spec, key, heads),
-        _quantization("value", layer_spec, value, heads),
+        quantization_of("key", layer_spec, key, heads),
+        quantization_of("value", layer_spec, value, heads),
     ]
     for state, quantization in zip((key, value), quantizations, strict=True):
         if quantization.layout.keep_exact and state.life not in GROWS:
@@ -113,8 +113,10 @@ def _is_held_plain(key: State, spec: CacheSpec) -> bool:
     return not held.has_tables
 
 
-def _quantization(role: Role, spec: CacheSpec, state: State, query_heads: int) -> Quantization:
-    """Return how a site's keys or values are quantized.
+def quantization_of(
+    role: Role, spec: CacheSpec, state: State, query_heads: int = 0
+) -> Quantization:
+    """Return how keys or values are quantized; ``query_heads`` read them, as far as that is known.
 
     Raises:
         Refusal: Their head dimension cannot be packed so.
@@ -180,8 +182,17 @@ def _check_graph(
         raise Refusal("another attention has taken over the same cache")
     check_order(site.attention, states, list(graph.fx.nodes))
     for state in states:
-        for length in _lengths(state):
-            graph.sizes.size(length)  # raises where the arguments of a call do not tell
+        check_lengths(graph, state)
+
+
+def check_lengths(graph: Graph, state: State) -> None:
+    """Make sure that the arguments of a call tell the lengths of a cache.
+
+    Raises:
+        Refusal: They do not.
+    """
+    for length in _lengths(state):
+        graph.sizes.size(length)
 
 
 def _lengths(state: State) -> list[Any]:

@@ -33,7 +33,8 @@ def plan_slot_checks(graph: Graph) -> PassReport:
     """Plan which writes into static caches are checked before a call runs.
 
     Before:  sites that write into caches of fixed size
-    After:   the same, ``graph.check``; those are no sites any more whose slots cannot be known beforehand
+    After:   the same, ``graph.check``; those are no sites any more whose slots cannot be known beforehand, and nothing
+             else stores them quantized
     Because: a quantized cache takes tokens one behind another, and a model may write otherwise: where it does the
              call has to run as it was captured, and that must be known before anything is written.
     """
@@ -42,8 +43,13 @@ def plan_slot_checks(graph: Graph) -> PassReport:
     _refuse_unfinished(graph)
     kept: list[AttentionSite] = []
     for site in graph.sites:
+        inverted = site.attention.mask_hides
         try:
-            found = {state.write: _write(graph, state, site, positions) for state in _slotted(site)}
+            found = {
+                state.write: _write(graph, state, positions, _hides(graph, state, site), inverted)
+                for state, _ in site.states()
+                if state.life in SLOTTED
+            }
         except Refusal as reason:
             _refuse(graph, site, reason)
         else:
@@ -51,6 +57,7 @@ def plan_slot_checks(graph: Graph) -> PassReport:
             writes |= {node: write for node, write in found.items() if node and write}
     graph.sites = kept
     _refuse_unfinished(graph)
+    graph.dense = [pair for pair in graph.dense if _is_looked_at(graph, pair[0], positions, writes)]
     for cache in graph.inputs:
         if isinstance(value_of(cache), QuantizedKV):
             try:
@@ -87,14 +94,28 @@ def _is_finished(site: AttentionSite, owned: set[fx.Node | None]) -> bool:
     return all(write in owned for past in pasts for write in writes_of(past)[-1:])
 
 
-def _slotted(site: AttentionSite) -> list[State]:
-    return [state for state, _ in site.states() if state.life in SLOTTED]
+def _is_looked_at(
+    graph: Graph, state: State, positions: list[fx.Node], writes: dict[fx.Node, Write]
+) -> bool:
+    """Plan the look at the write of a cache that is read dense; say whether it can be known before the call."""
+    if state.life not in SLOTTED or state.write is None:
+        return True
+    try:
+        write = _write(graph, state, positions, None, False)
+    except Refusal:
+        return False
+    writes |= {} if write is None else {state.write: write}
+    return True
 
 
 def _write(
-    graph: Graph, state: State, site: AttentionSite, positions: list[fx.Node]
+    graph: Graph,
+    state: State,
+    positions: list[fx.Node],
+    hides: fx.GraphModule | bool | None,
+    inverted: bool,
 ) -> Write | None:
-    """Plan the look at one write.
+    """Plan the look at one write; ``hides`` and ``inverted`` as `Write` has them.
 
     Raises:
         Refusal: Its cache positions cannot be known before the call, or the buffer is to stay plain.
@@ -110,10 +131,8 @@ def _write(
     counted = is_tensor and value_of(position).is_cuda and _is_counted(position, state)
     if counted and writes_of(state.past) == [state.write]:
         return None  # consecutive whatever the call; the host does not wait for where they begin
-    hides = _hides(graph, state, site)
     name = source_name(state.past)
     argument = graph.arguments.get(state.past)
-    inverted = site.attention.mask_hides
     about = hides, inverted, state.is_update
     count = (shape_of(state.new) or ())[2]
     if not is_tensor:

@@ -27,12 +27,10 @@ def add_tables(graph: Graph) -> PassReport:
     """
     graph.calibration = CalibrationInputs(positions=_positions(graph))
     tensors = graph.calibration.tensors
-    for site in graph.sites:
-        for state, quantization in site.states():
-            if state.life in MAKES_CACHE and quantization.tables is not None:
-                tensors[quantization.tables.digest] = quantization.tables.on(
-                    value_of(state.base).device
-                )
+    for state, quantization in graph.states():
+        if state.life in MAKES_CACHE and quantization.tables is not None:
+            tables = quantization.tables.on(value_of(state.base).device)
+            tensors[quantization.tables.digest] = tables
     first = next(node for node in graph.fx.nodes if node.op != "placeholder")
     for number, (digest, words) in enumerate(tensors.items()):
         with graph.fx.inserting_before(first):
@@ -79,18 +77,18 @@ def _shift(graph: Graph, state: State) -> fx.Node:
 
 
 def _positions(graph: Graph) -> dict[fx.Node, fx.Node | None]:
-    """Return the node of the positions of each site's new keys, where keys are quantized before RoPE."""
+    """Return the node of the positions of each layer's new keys, where keys are quantized before RoPE."""
     found: dict[fx.Node, fx.Node | None] = {}
     position: fx.Node | None = None
-    for site in graph.sites:
-        if not site.key_quantization.layout.rotary or site.key.life not in MAKES_CACHE:
+    for state, quantization in graph.states():
+        if not quantization.layout.rotary or state.life not in MAKES_CACHE:
             continue
         if position is None:  # one search serves all layers: a model's layers share their positions
             try:
-                position = find_rotation(site.key.new, graph.inputs).position
+                position = find_rotation(state.new, graph.inputs).position
             except Refusal:
                 return {}
-        found[site.key.new] = position
+        found[state.new] = position
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvq_compile.kernels.layout import HIDES
-from kvq_compile.lowering.cache_nodes import CacheNodes, Seen, quantize, slots_from
+from kvq_compile.lowering.cache_nodes import UNSEEN, CacheNodes, Seen, quantize, slots_from
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.rewrite.add_tables import empty_cache
@@ -58,12 +58,15 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
         for state, quantization in site.states():
             assert state.past is not None
             seen = seen_by(site, state, weights)
-            graph.made[state.past] = _allocate(graph, state, quantization, seen)
+            graph.made[state.past] = allocate(graph, state, quantization, seen)
             erase_write(graph, state)
     graph.replace(attention.output, exact)
 
 
-def _allocate(graph: Graph, state: State, quantization: Quantization, seen: Seen) -> CacheNodes:
+def allocate(
+    graph: Graph, state: State, quantization: Quantization, seen: Seen = UNSEEN
+) -> CacheNodes:
+    """Make a quantized cache of an allocation and write the new tokens into it, at the graph's insert point."""
     assert state.past is not None
     nothing = insert_call(
         graph.fx, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from kvq_compile.kernels.packed import PARTS
-from kvq_compile.lowering.cache_nodes import CacheNodes, slots_from
+from kvq_compile.lowering.cache_nodes import CacheNodes, slots_from, tokens_for
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import root_of, target_name, writes_in_place
@@ -16,9 +15,11 @@ from kvq_compile.lowering.sites import LostWrite, Refusal
 def dequantize_reads(graph: Graph) -> PassReport:
     """Replace the remaining users of every quantized cache and drop its wrapped placeholder.
 
-    Before:  x = some_op(cache); cache.index_copy_(2, position, y); cache.zero_()
-    After:   x = some_op(kvq.dequantize(*cache)); kvq.append_(*cache, y, position); cache_cursor.zero_()
-    Because: an attention that was refused still reads the cache that an earlier call has quantized.
+    Before:  cache.index_copy_(2, position, y); x = some_op(cache); cache.zero_()
+    After:   dense = kvq.dequantize(*cache); dense.index_copy_(2, position, y); kvq.append_(*cache, y, position)
+             x = some_op(dense); cache_cursor.zero_()
+    Because: an attention that was refused still reads the cache that an earlier call has quantized. The tokens of the
+             call are exact to it, as they are to one that is rewritten.
 
     Raises:
         LostWrite: A write cannot be expressed on the quantized cache.
@@ -27,14 +28,19 @@ def dequantize_reads(graph: Graph) -> PassReport:
     for placeholder, cache in graph.caches.items():
         if placeholder not in graph.arguments:
             continue  # rows of another cache, which nothing reads any more
-        for node in [n for n in graph.fx.nodes if _writes_into(n, placeholder)]:
-            changes.append(f"{node.name} writes {placeholder} quantized")
+        writes = [node for node in graph.fx.nodes if _writes_into(node, placeholder)]
+        for node in writes:
             _write(graph.fx, node, placeholder, cache)
-        for user in [n for n in graph.fx.nodes if n in placeholder.users]:
-            with graph.fx.inserting_before(user):
+            changes.append(f"{node.name} writes {placeholder} quantized")
+        users = [node for node in graph.fx.nodes if node in placeholder.users]
+        if set(users) <= set(writes):
+            for node in reversed(writes):
+                graph.fx.erase_node(node)
+        else:
+            with graph.fx.inserting_before(users[0]):
                 dense = cache.dequantize(graph.fx, placeholder)
-            user.replace_input_with(placeholder, dense)
-            changes.append(f"{user.name} reads {placeholder} as an ordinary tensor")
+            placeholder.replace_all_uses_with(dense)
+            changes.append(f"{dense.name} is what others read of {placeholder}")
         graph.fx.erase_node(placeholder)
     return PassReport(tuple(changes))
 
@@ -46,23 +52,23 @@ def _writes_into(node: fx.Node, cache: fx.Node) -> bool:
 
 
 def _write(graph: fx.Graph, write: fx.Node, placeholder: fx.Node, cache: CacheNodes) -> None:
-    with graph.inserting_before(write):
-        if target_name(write) == "zero_" and write.args[0] is placeholder:
+    """Write quantized, behind ``write``, what that writes into the dense tensor."""
+    direct = write.args[0] is placeholder
+    with graph.inserting_before(write.next):
+        if target_name(write) == "zero_" and direct:
             graph.call_method("zero_", (cache.parts[PARTS.index("cursor")],))
-        elif is_write(write) and write.args[0] is placeholder:
-            _append(graph, write, cache)
+        elif is_write(write) and direct:
+            _append(graph, write, placeholder, cache)
         else:
             raise LostWrite(
                 f"{target_name(write)} cannot write into a quantized cache; write whole tokens with index_copy_"
             )
     write.replace_all_uses_with(placeholder)
-    graph.erase_node(write)
 
 
-def _append(graph: fx.Graph, write: fx.Node, cache: CacheNodes) -> None:
+def _append(graph: fx.Graph, write: fx.Node, placeholder: fx.Node, cache: CacheNodes) -> None:
     try:
         position, new = read_write(write)
     except Refusal as reason:
         raise LostWrite(f"a quantized cache cannot take this write: {reason}") from None
-    tokens = graph.call_method("detach", (new,)) if torch.is_grad_enabled() else new
-    cache.append(graph, tokens, slots_from(position))
+    cache.append(graph, tokens_for(graph, new, placeholder), slots_from(position))

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.cache_nodes import CacheNodes
+from kvq_compile.lowering.cache_nodes import CacheNodes, tokens_for
 from kvq_compile.lowering.find.movement import gathered_from
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import argument, shape_of, target_name, value_of
@@ -42,9 +42,7 @@ def extend_refused(graph: Graph) -> PassReport:
         with graph.fx.inserting_before(base.next):
             if copied:
                 cache = graph.caches[base] = copy_of(graph.fx, cache)
-            tokens = graph.fx.call_method("detach", (new,)) if torch.is_grad_enabled() else new
-            if value_of(new).dtype != value_of(past).dtype:
-                tokens = graph.fx.call_method("to", (tokens, value_of(past).dtype))
+            tokens = tokens_for(graph.fx, new, past)
             cache.append(graph.fx, tokens, (None, cache.length))
         gathered = gathered_from(past)
         source = past if gathered is None else gathered[0]

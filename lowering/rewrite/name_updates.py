@@ -28,6 +28,7 @@ def name_updates(graph: Graph) -> PassReport:
     place = order_of(graph.fx)
     attentions = [found for found in find_attentions(graph.fx) if isinstance(found, Attention)]
     bases = {read_base(operand) for found in attentions for operand in (found.key, found.value)}
+    bases |= set(graph.output.all_input_nodes)  # whatever reads them
     for base in sorted(bases, key=place.__getitem__):
         update = find_update(base)
         if update is not None:

@@ -22,23 +22,27 @@ def plan_conversions(graph: Graph) -> PassReport:
              ``position`` may have changed. Keys whose bits depend on queries take those of the call, a further output.
     """
     changes = []
-    for site in graph.sites:
-        for state, quantization in site.states():
-            if state.life is not Life.BUFFER_PLAIN:
-                continue
-            assert state.past is not None
-            if state.write not in (state.base, *writes_of(state.past)[-1:]):
-                continue  # a later write tells how many tokens there are in the end
-            argument = graph.arguments[state.past]
-            query = _return(graph, site.attention.query) if keeps_queries(site, state) else None
-            output = graph.results.index(state.base) if state.is_update else None
-            if isinstance(value_of(state.position), torch.Tensor):
-                slots, held = _return_slots(graph, state), None
-            else:
-                end = value_of(state.position) + (shape_of(state.new) or ())[2]
-                slots, held = None, graph.sizes.size(end)
-            graph.conversions.append(Conversion(argument, slots, held, quantization, query, output))
-            changes.append(f"{state.base} is quantized after the call")
+    queries = {
+        site.key: site.attention.query for site in graph.sites if keeps_queries(site, site.key)
+    }
+    dense = [state for state, _ in graph.dense]
+    for state, quantization in graph.states():
+        if state.life is not Life.BUFFER_PLAIN:
+            continue
+        assert state.past is not None
+        if state.write not in (state.base, *writes_of(state.past)[-1:]):
+            continue  # a later write tells how many tokens there are in the end
+        argument = graph.arguments[state.past]
+        query = _return(graph, queries[state]) if state in queries else None
+        output = graph.results.index(state.base) if state.is_update else None
+        if isinstance(value_of(state.position), torch.Tensor):
+            slots, held = _return_slots(graph, state), None
+        else:
+            end = value_of(state.position) + (shape_of(state.new) or ())[2]
+            slots, held = None, graph.sizes.size(end)
+        about = argument, slots, held, quantization, query, output, state in dense
+        graph.conversions.append(Conversion(*about))
+        changes.append(f"{state.base} is quantized after the call")
     return PassReport(tuple(changes))
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import find_attentions
-from kvq_compile.lowering.find.movement import Growth, find_growth, is_cache_like
+from kvq_compile.lowering.find.movement import Growth, as_spelled, find_growth, is_cache_like
 from kvq_compile.lowering.find.states import read_base
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
@@ -58,16 +58,6 @@ def spell_growth(graph: Graph) -> PassReport:
             _replace(nodes, node, cat, growth)
     graph.used |= {node for node in nodes.nodes if node.users}
     return PassReport(tuple(changes))
-
-
-def as_spelled(node: fx.Node) -> Growth | None:
-    """Return the growth that a node spells as one ``cat`` of a cache and the call's tokens."""
-    if target_name(node) != "cat" or argument(node, 1, "dim", 0) not in (2, -2):
-        return None
-    tensors = argument(node, 0, "tensors")
-    spelled = len(tensors) == 2 and is_cache_like(tensors[0])
-    alike = spelled and value_of(tensors[0]).dtype == value_of(tensors[1]).dtype
-    return Growth(tensors[0], tensors[1]) if alike else None
 
 
 def _operands(graph: fx.Graph) -> list[fx.Node]:

@@ -1,0 +1,246 @@
+"""Find the caches that can be stored quantized although what attends to them is not understood.
+
+A cache is proved by what becomes of it, not by who reads it: tokens join it or are written into it, it is kept, and it
+takes part in an attention, whatever that computes (`readers`). Such a cache is stored quantized, and its readers take
+an ordinary tensor of its tokens, made anew in each call: the memory is saved, the time is not.
+
+How much must be proved depends on how the tensor enters the graph::
+
+    grown by cat, or written at cache positions    it takes part in a softmax, or is keys or values of one another
+    all of this call's                             it is keys or values of another, around a softmax
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.ops import BACKENDS
+from kvq_compile.kernels.schemes import Role
+from kvq_compile.lowering.find.caches import is_feature_map
+from kvq_compile.lowering.find.checks import DTYPES
+from kvq_compile.lowering.find.gradients import records_gradients
+from kvq_compile.lowering.find.key_bias import without_bias
+from kvq_compile.lowering.find.key_rotation import with_rotation
+from kvq_compile.lowering.find.layers import place_of
+from kvq_compile.lowering.find.movement import as_spelled, cache_inputs
+from kvq_compile.lowering.find.readers import Attending, Readers, are_attended_together
+from kvq_compile.lowering.find.sites import (
+    BY_OPTION,
+    GROWS,
+    KEEPS_NOT,
+    check_lengths,
+    quantization_of,
+    source_line,
+)
+from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.find.updates import ALLOCATIONS
+from kvq_compile.lowering.find.writes import is_write, read_write
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import (
+    root_of,
+    same,
+    shape_of,
+    target_name,
+    value_of,
+    writes_in_place,
+)
+from kvq_compile.lowering.sites import DENSE, Life, Quantization, Refusal, SiteReport, State
+
+NO_SOFTMAX = "what stands between its keys and its values is no softmax"
+NO_PRODUCT = "what becomes of its softmax before it meets the values is not understood"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What may be a cache, and what attends to it."""
+
+    state: State
+    readers: Readers
+
+
+def find_dense(graph: Graph) -> PassReport:
+    """Find the caches behind refused attentions that are caches all the same.
+
+    Before:  sites, and reports on the attentions that are none
+    After:   the same, ``graph.dense``
+    Because: what a cache saves is the memory between calls, and that takes no knowledge of the attention.
+
+    Leaves alone: quantized caches that grow or are written in place, which later passes keep quantized whatever reads
+    them; calibrated methods, whose tables are fitted to the attentions that are sites.
+    """
+    if graph.by_order or graph.spec.key_tables is not None or records_gradients(graph):
+        return PassReport()
+    served = {node for state, _ in graph.states() for node in (state.base, state.past)}
+    states = [state for state in _states(graph) if not {state.base, state.past} & served]
+    attending = Attending(graph.fx) if states else None
+    candidates = [
+        _Candidate(state, attending.readers(state.base, state.life is not Life.FRESH))
+        for state in states
+        if attending is not None
+    ]
+    for candidate in candidates:
+        role = _role(candidate, candidates)
+        if role is None or is_feature_map(candidate.state.base):
+            continue
+        try:
+            graph.dense.append((candidate.state, _quantization(graph, candidate, role)))
+        except Refusal:
+            continue  # as the attention was, for a reason of its own
+    return PassReport(tuple(f"{state.base} is kept quantized" for state, _ in graph.dense))
+
+
+def tell_dense(graph: Graph) -> PassReport:
+    """Tell the attentions that were refused but whose caches are stored quantized from those that are left alone.
+
+    Before:  reports on refused attentions
+    After:   the same, of which some have another outcome; further ones on what attends without a softmax
+    Because: the reader of a report wants to know what it costs that an attention was refused.
+    """
+    stored = [] if graph.thaw is not None else [*_kept(graph)]
+    attending = Attending(graph.fx) if stored else None
+    sites = {site.attention.output.name for site in graph.sites}
+    changes = []
+    for cache, role in stored:
+        assert attending is not None
+        readers = attending.readers(cache, True)
+        names = _names(readers)
+        for number, report in enumerate(graph.reports):
+            if report.node in names and report.outcome == "left alone":
+                graph.reports[number] = replace(report, outcome=DENSE, expected=False)
+                changes.append(f"{report.node} reads {cache} dense")
+        told = names & {*sites, *(report.node for report in graph.reports)}
+        if role == "key" and readers.products and not told:
+            graph.reports.append(_told(graph, cache, readers))
+            changes.append(f"{graph.reports[-1].node} reads {cache} dense")
+    return PassReport(tuple(changes))
+
+
+def _states(graph: Graph) -> Iterator[State]:
+    """Yield the states of what the call grows, writes or returns, if it is ``[B, H, S, D]`` of tokens."""
+    outputs = set(graph.output.all_input_nodes)
+    for node in dict.fromkeys((*graph.inputs, *graph.output.all_input_nodes)):
+        value = value_of(node)
+        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+            continue
+        if (
+            value.dim() != 4
+            or isinstance(value, QuantizedKV)
+            or any(same(n, 0) for n in value.shape)
+        ):
+            continue
+        try:
+            state = _state(graph, node, outputs)
+        except Refusal:
+            continue
+        if state is not None and state.base is node:
+            yield state
+
+
+def _state(graph: Graph, node: fx.Node, outputs: set[fx.Node]) -> State | None:
+    update = graph.updates.get(node)
+    if update is not None:
+        past = value_of(update.past)
+        life = Life.BUFFER if isinstance(past, QuantizedKV) else Life.BUFFER_PLAIN
+        life = life if update.past.op == "placeholder" else Life.ALLOCATED
+        return State(life, node, update.new, update.past, node, update.position)
+    if node.op != "placeholder" and target_name(node) not in ALLOCATIONS:
+        state = find_state(node, outputs, graph.updates)
+        return state if state.life in (Life.FRESH, Life.GROWN_PLAIN) else None
+    writes = [n for n in graph.fx.nodes if _writes_into(n, node)]
+    if not writes or not all(is_write(write) and write.args[0] is node for write in writes):
+        return None
+    *earlier, write = writes
+    if node.op != "placeholder" and earlier:
+        return None
+    (position, new), _ = read_write(write), [read_write(other) for other in earlier]
+    life = Life.BUFFER_PLAIN if node.op == "placeholder" else Life.ALLOCATED
+    return State(life, node, new, node, write, position)
+
+
+def _writes_into(node: fx.Node, memory: fx.Node) -> bool:
+    called = node.op in ("call_function", "call_method") and bool(node.args)
+    return called and writes_in_place(node) and root_of(node.args[0]) is memory
+
+
+def _role(one: _Candidate, candidates: Sequence[_Candidate]) -> Role | None:
+    """Return whether a cache holds keys or values; ``None`` where it is not proved to be a cache."""
+    roles = one.readers.roles
+    others = [other for other in candidates if _are_alike(one.state, other.state)]
+    is_key = any(are_attended_together(one.readers, other.readers) for other in others)
+    is_value = any(are_attended_together(other.readers, one.readers) for other in others)
+    if not (is_key or is_value):
+        alone = roles if one.state.life is not Life.FRESH else ()
+        return ("value" if "value" in alone else "key") if alone else None
+    if one.state.life is Life.FRESH and not roles:
+        return None
+    return "value" if is_value else "key"
+
+
+def _are_alike(one: State, other: State) -> bool:
+    if one.base is other.base or one.life is not other.life:
+        return False
+    mine, theirs = shape_of(one.base) or (), shape_of(other.base) or ()
+    return same(mine[0], theirs[0]) and same(mine[2], theirs[2])
+
+
+def _quantization(graph: Graph, found: _Candidate, role: Role) -> Quantization:
+    """Return how a cache is stored.
+
+    Raises:
+        Refusal: It cannot be.
+    """
+    state = found.state
+    value, names = value_of(state.base), _names(found.readers)
+    if value.dtype not in DTYPES or value.device.type.upper() not in BACKENDS:
+        raise Refusal(f"dtype {value.dtype} on {value.device.type} is not supported")
+    reports = [report for report in graph.reports if report.node in names]
+    if any(report.detail == BY_OPTION for report in reports):
+        raise Refusal(BY_OPTION)
+    if reports:
+        layer = reports[0].layer
+    else:
+        layer = place_of(next(iter(found.readers.products)), state.base, len(graph.reports)).layer
+    spec = graph.spec.for_layer(layer)
+    if spec is None:
+        raise Refusal(BY_OPTION)
+    if role == "key":
+        spec = without_bias(spec, state, graph.inputs)
+        spec = with_rotation(spec, state, graph.inputs, graph.rotations)
+    quantization = quantization_of(role, spec, state)
+    if quantization.layout.keep_exact and state.life not in GROWS:
+        raise Refusal(KEEPS_NOT)
+    check_lengths(graph, state)
+    return quantization
+
+
+def _names(readers: Readers) -> set[str]:
+    """Return the names by which reports may call the attentions of a cache: their softmax or their result."""
+    return {node.name for node in (*readers.attentions, *readers.products, *readers.behind)}
+
+
+def _kept(graph: Graph) -> Iterator[tuple[fx.Node, Role]]:
+    """Yield the caches that leave the call quantized, and what they hold."""
+    for state, quantization in graph.states():
+        if state.life not in (Life.GROWN, Life.BUFFER):
+            yield state.base, quantization.layout.role
+    returned = graph.output.all_input_nodes
+    for node in graph.inputs:
+        cache = value_of(node)
+        if not isinstance(cache, QuantizedKV):
+            continue
+        grown = [n for n in returned if n is not node and node in cache_inputs(n)]
+        if cache.kind == "static" or all(as_spelled(result) for result in grown):
+            yield node, cache.page_layout.role
+
+
+def _told(graph: Graph, cache: fx.Node, readers: Readers) -> SiteReport:
+    reason = NO_PRODUCT if readers.attentions else NO_SOFTMAX
+    reader = next(iter(readers.products))
+    place = place_of(reader, cache, len(graph.reports))
+    about = place.layer, reader.name, source_line(reader), DENSE, reason
+    return SiteReport(*about, where=place.where)
