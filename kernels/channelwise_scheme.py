@@ -43,7 +43,8 @@ class Channelwise(metaclass=Interned):
 
     A cache finds the widths of its channels when its first page fills and keeps them (`reference.channelwise`). A
     channel of a page has a step and a center of its own. With tables, which name rotation pairs and their frequencies,
-    it also finds the mean of keys before the rotary embedding, and codes what is left of a key without it.
+    it also finds the mean of keys before the rotary embedding, and codes what is left of a key without it. Tables that
+    weigh channels are calibrated: a cache then needs no queries to know which of them matter.
 
     Args:
         bits: Average width in bits, up to 8; of a head it becomes the nearest multiple of ``16 / head_dim``.
@@ -51,6 +52,7 @@ class Channelwise(metaclass=Interned):
             ``"halves"``: ``c`` and ``c + head_dim / 2``; ``"neighbours"``: ``2 c`` and ``2 c + 1``; ``"none"``.
             With tables it must be ``"halves"``, since they put the channels in that order.
         tables: Digest of the tables of this tensor.
+        weighs: Whether the scales of the tables weigh channels.
 
     Raises:
         TypeError: ``bits`` is not a number.
@@ -72,7 +74,6 @@ class Channelwise(metaclass=Interned):
     byte_params: ClassVar[bool] = True
     entries: ClassVar[int] = 0
     attentive: ClassVar[bool] = False
-    asks_queries: ClassVar[bool] = True
     adaptive: ClassVar[None] = None
     keeps_codes: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
@@ -82,6 +83,7 @@ class Channelwise(metaclass=Interned):
     bits: float = 4.0
     pairs: Pairs = "halves"
     tables: str = NO_TABLES
+    weighs: bool = False
 
     def __post_init__(self) -> None:
         check_tables(False, self.tables)
@@ -96,6 +98,10 @@ class Channelwise(metaclass=Interned):
         check(
             self.pairs == "halves" or self.tables == NO_TABLES,
             f'pairs must be "halves" with tables, got {self.pairs!r}',
+        )
+        check(
+            not self.weighs or self.tables != NO_TABLES,
+            f"weighs must be False without tables, got {self.weighs}",
         )
 
     __repr__ = changed_fields
@@ -119,6 +125,11 @@ class Channelwise(metaclass=Interned):
             head_dim % 2 == 0 or self.pairs == "none",
             f'head_dim must be even, or pairs="none", got {head_dim}',
         )
+
+    @property
+    def asks_queries(self) -> bool:
+        """Whether the channels' weights are those of the last queries."""
+        return not self.weighs
 
     @property
     def takes_mean(self) -> bool:
@@ -154,6 +165,7 @@ class Channelwise(metaclass=Interned):
         return 0.0
 
     def describe(self, head_dim: int, page_size: int) -> str:
-        """Describe the codes: ``"3-bit by channel"``, ``"3-bit by channel without a mean"``."""
+        """Describe the codes: ``"3-bit by channel"``, ``"3-bit by channel without a mean, calibrated"``."""
         del head_dim, page_size
-        return f"{self.bits:g}-bit by channel{' without a mean' if self.takes_mean else ''}"
+        mean = " without a mean" if self.takes_mean else ""
+        return f"{self.bits:g}-bit by channel{mean}{', calibrated' if self.weighs else ''}"

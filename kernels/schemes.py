@@ -368,13 +368,19 @@ def as_mixed(scheme: Scheme) -> Mixed:
     return scheme
 
 
-def scheme_of(options: Mapping[str, Any], tables: str, rotary: bool) -> Uniform | Codebook:
-    """Return a calibrated scheme: a `Codebook` if ``couple`` is among the options, else `Uniform`.
+def scheme_of(
+    options: Mapping[str, Any], tables: str, rotary: bool
+) -> Uniform | Codebook | Channelwise:
+    """Return a calibrated scheme: a `Codebook` if ``couple`` is among the options, `Channelwise` with ``weighs``.
+
+    Else it is `Uniform`.
 
     Args:
         options: Fields that differ from their defaults.
         tables: Digest of the tables.
         rotary: Whether keys are quantized before the rotary embedding.
     """
+    if "weighs" in options:
+        return Channelwise(**options, tables=tables)
     kind: type[Uniform | Codebook] = Codebook if "couple" in options else Uniform
     return kind(**options, rotary=rotary, tables=tables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,6 +40,10 @@ class Options:
             ValueError: An option is out of its range, or options do not go together.
         """
         raise NotImplementedError
+
+    def specs(self, layers: Sequence[LayerTables]) -> list[CacheSpec]:
+        """Return the specs of all layers of a calibration."""
+        return [self.spec(tables) for tables in layers]
 
     def _cache(self, key: Scheme, value: Scheme, tables: LayerTables | None = None) -> CacheSpec:
         return CacheSpec(

@@ -12,10 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from kvq_compile.calibration.artifact import LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
-from kvq_compile.kernels.channelwise_scheme import MAX_WIDTH, Pairs
 from kvq_compile.kernels.schemes import (
-    WIDTHS,
-    Channelwise,
     Codebook,
     Packing,
     Params,
@@ -24,13 +21,14 @@ from kvq_compile.kernels.schemes import (
     scheme_of,
 )
 from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.method_base import Options, check_number, is_number
 from kvq_compile.qaq import Qaq
+from kvq_compile.transform_coding import Tc
 
 GroupSize = int | Literal["auto"] | None
 # Options that calibration does not depend on.
 AT_COMPILE = ("sinks", "window", "page_size", "packing")
-TC_CLIPS = {1: 0.7, 1.5: 0.78, 2: 0.88, 3: 0.96}  # parts of a value's range that its codes span
 # Bits of SKVQ's codes to the parts of a group's range that they span, of keys and of values: docs/decisions.md.
 DEFAULT_CLIPS = {1: (0.85, 0.7), 1.5: (0.85, 0.7), 2: (0.85, 0.75), 3: (0.95, 0.9)}
 
@@ -123,51 +121,6 @@ class Kivi(Options):
             Uniform(key_bits, "channel", size, self.clip, up_to=up_to),
             Uniform(value_bits, "token", size, self.clip, up_to=up_to),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tc(Options):
-    """Transform coding: keys by channel, each with bits of its own; values by token after a Hadamard transform.
-
-    A cache finds the bits of its channels from its first page and the last queries; no calibration is needed.
-    Values get the largest width up to ``bits`` and keys what is left of ``2 * bits``, unless ``key_bits`` or
-    ``value_bits`` say otherwise. ``pairs`` says which channels of a key the rotary embedding mixes: ``"halves"`` as
-    in Llama, ``"neighbours"`` as in GPT-J, ``"none"``.
-    """
-
-    bits: float = 4.0
-    key_bits: float | None = None
-    value_bits: float | None = None
-    value_clip: float | None = None
-    pairs: Pairs = "halves"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("bits", "key_bits", "value_bits", "value_clip"):
-            number = getattr(self, name)
-            if name == "bits" or number is not None:
-                check_number(name, number)
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits must be from 1 to 8, got {self.bits}")
-        if self.key_bits is not None and not 0 < self.key_bits <= MAX_WIDTH:
-            raise ValueError(
-                f"key_bits must be above 0 and at most {MAX_WIDTH}, got {self.key_bits}"
-            )
-
-    def spec(self, tables: LayerTables | None = None) -> CacheSpec:
-        """Return the spec."""
-        del tables
-        value_bits = self.value_bits
-        if value_bits is None:
-            value_bits = max(width for width in WIDTHS if width <= max(self.bits, 1.5))
-            value_bits = value_bits if 2 * self.bits - value_bits <= MAX_WIDTH else 8
-        key_bits = 2 * self.bits - value_bits if self.key_bits is None else self.key_bits
-        clip = TC_CLIPS.get(value_bits, 1.0) if self.value_clip is None else self.value_clip
-        value = Uniform(
-            value_bits, clip=clip, transform="hadamard", params="e5m3",
-            packing="trits" if value_bits == 1.5 else "fields",
-        )  # fmt: skip
-        return self._cache(Channelwise(float(key_bits), self.pairs), value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +232,11 @@ class Auto(Options):
 
     def spec(self, tables: LayerTables | None = None) -> CacheSpec:
         """Return the spec of a layer."""
-        of_key, of_value = _digests(tables)
-        assert tables is not None
+        if tables is None:
+            raise ValueError("calibration must have what was chosen for each layer, got none")
+        of_key, of_value = (
+            NO_TABLES if each is None else each.digest for each in (tables.key, tables.value)
+        )
         key = scheme_of(tables.key_options, of_key, tables.rotary)
         return self._cache(key, scheme_of(tables.value_options, of_value, rotary=False), tables)
 
@@ -291,7 +247,7 @@ UNIFORM: dict[str, type[Options]] = {
 METHODS: dict[str, type[Options]] = UNIFORM | {
     "tc": Tc, "qaq": Qaq, "skvq": Skvq, "cq": Cq, "auto": Auto
 }  # fmt: skip
-MEASURED = ("qaq",)  # methods that can do without a calibration and gain by one
+MEASURED = ("tc", "qaq")  # methods that can do without a calibration and gain by one
 
 
 def option_names(method: type[Options]) -> tuple[str, ...]:

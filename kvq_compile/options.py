@@ -210,7 +210,7 @@ def _calibrated_spec(
                 "calibrate anew for other options"
             )
     every = make_options(method, stored | options)
-    named = [replace(every.spec(tables), method=method) for tables in calibration.layers]
+    named = [replace(spec, method=method) for spec in every.specs(calibration.layers)]
     return replace(named[0], layers=tuple(enumerate(named)))
 
 

@@ -62,8 +62,10 @@ def framed_channels(
 
 
 def turning(layout: Layout, seed: int = 0) -> tuple[Layout, Calibrated]:
-    tables = turning_tables(layout.head_dim, HEADS, seed)
-    return changed(layout, pairs="halves", tables=tables.digest), Calibrated(tables.words)
+    weighs = seed % 2 == 1
+    tables = turning_tables(layout.head_dim, HEADS, seed, weighs=weighs)
+    layout = changed(layout, pairs="halves", tables=tables.digest, weighs=weighs)
+    return layout, Calibrated(tables.words)
 
 
 class Twins:

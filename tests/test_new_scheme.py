@@ -42,6 +42,7 @@ MAY_KNOW = {
     "lowering/find/sites.py",  # takes a cache that was told otherwise
     "kvq_compile/methods.py",  # names for users
     "kvq_compile/qaq.py",
+    "kvq_compile/transform_coding.py",
     "kvq_compile/bounds.py",  # bounds that are derived; those of other schemes are measured
     "kvq_compile/testing/small_cache.py",
     "kvq_compile/testing/small_tables.py",

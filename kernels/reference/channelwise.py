@@ -10,6 +10,9 @@ total: bit after bit goes where it takes most away, `allocate`.
 are mean squares of the last queries known then (`queries`), of both channels that the rotary embedding mixes; all are
 equal where no query is known. Variances are those of the first and of the last page that the call fills.
 
+**Calibrated weights** ``w`` are in tables: a channel is coded in units of its ``scale``, in proportion to
+``1 / sqrt(w)``, so that all weigh alike. Such a cache holds no queries.
+
 **The mean** is taken off where tables say which channels a rotary embedding turns, and how fast. Turned back by the
 angles of their slots, keys have a mean that makes much of the variance of channels that turn within a page. It is
 found with the widths, turned to the slot of a token, and taken off before it is coded: ``y = x - R(slot) mean``. That
@@ -91,12 +94,17 @@ def find_state(
         calibrated: Its constants.
         dtype: What the state is held in, so that what is read is what was used.
     """
-    ends = bounded(torch.stack([pages[:, :, 0], pages[:, :, -1]], 2))
+    ends = torch.stack([pages[:, :, 0], pages[:, :, -1]], 2)
     if not layout.channelwise.takes_mean:
+        ends = bounded(ends)
         worth = variances(ends) * weights(queries, layout.channelwise.pairs)
         return allocate(worth, layout.bit_rows)[:, :, None].to(dtype)
     order = calibrated.section("order", layout).long()
     ends = ends.gather(-1, order[None, :, None, None].expand(ends.shape))
+    base, inverse = (
+        calibrated.section(name, layout)[None, :, None, None] for name in ("mean", "inverse")
+    )
+    ends = bounded((ends - base) * inverse)
     queries = queries.gather(-1, order[None, :, None].expand(queries.shape))
     angles = torch.cat(
         [rotation(old + page, 1, layout, calibrated) for page in (0, pages.shape[2] - 1)], 2

@@ -26,6 +26,7 @@ from kvq_compile.kernels.triton.coded_form import Source, load_coded, read_token
 from kvq_compile.kernels.triton.formats import bounded, e5m3_value, round_e5m3, sum_pairs
 from kvq_compile.kernels.triton.transforms import (
     load_table,
+    normalize,
     other_of_pair,
     rotated_mean,
     slot_angle,
@@ -47,10 +48,14 @@ def _load_tokens(source, channel, tables, CONSTANTS: tl.constexpr):
     """Return coded channels of a page ``[channels, page_size]``, fp32, within fp16, before anything is taken off."""
     token = tl.arange(0, CONSTANTS.page_size)[None, :]
     exists = channel < CONSTANTS.head_dim
+    order = channel
     if CONSTANTS.has_tables:
-        channel = load_table(tables, channel, exists, "order", CONSTANTS)
-    exists = exists[:, None] & (token >= 0)
-    return bounded(read_tokens(source, token, channel[:, None], exists, CONSTANTS))
+        order = load_table(tables, channel, exists, "order", CONSTANTS)
+    inside = exists[:, None] & (token >= 0)
+    x = read_tokens(source, token, order[:, None], inside, CONSTANTS)
+    if CONSTANTS.has_tables:
+        x = normalize(x, tables, channel[:, None], exists[:, None], CONSTANTS)
+    return bounded(x)
 
 
 @triton.jit

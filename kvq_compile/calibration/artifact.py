@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvq_compile.kernels.channelwise_scheme import MAX_WIDTH
 from kvq_compile.kernels.schemes import MAX_INDEX_BITS
 from kvq_compile.kernels.tables import Tables, checked_tables
 
 FORMAT, VERSION = "kvq-compile calibration", "1"
 SAMPLES = 64  # numbers of a parameter that are hashed
+Changes = tuple[tuple[float, float], ...]  # width in bits, relative squared change of the output
 KNOWN_SHARE = 0.5  # of a graph's parameters; a dtype between may round a few differently
 
 
@@ -41,6 +43,8 @@ class LayerTables:
         note: Why they are not, where the method would have wanted it.
         key_options, value_options: How ``"auto"`` codes them, as options of `scheme_of`; else empty.
         query_norms: Squared norm that few queries of each KV head exceed, for ``"qaq"``; else empty.
+        key_changes, value_changes: Widths that ``"tc"`` may give the layer's keys and values, in bits, each with the
+            relative squared change of the attention's output; else empty.
     """
 
     key: Tables | None
@@ -50,6 +54,8 @@ class LayerTables:
     key_options: dict[str, Any] = field(default_factory=dict)
     value_options: dict[str, Any] = field(default_factory=dict)
     query_norms: tuple[float, ...] = ()
+    key_changes: Changes = ()
+    value_changes: Changes = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Calibration:
             "layers": [
                 [
                     *(layer.rotary, layer.note, layer.key_options, layer.value_options),
-                    *([layer.query_norms] if layer.query_norms else []),
+                    *_measured_of(layer),
                 ]
                 for layer in self.layers
             ],
@@ -178,7 +184,7 @@ def _read(metadata: dict[str, str], words: dict[str, Tensor]) -> Calibration:
     about = json.loads(metadata["about"])
     method, options, head_dims = about["method"], about["options"], about["head_dims"]
     layers = []
-    for index, (rotary, note, key_options, value_options, *norms) in enumerate(about["layers"]):
+    for index, (rotary, note, key_options, value_options, *more) in enumerate(about["layers"]):
         _check_types(rotary=(rotary, bool), note=(note, str))
         roles = {}
         for name, chosen, turned in (
@@ -189,20 +195,23 @@ def _read(metadata: dict[str, str], words: dict[str, Tensor]) -> Calibration:
             _check_types(**{f"{name}_options": (chosen, dict)})
             if full in words:
                 entries = _entries(method, options, chosen)
+                turned = turned or (name == "key" and (method == "tc" or "weighs" in chosen))
                 roles[name] = checked_tables(words[full], head_dims[full], turned, entries)
-        if len({tables.heads for tables in roles.values()}) > 1 or len(roles) == 1:
+        alone = len(roles) == 1 and method not in ("tc", "auto")  # whose values need none
+        if len({tables.heads for tables in roles.values()}) > 1 or alone:
             raise ValueError(
                 f"layer {index} must have tables for the same heads of keys and values"
             )
-        measured = tuple(norms[0]) if norms else ()
-        if not all(isinstance(norm, float) and 0 < norm < math.inf for norm in measured):
-            raise ValueError(f"query norms must be positive numbers, got {measured}")
-        if not roles and not measured:
+        norms, keys, values = _checked_measures(*more)
+        if not roles and not norms:
             raise ValueError(f"layer {index} has neither tables nor query norms")
+        if method == "tc" and not (keys and values):
+            raise ValueError(f"layer {index} must have widths of keys and of values")
         layers.append(
             LayerTables(
                 *(roles.get("key"), roles.get("value"), rotary, note),
-                *(key_options, value_options, measured),
+                *(key_options, value_options, norms),
+                *(keys, values),
             )
         )
     if not layers or set(words) - {name for i in range(len(layers)) for name in _names(i)}:
@@ -211,6 +220,38 @@ def _read(metadata: dict[str, str], words: dict[str, Tensor]) -> Calibration:
         raise ValueError("its digest is another")
     _check_types(method=(method, str), options=(options, dict), weights=(about["weights"], list))
     return Calibration(method, options, tuple(layers), frozenset(about["weights"]))
+
+
+def _measured_of(layer: LayerTables) -> list[Any]:
+    """Return what the file has of a layer's measures: nothing, query norms, or the changes behind them as well."""
+    changes = [layer.key_changes, layer.value_changes]
+    if any(changes):
+        return [layer.query_norms, *changes]
+    return [layer.query_norms] if layer.query_norms else []
+
+
+def _checked_measures(
+    norms: Sequence[Any] = (), keys: Sequence[Any] = (), values: Sequence[Any] = ()
+) -> tuple[tuple[float, ...], Changes, Changes]:
+    """Return query norms and changes by width as `LayerTables` has them.
+
+    Raises:
+        ValueError: They are no such numbers.
+        TypeError: A change has no width.
+    """
+    if not all(isinstance(norm, float) and 0 < norm < math.inf for norm in norms):
+        raise ValueError(f"query norms must be positive numbers, got {norms}")
+    return tuple(norms), _checked_changes(keys), _checked_changes(values)
+
+
+def _checked_changes(pairs: Sequence[Any]) -> Changes:
+    for width, change in pairs:
+        _check_types(width=(width, (int, float)), change=(change, (int, float)))
+        if not (0 < width <= MAX_WIDTH and 0 <= change < math.inf):
+            raise ValueError(
+                f"widths must be up to {MAX_WIDTH} bits and change 0 or more, got {width}: {change}"
+            )
+    return tuple((width, change) for width, change in pairs)
 
 
 def _entries(method: str, options: dict[str, Any], chosen: dict[str, Any]) -> int:
@@ -225,10 +266,11 @@ def _entries(method: str, options: dict[str, Any], chosen: dict[str, Any]) -> in
     return int(2**bits)
 
 
-def _check_types(**values: tuple[object, type]) -> None:
+def _check_types(**values: tuple[object, type | tuple[type, ...]]) -> None:
     for name, (value, kind) in values.items():
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            said = kind.__name__ if isinstance(kind, type) else "number"
+            raise TypeError(f"{name} must be a {said}, got {value!r}")
 
 
 def _names(layer: int) -> tuple[str, str]:

@@ -18,26 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from kvq_compile.calibration.artifact import Calibration, LayerTables, weight_hash
-from kvq_compile.calibration.attention_change import Text
+from kvq_compile.calibration.attention_change import Text, exact
 from kvq_compile.calibration.capture import Activations, Batch, Found, capture, find_rotations
-from kvq_compile.calibration.choose import CANDIDATES, Choice, choose, measure
-from kvq_compile.calibration.fit import EQUALIZE, Fitted, fit_codebook, fit_uniform
+from kvq_compile.calibration.channel_weights import far_gradients, weighted_tables
+from kvq_compile.calibration.choose import Choice, choose, measure
+from kvq_compile.calibration.fit import Fitted, fit_codebook, fit_uniform
 from kvq_compile.calibration.margins import search_margins
 from kvq_compile.calibration.query_norms import measure_query_norms
 from kvq_compile.calibration.rotate import unrotate
+from kvq_compile.kernels.layout import Regions
 from kvq_compile.kernels.schemes import Role, largest_divisor
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.rotation import Rotation
 from kvq_compile.methods import MEASURED, Skvq, calibration_options, default_clip, grouped
 from kvq_compile.options import base_name, make_options, method_class
+from kvq_compile.transform_coding import codings
 
 TOKENS = 16_384
 MEMORY = 2 << 30
 SKIPPED = 5  # first tokens of a sequence: sinks, which stay exact
 WINDOW = 128  # last tokens before a query: they stay exact too
 FAR = SKIPPED + WINDOW  # first slot from which a query sees tokens that do not
-CALIBRATED_NAMES = "skvq, cq-<c>c<b>b, auto or qaq"
-CODEBOOKS_BELOW = 2.5  # bits from which they lose against uniform steps
+CALIBRATED_NAMES = "tc, skvq, cq-<c>c<b>b, auto or qaq"
+CODEBOOKS_BELOW = 2.5  # bits from which "auto" does not try codebooks, which lose by then
+CODEBOOK = {"bits": 8, "couple": 8}  # its narrowest choice: 1 bit an element
+WEIGHED = ("tc", "auto")  # methods that code in whole pages, by channels that are weighed
 TEXTS, QUERIES = 4, 256  # sequences and queries of each by which attention's output is judged
 Advance = Callable[[str, int, int], None]
 
@@ -51,6 +56,7 @@ class _Samples:
     key_weight: list[Tensor] = field(default_factory=list)
     value_weight: list[Tensor] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
+    channels: Tensor | None = None  # sum of squared gradients beyond the window, [H, D], if taken
     rotation: Rotation | None = None
     note: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -83,8 +89,8 @@ def calibrate(
     Args:
         model: Any decoder that the backend can compile.
         batches: Sequences, as token ids ``[B, T]`` or keyword arguments of the model.
-        method: ``"skvq"``, ``"cq-<channels>c<bits>b"``, ``"auto"`` with ``bits`` on average, or ``"qaq"``, of
-            which only query norms are measured, without gradients.
+        method: ``"tc"``, ``"skvq"``, ``"cq-<channels>c<bits>b"``, ``"auto"`` with ``bits`` on average, or ``"qaq"``,
+            of which only query norms are measured, without gradients.
         tokens: Tokens to fit to, taken evenly from all batches.
         seed: Of every random choice.
         memory: Bytes of samples that may be held at once, at least those of one layer.
@@ -109,14 +115,17 @@ def calibrate(
     count = None
     while count is None or len(fitted) + len(candidates) < count:
         first = len(fitted) + len(candidates)
-        about = tokens, seed, memory, advance, method != "skvq"
+        about = 0 if method == "tc" else tokens, seed, memory, advance, method
         samples, count = _sample(model, texts, rotations, first, *about)
         for layer in samples:
             advance("fitting layers", len(fitted) + len(candidates), count)
             if method == "auto":  # which chooses when it has seen all layers
                 candidates.append(_try_layer(layer, options, seed))
                 continue
-            fitted.append(_fit_layer(layer, method, options, seed))
+            if method == "tc":
+                fitted.append(_weigh_layer(layer))
+            else:
+                fitted.append(_fit_layer(layer, method, options, seed))
             if resume is not None:
                 Calibration(method, options, tuple(fitted), weights).save(resume)
     advance("fitting layers", count, count)
@@ -206,10 +215,10 @@ def _sample(
     seed: int,
     memory: int,
     advance: Advance,
-    gradients: bool,
+    method: str,
 ) -> tuple[list[_Samples], int]:
     """Return the samples of as many layers, from number ``first`` on, as fit, and how many layers there are."""
-    share = -(-tokens // len(texts))
+    share, gradients = -(-tokens // len(texts)), method != "skvq"
     found_in = capture(model, texts, gradients=gradients, rotations=rotations)
     samples: list[_Samples] = []
     layers = 0
@@ -223,8 +232,11 @@ def _sample(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         for sample, seen in zip(samples, found[first:], strict=False):
             _take(sample, seen, share, generator.clone_state())
+            if method in WEIGHED:
+                squares = far_gradients(seen, SKIPPED, WINDOW).square().sum((0, 2))
+                sample.channels = squares if sample.channels is None else sample.channels + squares
             whole = seen.mask is None or bool(seen.mask[0].all())
-            if len(sample.texts) < TEXTS and whole and seen.key.shape[2] > FAR:
+            if len(sample.texts) < TEXTS and whole and seen.key.shape[2] > _shortest(method):
                 sample.texts.append(_text(seen, generator.clone_state()))
     advance("reading sequences", len(texts), len(texts))
     return samples, layers
@@ -286,24 +298,46 @@ class _Candidates:
     note: str
 
 
+def _weigh_layer(sample: _Samples) -> LayerTables:
+    """Return the tables of a layer's keys for transform coding, and what each width of keys and values changes."""
+    tried = _transform_choices(sample, "tc")
+    changes = [
+        tuple((float(choice.options["bits"]), choice.error) for choice in choices)
+        for choices in tried
+    ]
+    return LayerTables(
+        tried[0][0].tables, None, False, key_changes=changes[0], value_changes=changes[1]
+    )
+
+
+def _transform_choices(sample: _Samples, what: str) -> tuple[list[Choice], list[Choice]]:
+    """Return what the widths of transform coding change, of keys and of values."""
+    texts = _texts(sample, what)
+    assert sample.channels is not None
+    weighted = weighted_tables(sample.channels, sample.rotation)
+    outputs = [exact(text) for text in texts]
+    roles: dict[Role, list[Choice]] = {"key": [], "value": []}
+    for role, choices in roles.items():
+        tables = weighted if role == "key" else None
+        for options in codings(role, weighted.head_dim):
+            choices.append(measure(role, options, tables, False, texts, outputs))
+    return roles["key"], roles["value"]
+
+
 def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candidates:
-    found: dict[Role, list[Choice]] = {"key": [], "value": []}
+    keys, values = _transform_choices(sample, "auto")
     rotary, texts = sample.rotation is not None, _texts(sample, "auto")
-    for role, choices in found.items():
-        head_dim = sample.value[0].shape[2]
-        for coding in CANDIDATES:
-            if "couple" in coding:
-                if options["bits"] >= CODEBOOKS_BELOW or head_dim % (8 * coding["couple"]):
-                    continue
-                name, full = "cq", {"weighted": True, "correlate": True, **coding}
-            else:
-                none = dict.fromkeys(
-                    ("key_bits", "value_bits", "key_clip", "value_clip", "group_size")
-                )
-                name, full = "skvq", {"reorder": False, "equalize": EQUALIZE, **none, **coding}
-            tables = _fit(sample, role, name, full, seed)
-            choices.append(measure(role, coding, tables, rotary, texts))
-    return _Candidates(found["key"], found["value"], rotary, _note(sample))
+    if (
+        options["bits"] < CODEBOOKS_BELOW
+        and sample.value[0].shape[2] % (8 * CODEBOOK["couple"]) == 0
+    ):
+        outputs = [exact(text) for text in texts]
+        full = {"weighted": True, "correlate": True, **CODEBOOK}
+        roles: dict[Role, list[Choice]] = {"key": keys, "value": values}
+        for role, choices in roles.items():
+            tables = _fit(sample, role, "cq", full, seed)
+            choices.append(measure(role, CODEBOOK, tables, rotary, texts, outputs))
+    return _Candidates(keys, values, rotary, _note(sample))
 
 
 def _chosen(candidates: list[_Candidates], options: dict[str, Any]) -> list[LayerTables]:
@@ -314,7 +348,7 @@ def _chosen(candidates: list[_Candidates], options: dict[str, Any]) -> list[Laye
     pairs = [(layer, next(chosen), next(chosen)) for layer in candidates]
     return [
         LayerTables(
-            *(key.tables, value.tables, layer.rotary, layer.note),
+            *(key.tables, value.tables, layer.rotary and "weighs" not in key.options, layer.note),
             *(dict(key.options), dict(value.options)),
         )
         for layer, key, value in pairs
@@ -325,10 +359,15 @@ def _note(sample: _Samples) -> str:
     return f"keys are quantized as attention sees them: {sample.note}" if sample.note else ""
 
 
+def _shortest(method: str) -> int:
+    """Return how many tokens a sequence must exceed for attention's output to depend on how a method codes them."""
+    return FAR + Regions().page_size - 1 if method in WEIGHED else FAR
+
+
 def _texts(sample: _Samples, what: str) -> list[Text]:
     if not sample.texts:
         raise ValueError(
-            f"batches must hold a sequence without padding of more than {FAR} tokens for {what}, got none; "
+            f"batches must hold a sequence without padding of more than {_shortest(what)} tokens for {what}, got none; "
             "pass longer sequences"
         )
     return sample.texts

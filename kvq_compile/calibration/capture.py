@@ -39,7 +39,8 @@ class Activations:
         layer: Number of the attention in the order of execution.
         query, key, value: ``[B, Hq, T, D]`` and ``[B, Hkv, T, D]``, in the model's dtype, as attention reads them.
         scale: Factor on the scores of queries and keys.
-        key_gradient, value_gradient: Gradients of the mean loss of the batch's next tokens, or ``None``.
+        key_gradient, value_gradient, output_gradient: Gradients of the mean loss of the batch's next tokens with
+            respect to keys, values and the attention's output ``[B, Hq, T, Dv]``, or ``None``.
         rotation: How the keys were rotated, without the node of the positions, or ``None``.
         rotation_reason: Why ``rotation`` is ``None``, else empty.
         first_slot: Slot of the first token.
@@ -57,6 +58,7 @@ class Activations:
     rotation_reason: str
     first_slot: int = 0
     mask: Tensor | None = None
+    output_gradient: Tensor | None = None
 
 
 def capture(
@@ -75,8 +77,8 @@ def capture(
         model: A decoder that returns, or keeps in its buffers, the keys and values of a call.
         batches: Token ids ``[B, T]``, or the keyword arguments of a call; ``use_cache=True`` is added where
             the model knows it. An ``attention_mask`` ``[B, T]`` among them is handed on as ``mask``.
-        gradients: Whether to take gradients of the mean next-token cross entropy with respect to keys and
-            values. The logits are ``.logits`` of the result, or the result, or its first part.
+        gradients: Whether to take gradients of the mean next-token cross entropy with respect to keys, values
+            and outputs. The logits are ``.logits`` of the result, or the result, or its first part.
         rotations: Rotation of each layer or the reason for none, where they are known (`find_rotations`).
 
     Raises:
@@ -120,13 +122,13 @@ class _Watch:
     """The backend, and what the graphs that it compiled have seen.
 
     Attributes:
-        seen: Layer, scale, query, key and value of each attention of the latest call.
+        seen: Layer, scale, query, key, value and output of each attention of the latest call.
         rotations: Rotation of each layer, or the reason why there is none, found in the first graph.
     """
 
     def __init__(self, gradients: bool, rotations: Mapping[int, Found] | None) -> None:
         self._gradients = gradients
-        self.seen: list[tuple[int, float, Tensor, Tensor, Tensor]] = []
+        self.seen: list[tuple[int, float, Tensor, Tensor, Tensor, Tensor]] = []
         self.rotations: dict[int, Found] = dict(rotations or {})
         self._left_out: list[SiteReport] = []
         self._error: ValueError | None = None
@@ -148,8 +150,8 @@ class _Watch:
         def run(*args: Any) -> list[Any]:
             outputs, seen = watched.run(args)
             self.seen = [
-                (site.order, site.attention.score.scale, *tensors)
-                for site, tensors in zip(watched.sites, seen, strict=True)
+                (site.order, site.attention.score.scale, *operands)
+                for site, operands in zip(watched.sites, seen, strict=True)
             ]
             return outputs
 
@@ -229,17 +231,17 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
     """Return the activations of the latest call; with a result, gradients of its loss as well."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    pairs = [tensor for *_, key, value in watch.seen for tensor in (key, value)]
-    gradients: list[Tensor | None] = [None] * len(pairs)
+    wanted = [tensor for _, _, _, *tensors in watch.seen for tensor in tensors]
+    gradients: list[Tensor | None] = [None] * len(wanted)
     if result is not None:
         loss = _loss(_logits(result), _ids(batch), mask)
         if not loss.requires_grad:
             raise ValueError("logits must depend on the keys, got some without a gradient")
-        gradients = list(torch.autograd.grad(loss, pairs, allow_unused=True))
+        gradients = list(torch.autograd.grad(loss, wanted, allow_unused=True))
     found = []
-    for index, (layer, scale, query, key, value) in enumerate(watch.seen):
+    for index, (layer, scale, query, key, value, _) in enumerate(watch.seen):
         rotation, reason = watch.rotations[layer]
-        key_gradient, value_gradient = gradients[2 * index : 2 * index + 2]
+        key_gradient, value_gradient, output_gradient = gradients[3 * index : 3 * index + 3]
         found.append(
             Activations(
                 layer=layer,
@@ -252,6 +254,7 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
                 rotation=rotation,
                 rotation_reason=reason,
                 mask=mask,
+                output_gradient=output_gradient,
             )
         )
     watch.seen = []

@@ -1,4 +1,4 @@
-"""``method="auto"``: choose how each layer's keys and values are quantized, within a budget of bits.
+"""Choose how each layer's keys and values are quantized, within a budget of bits.
 
 Every candidate scheme of every tensor is tried on sequences that the model has run: the tensor alone is quantized
 as a cache would hold it, tokens that have left the window by the time a query sees them are read as they
@@ -15,22 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvq_compile.calibration.attention_change import Text, attend, exact
+from kvq_compile.calibration.attention_change import Text, attend
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.reference.cache import find_state_, with_state
 from kvq_compile.kernels.schemes import Role, scheme_of
-from kvq_compile.kernels.tables import Tables
+from kvq_compile.kernels.tables import NO_TABLES, Tables
 
-# What to choose from, as options of `scheme_of`; a group is a whole head.
-CANDIDATES: tuple[dict[str, Any], ...] = (
-    {"bits": 8, "couple": 8},
-    {"bits": 1.5, "packing": "trits", "params": "fp8"},
-    {"bits": 2, "params": "fp8"},
-    {"bits": 3, "params": "fp8"},
-    {"bits": 4, "params": "fp8"},
-    {"bits": 8, "params": "fp16"},
-)
 GRAIN = 64  # parts of a bit that the budget is counted in
 
 
@@ -40,40 +32,66 @@ class Choice:
 
     Attributes:
         options: Options of its scheme: see `scheme_of`.
-        tables: Its tables.
+        tables: Its tables, if it has any.
         bits: Bits per element of packed pages, parameters included.
         error: Relative squared change of the attention's output.
     """
 
     options: Mapping[str, Any]
-    tables: Tables
+    tables: Tables | None
     bits: float
     error: float
 
 
 def measure(
-    role: Role, options: Mapping[str, Any], tables: Tables, rotary: bool, texts: Sequence[Text]
+    role: Role,
+    options: Mapping[str, Any],
+    tables: Tables | None,
+    rotary: bool,
+    texts: Sequence[Text],
+    outputs: Sequence[Tensor],
 ) -> Choice:
-    """Code one tensor as a candidate says and measure what that changes."""
-    scheme = scheme_of(options, tables.digest, rotary and role == "key")
-    layout = Layout(role, tables.head_dim, Regions(), scheme)
+    """Code one tensor as a candidate says and measure what that changes.
+
+    Args:
+        role: Whether it is the keys or the values.
+        options: Of the scheme.
+        tables: Of the scheme, if it has any.
+        rotary: Whether keys are quantized before the rotary embedding.
+        texts: What the attention saw.
+        outputs: What `exact` makes of each text.
+
+    Raises:
+        ValueError: The scheme does not go with heads of this size.
+    """
+    digest = NO_TABLES if tables is None else tables.digest
+    scheme = scheme_of(options, digest, rotary and role == "key")
+    layout = Layout(role, texts[0].value.shape[-1], Regions(), scheme)
     off, size = 0.0, 0.0
-    for text in texts:
+    for text, output in zip(texts, outputs, strict=True):
         x = text.key if role == "key" else text.value
-        shift = torch.zeros(1, dtype=torch.int32, device=x.device) if layout.rotary else None
-        calibrated = Calibrated(tables.on(x.device), shift)
-        end = layout.sinks + layout.pages_at(x.shape[1]) * layout.page_size
-        pages = x[None, :, layout.sinks : end].unflatten(2, (-1, layout.page_size))
-        coded = reference.quantize_pages(pages, layout, calibrated, layout.sinks)
-        stored = x.clone()
-        read = reference.dequantize_pages(*coded, layout, calibrated, layout.sinks)
-        stored[:, layout.sinks : end] = read[0].flatten(1, 2)
+        stored = _stored(x, layout, tables)
         pair = (stored, text.value) if role == "key" else (text.key, stored)
-        output = exact(text)
         changed = attend(text, *pair, layout.sinks, layout.window)
         off += float((changed - output).square().sum(dtype=torch.float64))
         size += float(output.square().sum(dtype=torch.float64))
     return Choice(options, tables, layout.bits_per_element, off / size)
+
+
+def _stored(x: Tensor, layout: Layout, tables: Tables | None) -> Tensor:
+    """Return the tokens ``[H, T, D]`` that a cache stands for when all of its pages are packed."""
+    shift = torch.zeros(1, dtype=torch.int32, device=x.device) if layout.rotary else None
+    calibrated = Calibrated(None if tables is None else tables.on(x.device), shift)
+    end = layout.sinks + layout.pages_at(x.shape[1]) * layout.page_size
+    pages = x[None, :, layout.sinks : end].unflatten(2, (-1, layout.page_size))
+    tail = x.new_zeros(1, len(x), layout.tail_rows, x.shape[2])
+    find_state_(tail, pages, 0, layout, calibrated)
+    calibrated = with_state(calibrated, tail, layout)
+    coded = reference.quantize_pages(pages, layout, calibrated, layout.sinks)
+    stored = x.clone()
+    read = reference.dequantize_pages(*coded, layout, calibrated, layout.sinks)
+    stored[:, layout.sinks : end] = read[0].flatten(1, 2)
+    return stored
 
 
 def choose(candidates: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
-from kvq_compile.kernels.schemes import Codebook, Role, Uniform, scheme_of
+from kvq_compile.kernels.schemes import Channelwise, Codebook, Role, Uniform, scheme_of
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 
@@ -54,7 +54,7 @@ def random_tables(
 @st.composite
 def framed_tensors(
     draw: st.DrawFn, role: Role, head_dim: int, page_size: int, heads: int = 2
-) -> tuple[Uniform | Codebook, Tables]:
+) -> tuple[Uniform | Codebook | Channelwise, Tables]:
     """Draw a calibrated scheme and its tables: rotary keys, codebooks, fp8, three levels."""
     rotary = role == "key" and draw(st.booleans())
     options: dict[str, Any] = {}
@@ -120,8 +120,11 @@ def framed_layouts(
     return layout, Calibrated(tables.words, shift)
 
 
-def turning_tables(head_dim: int, heads: int = 2, seed: int = 0) -> Tables:
-    """Return tables of keys whose mean turns: channels in pairs, from the fastest, in any order, and frequencies."""
+def turning_tables(head_dim: int, heads: int = 2, seed: int = 0, *, weighs: bool = False) -> Tables:
+    """Return tables of keys whose mean turns: channels in pairs, from the fastest, in any order, and frequencies.
+
+    Those that weigh channels have scales from 1 to 32.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack(
         [
@@ -133,11 +136,12 @@ def turning_tables(head_dim: int, heads: int = 2, seed: int = 0) -> Tables:
         torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") * 2 / head_dim
     )
     frequency = (turns / (2 * math.pi) * 2.0**32).round().long().int()
-    ones = torch.ones(heads, head_dim, dtype=torch.float32, device="cpu")
+    scale = torch.rand(heads, head_dim // 2, generator=generator, device="cpu").repeat(1, 2)
+    scale = torch.exp2(5.0 * scale) if weighs else torch.ones_like(scale)
     return Tables.build(
         order=order,
-        mean=torch.zeros_like(ones),
-        scale=ones,
-        margin=torch.zeros_like(ones),
+        mean=torch.zeros_like(scale),
+        scale=scale,
+        margin=torch.zeros_like(scale),
         frequency=frequency.expand(heads, -1),
     )

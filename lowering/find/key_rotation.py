@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from kvq_compile.kernels.schemes import Channelwise
 from kvq_compile.kernels.spec import CacheSpec
@@ -48,22 +48,34 @@ def with_rotation(
         logs.sites.info("%s keeps its mean, which may turn: %s", key.base, reason)
         return spec
     _, heads, _, head_dim = value_of(key.new).shape
-    tables = _tables(int(heads), int(head_dim), rotation)
+    tables = rotation_tables(int(heads), int(head_dim), rotation)
     scheme = replace(scheme, pairs="halves", tables=tables.digest)
     return replace(spec, key=scheme, key_tables=tables)
 
 
-def _tables(heads: int, head_dim: int, rotation: Rotation) -> Tables:
-    """Return tables that order pairs from the fastest to the slowest and leave channels as they are otherwise."""
-    frequency = torch.tensor(rotation.frequencies, dtype=torch.int64, device="cpu")
+def rotation_tables(
+    heads: int, head_dim: int, rotation: Rotation | None, scale: Tensor | None = None
+) -> Tables:
+    """Return tables that order pairs from the fastest to the slowest.
+
+    Args:
+        heads, head_dim: Of the keys.
+        rotation: How they are rotated; ``None``: not at all.
+        scale: Of the model's channels ``[heads, head_dim]``, alike in both channels of a pair; ``None``: 1.
+    """
+    channels, frequencies = tuple(range(head_dim)), (0,) * (head_dim // 2)
+    if rotation is not None:
+        channels, frequencies = tuple(rotation.order), tuple(rotation.frequencies)
+    frequency = torch.tensor(frequencies, dtype=torch.int64, device="cpu")
     pairs = frequency.abs().argsort(descending=True, stable=True)
-    order = torch.tensor(rotation.order, dtype=torch.int64, device="cpu").unflatten(0, (2, -1))
+    order = torch.tensor(channels, dtype=torch.int64, device="cpu").unflatten(0, (2, -1))
     order = order[:, pairs].flatten().expand(heads, head_dim)
-    ones = torch.ones(heads, head_dim, dtype=torch.float32, device="cpu")
+    if scale is None:
+        scale = torch.ones(heads, head_dim, dtype=torch.float32, device="cpu")
     return Tables.build(
         order=order,
-        mean=torch.zeros_like(ones),
-        scale=ones,
-        margin=torch.zeros_like(ones),
+        mean=torch.zeros_like(scale),
+        scale=scale.gather(1, order),
+        margin=torch.zeros_like(scale),
         frequency=frequency[pairs].int().expand(heads, head_dim // 2),
     )

@@ -18,10 +18,12 @@ from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import AttentionSite, SiteReport
 
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value and output of a site
+
 
 @dataclass(frozen=True)
 class Watched:
-    """A graph that returns query, key and value of each attention behind its own results.
+    """A graph that returns query, key, value and output of each attention behind its own results.
 
     Attributes:
         module: The graph.
@@ -39,11 +41,11 @@ class Watched:
     written: list[int]
     returned: int
 
-    def run(self, args: Sequence[Any]) -> tuple[list[Any], list[tuple[Tensor, Tensor, Tensor]]]:
+    def run(self, args: Sequence[Any]) -> tuple[list[Any], list[Operands]]:
         """Run the graph eagerly; what it would write into is copied first, so no input changes.
 
         Returns:
-            The results of the captured graph, and ``(query, key, value)`` of each site.
+            The results of the captured graph, and ``(query, key, value, output)`` of each site.
         """
         own = list(args)
         for index in self.written:
@@ -51,7 +53,7 @@ class Watched:
         outputs = list(self.module.forward(*own))
         seen = outputs[self.returned :]
         return outputs[: self.returned], [
-            (seen[i], seen[i + 1], seen[i + 2]) for i in range(0, len(seen), 3)
+            (seen[i], seen[i + 1], seen[i + 2], seen[i + 3]) for i in range(0, len(seen), 4)
         ]
 
 
@@ -60,8 +62,8 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
 
     Before:  attend(query, key, value); return logits, key, value
     After:   key' = with_gradient(key); value' = with_gradient(value); attend(query, key', value');
-             return logits, key', value', query, key', value'
-    Because: calibration needs queries, keys, values and gradients of a loss with respect to keys and values.
+             return logits, key', value', query, key', value', output
+    Because: calibration needs queries, keys, values and gradients of a loss with respect to keys, values and outputs.
              ``with_gradient`` makes these leaves: with frozen parameters nothing else requires a gradient.
 
     Leaves alone: attentions that keep no cache; ``reports`` has the reasons.
@@ -89,7 +91,7 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
         key, value = site.key.new, site.value.new
         if gradients:
             key, value = _begin_gradient(graph.fx, key), _begin_gradient(graph.fx, value)
-        seen += [site.attention.query, key, value]
+        seen += [site.attention.query, key, value, site.attention.output]
     graph.results = [*graph.results, *seen]
     graph.fx.lint()
     graph.module.recompile()
