@@ -26,7 +26,10 @@ def calibrate(
     text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file to calibrate on.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     method: Annotated[
-        str, typer.Option("--method", help="skvq or cq-<c>c<b>b, NAME or NAME:OPTION=VALUE,...")
+        str,
+        typer.Option(
+            "--method", help="tc, auto, skvq, cq-<c>c<b>b or qaq, as NAME or NAME:OPTION=VALUE,..."
+        ),
     ] = "skvq",
     windows: Annotated[int, typer.Option(help="Windows of the text, evenly spread.", min=1)] = 16,
     window: Annotated[int, typer.Option(help="Tokens in a window.", min=16)] = 2048,

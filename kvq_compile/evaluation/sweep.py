@@ -27,6 +27,11 @@ PLAIN = (
 )
 # Label, method, options of calibration, options of the compiled call.
 CALIBRATED: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
+    ("tc-calibrated-4", "tc", {}, {"bits": 4}),
+    ("tc-calibrated-3", "tc", {}, {"bits": 3}),
+    ("tc-calibrated-2.5", "tc", {}, {"bits": 2.5}),
+    ("tc-calibrated-2", "tc", {}, {"bits": 2}),
+    ("tc-calibrated-1.68", "tc", {}, {"bits": 1.68}),
     ("skvq-K4V4", "skvq", {"bits": 4, "group_size": None}, {}),
     ("skvq-K3V3", "skvq", {"bits": 3, "group_size": None}, {}),
     ("skvq:bits=2", "skvq", {"bits": 2}, {}),
@@ -63,6 +68,7 @@ def standard_methods(
     """
     methods = [parse_method(text) for text in PLAIN if only is None or text in only]
     kept = kept or Kept()
+    made: dict[str, Calibration] = {}  # by what was asked for: one serves several widths
     for label, name, options, runtime in CALIBRATED if texts else ():
         if only is not None and label not in only:
             continue
@@ -74,7 +80,10 @@ def standard_methods(
             def advance(stage: str, done: int, total: int, label: str = label) -> None:
                 say(f"{label}: {stage}", done, total)
 
-            calibration = calibrate(model, texts, name, advance=advance, **options)
+            asked = f"{name} {options}"
+            if asked not in made:
+                made[asked] = calibrate(model, texts, name, advance=advance, **options)
+            calibration = made[asked]
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 calibration.save(path)
