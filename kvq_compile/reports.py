@@ -243,7 +243,8 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
     if not isinstance(tensor, QuantizedKV):
         return TensorReport(name, shape, shape[2], {PLAIN: _bytes_once(tensor, counted)}, shape[2])
     held, layout = tensor.held(), tensor.page_layout
-    packed = max(0, min(int(tensor.cursor[1]) * layout.page_size, held - layout.sinks))
+    packed_end = layout.sinks + int(tensor.cursor[1]) * layout.page_size
+    packed = max(0, min(packed_end, tensor.first + held) - max(tensor.first, layout.sinks))
     width = layout.bits_per_element
     held_parts = {part: getattr(tensor, part) for part in NAMES}
     parts = {

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache.trim import first_of
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import part_names
+from kvq_compile.kernels.packed import MIN_SIZE, part_names
 from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.sites import Attention, Quantization
@@ -40,6 +41,7 @@ class CacheNodes:
         calibrated: Nodes of what its tokens are quantized relative to: tables and shift, of which only what it has.
         length: Of an input, the node of its length, or the length where it is constant.
         owns_length: Whether that node is an input made for this cache.
+        trim: Of a dynamic cache that forgets its first tokens, the node whose size says how many are out of sight.
     """
 
     parts: tuple[fx.Node, ...]
@@ -47,6 +49,21 @@ class CacheNodes:
     calibrated: tuple[fx.Node, ...] = ()
     length: Any = None
     owns_length: bool = False
+    trim: fx.Node | None = None
+
+    def first(self, graph: fx.Graph) -> Any:
+        """Return how many slots of a dynamic cache are out of sight, at the graph's insert point."""
+        first = first_of(None if self.trim is None else value_of(self.trim))
+        if self.trim is None or not isinstance(first, torch.SymInt):
+            return first
+        return insert_call(graph, operator.sub, (size_of(self.trim, 0), MIN_SIZE), first)
+
+    def end(self, graph: fx.Graph) -> Any:
+        """Return the slots of a dynamic cache, those out of sight included, at the graph's insert point."""
+        if self.trim is None:
+            return self.length
+        end = value_of(self.length) + first_of(value_of(self.trim))
+        return insert_call(graph, operator.add, (self.first(graph), self.length), end)
 
     def append(
         self,
@@ -79,9 +96,13 @@ class CacheNodes:
 
     def dequantize(self, graph: fx.Graph, like: fx.Node) -> fx.Node:
         """Read the cache as the ordinary tensor that ``like`` stands for."""
-        length = size_of(like, 2) if self.length is None else self.length
+        length = size_of(like, 2) if self.length is None else self.end(graph)
         arguments = (self.parts, self.calibrated, length, self.layout)
-        return insert_call(graph, ops.dequantize, arguments, value_of(like))
+        if self.trim is None:
+            return insert_call(graph, ops.dequantize, arguments, value_of(like))
+        whole = insert_call(graph, ops.dequantize, arguments)
+        seen = (slice(None), slice(None), slice(self.first(graph), None))
+        return insert_call(graph, operator.getitem, (whole, seen), value_of(like))
 
 
 def tokens_for(graph: fx.Graph, new: fx.Node, cache: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from kvq_compile.kernels.cache.become import (
     thaw,
 )
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
+from kvq_compile.kernels.cache.trim import new_trim
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
 from kvq_compile.lowering.sites import Quantization, SiteReport, StateReport
@@ -45,7 +46,8 @@ class Plain:
 class Made:
     """Wrap the outputs from number ``index`` on as a cache of ``length`` cache positions.
 
-    They are its parts and, of rotary keys, the shift. The tables are the same for every call.
+    They are its parts and, of rotary keys, the shift. The tables are the same for every call. The cache will forget
+    its first tokens if it is ``trimmed``.
     """
 
     index: int
@@ -53,6 +55,7 @@ class Made:
     kind: Kind
     length: Size
     tables: Tensor | None
+    trimmed: bool = False
 
     def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
         """Return the new cache."""
@@ -60,32 +63,36 @@ class Made:
         parts = results[self.index : behind]
         calibrated = [] if self.tables is None else [self.tables]
         calibrated += results[behind : behind + self.layout.rotary]
-        return QuantizedKV(parts, calibrated, self.layout, self.kind, self.length(args))
+        trim = new_trim(0, parts[0]) if self.trimmed else None
+        about = self.layout, self.kind, self.length(args)
+        return QuantizedKV(parts, calibrated, *about, trim=trim)
 
 
 @dataclass(frozen=True)
 class Extended:
-    """Return argument number ``argument``, a dynamic cache, as a view longer by ``tokens``."""
+    """Return argument number ``argument``, a dynamic cache, as a view longer by ``tokens``, or its last ``kept``."""
 
     argument: int
     tokens: Size
+    kept: Size | None = None
 
     def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
         """Return the longer view."""
         cache: QuantizedKV = args[self.argument]
-        return cache.extended(self.tokens(args))
+        return _last(cache.extended(self.tokens(args)), self.kept, args)
 
 
 @dataclass(frozen=True)
 class Gathered:
     """Wrap the outputs from number ``index`` on: rows of argument ``argument``, longer by ``tokens``.
 
-    They are its parts and, of rotary keys, the shift.
+    They are its parts and, of rotary keys, the shift. Of the tokens the last ``kept`` are shown.
     """
 
     index: int
     argument: int
     tokens: Size
+    kept: Size | None = None
 
     def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
         """Return the new cache."""
@@ -95,7 +102,8 @@ class Gathered:
         parts = results[self.index : behind]
         calibrated = [*cache.calibrated[:1], *results[behind : behind + layout.rotary]]
         length = cache.shape[2] + self.tokens(args)
-        return QuantizedKV(parts, calibrated, layout, "grown", length)
+        longer = QuantizedKV(parts, calibrated, layout, "grown", length, trim=cache.trim)
+        return _last(longer, self.kept, args)
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,14 @@ class Given:
         """Return the argument."""
         cache: QuantizedKV = args[self.argument]
         return cache
+
+
+def _last(cache: QuantizedKV, kept: Size | None, args: Sequence[Any]) -> QuantizedKV:
+    """Return the view of the last ``kept`` tokens; of all where it is ``None``."""
+    if kept is None:
+        return cache
+    length = cache.shape[2]
+    return cache.part(length - kept(args), length)
 
 
 Output = Plain | Made | Extended | Gathered | Given
@@ -261,7 +277,7 @@ class Lowered:
         outputs = [plan.build(results, args) for plan in self.outputs]
         for cache in outputs:
             if isinstance(cache, QuantizedKV) and not isinstance(cache.cursor, FakeTensor):
-                cache._lineage.compiled = int(cache.shape[2])
+                cache._lineage.compiled = int(cache.end)
         return outputs
 
     def _claim(self, args: Sequence[Any]) -> None:
@@ -282,6 +298,12 @@ class Lowered:
                 room[plan.argument] = max(room.get(plan.argument, 0), plan.tokens(args))
         for argument, tokens in room.items():
             args[argument].claim(tokens)
+        for key, value in self.pairs:
+            if args[key].first != args[value].first:
+                hidden = f"{int(args[key].first)} keys and {int(args[value].first)} values"
+                raise ValueError(
+                    f"keys and values of a cache must hide equally many tokens, got {hidden}"
+                )
 
     def flatten(self, args: Sequence[Any]) -> list[Any]:
         """Return the arguments of ``module`` for the arguments of the captured graph."""
@@ -290,6 +312,8 @@ class Lowered:
             if index in self.unwrapped:
                 flat.extend(arg.parts)
                 flat.extend(arg.calibrated)
+                if arg.trim is not None:
+                    flat.append(arg.trim)
                 if self.unwrapped[index]:
                     flat.append(arg.shape[2])
             else:

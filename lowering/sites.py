@@ -84,10 +84,12 @@ class State:
         new: The call's own tokens, ``[B, Hkv, T, D]``.
         past: Placeholder or allocation that held the earlier tokens, if any; or rows taken from such a placeholder.
         source: That placeholder, where ``past`` is rows taken from it.
+        kept: What is returned of the tokens, if that is only the last of them (a sliding window).
         write: The node that writes ``new`` into ``past``, in place or, where it is ``base``, into a copy.
         position: Cache positions of the new tokens, a node; or their first cache position, a number.
         repeats: Query heads for one KV head, as repeated in the graph.
         slots: How many leading cache positions attention reads; ``None`` for all.
+        last: How many of the last tokens of a dynamic cache attention reads; ``None`` for all.
     """
 
     life: Life
@@ -99,6 +101,18 @@ class State:
     repeats: Any = 1
     slots: Any = None
     source: fx.Node | None = None
+    kept: fx.Node | None = None
+    last: Any = None
+
+    @property
+    def returned(self) -> fx.Node:
+        """The node that stands for the cache behind the call."""
+        return self.base if self.kept is None else self.kept
+
+    @property
+    def whole(self) -> fx.Node:
+        """The tensor of which a sliding window is cut, and which its attention reads; else ``base``."""
+        return self.new if self.kept is self.base else self.base
 
     @property
     def is_update(self) -> bool:
@@ -109,7 +123,9 @@ class State:
     def how(self) -> str:
         """How the cache enters the graph and leaves it, in words."""
         if not self.is_update:
-            return self.life.value
+            return self.life.value + (
+                "" if self.kept is None else ", of which the last tokens are kept"
+            )
         held = "quantized" if self.life is Life.BUFFER else "16-bit"
         return f"{held} cache of fixed size, of which an updated one is returned"
 

@@ -82,14 +82,6 @@ def test_keys_and_values_returned_in_one_stack_are_left_alone() -> None:
     )
 
 
-def test_a_sliding_window_is_left_alone() -> None:
-    def step(query, key, value, keys, values):
-        keys, values = join(keys, values, key, value)
-        return sdpa(query, keys, values), keys[:, :, -8:], values[:, :, -8:]
-
-    assert_left_alone(step, grown(), "only a part of the keys and values is kept")
-
-
 def test_keys_and_values_in_one_tensor_are_read_dense() -> None:
     """Regression: the shared tensor came back quantized as values and was refused as keys in the next call."""
 

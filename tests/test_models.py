@@ -127,13 +127,71 @@ def test_models_of_one_class_may_scale_their_scores_differently(attention) -> No
     assert float((outputs[1] - outputs[2]).abs().max() / outputs[1].abs().max()) > 5 * TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_sliding_window_is_refused_by_name_and_stays_right(kind) -> None:
+MIXED = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+# Two layers of which one slides, or one that does; the window is longer than the exact region of `OPTIONS`.
+SLIDING = {
+    "Mistral": lambda: transformers.MistralConfig(**SHARED, num_hidden_layers=1, sliding_window=64),
+    "Qwen2": lambda: transformers.Qwen2Config(
+        **SHARED | MIXED, use_sliding_window=True, sliding_window=64
+    ),
+    "Gemma3": lambda: transformers.Gemma3TextConfig(
+        **SHARED | MIXED | {"num_key_value_heads": 1, "head_dim": 256}, sliding_window=64
+    ),
+    "Phi3": lambda: transformers.Phi3Config(
+        **SHARED, num_hidden_layers=1, sliding_window=64, pad_token_id=0
+    ),
+    "Cohere2": lambda: transformers.Cohere2Config(**SHARED | MIXED, sliding_window=64),
+    "Starcoder2": lambda: transformers.Starcoder2Config(
+        **SHARED, num_hidden_layers=1, sliding_window=64
+    ),
+    "Olmo3": lambda: transformers.Olmo3Config(**SHARED | MIXED, sliding_window=64),
+    "Exaone4": lambda: transformers.Exaone4Config(**SHARED | MIXED, sliding_window=64),
+    "Llama4": lambda: transformers.Llama4TextConfig(
+        **SHARED | MIXED | {"layer_types": ["chunked_attention", "full_attention"]},
+        **{"attention_chunk_size": 64, "no_rope_layers": [1, 0], "attn_temperature_tuning": False},
+        **{"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_layers_with_sliding_and_chunked_windows_are_served(name) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(SLIDING[name]()).eval()
+    chunks = (70, 1, 30, 1, 6)
+    expected = feed(model, make_cache("dynamic", model), chunks)
+    cache = make_cache("dynamic", model)
+    with watching() as graphs:
+        logits = feed(torch.compile(model.forward, backend="kvq", options=OPTIONS), cache, chunks)
+    assert_all_rewritten(graphs, model.config.num_hidden_layers)
+    assert_close_to(logits, expected)
+    assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
+    assert [tensor.shape[2] for tensor in cache_tensors(cache)[:2]] == [63, 63]
+
+
+def test_sliding_layers_whose_scores_are_capped_are_stored_quantized() -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(**SHARED | MIXED, sliding_window=64)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    expected = feed(model, make_cache("dynamic", model), (70, 1, 30, 6))
+    cache = make_cache("dynamic", model)
+    with watching() as graphs, pytest.warns(KVQWarning, match="tanh"):
+        forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
+        logits = feed(forward, cache, (70, 1, 30, 6))
+    assert {site.outcome for graph in graphs for site in graph.sites} == {
+        "stored quantized, read dense"
+    }
+    assert_close_to(logits, expected)
+    assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
+
+
+def test_a_static_ring_is_refused_by_name_and_stays_right() -> None:
     model = make_model("Mistral", sliding_window=16)
-    expected = feed(model, make_cache(kind, model))
+    expected = feed(model, make_cache("static", model))
     with watching() as graphs, pytest.warns(KVQWarning, match="sliding window"):
         logits = feed(
-            torch.compile(model.forward, backend="kvq", options=OPTIONS), make_cache(kind, model)
+            torch.compile(model.forward, backend="kvq", options=OPTIONS),
+            make_cache("static", model),
         )
     assert all(site.outcome == "left alone" for graph in graphs for site in graph.sites)
     torch.testing.assert_close(logits, expected)

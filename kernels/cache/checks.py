@@ -24,7 +24,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_loaded(
-    parts: Sequence[Tensor], calibrated: Sequence[Tensor], layout: Layout, kind: str, length: int
+    parts: Sequence[Tensor],
+    calibrated: Sequence[Tensor],
+    layout: Layout,
+    kind: str,
+    length: int,
+    first: int | None = None,
 ) -> None:
     """Check the tensors and the lengths of a file against their layout.
 
@@ -34,6 +39,7 @@ def check_loaded(
         layout: Their layout.
         kind: ``"grown"`` or ``"static"``.
         length: Slots of the cache.
+        first: Slots before them, of a dynamic cache that is trimmed; else ``None``.
 
     Raises:
         TypeError: Something is no tensor, or no integer.
@@ -42,6 +48,11 @@ def check_loaded(
     check(kind in ("grown", "static"), f'kind must be "grown" or "static", got {kind!r}')
     check_integers(length=length)
     check(length >= 0, f"length must be 0 or more, got {length}")
+    if first is not None:
+        check_integers(first=first)
+        check(first >= 0, f"first must be 0 or more, got {first}")
+        check(kind == "grown", f"first must go with kind grown, got {kind}")
+        length += first
     check(
         not layout.keep_exact or kind == "grown", f"keep_exact must go with kind grown, got {kind}"
     )

@@ -149,6 +149,7 @@ def _write(
         x = x.to(cache.dtype)
         if cache.kind == "grown":
             first = int(position[0]) if start is None else start  # type: ignore[index]
+            first += cache.first
             with cache._lineage.overwritten(cache, first):
                 ops.append_(cache.parts, cache.calibrated, x, None, first, cache.page_layout)
             return
@@ -220,7 +221,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         first = _to_copy(first, dtype=dtype)
     if not isinstance(first.cursor, FakeTensor):
         first.claim(new.shape[2])
-    about = new.to(first.dtype), None, first.shape[2], first.page_layout
+    about = new.to(first.dtype), None, first.end, first.page_layout
     ops.append_(first.parts, first.calibrated, *about)
     return first.extended(new.shape[2])
 
@@ -242,7 +243,7 @@ def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
     if first.shift is not None:
         calibrated[1] = torch.cat([cache.shift for cache in caches])  # type: ignore[misc]
     about = first.page_layout, first.kind, first.shape[2]
-    return QuantizedKV(parts, calibrated, *about)
+    return QuantizedKV(parts, calibrated, *about, trim=first.trim)
 
 
 def _join(parts: list[Tensor], tail: int) -> Tensor:
@@ -257,12 +258,18 @@ def _aligned(caches: list[Any]) -> bool:
         return False
     first = caches[0]
     return all(
-        torch.equal(cache.cursor, first.cursor) and cache.kind == first.kind for cache in caches
+        torch.equal(cache.cursor, first.cursor)
+        and (cache.kind, cache.trim is None, cache.first)
+        == (first.kind, first.trim is None, first.first)
+        for cache in caches
     )
 
 
 def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     size = x.shape[_dim(x, dim)]
+    from_its_end = (
+        start is not None and end is not None and _is_known(start < 0) and _is_known(end < 0)
+    )
     start, end = _bound(start, 0, size), _bound(end, size, size)
     if step != 1:
         return NotImplemented
@@ -270,9 +277,13 @@ def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, ste
         return x._view(x.shape[2])
     if _dim(x, dim) == 0:
         return slice_copy(x, lambda part: part[start:end].clone())
-    if _dim(x, dim) == 2 and _same(start, 0) and x.kind == "grown":
+    if _dim(x, dim) != 2 or x.kind != "grown":
+        return NotImplemented
+    if _same(start, 0):
         return x._view(end)
-    return NotImplemented
+    if not (_same(end, size) or from_its_end):  # else it is read, not kept
+        return NotImplemented
+    return x._view(end) if start < 0 else x.part(start, end)  # a guard, as slicing a tensor sets
 
 
 def _bound(value: Any, default: Any, size: Any) -> Any:
@@ -378,7 +389,7 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
 def _is_alike(x: QuantizedKV, source: Tensor) -> bool:
     return (
         isinstance(source, QuantizedKV)
-        and (source.page_layout, source.kind) == (x.page_layout, x.kind)
+        and (source.page_layout, source.kind, source.first) == (x.page_layout, x.kind, x.first)
         and source.shape == x.shape
         and [part.shape for part in source.parts] == [part.shape for part in x.parts]
     )

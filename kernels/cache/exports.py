@@ -114,5 +114,6 @@ class Exports(Tensor):
 def send_by_copy(cache: QuantizedKV) -> tuple[Any, ...]:
     """Pickle a cache for another process: a dynamic one as a copy, independent of later tokens of the sender."""
     sent = cache.clone_packed() if cache.kind == "grown" else cache
-    about = cache.page_layout, cache.kind, int(cache.shape[2])
+    first = None if cache.trim is None else int(cache.first)
+    about = cache.page_layout, cache.kind, int(cache.shape[2]), first
     return receive, (sent.parts, sent.calibrated, *about)

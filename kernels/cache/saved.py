@@ -104,6 +104,7 @@ def rebuild(
     length: int,
     parts: list[Tensor],
     calibrated: list[Tensor],
+    first: int | None = None,
 ) -> QuantizedKV:
     """Wrap the contents of a file of the current format.
 
@@ -117,16 +118,21 @@ def rebuild(
             f"a saved cache must be of format {FORMAT}, got {version}; load it with the version of kvq-compile "
             "that saved it, and save its dequantize()"
         )
-    return wrap_loaded(parts, calibrated, load_layout(layout), kind, length)
+    return wrap_loaded(parts, calibrated, load_layout(layout), kind, length, first)
 
 
 def receive(
-    parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
+    parts: list[Tensor],
+    calibrated: list[Tensor],
+    layout: Layout,
+    kind: Kind,
+    length: int,
+    first: int | None = None,
 ) -> QuantizedKV:
     """Wrap the tensors that another process of the same program sent; they may be in memory shared with it."""
     from kvq_compile.kernels.cache.tensor import wrap
 
-    return wrap(parts, calibrated, layout, kind, length)
+    return wrap(parts, calibrated, layout, kind, length, first)
 
 
 def rebuild_old(

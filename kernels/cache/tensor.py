@@ -34,6 +34,7 @@ from kvq_compile.kernels.cache.checks import check_loaded
 from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
+from kvq_compile.kernels.cache.trim import TRIM, new_trim
 from kvq_compile.kernels.cache.views import Lineage, Views
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import (
@@ -51,7 +52,8 @@ from kvq_compile.kernels.packed import (
 )
 
 Kind = Literal["grown", "static"]
-INNER = (*PARTS, *CALIBRATED, ORIGINALS)
+HELD = (*PARTS, *CALIBRATED, ORIGINALS)
+INNER = (*HELD, TRIM)
 GROWS_BY_CAT = (
     "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
 )
@@ -67,6 +69,8 @@ class QuantizedKV(Views, Exports, Tensor):
         tables, shift: What packed tokens are coded relative to, where the layout has it, else ``None``.
             Caches of a layer share their tables.
         originals: Exact packed tokens in host memory, flat pages, where the layout keeps them, else ``None``.
+        trim: Of a dynamic cache that forgets its first tokens, a tensor without elements whose size says how many
+            slots of the memory are out of sight; else ``None``.
         page_layout: Their layout.
         kind: ``"grown"`` or ``"static"``.
     """
@@ -78,6 +82,7 @@ class QuantizedKV(Views, Exports, Tensor):
     tables: Tensor | None
     shift: Tensor | None
     originals: Tensor | None
+    trim: Tensor | None
     page_layout: Layout
     kind: Kind
     _lineage: Lineage
@@ -92,10 +97,12 @@ class QuantizedKV(Views, Exports, Tensor):
         kind: Kind,
         length: int,
         lineage: Lineage | None = None,
+        trim: Tensor | None = None,
     ) -> QuantizedKV:
         """Wrap the parts that `part_names` lists as a tensor of ``length`` slots.
 
-        ``calibrated`` is what `Calibrated` lists and the layout has; ``lineage`` names the memory that views share.
+        ``calibrated`` is what `Calibrated` lists and the layout has; ``lineage`` names the memory that views share,
+        ``trim`` the slots of it before the first of this view (`trim`).
 
         Raises:
             ValueError: There are more tensors, or fewer, than the layout says.
@@ -118,12 +125,14 @@ class QuantizedKV(Views, Exports, Tensor):
         self.codes, self.params, self.exact, self.cursor = codes, params, exact, cursor
         self.page_layout, self.kind = layout, kind
         self.tables, self.shift = Calibrated.of(calibrated, layout)[:2]
-        self.originals = originals
+        self.originals, self.trim = originals, trim
         if not isinstance(cursor, FakeTensor):
             for part in (codes, params, exact, originals):
                 if kind == "grown" and part is not None:
                     torch._dynamo.maybe_mark_dynamic(part, 2)
-            self._lineage = lineage or Lineage(int(length), layout.pages_at(int(length)))
+            if trim is not None:
+                torch._dynamo.maybe_mark_dynamic(trim, 0)
+            self._lineage = lineage or Lineage(int(self.end), layout.pages_at(int(self.end)))
             self._lineage.add(self)
         return self
 
@@ -178,13 +187,14 @@ class QuantizedKV(Views, Exports, Tensor):
 
     def dequantize(self) -> Tensor:
         """Return the tokens as an ordinary tensor ``[B, H, S, D]``; empty slots are zero."""
-        return ops.dequantize(self.parts, self.calibrated, self.shape[2], self.page_layout)
+        tokens = ops.dequantize(self.parts, self.calibrated, self.end, self.page_layout)
+        return tokens if self.trim is None else tokens[:, :, self.first :]
 
     def _dense(self) -> Tensor:
         return self.dequantize()
 
     def _held(self) -> list[Tensor]:
-        held = (getattr(self, name) for name in INNER)
+        held = (getattr(self, name) for name in HELD)
         return [part for part in held if part is not None]
 
     def held(self) -> int:
@@ -210,15 +220,17 @@ class QuantizedKV(Views, Exports, Tensor):
             calibrated = [] if self.tables is None else [self.tables.to(parts[0].device)]
             if self.shift is not None:
                 calibrated.append(change(self.shift))
-        return QuantizedKV(parts, calibrated, self.page_layout, self.kind, self.shape[2], lineage)
+            trim = None if self.trim is None else new_trim(self.first, parts[3])
+        about = self.page_layout, self.kind, self.shape[2], lineage, trim
+        return QuantizedKV(parts, calibrated, *about)
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
         return self._map(lambda part: part.clone() if part is self.cursor else change(part))
 
-    def _view(self, length: int) -> QuantizedKV:
+    def _view(self, length: int, trim: Tensor | None = None) -> QuantizedKV:
         lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
         about = self.page_layout, self.kind, length, lineage
-        return QuantizedKV(self.parts, self.calibrated, *about)
+        return QuantizedKV(self.parts, self.calibrated, *about, self.trim if trim is None else trim)
 
     def _heir(self) -> QuantizedKV:
         about = self.page_layout, self.kind, self.shape[2]
@@ -251,7 +263,9 @@ class QuantizedKV(Views, Exports, Tensor):
         # Loaded views would not know of each other, so that each takes memory of its own.
         owner = self.clone_packed() if self._lineage.others(self) else self
         about = FORMAT, plain_layout(self.page_layout), self.kind, int(self.shape[2])
-        return rebuild, (*about, paged(owner.parts, self.page_layout), owner.calibrated)
+        parts = paged(owner.parts, self.page_layout)
+        first = () if self.trim is None else (int(self.first),)
+        return rebuild, (*about, parts, owner.calibrated, *first)
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)
@@ -281,7 +295,7 @@ class QuantizedKV(Views, Exports, Tensor):
         layout, kind = meta
         parts = [inner[name] for name in part_names(layout)]
         calibrated = [inner[name] for name in calibrated_names(layout)]
-        return QuantizedKV(parts, calibrated, layout, kind, outer_size[2])
+        return QuantizedKV(parts, calibrated, layout, kind, outer_size[2], trim=inner.get(TRIM))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -303,28 +317,39 @@ def on(index: Any, part: Tensor) -> Any:
 
 
 def wrap_loaded(
-    parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
+    parts: list[Tensor],
+    calibrated: list[Tensor],
+    layout: Layout,
+    kind: Kind,
+    length: int,
+    first: int | None = None,
 ) -> QuantizedKV:
     """Check the tensors of a file and wrap copies of them: no other object of the file shares their memory.
 
     Raises:
         TypeError, ValueError: They are not what the layout says: see `check_loaded`.
     """
-    check_loaded(parts, calibrated, layout, kind, length)
+    check_loaded(parts, calibrated, layout, kind, length, first)
     with writable():
         parts = [part.clone() for part in parts]
         calibrated = [tensor.clone() for tensor in calibrated]
-    return wrap(parts, calibrated, layout, kind, length)
+    return wrap(parts, calibrated, layout, kind, length, first)
 
 
 def wrap(
-    parts: list[Tensor], calibrated: list[Tensor], layout: Layout, kind: Kind, length: int
+    parts: list[Tensor],
+    calibrated: list[Tensor],
+    layout: Layout,
+    kind: Kind,
+    length: int,
+    first: int | None = None,
 ) -> QuantizedKV:
     """Wrap tensors as a cache that knows of no other view of them."""
     lineage = Lineage(*parts[PARTS.index("cursor")].tolist())
     if layout.keep_exact:
         parts[4] = held_by_host(parts[4], parts[0].device)
-    return QuantizedKV(parts, calibrated, layout, kind, length, lineage)
+    trim = None if first is None else new_trim(first, parts[0])
+    return QuantizedKV(parts, calibrated, layout, kind, length, lineage, trim)
 
 
 ForkingPickler.register(QuantizedKV, send_by_copy)

@@ -1,6 +1,7 @@
 """Views of different length that share the memory of one dynamic cache.
 
-All views have the same parts, and each is a prefix of the longest. Appending to a view that is not the longest alive
+All views have the same parts, and each is a prefix of the longest, from a slot of its own on where it is trimmed
+(`trim`). Appending to a view that is not the longest alive
 copies first, so that the tokens of a longer view are never overwritten. If no longer view is alive, the surplus tokens
 are dropped in place, so rejecting speculative tokens costs nothing. A token seen through an older view changes once,
 from exact to quantized, when it leaves the window. If the layout requantizes, it may become coarser with the
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.reopened import Reopened
+from kvq_compile.kernels.cache.trim import drop_pages_, droppable, first_of, new_trim
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import ORIGINALS, Packed, has_room, part_names, with_room, writable
 
@@ -77,6 +79,14 @@ class Lineage:
             self.reopened.restore_(codes, params, view.page_layout)
             self.reopened = None
 
+    def drop(self, pages: int, slots: int) -> None:
+        """Record that the first pages were dropped, and ``slots`` with them."""
+        self.held, self.pages = self.held - slots, self.pages - pages
+        if self.compiled is not None:
+            self.compiled -= slots
+        if self.reopened is not None:
+            self.reopened = replace(self.reopened, page=self.reopened.page - pages)
+
     def take(self, other: Lineage) -> None:
         """Copy the lineage of a cache whose parts were copied into this one."""
         self.held, self.pages, self.reopened = other.held, other.pages, other.reopened
@@ -91,7 +101,7 @@ class Lineage:
         except Exception:
             self.take(before)
             raise
-        self.extend(view, view.shape[2])
+        self.extend(view, view.end)
 
     def add(self, view: Any) -> None:
         """Count a view among those of this memory while it lives."""
@@ -111,6 +121,7 @@ class Views(Tensor):
     params: Tensor
     exact: Tensor
     cursor: Tensor
+    trim: Tensor | None
     page_layout: Layout
     _lineage: Lineage
 
@@ -132,30 +143,53 @@ class Views(Tensor):
         """Return a copy that shares no memory."""
         raise NotImplementedError
 
-    def _view(self, length: int) -> QuantizedKV:
+    def _view(self, length: int, trim: Tensor | None = None) -> QuantizedKV:
         raise NotImplementedError
+
+    @property
+    def first(self) -> Any:
+        """Slots of the memory that lie before this view, out of sight: see `trim`."""
+        return first_of(self.trim)
+
+    @property
+    def end(self) -> Any:
+        """Slots of the memory up to the last of this view."""
+        return self.first + self.shape[2]
 
     def written_outside(self) -> int:
         """Return how many tokens eager code has appended since a compiled call wrote the last one."""
         compiled = self._lineage.compiled
-        return 0 if compiled is None else max(0, self.shape[2] - compiled)
+        return 0 if compiled is None else max(0, self.end - compiled)
 
     def claim(self, tokens: int) -> None:
         """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
-        longer = any(view.shape[2] > self.shape[2] for view in self._lineage.others(self))
+        longer = any(view.end > self.end for view in self._lineage.others(self))
         if longer or (self.device.type == "cpu" and self.codes.is_shared()):
             self._fork(tokens)
-        elif self._lineage.held > self.shape[2]:
-            self._lineage.truncate(self, self.shape[2])
+        elif self._lineage.held > self.end:
+            self._lineage.truncate(self, self.end)
             if self.device.type == "cpu":  # kernels truncate as they append
                 nothing = self.exact[:, :, :0]
-                about = self.shape[2], self.page_layout
+                about = self.end, self.page_layout
                 ops.append_(self.parts, self.calibrated, nothing, None, *about)
-        if not has_room(self.parts, self.shape[2] + tokens, self.page_layout):
+        if not has_room(self.parts, self.end + tokens, self.page_layout):
             if self._lineage.others(self):
                 self._fork(tokens)
             else:
-                self._grow(self.shape[2] + tokens)
+                self._drop_pages()
+                self._grow(self.end + tokens)
+
+    def _drop_pages(self) -> None:
+        pages = droppable(self.first, self._lineage.pages, self.page_layout)
+        if pages:
+            slots = pages * self.page_layout.page_size
+            drop_pages_(self.parts, self.calibrated, pages, self.page_layout)
+            self._lineage.drop(pages, slots)
+            self._trim(self.first - slots)
+
+    def _trim(self, first: int) -> None:
+        self.trim = new_trim(first, self.cursor)
+        torch._dynamo.maybe_mark_dynamic(self.trim, 0)
 
     def _grow(self, length: int) -> None:
         with writable():
@@ -212,7 +246,10 @@ class Views(Tensor):
 
     def extended(self, tokens: int) -> QuantizedKV:
         """Return the view that also shows ``tokens`` just appended behind this one."""
-        length = self.shape[2] + tokens
         if not isinstance(self.cursor, FakeTensor):
-            self._lineage.extend(self, int(length))
-        return self._view(length)
+            self._lineage.extend(self, int(self.end + tokens))
+        return self._view(self.shape[2] + tokens)
+
+    def part(self, first: Any, last: Any) -> QuantizedKV:
+        """Return the view of the tokens from ``first`` up to ``last``, counted from this view's first."""
+        return self._view(last - first, new_trim(self.first + first, self.cursor))

@@ -23,9 +23,9 @@ from torch import Tensor, fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import CASTS
 from kvq_compile.lowering.find.movement import as_spelled, made_of
-from kvq_compile.lowering.find.reasons import NO_CACHE
-from kvq_compile.lowering.find.sites import BY_OPTION
+from kvq_compile.lowering.find.reasons import NO_CACHE, is_expected
 from kvq_compile.lowering.find.trial import MIXING
+from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.find.updates import updated_cache
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
@@ -79,7 +79,7 @@ def find_states(graph: Graph) -> PassReport:
         if stored and graph.thaw is None:
             graph.state_reports.append(StateReport(name, shape, DENSE, reason))
             continue
-        expected = reason in (NO_CACHE, BY_OPTION, graph.thaw)  # a call that thaws tells so itself
+        expected = is_expected(reason) or reason == graph.thaw  # a call that thaws tells so itself
         graph.state_reports.append(StateReport(name, shape, "left alone", reason, expected))
     return PassReport(tuple(f"{report.name} {report.outcome}" for report in graph.state_reports))
 
@@ -117,7 +117,7 @@ def _grown(
 ) -> dict[fx.Node, int]:
     """Return the arguments that leave the call longer along one axis, with that axis."""
     found: dict[fx.Node, int] = {}
-    served = {state.base: state.cache for state, _ in graph.states()}
+    served = {state.returned: state.cache for state, _ in graph.states()}
     for result in graph.output.all_input_nodes:
         if result in served:  # what is understood need not be guessed
             cache = served[result]
@@ -126,7 +126,7 @@ def _grown(
             continue
         if result in updates:
             continue
-        spelled = as_spelled(result)
+        spelled = as_spelled(suffix_of(result) or result)
         if spelled is not None:
             found.setdefault(spelled.past, 2)
             continue

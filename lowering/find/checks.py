@@ -13,6 +13,7 @@ from torch import fx
 
 from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.lowering.find.positions import same_value
+from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.nodes import (
     changed_roots,
     root_of,
@@ -82,6 +83,9 @@ def check_pair(key: State, value: State) -> None:
         raise Refusal(f"keys are {key.life.value}, values {value.life.value}")
     if key.base is value.base or (key.past is not None and key.past is value.past):
         raise Refusal("keys and values are one tensor")
+    windows = [None if state.kept is None else window_of(state.kept) for state in (key, value)]
+    if (key.kept is None) != (value.kept is None) or windows[0] != windows[1]:
+        raise Refusal("keys and values are kept in sliding windows of different lengths")
     if key.life not in _SLOTTED:
         return
     if not same_value(key.position, value.position):
@@ -102,7 +106,7 @@ def check_mask(attention: Attention, key: State) -> None:
             raise Refusal(f"the mask must be boolean or floating, got {mask.dtype}")
         if mask.requires_grad and torch.is_grad_enabled():
             raise Refusal("the mask is trained")
-        slots = (shape_of(key.base) or (0, 0, 0))[2] if key.slots is None else value_of(key.slots)
+        slots = (shape_of(attention.key) or (0, 0, 0))[2]
         if mask.dim() == 0 or (same(mask.shape[-1], 1) and not same(slots, 1)):
             raise Refusal("one column of the mask stands for all cache positions")
     if key.life not in _SLOTTED or mask is not None or attention.causal:

@@ -25,19 +25,21 @@ from kvq_compile.lowering.find.caches import is_feature_map
 from kvq_compile.lowering.find.checks import DTYPES
 from kvq_compile.lowering.find.gradients import records_gradients
 from kvq_compile.lowering.find.key_bias import without_bias
-from kvq_compile.lowering.find.key_rotation import with_rotation
+from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
 from kvq_compile.lowering.find.layers import place_of
 from kvq_compile.lowering.find.movement import as_spelled, cache_inputs
 from kvq_compile.lowering.find.readers import Attending, Readers, are_attended_together
+from kvq_compile.lowering.find.reasons import BY_OPTION
 from kvq_compile.lowering.find.sites import (
-    BY_OPTION,
     GROWS,
     KEEPS_NOT,
     check_lengths,
+    check_window,
     quantization_of,
     source_line,
 )
 from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -79,13 +81,13 @@ def find_dense(graph: Graph) -> PassReport:
     states = [state for state in _states(graph) if not {state.base, state.past} & served]
     attending = Attending(graph.fx) if states else None
     candidates = [
-        _Candidate(state, attending.readers(state.base, state.life is not Life.FRESH))
+        _Candidate(state, attending.readers(state.whole, state.life is not Life.FRESH))
         for state in states
         if attending is not None
     ]
     for candidate in candidates:
         role = _role(candidate, candidates)
-        if role is None or is_feature_map(candidate.state.base):
+        if role is None or is_feature_map(candidate.state.whole):
             continue
         try:
             graph.dense.append((candidate.state, _quantization(graph, candidate, role)))
@@ -211,9 +213,11 @@ def _quantization(graph: Graph, found: _Candidate, role: Role) -> Quantization:
     if role == "key":
         spec = without_bias(spec, state, graph.inputs)
         spec = with_rotation(spec, state, graph.inputs, graph.rotations)
+        spec = spec if state.kept is None else without_mean(spec)
     quantization = quantization_of(role, spec, state)
     if quantization.layout.keep_exact and state.life not in GROWS:
         raise Refusal(KEEPS_NOT)
+    check_window(state, quantization.layout)
     check_lengths(graph, state)
     return quantization
 
@@ -227,14 +231,16 @@ def _kept(graph: Graph) -> Iterator[tuple[fx.Node, Role]]:
     """Yield the caches that leave the call quantized, and what they hold."""
     for state, quantization in graph.states():
         if state.life not in (Life.GROWN, Life.BUFFER):
-            yield state.base, quantization.layout.role
+            yield state.whole, quantization.layout.role
     returned = graph.output.all_input_nodes
     for node in graph.inputs:
         cache = value_of(node)
         if not isinstance(cache, QuantizedKV):
             continue
         grown = [n for n in returned if n is not node and node in cache_inputs(n)]
-        if cache.kind == "static" or all(as_spelled(result) for result in grown):
+        if cache.kind == "static" or all(
+            as_spelled(suffix_of(result) or result) for result in grown
+        ):
             yield node, cache.page_layout.role
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.schemes import Channelwise
 from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.kernels.tables import Tables
+from kvq_compile.kernels.tables import NO_TABLES, Tables
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
 from kvq_compile.lowering.nodes import value_of
@@ -51,6 +51,20 @@ def with_rotation(
     tables = rotation_tables(int(heads), int(head_dim), rotation)
     scheme = replace(scheme, pairs="halves", tables=tables.digest)
     return replace(spec, key=scheme, key_tables=tables)
+
+
+def without_mean(spec: CacheSpec) -> CacheSpec:
+    """Return how to code the keys of a layer that forgets its first tokens.
+
+    Before:  keys are coded without their mean, which turns with the cache position
+    After:   the channelwise scheme codes keys as attention sees them; others as they are
+    Because: cache positions count anew where pages are dropped, and the mean of older pages would turn too far.
+    """
+    scheme = spec.key
+    if not isinstance(scheme, Channelwise) or not scheme.takes_mean:
+        return spec
+    plain = replace(scheme, tables=NO_TABLES, weighs=False)
+    return replace(spec, key=plain, key_tables=None)
 
 
 def rotation_tables(

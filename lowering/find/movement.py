@@ -171,6 +171,8 @@ def find_growth(grown: fx.Node) -> Growth | None:
         for new in near:
             if new is past or not _fits(new, past, (shape[0], shape[1], tokens, shape[3])):
                 continue
+            if past in _reached(new):
+                continue  # joined to a cache that is empty
             tried += 1
             found = _Trial(grown, past, new).growth() if tried <= _TRIES else None
             if found is not None:

@@ -11,7 +11,12 @@ from kvq_compile.lowering.find.writes import writes_of
 from kvq_compile.lowering.nodes import root_of, same, shape_of, target_name, value_of
 
 NO_CACHE = "keys and values are not kept after the call"
-A_PART_IS_KEPT = "only a part of the keys and values is kept (sliding window); left in 16 bit"
+BY_OPTION = "left in 16 bit by the option layers"
+A_PART_IS_KEPT = (
+    "only a part of the keys and values is kept, "
+    "which is not understood as their last tokens (a sliding window)"
+)
+SHORT_WINDOW = "its sliding window is no longer than the exact region"  # told, and no warning
 OVERWRITTEN = "the cache is overwritten as a whole (sliding window); left in 16 bit"
 SOME_ROWS = (
     "only some rows of the cache are written, and a quantized cache holds equally many tokens in every row; "
@@ -27,6 +32,11 @@ _HINTS = {
     "repeat": "repeat heads next to one another, as repeat_interleave does",
     "getitem": "attention reads a part of it (sliding window?)",
 }
+
+
+def is_expected(reason: str) -> bool:
+    """Return whether a reason to leave keys and values in 16 bit is one that needs no warning."""
+    return reason in (NO_CACHE, BY_OPTION) or reason.startswith(SHORT_WINDOW)
 
 
 def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:

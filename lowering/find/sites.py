@@ -14,10 +14,11 @@ from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
 from kvq_compile.lowering.find.key_bias import without_bias
-from kvq_compile.lowering.find.key_rotation import with_rotation
+from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
 from kvq_compile.lowering.find.layers import Place, places_of
-from kvq_compile.lowering.find.reasons import NO_CACHE
+from kvq_compile.lowering.find.reasons import BY_OPTION, SHORT_WINDOW, is_expected
 from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.sites import (
@@ -32,7 +33,6 @@ from kvq_compile.lowering.sites import (
     unexpected,
 )
 
-BY_OPTION = "left in 16 bit by the option layers"
 KEEPS_NOT = "keep_exact needs a cache that grows: the host does not know which pages of a cache of fixed size fill up"
 GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
 
@@ -70,10 +70,8 @@ def find_sites(graph: Graph) -> PassReport:
 
 def left_alone(layer: int, where: str, node: fx.Node, reason: str) -> SiteReport:
     """Return the report of a site that stays as it is."""
-    expected = reason in (NO_CACHE, BY_OPTION)
-    return SiteReport(
-        layer, node.name, source_line(node), "left alone", reason, expected, where=where
-    )
+    about = source_line(node), "left alone", reason, is_expected(reason)
+    return SiteReport(layer, node.name, *about, where=where)
 
 
 def _site(
@@ -94,6 +92,8 @@ def _site(
     if not _is_held_plain(key, layer_spec):
         layer_spec = without_bias(layer_spec, key, graph.inputs)
         layer_spec = with_rotation(layer_spec, key, graph.inputs, graph.rotations)
+    if key.kept is not None:
+        layer_spec = without_mean(layer_spec)
     heads = int(value_of(attention.query).shape[1])
     quantizations = [
         quantization_of("key", layer_spec, key, heads),
@@ -102,7 +102,27 @@ def _site(
     for state, quantization in zip((key, value), quantizations, strict=True):
         if quantization.layout.keep_exact and state.life not in GROWS:
             raise Refusal(KEEPS_NOT)
+        check_window(state, quantization.layout)
+        if state.last is not None and quantization.layout.attentive:
+            raise Refusal("bits depend on attention, which reads only the last tokens of the cache")
     return AttentionSite(place.layer, order, place.where, attention, key, value, *quantizations)
+
+
+def check_window(state: State, layout: Layout) -> None:
+    """Make sure that some tokens of a sliding window would be packed.
+
+    Raises:
+        Refusal: None would: the exact region has room for all, or a cache in host memory cannot forget any.
+    """
+    if state.kept is None:
+        return
+    window = window_of(state.kept)
+    if state.life is not Life.GROWN and window is not None and window <= layout.ring:
+        raise Refusal(
+            f"{SHORT_WINDOW}, {window} of {layout.ring} tokens: nothing would be packed, and it stays as it is"
+        )
+    if layout.keep_exact:
+        raise Refusal("keep_exact needs a cache that keeps all its tokens, got a sliding window")
 
 
 def _is_held_plain(key: State, spec: CacheSpec) -> bool:
@@ -200,7 +220,8 @@ def _lengths(state: State) -> list[Any]:
     tokens, slots = (shape_of(node)[2] for node in (state.new, state.base))  # type: ignore[index]
     first = value_of(state.position)
     ends = [first + tokens] if state.life is Life.BUFFER_PLAIN and not hasattr(first, "dim") else []
-    return [tokens, *ends] if state.life is Life.GROWN else [slots, *ends]
+    kept = [] if state.kept is None else [(shape_of(state.kept) or ())[2]]
+    return [*kept, *([tokens] if state.life is Life.GROWN else [slots]), *ends]
 
 
 def source_line(node: fx.Node) -> str:

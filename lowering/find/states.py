@@ -4,6 +4,7 @@ From the operand back: repeated heads and cut-off cache positions are peeled awa
 keeps is reached. How that tensor enters and leaves the graph is its `Life`::
 
     cat([past, new], 2), returned                 GROWN (past is quantized) or GROWN_PLAIN
+    cat([past, new], 2)[:, :, -W:], returned      the same, of a sliding window
     new, returned                                 FRESH
     zeros(...), index_copy_(2, pos, new), returned   ALLOCATED
     placeholder, index_copy_(2, pos, new)         BUFFER or BUFFER_PLAIN; ``cache[:, :, pos] = new`` as well
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
+from kvq_compile.lowering.find.trims import kept_of, suffix_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
 from kvq_compile.lowering.find.writes import read_write, writes_of
 from kvq_compile.lowering.nodes import (
@@ -52,6 +54,7 @@ class _Read:
     repeats: Any
     slots: Any
     first: fx.Node | None
+    last: Any = None
 
 
 def find_state(
@@ -83,10 +86,11 @@ def find_state(
         return _grown(read, outputs)
     if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
         return _written(read, outputs, attention)
-    kept = [node for node in outputs if node is base or moved_from(node) is base]
-    if kept:
-        return _fresh(read, base if base in kept else kept[0])
-    raise Refusal(why_not_kept(base, outputs))
+    whole = [node for node in outputs if node is base or moved_from(node) is base]
+    kept = whole[0] if whole and base not in whole else kept_of(base, outputs)
+    if kept is None:
+        raise Refusal(why_not_kept(base, outputs))
+    return _fresh(read, kept) if whole else _fresh(read, base, None if kept is base else kept)
 
 
 def read_base(operand: fx.Node) -> fx.Node:
@@ -98,6 +102,7 @@ def _peel(node: Any) -> _Read:
     """Walk back along repeated heads and cut-off cache positions."""
     repeats: Any = 1
     slots: Any = None
+    last: Any = None
     first: fx.Node | None = None
     while True:
         name, behind = target_name(node), node
@@ -109,11 +114,18 @@ def _peel(node: Any) -> _Read:
             node = moved_from(node)
         elif name == "getitem" and slots is None and (cut := _prefix_of(node)) is not None:
             slots, node = cut, input_of(node)
+        elif last is None and slots is None and _grows(suffix_of(node)):
+            last, node = (shape_of(node) or ())[2], input_of(node)
         else:
-            return _Read(node, repeats, slots, first)
+            return _Read(node, repeats, slots, first, last)
         first = behind
         while first.args[0] is not node:
             first = input_of(first)
+
+
+def _grows(node: Any) -> bool:
+    """Return whether a tensor is joined from others, as a cache that grows is."""
+    return target_name(node) in ("cat", "concat")
 
 
 def _repeat_of(node: Any) -> tuple[fx.Node, Any] | None:
@@ -184,31 +196,32 @@ def _grown(read: _Read, outputs: set[fx.Node]) -> State:
         raise Refusal("new tokens are joined along another dimension than 2")
     if read.slots is not None:
         raise Refusal("attention reads only a part of the grown cache")
-    if cat not in outputs:
+    kept = kept_of(cat, outputs)
+    if kept is None:
         raise Refusal(why_not_kept(cat, outputs))
-    if len(tensors) == 1:
-        return State(Life.FRESH, cat, cat, repeats=read.repeats)
+    trimmed = None if kept is cat else kept
     past, *new = tensors
     if any(isinstance(value_of(tensor), QuantizedKV) for tensor in new):
         raise Refusal("new tokens are joined in front of the cache")
     gathered = gathered_from(past)
-    if past.op != "placeholder" and gathered is None:
-        return _fresh(read, cat)
+    if not new or (past.op != "placeholder" and gathered is None):
+        return _fresh(read, cat, trimmed)
     source = None if gathered is None else gathered[0]
     if len(new) != 1:
         raise Refusal("more than one tensor is joined to the cache")
+    about = {"repeats": read.repeats, "source": source, "kept": trimmed, "last": read.last}
     held = value_of(past)
     if isinstance(held, QuantizedKV):
         if held.kind != "grown":
             raise Refusal("a quantized buffer of fixed size is grown by cat")
         if held.originals is not None and past.op != "placeholder":
             raise Refusal("rows are taken from a cache that keeps exact copies in host memory")
-        return State(Life.GROWN, cat, new[0], past, repeats=read.repeats, source=source)
-    return State(Life.GROWN_PLAIN, cat, cat, past, repeats=read.repeats, source=source)
+        return State(Life.GROWN, cat, new[0], past, **about)
+    return State(Life.GROWN_PLAIN, kept, cat, past, **about)
 
 
-def _fresh(read: _Read, kept: fx.Node) -> State:
-    """Return the state of keys or values that are all of this call.
+def _fresh(read: _Read, whole: fx.Node, kept: fx.Node | None = None) -> State:
+    """Return the state of keys or values that are all of this call, of which ``kept`` are returned if not all are.
 
     Raises:
         Refusal: They are not: a cache that entered the call is among what they are made of.
@@ -216,15 +229,16 @@ def _fresh(read: _Read, kept: fx.Node) -> State:
     updated = updated_cache(read.base)
     if updated is not None and updated.op == "placeholder":
         raise Refusal(f"the cache {source_name(updated)} {NOT_UNDERSTOOD}")
-    length = (shape_of(kept) or ())[2]
-    for cache in cache_inputs(kept):
+    length = (shape_of(whole) or ())[2]
+    for cache in cache_inputs(whole):
         value = value_of(cache)
         if isinstance(value, QuantizedKV) or not same(value.shape[2], length):
             raise Refusal(
                 f"the cache {source_name(cache)} reaches attention through {target_name(read.base)}, "
                 "which is not understood as new tokens behind those held"
             )
-    return State(Life.FRESH, kept, read.base, repeats=read.repeats, slots=read.slots)
+    about = {"repeats": read.repeats, "slots": read.slots, "last": read.last}
+    return State(Life.FRESH, kept or whole, read.base, kept=kept, **about)
 
 
 def _is_empty(node: Any) -> bool:

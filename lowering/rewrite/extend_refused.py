@@ -8,6 +8,7 @@ from torch import fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.cache_nodes import CacheNodes, tokens_for
 from kvq_compile.lowering.find.movement import gathered_from
+from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import argument, shape_of, target_name, value_of
 from kvq_compile.lowering.rewrite.gather_rows import copy_of, rows_of
@@ -24,13 +25,16 @@ def extend_refused(graph: Graph) -> PassReport:
     Because: the cache stays quantized between calls, even if this call reads it dense. Of several caches
              grown from one, the last takes over its memory.
 
+    Of a cache that is returned in part the last tokens are shown (a sliding window).
+
     Leaves alone: a cache that grows in another way. It is returned in 16 bit.
     """
     changes = []
-    taken = {state.base for state, _ in graph.states()}
+    taken = {state.returned for state, _ in graph.states()}
     in_place = {state.past for state, _ in graph.states()}
     returned = set(graph.output.all_input_nodes)
-    for base in [node for node in reversed(graph.fx.nodes) if node in returned - taken]:
+    for kept in [node for node in reversed(graph.fx.nodes) if node in returned - taken]:
+        base = suffix_of(kept) or kept
         growth = _growth(graph, base)
         if growth is None:
             continue
@@ -43,11 +47,13 @@ def extend_refused(graph: Graph) -> PassReport:
             if copied:
                 cache = graph.caches[base] = copy_of(graph.fx, cache)
             tokens = tokens_for(graph.fx, new, past)
-            cache.append(graph.fx, tokens, (None, cache.length))
+            cache.append(graph.fx, tokens, (None, cache.end(graph.fx)))
         gathered = gathered_from(past)
-        source = past if gathered is None else gathered[0]
+        source: fx.Node | None = past if gathered is None else gathered[0]
         held = base if copied else past
-        state = State(Life.GROWN, base, new, held, source=None if held is source else source)
+        source = None if held is source else source
+        trimmed = None if base is kept else kept
+        state = State(Life.GROWN, base, new, held, source=source, kept=trimmed)
         graph.extended.append((state, Quantization(cache.layout)))
         changes.append(f"{held} takes {new}; {base} is still read as an ordinary tensor")
     return PassReport(tuple(changes))

@@ -50,11 +50,11 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
         check_room(nodes, key)
         mask = _mask(nodes, site, keys)
         new = key.new, value.new
-        fused = keys.attend(nodes, values, attention, new, mask, first_slot(key, keys))
+        fused = keys.attend(nodes, values, attention, new, mask, first_slot(nodes, key, keys))
         weights = weigh_tokens(nodes, site, keys, mask)
         for state, cache in ((key, keys), (value, values)):
             seen = seen_by(site, state, weights)
-            cache.append(nodes, state.new, first_slot(state, cache), fused, seen)
+            cache.append(nodes, state.new, first_slot(nodes, state, cache), fused, seen)
             if state.write is not None:
                 erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -97,18 +97,45 @@ def erase_write(graph: Graph, state: State) -> None:
 def _mask(graph: fx.Graph, site: AttentionSite, keys: CacheNodes) -> Any:
     """Return the mask over cache positions: the model's own, or its causal flag spelled out.
 
-    Without either, every cache position that attention reads holds a token: `find_sites` has made sure.
+    Without either, every cache position that attention reads holds a token: `find_sites` has made sure. Columns are
+    counted from the first slot, those out of sight included.
     """
+    attention, key = site.attention, site.key
+    columns: Any = None
+    if key.life is Life.GROWN:
+        columns = insert_call(graph, operator.add, (keys.length, size_of(key.new, 2)))
+        if key.last is not None:
+            columns = size_of(attention.key, 2)
+    mask = _own_mask(graph, site, columns)
+    if key.life is not Life.GROWN or (keys.trim is None and key.last is None):
+        return mask
+    end = insert_call(graph, operator.add, (keys.end(graph), size_of(key.new, 2)))
+    hidden = insert_call(graph, operator.sub, (end, columns))
+    if mask is None:
+        slots = graph.call_function(torch.arange, (end,), {"device": value_of(key.new).device})
+        slots = insert_call(graph, operator.getitem, (slots, None))  # one row for all queries
+        return graph.call_function(operator.ge, (slots, hidden))
+    return _hide_first(graph, mask, hidden)
+
+
+def _own_mask(graph: fx.Graph, site: AttentionSite, columns: Any) -> Any:
+    """Return the mask over the tokens that attention reads: the model's own, or its causal flag spelled out."""
     attention, key = site.attention, site.key
     if attention.mask is not None:
         return visible_mask(graph, attention)
     if not attention.causal:
         return None
-    if key.life is Life.GROWN:
-        columns = insert_call(graph, operator.add, (keys.length, size_of(key.new, 2)))
-    else:
+    if columns is None:
         columns = size_of(key.base, 2) if key.slots is None else key.slots
     device = value_of(attention.query).device
     shape = size_of(attention.query, 2), columns
     seen = graph.call_function(torch.ones, shape, {"dtype": torch.bool, "device": device})
     return graph.call_method("tril", (seen,))
+
+
+def _hide_first(graph: fx.Graph, mask: fx.Node, hidden: Any) -> fx.Node:
+    """Return a mask with ``hidden`` further columns in front, which it hides."""
+    value = value_of(mask)
+    is_bool = value is None or value.dtype == torch.bool
+    fill: Any = False if is_bool else torch.finfo(value.dtype).min
+    return graph.call_function(torch.nn.functional.pad, (mask, (hidden, 0)), {"value": fill})

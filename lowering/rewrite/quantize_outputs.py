@@ -22,7 +22,7 @@ def quantize_outputs(graph: Graph) -> PassReport:
     After:   return (logits, *kvq.quantize(keys), *kvq.quantize(values))
     Because: returned caches are what stays in memory between calls.
     """
-    states = {state.base: (state, quantization) for state, quantization in graph.states()}
+    states = {state.returned: (state, quantization) for state, quantization in graph.states()}
     flat: list[Any] = []
     plans: dict[fx.Node, Output] = {}
     for returned in graph.results:
@@ -55,11 +55,12 @@ def _plan(
         if state.life is Life.GROWN:
             assert state.past is not None
             tokens = graph.sizes.size((shape_of(state.new) or ())[2])
+            kept = None if state.kept is None else graph.sizes.size((shape_of(returned) or ())[2])
             if state.source is None:
-                return Extended(arguments[state.past], tokens)
+                return Extended(arguments[state.past], tokens, kept)
             rows, first = graph.caches[state.past], len(flat)
             flat.extend((*rows.parts, *rows.calibrated[1:]))
-            return Gathered(first, arguments[state.source], tokens)
+            return Gathered(first, arguments[state.source], tokens, kept)
         if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
             return _made(graph, returned, state, quantization, flat)
     flat.append(returned)
@@ -78,4 +79,5 @@ def _made(
     flat.extend((*made.parts, *made.calibrated[1:]))  # all calls share the tables
     kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
     length = graph.sizes.size((shape_of(x) or ())[2])
-    return Made(first, quantization.layout, kind, length, graph.calibration.tables_of(quantization))
+    tables = graph.calibration.tables_of(quantization)
+    return Made(first, quantization.layout, kind, length, tables, state.kept is not None)

@@ -12,6 +12,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.movement import Growth, as_spelled, find_growth, is_cache_like
 from kvq_compile.lowering.find.states import read_base
+from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     argument,
@@ -45,6 +46,8 @@ def spell_growth(graph: Graph) -> PassReport:
         graph.output.all_input_nodes
     )
     for node in sorted(candidates, key=place.__getitem__):
+        if suffix_of(node) is not None:
+            continue  # it may be as long as what it is cut from now, and not in the next call
         _flatten(nodes, node)  # again: what it joins may be spelled as a growth by now
         growth = as_spelled(node) or find_growth(node)
         if growth is None:

@@ -9,6 +9,7 @@ from torch import fx
 from torch._dynamo.source import AttrSource, TensorProperty, TensorPropertySource
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.cache.trim import TRIM
 from kvq_compile.kernels.packed import calibrated_names, part_names
 from kvq_compile.lowering.cache_nodes import CacheNodes
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -34,8 +35,9 @@ def unwrap_caches(graph: Graph) -> PassReport:
                 tuple(_part(graph.fx, node, cache, name) for name in names(layout))
                 for names in (part_names, calibrated_names)
             )
+            trim = None if cache.trim is None else _part(graph.fx, node, cache, TRIM)
             length = _length(graph.fx, node, cache)
-        graph.caches[node] = CacheNodes(parts, layout, calibrated, *length)
+        graph.caches[node] = CacheNodes(parts, layout, calibrated, *length, trim)
     return PassReport(tuple(f"{node} becomes its parts" for node in graph.caches))
 
 

@@ -31,6 +31,8 @@ def weigh_fresh_tokens(graph: Graph) -> PassReport:
         if _asks(site):
             with graph.fx.inserting_before(site.attention.output):
                 weights = weigh_tokens(graph.fx, site, None, visible_mask(graph.fx, site.attention))
+            with graph.fx.inserting_before(graph.output):
+                weights = _of_kept(graph.fx, site.key, weights)
             changes.append(f"{weights} scores the tokens of {site.key.base}")
         for state, _ in site.states():
             graph.seen[state.base] = seen_by(site, state, weights)
@@ -54,14 +56,16 @@ def weigh_tokens(
     if not _asks(site):
         return None
     state = site.key
-    key = state.base if state.life is Life.GROWN_PLAIN else state.new
+    key = state.new
     if cache is None:
         empty = CacheNodes((), site.key_quantization.layout)
         return importance(graph, site.attention, key, mask, (None, 0), size_of(key, 2), empty)
     held = cache.length
     if state.life is Life.GROWN:
-        held = insert_call(graph, operator.add, (held, size_of(key, 2)))
-    return importance(graph, site.attention, key, mask, first_slot(state, cache), held, cache)
+        held = insert_call(graph, operator.add, (cache.end(graph), size_of(key, 2)))
+    return importance(
+        graph, site.attention, key, mask, first_slot(graph, state, cache), held, cache
+    )
 
 
 def _asks(site: AttentionSite) -> bool:
@@ -78,9 +82,17 @@ def keeps_queries(site: AttentionSite, state: State) -> bool:
     return state is site.key and site.key_quantization.layout.queries > 0
 
 
-def first_slot(state: State, cache: CacheNodes) -> Slots:
+def first_slot(graph: fx.Graph, state: State, cache: CacheNodes) -> Slots:
     """Return where a state's new tokens go in a quantized cache."""
-    return (None, cache.length) if state.life is Life.GROWN else slots_from(state.position)
+    return (None, cache.end(graph)) if state.life is Life.GROWN else slots_from(state.position)
+
+
+def _of_kept(graph: fx.Graph, state: State, weights: fx.Node | None) -> fx.Node | None:
+    """Return the scores of the tokens that are kept, of scores of all."""
+    if weights is None or state.kept is None:
+        return weights
+    first = insert_call(graph, operator.sub, (size_of(state.new, 2), size_of(state.kept, 2)))
+    return insert_call(graph, operator.getitem, (weights, (..., slice(first, None))))
 
 
 def visible_mask(graph: fx.Graph, attention: Attention) -> Any:
