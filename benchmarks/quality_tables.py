@@ -175,6 +175,11 @@ REAL_METHODS = {
     "tc:bits=2.5": "`tc`, 2.5 bits",
     "tc:bits=2": "`tc`, 2 bits",
     "tc:bits=1.75": "`tc`, 1.75 bits",
+    "tc-calibrated-4": "`tc`, calibrated, 4 bits",
+    "tc-calibrated-3": "`tc`, calibrated, 3 bits",
+    "tc-calibrated-2.5": "`tc`, calibrated, 2.5 bits",
+    "tc-calibrated-2": "`tc`, calibrated, 2 bits",
+    "tc-calibrated-1.68": "`tc`, calibrated, 1.68 bits",
     "kivi:bits=4": "`kivi`, 4 bits",
     "int4": "`int4`",
     "int3": "`int3`",
@@ -233,7 +238,7 @@ FRONT_PAGE = (
         "kivi:bits=2",
         "tc:bits=2.5",
     ),
-    *("qaq:bits=2.3", "tc:bits=2"),
+    *("qaq:bits=2.3", "tc:bits=2", "tc-calibrated-3", "tc-calibrated-2", "tc-calibrated-1.68"),
 )
 TARGETS = "qaq:bits=4,key_target=3e-4,value_target=0.1"
 TARGET_METHODS = {

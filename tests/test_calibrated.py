@@ -237,6 +237,10 @@ ALTERATIONS: list[tuple[str, Any, str]] = [
     ("skvq", lambda w, a: a["layers"].clear(), "belong to a layer"),
     ("cq-4c4b", lambda w, a: a["options"].update(bits=13), "bits of a codebook must be 1 to 12"),
     ("cq-4c4b", lambda w, a: a["options"].update(bits=5), "must have"),
+    ("tc", lambda w, a: a["layers"][0][6].clear(), "must have widths of keys and of values"),
+    ("tc", lambda w, a: a["layers"][0][5][0].__setitem__(1, -0.5), "change 0 or more, got"),
+    ("tc", lambda w, a: a["layers"][0][5][0].__setitem__(0, 9), "widths must be up to 8 bits"),
+    ("tc", lambda w, a: a["layers"][0][5][0].__setitem__(1, "0"), "change must be a number"),
 ]
 
 

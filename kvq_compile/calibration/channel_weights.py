@@ -70,8 +70,13 @@ def weighted_tables(weight: Tensor, rotation: Rotation | None) -> Tables:
         weight: Weight of the model's channels, ``[H, D]``; of the channels of a rotation pair the mean counts, and
             a head all of whose weights are zero weighs channels alike.
         rotation: How keys are rotated, or ``None``.
+
+    Raises:
+        ValueError: Channels are odd in number.
     """
     H, D = weight.shape
+    if D % 2:
+        raise ValueError(f"head_dim must be even for weights of channels, got {D}")
     order = torch.arange(D, dtype=torch.int64, device="cpu")
     if rotation is not None:
         order = torch.tensor(rotation.order, dtype=torch.int64, device="cpu")
