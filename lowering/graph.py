@@ -19,6 +19,7 @@ from kvq_compile.lowering.sites import (
     Attention,
     AttentionSite,
     Quantization,
+    Refusal,
     SiteReport,
     State,
     StateReport,
@@ -43,6 +44,7 @@ class Graph:
         sites: Attentions to rewrite.
         reports: What became of each attention.
         state_reports: What became of each cache.
+        contractions: Attentions found by evaluation, by their softmax; or why what is there is none.
         updates: Fixed-size caches of which the graph returns an updated copy, by that copy.
         calibration: Calibration constants of new caches.
         caches: The quantized caches among the inputs.
@@ -67,6 +69,7 @@ class Graph:
     sites: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     state_reports: list[StateReport] = field(default_factory=list)
+    contractions: dict[Node, Attention | Refusal] = field(default_factory=dict)
     updates: dict[Node, Update] = field(default_factory=dict)
     calibration: CalibrationInputs = field(default_factory=CalibrationInputs)
     caches: dict[Node, CacheNodes] = field(default_factory=dict)

@@ -34,6 +34,7 @@ from kvq_compile.lowering.rewrite.name_updates import name_updates
 from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
+from kvq_compile.lowering.rewrite.read_contractions import read_contractions
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.store_dense import store_dense
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
@@ -56,6 +57,7 @@ ANALYSIS: tuple[Pass, ...] = (
     spell_growth,  # and its growth by one spelling
     hold_slots,
     name_updates,
+    read_contractions,
     find_sites,
     refuse_gradients,
     refuse_branches,

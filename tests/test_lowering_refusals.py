@@ -92,16 +92,6 @@ def test_a_soft_cap_is_named_behind_the_mask_and_the_factor() -> None:
     assert_read_dense(step, grown(), "the scores pass through tanh before the softmax")
 
 
-def test_a_bias_beside_the_mask_is_named_as_an_addition() -> None:
-    def step(query, key, value, keys, values):
-        keys, values = join(keys, values, key, value)
-        scores = query @ keys.transpose(2, 3)
-        bias = torch.zeros(1, 1, 1, scores.shape[-1])
-        return torch.softmax(scores + bias + bias, -1) @ values, keys, values
-
-    assert_read_dense(step, grown(), "the scores pass through add before the softmax")
-
-
 def test_a_scale_computed_in_the_graph_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
@@ -119,17 +109,6 @@ def test_a_mask_that_only_lowers_scores_is_read_dense() -> None:
     assert_read_dense(step, grown(), "hidden scores are set to -2.0, which does not hide them")
 
 
-def test_a_boolean_mask_that_is_added_is_read_dense() -> None:
-    """Regression: True was taken for "attend" although adding it adds one."""
-
-    def step(query, key, value, keys, values):
-        keys, values = join(keys, values, key, value)
-        hidden = torch.arange(keys.shape[2]) < 7
-        return torch.softmax(query @ keys.transpose(2, 3) + hidden, -1) @ values, keys, values
-
-    assert_read_dense(step, grown(), "a mask that is not floating is added to the scores")
-
-
 def test_one_mask_column_for_all_slots_is_read_dense() -> None:
     """Regression: a mask of width 1 was read as the mask of slot 0."""
 
@@ -138,24 +117,6 @@ def test_one_mask_column_for_all_slots_is_read_dense() -> None:
         return sdpa(query, keys, values, attn_mask=torch.zeros(query.shape[2], 1)), keys, values
 
     assert_read_dense(step, grown(), "one column of the mask stands for all cache positions")
-
-
-def test_einsum_is_read_dense() -> None:
-    def step(query, key, value, keys, values):
-        keys, values = join(keys, values, key, value)
-        weights = torch.softmax(torch.einsum("bhtd,bhsd->bhts", query, keys), -1)
-        return torch.einsum("bhts,bhsd->bhtd", weights, values), keys, values
-
-    assert_read_dense(step, grown(), "the weights meet the values in einsum")
-
-
-def test_attention_over_three_dimensions_is_read_dense() -> None:
-    def step(query, key, value, keys, values):
-        keys, values = join(keys, values, key, value)
-        weights = torch.softmax(torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT), -1)
-        return torch.bmm(weights, values.flatten(0, 1)), keys, values
-
-    assert_read_dense(step, grown(), "attention written as products must be over [B, H, T, S]")
 
 
 def test_flex_attention_is_left_alone() -> None:

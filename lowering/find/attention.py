@@ -13,6 +13,8 @@ softmax, and goes outward along named steps::
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,23 +37,41 @@ MATMUL = ("matmul", "bmm")
 SCALINGS = ("mul", "div", "truediv", "mul_", "div_", "imul", "itruediv", "multiply", "divide")
 ADDITIONS = ("add", "add_", "iadd")
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
+DROPS = "attention drops weights at random; call model.eval() first"
 _REACH = (
     8  # steps between a product and its softmax, more than masks, factors, casts and a cap take
 )
 
 
-def find_attentions(graph: fx.Graph) -> list[Attention | tuple[fx.Node, Refusal]]:
-    """Return the attentions in order of execution; where one cannot be read, its node and the reason."""
+def find_attentions(
+    graph: fx.Graph, known: Mapping[fx.Node, Attention | Refusal] = MappingProxyType({})
+) -> list[Attention | tuple[fx.Node, Refusal]]:
+    """Return the attentions in order of execution; where one cannot be read, its node and the reason.
+
+    Args:
+        graph: The nodes.
+        known: Attentions that were found in another way, or refused, by their softmax.
+    """
     found: list[Attention | tuple[fx.Node, Refusal]] = []
     for node in calls(graph, "scaled_dot_product_attention", "softmax", "flex_attention"):
         try:
-            attention = _READERS[target_name(node)](node)
+            attention = known[node] if node in known else _READERS[target_name(node)](node)
         except Exception as error:
             found.append((node, error if isinstance(error, Refusal) else unexpected(error)))
         else:
-            if attention is not None:
+            if isinstance(attention, Refusal):
+                found.append((node, attention))
+            elif attention is not None:
                 found.append(attention)
     return found
+
+
+def is_spelled_as_known(softmax: fx.Node) -> bool:
+    """Return whether a softmax is that of an attention that can be read."""
+    try:
+        return _read_softmax(softmax) is not None
+    except Exception:
+        return False
 
 
 def _read_sdpa(node: fx.Node) -> Attention:
@@ -59,7 +79,7 @@ def _read_sdpa(node: fx.Node) -> Attention:
         argument(node, i, name) for i, name in enumerate(("query", "key", "value"))
     )
     if argument(node, 4, "dropout_p", 0.0) != 0.0:
-        raise Refusal("attention drops weights at random; call model.eval() first")
+        raise Refusal(DROPS)
     scale, causal = argument(node, 6, "scale"), argument(node, 5, "is_causal", False)
     shape = shape_of(query)
     assert shape is not None
@@ -145,8 +165,8 @@ def _follow_to_product(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node]:
         if not steps:
             return None, weights
         weights = steps[0]
-        if target_name(weights) == "dropout" and _drops(weights):
-            raise Refusal("attention drops weights at random; call model.eval() first")
+        if target_name(weights) == "dropout" and drops(weights):
+            raise Refusal(DROPS)
 
 
 def _factors(product: fx.Node) -> tuple[Any, Any]:
@@ -156,7 +176,8 @@ def _factors(product: fx.Node) -> tuple[Any, Any]:
     )
 
 
-def _drops(node: fx.Node) -> bool:
+def drops(node: fx.Node) -> bool:
+    """Return whether a dropout is active."""
     p, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", True)
     return bool(training) and p != 0.0
 

@@ -106,6 +106,8 @@ def tell_dense(graph: Graph) -> PassReport:
     stored = [] if graph.thaw is not None else [*_kept(graph)]
     attending = Attending(graph.fx) if stored else None
     sites = {site.attention.output.name for site in graph.sites}
+    served = [site.attention for site in graph.sites]
+    sites |= {softmax.name for softmax, found in graph.contractions.items() if found in served}
     changes = []
     for cache, role in stored:
         assert attending is not None

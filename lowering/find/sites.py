@@ -49,7 +49,7 @@ def find_sites(graph: Graph) -> PassReport:
     """
     outputs = set(graph.output.all_input_nodes)
     taken: set[tuple[fx.Node, fx.Node | None]] = set()
-    attentions = find_attentions(graph.fx)
+    attentions = find_attentions(graph.fx, graph.contractions)
     for order, (found, place) in enumerate(zip(attentions, places_of(attentions), strict=True)):
         node = found.output if isinstance(found, Attention) else found[0]
         try:

@@ -65,7 +65,7 @@ class Trial:
     """
 
     def __init__(self, result: fx.Node, cuts: Sequence[fx.Node], ends: Collection[str]) -> None:
-        self.result, self._cuts, self._ends = result, tuple(cuts), ends
+        self.result, self.cuts, self._ends = result, tuple(cuts), ends
         self.steps: list[fx.Node] = []
 
     def collect(self) -> bool:
@@ -75,7 +75,7 @@ class Trial:
         stack = [self.result]
         while stack:
             node = stack.pop()
-            if node in needed or node in self._cuts:
+            if node in needed or node in self.cuts:
                 continue
             if node.op not in ("call_function", "call_method", "get_attr"):
                 if isinstance(value_of(node), (torch.SymInt, int)):
@@ -89,10 +89,8 @@ class Trial:
             stack.extend(writers.get(root_of(node), ()))
         self.steps = sorted(needed, key=place.__getitem__)
         end = place[self.steps[-1]]
-        for cut in self._cuts:
-            changes = [place[node] for node in writers.get(root_of(cut), ())]
-            if any(place[cut] < change <= end for change in changes):
-                return False  # it changes before it is moved
+        if any(self._is_changed(cut, needed, end) for cut in self.cuts):
+            return False
         last = max((place[node] for node in self.steps if writes_in_place(node)), default=-1)
         memory = root_of(self.result)
         readers = [user for node in self.steps if root_of(node) is memory for user in node.users]
@@ -100,7 +98,7 @@ class Trial:
 
     def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:
         """Yield the sizes to try for the symbols of the graph, a mapping a trial; without symbols only one."""
-        nodes = (*self.steps, *self._cuts)
+        nodes = (*self.steps, *self.cuts)
         symbols: set[Any] = set()
         for node in nodes:
             value = value_of(node)
@@ -121,10 +119,24 @@ class Trial:
         Raises:
             one of `CANNOT_BE_RUN`: A step cannot be run.
         """
+        return self.run_all(sizes, given)[self.result]
+
+    def run_all(self, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """Return what every step gives, for given values of the cuts.
+
+        Raises:
+            one of `CANNOT_BE_RUN`: A step cannot be run.
+        """
         known = dict(given)
         for node in self.steps:
-            known[node] = _run(node, known, sizes)
-        return known[self.result]
+            known[node] = run_step(node, known, sizes)
+        return known
+
+    def _is_changed(self, cut: fx.Node, needed: set[fx.Node], last: int) -> bool:
+        """Return whether a cut changes before the steps, which end at place ``last``, have moved it."""
+        place, writers = order_of(cut.graph), writers_of(cut.graph)
+        changes = [place[node] for node in writers.get(root_of(cut), ())]
+        return any(place[cut] < change <= last for change in changes)
 
 
 def random_like(like: Tensor, sizes: Mapping[Any, int]) -> Tensor:
@@ -152,7 +164,7 @@ def size_of_trial(size: Any, sizes: Mapping[Any, int]) -> int:
     return int(expression) if expression.is_number else number(size)
 
 
-def _run(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, int]) -> Any:
+def run_step(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, int]) -> Any:
     """Evaluate one node on the CPU."""
 
     def fill(x: Any) -> Any:

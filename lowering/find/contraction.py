@@ -1,0 +1,350 @@
+"""Find attentions by what they compute, however their products are spelled.
+
+`find.attention` follows the spelling that most models have. What it cannot read comes here. From a softmax, the caches
+on both sides of it, the query, and all that is added or hidden in between are *evaluated* on random numbers, at several
+sizes where sizes are symbols of the graph. It is an attention if, every time,
+
+    scores = scale * query . key,    input of the softmax = scores + mask,    output = softmax(scores + mask) . value
+
+for some order of the axes (sequence, KV head, query head of it, token, channel) in each of the tensors: einsum, heads
+folded into the batch, an axis of groups, scales on either side, several masks, biases of positions and heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from kvq_compile.lowering.find.attention import ADDITIONS, CASTS, DROPS, SCALINGS, drops
+from kvq_compile.lowering.find.evaluation import Evaluation, Order, Orders, Steps, hint_of
+from kvq_compile.lowering.find.trial import (
+    CANNOT_BE_RUN,
+    MIXING,
+    data_of,
+    plain_name,
+    writers_of,
+)
+from kvq_compile.lowering.nodes import VIEWS, argument, order_of, root_of, shape_of, value_of
+from kvq_compile.lowering.sites import Life, Refusal, State
+
+PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "sum")
+_MOVES = (*VIEWS, *CASTS, "clone", "swapaxes", "swapdims", "mT", "squeeze_", "unsqueeze_", "chunk")
+_REPEATS = ("repeat_interleave", "repeat", "tile", "stack", "cat", "gather", "index_select")
+# What may lie between an operand and its product; between the scores and the softmax; and behind it. Anything else, a
+# cap or a clamp say, could do nothing to random numbers and something to those of a model.
+_OF_OPERANDS = (*_MOVES, *_REPEATS, *SCALINGS)
+_OF_SCORES = (
+    *_MOVES, *SCALINGS, *ADDITIONS, "sub", "sub_", "isub", "rsub", "masked_fill", "masked_fill_", "where",
+    "max", "amax", "neg",
+)  # fmt: skip
+_OF_WEIGHTS = (*_MOVES, "dropout")
+_PARTS = {
+    "queries": "product", "keys": "product", "scores": "softmax", "weights": "product", "values": "product",
+}  # fmt: skip
+_REACH = 24  # steps followed from a softmax to a cache, more than any spelling takes
+Find = Callable[[fx.Node], State]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """An attention, and where its axes are.
+
+    An *order* tells which of the axes ``B, Hkv, G, T`` and a last one come one after another in a tensor, joined or
+    not. ``G`` query heads share a KV head.
+
+    Attributes:
+        output: The product with the values.
+        query, key, value: The operands; the last two are read from caches, ``[B, Hkv, S, D]``.
+        new: The call's own keys, ``[B, Hkv, T, D]``.
+        product: The product of queries and keys.
+        scores: What enters the softmax.
+        groups: ``G``.
+        scale: Factor on ``query . key``.
+        masked: Whether anything is added to the scores, or hides some.
+        query_order, product_order, scores_order, output_order: The orders of these tensors.
+        steps: The nodes from the product, left out, to the scores, in order.
+    """
+
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    product: fx.Node
+    scores: fx.Node
+    new: fx.Node
+    groups: int
+    scale: float
+    masked: bool
+    query_order: Order
+    product_order: Order
+    scores_order: Order
+    output_order: Order
+    steps: tuple[fx.Node, ...]
+
+
+def find_contraction(softmax: fx.Node, find: Find) -> Contraction | None:
+    """Return the attention over a cache that a softmax belongs to, if evaluation bears it out.
+
+    Args:
+        softmax: The node.
+        find: Returns the state of a node that is a cache; raises `Refusal` for any other.
+
+    Raises:
+        Refusal: It is one, with a step in between that is not understood, or with weights that are used elsewhere.
+    """
+    shape, product, output = shape_of(softmax), product_before(softmax), _product_behind(softmax)
+    if shape is None or argument(softmax, 1, "dim") not in (-1, len(shape) - 1):
+        return None
+    if output is None or product is None:
+        return None
+    scores = _as_written(argument(softmax, 0, "input"), softmax)
+    behind = set(_dependent(softmax, output))
+    values = [n for n in _above(output.all_input_nodes, MIXING) if n not in behind]
+    key = _first_cache(_above(product.all_input_nodes, MIXING), find)
+    value = _first_cache(values, find)
+    if key is None or value is None:
+        return None
+    of_keys = {key[0], *_dependent(key[0], product)}
+    queries = [n for n in _above(product.all_input_nodes, MIXING) if n not in of_keys]
+    for query in _queries(queries, key):
+        found = _Candidate(softmax, scores, product, output, query, key, value[0]).found()
+        if found is not None:
+            return found
+    return None
+
+
+def product_before(softmax: fx.Node) -> fx.Node | None:
+    """Return the product nearest to a softmax of those that its scores are made of."""
+    scores = argument(softmax, 0, "input")
+    above = _above([scores], ()) if isinstance(scores, fx.Node) else ()
+    return next((node for node in above if plain_name(node) in PRODUCTS), None)
+
+
+def _as_written(scores: fx.Node, softmax: fx.Node) -> fx.Node:
+    """Return the last write into ``scores`` before the softmax, which reads what it left; ``scores`` without one."""
+    place = order_of(scores.graph)
+    writers = writers_of(scores.graph).get(root_of(scores), ())
+    before = [writer for writer in writers if place[scores] < place[writer] < place[softmax]]
+    return max(before, key=place.__getitem__, default=scores)
+
+
+def _product_behind(softmax: fx.Node) -> fx.Node | None:
+    """Return the product that the weights enter."""
+    front = [softmax]
+    for _ in range(_REACH):
+        users = [user for node in front for user in node.users]
+        product = next((user for user in users if plain_name(user) in PRODUCTS), None)
+        if product is not None:
+            return product
+        front = users
+    return None
+
+
+def _above(nodes: Sequence[fx.Node], ends: Collection[str]) -> Iterator[fx.Node]:
+    """Yield nodes and the tensors that they are made of, nearest first; operations named in ``ends`` end the way."""
+    seen: set[fx.Node] = set()
+    front = list(nodes)
+    for _ in range(_REACH):
+        following: list[fx.Node] = []
+        for node in front:
+            if node in seen or shape_of(node) is None:
+                continue
+            seen.add(node)
+            yield node
+            if plain_name(node) not in ends:
+                following += data_of(node)
+        front = following
+
+
+def _dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """Return the nodes between two whose elements depend on those of the first: in order, the last included.
+
+    Writes into memory of their own count, those into a tensor that something else has made do not.
+    """
+    place, writers = order_of(last.graph), writers_of(last.graph)
+    kept = root_of(first) if plain_name(first) not in PRODUCTS else None
+
+    def written(node: fx.Node) -> list[fx.Node]:
+        memory = root_of(node)
+        found = [] if memory is kept else writers.get(memory, [])
+        return [each for each in found if each is not node and place[each] <= place[last]]
+
+    upward: set[fx.Node] = set()
+    stack = [last]
+    while stack:
+        node = stack.pop()
+        if node not in upward and place[node] >= place[first]:
+            upward.add(node)
+            stack += [*data_of(node), *written(node)]
+    touched = {first}
+    for node in sorted(upward, key=place.__getitem__):
+        if touched.intersection((*data_of(node), *written(node))):
+            touched.add(node)
+    return sorted(touched - {first}, key=place.__getitem__)
+
+
+def _first_cache(
+    nodes: Iterator[fx.Node] | list[fx.Node], find: Find
+) -> tuple[fx.Node, State] | None:
+    """Return the nearest node that is a cache."""
+    for node in nodes:
+        if len(shape_of(node) or ()) != 4:
+            continue
+        try:
+            return node, find(node)
+        except Refusal:
+            continue
+    return None
+
+
+def own_tokens(state: State) -> fx.Node:
+    """Return the call's own tokens, ``[B, Hkv, T, D]``: those that are joined to a cache that is not quantized yet."""
+    return argument(state.new, 0, "tensors")[-1] if state.life is Life.GROWN_PLAIN else state.new
+
+
+def _queries(nodes: Sequence[fx.Node], key: tuple[fx.Node, State]) -> list[fx.Node]:
+    """Return what may be the query: tensors of as many elements as heads of it would have, the cache's dtype first."""
+    B, H, _, D = (hint_of(size) for size in shape_of(key[0]) or ())
+    rows = B * H * D * hint_of((shape_of(own_tokens(key[1])) or (0, 0, 0))[2])
+    dtype = value_of(key[0]).dtype
+    fitting = [
+        node
+        for node in nodes
+        if value_of(node).is_floating_point()
+        and math.prod(map(hint_of, shape_of(node) or ())) % rows == 0
+    ]
+    return sorted(fitting, key=lambda node: value_of(node).dtype != dtype)[:2]
+
+
+class _Candidate:
+    """One candidate: what it computes on random numbers."""
+
+    def __init__(
+        self, softmax: fx.Node, scores: fx.Node, product: fx.Node, output: fx.Node, query: fx.Node,
+        key: tuple[fx.Node, State], value: fx.Node,
+    ) -> None:  # fmt: skip
+        self._nodes = output, query, key[0], value, product, scores
+        self._softmax = softmax
+        self._new = own_tokens(key[1])
+        self._parts = [
+            (_dependent(query, product), _OF_OPERANDS),
+            (_dependent(key[0], product), _OF_OPERANDS),
+            (_dependent(product, scores), _OF_SCORES),
+            (_dependent(softmax, output), _OF_WEIGHTS),
+            (_dependent(value, output), _OF_OPERANDS),
+        ]
+        self._chain = tuple(self._parts[2][0])
+
+    def found(self) -> Contraction | None:
+        """Return the attention, if all trials agree on one."""
+        output, query, key, value, product, scores = self._nodes
+        self._check_steps()
+        sides = self._sides()
+        if sides is None:
+            return None
+        whole = Steps(output, (query, key, value, *sides), ())
+        whole.watched = product
+        chain = Steps(scores, (product, *sides), ())
+        if not whole.collect() or not (scores is product or chain.collect()):
+            return None
+        for exact in (True, False):
+            try:
+                found = self._agreed(whole, chain, sides, exact)
+            except CANNOT_BE_RUN:
+                continue
+            if found is not None:
+                groups, scale, masked, orders = found
+                return Contraction(
+                    *self._nodes, self._new, groups, scale, masked, *orders, self._chain
+                )
+        return None
+
+    def _check_steps(self) -> None:
+        """Make sure that nothing but known steps lies between the parts, read by nothing else.
+
+        Raises:
+            Refusal: Something does.
+        """
+        output, _, _, _, product, _ = self._nodes
+        scores, weights = {product, *self._chain}, {self._softmax, *self._parts[3][0]} - {output}
+        for name, nodes in (("scores", scores), ("attention weights", weights)):
+            readers = {user for node in nodes for user in node.users if node in data_of(user)}
+            if readers - scores - weights - {output}:
+                hint = " (output_attentions?)" if nodes is weights else ""
+                raise Refusal(f"the {name} are used outside attention{hint}")
+        for (name, end), (between, known) in zip(_PARTS.items(), self._parts, strict=True):
+            for node in between:
+                if node in (product, output):
+                    continue
+                if plain_name(node) not in known:
+                    raise Refusal(f"the {name} pass through {plain_name(node)} before the {end}")
+                if plain_name(node) == "dropout" and drops(node):
+                    raise Refusal(DROPS)
+
+    def _sides(self) -> list[fx.Node] | None:
+        """Return what else the parts read and no trial can compute: masks and biases; ``None`` if not only those."""
+        output, query, key, value, product, _ = self._nodes
+        inside = {query, key, value, product, self._softmax, output}
+        for nodes, _ in self._parts:
+            inside |= set(nodes)
+        sides: dict[fx.Node, None] = {}
+        stack = [read for node in inside - {query, key, value} for read in data_of(node)]
+        while stack:
+            node = stack.pop()
+            if node in inside or node in sides or shape_of(node) is None:
+                continue
+            if not _needs_arguments(node):
+                continue
+            if not value_of(node).is_floating_point() and value_of(node).dtype != torch.bool:
+                return None
+            sides[node] = None
+        return list(sides)
+
+    def _agreed(
+        self, whole: Steps, chain: Steps, sides: Sequence[fx.Node], exact: bool
+    ) -> tuple[int, float, bool, Orders] | None:
+        """Return groups, scale, whether there is a mask, and the orders that hold in all trials."""
+        common: dict[Orders, None] | None = None
+        scales: list[float] = []
+        masked, groups = False, 0
+        for sizes in whole.assignments(3):
+            trial = Evaluation(self._nodes, self._new, sizes, sides, exact)
+            found = trial.orders(whole, chain)
+            common = found if common is None else {o: None for o in common if o in found}
+            if not common:
+                return None
+            scales.append(trial.scale)
+            masked, groups = masked or trial.masked, trial.groups
+        if common is None or max(scales) - min(scales) > 1e-3 * abs(scales[0]):
+            return None
+        return groups, _rounded(scales[0]), masked, next(iter(common))
+
+
+def _rounded(scale: float) -> float:
+    """Return a scale without the noise of its measurement where it is a power of two or a root of an integer."""
+    for candidate in (
+        1.0,
+        2.0 ** round(math.log2(abs(scale))),
+        1 / math.sqrt(max(1, round(scale**-2))),
+    ):
+        if abs(candidate - scale) <= 1e-4 * abs(scale):
+            return candidate
+    return scale
+
+
+def _needs_arguments(node: fx.Node) -> bool:
+    """Return whether a tensor is made of an argument of the graph, or of more than a trial should compute."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        each = stack.pop()
+        if each in seen or (each.op == "placeholder" and shape_of(each) is None):
+            continue
+        if each.op == "placeholder" or plain_name(each) in MIXING or len(seen) > _REACH:
+            return True
+        seen.add(each)
+        stack += each.all_input_nodes
+    return False

@@ -1,0 +1,226 @@
+"""Lay out the tensors of attentions that are spelled in other ways as passes know them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvq_compile.kernels.layout import Score
+from kvq_compile.lowering.find.attention import is_spelled_as_known
+from kvq_compile.lowering.find.contraction import (
+    Contraction,
+    find_contraction,
+    product_before,
+)
+from kvq_compile.lowering.find.evaluation import Order
+from kvq_compile.lowering.find.movement import made_of
+from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import (
+    argument,
+    calls,
+    insert_call,
+    order_of,
+    same,
+    shape_of,
+    size_of,
+    target_name,
+    value_of,
+)
+from kvq_compile.lowering.sites import Attention, Refusal, State
+
+
+def read_contractions(graph: Graph) -> PassReport:
+    """Find attentions by evaluation where their spelling is not known, and lay out what passes put a call between.
+
+    Before:  scores = einsum("btkgd,bksd->bkgts", query, keys); weights = softmax(scores + bias, -1)
+             output = einsum("bkgts,bksd->btkgd", weights, values)
+    After:   the same; query, bias and output also as [B, Hq, T, D], [B, Hq, T, S] and [B, Hq, T, D], by which
+             ``graph.contractions`` describes the attention. What read the output reads it from there.
+    Because: where a cache is quantized, one call takes the place of all that lies between them.
+
+    Leaves alone: what evaluation does not prove to be an attention over a cache.
+    """
+    outputs = set(graph.output.all_input_nodes)
+    before = set(graph.fx.nodes)
+    changes = []
+    for softmax in calls(graph.fx, "softmax"):
+        if is_spelled_as_known(softmax):
+            continue
+        product = product_before(softmax)
+        if product is not None and target_name(product) == "baddbmm":
+            changes.append(f"{product} is a product and a sum: {_split(graph.fx, product)}")
+
+        def find(node: fx.Node, softmax: fx.Node = softmax) -> State:
+            return find_state(node, outputs, graph.updates, softmax)
+
+        try:
+            contraction = find_contraction(softmax, find)
+        except Refusal as refusal:
+            graph.contractions[softmax] = refusal
+            continue
+        attention = None if contraction is None else _Laid(graph.fx, contraction).attention()
+        if contraction is not None and attention is not None:
+            softmax.args = (
+                contraction.scores,
+                *softmax.args[1:],
+            )  # what has written into its argument
+            graph.used.add(contraction.scores)
+            graph.contractions[softmax] = attention
+            changes.append(f"{softmax} is the softmax of an attention, by evaluation")
+    graph.used |= set(graph.fx.nodes) - before  # what no pass needs is erased again
+    return PassReport(tuple(changes))
+
+
+def _split(nodes: fx.Graph, joined: fx.Node) -> fx.Node:
+    """Spell ``beta * bias + alpha * query . key`` as two steps; return the second."""
+    bias, query, key = (argument(joined, place, name) for place, name in enumerate(_BADDBMM))
+    alpha, beta = (joined.kwargs.get(name, 1) for name in ("alpha", "beta"))
+    value = value_of(joined)
+    with nodes.inserting_before(joined):
+        result = insert_call(nodes, torch.bmm, (query, key), value)
+        if alpha != 1:
+            result = insert_call(nodes, operator.mul, (result, alpha), value)
+        if beta != 0:  # else the bias is ignored, whatever it holds
+            bias = (
+                bias
+                if beta == 1
+                else insert_call(nodes, operator.mul, (bias, beta), value_of(bias))
+            )
+            result = insert_call(nodes, operator.add, (result, bias), value)
+    result.meta.update({k: x for k, x in joined.meta.items() if k not in result.meta})
+    joined.replace_all_uses_with(result)
+    nodes.erase_node(joined)
+    return result
+
+
+_BADDBMM = ("input", "batch1", "batch2")
+
+
+class _Laid:
+    """The tensors of a contraction, laid out as ``[B, Hq, T, ...]``."""
+
+    def __init__(self, nodes: fx.Graph, found: Contraction) -> None:
+        self._nodes, self._found = nodes, found
+
+    def attention(self) -> Attention | None:
+        """Insert the nodes and describe the attention; ``None`` where a size cannot be told."""
+        nodes, found = self._nodes, self._found
+        output, key = found.output, found.key
+        with nodes.inserting_before(output):
+            columns, channels = self._columns(), size_of(found.value, 3)
+            shapes = self._shapes(columns, channels)
+            if shapes is None:
+                return None
+            query = self._apart(found.query, found.query_order, size_of(key, 3))
+            mask = self._mask(shapes[0], columns) if found.masked else None
+        with nodes.inserting_after(output):
+            anchor = nodes.call_function(torch.ops.aten.alias, (output,))
+        with nodes.inserting_before(anchor):
+            result = self._apart(output, found.output_order, channels, keep=False)
+            result.meta.update({k: x for k, x in output.meta.items() if k not in result.meta})
+            back = self._together(result, found.output_order, channels, shapes[1])
+        nodes.erase_node(anchor)
+        place = order_of(nodes)
+        inserted = place[back]
+        output.replace_all_uses_with(back, delete_user_cb=lambda user: place[user] > inserted)
+        return Attention(
+            result, query, key, found.value, mask, Score(found.scale), causal=False, grouped=True
+        )
+
+    def _shapes(self, columns: Any, channels: Any) -> tuple[list[Any], list[Any]] | None:
+        """Find the sizes of the axes; return the shapes of the product and of the output as arguments.
+
+        The call's tokens may have a symbol of their own in the query.
+        """
+        found, key = self._found, self._found.key
+        asked = [found.query, *made_of(found.query)]
+        known = [(node, dim) for node in asked for dim in range(len(shape_of(node) or ()))]
+        for node, dim in [(found.new, 2), *known]:
+            self._axes = [size_of(key, 0), size_of(key, 1), found.groups, size_of(node, dim)]
+            product: list[Any] | None = []
+            if found.masked:
+                product = self._joined(found.product, found.product_order, columns)
+            output = self._joined(found.output, found.output_order, channels)
+            query = self._joined(found.query, found.query_order, size_of(key, 3))
+            if product is not None and output is not None and query is not None:
+                return product, output
+        return None
+
+    def _columns(self) -> Any:
+        """Return the number of keys as an argument, told by a mask and not by the keys; ``None`` if none does."""
+        size = (shape_of(self._found.key) or ())[2]
+        if isinstance(size, int):
+            return size
+        for step in self._found.steps:
+            for node in step.all_input_nodes:
+                if node in self._found.steps or node is self._found.product:
+                    continue
+                if same(value_of(node), size) and not isinstance(value_of(node), torch.Tensor):
+                    return node
+                for dim, other in enumerate(shape_of(node) or ()):
+                    if same(other, size):
+                        return size_of(node, dim)
+        return None
+
+    def _joined(self, node: fx.Node, order: Order, last: Any) -> list[Any] | None:
+        """Return the shape of a tensor of some order as arguments: products of the sizes of its axes."""
+        if last is None:
+            return None
+        sizes = [*self._axes, last]
+        rest = [sizes[axis] for axis in order]
+        shape: list[Any] = []
+        for wanted in shape_of(node) or ():
+            size: Any = 1
+            while not same(value_of(size), wanted):
+                if not rest:
+                    return None
+                size = self._times(size, rest.pop(0))
+            shape.append(size)
+        return shape
+
+    def _times(self, a: Any, b: Any) -> Any:
+        if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+            return a * b
+        if 1 in (a, b):
+            return b if a == 1 else a
+        return insert_call(self._nodes, operator.mul, (a, b), value_of(a) * value_of(b))
+
+    def _apart(self, node: fx.Node, order: Order, last: Any, keep: bool = True) -> fx.Node:
+        """Return a tensor of some order as ``[B, Hq, T, last]``; as it is if it is that, and may be kept."""
+        B, H, G, T = self._axes
+        shape = shape_of(node) or ()
+        if keep and order == (0, 1, 2, 3, 4) and len(shape) == 4 and same(shape[1], H * G):
+            return node
+        sizes = (B, H, G, T, last)
+        node = self._call("reshape", node, [sizes[axis] for axis in order])
+        node = self._call("permute", node, [order.index(axis) for axis in range(5)])
+        return self._call("reshape", node, [B, self._times(H, G), T, last])
+
+    def _together(self, node: fx.Node, order: Order, last: Any, shape: Sequence[Any]) -> fx.Node:
+        """Return ``[B, Hq, T, last]`` as a tensor of some order and shape."""
+        node = self._call("reshape", node, [*self._axes, last])
+        return self._call("reshape", self._call("permute", node, list(order)), list(shape))
+
+    def _call(self, method: str, node: fx.Node, sizes: list[Any]) -> fx.Node:
+        made = self._nodes.call_method(method, (node, sizes))
+        value = value_of(node)
+        made.meta["example_value"] = getattr(value, method)([value_of(size) for size in sizes])
+        return made
+
+    def _mask(self, shape: Sequence[Any], columns: Any) -> fx.Node:
+        """Return what is added to the scores: what enters the softmax where all products are 0."""
+        nodes, found = self._nodes, self._found
+        like = value_of(found.product)
+        zeros = nodes.call_function(
+            torch.zeros, (list(shape),), {"dtype": like.dtype, "device": like.device}
+        )
+        zeros.meta["example_value"] = like
+        copies = {found.product: zeros}
+        for step in found.steps:
+            copies[step] = nodes.node_copy(step, lambda node: copies.get(node, node))
+        return self._apart(copies[found.scores], found.scores_order, columns)
