@@ -71,7 +71,7 @@ class _Samples:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
-    method: str = "skvq",
+    method: str = "tc",
     *,
     tokens: int = TOKENS,
     seed: int = 0,

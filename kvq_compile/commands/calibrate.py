@@ -30,7 +30,7 @@ def calibrate(
         typer.Option(
             "--method", help="tc, auto, skvq, cq-<c>c<b>b or qaq, as NAME or NAME:OPTION=VALUE,..."
         ),
-    ] = "skvq",
+    ] = "tc",
     windows: Annotated[int, typer.Option(help="Windows of the text, evenly spread.", min=1)] = 16,
     window: Annotated[int, typer.Option(help="Tokens in a window.", min=16)] = 2048,
     tokens: Annotated[int, typer.Option(help="Tokens to fit to, of all windows.", min=256)] = 16384,
