@@ -219,6 +219,21 @@ def test_a_calibrated_model_attends_to_what_its_cache_stands_for(bits: float) ->
         assert held.keys.page_layout.query_rows == 0
 
 
+def test_a_model_that_rotates_no_keys_calibrates_too() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=128, n_head=4, n_layer=1, vocab_size=64, n_positions=512, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    made = kvq_compile.calibrate(model, [drawn_text(300, 0)], "tc")
+    assert "taken for ones that are not rotated" in made.layers[0].note
+    cache = transformers.DynamicCache(config=config)
+    call = run(model, method="tc", calibration=made, bits=3)
+    assert_reads_its_cache(model, call, cache, small_text(80), 60, 61, 80)
+    assert cache.layers[0].keys.page_layout.scheme.weighs
+
+
 def test_static_and_growing_caches_hold_the_same_pages() -> None:
     model, text = make_model(), small_text(120)
     call = run(model, method="tc", calibration=calibrated(), bits=3)

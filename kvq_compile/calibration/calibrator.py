@@ -305,7 +305,7 @@ def _weigh_layer(sample: _Samples) -> LayerTables:
         tuple((float(choice.options["bits"]), choice.error) for choice in choices)
         for choices in tried
     ]
-    note = f"keys keep their mean, which may turn: {sample.note}" if sample.note else ""
+    note = f"keys are taken for ones that are not rotated: {sample.note}" if sample.note else ""
     return LayerTables(
         *(tried[0][0].tables, None, False, note), key_changes=changes[0], value_changes=changes[1]
     )
