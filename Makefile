@@ -26,12 +26,13 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real quality tables test test-thorough test-matrix test-sanitize lint types bench-cpu clean
+.PHONY: help demo demo-real quality support tables test test-thorough test-matrix test-sanitize lint types bench-cpu clean
 
 help:
 	@echo "make demo           generate with a plain and a quantized cache, side by side"
 	@echo "make demo-real      the same on a pretrained model, SmolLM2-135M, made in $(REAL)"
 	@echo "make quality        measure every table of docs/quality.md anew and write it; TEXTS=... says on what"
+	@echo "make support        survey the decoders of transformers and write docs/support.md; an hour or two"
 	@echo "make tables         write the tables and the plot from the rows that are there"
 	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
 	@echo "make test-thorough  the same with many more random examples"
@@ -106,6 +107,9 @@ quality: $(VENV)/.test $(REAL)/config.json
 	@[ -n "$(TEXTS)" ] || { echo 'give TEXTS="--text wikitext=FILE --text code=FILE --calibrate-on FILE"'; exit 2; }
 	$(BIN)/python benchmarks/quality.py --model SmolLM2-135M-Instruct=$(REAL) $(TEXTS) $(QUALITY)
 	$(MAKE) tables
+
+support: $(VENV)/.test
+	$(BIN)/python benchmarks/support.py $(SUPPORT)
 
 tables: $(VENV)/.test
 	$(BIN)/python benchmarks/quality_tables.py

@@ -51,6 +51,7 @@ class Graph:
         made: The quantized caches that stand for the buffers which the graph allocates.
         seen: Importance scores and queries for caches that the graph makes of its own tokens.
         dense: Caches that become quantized in this call, or are returned updated, although their attention was refused.
+        reasons: Why what reads a cache dense does not read it packed.
         extended: Dynamic caches whose attention was refused, and which take new tokens all the same.
         conversions: 16-bit buffers to convert after a call.
         check: Writes to check before a call.
@@ -76,6 +77,7 @@ class Graph:
     made: dict[Node, CacheNodes] = field(default_factory=dict)
     seen: dict[Node, Seen] = field(default_factory=dict)
     dense: list[tuple[State, Quantization]] = field(default_factory=list)
+    reasons: dict[Node, str] = field(default_factory=dict)
     extended: list[tuple[State, Quantization]] = field(default_factory=list)
     conversions: list[Conversion] = field(default_factory=list)
     check: SlotCheck | None = None

@@ -74,7 +74,8 @@ def find_states(graph: Graph) -> PassReport:
         if state is not None and state.base not in dense:
             graph.state_reports.append(StateReport(name, shape, "quantized", state.how))
             continue
-        reason = graph.thaw or _why_not(graph, node, axis)
+        told = graph.reasons.get(node if state is None else state.whole)
+        reason = graph.thaw or told or _why_not(graph, node, axis)
         stored = state is not None or isinstance(value_of(node), QuantizedKV)
         if stored and graph.thaw is None:
             graph.state_reports.append(StateReport(name, shape, DENSE, reason))

@@ -29,7 +29,7 @@ from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
 from kvq_compile.lowering.find.layers import place_of
 from kvq_compile.lowering.find.movement import as_spelled, cache_inputs
 from kvq_compile.lowering.find.readers import Attending, Readers, are_attended_together
-from kvq_compile.lowering.find.reasons import BY_OPTION
+from kvq_compile.lowering.find.reasons import BY_OPTION, NO_CACHE
 from kvq_compile.lowering.find.sites import (
     GROWS,
     KEEPS_NOT,
@@ -54,6 +54,7 @@ from kvq_compile.lowering.nodes import (
 from kvq_compile.lowering.sites import DENSE, Life, Quantization, Refusal, SiteReport, State
 
 NO_SOFTMAX = "what stands between its keys and its values is no softmax"
+PROJECTED = "its keys and values are computed anew from what is kept"
 NO_PRODUCT = "what becomes of its softmax before it meets the values is not understood"
 
 
@@ -108,20 +109,22 @@ def tell_dense(graph: Graph) -> PassReport:
     sites = {site.attention.output.name for site in graph.sites}
     served = [site.attention for site in graph.sites]
     sites |= {softmax.name for softmax, found in graph.contractions.items() if found in served}
-    changes = []
     for cache, role in stored:
         assert attending is not None
         readers = attending.readers(cache, True)
         names = _names(readers)
-        for number, report in enumerate(graph.reports):
-            if report.node in names and report.outcome == "left alone":
-                graph.reports[number] = replace(report, outcome=DENSE, expected=False)
-                changes.append(f"{report.node} reads {cache} dense")
         told = names & {*sites, *(report.node for report in graph.reports)}
         if role == "key" and readers.products and not told:
             graph.reports.append(_told(graph, cache, readers))
-            changes.append(f"{graph.reports[-1].node} reads {cache} dense")
-    return PassReport(tuple(changes))
+        for number, report in enumerate(graph.reports):
+            if report.node not in names:
+                continue
+            if report.outcome == "left alone":
+                detail = PROJECTED if report.detail == NO_CACHE else report.detail
+                report = replace(report, outcome=DENSE, detail=detail, expected=False)
+                graph.reports[number] = report
+            graph.reasons.setdefault(cache, report.detail)
+    return PassReport(tuple(f"{cache} is read dense" for cache in graph.reasons))
 
 
 def _states(graph: Graph) -> Iterator[State]:
@@ -248,7 +251,7 @@ def _kept(graph: Graph) -> Iterator[tuple[fx.Node, Role]]:
 
 def _told(graph: Graph, cache: fx.Node, readers: Readers) -> SiteReport:
     reason = NO_PRODUCT if readers.attentions else NO_SOFTMAX
-    reader = next(iter(readers.products))
+    reader = next(iter({**readers.behind, **readers.products}))  # what both lead to, if possible
     place = place_of(reader, cache, len(graph.reports))
     about = place.layer, reader.name, source_line(reader), DENSE, reason
     return SiteReport(*about, where=place.where)
