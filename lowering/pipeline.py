@@ -36,6 +36,7 @@ from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.read_contractions import read_contractions
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
+from kvq_compile.lowering.rewrite.spell_writes import spell_writes
 from kvq_compile.lowering.rewrite.store_dense import store_dense
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
@@ -53,7 +54,8 @@ from kvq_compile.lowering.sites import (
 register()  # before Dynamo traces a call whose caches are quantized
 
 ANALYSIS: tuple[Pass, ...] = (
-    unchain_writes,  # first: the finders know a cache by one node
+    spell_writes,  # first: the other passes know a write by one spelling,
+    unchain_writes,  # the finders a cache by one node
     spell_growth,  # and its growth by one spelling
     hold_slots,
     name_updates,

@@ -46,6 +46,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if result is not NotImplemented:
             return result
     if func._schema.is_mutable and _writes_into_cache(func, args, kwargs):
+        if _is_traced(args) and args and isinstance(args[0], QuantizedKV):
+            return args[0]  # to Dynamo, whose graph is looked at before it runs
         cache = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, QuantizedKV))
         raise NotImplementedError(
             f"{func} must write whole slots, one behind the other, got {cache!r}; assign new tokens as "
@@ -62,6 +64,16 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
     """Write tokens: ``cache[index] = x``."""
+    try:
+        _assign(cache, index, x)
+    except NotImplementedError:
+        if not isinstance(
+            cache.cursor, FakeTensor
+        ):  # of Dynamo, whose graph is looked at before it runs
+            raise
+
+
+def _assign(cache: QuantizedKV, index: Any, x: Any) -> None:
     slots = _token_index(index, cache.shape)
     if isinstance(slots, slice):
         if slots.step not in (None, 1):

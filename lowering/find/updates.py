@@ -28,8 +28,8 @@ from kvq_compile.lowering.nodes import order_of, root_of, same, shape_of, target
 
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")
 _PRODUCTS = ("matmul", "bmm", "mm", "einsum")  # a one-hot product moves elements
-_ENDS = tuple(name for name in MIXING if name not in _PRODUCTS)
-_TRIES = 8  # nodes tried as the new tokens, and as the cache positions of each
+ENDS = tuple(name for name in MIXING if name not in _PRODUCTS)
+TRIES = 8  # nodes tried as the new tokens, and as the cache positions of each
 _TRIALS = 8  # assignments of sizes, of which some leave no room for the tokens
 
 
@@ -53,8 +53,8 @@ class Update:
 def find_update(result: fx.Node) -> Update | None:
     """Return what ``result`` ``[B, H, S, D]`` is made of, if it is a fixed-size cache with new tokens in it."""
     for past, new in _candidates(result):
-        for position in (*_positions(result, past, new), None):
-            found = _Trial(result, past, new, position).update()
+        for position in (*positions_among([result], past, new), None):
+            found = UpdateTrial(result, past, new, position).update()
             if found is not None:
                 return found
     return None
@@ -75,10 +75,10 @@ def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     pasts = {node for node in result.graph.nodes if _is_past(node, result)}
     if not pasts:  # as in most graphs: the search below costs far more
         return
-    near = [node for node in made_of(result, _ENDS) if node is not result and _is_like(node, like)]
+    near = [node for node in made_of(result, ENDS) if node is not result and is_like(node, like)]
     for past in filter(pasts.__contains__, near):
-        shorter = [node for node in near if 0 < _hint(node) < _hint(result)]
-        yield from ((past, new) for new in shorter[:_TRIES])
+        shorter = [node for node in near if 0 < hint_of(node) < hint_of(result)]
+        yield from ((past, new) for new in shorter[:TRIES])
 
 
 def _is_past(node: fx.Node, result: fx.Node) -> bool:
@@ -87,19 +87,20 @@ def _is_past(node: fx.Node, result: fx.Node) -> bool:
     if node is result or not (allocated or is_cache_like(node)):
         return False
     mine, theirs = shape_of(node), shape_of(result)
-    if mine is None or theirs is None or len(mine) != 4 or _hint(node) != _hint(result):
+    if mine is None or theirs is None or len(mine) != 4 or hint_of(node) != hint_of(result):
         return False
     return same(mine[2], theirs[2])
 
 
-def _is_like(node: fx.Node, like: Tensor) -> bool:
+def is_like(node: fx.Node, like: Tensor) -> bool:
+    """Return whether a node may be tokens of a cache."""
     mine, value = shape_of(node), value_of(node)
     if mine is None or len(mine) != 4 or value.dtype != like.dtype:
         return False
     return all(same(mine[dim], like.shape[dim]) for dim in (0, 1, 3))
 
 
-def _hint(node: fx.Node) -> int:
+def hint_of(node: fx.Node) -> int:
     """Return how many tokens a tensor has in the call that is being compiled; 0 where that depends on data."""
     size = (shape_of(node) or ())[2]
     if not isinstance(size, torch.SymInt):
@@ -107,15 +108,15 @@ def _hint(node: fx.Node) -> int:
     return int(size.node.hint) if size.node.has_hint() else 0
 
 
-def _positions(result: fx.Node, past: fx.Node, new: fx.Node) -> list[fx.Node]:
-    """Return what may be the cache positions written, what is computed last first."""
+def positions_among(results: list[fx.Node], past: fx.Node, new: fx.Node) -> list[fx.Node]:
+    """Return what may be the cache positions that ``results`` are written at, what is computed last first."""
     tokens = (shape_of(new) or ())[2]
-    writers = writers_of(result.graph)
+    writers = writers_of(past.graph)
     seen: set[fx.Node] = {past, new}
-    stack, found = [result], []
+    stack, found = [*results], []
     while stack:
         node = stack.pop()
-        if node in seen or target_name(node) in _ENDS:
+        if node in seen or target_name(node) in ENDS:
             continue
         seen.add(node)
         value = value_of(node)
@@ -123,8 +124,8 @@ def _positions(result: fx.Node, past: fx.Node, new: fx.Node) -> list[fx.Node]:
         if integers and (same(value.numel(), tokens) or _are_symbols(value.numel(), tokens)):
             found.append(node)
         stack.extend((*node.all_input_nodes, *writers.get(root_of(node), ())))
-    place = order_of(result.graph)
-    return sorted(found, key=place.__getitem__, reverse=True)[:_TRIES]
+    place = order_of(past.graph)
+    return sorted(found, key=place.__getitem__, reverse=True)[:TRIES]
 
 
 def _are_symbols(a: Any, b: Any) -> bool:
@@ -135,13 +136,13 @@ def _are_symbols(a: Any, b: Any) -> bool:
     return bool(known and a.node.expr.is_symbol and b.node.expr.is_symbol)
 
 
-class _Trial(Trial):
+class UpdateTrial(Trial):
     """The operations between a cache, new tokens, their cache positions and what may be the updated cache."""
 
     def __init__(
         self, result: fx.Node, past: fx.Node, new: fx.Node, position: fx.Node | None
     ) -> None:
-        super().__init__(result, [past, new, *([] if position is None else [position])], _ENDS)
+        super().__init__(result, [past, new, *([] if position is None else [position])], ENDS)
         self._past, self._new, self._position = past, new, position
 
     def update(self) -> Update | None:
@@ -193,18 +194,23 @@ class _Trial(Trial):
         if self._position is not None:
             like = value_of(self._position)
             shape = [size_of_trial(size, sizes) for size in like.shape]
-            counted = torch.arange(first, first + new.shape[2], dtype=like.dtype, device="cpu")
-            given[self._position] = counted.reshape(shape)
+            places = self._places(first, new.shape[2], past.shape[2])
+            given[self._position] = places.to(like.dtype).reshape(shape)
         result = self.run(sizes, given)
         if result.dtype != past.dtype or result.shape != past.shape:
             return None
         if self._position is None:
             first = int((result != past).any(3).any(1).any(0).int().argmax())
-        expected = past.clone()
+            places = torch.arange(first, first + new.shape[2], device="cpu")
         if first + new.shape[2] > past.shape[2]:
             return None
-        expected[:, :, first : first + new.shape[2]] = new
+        expected = past.index_copy(2, places, new)
         return first if torch.equal(result, expected) else None
+
+    def _places(self, first: int, tokens: int, slots: int) -> Tensor:
+        """Return the cache positions to try, the first of which is ``first`` where they are consecutive."""
+        del slots
+        return torch.arange(first, first + tokens, device="cpu")
 
     def _numbers(self) -> list[tuple[Any, Any]]:
         """Return what may be the first cache position, as values and as arguments of nodes: numbers among the steps."""

@@ -1,0 +1,125 @@
+"""Find writes in place that put a call's tokens at cache positions, whatever operations write.
+
+``scatter_``, ``copy_`` into a slice, ``masked_scatter_``, indices of every dimension, products with one-hot rows: what
+writes into a buffer is evaluated as updates are (`updates`), at consecutive cache positions and at others. It is such a
+write if the buffer then equals ``index_copy(buffer, 2, position, new)`` every time, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.lowering.find.trial import data_of, plain_name, writers_of
+from kvq_compile.lowering.find.updates import (
+    ENDS,
+    TRIES,
+    Update,
+    UpdateTrial,
+    hint_of,
+    is_like,
+    positions_among,
+)
+from kvq_compile.lowering.find.writes import is_write, read_write
+from kvq_compile.lowering.nodes import order_of, root_of, value_of
+from kvq_compile.lowering.sites import Refusal
+
+_REACH = 64  # nodes looked at behind the writes
+
+
+def find_write(buffer: fx.Node, writers: list[fx.Node]) -> Update | None:
+    """Return the tokens and the cache positions that all ``writers`` of a buffer amount to, if they do to that."""
+    views = [node for node in buffer.graph.nodes if node is buffer or root_of(node) is buffer]
+    for new in _candidates(buffer, writers):
+        for position in (*positions_among(writers, buffer, new), None):
+            found = [
+                kind(buffer, new, position, writers, views).update()
+                for kind in ((_Scattered, _InPlace) if position is not None else (_InPlace,))
+            ]
+            if None not in found:
+                return found[-1]
+    return None
+
+
+def _candidates(buffer: fx.Node, writers: list[fx.Node]) -> Iterator[fx.Node]:
+    """Yield what may be the new tokens, nearest first."""
+    seen: set[fx.Node] = {buffer}
+    front, found = [*writers], 0
+    while front and len(seen) < _REACH and found < TRIES:
+        node = front.pop(0)
+        for other in data_of(node):
+            if other in seen:
+                continue
+            seen.add(other)
+            inside = root_of(other) is buffer
+            if (
+                not inside
+                and is_like(other, value_of(buffer))
+                and 0 < hint_of(other) < hint_of(buffer)
+            ):
+                found += 1
+                yield other
+            if plain_name(other) not in ENDS and other.op != "placeholder":
+                front.append(other)
+
+
+class _InPlace(UpdateTrial):
+    """The writes into a buffer, and what they are computed by from its tokens, the new ones and their positions."""
+
+    def __init__(
+        self,
+        buffer: fx.Node,
+        new: fx.Node,
+        position: fx.Node | None,
+        writers: list[fx.Node],
+        views: list[fx.Node],
+    ) -> None:
+        super().__init__(buffer, buffer, new, position)
+        self._writers, self._views = writers, views
+
+    def collect(self) -> bool:
+        """Collect the nodes to run; say whether they alone decide on the buffer, and nothing reads in between."""
+        place, writers = order_of(self.result.graph), writers_of(self.result.graph)
+        needed: set[fx.Node] = set()
+        stack = [*self._writers]
+        while stack:
+            node = stack.pop()
+            if node in needed or node in self._cuts:
+                continue
+            if node.op not in ("call_function", "call_method", "get_attr"):
+                if isinstance(value_of(node), (torch.SymInt, int)):
+                    continue
+                return False
+            if plain_name(node) in ENDS or len(needed) > _REACH:
+                return False
+            needed.add(node)
+            if not isinstance(value_of(node), torch.SymInt):
+                stack.extend(data_of(node))
+            stack.extend(writers.get(root_of(node), ()))
+        self.steps = sorted(needed, key=place.__getitem__)
+        last = place[self.steps[-1]]
+        for cut in self._cuts[1:]:
+            if any(place[cut] < place[node] <= last for node in writers.get(root_of(cut), ())):
+                return False
+        readers = {user for node in self._views for user in node.users} - needed
+        return all(place[user] > last for user in readers)
+
+
+class _Scattered(_InPlace):
+    """The same at cache positions that do not follow one another."""
+
+    def _places(self, first: int, tokens: int, slots: int) -> Tensor:
+        generator = torch.Generator().manual_seed(first)
+        return torch.randperm(slots, generator=generator)[:tokens]
+
+
+def is_spelled(writer: fx.Node, buffer: fx.Node) -> bool:
+    """Return whether a write into a buffer is in one of the spellings of `writes`, or empties it."""
+    if writer.args[0] is not buffer:
+        return False
+    try:
+        return plain_name(writer) == "zero_" or (is_write(writer) and bool(read_write(writer)))
+    except Refusal:
+        return False

@@ -1,0 +1,85 @@
+"""Normalize every spelling of a write into a buffer to one assignment."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx
+
+from kvq_compile.lowering.find.in_place import find_write, is_spelled
+from kvq_compile.lowering.find.movement import is_cache_like
+from kvq_compile.lowering.find.trial import writers_of
+from kvq_compile.lowering.find.updates import ALLOCATIONS, Update
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import (
+    FULL,
+    erase_unread,
+    input_of,
+    insert_call,
+    order_of,
+    shape_of,
+    size_of,
+    target_name,
+    value_of,
+)
+
+
+def spell_writes(graph: Graph) -> PassReport:
+    """Write the call's tokens into a buffer of fixed size by ``cache[:, :, position] = key``.
+
+    Before:  cache.scatter_(2, index.expand(B, H, T, D), key); cache[:, :, a:b].copy_(key); cache.copy_(where(...))
+    After:   cache[:, :, position] = key
+    Because: later passes match one pattern, whatever spelling the model has.
+
+    Leaves alone: writes that evaluation does not prove to be tokens put at cache positions, whichever these are.
+    """
+    changes = []
+    for buffer, writers in writers_of(graph.fx).items():
+        if not _may_be_cache(buffer) or all(is_spelled(writer, buffer) for writer in writers):
+            continue
+        found = find_write(buffer, writers)
+        if found is not None:
+            _spell(graph.fx, buffer, writers, found)
+            changes.append(f"{buffer} is written at {found.position} with {found.new}")
+    graph.used |= {node for node in graph.fx.nodes if node.users}
+    return PassReport(tuple(changes))
+
+
+def _may_be_cache(node: fx.Node) -> bool:
+    allocated = target_name(node) in ALLOCATIONS and len(shape_of(node) or ()) == 4
+    return is_cache_like(node) or allocated
+
+
+def _spell(graph: fx.Graph, buffer: fx.Node, writers: list[fx.Node], found: Update) -> None:
+    """Replace the writes into a buffer, each of which returns what it writes into."""
+    last = max(writers, key=order_of(graph).__getitem__)
+    with graph.inserting_before(last.next):
+        slots = _slots(graph, found)
+        insert_call(graph, operator.setitem, (buffer, (FULL, FULL, slots), found.new))
+    for writer in writers:
+        writer.replace_all_uses_with(input_of(writer))
+    for step in reversed(found.steps):
+        if step in writers:
+            graph.erase_node(step)
+        else:
+            erase_unread(graph, [step])
+
+
+def _slots(graph: fx.Graph, found: Update) -> Any:
+    position, value = found.position, value_of(found.position)
+    if isinstance(value, Tensor):
+        if value.dim() == 1:
+            return position
+        return _vector(graph, position, value)
+    tokens = size_of(found.new, 2)
+    if isinstance(position, int) and isinstance(tokens, int):
+        return slice(position, position + tokens)
+    end = insert_call(graph, operator.add, (position, tokens), value + value_of(tokens))
+    return slice(position, end)
+
+
+def _vector(graph: fx.Graph, position: fx.Node, value: Tensor) -> fx.Node:
+    vector = graph.call_method("reshape", (position, -1))
+    vector.meta["example_value"] = value.reshape(-1)
+    return vector
