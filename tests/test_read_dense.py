@@ -48,12 +48,6 @@ def with_a_sink(query, keys, values):
     return weights(scores)[..., :-1] @ values
 
 
-def with_relative_bias(query, keys, values):
-    scores = query @ keys.mT
-    distance = torch.arange(keys.shape[2]) - torch.arange(query.shape[2])[:, None]
-    return weights(scores + distance / 8 + distance.abs() / 9) @ values
-
-
 def flexible(query, keys, values):
     return flex_attention(query, keys, values, score_mod=lambda score, b, h, i, j: score + 0.01 * j)
 
@@ -62,24 +56,6 @@ def in_chunks(query, keys, values):
     heads = zip(query.split(1, 1), keys.split(1, 1), values.split(1, 1), strict=True)
     parts = [weights(one @ part.mT) @ other for one, part, other in heads]
     return torch.cat(parts, 1)
-
-
-def by_einsum(query, keys, values):
-    shares = weights(torch.einsum("bhtd,bhsd->bhts", query, keys))
-    return torch.einsum("bhts,bhsd->bhtd", shares, values)
-
-
-def with_heads_in_the_batch(query, keys, values):
-    flat = [x.flatten(0, 1) for x in (query, keys, values)]
-    return torch.bmm(weights(torch.bmm(flat[0], flat[1].transpose(1, 2))), flat[2]).view(
-        query.shape
-    )
-
-
-def in_groups(query, keys, values):
-    grouped = query[:, :, None]
-    shares = weights(torch.einsum("bhgtd,bhsd->bhgts", grouped, keys))
-    return torch.einsum("bhgts,bhsd->bhgtd", shares, values)[:, :, 0]
 
 
 def rotated_at_read(query, keys, values):
@@ -103,9 +79,8 @@ def _(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 READERS = [
-    own_operator,
-    *(soft_capped, spelled_out, with_a_sink, with_relative_bias, flexible, in_chunks, by_einsum),
-    *(with_heads_in_the_batch, in_groups, rotated_at_read, linear),
+    *(soft_capped, spelled_out, with_a_sink, flexible, own_operator),
+    *(in_chunks, rotated_at_read, linear),
 ]
 
 

@@ -86,7 +86,7 @@ class _InPlace(UpdateTrial):
         stack = [*self._writers]
         while stack:
             node = stack.pop()
-            if node in needed or node in self._cuts:
+            if node in needed or node in self.cuts:
                 continue
             if node.op not in ("call_function", "call_method", "get_attr"):
                 if isinstance(value_of(node), (torch.SymInt, int)):
@@ -100,7 +100,7 @@ class _InPlace(UpdateTrial):
             stack.extend(writers.get(root_of(node), ()))
         self.steps = sorted(needed, key=place.__getitem__)
         last = place[self.steps[-1]]
-        for cut in self._cuts[1:]:
+        for cut in self.cuts[1:]:
             if any(place[cut] < place[node] <= last for node in writers.get(root_of(cut), ())):
                 return False
         readers = {user for node in self._views for user in node.users} - needed
