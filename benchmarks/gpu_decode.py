@@ -102,6 +102,7 @@ def tc(bits: float, turned: bool = True) -> CacheSpec:
 SPECS = {
     "tc-4": lambda: tc(4),
     "tc-3": lambda: tc(3),
+    "tc-2.5": lambda: tc(2.5),
     "tc-2": lambda: tc(2),
     "tc-3-unturned": lambda: tc(3, False),
     "int8": lambda: CacheSpec(Uniform(8), Uniform(8)),

@@ -28,8 +28,9 @@ Pairs = Literal["halves", "neighbours", "none"]
 
 MAX_WIDTH = 8  # bits of a channel
 BLOCK_WORDS = (
-    8  # words of a token in a block: 16 bytes, which the matrix instruction reads as 128 channels
+    8  # words of a token in a block: 16 bytes, which the matrix instruction reads as 64 channels
 )
+FIELDS = WORD_BITS // 2  # of a word
 PARAM_FIELDS = 3  # bytes of a channel's parameters: step, low and high byte of the center
 # What a bit takes from the mean squared error of a channel of variance 1: the first, the second, ...
 GAINS = (0.6366, 0.2459, 0.08296, 0.025043, 0.006997, 0.00185, 0.00048, 0.00013)

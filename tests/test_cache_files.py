@@ -25,7 +25,7 @@ from kvq_compile.kernels.cache.saved import (
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
-from kvq_compile.kernels.schemes import Adaptive, Codebook, Mixed, Uniform
+from kvq_compile.kernels.schemes import Adaptive, Channelwise, Codebook, Mixed, Uniform
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import page_layouts
 from kvq_compile.testing.small_cache import assert_same_bytes
@@ -101,7 +101,7 @@ def _cursor(held: int, pages: int) -> Callable[[dict[str, Any]], None]:
 
 
 TAMPERED = {
-    "another format": _set("version", 3),
+    "another format": _set("version", FORMAT + 1),
     "a kind that is none": _set("kind", "growing"),
     "a length that is no integer": _set("length", 100.0),
     "a negative length": _set("length", -1),
@@ -292,6 +292,16 @@ def test_a_file_of_a_later_format_is_refused_with_what_to_do() -> None:
     file = content(make(LAYOUTS["uniform"])) | {"version": FORMAT + 1}
     with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {FORMAT + 1}; load it"):
         load(file)
+
+
+def test_a_file_of_the_format_before_is_loaded_unless_its_channels_differ_in_bits() -> None:
+    cache = make(LAYOUTS["uniform"])
+    assert_same_bytes(load(content(cache) | {"version": FORMAT - 1}), cache)
+    layout = CacheSpec(Channelwise(2), Uniform(2), **REGIONS).layout("key", D)
+    file = content(make(layout))
+    load(file)
+    with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {FORMAT - 1}; load it"):
+        load(file | {"version": FORMAT - 1})
 
 
 def test_importing_the_package_is_enough_to_load(tmp_path: Path) -> None:

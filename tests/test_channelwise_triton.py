@@ -19,7 +19,7 @@ from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.schemes import Channelwise, Scheme, Uniform
 from kvq_compile.kernels.spec import QUERIES, CacheSpec
-from kvq_compile.kernels.triton import append, backend
+from kvq_compile.kernels.triton import append, backend, launch
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples, frame_on_device
 from uncalibrated import Framed
@@ -331,4 +331,16 @@ def test_keys_and_queries_of_any_size_keep_the_error_of_low_precision(
 
 def test_many_queries_are_attended_in_tiles() -> None:
     site = plain_site(torch.float32, 64, 2, tokens=20)
+    site.assert_low_precision_error(site.attend(None), None)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_splits_that_start_late_leave_no_page_out(
+    late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them takes two pages less than the others, of which there are enough."""
+    monkeypatch.setattr(launch, "count_splits", lambda *_: (2, 3))
+    monkeypatch.setattr(launch, "count_late", lambda *_: late)
+    spec = CacheSpec(Channelwise(2.5), Uniform(2, params="e5m3"), 3, 20, 32)
+    site = Site(plain_sides(spec, (64, 64), 2), (1, 2), (480, 1, 0), torch.float32)
     site.assert_low_precision_error(site.attend(None), None)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
     from kvq_compile.kernels.layout import Layout
 
-FORMAT = 2
+FORMAT = 3
+OLDER_FORMAT = 2  # the same, but for pages whose channels differ in bits
 # Fields of a layout in files of format 1, a comma-separated text; files of that format have no version.
 OLD_FIELDS = (
     *("role", "bits", "grouping", "group_size", "clip", "transform", "sinks", "window"),
@@ -106,19 +107,20 @@ def rebuild(
     calibrated: list[Tensor],
     first: int | None = None,
 ) -> QuantizedKV:
-    """Wrap the contents of a file of the current format.
+    """Wrap the contents of a file of the current format, or of one before whose pages are the same.
 
     Raises:
         ValueError: It is of another format, or its layout is not one.
     """
     from kvq_compile.kernels.cache.tensor import wrap_loaded
 
-    if version != FORMAT:
+    found = load_layout(layout) if version in (FORMAT, OLDER_FORMAT) else None
+    if found is None or (version == OLDER_FORMAT and found.scheme.name == "channelwise"):
         raise ValueError(
             f"a saved cache must be of format {FORMAT}, got {version}; load it with the version of kvq-compile "
             "that saved it, and save its dequantize()"
         )
-    return wrap_loaded(parts, calibrated, load_layout(layout), kind, length, first)
+    return wrap_loaded(parts, calibrated, found, kind, length, first)
 
 
 def receive(

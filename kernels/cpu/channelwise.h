@@ -1,13 +1,15 @@
 // Read pages of keys whose channels differ in bits.
 //
 // reference/channelwise.py is the specification. A page is loaded as bytes [bits of a token / 8, tokens]: byte k of a
-// token has its bits 8 k .. 8 k + 7, so that the codes of a channel are bits of one byte or of two, at the same place
-// in all tokens. To unpack them is a shift and a mask. To score them takes less: bits that are masked, but not shifted,
-// are a code times a power of two, by which the query is divided.
+// token has its fields 4 k .. 4 k + 3. Digits of a channel are side by side, so that most codes are bits of one byte, at
+// the same place in all tokens; others are put together in bytes of their own, behind those. To unpack a code is a shift
+// and a mask. To score it takes less: bits that are masked, but not shifted, are a code times a power of two, by which
+// the query is divided.
 
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "wire.h"
@@ -16,28 +18,36 @@ namespace {
 
 constexpr int kMostBits = 8;    // of a channel
 constexpr int kBlockWords = 8;  // words of a token in a block
-constexpr int kBitsOfWord = 16, kBitsOfByte = 8;
+constexpr int kBitsOfWord = 16, kBitsOfByte = 8, kBitsOfField = 2;
 constexpr int kStrip = 32;      // tokens scored at once; a page has a multiple of them
 
 // Where a bit of a token lies: a word of the token, counted through all blocks, and a bit of that word.
 struct BitPlace {
-  int64_t word, field;
+  int64_t word, bit;
 };
 
 inline BitPlace place_of(int64_t bit, int64_t total) {
   constexpr int64_t kBlock = kBlockWords * kBitsOfWord;
   const int64_t start = bit / kBlock * kBlock, words = (total - start < kBlock ? total - start : kBlock) / kBitsOfWord;
-  return {start / kBitsOfWord + (bit - start) % words, (bit - start) / words};
+  const int64_t field = (bit - start) / kBitsOfField;
+  return {start / kBitsOfWord + field % words, field / words * kBitsOfField + bit % kBitsOfField};
 }
 
-// Bits of a channel that lie in one byte: as they lie there, they are `scale` times less than in its code.
+// The codes of a channel: bits of one byte, `low` the lowest; as they lie there, they are too large by 1 / `scale`.
 struct Piece {
   int32_t channel, byte;
-  uint8_t mask;
+  uint8_t mask, low;
   float scale;
 };
 
-// Exchange bits of x, `shift` places up, with bits of y, in 8 x 8 squares of bits.
+// A part of codes that are put together in byte `target`: bits of a byte, `shift` places up.
+struct Part {
+  int32_t byte, target;
+  int shift;
+  uint8_t mask;  // of the bits, where they are put
+};
+
+// Exchange bits of x, `shift` places up, with bits of y, in 8 x 8 squares of fields.
 inline void exchange(uint16_t& x, uint16_t& y, int shift, uint16_t mask) {
   const uint16_t differing = static_cast<uint16_t>((x >> shift ^ y) & mask);
   y = static_cast<uint16_t>(y ^ differing), x = static_cast<uint16_t>(x ^ differing << shift);
@@ -48,11 +58,13 @@ struct Channels {
   int64_t head = -1;  // the head that the widths are of, -1: none
   bool damaged = false;
   std::vector<uint8_t> width;
-  std::vector<int32_t> first;  // bit 0 of each channel
+  std::vector<int32_t> first, single;  // of each channel: the first bit of its digits, and what is left over
   std::vector<Piece> pieces;
+  std::vector<Part> parts;
+  int32_t joints = 0;  // codes that are put together
   std::vector<float> step, lowest;
   std::vector<uint16_t> words;  // of the page, [words of a token, tokens]
-  std::vector<uint8_t> bytes;   // of the page, [bits of a token / 8, tokens]
+  std::vector<uint8_t> bytes;   // of the page, [bits of a token / 8 and joints, tokens]
   std::vector<float> turning;   // products of queries and the mean that is taken off
   std::vector<float> asked, factor, scaled;  // queries, parameters and both together, a number for each piece
 
@@ -62,21 +74,38 @@ struct Channels {
 
   // Read the widths of a head; say whether a cache whose tokens have `total` bits could have found them.
   bool read(const void* exact, int64_t offset, int64_t dtype, int64_t channels, int64_t total) {
-    step.resize(static_cast<size_t>(channels)), first.resize(step.size()), width.resize(step.size()), lowest.resize(step.size());
+    step.resize(static_cast<size_t>(channels)), first.resize(step.size()), single.resize(step.size()), width.resize(step.size()), lowest.resize(step.size());
     to_float(exact, offset, dtype, channels, step.data());
-    pieces.clear();
+    pieces.clear(), parts.clear(), joints = 0, words.resize(0), bytes.resize(0);
     int32_t bit = 0;
     for (size_t c = 0; c < step.size(); ++c) {
       if (!(step[c] >= 0.0f && step[c] <= kMostBits && step[c] == std::floor(step[c]))) return false;
-      width[c] = static_cast<uint8_t>(step[c]), first[c] = bit;
-      for (const int32_t end = bit + width[c]; bit < end;) {
-        const int32_t low = bit % kBitsOfByte, count = end - bit < kBitsOfByte - low ? end - bit : kBitsOfByte - low;
-        pieces.push_back({static_cast<int32_t>(c), bit / kBitsOfByte, static_cast<uint8_t>(((1 << count) - 1) << low), std::ldexp(1.0f, bit - first[c] - low)});
-        bit += count;
-      }
+      width[c] = static_cast<uint8_t>(step[c]), single[c] = bit;
+      bit += width[c] % 2;
     }
-    words.resize(0), bytes.resize(0);
-    return bit == total;
+    for (size_t c = 0; c < step.size(); ++c) first[c] = bit, bit += width[c] / 2 * 2;
+    if (bit != total) return false;
+    for (size_t c = 0; c < step.size(); ++c)
+      if (width[c]) place_codes(static_cast<int32_t>(c), static_cast<int32_t>(total / kBitsOfByte));
+    return true;
+  }
+
+  // Say where the codes of a channel are, or are put: behind the `count` bytes of a token.
+  void place_codes(int32_t c, int32_t count) {
+    const int bits = width[static_cast<size_t>(c)], digits = bits / 2 * 2;
+    const int32_t at = first[static_cast<size_t>(c)], left = single[static_cast<size_t>(c)];
+    const int32_t byte = digits ? at / kBitsOfByte : left / kBitsOfByte;
+    const int low = (digits ? at : left) % kBitsOfByte;
+    if (low + bits <= kBitsOfByte && (bits % 2 == 0 || !digits)) {
+      pieces.push_back({c, byte, static_cast<uint8_t>(((1 << bits) - 1) << low), static_cast<uint8_t>(low), std::ldexp(1.0f, -low)});
+      return;
+    }
+    const int32_t target = count + joints++;
+    const int here = kBitsOfByte - low < digits ? kBitsOfByte - low : digits;  // bits of the first byte
+    pieces.push_back({c, target, static_cast<uint8_t>((1 << bits) - 1), 0, 1.0f});
+    parts.push_back({byte, target, -low, static_cast<uint8_t>((1 << here) - 1)});
+    if (here < digits) parts.push_back({byte + 1, target, here, static_cast<uint8_t>((1 << digits) - (1 << here))});
+    if (bits % 2) parts.push_back({left / kBitsOfByte, target, digits - left % kBitsOfByte, static_cast<uint8_t>(1 << digits)});
   }
 
   // Load a page of checked widths.
@@ -86,14 +115,30 @@ struct Channels {
       step[at] = from_e5m3(params[c]);
       lowest[at] = from_half(static_cast<uint16_t>(params[dim() + c] | params[2 * dim() + c] << 8)) - step[at] * half_levels(width[at]);
     }
-    const int64_t total = first.back() + width.back(), count = total / kBitsOfWord;
-    words.resize(static_cast<size_t>(count * tokens)), bytes.resize(2 * words.size());
+    const int64_t total = first.back() + width.back() / 2 * 2, count = total / kBitsOfWord;
+    words.resize(static_cast<size_t>(count * tokens)), bytes.resize(2 * words.size() + static_cast<size_t>(joints * tokens));
     for (int64_t done = 0; done < count; done += kBlockWords) {
       const int64_t some = count - done < kBlockWords ? count - done : kBlockWords, at = done * tokens;
       if (some == kBlockWords)
         load_block(codes + at, tokens, words.data() + at, bytes.data() + 2 * at);
       else
         load_rest(codes + at, some, tokens, words.data() + at, bytes.data() + 2 * at);
+    }
+    std::fill(bytes.begin() + static_cast<std::ptrdiff_t>(2 * words.size()), bytes.end(), uint8_t{0});
+    for (const Part& part : parts) add_part(part, tokens);
+  }
+
+  // Add a part of codes that are put together, eight tokens at a time.
+  void add_part(const Part& part, int64_t tokens) {
+    const uint64_t mask = part.mask * uint64_t{0x0101010101010101};
+    const uint8_t* from = bytes.data() + part.byte * tokens;
+    uint8_t* to = bytes.data() + part.target * tokens;
+    const int up = part.shift > 0 ? part.shift : 0, down = part.shift < 0 ? -part.shift : 0;
+    for (int64_t n = 0; n < tokens; n += 8) {
+      uint64_t bits, sum;
+      std::memcpy(&bits, from + n, 8), std::memcpy(&sum, to + n, 8);
+      sum |= bits << up >> down & mask;
+      std::memcpy(to + n, &sum, 8);
     }
   }
 
@@ -104,13 +149,13 @@ struct Channels {
     for (int64_t n = 0; n < tokens; ++n) {
       uint16_t a = turned[n], b = turned[tokens + n], c = turned[2 * tokens + n], d = turned[3 * tokens + n];
       uint16_t e = turned[4 * tokens + n], f = turned[5 * tokens + n], g = turned[6 * tokens + n], h = turned[7 * tokens + n];
-      exchange(a, e, 4, 0x0F0F), exchange(b, f, 4, 0x0F0F), exchange(c, g, 4, 0x0F0F), exchange(d, h, 4, 0x0F0F);
-      exchange(a, c, 2, 0x3333), exchange(b, d, 2, 0x3333), exchange(e, g, 2, 0x3333), exchange(f, h, 2, 0x3333);
-      exchange(a, b, 1, 0x5555), exchange(c, d, 1, 0x5555), exchange(e, f, 1, 0x5555), exchange(g, h, 1, 0x5555);
+      exchange(a, e, 8, 0x00FF), exchange(b, f, 8, 0x00FF), exchange(c, g, 8, 0x00FF), exchange(d, h, 8, 0x00FF);
+      exchange(a, c, 4, 0x0F0F), exchange(b, d, 4, 0x0F0F), exchange(e, g, 4, 0x0F0F), exchange(f, h, 4, 0x0F0F);
+      exchange(a, b, 2, 0x3333), exchange(c, d, 2, 0x3333), exchange(e, f, 2, 0x3333), exchange(g, h, 2, 0x3333);
       const uint16_t all[kBlockWords] = {a, b, c, d, e, f, g, h};
       for (int k = 0; k < kBlockWords; ++k) {
-        out[k * tokens + n] = static_cast<uint8_t>(all[k]);
-        out[(kBlockWords + k) * tokens + n] = static_cast<uint8_t>(all[k] >> kBitsOfByte);
+        out[2 * k * tokens + n] = static_cast<uint8_t>(all[k]);
+        out[(2 * k + 1) * tokens + n] = static_cast<uint8_t>(all[k] >> kBitsOfByte);
       }
     }
   }
@@ -120,27 +165,25 @@ struct Channels {
     for (int64_t w = 0; w < count; ++w)
       for (int64_t n = 0; n < tokens; ++n) turned[w * tokens + n] = codes[n * count + w];
     std::fill(out, out + 2 * count * tokens, uint8_t{0});
-    for (int64_t bit = 0; bit < count * kBitsOfWord; ++bit) {
-      const uint16_t* from = turned + bit % count * tokens;
-      uint8_t* to = out + bit / kBitsOfByte * tokens;
-      const int field = static_cast<int>(bit / count), low = static_cast<int>(bit % kBitsOfByte);
+    for (int64_t number = 0; number < count * kBitsOfWord / kBitsOfField; ++number) {
+      const uint16_t* from = turned + number % count * tokens;
+      const int shift = static_cast<int>(number / count * kBitsOfField), low = static_cast<int>(number * kBitsOfField % kBitsOfByte);
+      uint8_t* to = out + number * kBitsOfField / kBitsOfByte * tokens;
 #pragma omp simd
-      for (int64_t n = 0; n < tokens; ++n) to[n] = static_cast<uint8_t>(to[n] | ((from[n] >> field) & 1) << low);
+      for (int64_t n = 0; n < tokens; ++n) to[n] = static_cast<uint8_t>(to[n] | ((from[n] >> shift) & 3) << low);
     }
   }
 
   // Dequantize the page loaded into a tile [dim, tokens].
   void unpack(int64_t tokens, float* tile) const {
-    for (size_t c = 0; c < width.size(); ++c, tile += tokens) {
-      if (!width[c]) {
-        for (int64_t n = 0; n < tokens; ++n) tile[n] = 0.0f * step[c] + lowest[c];
-        continue;
-      }
-      const int low = first[c] % kBitsOfByte, mask = (1 << width[c]) - 1;
-      const uint8_t* one = bytes.data() + first[c] / kBitsOfByte * tokens;
-      const uint8_t* other = low + width[c] > kBitsOfByte ? one + tokens : one;  // has no bit of the channel
+    for (size_t c = 0; c < width.size(); ++c)
+      if (!width[c]) std::fill(tile + static_cast<int64_t>(c) * tokens, tile + static_cast<int64_t>(c + 1) * tokens, 0.0f * step[c] + lowest[c]);
+    for (const Piece& piece : pieces) {
+      const size_t c = static_cast<size_t>(piece.channel);
+      const uint8_t* from = bytes.data() + piece.byte * tokens;
+      float* to = tile + static_cast<int64_t>(c) * tokens;
 #pragma omp simd
-      for (int64_t n = 0; n < tokens; ++n) tile[n] = static_cast<float>(((one[n] | other[n] << kBitsOfByte) >> low) & mask) * step[c] + lowest[c];
+      for (int64_t n = 0; n < tokens; ++n) to[n] = static_cast<float>((from[n] & piece.mask) >> piece.low) * step[c] + lowest[c];
     }
   }
 

@@ -120,10 +120,11 @@ void pack_bits(PageWriter& w, const Channels& channels) {
   for (size_t c = 0; c < channels.width.size(); ++c) {
     const uint16_t* codes = w.transposed.data() + static_cast<int64_t>(c) * N;
     for (int j = 0; j < channels.width[c]; ++j) {
-      const BitPlace place = place_of(channels.first[c] + j, w.t.rows * kBitsOfWord);
+      const bool left_over = j == channels.width[c] / 2 * 2;
+      const BitPlace place = place_of(left_over ? channels.single[c] : channels.first[c] + j, w.t.rows * kBitsOfWord);
       uint16_t* out = words.data() + place.word * N;
 #pragma omp simd
-      for (int64_t n = 0; n < N; ++n) out[n] = static_cast<uint16_t>(out[n] | ((codes[n] >> j) & 1) << place.field);
+      for (int64_t n = 0; n < N; ++n) out[n] = static_cast<uint16_t>(out[n] | ((codes[n] >> j) & 1) << place.bit);
     }
   }
   for (int64_t first = 0; first < w.t.rows; first += kBlockWords) {

@@ -28,10 +28,12 @@ The center is the middle of the channel's range, or its mean where it has no bit
 span from 1 to 0.4 of the range, by the squared error that it leaves. The parameters of a channel are three bytes: the
 step in e5m3, low and high byte of the center in fp16.
 
-**Codes** are bits. Bit ``j`` of channel ``c`` is number ``first[c] + j`` of a token, ``first`` being the sum of the
-widths of the channels before. The bits of a token are cut into blocks of 128; what is left is the last block. A block
-of ``W`` words a token lies behind the one before, ``[N, W]``, and bit ``f W + w`` of a token's block is bit ``f`` of
-its word ``w``: a block is packed as keys of one bit are.
+**Codes** are digits of base 4: digit ``j`` of a code is its bits ``2 j`` and ``2 j + 1``. The highest bit of a channel
+of odd width is left over. A token is a row of fields of two bits, half as many as it has bits: first what is left over,
+channel by channel, two to a field, the first in its lower bit; there is an even number, since widths have an even sum.
+Then digits, channel by channel, the lowest first. The fields of a token are cut into blocks of 64; what is
+left is the last block. A block of ``W`` words a token lies behind the one before, ``[N, W]``, and field ``f W + w`` of
+a token's block is field ``f`` of its word ``w``: a block is packed as keys of two bits are.
 
 All arithmetic is fp32 with one rounding per operation, in the order written, so that devices agree bit by bit.
 
@@ -49,6 +51,7 @@ from torch import Tensor
 from kvq_compile.kernels.channelwise_scheme import (
     BLOCK_WORDS,
     CLIPS,
+    FIELDS,
     GAINS,
     MAX_WIDTH,
     PRIOR,
@@ -256,24 +259,29 @@ def from_params(params: Tensor) -> tuple[Tensor, Tensor]:
     return fields[..., 0], from_bytes(fields[..., 1:])
 
 
-# Bits
+# Fields
 
 
 def bit_places(widths: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Return channel and bit ``[..., rows]`` (int64) of each bit of a token, for widths ``[..., D]``."""
-    last = widths.long().cumsum(-1)
+    widths = widths.long()
+    single = torch.cat([widths % 2, 2 * (widths // 2)], -1)  # what is left over, then digits
+    last = single.cumsum(-1)
     number = torch.arange(rows, dtype=torch.int64, device=widths.device)
     number = number.expand(*widths.shape[:-1], rows).contiguous()
-    channel = torch.searchsorted(last, number, right=True).clamp_max(widths.shape[-1] - 1)
-    return channel, number - (last - widths.long()).gather(-1, channel)
+    run = torch.searchsorted(last, number, right=True).clamp_max(last.shape[-1] - 1)
+    channel, of_digit = run % widths.shape[-1], run // widths.shape[-1]
+    bit = number - (last - single).gather(-1, run)
+    return channel, torch.where(of_digit > 0, bit, widths.gather(-1, channel) - 1)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack the bits ``[..., N, rows]`` (int32) of tokens into words ``[..., rows / 16, N]`` (int16)."""
+    low, high = bits.unflatten(-1, (-1, 2)).unbind(-1)
     blocks = []
-    for block in bits.split(BLOCK_WORDS * WORD_BITS, -1):
-        fields = block.unflatten(-1, (WORD_BITS, -1))
-        shifts = torch.arange(WORD_BITS, device=bits.device, dtype=torch.int64)[:, None]
+    for block in (low + 2 * high).split(BLOCK_WORDS * FIELDS, -1):
+        fields = block.unflatten(-1, (FIELDS, -1))
+        shifts = torch.arange(0, WORD_BITS, 2, device=bits.device, dtype=torch.int64)[:, None]
         words = (fields << shifts).sum(-2)
         blocks.append(torch.where(words >= 1 << 15, words - (1 << 16), words).flatten(-2))
     packed = torch.cat(blocks, -1).to(torch.int16)
@@ -286,10 +294,11 @@ def unpack_bits(codes: Tensor) -> Tensor:
     blocks = []
     for block in codes.flatten(-2).split(BLOCK_WORDS * tokens, -1):
         fields = block.unflatten(-1, (tokens, -1)).int()[..., None, :]
-        shifts = torch.arange(WORD_BITS, device=codes.device, dtype=torch.int32)[:, None]
-        blocks.append(((fields >> shifts) & 1).flatten(-2))
-    assert sum(block.shape[-1] for block in blocks) == words * WORD_BITS
-    return torch.cat(blocks, -1)
+        shifts = torch.arange(0, WORD_BITS, 2, device=codes.device, dtype=torch.int32)[:, None]
+        blocks.append(((fields >> shifts) & 3).flatten(-2))
+    fields = torch.cat(blocks, -1)
+    assert fields.shape[-1] == words * FIELDS
+    return torch.stack([fields & 1, fields >> 1], -1).flatten(-2)
 
 
 # Pages

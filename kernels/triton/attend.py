@@ -52,6 +52,7 @@ from kvq_compile.kernels.triton.query import code_query
 from kvq_compile.kernels.triton.residual import Exact, View, attend_exact
 
 LOG2_E = 1.4426950408889634
+LATE_PAGES = tl.constexpr(4)  # that a program reads while one of exact tokens runs
 
 
 class Side(NamedTuple):
@@ -73,25 +74,32 @@ class Shape(NamedTuple):
 
 @triton.jit
 def _attend_packed(
-    queries, coded, row, keys, values, view, head, rooms, shape, split, splits,
+    queries, coded, row, keys, values, view, head, rooms, shape, split, splits, late,
     KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one split of a head's packed pages; return accumulator, sum and maximum."""
+    """Attend to one split of a head's packed pages, of which the last ``late`` ones start late; return accumulator, sum
+    and maximum.
+    """
     seen = tl.minimum(view.pages, tl.cdiv(tl.maximum(view.kv_len - KEY.sinks, 0), KEY.page_size))
-    size = tl.cdiv(seen, splits)
-    lo = split * size
-    hi = tl.minimum(lo + size, seen)
+    # The last splits of all heads start late, behind programs of exact tokens, and take fewer pages.
+    fewer = tl.minimum(LATE_PAGES, seen // (2 * splits))
+    size = tl.cdiv(seen + fewer * late, splits)
+    lo = split * size - fewer * tl.maximum(split - (splits - late), 0)
+    hi = lo + size - tl.where(split < splits - late, 0, fewer)
+    lo, hi = tl.minimum(lo, seen), tl.minimum(hi, seen)
     key_pages = at_page(keys.packed, head.to(tl.int64), 0, rooms[0], KEY)
     value_pages = at_page(values.packed, head.to(tl.int64), 0, rooms[1], VALUE)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     key_calibration = calibrated_head(keys.calibration, batch, kv_head, KEY)
     value_calibration = calibrated_head(values.calibration, batch, kv_head, VALUE)
-    angles, bits = coded.angles, coded.bits
+    angles, fields = coded.angles, coded.fields
     if KEY.rotary:
         angles += kv_head * (KEY.block * KEY.head_dim)
     if KEY.scheme == "channelwise":
-        bits = tile_of(bits, head.to(tl.int64), shape.heads, tl.num_programs(1), KEY, LAUNCH)
-    key_pages = KeyPages(key_pages.codes, key_pages.params, key_calibration, angles, bits)
+        fields = tile_of(
+            fields, head.to(tl.int64), shape.heads, tl.num_programs(1), rooms[0], KEY, LAUNCH
+        )
+    key_pages = KeyPages(key_pages.codes, key_pages.params, key_calibration, angles, fields)
     value_pages = ValuePages(value_pages.codes, value_pages.params, value_calibration.book)
     if KEY.scheme == "mixed":
         accumulator, running_sum, running_max = attend_mixed_pages(
@@ -107,10 +115,10 @@ def _attend_packed(
     return accumulator, running_sum, running_max
 
 
-@triton.jit(do_not_specialize=["start", "mask_width", "key_room", "value_room"])
+@triton.jit(do_not_specialize=["start", "mask_width", "key_room", "value_room", "late"])
 def attend_kernel(
     query, coded, keys, values, mask, mask_width, position, start, partial, lse, scale, key_room,
-    value_room, shape, KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
+    value_room, shape, late, KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile of queries to one split of the tokens.
 
@@ -165,7 +173,7 @@ def attend_kernel(
         coded_queries = Queries(coded.query.pointer, coded_rows, exists, group, seen, scale)
         accumulator, running_sum, running_max = _attend_packed(
             coded_queries, coded, row, keys, values, view, head, (key_room, value_room), shape,
-            split - shape.exact_splits, splits - shape.exact_splits, KEY, VALUE, LAUNCH,
+            split - shape.exact_splits, splits - shape.exact_splits, late, KEY, VALUE, LAUNCH,
         )  # fmt: skip
         if COPIES > 1:
             stored &= (dim // VALUE.group_size)[:, None] == group[None, :]
@@ -237,11 +245,21 @@ def attend(
     tiles = triton.cdiv(Hq // H * T, LAUNCH.block_q)
     resident = launch.programs_per_sm(KEY, VALUE) * launch.sm_count(query.device)
     exact, paged = launch.count_splits(B * H * tiles, rooms[0], KEY.token_rows + new, resident)
+    late = launch.count_late(B * H * tiles, exact, paged, resident)
     queries, key_tables = bundle_tensor(query), bundle_calibration(key_calibrated)
     value_tables = bundle_calibration(value_calibrated)
     if KEY.scheme == "channelwise":
         coded = expand_query(
-            queries, keys[2], key_tables, tiles, T, score.scale * LOG2_E, KEY, LAUNCH
+            queries,
+            keys,
+            rooms[0],
+            key_layout,
+            key_tables,
+            tiles,
+            T,
+            score.scale * LOG2_E,
+            KEY,
+            LAUNCH,
         )
     else:
         coded = code_query(query, queries, H, key_tables, KEY, LAUNCH.dtype == tl.float32)
@@ -251,6 +269,6 @@ def attend(
         queries, coded, Side(bundle_tensor(key), bundle_cache(keys, key_layout), key_tables),
         Side(bundle_tensor(value), bundle_cache(values, value_layout), value_tables), mask_bundle,
         width, position, start or 0, partial, lse, score.scale * LOG2_E, *rooms,
-        Shape(H, T, new, exact), KEY=KEY, VALUE=VALUE, LAUNCH=LAUNCH, **options,
+        Shape(H, T, new, exact), late, KEY=KEY, VALUE=VALUE, LAUNCH=LAUNCH, **options,
     )  # fmt: skip
     return join(partial, lse, query, value_tables, VALUE, exact, H)

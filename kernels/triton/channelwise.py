@@ -24,23 +24,29 @@ import triton.language as tl
 from kvq_compile.kernels import channelwise_scheme
 from kvq_compile.kernels.triton.arguments import tail_of
 from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
-from kvq_compile.kernels.triton.primitives import join_8
-from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table, rotate_back
+from kvq_compile.kernels.triton.primitives import cut_2, join_8, place_of
+from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table
 
 MAX_WIDTH = tl.constexpr(channelwise_scheme.MAX_WIDTH)
 BLOCK_WORDS = tl.constexpr(channelwise_scheme.BLOCK_WORDS)
-BLOCK_ROWS = tl.constexpr(16 * channelwise_scheme.BLOCK_WORDS)  # bits of a token in a block
-HELD_COLUMNS = tl.constexpr(64)  # of all blocks together: what registers hold of queries
+FIELDS = tl.constexpr(channelwise_scheme.FIELDS)
+UNIT = tl.constexpr(channelwise_scheme.BLOCK_WORDS * channelwise_scheme.FIELDS)  # rows
+HELD_COLUMNS = tl.constexpr(96)  # of all units together: what registers hold of queries
+GROUP = 4  # units multiplied at once, whose rows reach the matrix unit together
+LEAST_PLACE = tl.constexpr(4)  # of fields of two bits
+BOTH, LOWER, HIGHER = tl.constexpr(3), tl.constexpr(1), tl.constexpr(2)  # bits of a field
 
 
-class BitQueries(NamedTuple):
-    """Queries for products with bits, in tiles of ``block_q`` columns.
+class FieldQueries(NamedTuple):
+    """Queries for products with fields, in tiles of ``block_q`` columns.
 
     Attributes:
-        rows: What each bit of a block adds to a score for a step of 1, ``[B * Hkv, tiles, blocks, 128, block_q]``;
-            zeros for bits that the last block lacks.
-        channel: The channel of each, ``[B * Hkv, blocks, 128]``.
+        rows: What each field of a unit adds to a score for a step of 1, ``[B * Hkv, tiles, units, 64, block_q]``;
+            zeros for fields that there are not.
+        channel: The channel of each, ``[B * Hkv, units, 64]``.
         plain: The queries, ``[B * Hkv, tiles, block_q, D padded]``, scaled as scores are.
+        constant: What each page adds to scores besides, ``[B * Hkv, pages, block_q]``; ``None`` where attention
+            computes it itself.
         half_levels: Half of the levels of each channel, ``[B * Hkv, D padded]``.
         factor: What products with ``rows`` are multiplied by, ``[B * Hkv, tiles, block_q]``.
         mean: What cosine and sine of the angles of pairs are multiplied by in scores, for the mean of keys,
@@ -51,6 +57,7 @@ class BitQueries(NamedTuple):
     rows: Any
     channel: Any
     plain: Any
+    constant: Any
     half_levels: Any
     factor: Any
     mean: Any
@@ -58,7 +65,7 @@ class BitQueries(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a program keeps of `BitQueries` in registers: rows and channels a tensor for each block, if they are few."""
+    """What a program keeps of `FieldQueries`: rows and channels, a tensor for each group of units, if they are few."""
 
     rows: Any
     channels: Any
@@ -66,13 +73,58 @@ class Held(NamedTuple):
     factor: Any
 
 
-# --- elements, load by load -----------------------------------------------------------------------
+class Mean(NamedTuple):
+    """What the mean of keys adds to scores: see `start_mean`.
+
+    Attributes:
+        own, other: Factors ``[2 * places, queries]`` on cosines, then sines; and those of the other of both.
+        angles: Cosines, then sines, of the tokens of a page, ``[page_size, 2 * places]``.
+        cosine, sine: Of the angle from page to page, by which ``own`` takes from ``other``, ``[2 * places, 1]``.
+    """
+
+    own: Any
+    other: Any
+    angles: Any
+    cosine: Any
+    sine: Any
+
+
+# --- fields ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def first_fields(width):
+    """Return, for all channels of widths ``[channels]``, the number of the bit that is left over, among all such, and
+    the field of the lowest digit.
+    """
+    single, digits = width % 2, width // 2
+    total = tl.sum(single, 0)
+    return tl.cumsum(single, 0) - single, total // 2 + tl.cumsum(digits, 0) - digits
+
+
+@triton.jit
+def field_place(field, CONSTANTS: tl.constexpr):
+    """Return where a field of a token is: block, words of a token there, field of a word, word."""
+    block, inside = field // UNIT, field % UNIT
+    words = block_words(block, CONSTANTS)
+    return block, words, inside // words, inside % words
 
 
 @triton.jit
 def block_words(block, CONSTANTS: tl.constexpr):
     """Return the words of a token in a block: what is left in the last one."""
     return tl.where(block == CONSTANTS.bit_blocks - 1, CONSTANTS.last_words, BLOCK_WORDS)
+
+
+@triton.jit
+def _load_field(codes, token, field, exists, CONSTANTS: tl.constexpr):
+    """Return fields (int32) of tokens, 0 where there are none."""
+    block, words, shift, word = field_place(field, CONSTANTS)
+    where = codes + block * (BLOCK_WORDS * CONSTANTS.page_size) + token * words + word
+    return tl.load(where, mask=exists, other=0).to(tl.int32) >> (2 * shift) & 3
+
+
+# --- elements, load by load -----------------------------------------------------------------------
 
 
 @triton.jit
@@ -105,23 +157,20 @@ def lowest_value(size, center, half_levels):
 
 @triton.jit
 def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
-    """Return the elements (fp32) that a page stands for, a load for each bit; for ``token`` ``[rows, 1]``, all of
+    """Return the elements (fp32) that a page stands for, a load for each digit; for ``token`` ``[rows, 1]``, all of
     ``channel`` ``[1, channels]`` in their order.
     """
-    PAGE: tl.constexpr = CONSTANTS.page_size
     real = channel < CONSTANTS.head_dim
     # A scan of [1, channels] does not compile for some layouts of it (Triton 3.6).
     width = load_widths(tail_of(page, CONSTANTS), tl.arange(0, channel.shape[1]), CONSTANTS)
-    first = (tl.cumsum(width, 0) - width)[None, :]
-    width = width[None, :]
-    code = tl.zeros(exists.shape, tl.int32)
-    for bit in range(tl.max(tl.max(width, 1), 0)):
-        number = first + bit
-        block, place = number // BLOCK_ROWS, number % BLOCK_ROWS
-        words = block_words(block, CONSTANTS)
-        where = page.codes + block * (BLOCK_WORDS * PAGE) + token * words + place % words
-        word = tl.load(where, mask=exists & (bit < width), other=0).to(tl.int32)
-        code |= ((word >> (place // words)) & 1) << bit
+    single, digits = first_fields(width)
+    single, digits, width = single[None, :], digits[None, :], width[None, :]
+    odd = exists & (width % 2 == 1)
+    field = _load_field(page.codes, token, single // 2, odd, CONSTANTS)
+    code = tl.where(odd, (field >> single % 2 & 1) << tl.maximum(width - 1, 0), 0)
+    for digit in range(tl.max(tl.max(width // 2, 1), 0)):
+        there = exists & (digit < width // 2)
+        code |= _load_field(page.codes, token, digits + digit, there, CONSTANTS) << 2 * digit
     size = e5m3_value(tl.load(page.params + channel, mask=real, other=0).to(tl.int32))
     center = load_center(page.params, channel, real, CONSTANTS)
     return code.to(tl.float32) * size + lowest_value(size, center, half_levels_of(width))
@@ -131,165 +180,281 @@ def load_elements(page, token, channel, exists, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def row_of(block, field, word):
-    """Return where a bit is among those of all blocks, as tiles have them.
+def row_of(field, word):
+    """Return the row of a field among those of a unit, as tiles have them.
 
     The lowest digit of the field comes behind that of the word: that is where the matrix instruction wants the elements
     that a lane has side by side.
     """
-    return block * BLOCK_ROWS + field // 2 * 16 + word // 2 * 4 + field % 2 * 2 + word % 2
+    return field // 2 * 16 + word // 2 * 4 + field % 2 * 2 + word % 2
+
+
+@triton.constexpr_function
+def holds_queries(key, launch):
+    """Return whether programs hold their `FieldQueries`, and the constants of pages are computed before."""
+    units = key.bit_blocks + key.twice_read
+    return launch.block_q <= 16 and units * launch.block_q <= HELD_COLUMNS.value
 
 
 @triton.jit
-def tile_of(bits, head, kv_heads, tiles, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the `BitQueries` of a program's tile, one of ``tiles`` of a head (int64), as far as it has them."""
+def tile_of(fields, head, kv_heads, tiles, pages, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the `FieldQueries` of a program's tile, one of ``tiles`` of a head (int64) with room for ``pages``, as far
+    as it has them.
+    """
     D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
+    ROWS: tl.constexpr = (KEY.bit_blocks + KEY.twice_read) * UNIT
     tile = head * tiles + tl.program_id(1)
-    mean, angles = 0, 0
+    nothing = fields.factor
+    plain, constant, half_levels, mean, angles = nothing, nothing, nothing, nothing, nothing
+    if holds_queries(KEY, LAUNCH):
+        constant = fields.constant + head * pages * LAUNCH.block_q
+    else:
+        plain = fields.plain + tile * (D_PAD * LAUNCH.block_q)
+        half_levels = fields.half_levels + head * D_PAD
     if KEY.takes_mean:
-        mean = bits.mean + tile * (2 * KEY.mean_places * LAUNCH.block_q)
-        angles = bits.angles + head % kv_heads * (KEY.page_size * 2 * KEY.mean_places)
-    return BitQueries(
-        bits.rows + tile * (KEY.bit_blocks * BLOCK_ROWS * LAUNCH.block_q),
-        bits.channel + head * (KEY.bit_blocks * BLOCK_ROWS),
-        bits.plain + tile * (D_PAD * LAUNCH.block_q),
-        bits.half_levels + head * D_PAD,
-        bits.factor + tile * LAUNCH.block_q,
+        mean = fields.mean + tile * (2 * KEY.mean_places * LAUNCH.block_q)
+        angles = fields.angles + head % kv_heads * (KEY.page_size * 2 * KEY.mean_places)
+    return FieldQueries(
+        fields.rows + tile * (ROWS * LAUNCH.block_q),
+        fields.channel + head * ROWS,
+        plain,
+        constant,
+        half_levels,
+        fields.factor + tile * LAUNCH.block_q,
         mean,
         angles,
     )
 
 
 @triton.jit
-def _load_block(bits, block, LAUNCH: tl.constexpr):
-    """Return rows and channels of a block."""
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+def _load_units(fields, unit, UNITS: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return rows and channels of some units."""
+    row = unit * UNIT + tl.arange(0, UNITS * UNIT)
     column = tl.arange(0, LAUNCH.block_q)
-    rows = tl.load(bits.rows + row[:, None] * LAUNCH.block_q + column[None, :])
-    return rows, tl.load(bits.channel + row)
+    rows = tl.load(fields.rows + row[:, None] * LAUNCH.block_q + column[None, :])
+    return rows, tl.load(fields.channel + row)
 
 
 @triton.jit
-def hold_queries(bits, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return what a program holds of its `BitQueries`."""
+def hold_queries(fields, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return what a program holds of its `FieldQueries`."""
     channel = tl.arange(0, triton.next_power_of_2(KEY.head_dim))
-    column = tl.arange(0, LAUNCH.block_q)
-    BLOCKS: tl.constexpr = KEY.bit_blocks
-    all_rows, channels = (), ()
-    if BLOCKS * LAUNCH.block_q <= HELD_COLUMNS:
-        for block in tl.static_range(BLOCKS):
-            rows, channel_of = _load_block(bits, block, LAUNCH)
+    factor = tl.load(fields.factor + tl.arange(0, LAUNCH.block_q))
+    all_rows, channels, half_levels = (), (), factor
+    if holds_queries(KEY, LAUNCH):
+        for group in tl.static_range(_groups(KEY)):
+            rows, channel_of = _load_units(
+                fields, _first_of_group(KEY, group), _size_of_group(KEY, group), LAUNCH
+            )
             all_rows += (rows,)  # type: ignore[assignment]  # tuples that grow
             channels += (channel_of,)  # type: ignore[assignment]
-    half_levels = tl.load(bits.half_levels + channel)
-    return Held(all_rows, channels, half_levels, tl.load(bits.factor + column))
+    else:
+        half_levels = tl.load(fields.half_levels + channel)
+    return Held(all_rows, channels, half_levels, factor)
 
 
 @triton.jit
-def load_params(params, page, exists, held, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the parameters of a page, as bytes: steps and the bytes of centers ``[D padded]``, and the steps ``[128,
-    1]`` of each block held.
-    """
-    DIM: tl.constexpr = KEY.head_dim
-    first = params + tl.cast(page, tl.int64) * KEY.page_params
-    channel = tl.arange(0, triton.next_power_of_2(DIM))
-    ok = exists & (channel < DIM)
-    BLOCKS: tl.constexpr = KEY.bit_blocks
-    fields = ()
-    for field in tl.static_range(3):
-        byte = tl.load(first + field * DIM + channel, mask=ok, other=0)
-        fields += (byte,)  # type: ignore[assignment]  # a tuple that grows
-    if BLOCKS * LAUNCH.block_q <= HELD_COLUMNS:
-        for block in tl.static_range(BLOCKS):
-            step = tl.load(first + held.channels[block][:, None], mask=exists, other=0)
-            fields += (step,)  # type: ignore[assignment]
-    return fields
+def field_exponent(field, FAST: tl.constexpr):
+    """Return the exponent of what rows of a field are multiplied by, for fields are read where they lie."""
+    if FAST:
+        exponent = LEAST_PLACE - place_of(field, 2)
+    else:
+        exponent = field * 0
+    return exponent
 
 
 @triton.jit
-def _bits(w):
-    """Return the fields of words of one-bit codes: see the docstring of the module."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 l, r; shl.b32 l, $16, 6; shr.u32 r, $16, 5;
-        and.b32 $0, l, 0x00400040; and.b32 $1, l, 0x00800080; and.b32 $2, l, 0x01000100;
-        and.b32 $3, l, 0x02000200; and.b32 $4, l, 0x04000400;
-        and.b32 $5, $16, 0x00200020; and.b32 $6, $16, 0x00400040; and.b32 $7, $16, 0x00800080;
-        and.b32 $8, $16, 0x01000100; and.b32 $9, $16, 0x02000200; and.b32 $10, $16, 0x04000400;
-        and.b32 $11, r, 0x00400040; and.b32 $12, r, 0x00800080; and.b32 $13, r, 0x01000100;
-        and.b32 $14, r, 0x02000200; and.b32 $15, r, 0x04000400; }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
-        args=[w],
-        dtype=(tl.float16,) * 16,
-        is_pure=True,
-        pack=2,
-    )
+def _load_words(codes, WORDS: tl.constexpr, KEY: tl.constexpr):
+    """Return a block of ``WORDS`` words a token, ``[page_size, 8]``."""
+    word = tl.arange(0, BLOCK_WORDS)[None, :]
+    where = codes + tl.arange(0, KEY.page_size)[:, None] * WORDS + word
+    if WORDS == BLOCK_WORDS:
+        return tl.load(where)
+    else:
+        return tl.load(where, mask=word < WORDS, other=0)
 
 
 @triton.jit
-def _read_bits(codes, WORDS: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return a block of ``WORDS`` words a token as ``[page_size, 128]``, its bits in the order of `row_of`, each times
-    the power of two that its field has on NVIDIA hardware.
+def _read_unit(w, PART: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the fields of words ``[page_size, 8]``, or one bit of each, as ``[page_size, 64]`` in the order of
+    `row_of`, each times the power of two that its place stands for on NVIDIA hardware.
     """
     PAGE: tl.constexpr = KEY.page_size
-    word = tl.arange(0, BLOCK_WORDS)[None, :]
-    where = codes + tl.arange(0, PAGE)[:, None] * WORDS + word
-    if WORDS == BLOCK_WORDS:
-        w = tl.load(where)
-    else:
-        w = tl.load(where, mask=word < WORDS, other=0)
     if LAUNCH.fast:
-        a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _bits(w)
-        even, odd = join_8(a, c, e, g, i, k, n, p), join_8(b, d, f, h, j, m, o, q)
-        bits = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 5, 1))
+        a, b, c, d, e, f, g, h = cut_2(w, PART)
+        fields = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
     else:
-        bits = (w.to(tl.int32)[:, None, :] >> tl.arange(0, 16)[None, :, None]) & 1
-    bits = tl.permute(tl.reshape(bits, (PAGE, 8, 2, BLOCK_WORDS // 2, 2)), (0, 1, 3, 2, 4))
-    return tl.reshape(bits, (PAGE, BLOCK_ROWS)).to(LAUNCH.dtype)
+        fields = (w.to(tl.int32)[:, None, :] >> (2 * tl.arange(0, FIELDS))[None, :, None]) & PART
+    fields = tl.reshape(fields, (PAGE, FIELDS // 2, 2, BLOCK_WORDS // 2, 2))
+    return tl.reshape(tl.permute(fields, (0, 1, 3, 2, 4)), (PAGE, UNIT)).to(LAUNCH.dtype)
+
+
+@triton.jit
+def _beside(a, b):
+    """Return two tiles ``[tokens, rows]`` as one of twice the rows."""
+    both = tl.permute(tl.join(a, b), (0, 2, 1))
+    return tl.reshape(both, (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.constexpr_function
+def _group_sizes(key):
+    """Return how many units are multiplied at once, group by group: `GROUP`, then what is left."""
+    units = key.bit_blocks + key.twice_read
+    return [GROUP] * (units // GROUP) + [size for size in (2, 1) if units % GROUP & size]
+
+
+@triton.constexpr_function
+def _groups(key):
+    return len(_group_sizes(key))
+
+
+@triton.constexpr_function
+def _first_of_group(key, group):
+    return sum(_group_sizes(key)[:group])
+
+
+@triton.constexpr_function
+def _size_of_group(key, group):
+    return _group_sizes(key)[group]
+
+
+@triton.jit
+def _multiply_group(
+    scores, tiles, rows, GROUP_NUMBER: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr
+):
+    """Return ``scores`` and the products of the tiles of a group with its rows."""
+    FIRST: tl.constexpr = _first_of_group(KEY, GROUP_NUMBER)
+    SIZE: tl.constexpr = _size_of_group(KEY, GROUP_NUMBER)
+    a = tiles[FIRST]
+    if SIZE >= 2:
+        a = _beside(a, tiles[FIRST + 1])
+    if SIZE == 4:
+        a = _beside(a, _beside(tiles[FIRST + 2], tiles[FIRST + 3]))
+    return tl.dot(a, rows, scores, input_precision=LAUNCH.precision)
+
+
+@triton.jit
+def _load_steps(params, channel, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the steps ``[rows, 1]`` of channels of a page, in the dtype of products."""
+    if KEY.head_dim % 4 == 0:  # bytes are not loaded ahead, words are
+        words = params.to(tl.pointer_type(tl.int32), bitcast=True) + channel[:, None] // 4
+        step = tl.load(words) >> 8 * (channel[:, None] % 4)
+    else:
+        step = tl.load(params + channel[:, None])
+    return e5m3_half(step & 0xFF).to(LAUNCH.dtype)
+
+
+@triton.jit
+def _read_units(codes, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the tiles of all units of a page."""
+    BLOCKS: tl.constexpr = KEY.bit_blocks
+    TWICE: tl.constexpr = KEY.twice_read
+    BLOCK: tl.constexpr = BLOCK_WORDS * KEY.page_size  # words
+    tiles, words = (), ()
+    for block in tl.static_range(BLOCKS - 1):
+        words += (_load_words(codes + block * BLOCK, BLOCK_WORDS, KEY),)  # type: ignore[assignment]  # tuples that grow
+    words += (_load_words(codes + (BLOCKS - 1) * BLOCK, KEY.last_words, KEY),)  # type: ignore[assignment]
+    for unit in tl.static_range(BLOCKS + TWICE):
+        if unit < TWICE:
+            tile = _read_unit(words[unit], LOWER, KEY, LAUNCH)
+        elif unit < BLOCKS:
+            tile = _read_unit(words[unit], BOTH, KEY, LAUNCH)
+        else:
+            tile = _read_unit(words[unit - BLOCKS], HIGHER, KEY, LAUNCH)
+        tiles += (tile,)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def _held_scores(codes, params, held, mean, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the products of a page with rows that are held, added up in two sums, since each product waits for the one
+    before in its sum.
+    """
+    PAGE: tl.constexpr = KEY.page_size
+    BLOCK_Q: tl.constexpr = LAUNCH.block_q
+    scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
+    second, terms, rows = scores, scores, ()
+    if KEY.takes_mean:
+        terms = mean.own.to(LAUNCH.dtype)
+    for group in tl.static_range(_groups(KEY)):
+        steps = _load_steps(params, held.channels[group], KEY, LAUNCH)
+        rows += (held.rows[group] * steps,)  # type: ignore[assignment]  # a tuple that grows
+    if KEY.takes_mean:
+        second = tl.dot(mean.angles, terms, second, input_precision=LAUNCH.precision)
+    tiles = _read_units(codes, KEY, LAUNCH)
+    for group in tl.static_range(_groups(KEY)):
+        if group % 2 == 0:
+            scores = _multiply_group(scores, tiles, rows[group], group, KEY, LAUNCH)
+        else:
+            second = _multiply_group(second, tiles, rows[group], group, KEY, LAUNCH)
+    return scores + second
 
 
 @triton.jit
 def _add_block(
-    scores, codes, rows, step, WORDS: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr
-):
-    """Return ``scores`` and the products of a block, whose rows belong to channels with these steps (bytes)."""
-    weights = rows * e5m3_half(step).to(rows.dtype)
-    bits = _read_bits(codes, WORDS, KEY, LAUNCH)
-    return tl.dot(bits, weights, scores, input_precision=LAUNCH.precision)
+    scores, codes, params, fields, block, WORDS: tl.constexpr, TWICE: tl.constexpr,
+    KEY: tl.constexpr, LAUNCH: tl.constexpr,
+):  # fmt: skip
+    """Return ``scores`` and the products of a block, whose rows and steps are loaded."""
+    w = _load_words(codes + block * (BLOCK_WORDS * KEY.page_size), WORDS, KEY)
+    rows, channel = _load_units(fields, block, 1, LAUNCH)
+    rows = rows * _load_steps(params, channel, KEY, LAUNCH)
+    tile = _read_unit(w, LOWER if TWICE else BOTH, KEY, LAUNCH)
+    scores = tl.dot(tile, rows, scores, input_precision=LAUNCH.precision)
+    if TWICE:
+        rows, channel = _load_units(fields, KEY.bit_blocks + block, 1, LAUNCH)
+        rows = rows * _load_steps(params, channel, KEY, LAUNCH)
+        tile = _read_unit(w, HIGHER, KEY, LAUNCH)
+        scores = tl.dot(tile, rows, scores, input_precision=LAUNCH.precision)
+    return scores
+
+
+@triton.jit
+def _loaded_scores(codes, params, fields, mean, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the products of a page with rows that are loaded, block by block."""
+    LAST: tl.constexpr = KEY.bit_blocks - 1
+    TWICE: tl.constexpr = min(KEY.twice_read, KEY.bit_blocks - 1)
+    PAGE: tl.constexpr = KEY.page_size
+    BLOCK_Q: tl.constexpr = LAUNCH.block_q
+    scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
+    if KEY.takes_mean:
+        terms = mean.own.to(LAUNCH.dtype)
+        scores = tl.dot(mean.angles, terms, scores, input_precision=LAUNCH.precision)
+    for block in range(TWICE):
+        scores = _add_block(scores, codes, params, fields, block, BLOCK_WORDS, True, KEY, LAUNCH)
+    for block in range(TWICE, LAST):
+        scores = _add_block(scores, codes, params, fields, block, BLOCK_WORDS, False, KEY, LAUNCH)
+    ALSO: tl.constexpr = KEY.twice_read > LAST
+    return _add_block(scores, codes, params, fields, LAST, KEY.last_words, ALSO, KEY, LAUNCH)
+
+
+@triton.jit
+def _load_constant(page, params, fields, held, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return what the lowest codes of a page add to the scores of each query."""
+    column = tl.arange(0, LAUNCH.block_q)
+    if holds_queries(KEY, LAUNCH):
+        constant = tl.load(fields.constant + page * LAUNCH.block_q + column)
+    else:
+        channel = tl.arange(0, triton.next_power_of_2(KEY.head_dim))
+        exists = channel < KEY.head_dim
+        size = e5m3_value(tl.load(params + channel, mask=exists, other=0))
+        low = lowest_value(size, load_center(params, channel, exists, KEY), held.half_levels)
+        plain = tl.load(fields.plain + column[:, None] * low.shape[0] + channel[None, :])
+        constant = tl.sum(plain * low[None, :], 1)
+    return constant
 
 
 @triton.jit
 def page_scores(
-    scores, page, codes, params, fields, bits, held, KEY: tl.constexpr, LAUNCH: tl.constexpr
+    page, codes, params, fields, held, mean, KEY: tl.constexpr, LAUNCH: tl.constexpr
 ):  # fmt: skip
-    """Return the scores ``[page_size, queries]`` of a page with parameters ``fields``, as `load_params` has them, and
-    what adds to ``scores`` in units of products with bits.
-    """
-    BLOCKS: tl.constexpr = KEY.bit_blocks
-    BLOCK: tl.constexpr = BLOCK_WORDS * KEY.page_size  # words
-    if BLOCKS * LAUNCH.block_q <= HELD_COLUMNS:
-        for block in tl.static_range(BLOCKS - 1):
-            rows, step = held.rows[block], fields[3 + block]
-            scores = _add_block(scores, codes + block * BLOCK, rows, step, BLOCK_WORDS, KEY, LAUNCH)
-        rows, step = held.rows[BLOCKS - 1], fields[2 + BLOCKS]
+    """Return the scores ``[page_size, queries]`` of a page, and the mean of the next."""
+    if holds_queries(KEY, LAUNCH):
+        scores = _held_scores(codes, params, held, mean, KEY, LAUNCH)
     else:
-        for block in range(BLOCKS - 1):
-            rows, channel = _load_block(bits, block, LAUNCH)
-            step = tl.load(params + channel[:, None])
-            scores = _add_block(scores, codes + block * BLOCK, rows, step, BLOCK_WORDS, KEY, LAUNCH)
-        rows, channel = _load_block(bits, BLOCKS - 1, LAUNCH)
-        step = tl.load(params + channel[:, None])
-    last = codes + (BLOCKS - 1) * BLOCK
-    scores = _add_block(scores, last, rows, step, KEY.last_words, KEY, LAUNCH)
-    center = fields[1].to(tl.uint16) | (fields[2].to(tl.uint16) << 8)
-    center = center.to(tl.float16, bitcast=True).to(tl.float32)
-    low = lowest_value(e5m3_value(fields[0]), center, held.half_levels)
-    channel, column = tl.arange(0, low.shape[0]), tl.arange(0, LAUNCH.block_q)
-    # Loaded for each page, for held they would cost an SM its third program. The compiler, which would load them
-    # once, does not know that pages are not negative.
-    where = bits.plain + tl.minimum(page, 0) * 16
-    plain = tl.load(where + column[:, None] * low.shape[0] + channel[None, :])
-    return scores * held.factor[None, :] + tl.sum(plain * low[None, :], 1)[None, :]
+        scores = _loaded_scores(codes, params, fields, mean, KEY, LAUNCH)
+    constant = _load_constant(page, params, fields, held, KEY, LAUNCH)
+    return scores * held.factor[None, :] + constant[None, :], turn_mean(mean, KEY)
 
 
 # --- the mean of keys -----------------------------------------------------------------------------
@@ -297,33 +462,36 @@ def page_scores(
 
 @triton.jit
 def start_mean(keys, first, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return what a program needs of the mean of keys, for pages from ``first`` on.
+    """Return the `Mean` of keys, where there is one, for pages from ``first`` on.
 
     A pair ``a, b`` of the mean ``m``, rotated by the angle of a slot, adds ``cosine (q_a m_a + q_b m_b) + sine (q_b
     m_a - q_a m_b)`` to a score. The angle is that of the page's first slot, by which both terms are rotated, page by
     page, and that of the token in the page, the same for all pages.
-
-    Returns:
-        Both terms ``[places, queries]`` for the first page, cosine and sine of the tokens of a page ``[page_size, 2 *
-        places]``, and cosine and sine of the angle from page to page.
     """
+    if not KEY.takes_mean:
+        return Mean(0, 0, 0, 0, 0)
     PLACES: tl.constexpr = KEY.mean_places
-    pair, column = tl.arange(0, PLACES), tl.arange(0, LAUNCH.block_q)
-    where = keys.bits.mean + pair[:, None] * LAUNCH.block_q + column[None, :]
-    a, b = tl.load(where), tl.load(where + PLACES * LAUNCH.block_q)
+    row, column = tl.arange(0, 2 * PLACES), tl.arange(0, LAUNCH.block_q)[None, :]
+    pair, sign = row % PLACES, tl.where(row < PLACES, 1.0, -1.0)
+    own = tl.load(keys.fields.mean + row[:, None] * LAUNCH.block_q + column)
+    other = (row + PLACES) % (2 * PLACES)
+    other = tl.load(keys.fields.mean + other[:, None] * LAUNCH.block_q + column)
     tables = keys.calibration.tables
     frequency = load_table(tables, pair, pair < KEY.mean_pairs, "frequency", KEY)
     cosine, sine = cosine_and_sine((KEY.sinks + first * KEY.page_size) * frequency)
-    a, b = rotate_back(a, b, cosine, sine)
-    token, place = tl.arange(0, KEY.page_size), tl.arange(0, 2 * PLACES)
-    angles = tl.load(keys.bits.angles + token[:, None] * (2 * PLACES) + place[None, :])
-    return a, b, angles, cosine_and_sine(KEY.page_size * frequency)
+    start = Mean(own, other, 0, cosine[:, None], (sine * sign)[:, None])
+    cosine, sine = cosine_and_sine(KEY.page_size * frequency)
+    token = tl.arange(0, KEY.page_size)[:, None]
+    angles = tl.load(keys.fields.angles + token * (2 * PLACES) + row[None, :])
+    start = turn_mean(start, KEY)
+    return Mean(start.own, start.other, angles, cosine[:, None], (sine * sign)[:, None])
 
 
 @triton.jit
-def mean_scores(a, b, angles, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return what the mean of keys adds to the scores of a page, in units of products with bits."""
-    terms = tl.permute(tl.join(a.to(LAUNCH.dtype), b.to(LAUNCH.dtype)), (2, 0, 1))
-    terms = tl.reshape(terms, (2 * KEY.mean_places, LAUNCH.block_q))
-    scores = tl.dot(angles, terms, input_precision=LAUNCH.precision)
-    return scores * (2.0**-18 if LAUNCH.fast else 2.0)
+def turn_mean(mean, KEY: tl.constexpr):
+    """Return the `Mean` of the next page."""
+    if not KEY.takes_mean:
+        return mean
+    own = mean.own * mean.cosine + mean.other * mean.sine
+    other = mean.other * mean.cosine - mean.own * mean.sine
+    return Mean(own, other, mean.angles, mean.cosine, mean.sine)

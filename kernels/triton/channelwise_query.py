@@ -1,7 +1,8 @@
 """Queries for products with keys whose channels differ in bits, in Triton, before attention.
 
-A tile of queries is written with a row for each bit of a token, its channel times the power of two of the bit: what
-is left to do for a page is to multiply by its steps. The result is `BitQueries`.
+A tile of queries is written with a row for each field of a token, its channel times the power of four of the digit:
+what is left to do for a page is to multiply by its steps. Where there are few queries, what the lowest codes of each
+page add to scores is computed here too, by programs of their own. The result is `FieldQueries`.
 
 **Range.** Rows are multiplied by steps in fp16. So queries are divided by a power of two above their largest channel,
 which scores are multiplied by again (``factor``). A step times the power of any of its bits is below 92800, for a step
@@ -16,50 +17,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_compile.kernels import channelwise_scheme
-from kvq_compile.kernels.triton.arguments import Calibration, Strided
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Packed
+from kvq_compile.kernels.triton.arguments import Calibration, Strided, bundle_cache, exact_rows
 from kvq_compile.kernels.triton.channelwise import (
-    BLOCK_ROWS,
     MAX_WIDTH,
-    BitQueries,
-    block_words,
+    UNIT,
+    FieldQueries,
+    field_exponent,
+    field_place,
+    first_fields,
     half_levels_of,
+    holds_queries,
+    load_center,
     load_widths,
+    lowest_value,
     row_of,
     tile_of,
 )
 from kvq_compile.kernels.triton.constants import ReadConstants
+from kvq_compile.kernels.triton.formats import e5m3_value
 from kvq_compile.kernels.triton.mixed import power_of_2
 from kvq_compile.kernels.triton.primitives import tile_columns
 from kvq_compile.kernels.triton.query import TOKENS, CodedQuery
 from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table
 
 HALF = tl.constexpr(-1)  # exponent of what makes room
+PAGES = tl.constexpr(32)  # whose constants a program computes
+ANGLE = tl.constexpr(
+    -13
+)  # exponent of cosines and sines where fields are read as small numbers: see `_factor_exponent`
 
 
 @triton.jit
-def _clear(out, BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _clear(out, UNITS: tl.constexpr, BLOCK_Q: tl.constexpr):
     """Write zeros to all rows and channels of a tile."""
-    row = tl.arange(0, BLOCK_ROWS)
+    row = tl.arange(0, UNIT)
     column = tl.arange(0, BLOCK_Q)[None, :]
-    for block in range(BLOCKS):
-        at = block * BLOCK_ROWS + row
-        nothing = tl.zeros((BLOCK_ROWS, BLOCK_Q), tl.float32).to(out.rows.dtype.element_ty)
+    for unit in range(UNITS):
+        at = unit * UNIT + row
+        nothing = tl.zeros((UNIT, BLOCK_Q), tl.float32).to(out.rows.dtype.element_ty)
         tl.store(out.rows + at[:, None] * BLOCK_Q + column, nothing)
-        tl.store(out.channel + at, tl.zeros((BLOCK_ROWS,), tl.int32))
+        tl.store(out.channel + at, tl.zeros((UNIT,), tl.int32))
     tl.debug_barrier()
 
 
-@triton.jit
-def _field_exponent(field, FAST: tl.constexpr):
-    """Return the exponent of what rows of a field are multiplied by, for bits read as numbers that are not equal: see
-    `channelwise._read_bits`.
+@triton.constexpr_function
+def _factor_exponent(fast):
+    """Return the exponent of what products are multiplied by because of `HALF`, and on NVIDIA hardware because a bit at
+    place 4 reads as ``2 ** -20``.
     """
-    if FAST:
-        exponent = tl.where(field < 5, -1 - field, tl.where(field < 11, 5 - field, 10 - field))
-    else:
-        exponent = field * 0
-    return exponent
+    return (20 if fast else 0) - HALF.value
 
 
 @triton.jit
@@ -99,98 +107,161 @@ def _write_mean_queries(
 
 
 @triton.jit
-def _write_angles(out, tables, block, KEY: tl.constexpr, TOKENS: tl.constexpr):
-    """Write cosine and sine of the angles of ``TOKENS`` tokens of a page, ``[tokens, 2, places]``."""
+def _write_angles(out, tables, block, KEY: tl.constexpr, TOKENS: tl.constexpr, FAST: tl.constexpr):
+    """Write cosine and sine of the angles of ``TOKENS`` tokens of a page, ``[tokens, 2, places]``, made small as fields
+    are.
+    """
+    SIZE: tl.constexpr = 2.0**ANGLE if FAST else 1.0
     PLACES: tl.constexpr = KEY.mean_places
     pair = tl.arange(0, PLACES)
     frequency = load_table(tables, pair, pair < KEY.mean_pairs, "frequency", KEY)
     token = block * TOKENS + tl.arange(0, TOKENS)
     cosine, sine = cosine_and_sine(token[:, None] * frequency[None, :])
     where = out + token[:, None] * (2 * PLACES) + pair[None, :]
-    tl.store(where, cosine.to(out.dtype.element_ty))
-    tl.store(where + PLACES, sine.to(out.dtype.element_ty))
+    tl.store(where, (cosine * SIZE).to(out.dtype.element_ty))
+    tl.store(where + PLACES, (sine * SIZE).to(out.dtype.element_ty))
 
 
 @triton.jit
+def _write_constants(
+    query, cache, tables, out, scale, head, room, kv_heads, tokens, block, KEY: tl.constexpr,
+    LAUNCH: tl.constexpr,
+):  # fmt: skip
+    """Write what the lowest codes of ``PAGES`` pages of a head add to the scores of each query."""
+    D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
+    page = block * PAGES + tl.arange(0, PAGES)
+    channel, column = tl.arange(0, D_PAD), tl.arange(0, LAUNCH.block_q)
+    pages = tl.load(cache.cursor + 1)
+    _number, where, exists = _query_columns(query, head, 0, kv_heads, tokens, LAUNCH)
+    q, _bias = _load_query(where, channel, exists, tables, KEY)
+    width = load_widths(tail_of_head(cache, head, KEY), channel, KEY)
+    there = page < pages
+    ok = there[:, None] & (channel < KEY.head_dim)[None, :]
+    params = cache.params + ((head * room + page) * KEY.page_params)[:, None]
+    size = e5m3_value(tl.load(params + channel[None, :], mask=ok, other=0).to(tl.int32))
+    center = load_center(params, channel[None, :], ok, KEY)
+    low = lowest_value(size, center, half_levels_of(width)[None, :])
+    constant = tl.dot(low, q * scale, input_precision=LAUNCH.precision)
+    where = out + ((head * room + page) * LAUNCH.block_q)[:, None]
+    tl.store(where + column[None, :], constant, mask=there[:, None])
+
+
+@triton.jit
+def tail_of_head(cache, head, KEY: tl.constexpr):
+    """Return a pointer to the tail of the exact rows of a head (int64)."""
+    return exact_rows(cache, head) + (cache.exact_head - KEY.tail_rows * KEY.head_dim)
+
+
+@triton.jit
+def _query_columns(query, head, tile, kv_heads, tokens, LAUNCH: tl.constexpr):
+    """Return the numbers of a tile's queries among those of the KV head, where they lie, and whether there are such."""
+    number, q_head, token, _group, exists = tile_columns(tile, head % kv_heads, tokens, LAUNCH)
+    where = query.pointer + head // kv_heads * query.batch
+    return number, where + q_head * query.head + token * query.token, exists
+
+
+@triton.jit(do_not_specialize=["room"])
 def expand_query_kernel(
-    query, exact, exact_head, calibration, out, bias, scale, kv_heads, tokens, tiles,
+    query, cache, calibration, out, bias, scale, room, kv_heads, tokens, tiles,
     KEY: tl.constexpr, LAUNCH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write the `BitQueries` of one tile of queries of a KV head; or angles of ``TOKENS`` tokens of a page.
+    """Write the `FieldQueries` of one tile of queries of a KV head; or angles of ``TOKENS`` tokens of a page; or
+    constants of some pages.
 
-    Grid: (B * Hkv, tiles, then, where keys have a mean, page_size / TOKENS).
+    Grid: (B * Hkv, tiles, then, where keys have a mean, page_size / TOKENS, then programs for all pages).
     """
+    ANGLES: tl.constexpr = KEY.page_size // TOKENS if KEY.takes_mean else 0
     head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tables = calibration.tables
     if KEY.has_tables:
         tables += head % kv_heads * calibration.words
     if tile < tiles:
-        tail = exact + head * exact_head + exact_head - KEY.tail_rows * KEY.head_dim
         _expand_query(
-            query, tail, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY, LAUNCH
+            query, cache, tables, out, bias, scale, head, room, kv_heads, tokens, tiles, KEY, LAUNCH
         )
-    elif KEY.takes_mean and head < kv_heads:
-        angles = out.angles + head * (KEY.page_size * 2 * KEY.mean_places)
-        _write_angles(angles, tables, tile - tiles, KEY, TOKENS)
+    elif tile < tiles + ANGLES:
+        if KEY.takes_mean and head < kv_heads:
+            angles = out.angles + head * (KEY.page_size * 2 * KEY.mean_places)
+            _write_angles(angles, tables, tile - tiles, KEY, TOKENS, LAUNCH.fast)
+    elif holds_queries(KEY, LAUNCH):
+        _write_constants(
+            query, cache, tables, out.constant, scale, head, room, kv_heads, tokens,
+            tile - tiles - ANGLES, KEY, LAUNCH,
+        )  # fmt: skip
 
 
 @triton.jit
 def _expand_query(
-    query, tail, tables, out, bias, scale, head, kv_heads, tokens, tiles, KEY: tl.constexpr,
+    query, cache, tables, out, bias, scale, head, room, kv_heads, tokens, tiles, KEY: tl.constexpr,
     LAUNCH: tl.constexpr,
 ):  # fmt: skip
-    """Write the `BitQueries` of one tile of queries of a head."""
-    BLOCKS: tl.constexpr = KEY.bit_blocks
+    """Write the `FieldQueries` of one tile of queries of a head."""
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
     D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
-    number, q_head, token, _group, exists = tile_columns(
-        tl.program_id(1), head % kv_heads, tokens, LAUNCH
-    )
-    where = query.pointer + head // kv_heads * query.batch
-    where = where + q_head * query.head + token * query.token
-    out = tile_of(out, head, kv_heads, tiles, KEY, LAUNCH)
-    _clear(out, BLOCKS, BLOCK_Q)
+    number, where, exists = _query_columns(query, head, tl.program_id(1), kv_heads, tokens, LAUNCH)
+    out = tile_of(out, head, kv_heads, tiles, room, KEY, LAUNCH)
+    _clear(out, KEY.bit_blocks + KEY.twice_read, BLOCK_Q)
 
     channel, column = tl.arange(0, D_PAD), tl.arange(0, BLOCK_Q)
     q, offset = _load_query(where, channel, exists, tables, KEY)
     if KEY.has_tables:
-        row = head * (LAUNCH.shared_by * tokens) + number
-        tl.store(bias + row, offset, mask=exists)
+        tl.store(bias + head * (LAUNCH.shared_by * tokens) + number, offset, mask=exists)
     q = q * scale
-    tl.store(out.plain + column[None, :] * D_PAD + channel[:, None], q)
     exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 126
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
-    tl.store(out.factor + column, power_of_2(exponent - HALF + (19 if LAUNCH.fast else 0)))
+    FACTOR: tl.constexpr = _factor_exponent(LAUNCH.fast)
+    tl.store(out.factor + column, power_of_2(exponent + FACTOR))
+    tail = tail_of_head(cache, head, KEY)
     if KEY.takes_mean:
-        quarter = power_of_2(-exponent - 2) * scale
-        _write_mean_queries(where, tail, out.mean, exists, quarter, tables, KEY, BLOCK_Q)
-    q = q * power_of_2(-exponent)[None, :]
-
+        MEAN: tl.constexpr = -FACTOR - (ANGLE.value if LAUNCH.fast else 0)
+        size = power_of_2(MEAN - exponent) * scale
+        _write_mean_queries(where, tail, out.mean, exists, size, tables, KEY, BLOCK_Q)
     width = load_widths(tail, channel, KEY)
-    tl.store(out.half_levels + channel, half_levels_of(width))
-    first = tl.cumsum(width, 0) - width
-    for bit in tl.static_range(MAX_WIDTH):
-        number = first + bit
-        has = (bit < width) & (number < KEY.bit_rows)
-        block, inside = number // BLOCK_ROWS, number % BLOCK_ROWS
-        words = block_words(block, KEY)
-        field, word = inside // words, inside % words
-        at = row_of(block, field, word)
-        row = q * power_of_2(_field_exponent(field, LAUNCH.fast) + bit + HALF)[:, None]
-        where = out.rows + at[:, None] * BLOCK_Q + column[None, :]
-        tl.store(where, row.to(out.rows.dtype.element_ty), mask=has[:, None])
-        tl.store(out.channel + at, channel, mask=has)
+    if not holds_queries(KEY, LAUNCH):
+        tl.store(out.plain + column[None, :] * D_PAD + channel[:, None], q)
+        tl.store(out.half_levels + channel, half_levels_of(width))
+    _write_rows(out, q * power_of_2(-exponent)[None, :], channel, width, KEY, LAUNCH)
+
+
+@triton.jit
+def _write_rows(out, q, channel, width, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Write the rows of all fields of channels of these widths."""
+    single, digits = first_fields(width)
+    odd = width % 2 == 1
+    _write_row(out, q, channel, single // 2, single % 2, width - 1 - single % 2, odd, KEY, LAUNCH)
+    for digit in tl.static_range(MAX_WIDTH // 2):
+        has = digit < width // 2
+        zero = width * 0
+        field = digits + digit
+        _write_row(out, q, channel, field, zero, zero + 2 * digit, has, KEY, LAUNCH)
+        again = has & (field < KEY.twice_read * UNIT)
+        _write_row(out, q, channel, field, zero + 1, zero + 2 * digit, again, KEY, LAUNCH)
+
+
+@triton.jit
+def _write_row(
+    out, q, channel, field, part, exponent, exists, KEY: tl.constexpr, LAUNCH: tl.constexpr
+):  # fmt: skip
+    """Write the query's channels times a power of two to the rows of fields, of those read twice to those of the lower
+    or, for ``part`` 1, of the higher bits.
+    """
+    block, _words, number, word = field_place(field, KEY)
+    at = (part * KEY.bit_blocks + block) * UNIT + row_of(number, word)
+    row = q * power_of_2(field_exponent(number, LAUNCH.fast) + exponent + HALF)[:, None]
+    where = out.rows + at[:, None] * LAUNCH.block_q + tl.arange(0, LAUNCH.block_q)[None, :]
+    tl.store(where, row.to(out.rows.dtype.element_ty), mask=exists[:, None])
+    tl.store(out.channel + at, channel, mask=exists)
 
 
 def expand_query(
-    query: Strided, exact: Tensor, calibration: Calibration, tiles: int, tokens: int, scale: float,
-    key: ReadConstants, launch: Any,
+    query: Strided, keys: Packed, room: int, layout: Layout, calibration: Calibration, tiles: int,
+    tokens: int, scale: float, key: ReadConstants, launch: Any,
 ) -> CodedQuery:  # fmt: skip
-    """Return the queries of a call with their `BitQueries`.
+    """Return the queries of a call with their `FieldQueries`.
 
     Args:
         query: Queries ``[B, Hq, T, D]``.
-        exact: Exact rows of the keys.
+        keys, room, layout: The cache's keys, how many pages it has room for, and their layout.
         calibration: Tables of the keys.
         tiles: Tiles of queries of a KV head.
         tokens: Query tokens.
@@ -198,26 +269,30 @@ def expand_query(
         key: Constants of the keys.
         launch: The `AttendConstants`.
     """
-    B, H = exact.shape[:2]
-    rows, columns = channelwise_scheme.BLOCK_WORDS * 16, launch.block_q
-    D_pad = triton.next_power_of_2(key.head_dim)
+    exact = keys[2]
+    (B, H), columns = exact.shape[:2], launch.block_q
+    units, D_pad = key.bit_blocks + key.twice_read, triton.next_power_of_2(key.head_dim)
     dtype = torch.float32 if launch.dtype == tl.float32 else torch.float16
-    plain = exact.new_empty(B * H, tiles, columns, D_pad, dtype=torch.float32)
-    out = BitQueries(
-        exact.new_empty(B * H, tiles, key.bit_blocks, rows, columns, dtype=dtype),
-        exact.new_empty(B * H, key.bit_blocks, rows, dtype=torch.int32),
-        plain,
-        plain.new_empty(B * H, D_pad),
-        plain.new_empty(B * H, tiles, columns),
-        plain.new_empty(B * H, tiles, 2, key.mean_places, columns) if key.takes_mean else None,
-        exact.new_empty(H, key.page_size, 2, key.mean_places, dtype=dtype)
-        if key.takes_mean
-        else None,
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return exact.new_empty(*shape, dtype=dtype)
+
+    held = holds_queries(key, launch)
+    out = FieldQueries(
+        rows=new(B * H, tiles, units, UNIT.value, columns, dtype=dtype),
+        channel=new(B * H, units, UNIT.value, dtype=torch.int32),
+        plain=None if held else new(B * H, tiles, columns, D_pad),
+        constant=new(B * H, room, columns) if held else None,
+        half_levels=None if held else new(B * H, D_pad),
+        factor=new(B * H, tiles, columns),
+        mean=new(B * H, tiles, 2, key.mean_places, columns) if key.takes_mean else None,
+        angles=new(H, key.page_size, 2, key.mean_places, dtype=dtype) if key.takes_mean else None,
     )
-    bias = plain.new_empty(B * H * launch.shared_by * tokens) if key.has_tables else None
+    bias = new(B * H * launch.shared_by * tokens) if key.has_tables else None
     programs = tiles + (key.page_size // TOKENS if key.takes_mean else 0)
+    programs += triton.cdiv(room, PAGES.value) if held else 0
     expand_query_kernel[(B * H, programs)](
-        query, exact, exact.stride(1), calibration, out, bias, scale, H, tokens, tiles, KEY=key, LAUNCH=launch,
-        TOKENS=TOKENS,
+        query, bundle_cache(keys, layout), calibration, out, bias, scale, room, H, tokens, tiles,
+        KEY=key, LAUNCH=launch, TOKENS=TOKENS,
     )  # fmt: skip
     return CodedQuery(query, bias, None, out)

@@ -13,10 +13,12 @@ import triton.language as tl
 
 from kvq_compile.kernels import channelwise_scheme
 from kvq_compile.kernels.triton.channelwise import (
-    BLOCK_ROWS,
     BLOCK_WORDS,
+    FIELDS,
     MAX_WIDTH,
+    UNIT,
     block_words,
+    first_fields,
     half_levels_of,
     load_center,
     load_widths,
@@ -276,10 +278,12 @@ def _write_places(tail, places, CONSTANTS: tl.constexpr):
     """Write channel and bit of each bit of a token, ``channel * MAX_WIDTH + bit``, as fp32."""
     channel = tl.arange(0, triton.next_power_of_2(CONSTANTS.head_dim))
     width = load_widths(tail, channel, CONSTANTS)
-    first = tl.cumsum(width, 0) - width
+    single, digits = first_fields(width)
+    number = channel * MAX_WIDTH
+    tl.store(places + single, (number + width - 1).to(tl.float32), mask=width % 2 == 1)
     for bit in tl.static_range(MAX_WIDTH):
-        number = (channel * MAX_WIDTH + bit).to(tl.float32)
-        tl.store(places + first + bit, number, mask=bit < width)
+        where = places + 2 * digits + bit
+        tl.store(where, (number + bit).to(tl.float32), mask=bit < width // 2 * 2)
 
 
 @triton.constexpr_function
@@ -289,27 +293,27 @@ def _tile_tokens(page, tile):
 
 @triton.jit
 def _pack(source, page, scratch, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the bits of a page, in tiles of words."""
+    """Write the fields of a page, in tiles of words."""
     PAGE: tl.constexpr = CONSTANTS.page_size
     TOKENS: tl.constexpr = _tile_tokens(PAGE, TILE)
     PARTS: tl.constexpr = PAGE // TOKENS
-    field = tl.arange(0, 16)[None, :, None]
+    bit = tl.arange(0, 2 * FIELDS)[None, :, None]
     word = tl.arange(0, BLOCK_WORDS)[None, None, :]
     for tile in range(CONSTANTS.bit_blocks * PARTS):
         block = tile // PARTS
         words = block_words(block, CONSTANTS)
         token = tile % PARTS * TOKENS + tl.arange(0, TOKENS)
-        exists = (word < words) & (field >= 0)
-        place = tl.load(places + block * BLOCK_ROWS + field * words + word, mask=exists, other=0.0)
-        place = place.to(tl.int32)
-        channel, bit = place // MAX_WIDTH, place % MAX_WIDTH
+        exists = (word < words) & (bit >= 0)
+        number = 2 * (block * UNIT + bit // 2 * words + word) + bit % 2
+        place = tl.load(places + number, mask=exists, other=0.0).to(tl.int32)
+        channel, of_code = place // MAX_WIDTH, place % MAX_WIDTH
         size = e5m3_value(tl.load(page.params + channel).to(tl.int32))
         center = load_center(page.params, channel, channel >= 0, CONSTANTS)
         half_levels = half_levels_of(load_widths(source.tail, channel, CONSTANTS))
         there = exists & (token >= 0)[:, None, None]
         x = load_coded(source, scratch, token[:, None, None], channel, there, CONSTANTS)
         code = _nearest(bounded(x), size, center, half_levels).to(tl.int32)
-        packed = tl.sum(tl.where(there, ((code >> bit) & 1) << field, 0), 1)
+        packed = tl.sum(tl.where(there, ((code >> of_code) & 1) << bit, 0), 1)
         where = page.codes + block * (BLOCK_WORDS * PAGE) + token[:, None] * words
         word_2d = tl.arange(0, BLOCK_WORDS)[None, :]
         tl.store(where + word_2d, packed.to(tl.uint16), mask=word_2d < words)

@@ -46,8 +46,8 @@ class ReadConstants:
         sections: First word of each section of the tables.
         param_bytes, rank_field, outliers, outlier_fields: Of the metadata of a mixed token: bytes of a zero point,
             the field of its rank, outliers, fields of each.
-        bit_rows, bit_blocks, last_words: Of a token whose channels differ in bits: its bits, its blocks of words, and
-            the words of the last of them; else 0.
+        bit_rows, bit_blocks, last_words, twice_read: Of a token whose channels differ in bits: its bits, its blocks of
+            words, the words of the last of them, and how many of the first have fields of two channels; else 0.
         takes_mean, mean_pairs, mean_places: Whether keys are coded without their rotated mean; rotation pairs that have
             one, and places for them in a tile.
     """
@@ -94,6 +94,7 @@ class ReadConstants:
     bit_rows: int
     bit_blocks: int
     last_words: int
+    twice_read: int
     takes_mean: bool
     mean_pairs: int
     mean_places: int
@@ -207,6 +208,7 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "bit_rows": bit_rows,
         "bit_blocks": bit_blocks,
         "last_words": (bit_rows // WORD_BITS - 1) % BLOCK_WORDS + 1 if bit_rows else 0,
+        "twice_read": min(bit_blocks, triton.cdiv(dim, BLOCK_WORDS * WORD_BITS)),
         "takes_mean": layout.takes_mean,
         "mean_pairs": layout.mean_pairs,
         "mean_places": max(8, triton.next_power_of_2(layout.mean_pairs)),

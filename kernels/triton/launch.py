@@ -108,6 +108,14 @@ def count_splits(programs: int, pages: int, exact_tokens: int, resident: int) ->
     return min(triton.cdiv(exact_tokens, BLOCK_EXACT), most), page_splits
 
 
+def count_late(programs: int, exact: int, paged: int, resident: int) -> int:
+    """Return how many of the ``paged`` splits of pages wait until programs of exact tokens are done; 0 unless most of
+    them run at once.
+    """
+    late = exact + paged - resident // programs
+    return late if 0 < late <= exact and 2 * late <= paged else 0
+
+
 def copies_of_queries(value: ReadConstants, queries: int) -> int:
     """Return how many copies of ``queries`` queries there are, one for each group of a value."""
     groups = value.head_dim // value.group_size

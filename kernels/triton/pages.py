@@ -55,14 +55,14 @@ class KeyPages(NamedTuple):
         codes, params: Of the first page.
         calibration: Tables and codebook of the head, and the position of slot 0.
         angles: Cosine and sine by which rotary keys of a block are rotated, ``[2, block, D / 2]``.
-        bits: The `BitQueries` of a tile, where channels differ in bits.
+        fields: The `FieldQueries` of a tile, where channels differ in bits.
     """
 
     codes: Any
     params: Any
     calibration: Any
     angles: Any
-    bits: Any
+    fields: Any
 
 
 class ValuePages(NamedTuple):
@@ -153,11 +153,10 @@ def _load_query(queries, FIRST: tl.constexpr, channel, channel_ok):
 def _group_vector(params, group, VALUE: tl.constexpr, COPIES: tl.constexpr):
     """Return ``scale, zero`` (fp32) of a page's values, a row each; a column for each copy."""
     token = tl.arange(0, VALUE.page_size)
-    scale, zero = uniform.load_params(params + token, None, VALUE)
+    scale, zero = uniform.load_token_params(params, token, VALUE)
     scale, zero = scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None]
     for copy in tl.static_range(1, COPIES):
-        where = params + copy * VALUE.page_size + token
-        scale_g, zero_g = uniform.load_params(where, None, VALUE)
+        scale_g, zero_g = uniform.load_token_params(params + copy * VALUE.page_size, token, VALUE)
         here = (group == copy)[None, :]
         scale = tl.where(here, scale_g.to(tl.float32)[:, None], scale)
         zero = tl.where(here, zero_g.to(tl.float32)[:, None], zero)
@@ -208,8 +207,7 @@ def _rotary_page_scores(
 def _page_scores(k, params, q, q_sum, channel, channel_ok, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     """Return the scores of a page whose keys ``k`` have been read."""
     if KEY.scheme == "uniform" and KEY.grouping == "token" and KEY.group_size == KEY.head_dim:
-        where = params + tl.arange(0, KEY.page_size)
-        k_scale, k_zero = uniform.load_params(where, None, KEY)
+        k_scale, k_zero = uniform.load_token_params(params, tl.arange(0, KEY.page_size), KEY)
         scores = tl.dot(k, q, input_precision=LAUNCH.precision)
         scores = scores * k_scale.to(tl.float32)[:, None]
         scores += k_zero.to(tl.float32)[:, None] * q_sum[None, :]
@@ -221,14 +219,20 @@ def _page_scores(k, params, q, q_sum, channel, channel_ok, KEY: tl.constexpr, LA
 
 
 @triton.jit
-def _folded_update(scores, running_max, params, group, VALUE: tl.constexpr, COPIES: tl.constexpr):
+def _folded_update(
+    scores, running_max, params, group, VALUE: tl.constexpr, COPIES: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):  # fmt: skip
     """Return `softmax_update` of weights that carry the values' scales, the plain weights, and these times the zero
     points.
 
-    The scale joins the score, so that scaled weights are bounded; codes at scale 0 are 0.
+    The scale joins the score, so that scaled weights are bounded; codes at scale 0 are 0. So does the power of two that
+    codes of a token have where they lie.
     """
     v_scale, v_zero = _group_vector(params, group, VALUE, COPIES)
     v_scale = tl.log2(tl.maximum(v_scale, 2.0**-24))
+    if IN_PLACE:
+        v_scale -= uniform.token_place(VALUE)[:, None]
     scaled, decay, running_max = softmax_update(scores + v_scale, running_max, WEIGHT_BIAS)
     weights = tl.exp2(scores - (tl.maximum(running_max, HIDDEN) - WEIGHT_BIAS)[None, :])
     return scaled, decay, running_max, weights, weights * v_zero
@@ -249,6 +253,7 @@ def attend_pages(
     COPIES: tl.constexpr = LAUNCH.copies
     PLAIN: tl.constexpr = VALUE.scheme == "uniform" and VALUE.grouping == "token"
     FOLD: tl.constexpr = PLAIN and VALUE.group_size * COPIES == VALUE.head_dim
+    IN_PLACE: tl.constexpr = FOLD and uniform.lies_in_place(VALUE, LAUNCH)
     DEFER: tl.constexpr = BLOCK_Q <= 16  # sum over keys once, at the end: no exchange between warps
     book = keys.calibration.book
     if KEY.rotary:
@@ -257,10 +262,8 @@ def attend_pages(
         )
         q_a, q_b = q
     elif KEY.scheme == "channelwise":
-        held = channelwise.hold_queries(keys.bits, KEY, LAUNCH)
-        ahead = channelwise.load_params(keys.params, lo, lo < hi, held, KEY, LAUNCH)
-        if KEY.takes_mean:
-            mean_a, mean_b, angles, step = channelwise.start_mean(keys, lo, KEY, LAUNCH)
+        held = channelwise.hold_queries(keys.fields, KEY, LAUNCH)
+        turning = channelwise.start_mean(keys, lo, KEY, LAUNCH)
     else:
         channel, channel_ok = uniform.tile_channels(KEY.columns, KEY.head_dim, KEY)
         q = _load_query(queries, 0, channel, channel_ok).to(LAUNCH.dtype)
@@ -279,21 +282,15 @@ def attend_pages(
             scores, q_a, q_b = _rotary_page_scores(
                 k_codes, k_params, book, q_a, q_b, mean, angle, step, KEY, LAUNCH
             )
-            v = read_values(v_codes, values.book, VALUE, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, IN_PLACE, LAUNCH)
         elif KEY.scheme == "channelwise":
-            fields = ahead
-            ahead = channelwise.load_params(keys.params, page + 1, page + 1 < hi, held, KEY, LAUNCH)
-            scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
-            if KEY.takes_mean:
-                scores = channelwise.mean_scores(mean_a, mean_b, angles, KEY, LAUNCH)
-                mean_a, mean_b = rotate_back(mean_a, mean_b, step[0], step[1])
-            scores = channelwise.page_scores(
-                scores, page, k_codes, k_params, fields, keys.bits, held, KEY, LAUNCH
+            scores, turning = channelwise.page_scores(
+                page, k_codes, k_params, keys.fields, held, turning, KEY, LAUNCH
             )
-            v = read_values(v_codes, values.book, VALUE, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, IN_PLACE, LAUNCH)
         else:
             k = read_keys(k_codes, book, channel, channel_ok, KEY, LAUNCH)
-            v = read_values(v_codes, values.book, VALUE, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, IN_PLACE, LAUNCH)
             scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, LAUNCH)
         slot = KEY.sinks + page * PAGE + tl.arange(0, PAGE)
         if LAUNCH.mask_kind > 0:
@@ -301,7 +298,7 @@ def attend_pages(
         scores = tl.where((slot < kv_len)[:, None], scores, float("-inf"))
         if FOLD:
             scaled, decay, running_max, weights, offset = _folded_update(
-                scores, running_max, v_params, queries.group, VALUE, COPIES
+                scores, running_max, v_params, queries.group, VALUE, COPIES, IN_PLACE
             )
         else:
             scaled, decay, running_max = softmax_update(scores, running_max, WEIGHT_BIAS)
@@ -317,6 +314,8 @@ def attend_pages(
             v, scaled.to(LAUNCH.dtype), accumulator * decay[None, :],
             input_precision=LAUNCH.precision,
         )  # fmt: skip
+    if IN_PLACE:
+        accumulator *= 2.0**24
     if FOLD:
         accumulator += tl.sum(running_zero, 0)[None, :]
     return accumulator, tl.sum(running_sum, 0), running_max

@@ -7,7 +7,9 @@ tiles whose sides are powers of two, 16 or more. Where the words of a row are no
 Two ways lead from words to codes. The portable one shifts and masks, and runs everywhere, in the interpreter too.
 On NVIDIA hardware one logic instruction puts a field of two neighbouring words under the exponent of a power of two
 ``2**k``, which reads as the fp16 pair ``2**k + code``; one exact subtraction leaves the codes. The fields of a word
-then sit in the same lanes, so joining them moves no data.
+then sit in the same lanes, so joining them moves no data. Where what a code is multiplied by can make up for a power of
+two, the field is cut out alone: its bits from bit ``p`` on read as ``code * 2 ** (p - 24)``, a subnormal number or the
+next larger ones, which the matrix instruction takes as they are.
 """
 
 from typing import Any, NamedTuple
@@ -290,6 +292,122 @@ def _join_4(a, b, c, d):
 def join_8(a, b, c, d, e, f, g, h):
     """Return eight fields along three new last axes, the highest digit of their number first."""
     return tl.join(_join_4(a, c, e, g), _join_4(b, d, f, h))
+
+
+# --- codes where they lie -------------------------------------------------------------------------
+
+# The bit of each field of a word from which its code is read: after one shift, which brings fields into the mantissa.
+PLACES = {8: (0, 0), 4: (0, 4, 0, 4), 3: (4, 2, 4, 6, 2, 4, 6, 4), 2: (6, 8, 4, 6, 8, 4, 6, 8)}
+
+
+@triton.constexpr_function
+def _halves_of_places(bits):
+    return sum(place // 2 << 4 * field for field, place in enumerate(PLACES[bits]))
+
+
+@triton.jit
+def place_of(field, BITS: tl.constexpr):
+    """Return the exponent by which codes of a field that `cut_2` and others cut out are larger than ``2 ** -24``."""
+    return 2 * ((_halves_of_places(BITS) >> 4 * field) & 15)
+
+
+@triton.jit
+def cut_rows(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return what `unpack_rows` returns, each code times ``2 ** (place_of(its field) - 24)``."""
+    if BITS == 8:
+        a, b = cut_8(low)
+        codes = tl.permute(tl.join(a, b), (0, 2, 1))
+    elif BITS == 4:
+        a, b, c, d = cut_4(low)
+        codes = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
+    else:
+        if BITS == 3:
+            a, b, c, d, e, f, g, h = cut_3(low, high)
+        else:
+            a, b, c, d, e, f, g, h = cut_2(low, 3)
+        codes = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
+    return tl.reshape(codes, (low.shape[0], low.shape[1] * (16 // (2 if BITS == 3 else BITS)))).to(
+        DTYPE
+    )
+
+
+def _cut(bits: int, mask: int, shifted: str) -> tl.constexpr:
+    """Return the instructions that cut these bits of all fields out of two neighbouring words, field by field: out of
+    ``l``, ``w`` or ``r``, the words shifted to the left, as they are, or shifted to the right.
+    """
+    fields = len(shifted)
+    ands = (
+        f"and.b32 ${field}, {source}, 0x{mask << place:04x}{mask << place:04x};"
+        for field, (source, place) in enumerate(zip(shifted, PLACES[bits], strict=True))
+    )
+    left, right = (6, 6) if bits == 2 else (0, 8)
+    return tl.constexpr(
+        f"{{ .reg .b32 l, r, w; mov.b32 w, ${fields};"
+        f" shl.b32 l, w, {left}; shr.u32 r, w, {right}; {' '.join(ands)} }}"
+    )
+
+
+CUT_8, CUT_4 = _cut(8, 0xFF, "wr"), _cut(4, 0xF, "wwrr")
+CUT_2, CUT_LOWER, CUT_HIGHER = (_cut(2, mask, "llwwwrrr") for mask in (3, 1, 2))
+CUT_3 = tl.constexpr(
+    """{
+    .reg .b32 w0, w4, w7, h0, h1, h4, h7, x;
+    shl.b32 w0, $8, 4; shr.u32 w4, $8, 6; shr.u32 w7, $8, 10;
+    shl.b32 h0, $9, 6; shl.b32 h1, $9, 2; shr.u32 h4, $9, 4; shr.u32 h7, $9, 8;
+    and.b32 x, w0, 0x00300030; lop3.b32 $0, h0, 0x00400040, x, 0xEA;
+    and.b32 x, $8, 0x000C000C; lop3.b32 $1, h1, 0x00100010, x, 0xEA;
+    and.b32 x, $8, 0x00300030; lop3.b32 $2, h1, 0x00400040, x, 0xEA;
+    and.b32 x, $8, 0x00C000C0; lop3.b32 $3, h1, 0x01000100, x, 0xEA;
+    and.b32 x, w4, 0x000C000C; lop3.b32 $4, h4, 0x00100010, x, 0xEA;
+    and.b32 x, w4, 0x00300030; lop3.b32 $5, h4, 0x00400040, x, 0xEA;
+    and.b32 x, w4, 0x00C000C0; lop3.b32 $6, h4, 0x01000100, x, 0xEA;
+    and.b32 x, w7, 0x00300030; lop3.b32 $7, h7, 0x00400040, x, 0xEA; }"""
+)
+
+
+@triton.jit
+def cut_2(w, PART: tl.constexpr):
+    """Return the fields of words of two-bit codes; or of each the lower bit, ``PART`` 1, or the higher one, 2."""
+    CUT: tl.constexpr = CUT_2 if PART == 3 else (CUT_LOWER if PART == 1 else CUT_HIGHER)
+    return tl.inline_asm_elementwise(
+        CUT,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+        args=[w],
+        dtype=(tl.float16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def cut_3(w, high):
+    return tl.inline_asm_elementwise(
+        CUT_3,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        args=[w, high],
+        dtype=(tl.float16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def cut_4(w):
+    return tl.inline_asm_elementwise(
+        CUT_4,
+        "=&r,=&r,=&r,=&r,r",
+        args=[w],
+        dtype=(tl.float16,) * 4,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def cut_8(w):
+    return tl.inline_asm_elementwise(
+        CUT_8, "=&r,=&r,r", args=[w], dtype=(tl.float16,) * 2, is_pure=True, pack=2
+    )
 
 
 # --- scores ---------------------------------------------------------------------------------------

@@ -25,13 +25,13 @@ class CodedQuery(NamedTuple):
         query: Transformed queries.
         bias: What the keys' mean adds to the scores of each query, ``[B * Hq * T]``; ``None`` without tables.
         angles: Cosine and sine by which rotary keys of a block are rotated, ``[Hkv, 2, block, D / 2]``; or ``None``.
-        bits: The `BitQueries` of keys whose channels differ in bits; or ``None``.
+        fields: The `FieldQueries` of keys whose channels differ in bits; or ``None``.
     """
 
     query: Any
     bias: Any
     angles: Any
-    bits: Any = None
+    fields: Any = None
 
 
 class Shape(NamedTuple):

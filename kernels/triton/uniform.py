@@ -30,7 +30,14 @@ from kvq_compile.kernels.triton.formats import (
     split_small_params,
 )
 from kvq_compile.kernels.triton.packing import load_codes, load_words
-from kvq_compile.kernels.triton.primitives import load_rows, row_index, unpack_halves, unpack_rows
+from kvq_compile.kernels.triton.primitives import (
+    cut_rows,
+    load_rows,
+    place_of,
+    row_index,
+    unpack_halves,
+    unpack_rows,
+)
 from kvq_compile.kernels.triton.transforms import load_table
 
 # --- elements to codes ----------------------------------------------------------------------------
@@ -176,7 +183,25 @@ def load_params(where, exists, CONSTANTS: tl.constexpr):
     """Return ``scale, zero`` of groups, in fp16, or fp32 for e5m3, whose zero points fp16 would round; ``exists`` may
     be ``None``.
     """
-    word = load_words(where, exists)
+    return _split_params(load_words(where, exists), CONSTANTS)
+
+
+@triton.jit
+def load_token_params(params, token, CONSTANTS: tl.constexpr):
+    """Return `load_params` of the tokens of a page. Words of 16 bits, which are not loaded ahead, are halves of what is
+    loaded.
+    """
+    if CONSTANTS.params == "fp16":
+        word = tl.load(params + token)
+    else:
+        pairs = params.to(tl.pointer_type(tl.int32), bitcast=True) + token // 2
+        word = (tl.load(pairs) >> 16 * (token % 2)).to(tl.uint16)
+    return _split_params(word, CONSTANTS)
+
+
+@triton.jit
+def _split_params(word, CONSTANTS: tl.constexpr):
+    """Return ``scale, zero`` of words of parameters."""
     if CONSTANTS.params == "e5m3":
         scale, zero = split_middle_params(word, CONSTANTS.levels)
     elif CONSTANTS.params == "fp8":
@@ -282,13 +307,33 @@ def dequantize_keys(
     return tl.reshape(x, (ROWS, COLUMNS))
 
 
+@triton.constexpr_function
+def lies_in_place(value, launch):
+    """Return whether codes of values whose parameters are folded into weights are read where they lie in a word: as
+    numbers of which weights take a power of two.
+    """
+    return launch.fast and value.scheme == "uniform" and value.in_fields and value.bits > 1
+
+
 @triton.jit
-def read_values(codes, VALUE: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the codes ``[channels, page_size]`` of a page of values, as numbers of the dtype of operands."""
+def token_place(VALUE: tl.constexpr):
+    """Return the exponents ``[page_size]`` by which codes of each token are larger than ``2 ** -24`` where they lie."""
+    WORDS: tl.constexpr = VALUE.page_size * (2 if VALUE.bits == 3 else VALUE.bits) // 16
+    return place_of(tl.arange(0, VALUE.page_size) // WORDS, VALUE.bits).to(tl.float32)
+
+
+@triton.jit
+def read_values(codes, VALUE: tl.constexpr, IN_PLACE: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the codes ``[channels, page_size]`` of a page of values, as numbers of the dtype of operands; ``IN_PLACE``,
+    as they lie.
+    """
     channel = tl.arange(0, VALUE.channels)
     if VALUE.in_fields:
         low, high = load_rows(codes, channel, VALUE.page_size, VALUE.head_dim, VALUE.bits)
-        v = unpack_rows(low, high, VALUE.bits, LAUNCH.fast, LAUNCH.dtype)
+        if IN_PLACE:
+            v = cut_rows(low, high, VALUE.bits, LAUNCH.dtype)
+        else:
+            v = unpack_rows(low, high, VALUE.bits, LAUNCH.fast, LAUNCH.dtype)
     else:
         token, exists = tl.arange(0, VALUE.page_size), (channel < VALUE.head_dim)[:, None]
         v = load_codes(codes, token[None, :], channel[:, None], exists, VALUE)
