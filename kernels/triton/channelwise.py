@@ -23,9 +23,9 @@ import triton.language as tl
 
 from kvq_compile.kernels import channelwise_scheme
 from kvq_compile.kernels.triton.arguments import tail_of
+from kvq_compile.kernels.triton.channelwise_mean import turn_mean
 from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
 from kvq_compile.kernels.triton.primitives import cut_2, join_8, place_of
-from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table
 
 MAX_WIDTH = tl.constexpr(channelwise_scheme.MAX_WIDTH)
 BLOCK_WORDS = tl.constexpr(channelwise_scheme.BLOCK_WORDS)
@@ -71,22 +71,6 @@ class Held(NamedTuple):
     channels: Any
     half_levels: Any
     factor: Any
-
-
-class Mean(NamedTuple):
-    """What the mean of keys adds to scores: see `start_mean`.
-
-    Attributes:
-        own, other: Factors ``[2 * places, queries]`` on cosines, then sines; and those of the other of both.
-        angles: Cosines, then sines, of the tokens of a page, ``[page_size, 2 * places]``.
-        cosine, sine: Of the angle from page to page, by which ``own`` takes from ``other``, ``[2 * places, 1]``.
-    """
-
-    own: Any
-    other: Any
-    angles: Any
-    cosine: Any
-    sine: Any
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -455,43 +439,3 @@ def page_scores(
         scores = _loaded_scores(codes, params, fields, mean, KEY, LAUNCH)
     constant = _load_constant(page, params, fields, held, KEY, LAUNCH)
     return scores * held.factor[None, :] + constant[None, :], turn_mean(mean, KEY)
-
-
-# --- the mean of keys -----------------------------------------------------------------------------
-
-
-@triton.jit
-def start_mean(keys, first, KEY: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the `Mean` of keys, where there is one, for pages from ``first`` on.
-
-    A pair ``a, b`` of the mean ``m``, rotated by the angle of a slot, adds ``cosine (q_a m_a + q_b m_b) + sine (q_b
-    m_a - q_a m_b)`` to a score. The angle is that of the page's first slot, by which both terms are rotated, page by
-    page, and that of the token in the page, the same for all pages.
-    """
-    if not KEY.takes_mean:
-        return Mean(0, 0, 0, 0, 0)
-    PLACES: tl.constexpr = KEY.mean_places
-    row, column = tl.arange(0, 2 * PLACES), tl.arange(0, LAUNCH.block_q)[None, :]
-    pair, sign = row % PLACES, tl.where(row < PLACES, 1.0, -1.0)
-    own = tl.load(keys.fields.mean + row[:, None] * LAUNCH.block_q + column)
-    other = (row + PLACES) % (2 * PLACES)
-    other = tl.load(keys.fields.mean + other[:, None] * LAUNCH.block_q + column)
-    tables = keys.calibration.tables
-    frequency = load_table(tables, pair, pair < KEY.mean_pairs, "frequency", KEY)
-    cosine, sine = cosine_and_sine((KEY.sinks + first * KEY.page_size) * frequency)
-    start = Mean(own, other, 0, cosine[:, None], (sine * sign)[:, None])
-    cosine, sine = cosine_and_sine(KEY.page_size * frequency)
-    token = tl.arange(0, KEY.page_size)[:, None]
-    angles = tl.load(keys.fields.angles + token * (2 * PLACES) + row[None, :])
-    start = turn_mean(start, KEY)
-    return Mean(start.own, start.other, angles, cosine[:, None], (sine * sign)[:, None])
-
-
-@triton.jit
-def turn_mean(mean, KEY: tl.constexpr):
-    """Return the `Mean` of the next page."""
-    if not KEY.takes_mean:
-        return mean
-    own = mean.own * mean.cosine + mean.other * mean.sine
-    other = mean.other * mean.cosine - mean.own * mean.sine
-    return Mean(own, other, mean.angles, mean.cosine, mean.sine)

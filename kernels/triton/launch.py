@@ -21,7 +21,10 @@ MAX_QUERIES = 32  # more of them at once spill
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
 MAX_SPLITS = 64
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
-MIXED_REGISTERS = 168  # of a thread, so that three programs share an SM; there are no spills
+THREE_SHARE = {
+    "maxnreg": 168
+}  # registers of a thread: three programs share an SM, and no loop spills
+THREE_SHARE_UNITS = 4  # of keys whose channels differ in bits; of more only two programs fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ def platform_of(query: Tensor) -> Platform:
     return "hip" if torch.version.hip else "cuda"
 
 
-def programs_per_sm(key: ReadConstants, value: ReadConstants) -> int:
+def programs_per_sm(key: ReadConstants, value: ReadConstants, options: dict[str, int]) -> int:
     """Return how many programs at a time are best for an SM.
 
     Measured on an H100 at one sequence of 128k tokens, at 2, 3, 4 and 6 programs; the second numbers are
@@ -88,8 +91,8 @@ def programs_per_sm(key: ReadConstants, value: ReadConstants) -> int:
     """
     if PROGRAMS_PER_SM is not None:
         return PROGRAMS_PER_SM
-    if key.takes_mean or key.bit_blocks > 2:  # of whose programs only two fit
-        return 2
+    if key.scheme == "channelwise":
+        return 3 if "maxnreg" in options else 2
     return 2 if key.rotary or "codebook" in (key.scheme, value.scheme) else 3
 
 
@@ -165,6 +168,8 @@ def attend_settings(
     loads = not (mixed or (key.in_fields and value.in_fields))
     one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     stages = 1 if one_stage or loads else 2
+    if key.scheme == "channelwise" and stages == 2 and value.bits != 3:  # which takes registers
+        stages = 3
     constants = AttendConstants(
         **operands(dtype, platform, large), shared_by=shared_by, copies=copies, block_q=block_q,
         block_n=BLOCK_EXACT // 2 if full else BLOCK_EXACT, stages=stages, mask_kind=mask_kind,
@@ -174,6 +179,8 @@ def attend_settings(
     few = max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
     few &= even and page >= 64
     few &= mask_kind == 0  # with a mask it would spill
-    if mixed and few and platform == "cuda" and block_q == 8 and not (full or large):
-        options["maxnreg"] = MIXED_REGISTERS
+    few &= platform == "cuda" and block_q == 8 and not (full or large)
+    units = key.bit_blocks + key.twice_read
+    if few and (mixed or 0 < units <= THREE_SHARE_UNITS):
+        options |= THREE_SHARE
     return key, value, constants, options

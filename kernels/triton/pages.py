@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from kvq_compile.kernels.triton import channelwise, uniform
+from kvq_compile.kernels.triton.channelwise_mean import start_mean
 from kvq_compile.kernels.triton.constants import section_start
 from kvq_compile.kernels.triton.primitives import HIDDEN, WEIGHT_BIAS, load_mask, softmax_update
 from kvq_compile.kernels.triton.schemes import read_key_halves, read_keys, read_values
@@ -263,7 +264,7 @@ def attend_pages(
         q_a, q_b = q
     elif KEY.scheme == "channelwise":
         held = channelwise.hold_queries(keys.fields, KEY, LAUNCH)
-        turning = channelwise.start_mean(keys, lo, KEY, LAUNCH)
+        turning = start_mean(keys, lo, KEY, LAUNCH)
     else:
         channel, channel_ok = uniform.tile_channels(KEY.columns, KEY.head_dim, KEY)
         q = _load_query(queries, 0, channel, channel_ok).to(LAUNCH.dtype)

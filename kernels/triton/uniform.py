@@ -324,7 +324,7 @@ def token_place(VALUE: tl.constexpr):
 
 @triton.jit
 def read_values(codes, VALUE: tl.constexpr, IN_PLACE: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the codes ``[channels, page_size]`` of a page of values, as numbers of the dtype of operands; ``IN_PLACE``,
+    """Return the codes ``[channels, page_size]`` of values, as numbers of the dtype of operands; ``IN_PLACE``,
     as they lie.
     """
     channel = tl.arange(0, VALUE.channels)
