@@ -23,7 +23,7 @@ MAX_SPLITS = 64
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
 THREE_SHARE = {
     "maxnreg": 168
-}  # registers of a thread: three programs share an SM, and no loop spills
+}  # registers of a thread: three programs share an SM, at most a few spill
 THREE_SHARE_UNITS = 4  # of keys whose channels differ in bits; of more only two programs fit
 
 
