@@ -31,6 +31,7 @@ MAY_KNOW = {
     "kernels/channelwise_scheme.py",
     "kernels/spec.py",  # the default of `CacheSpec`
     "kernels/layout.py",  # the type of an accessor
+    "kernels/cache/saved.py",  # a format in which its pages were others
     *(f"kernels/cpu/{name}.py" for name in ("append", "native")),
     *(
         f"kernels/triton/{name}.py"

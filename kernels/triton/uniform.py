@@ -312,7 +312,7 @@ def lies_in_place(value, launch):
     """Return whether codes of values whose parameters are folded into weights are read where they lie in a word: as
     numbers of which weights take a power of two.
     """
-    return launch.fast and value.scheme == "uniform" and value.in_fields and value.bits > 1
+    return launch.fast and value.in_fields and value.bits > 1
 
 
 @triton.jit
