@@ -136,7 +136,7 @@ def turning_tables(head_dim: int, heads: int = 2, seed: int = 0, *, weighs: bool
         torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") * 2 / head_dim
     )
     frequency = (turns / (2 * math.pi) * 2.0**32).round().long().int()
-    scale = torch.rand(heads, head_dim // 2, generator=generator, device="cpu")
+    scale = torch.rand(heads, head_dim // 2, generator=generator, dtype=torch.float32, device="cpu")
     scale = torch.exp2(5.0 * scale) if weighs else torch.ones_like(scale)
     scale = scale.repeat(1, 2)  # after: exp2 is not the same to the bit in every place of a tensor
     return Tables.build(
