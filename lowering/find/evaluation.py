@@ -115,7 +115,7 @@ class Evaluation:
         if math.prod(shape) > _LARGEST:
             raise Refusal("the attention is too large to be evaluated")
         if value.dtype == torch.bool:
-            return torch.rand(shape, device="cpu") < 0.5
+            return torch.rand(shape, dtype=torch.float32, device="cpu") < 0.5
         made = torch.randn(shape, dtype=torch.float32, device="cpu")
         return made if self._exact else made.to(value.dtype)
 

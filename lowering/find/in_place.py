@@ -111,8 +111,9 @@ class _Scattered(_InPlace):
     """The same at cache positions that do not follow one another."""
 
     def _places(self, first: int, tokens: int, slots: int) -> Tensor:
-        generator = torch.Generator().manual_seed(first)
-        return torch.randperm(slots, generator=generator)[:tokens]
+        generator = torch.Generator(device="cpu").manual_seed(first)
+        order = torch.randperm(slots, generator=generator, dtype=torch.int64, device="cpu")
+        return order[:tokens]
 
 
 def is_spelled(writer: fx.Node, buffer: fx.Node) -> bool:

@@ -201,7 +201,7 @@ class UpdateTrial(Trial):
             return None
         if self._position is None:
             first = int((result != past).any(3).any(1).any(0).int().argmax())
-            places = torch.arange(first, first + new.shape[2], device="cpu")
+            places = torch.arange(first, first + new.shape[2], dtype=torch.int64, device="cpu")
         if first + new.shape[2] > past.shape[2]:
             return None
         expected = past.index_copy(2, places, new)
@@ -210,7 +210,7 @@ class UpdateTrial(Trial):
     def _places(self, first: int, tokens: int, slots: int) -> Tensor:
         """Return the cache positions to try, the first of which is ``first`` where they are consecutive."""
         del slots
-        return torch.arange(first, first + tokens, device="cpu")
+        return torch.arange(first, first + tokens, dtype=torch.int64, device="cpu")
 
     def _numbers(self) -> list[tuple[Any, Any]]:
         """Return what may be the first cache position, as values and as arguments of nodes: numbers among the steps."""
