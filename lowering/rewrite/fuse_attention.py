@@ -112,8 +112,8 @@ def _mask(graph: fx.Graph, site: AttentionSite, keys: CacheNodes) -> Any:
     end = insert_call(graph, operator.add, (keys.end(graph), size_of(key.new, 2)))
     hidden = insert_call(graph, operator.sub, (end, columns))
     if mask is None:
-        about = {"dtype": torch.int64, "device": value_of(key.new).device}
-        slots = graph.call_function(torch.arange, (end,), about)
+        device = value_of(key.new).device
+        slots = graph.call_function(torch.arange, (end,), {"dtype": torch.int64, "device": device})
         slots = insert_call(graph, operator.getitem, (slots, None))  # one row for all queries
         return graph.call_function(operator.ge, (slots, hidden))
     return _hide_first(graph, mask, hidden)
