@@ -41,6 +41,7 @@ from kvq_compile.kernels.schemes import (
     Role,
     Scheme,
     Transform,
+    Uniform,
     as_channelwise,
     as_mixed,
 )
@@ -262,6 +263,11 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     def clip(self) -> float:
         """Fraction of a group's range that its codes span."""
         return self.scheme.clip
+
+    @cached_property
+    def search(self) -> bool:
+        """Whether each group has a clip of its own, the best of eight."""
+        return isinstance(self.scheme, Uniform) and self.scheme.search
 
     @cached_property
     def transform(self) -> Transform:

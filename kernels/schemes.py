@@ -97,6 +97,7 @@ class Uniform(_Codes, metaclass=Interned):
         tables: Digest of the calibration tables of this tensor; rotary keys need tables.
         up_to: Whether ``group_size`` is an upper limit: groups then get the largest size up to it that divides the
             head dimension (token) or the page (channel).
+        search: Whether each group has the best of eight clips, from 1 to 0.4, by the squared error that it leaves.
 
     Raises:
         TypeError: A count of bits or channels is not an integer.
@@ -117,9 +118,10 @@ class Uniform(_Codes, metaclass=Interned):
     rotary: bool = False
     tables: str = NO_TABLES
     up_to: bool = False
+    search: bool = False
 
     def __post_init__(self) -> None:
-        check_flags(up_to=self.up_to)
+        check_flags(up_to=self.up_to, search=self.search)
         if self.bits != 1.5:
             check_integers(bits=self.bits)
         check_integers(group_size=1 if self.group_size is None else self.group_size)
@@ -141,6 +143,10 @@ class Uniform(_Codes, metaclass=Interned):
             f"group_size must be positive, got {self.group_size}",
         )
         check(0.0 < self.clip <= 1.0, f"clip must be in (0, 1], got {self.clip}")
+        check(
+            not self.search or (self.clip == 1.0 and self.tables == NO_TABLES),
+            f"search must go with clip=1 and without tables, got clip={self.clip}, tables={self.tables!r}",
+        )
         check_format(self.params, self.transform, self.rotary, self.tables)
 
     __repr__ = changed_fields

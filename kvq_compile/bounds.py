@@ -44,6 +44,8 @@ span, and by half of what that range lacks, for it lies between the ends:
     step <= 16/15 R / L + 2^-17
     e = max(step / 2, (1 - c) r / 2 + (1/15 + 1/400) R + L 2^-17) + 2^-20 M
 
+**A searched clip** is one of eight, so that the largest of their eight bounds holds.
+
 **Calibration tables** code ``y = (R^-1 x - mean) / scale``. Rotation keeps the norm, and an error of ``y`` grows by
 the largest scale ``t`` of a channel: ``e`` becomes ``t (e + 2^-18 M)``, the term for the angles and the arithmetic on
 the way, ``M`` being the largest magnitude of ``y`` and of ``mean / scale``.
@@ -69,6 +71,7 @@ from collections.abc import Callable
 
 import sympy
 
+from kvq_compile.kernels.channelwise_scheme import CLIPS
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables, read_section
@@ -99,8 +102,15 @@ def _of_mixed(
 def _of_uniform(
     spec: Uniform, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
 ) -> sympy.Expr:
+    clips = CLIPS if spec.search else (spec.clip,)
+    return sympy.Max(*(_of_clip(spec, clip, tables, spread, largest) for clip in clips))
+
+
+def _of_clip(
+    spec: Uniform, span: float, tables: Tables | None, spread: sympy.Expr, largest: sympy.Expr
+) -> sympy.Expr:
     levels = spec.levels
-    clip = sympy.Rational(str(spec.clip))
+    clip = sympy.Rational(str(span))
     if tables is not None:
         margin = read_section(tables.words, "margin", tables.head_dim)
         clip = sympy.Rational(1 - 2 * float(margin.max()))

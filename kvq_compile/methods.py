@@ -8,7 +8,7 @@ no other list of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from kvq_compile.calibration.artifact import LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
@@ -24,9 +24,12 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.method_base import Options, check_number, is_number
 from kvq_compile.qaq import Qaq
-from kvq_compile.transform_coding import Tc
+from kvq_compile.transform_coding import Tc, value_options
 
 GroupSize = int | Literal["auto"] | None
+Clip = float | Literal["best"]  # "best": of eight, for each group that of the least squared error
+CqValues = Literal["codebook", "hadamard"]
+SkvqValues = Literal["groups", "hadamard"]
 # Options that calibration does not depend on.
 AT_COMPILE = ("sinks", "window", "page_size", "packing")
 # Bits of SKVQ's codes to the parts of a group's range that they span, of keys and of values: docs/decisions.md.
@@ -43,12 +46,12 @@ class Int8(Options):
     key_bits: int | None = None
     value_bits: int | None = None
     group_size: GroupSize = None
-    clip: float = 1.0
+    clip: Clip = 1.0
     transform: Transform = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("clip", self.clip)
+        _check_clip(self.clip)
 
     def spec(self, tables: LayerTables | None = None) -> CacheSpec:
         """Return the spec."""
@@ -60,9 +63,9 @@ class Int8(Options):
         return Uniform(
             self.bits if width is None else width,
             group_size=group_size,
-            clip=self.clip,
             transform=self.transform,
             up_to=up_to,
+            **_clip(self.clip),
         )
 
 
@@ -79,7 +82,7 @@ class Int3(Int8):
 
     bits: ClassVar[int] = 3
 
-    clip: float = 0.95
+    clip: Clip = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +92,14 @@ class Int2(Int8):
     bits: ClassVar[int] = 2
 
     group_size: GroupSize = "auto"
-    clip: float = 0.9
+    clip: Clip = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kivi(Options):
     """Keys per channel in groups of ``group_size`` tokens, values per token in groups of as many channels.
+
+    ``clip="best"`` tries eight parts of each group's range and takes the one that leaves the least squared error.
 
     Source: KIVI (arXiv 2402.02750), groups of 32, 128 recent tokens exact; the exact sinks are ours.
     """
@@ -105,11 +110,11 @@ class Kivi(Options):
     key_bits: int | None = None
     value_bits: int | None = None
     group_size: GroupSize = "auto"
-    clip: float = 1.0
+    clip: Clip = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("clip", self.clip)
+        _check_clip(self.clip)
 
     def spec(self, tables: LayerTables | None = None) -> CacheSpec:
         """Return the spec."""
@@ -118,8 +123,8 @@ class Kivi(Options):
         key_bits = self.bits if self.key_bits is None else self.key_bits
         value_bits = self.bits if self.value_bits is None else self.value_bits
         return self._cache(
-            Uniform(key_bits, "channel", size, self.clip, up_to=up_to),
-            Uniform(value_bits, "token", size, self.clip, up_to=up_to),
+            Uniform(key_bits, "channel", size, up_to=up_to, **_clip(self.clip)),
+            Uniform(value_bits, "token", size, up_to=up_to, **_clip(self.clip)),
         )
 
 
@@ -131,7 +136,9 @@ class Skvq(Options):
     of a group's range that its codes span, ``"search"`` finds the one of each group that changes attention's output
     least, ``None`` is the best known: `default_clip`. ``reorder`` gathers channels of like range in a group; it
     changes nothing where a group is a head, or, for keys before RoPE, half a head. Channels are divided by their
-    spread to the power ``equalize``, 0 being the paper's choice. ``pre_rope=False`` codes keys as attention sees them.
+    spread to the power ``equalize``, 0 being the paper's choice. ``values="hadamard"``: values are quantized by token
+    after a Hadamard transform instead, without a calibration of theirs. ``pre_rope=False`` codes keys as attention
+    sees them.
 
     Source: SKVQ (arXiv 2405.06219). Channels are reordered within a head, in equal groups, which is what a
     fused kernel needs; the authors' code clusters across heads (`cross_head`). The clip is about the midpoint.
@@ -148,6 +155,7 @@ class Skvq(Options):
     value_clip: float | Literal["search"] | None = None
     reorder: bool = True
     equalize: float = EQUALIZE
+    values: SkvqValues = "groups"
     pre_rope: bool = True
     params: Params = "fp8"
     packing: Packing = "fields"
@@ -160,18 +168,28 @@ class Skvq(Options):
                 raise ValueError(
                     f'{name} must be a number in (0, 1], "search" or None, got {clip!r}'
                 )
+        if self.values == "hadamard" and self.value_clip == "search":
+            raise ValueError(
+                'value_clip must be a number or None with values="hadamard", got "search"; '
+                "leave it out for the best known one"
+            )
         if not (is_number(self.equalize) and 0 <= self.equalize <= 1):
             raise ValueError(
                 "equalize must be a number from 0, channels as they are, to 1, equal spread, "
                 f"got {self.equalize!r}"
             )
         _check_switches(reorder=self.reorder, pre_rope=self.pre_rope)
+        _check_name("values", self.values, get_args(SkvqValues))
 
     def spec(self, tables: LayerTables | None = None) -> CacheSpec:
         """Return the spec of a layer."""
-        of_key, of_value = _digests(tables)
+        of_key, of_value = _digests(tables, values=self.values == "groups")
         assert tables is not None
         key = self._tensor(self.key_bits, tables.rotary, of_key)
+        if self.values == "hadamard":
+            width = self.bits if self.value_bits is None else self.value_bits
+            assert self.value_clip != "search"
+            return self._cache(key, hadamard_values(width, self.value_clip), tables)
         return self._cache(key, self._tensor(self.value_bits, False, of_value), tables)
 
     def _tensor(self, width: float | None, rotary: bool, digest: str) -> Uniform:
@@ -193,7 +211,10 @@ class Cq(Options):
     """``couple`` channels of a head coded by one index into a learned codebook, keys before RoPE.
 
     ``weighted``: centroids are fitted to samples weighted by Fisher information. ``correlate``: channels that
-    go together are coupled, instead of neighbours. ``pre_rope=False`` codes keys as attention sees them.
+    go together are coupled, instead of neighbours. ``balance``: the channels of a key are coupled so that every index
+    has equally much to say, wide channels with narrow ones. ``values="hadamard"``: values are quantized by token
+    after a Hadamard transform, in the largest width up to ``bits / couple``, instead of by a codebook.
+    ``pre_rope=False`` codes keys as attention sees them.
 
     Source: CQ (arXiv 2405.03917); its setting is ``correlate=False, window=0, sinks=0``.
     """
@@ -204,17 +225,28 @@ class Cq(Options):
     bits: int
     weighted: bool = True
     correlate: bool = True
+    balance: bool = False
+    values: CqValues = "codebook"
     pre_rope: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_switches(weighted=self.weighted, correlate=self.correlate, pre_rope=self.pre_rope)
+        _check_switches(
+            weighted=self.weighted,
+            correlate=self.correlate,
+            balance=self.balance,
+            pre_rope=self.pre_rope,
+        )
+        _check_name("values", self.values, get_args(CqValues))
 
     def spec(self, tables: LayerTables | None = None) -> CacheSpec:
         """Return the spec of a layer."""
-        of_key, of_value = _digests(tables)
+        of_key, of_value = _digests(tables, values=self.values == "codebook")
         assert tables is not None
         key = Codebook(self.bits, self.couple, tables.rotary, of_key)
+        if self.values == "hadamard":
+            width = largest_width(self.bits / self.couple)
+            return self._cache(key, hadamard_values(width), tables)
         return self._cache(key, Codebook(self.bits, self.couple, tables=of_value), tables)
 
 
@@ -287,14 +319,42 @@ def default_clip(role: str, bits: float) -> float:
     return key if role == "key" else value
 
 
+def largest_width(bits: float) -> float:
+    """Return the largest width of a uniform code up to ``bits``, at least 1.5."""
+    return max(width for width in WIDTHS if width <= max(bits, 1.5))
+
+
+def hadamard_values(bits: float, clip: float | None = None) -> Uniform:
+    """Return values quantized as those of `Tc`; ``clip`` is the best known unless given."""
+    return Uniform(**value_options(bits) | ({} if clip is None else {"clip": clip}))
+
+
+def _check_clip(clip: Clip) -> None:
+    if isinstance(clip, str) and clip != "best":
+        raise TypeError(f'clip must be a number or "best", got {clip!r}')
+    if not isinstance(clip, str):
+        check_number("clip", clip)
+
+
+def _clip(clip: Clip) -> dict[str, Any]:
+    """Return the options of `Uniform` that a clip stands for."""
+    return {"search": True} if isinstance(clip, str) else {"clip": clip}
+
+
 def _check_switches(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def _digests(tables: LayerTables | None) -> tuple[str, str]:
-    """Return the digests of the tables of a layer's keys and values."""
-    if tables is None or tables.key is None or tables.value is None:
+def _check_name(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        names = " or ".join(f'"{each}"' for each in known)
+        raise ValueError(f"{name} must be {names}, got {value!r}")
+
+
+def _digests(tables: LayerTables | None, values: bool = True) -> tuple[str, str]:
+    """Return the digests of the tables of a layer's keys and values; ``values``: whether these need any."""
+    if tables is None or tables.key is None or (values and tables.value is None):
         raise ValueError("calibration must have tables for keys and values of each layer, got none")
-    return tables.key.digest, tables.value.digest
+    return tables.key.digest, NO_TABLES if tables.value is None else tables.value.digest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvq_compile.calibration.artifact import LayerTables
-from kvq_compile.kernels.schemes import Adaptive, Mixed, Params
+from kvq_compile.kernels.schemes import Adaptive, Mixed, Params, Transform
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.method_base import Options, check_number, is_number
 
@@ -42,6 +42,8 @@ class Qaq(Options):
     ``keep_exact="cpu"`` holds packed tokens whose bits depend on attention exactly in host memory, as in the paper,
     and quantizes a page anew, within its budget, when a token of it would gain bits. Only of caches that grow.
 
+    ``transform="hadamard"`` rotates heads before they are quantized, so that no channel stands out of a token's range.
+
     Source: QAQ (arXiv 2403.04643), with its per-head level.
     """
 
@@ -58,6 +60,7 @@ class Qaq(Options):
     requantize: bool = False
     keep_exact: Literal["cpu"] | None = None
     params: Params = "fp16"
+    transform: Transform = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,5 +158,6 @@ class Qaq(Options):
         fitted = self.variant != "paper"
         return Mixed(
             budget, least, most, self._outliers(), self.params, fit=fitted,
-            soften=fitted and target is None, attentive=attentive, adaptive=adaptive,
+            soften=fitted and target is None, attentive=attentive, transform=self.transform,
+            adaptive=adaptive,
         )  # fmt: skip

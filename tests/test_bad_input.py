@@ -104,7 +104,7 @@ def compile_(step, **options):
         ({"method": "cq"}, ValueError, "method must be one of"),
         ({"layers": {True: None}}, ValueError, "layers must be numbered from 0, got True"),
         ({"page_size": "x"}, TypeError, "page_size must be an integer, got 'x'"),
-        ({"method": "kivi", "clip": "x"}, TypeError, "clip must be a number, got 'x'"),
+        ({"method": "kivi", "clip": "x"}, TypeError, "clip must be a number or \"best\", got 'x'"),
         (
             {"method": "kivi", "group_size": "x"},
             ValueError,

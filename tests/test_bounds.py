@@ -100,7 +100,10 @@ def test_a_stored_element_of_a_range_about_zero_is_off_by_at_most_its_bound(
 def test_a_stored_element_is_off_by_at_most_its_bound(case: tuple[Tensor, Layout]) -> None:
     """Regression: the bound took the step of tiny groups, which is subnormal in fp16, for exact."""
     x, layout = case
-    spec = Uniform(layout.bits, layout.grouping, layout.group_size, layout.clip, layout.transform)
+    spec = Uniform(
+        *(layout.bits, layout.grouping, layout.group_size, layout.clip, layout.transform),
+        search=layout.search,
+    )
     rotated = x.double()
     if layout.transform == "hadamard":
         rotated = rotated @ hadamard(layout.head_dim, x.device).double()

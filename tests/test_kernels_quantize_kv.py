@@ -41,7 +41,8 @@ def layouts(draw: st.DrawFn, transform: str = "none") -> Layout:
     bits = draw(st.sampled_from([1, 2, 3, 4, 8]))
     clip = draw(st.sampled_from([1.0, 0.9]))
     params = draw(st.sampled_from(["fp16", "e5m3"])) if transform == "none" else "fp16"
-    spec = Uniform(bits, grouping, size, clip, transform, params)
+    search = clip == 1.0 and draw(st.booleans())
+    spec = Uniform(bits, grouping, size, clip, transform, params, search=search)
     cache = CacheSpec(spec, spec, draw(st.integers(0, 5)), draw(st.integers(0, 40)), page)
     return cache.layout(draw(st.sampled_from(["key", "value"])), head_dim)
 

@@ -18,12 +18,14 @@ def plain_layouts(
     transforms: tuple[str, ...] = ("none",),
 ) -> Framed:  # fmt: skip
     bits = draw(st.sampled_from((1, 1.5, 1.5, 2, 3, 4, 8)))
+    clip = draw(st.sampled_from((1.0, 1.0, 0.9)))
     spec = Uniform(
         bits,
         grouping=draw(st.sampled_from(("token", "channel"))),
         group_size=draw(st.sampled_from((None, 16))),
         up_to=True,
-        clip=draw(st.sampled_from((1.0, 0.9))),
+        clip=clip,
+        search=clip == 1.0 and draw(st.booleans()),
         params=draw(st.sampled_from(("fp8", "e5m3", "fp16"))),
         packing=draw(st.sampled_from(("fields", "trits"))) if bits == 1.5 else "fields",
         transform=draw(st.sampled_from(transforms)),

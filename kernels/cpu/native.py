@@ -34,7 +34,7 @@ LAYOUT = (
     "is_key codebook mixed bits trits fp8 levels couple rows row_length row_places row_words groups members "
     "param_elements byte_params group_size by_token shrink_bits head_dim page_size sinks ring exact_rows rotary "
     "table_words order mean scale inverse margin frequency book min_bits max_bits code_rows rank_field outliers "
-    "outlier_fields fit soften e5m3 channelwise pairs takes_mean mean_pairs"
+    "outlier_fields fit soften e5m3 channelwise pairs takes_mean mean_pairs search"
 )
 PACKED = "codes:5 params:6 exact:4 tables:2 shift:1 held pages"
 ATTEND = (
@@ -139,6 +139,7 @@ def _layout(layout: Layout) -> Words:
             PAIRS[channelwise.pairs] if channelwise else 0,
             layout.takes_mean,
             layout.mean_pairs,
+            layout.search,
         ),
     )
     return tuple(int(value) for value in values)

@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr double kSearched[] = {1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4};  // clips that are tried
+
 // Destination of a page, and scratch memory of a thread.
 struct PageWriter {
   const LayoutWords& t;
@@ -18,7 +20,7 @@ struct PageWriter {
   const uint16_t* book;     // of the head, as in Packed
   float shrink;             // of a group's range, cut off at each end
   std::vector<uint16_t> index, transposed;  // codes [page_size, code channels], and transposed
-  std::vector<float> lo, hi, zero, scale, distance, entries;
+  std::vector<float> lo, hi, zero, scale, distance, entries, error;
 
   explicit PageWriter(const LayoutWords& layout) : t(layout), codes(nullptr), params(nullptr), margin(nullptr), book(nullptr) {
     const size_t tokens = static_cast<size_t>(t.page_size), channels = static_cast<size_t>(t.head_dim);
@@ -26,9 +28,20 @@ struct PageWriter {
     index.resize(tokens * channels + kWordBits), transposed.resize(tokens * channels + kWordBits);
     const size_t wide = tokens > channels ? tokens : channels;
     lo.resize(wide), hi.resize(wide), zero.resize(wide), scale.resize(wide);
+    if (t.search) error.resize(2 * wide);
     if (t.codebook) distance.resize(static_cast<size_t>(t.levels) + 1), entries.resize((static_cast<size_t>(t.levels) + 1) * static_cast<size_t>(t.couple));
   }
 };
+
+// Sum n elements by adding neighbours repeatedly, in place; x has room for zeros up to a power of two.
+float sum_pairs(float* x, int64_t n) {
+  int64_t wide = 1;
+  while (wide < n) wide *= 2;
+  for (int64_t i = n; i < wide; ++i) x[i] = 0.0f;
+  for (; wide > 1; wide /= 2)
+    for (int64_t i = 0; i < wide / 2; ++i) x[i] = x[2 * i] + x[2 * i + 1];
+  return x[0];
+}
 
 bool is_finite(float x) { return std::fabs(x) <= 3.4028235e38f; }
 
@@ -99,6 +112,24 @@ uint16_t code_of(float x, float zero, float scale, float levels) {
   return static_cast<uint16_t>(scale > 0.0f ? static_cast<int32_t>(inside) : 0);
 }
 
+// Store the parameters of a group of n elements, `stride` apart, with the clip that leaves the least squared error.
+void store_searched(PageWriter& w, int64_t at, const float* x, int64_t n, int64_t stride, float lo, float hi, float& scale, float& zero) {
+  const float levels = static_cast<float>(w.t.levels);
+  float least = INFINITY, best = 0.0f;
+  for (const double clip : kSearched) {
+    const float margin = static_cast<float>((1.0 - clip) / 2.0);
+    store_pair(w, at, lo, hi, margin, scale, zero);
+    for (int64_t i = 0; i < n; ++i) {
+      const float element = x[i * stride], code = static_cast<float>(code_of(element, zero, scale, levels));
+      const float value = code * scale + zero, off = is_finite(element) ? value - bounded(element) : 0.0f;
+      w.error[static_cast<size_t>(i)] = off * off;
+    }
+    const float error = sum_pairs(w.error.data(), n);
+    if (error < least) least = error, best = margin;
+  }
+  store_pair(w, at, lo, hi, best, scale, zero);
+}
+
 // Codes of a page whose groups lie inside tokens.
 void code_tokens(PageWriter& w, const float* x) {
   const int64_t N = w.t.page_size, D = w.t.head_dim, size = w.t.group_size;
@@ -109,7 +140,10 @@ void code_tokens(PageWriter& w, const float* x) {
       uint16_t* out = w.index.data() + n * D + first;
       float lo, hi, scale, zero;
       take_ends(run, size, lo, hi);
-      store_pair(w, group * N + n, lo, hi, w.margin ? w.margin[first] : w.shrink, scale, zero);
+      if (w.t.search)
+        store_searched(w, group * N + n, run, size, 1, lo, hi, scale, zero);
+      else
+        store_pair(w, group * N + n, lo, hi, w.margin ? w.margin[first] : w.shrink, scale, zero);
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) out[i] = code_of(run[i], zero, scale, levels);
     }
@@ -123,7 +157,13 @@ void code_channels(PageWriter& w, const float* x) {
   for (int64_t first = 0, group = 0; first < N; first += size, ++group) {
     std::fill(w.lo.begin(), w.lo.begin() + D, INFINITY), std::fill(w.hi.begin(), w.hi.begin() + D, -INFINITY);
     take_ends(x + first * D, size, D, D, w.lo.data(), w.hi.data());
-    for (int64_t c = 0; c < D; ++c) store_pair(w, group * D + c, w.lo[static_cast<size_t>(c)], w.hi[static_cast<size_t>(c)], w.margin ? w.margin[c] : w.shrink, w.scale[static_cast<size_t>(c)], w.zero[static_cast<size_t>(c)]);
+    for (int64_t c = 0; c < D; ++c) {
+      const size_t i = static_cast<size_t>(c);
+      if (w.t.search)
+        store_searched(w, group * D + c, x + first * D + c, size, D, w.lo[i], w.hi[i], w.scale[i], w.zero[i]);
+      else
+        store_pair(w, group * D + c, w.lo[i], w.hi[i], w.margin ? w.margin[c] : w.shrink, w.scale[i], w.zero[i]);
+    }
     const float *scale = w.scale.data(), *zero = w.zero.data();
     for (int64_t n = first; n < first + size; ++n) {
       uint16_t* out = w.index.data() + n * D;

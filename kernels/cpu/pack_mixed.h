@@ -30,16 +30,6 @@ struct MixedScratch {
   }
 };
 
-// Sum n elements by adding neighbours repeatedly, in place; x has room for zeros up to a power of two.
-float sum_pairs(float* x, int64_t n) {
-  int64_t wide = 1;
-  while (wide < n) wide *= 2;
-  for (int64_t i = n; i < wide; ++i) x[i] = 0.0f;
-  for (; wide > 1; wide /= 2)
-    for (int64_t i = 0; i < wide / 2; ++i) x[i] = x[2 * i] + x[2 * i + 1];
-  return x[0];
-}
-
 // Find the outliers of a token, and clear `kept` of them: the largest, the smallest, the second largest and so on.
 void find_outliers(const float* x, int64_t dim, int64_t outliers, uint8_t* kept, int* channels) {
   for (int64_t i = 0; i < outliers; ++i) {

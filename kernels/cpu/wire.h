@@ -18,7 +18,8 @@
   WORD(byte_params) WORD(group_size) WORD(by_token) WORD(shrink_bits) WORD(head_dim) WORD(page_size) WORD(sinks) WORD(ring)           \
   WORD(exact_rows) WORD(rotary) WORD(table_words) WORD(order) WORD(mean) WORD(scale) WORD(inverse) WORD(margin)     \
   WORD(frequency) WORD(book) WORD(min_bits) WORD(max_bits) WORD(code_rows) WORD(rank_field) WORD(outliers)          \
-  WORD(outlier_fields) WORD(fit) WORD(soften) WORD(e5m3) WORD(channelwise) WORD(pairs) WORD(takes_mean) WORD(mean_pairs)
+  WORD(outlier_fields) WORD(fit) WORD(soften) WORD(e5m3) WORD(channelwise) WORD(pairs) WORD(takes_mean) WORD(mean_pairs) \
+  WORD(search)
 #define KVQ_PACKED(TENSOR, WORD)                                                                                  \
   TENSOR(codes, 5) TENSOR(params, 6) TENSOR(exact, 4) TENSOR(tables, 2) TENSOR(shift, 1) WORD(held) WORD(pages)
 #define KVQ_ATTEND(TENSOR, WORD)                                                                                  \

@@ -28,6 +28,7 @@ import math
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.channelwise_scheme import CLIPS
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference.formats import (
@@ -39,6 +40,7 @@ from kvq_compile.kernels.reference.formats import (
     round_e4m3,
     round_e5m3,
     round_up_fp16,
+    sum_pairs,
     unpack,
 )
 from kvq_compile.kernels.schemes import Params
@@ -78,11 +80,44 @@ def quantize_groups(
     Returns:
         Codes like ``x`` (int32) and parameters ``[..., 2]``, scale and zero point (fp16, or uint8).
     """
+    return _quantize_between(x, *_ends(x), levels, params, margin)
+
+
+def quantize_searched(x: Tensor, levels: int, params: Params) -> tuple[Tensor, Tensor]:
+    """Quantize groups as `quantize_groups` does, each with the clip of `CLIPS` that leaves the least squared error.
+
+    The error is that of the elements within the range of fp16; of equal ones the first clip is taken.
+    """
+    finite, ends = x.isfinite(), _ends(x)
+    codes, stored = _quantize_between(x, *ends, levels, params, 0.0)
+    least = torch.full_like(ends[0], math.inf)
+    for clip in CLIPS:
+        trial, pair = _quantize_between(x, *ends, levels, params, (1.0 - clip) / 2.0)
+        off = group_values(trial, pair, levels, params) - x.clamp(-FP16_MAX, FP16_MAX)
+        off = torch.where(finite, off, 0.0)
+        error = sum_pairs(off * off)
+        better = error < least
+        codes = torch.where(better[..., None], trial, codes)
+        stored = torch.where(better[..., None], pair, stored)
+        least = torch.minimum(error, least)
+    return codes, stored
+
+
+def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest finite element of groups, within the range of fp16; 0 where there is none."""
     finite = x.isfinite()
     bounded = x.clamp(-FP16_MAX, FP16_MAX)
     any_finite = finite.any(-1)
     lo = torch.where(any_finite, bounded.masked_fill(~finite, math.inf).amin(-1), 0.0)
     hi = torch.where(any_finite, bounded.masked_fill(~finite, -math.inf).amax(-1), 0.0)
+    return lo, hi
+
+
+def _quantize_between(
+    x: Tensor, lo: Tensor, hi: Tensor, levels: int, params: Params, margin: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return codes and parameters of groups from ``lo`` to ``hi``, cut at each end by ``margin``."""
+    bounded = x.clamp(-FP16_MAX, FP16_MAX)
     if isinstance(margin, Tensor) or margin:
         cut = (hi - lo) * margin
         lo, hi = lo + cut, hi - cut
@@ -129,10 +164,13 @@ def scale_and_zero(stored: Tensor, levels: int, params: Params) -> tuple[Tensor,
 
 def quantize_codes(coded: Tensor, layout: Layout, calibrated: Calibrated) -> tuple[Tensor, Tensor]:
     """Return codes and parameters of pages: see `pages.CodeCoder`."""
+    groups = to_groups(coded, layout)
+    if layout.search:
+        codes, params = quantize_searched(groups, layout.levels, layout.params)
+        return from_groups(codes, layout), params
     margin: Tensor | float = (1.0 - layout.clip) / 2.0
     if calibrated.tables is not None:
         margin = calibrated.margin(layout)
-    groups = to_groups(coded, layout)
     codes, params = quantize_groups(groups, layout.levels, layout.params, margin)
     return from_groups(codes, layout), params
 

@@ -112,6 +112,7 @@ class WriteConstants(ReadConstants):
 
     Attributes:
         clip: Fraction of a group's range that codes span.
+        search: Whether each group has a clip of its own.
         in_coded_form: Whether a page goes to scratch first, for tokens are coded as something other than what they
             are, or read in more than one shape.
         scratch_size: Elements of scratch for a page: its coded form and, behind it, the entries of a codebook, or
@@ -123,6 +124,7 @@ class WriteConstants(ReadConstants):
     """
 
     clip: float
+    search: bool
     in_coded_form: bool
     scratch_size: int
     min_bits: int
@@ -224,6 +226,7 @@ def _write_values(layout: Layout) -> dict[str, object]:
     more = layout.head_dim + layout.bit_rows if channelwise else 0
     return {
         "clip": layout.clip,
+        "search": layout.search,
         "in_coded_form": in_coded_form,
         "scratch_size": rows * layout.page_size + more,
         "min_bits": 0 if mixed is None else mixed.min_bits,

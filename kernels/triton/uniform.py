@@ -12,6 +12,7 @@ a load for each element, which is slow and always right.
 import triton
 import triton.language as tl
 
+from kvq_compile.kernels.channelwise_scheme import CLIPS as ALL_CLIPS
 from kvq_compile.kernels.triton.coded_form import load_coded
 from kvq_compile.kernels.triton.formats import (
     FP16_MAX,
@@ -28,6 +29,7 @@ from kvq_compile.kernels.triton.formats import (
     split_middle_params,
     split_params,
     split_small_params,
+    sum_pairs,
 )
 from kvq_compile.kernels.triton.packing import load_codes, load_words
 from kvq_compile.kernels.triton.primitives import (
@@ -39,6 +41,8 @@ from kvq_compile.kernels.triton.primitives import (
     unpack_rows,
 )
 from kvq_compile.kernels.triton.transforms import load_table
+
+CLIPS, TRIALS = tl.constexpr(ALL_CLIPS), tl.constexpr(len(ALL_CLIPS))
 
 # --- elements to codes ----------------------------------------------------------------------------
 
@@ -83,6 +87,14 @@ def _group_params(x, exists, margin, AXIS: tl.constexpr, CONSTANTS: tl.constexpr
     elif CONSTANTS.clip < 1.0:
         cut = (hi - lo) * ((1.0 - CONSTANTS.clip) / 2.0)
         lo, hi = lo + cut, hi - cut
+    if CONSTANTS.search:
+        return _searched_params(x, finite, lo, hi, AXIS, CONSTANTS)
+    return _range_params(lo, hi, CONSTANTS)
+
+
+@triton.jit
+def _range_params(lo, hi, CONSTANTS: tl.constexpr):
+    """Return the parameters, as words, of groups from ``lo`` to ``hi``."""
     levels = tl.full(lo.shape, CONSTANTS.levels, tl.float32)
     if CONSTANTS.params == "e5m3":
         return _middle_params(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), CONSTANTS)
@@ -105,6 +117,43 @@ def _middle_params(lo, hi, CONSTANTS: tl.constexpr):
     place = tl.floor(middle * MIDDLE_STEPS + 0.5) + MIDDLE
     place = tl.minimum(tl.maximum(place, 1.0), 255.0).to(tl.int32)
     return (stored | (place << 8)).to(tl.uint16)
+
+
+@triton.jit
+def _margin(number):
+    """Return what one of `CLIPS` cuts off at each end."""
+    margin = number * 0.0
+    for trial in tl.static_range(TRIALS):
+        margin = tl.where(number == trial, (1.0 - CLIPS[trial]) / 2.0, margin)
+    return margin
+
+
+@triton.jit
+def _sum_groups(x, AXIS: tl.constexpr):
+    """Return `formats.sum_pairs` along ``AXIS``, the first of two or the last of three."""
+    if AXIS == 0:
+        return sum_pairs(tl.trans(x))
+    else:
+        rows = tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))
+        return tl.reshape(sum_pairs(rows), (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _searched_params(x, finite, lo, hi, AXIS: tl.constexpr, CONSTANTS: tl.constexpr):
+    """Return the parameters, as words, of groups with the clips that leave the least squared error."""
+    word = _range_params(lo, hi, CONSTANTS)
+    least = tl.full(lo.shape, float("inf"), tl.float32)
+    for number in range(TRIALS):  # not unrolled, as in `channelwise_write`
+        cut = (hi - lo) * _margin(number)
+        trial = _range_params(lo + cut, hi - cut, CONSTANTS)
+        along = tl.expand_dims(trial, AXIS)
+        scale, zero = param_values(along, CONSTANTS)
+        value = encode(x, along, CONSTANTS).to(tl.float32) * scale + zero
+        off = tl.where(finite, value - bounded(x), 0.0)
+        error = _sum_groups(off * off, AXIS)
+        word = tl.where(error < least, trial, word)
+        least = tl.minimum(error, least)
+    return word
 
 
 @triton.jit

@@ -38,7 +38,7 @@ class LayerTables:
     """The tables of one layer.
 
     Attributes:
-        key, value: Tables of its keys and values; ``None`` for a method that has none.
+        key, value: Tables of its keys and values; ``None`` for a method that has none, or whose values need none.
         rotary: Whether its keys are quantized as they were before the rotary embedding.
         note: Why they are not, where the method would have wanted it.
         key_options, value_options: How ``"auto"`` codes them, as options of `scheme_of`; else empty.
@@ -197,10 +197,9 @@ def _read(metadata: dict[str, str], words: dict[str, Tensor]) -> Calibration:
                 entries = _entries(method, options, chosen)
                 turned = turned or (name == "key" and (method == "tc" or "weighs" in chosen))
                 roles[name] = checked_tables(words[full], head_dims[full], turned, entries)
-        alone = len(roles) == 1 and method not in ("tc", "auto")  # whose values need none
-        if len({tables.heads for tables in roles.values()}) > 1 or alone:
+        if len({tables.heads for tables in roles.values()}) > 1 or set(roles) == {"value"}:
             raise ValueError(
-                f"layer {index} must have tables for the same heads of keys and values"
+                f"layer {index} must have tables of keys, and of values for the same heads or none"
             )
         norms, keys, values = _checked_measures(*more)
         if not roles and not norms:

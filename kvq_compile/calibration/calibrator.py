@@ -283,8 +283,9 @@ def _rows(x: Tensor, picked: Tensor) -> Tensor:
 
 
 def _fit_layer(sample: _Samples, method: str, options: dict[str, Any], seed: int) -> LayerTables:
-    roles: tuple[Role, Role] = ("key", "value")
-    key, value = (_fit(sample, role, method, options, seed) for role in roles)
+    key = _fit(sample, "key", method, options, seed)
+    transformed = options["values"] == "hadamard"  # which needs no tables
+    value = None if transformed else _fit(sample, "value", method, options, seed)
     return LayerTables(key, value, sample.rotation is not None, _note(sample))
 
 
@@ -333,7 +334,7 @@ def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candida
         and sample.value[0].shape[2] % (8 * CODEBOOK["couple"]) == 0
     ):
         outputs = [exact(text) for text in texts]
-        full = {"weighted": True, "correlate": True, **CODEBOOK}
+        full = {"weighted": True, "correlate": True, "balance": False, **CODEBOOK}
         roles: dict[Role, list[Choice]] = {"key": keys, "value": values}
         for role, choices in roles.items():
             tables = _fit(sample, role, "cq", full, seed)
@@ -387,6 +388,7 @@ def _fit(sample: _Samples, role: Role, method: str, options: dict[str, Any], see
             paired=paired,
             seed=seed,
             correlate=options["correlate"],
+            balance=options["balance"] and role == "key",
         )
         return to_tables(fitted, rotation)
     bits = options[f"{role}_bits"]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.calibration.clusters import order_by_range
+from kvq_compile.calibration.coupling import order_by_need
 from kvq_compile.calibration.kmeans import weighted_kmeans
 from kvq_compile.kernels.reference.codebook import centroids, nearest_centroid
 from kvq_compile.kernels.reference.uniform import group_values, quantize_groups
@@ -111,6 +112,7 @@ def fit_codebook(
     temper: float = 1.0,
     sensitivity: float = 0.5,
     correlate: bool = True,
+    balance: bool = False,
 ) -> Fitted:
     """Fit a codebook to each group of ``couple`` channels.
 
@@ -128,8 +130,10 @@ def fit_codebook(
         temper: Power of the weights; 1 is the paper's, 0 plain k-means.
         sensitivity: Power of a channel's mean weight by which distances along it grow; 0 is the paper's.
         correlate: Whether to couple channels that go together instead of neighbours, the paper's choice.
+        balance: Whether to couple wide channels with narrow ones instead, so that every index has equally much to
+            say (`order_by_need`).
 
-    Source: CQ, section 3.2; ``temper``, ``sensitivity`` and ``correlate`` are ours.
+    Source: CQ, section 3.2; ``temper``, ``sensitivity``, ``correlate`` and ``balance`` are ours.
     """
     _check(x, weight, paired)
     _, heads, dim = x.shape
@@ -139,7 +143,11 @@ def fit_codebook(
     mean, scale = x.mean(0), x.new_ones(heads, dim)
     if sensitivity:
         scale = _importance_scale(weight, sensitivity, paired)
-    order = _order_by_correlation(x, couple, paired) if correlate else _identity(x)
+    order = _identity(x)
+    if balance:
+        order = order_by_need((x / scale).var(0, correction=0), couple, bits, paired)
+    elif correlate:
+        order = _order_by_correlation(x, couple, paired)
     points = _coupled(_arranged((x - mean) / scale, order), couple)
     importance = _coupled(_arranged(weight * scale.square(), order), couple).mean(-1).pow(temper)
     books = [

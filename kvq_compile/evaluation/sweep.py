@@ -21,9 +21,11 @@ PLAIN = (
     "int2",
     "kivi:bits=4",
     "kivi:bits=2",
+    *(f"kivi:bits={bits},clip=best" for bits in (4, 3, 2)),
     "qaq:bits=4",
     "qaq:bits=3",
     "qaq:bits=2.3",
+    *(f"qaq:bits={bits},transform=hadamard" for bits in (4, 3, 2.3)),
 )
 # Label, method, options of calibration, options of the compiled call.
 CALIBRATED: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
@@ -37,9 +39,18 @@ CALIBRATED: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("skvq:bits=2", "skvq", {"bits": 2}, {}),
     ("skvq-K2V2", "skvq", {"bits": 2, "group_size": None}, {}),
     ("skvq-K2V1.5", "skvq", {"key_bits": 2, "value_bits": 1.5, "group_size": None}, {"packing": "trits"}),
+    *(
+        (f"skvq-K{bits}V{bits}-hadamard", "skvq", {"bits": bits, "values": "hadamard"}, {})
+        for bits in (4, 3, 2)
+    ),
     ("cq-2c8b", "cq-2c8b", {}, {}),
     ("cq-4c8b", "cq-4c8b", {}, {}),
     ("cq-8c8b", "cq-8c8b", {}, {}),
+    *((f"{name}-balanced", name, {"balance": True}, {}) for name in ("cq-4c8b", "cq-8c8b")),
+    *(
+        (f"{name}-balanced-hadamard", name, {"balance": True, "values": "hadamard"}, {})
+        for name in ("cq-2c8b", "cq-2c6b", "cq-4c10b", "cq-4c8b")
+    ),
     ("auto-4.5", "auto", {"bits": 4.5}, {}),
     ("auto-3", "auto", {"bits": 3.0}, {}),
     ("auto-2.5", "auto", {"bits": 2.5}, {}),

@@ -42,12 +42,14 @@ def tensor_specs(draw: st.DrawFn, head_dim: int, page_size: int, transform: bool
     grouping = draw(st.sampled_from(groupings))
     whole = head_dim if grouping == "token" else page_size
     sizes = [size for size in (8, 16, 32, 48, 64, 128) if whole % size == 0]
+    clip = draw(st.sampled_from((1.0, 0.95, 0.5)))
     return Uniform(
         bits=draw(st.sampled_from((1, 2, 3, 4, 8))),
         grouping=grouping,
         group_size=draw(st.sampled_from((None, *sizes))),
-        clip=draw(st.sampled_from((1.0, 0.95, 0.5))),
+        clip=clip,
         transform=draw(st.sampled_from(transforms)),
+        search=clip == 1.0 and draw(st.booleans()),
     )
 
 
