@@ -167,6 +167,23 @@ def measured_on(rows: Sequence[Row]) -> str:
     return f"Measured on {'; '.join(dict.fromkeys(said))}."
 
 
+MENDED = {
+    "kivi:bits=4,clip=best": '`kivi`, 4 bits, `clip="best"`',
+    "kivi:bits=3,clip=best": '`kivi`, 3 bits, `clip="best"`',
+    "kivi:bits=2,clip=best": '`kivi`, 2 bits, `clip="best"`',
+    "qaq:bits=4,transform=hadamard": '`qaq`, 4 bits, `transform="hadamard"`',
+    "qaq:bits=3,transform=hadamard": '`qaq`, 3 bits, `transform="hadamard"`',
+    "qaq:bits=2.3,transform=hadamard": '`qaq`, 2.3 bits, `transform="hadamard"`',
+    "skvq-K4V4-hadamard": '`skvq` K4 V4, `values="hadamard"`',
+    "skvq-K3V3-hadamard": '`skvq` K3 V3, `values="hadamard"`',
+    "skvq-K2V2-hadamard": '`skvq` K2 V2, `values="hadamard"`',
+    "cq-2c8b-balanced-hadamard": '`cq-2c8b`, `balance=True`, `values="hadamard"`',
+    "cq-2c6b-balanced-hadamard": '`cq-2c6b`, `balance=True`, `values="hadamard"`',
+    "cq-4c10b-balanced-hadamard": '`cq-4c10b`, `balance=True`, `values="hadamard"`',
+    "cq-4c8b-balanced-hadamard": '`cq-4c8b`, `balance=True`, `values="hadamard"`',
+    "cq-4c8b-balanced": "`cq-4c8b`, `balance=True`",
+    "cq-8c8b-balanced": "`cq-8c8b`, `balance=True`",
+}
 REAL_METHODS = {
     "int8": "`int8`",
     "tc:bits=4": "`tc`, 4 bits",
@@ -199,7 +216,7 @@ REAL_METHODS = {
     "auto-3": "`auto`, 3 bits",
     "auto-2.5": "`auto`, 2.5 bits",
     "auto-2": "`auto`, 2 bits",
-}
+} | MENDED
 # What rounding alone does: a window that covers everything.
 GREEDY_METHODS = {"int8:window=4096": "nothing packed"} | REAL_METHODS
 REFERENCE_METHODS = {
@@ -226,7 +243,7 @@ REFERENCE_METHODS = {
     "cq-2c8b": "`cq-2c8b`",
     "cq-4c8b": "`cq-4c8b`",
     "cq-8c8b": "`cq-8c8b`",
-}
+} | MENDED
 FRONT_PAGE = (
     *(
         "int8",

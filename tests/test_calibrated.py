@@ -103,6 +103,29 @@ def test_keys_are_coded_after_rope_where_the_option_says_so(method: str) -> None
         make_spec(calibration=calibration, pre_rope=True)
 
 
+@pytest.mark.parametrize(
+    ("method", "bits", "options"), [("skvq", 3, {"bits": 3}), ("cq-2c8b", 4, {"balance": True})]
+)
+def test_values_after_hadamard_need_no_tables(
+    method: str, bits: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make_model()
+    made = kvq_compile.calibrate(
+        model, [ids(300)], method, tokens=256, values="hadamard", **options
+    )
+    made.save(tmp_path / "made.safetensors")
+    loaded = Calibration.load(tmp_path / "made.safetensors")
+    assert loaded == made
+    assert all(layer.key is not None and layer.value is None for layer in loaded.layers)
+    cache = transformers.DynamicCache(config=model.config)
+    assert_reads_its_cache(model, compiled(model, loaded), cache, ids(120, 5), 90, 91, 119)
+    for layer in cache.layers:
+        assert layer.keys.page_layout.has_tables
+        found = layer.values.page_layout
+        assert not found.has_tables
+        assert (found.bits, found.transform, found.params) == (bits, "hadamard", "e5m3")
+
+
 @pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
 def test_a_static_cache_is_calibrated_too(method: str) -> None:
     model, text = make_model(), ids(90, 6)
@@ -382,6 +405,7 @@ def test_a_graph_with_other_attentions_is_refused() -> None:
         ({"calibration": "skvq", "key_bits": 3}, "key_bits must be as calibrated, None, got 3"),
         ({"calibration": "skvq", "winbow": 3}, "did you mean 'window'"),
         ({"method": "cq"}, "method must be one of"),
+        ({"calibration": "skvq", "values": "hadamard"}, "values must be as calibrated, 'groups'"),
         ({"calibration": 3}, "calibration must be a Calibration or a file"),
     ],
 )

@@ -37,6 +37,11 @@ def tokens(count: int, seed: int = 0, heads: int = 2) -> Tensor:
     return torch.randn(2, heads, count, 64, generator=torch.Generator().manual_seed(seed))
 
 
+def test_a_transform_is_that_of_keys_and_values() -> None:
+    assert {layout.transform for layout in layouts(transform="hadamard")} == {"hadamard"}
+    assert {layout.transform for layout in layouts()} == {"none"}
+
+
 def test_a_layout_survives_its_text_in_a_graph() -> None:
     targets = {"key_target": 0.1, "value_target": 1 / 3, "query_norm": 123.4567}
     for layout in (*layouts(bits=2.3, outliers=2), *layouts(**targets)):

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels import reference
+from kvq_compile.kernels.channelwise_scheme import CLIPS
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.reference.formats import round_down_fp16, round_up_fp16
+from kvq_compile.kernels.reference import uniform
+from kvq_compile.kernels.reference.formats import round_down_fp16, round_up_fp16, sum_pairs
 from kvq_compile.testing import changed, kv_tensors, page_layouts
 from quantized_pages import WHOLE_WIDTHS, page_of, pages, stored, token_layout
 
@@ -312,3 +314,21 @@ def test_the_strategy_reaches(corner: str) -> None:
 @given(kv_tensors((2, 8, 64)))
 def test_the_strategy_of_finite_tokens_draws_no_other(x: Tensor) -> None:
     assert x.isfinite().all()
+
+
+@given(pages(), st.sampled_from(CLIPS))
+@example((page_of([1.0, -1.0, 0.0, 1e-7]), token_layout(1)), 0.5)
+def test_a_searched_clip_leaves_no_more_error_than_any_that_is_tried(
+    case: tuple[Tensor, Layout], clip: float
+) -> None:
+    x, layout = case
+    groups = reference.to_groups(x, layout)
+
+    def error(codes: Tensor, params: Tensor) -> Tensor:
+        off = uniform.group_values(codes, params, layout.levels, layout.params) - groups
+        return sum_pairs(off * off)
+
+    found = error(*uniform.quantize_searched(groups, layout.levels, layout.params))
+    margin = (1.0 - clip) / 2.0
+    tried = error(*uniform.quantize_groups(groups, layout.levels, layout.params, margin))
+    assert bool((found <= tried).all())
