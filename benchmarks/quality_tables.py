@@ -313,6 +313,19 @@ TABLES = (
 )  # fmt: skip
 
 
+FAMILIES = {"uniform": "int", "kivi": "kivi", "qaq": "qaq", "skvq": "skvq", "cq": "cq"}
+TABLES += tuple(
+    Table(
+        f"{page}{suffix}", f"docs/methods/{page}.md", model,
+        {label: title for label, title in methods.items() if label.startswith(family)},
+        [*SIZES, *of_text("wikitext", "WikiText", True), *of_text("code", "code", False)],
+        hardware="NVIDIA",
+    )
+    for page, family in FAMILIES.items()
+    for suffix, model, methods in (("", REAL, REAL_METHODS), ("-reference", REFERENCE, REFERENCE_METHODS))
+)  # fmt: skip
+
+
 def read(name: str) -> list[dict[str, str]]:
     """Return the rows of a file of results; none where there is no file."""
     path = RESULTS / name

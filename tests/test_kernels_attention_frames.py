@@ -26,6 +26,7 @@ from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated
 from kvq_compile.kernels.schemes import Scheme, Uniform, scheme_of
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
+from kvq_compile.methods import hadamard_values
 from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, examples
@@ -103,6 +104,15 @@ VALUES = {
 @pytest.mark.parametrize("key", ["rotary", "codebook"])
 def test_any_keys_go_with_any_values(key: str, value: str) -> None:
     sides = make_side("key", **KEYS[key]), make_side("value", seed=1, **VALUES[value])
+    site = Site(sides, (2, 4), (100, 1, 0), torch.float32)
+    site.assert_low_precision_error(site.attend(None), None)
+
+
+@pytest.mark.parametrize("key", ["rotary", "rotary codebook"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_calibrated_keys_go_with_values_after_hadamard(key: str, bits: int) -> None:
+    value = Layout("value", 64, Regions(3, 20, 32), hadamard_values(bits))
+    sides = make_side("key", **KEYS[key]), (value, UNCALIBRATED)
     site = Site(sides, (2, 4), (100, 1, 0), torch.float32)
     site.assert_low_precision_error(site.attend(None), None)
 

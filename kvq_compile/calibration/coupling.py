@@ -49,14 +49,14 @@ def least_error(variance: Tensor, bits: float) -> Tensor:
     level = torch.exp2((wide.log2().cumsum(-1) - 2 * bits) / count)
     rest = wide.sum(-1, keepdim=True) - wide.cumsum(-1)
     coded = (level <= wide * (1 + 1e-9)).sum(-1, keepdim=True).clamp_min(1) - 1
-    return (count * level + rest).gather(-1, coded)[..., 0]
+    error: Tensor = (count * level + rest).gather(-1, coded)[..., 0]
+    return error
 
 
 def _dealt(variance: Tensor, couple: int) -> Tensor:
     """Return channels ``[H, N]`` by index, those of each index together, dealt to and fro by their variance."""
-    rows = (
-        variance.argsort(dim=-1, descending=True, stable=True).unflatten(-1, (couple, -1)).clone()
-    )
+    falling = variance.argsort(dim=-1, descending=True, stable=True)
+    rows: Tensor = falling.view(len(variance), couple, -1).clone()
     rows[:, 1::2] = rows[:, 1::2].flip(-1)
     return rows.transpose(1, 2).flatten(1)
 
