@@ -154,6 +154,8 @@ DECODING = {  # keys and values
     "skvq-2-trits": ({"bits": 2, "rotary": True, **SKVQ}, {"tables": True, **TRITS}),
     "cq-4c8b": ({"bits": 8, "couple": 4, "rotary": True}, {"bits": 8, "couple": 4}),
     "cq-8c8b": ({"bits": 8, "couple": 8, "rotary": True}, {"bits": 8, "couple": 8}),
+    "cq-4c8b hadamard": ({"bits": 8, "couple": 4, "rotary": True}, turned(2)),
+    "cq-2c6b hadamard": ({"bits": 6, "couple": 2, "rotary": True}, turned(3)),
     "cq-8c10b": ({"bits": 10, "couple": 8, "rotary": True}, {"bits": 10, "couple": 8}),
     "tc-2": (by_channel(2), turned(2)),
     "tc-3": (by_channel(3), turned(3)),
@@ -164,6 +166,7 @@ DECODING = {  # keys and values
     "tc-8": (by_channel(8), turned(8)),
     "qaq-2.3": (mixed(2.75), mixed(1.4375)),
     "qaq-3": (mixed(3.25), mixed(2.375)),
+    "qaq-3 hadamard": (mixed(3.25, transform="hadamard"), mixed(2.375, transform="hadamard")),
     "six bits": (mixed(3.5, 1, 6), mixed(3, 0, 6)),
     "eight bits": (mixed(5, 0, 8), mixed(2, 0, 8)),
 }
@@ -183,6 +186,10 @@ WRITING: dict[str, tuple[str, Options]] = {
     "write tc": ("key", by_channel(2.5)),
     "write tc mean": ("key", by_channel(2.5) | {"tables": True}),
     "write e5m3": ("value", turned(2)),
+    "write searched channels": (
+        "key", {"bits": 2, "grouping": "channel", "group_size": 32, "search": True}
+    ),
+    "write searched tokens": ("value", {"bits": 2, "group_size": 32, "search": True}),
     "requantize qaq": ("key", mixed(2.75, adaptive=Adaptive(0.1, 9.0, requantize=True))),
 }  # fmt: skip
 READING: dict[str, tuple[str, Options]] = {
@@ -223,8 +230,8 @@ A_FEW_BYTES = {"read tc": 16, "tc-3": 16, "tc-3 mean": 48, "tc-2.5": 32}
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
 ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
 ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3 mean", "write fp8-trits", "write rotary-codebook",
-             "write qaq", "write tc", "requantize qaq", "read rotary", "read tc", "read qaq-outliers",
-             "weigh decode"]  # fmt: skip
+             "write searched channels", "write qaq", "write tc", "requantize qaq", "read rotary", "read tc",
+             "read qaq-outliers", "weigh decode"]  # fmt: skip
 
 
 def usage_of(target: str, names: list[str]) -> dict[str, aot.Usage]:

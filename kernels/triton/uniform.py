@@ -168,8 +168,9 @@ def write_params(source, params, scratch, tables, CONSTANTS: tl.constexpr, TILE:
     HEAD_DIM: tl.constexpr = CONSTANTS.head_dim
     GROUP: tl.constexpr = CONSTANTS.group_size
     PAGE: tl.constexpr = CONSTANTS.page_size
+    ROOM: tl.constexpr = TILE // 2 if CONSTANTS.search else TILE  # the best so far takes registers
     if CONSTANTS.grouping == "channel":
-        CHANNELS: tl.constexpr = min(triton.next_power_of_2(HEAD_DIM), max(1, TILE // GROUP))
+        CHANNELS: tl.constexpr = min(triton.next_power_of_2(HEAD_DIM), max(1, ROOM // GROUP))
         blocks: tl.constexpr = triton.cdiv(HEAD_DIM, CHANNELS)
         for block in range(0, PAGE // GROUP * blocks):
             token = block // blocks * GROUP + tl.arange(0, GROUP)[:, None]
@@ -184,7 +185,7 @@ def write_params(source, params, scratch, tables, CONSTANTS: tl.constexpr, TILE:
     else:
         GROUPS: tl.constexpr = triton.next_power_of_2(HEAD_DIM // GROUP)
         GROUP_PAD: tl.constexpr = triton.next_power_of_2(GROUP)
-        TOKENS: tl.constexpr = min(PAGE, max(1, TILE // (GROUPS * GROUP_PAD)))
+        TOKENS: tl.constexpr = min(PAGE, max(1, ROOM // (GROUPS * GROUP_PAD)))
         group = tl.arange(0, GROUPS)[None, :]
         inside = tl.arange(0, GROUP_PAD)[None, None, :]
         real = group < HEAD_DIM // GROUP
