@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 from kvq_compile.calibration.artifact import LayerTables
 from kvq_compile.calibration.fit import EQUALIZE
 from kvq_compile.kernels.schemes import (
+    WIDTHS,
     Codebook,
     Packing,
     Params,
