@@ -55,7 +55,8 @@ class Graph:
         extended: Dynamic caches whose attention was refused, and which take new tokens all the same.
         conversions: 16-bit buffers to convert after a call.
         check: Writes to check before a call.
-        thaw: The reason why the call runs as captured on ordinary tensors; ``None`` if it does not.
+        thaw: The reason why the call runs as captured; ``None`` if it does not.
+        thawed: The quantized caches that become ordinary tensors for that reason.
         plans: How each value that the captured graph returned is made.
     """
 
@@ -82,6 +83,7 @@ class Graph:
     conversions: list[Conversion] = field(default_factory=list)
     check: SlotCheck | None = None
     thaw: str | None = None
+    thawed: set[Node] = field(default_factory=set)
     plans: list[Output] = field(default_factory=list)
 
     @classmethod

@@ -122,7 +122,8 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
             left_alone(site.layer, site.where, site.attention.output, graph.thaw)
             for site in graph.sites
         ]
-        return Lowered.thawed(gm, graph.reports + refused, graph.thaw)
+        places = frozenset(graph.arguments[cache] for cache in graph.thawed)
+        return Lowered.thawed(gm, graph.reports + refused, graph.thaw, places, graph.check)
     graph.reports += [_rewritten(site) for site in graph.sites]
     graph.reports.sort(key=lambda report: report.layer)
     updated = {

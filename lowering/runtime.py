@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -177,6 +177,8 @@ class Lowered:
         captured: The captured graph, to be run on ordinary tensors where a cache cannot take a write.
         check: The writes to look at before a call.
         thaw: Why every call has to run as captured, if it has.
+        thaws: Places of the quantized caches that become ordinary tensors for that. The others run as captured,
+            too, if they can take what is written.
         states: What became of each cache.
         updated: Numbers of the outputs that are updated caches, by the places of the caches that they are made of.
     """
@@ -193,6 +195,7 @@ class Lowered:
     captured: fx.GraphModule | None = None
     check: SlotCheck | None = None
     thaw: str | None = None
+    thaws: frozenset[int] = frozenset()
     states: tuple[StateReport, ...] = ()
     updated: Mapping[int, int] = field(default_factory=dict)
 
@@ -205,9 +208,17 @@ class Lowered:
         return cls(gm, reports, [], 0, [], [], {}, [], compiles)
 
     @classmethod
-    def thawed(cls, gm: fx.GraphModule, reports: list[SiteReport], reason: str) -> Lowered:
-        """Return a captured graph that makes ordinary tensors of its quantized caches before it runs."""
-        return cls(gm, reports, [], 0, [], [], {}, [], captured=gm, thaw=reason)
+    def thawed(
+        cls,
+        gm: fx.GraphModule,
+        reports: list[SiteReport],
+        reason: str,
+        thaws: frozenset[int],
+        check: SlotCheck | None,
+    ) -> Lowered:
+        """Return a captured graph that makes ordinary tensors of some of its quantized caches before it runs."""
+        none = cls(gm, reports, [], 0, [], [], {}, [], captured=gm)
+        return replace(none, thaw=reason, thaws=thaws, check=check)
 
     @property
     def rewritten(self) -> bool:
@@ -260,7 +271,9 @@ class Lowered:
 
     def keep_plain(self, args: Sequence[Any], reason: str) -> None:
         """Make ordinary tensors of the quantized caches that the call writes in place, and leave them so."""
-        if self.check is None:
+        if self.thaw is not None and (self.check is None or self.check.look(args).reason is None):
+            places = set(self.thaws)
+        elif self.thaw is not None or self.check is None:
             places = {place for place, x in enumerate(args) if isinstance(x, QuantizedKV)}
         else:
             places = {write.argument for write in self.check.writes if write.argument is not None}

@@ -185,6 +185,27 @@ def test_sliding_layers_whose_scores_are_capped_are_stored_quantized() -> None:
     assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
 
 
+def test_a_static_ring_leaves_the_other_layers_of_its_model_quantized() -> None:
+    """Regression: the first write of a ring made ordinary tensors of every cache in the call."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(SLIDING["Gemma3"]()).eval()
+    chunks = (40, 20, 6, 1, 1, 7)
+    expected = feed(model, make_static(model), chunks)
+    cache = make_static(model)
+    with pytest.warns(KVQWarning, match="static cache with a sliding window"):
+        forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
+        logits = feed(forward, cache, chunks)
+    assert_close_to(logits, expected)
+    ring, full = cache.layers
+    assert type(ring.keys) is type(ring.values) is torch.Tensor
+    assert isinstance(full.keys, QuantizedKV)
+    assert isinstance(full.values, QuantizedKV)
+
+
+def make_static(model: torch.nn.Module) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=100)
+
+
 def test_a_static_ring_is_refused_by_name_and_stays_right() -> None:
     model = make_model("Mistral", sliding_window=16)
     expected = feed(model, make_cache("static", model))

@@ -17,7 +17,9 @@ A_PART_IS_KEPT = (
     "which is not understood as their last tokens (a sliding window)"
 )
 SHORT_WINDOW = "its sliding window is no longer than the exact region"  # told, and no warning
-OVERWRITTEN = "the cache is overwritten as a whole (sliding window); left in 16 bit"
+OVERWRITTEN = (
+    "the cache is overwritten as a whole (a static cache with a sliding window); left in 16 bit"
+)
 SOME_ROWS = (
     "only some rows of the cache are written, and a quantized cache holds equally many tokens in every row; "
     "allocate it for the batch at hand"
@@ -47,7 +49,9 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
         outputs: Nodes that the graph returns.
     """
     for user in _neighbours(base.users):
-        if target_name(user) == "getitem" and (user in outputs or _copied(user)):
+        if target_name(user) == "getitem" and _copied(user):
+            return OVERWRITTEN
+        if target_name(user) == "getitem" and user in outputs:
             return A_PART_IS_KEPT
     if _is_rows_of_a_buffer(base):
         return SOME_ROWS

@@ -10,6 +10,7 @@ from torch import fx
 from kvq_compile.kernels.cache.become import stays_plain
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.positions import part_of
+from kvq_compile.lowering.find.reasons import OVERWRITTEN
 from kvq_compile.lowering.find.sites import left_alone
 from kvq_compile.lowering.find.writes import is_write, read_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -64,6 +65,7 @@ def plan_slot_checks(graph: Graph) -> PassReport:
                 writes |= _other_writes(graph, cache, positions)
             except Refusal as reason:
                 graph.thaw = f"{source_name(cache)}: {reason}"
+                graph.thawed.add(cache)
     part = part_of(positions, graph.arguments) if positions else None
     place = order_of(graph.fx)
     planned = tuple(writes[node] for node in sorted(writes, key=place.__getitem__))
@@ -215,6 +217,8 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
             nothing = graph.sizes.size(0)
             found[node] = Write(name, argument, None, nothing, nothing, True)
             continue
+        if target_name(node) == "copy_" and node.args[0] is cache:
+            raise Refusal(OVERWRITTEN)
         if not is_write(node) or node.args[0] is not cache:
             raise Refusal(f"{target_name(node)} writes something else than whole tokens")
         position, new = read_write(node)
