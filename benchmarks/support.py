@@ -34,11 +34,12 @@ from kvq_compile.loading import cache_argument
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/support.md"
+VERSIONS = f"torch {torch.__version__}, transformers {transformers.__version__}"
 OPTIONS = {"method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"}
-CALLS, SLOTS = (40, 1, 1, 3), 64  # tokens of each call; one page is packed in the first
+CALLS, SLOTS = (48, 1, 1, 3), 64  # tokens of each call; one page is packed in the first
 MODES = [("eager", "dynamic"), ("eager", "static"), ("sdpa", "dynamic"), ("sdpa", "static")]
 
-ABOUT = """Every causal language model of the installed transformers, built small from its configuration class with
+ABOUT = """Causal language models of the installed transformers, each built small from its configuration class with
 random weights, prefilled with {first} tokens and fed {further} further calls under `int8`. Key and value tensors of
 the cache are counted: *packed*, read as they are stored; *dense*, stored quantized and read as an ordinary tensor;
 *16 bit*, left as they are. The last column is the largest change of a logit, relative to the largest logit.
@@ -59,7 +60,7 @@ SIZES: dict[int, str] = {
     16: "head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank "
     "attention_head_dim index_head_dim d_kv global_head_dim swa_head_dim hidden_size_per_layer_input mamba_d_state "
     "ssm_state_size mamba_chunk_size chunk_size rotary_dim",
-    24: "sliding_window attention_chunk_size window_size",
+    40: "sliding_window attention_chunk_size window_size",
     512: "max_position_embeddings n_positions max_seq_len n_ctx seq_length max_target_positions",
     1: "n_group topk_group n_shared_experts attn_layer_offset bos_token_id",
     0: "num_nextn_predict_layers num_kv_shared_layers pad_token_id",
@@ -76,7 +77,14 @@ def small_config(model_type: str) -> PretrainedConfig:
         for name, part in vars(default).items()
         if isinstance(part, PretrainedConfig)
     }
-    config = kind(**_sizes(default), **parts)
+    try:
+        config = kind(**_sizes(default), **parts)
+    except (
+        Exception
+    ):  # its own check of sizes that belong together, some of which have names of their own
+        config = default
+        for name, size in (_sizes(default) | parts).items():
+            setattr(config, name, size)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config
@@ -119,7 +127,12 @@ def feed(model: Any, ids: torch.Tensor, kind: str, forward: Any) -> tuple[torch.
 
 def survey(model_type: str, attention: str, kind: str) -> dict[str, Any]:
     """Return what became of the caches of one model; what keeps it from being tried is told instead."""
-    row: dict[str, Any] = {"model": model_type, "attention": attention, "cache": kind}
+    row: dict[str, Any] = {
+        "model": model_type,
+        "attention": attention,
+        "cache": kind,
+        "versions": VERSIONS,
+    }
     torch.manual_seed(0)
     ids = torch.randint(3, 100, (2, sum(CALLS)))
     try:
@@ -175,7 +188,7 @@ def survey_all(
             line = next((line for line in worker.stdout if line.startswith("{")), None)
             timer.cancel()
             model = left.pop(0)
-            about = {"model": model, "attention": mode[0], "cache": mode[1]}
+            about = {"model": model, "attention": mode[0], "cache": mode[1], "versions": VERSIONS}
             yield (
                 json.loads(line)
                 if line
@@ -190,8 +203,9 @@ def survey_all(
 # The page
 
 
-def page(rows: Sequence[dict[str, Any]], versions: str) -> str:
+def page(rows: Sequence[dict[str, Any]]) -> str:
     """Return ``docs/support.md``."""
+    versions = "; ".join(sorted({row["versions"] for row in rows}))
     modes = [
         mode for mode in MODES if any((row["attention"], row["cache"]) == mode for row in rows)
     ]
@@ -233,6 +247,8 @@ def page(rows: Sequence[dict[str, Any]], versions: str) -> str:
 
 
 def _summary(rows: Sequence[dict[str, Any]], modes: Sequence[tuple[str, str]]) -> Iterator[str]:
+    surveyed = len({row["model"] for row in rows})
+    yield f"- {surveyed} of the {len(CLASSES)} model types that transformers knows are in these rows."
     for mode in modes:
         of_mode = [
             row for row in rows if (row["attention"], row["cache"]) == mode and "packed" in row
@@ -308,8 +324,7 @@ def main() -> None:
                 _cell(row) or row.get("untried"),
                 flush=True,
             )
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    PAGE.write_text(page([rows[key] for key in sorted(rows)], versions))
+    PAGE.write_text(page([rows[key] for key in sorted(rows)]))
 
 
 if __name__ == "__main__":
