@@ -233,14 +233,11 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         change = max(row.get("error", 0.0) for row in tried[model].values())
         lines.append(f"| `{model}` | {' | '.join(cells)} | {change:.4f} |")
     lines += ["", "## Why caches are read dense or stay in 16 bit", "", *_reasons(rows)]
-    lines += [
-        "",
-        "## Not tried",
-        "",
-        "What keeps a model from being built small, or from running without kvq:",
-        "",
-    ]
-    for model in sorted(set(found) - set(tried)):
+    left = sorted(set(found) - set(tried))
+    if left:
+        lines += ["", "## Not tried", ""]
+        lines += ["What keeps a model from being built small, or from running without kvq:", ""]
+    for model in left:
         reason = next(iter(found[model].values())).get("untried", "")
         lines.append(f"- `{model}`: {reason}")
     return "\n".join(lines) + "\n"
