@@ -13,9 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import KVQWarning, QuantizedKV, explain, report
 from kvq_compile.history import watching
-from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.packed import UNCALIBRATED, Packed
 from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.kernels.triton import attend
 from kvq_compile.testing import (
     assert_matches_dequantized,
     assert_within_bound,
@@ -24,6 +26,7 @@ from kvq_compile.testing import (
     mixed_layout,
     page_layouts,
 )
+from native import CONVERSIONS, DEVICE
 from refused_steps import tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -144,6 +147,27 @@ def test_two_views_of_one_memory_do_not_see_each_other() -> None:
     assert_one_step_apart(first[:, :, -40:].dequantize(), one)
     assert_one_step_apart(second[:, :, -40:].dequantize(), two)
     assert_one_step_apart(cache.dequantize(), held)
+
+
+@CONVERSIONS
+@pytest.mark.parametrize("new", [1, 5])
+def test_gpu_kernels_attend_to_a_memory_of_which_pages_were_dropped(new) -> None:
+    device = torch.device(DEVICE)
+    layouts = SPEC.layout("key", 16), SPEC.layout("value", 16)
+    caches = []
+    for seed, layout in enumerate(layouts):
+        cache = QuantizedKV.from_dense(tokens(9, seed=seed).to(device), layout)[:, :, -70:]
+        for step in range(190):
+            cache = torch.cat([cache, tokens(1, seed=seed + step).to(device)], 2)[:, :, -70:]
+        caches.append(cache)
+    keys, values = caches
+    assert keys.end < 199
+    query, key, value = (tokens(new, seed=s).to(device) for s in range(3))
+    mask = (torch.arange(keys.end + new, device=device) >= keys.first)[None]
+    parts = Packed(*keys.parts), Packed(*values.parts), UNCALIBRATED, UNCALIBRATED
+    about = mask, None, keys.end, Score(0.25), *layouts
+    output = attend.attend(query, key, value, *parts, *about)
+    assert_matches_dequantized(output, query, key, value, (keys, values), scale=0.25)
 
 
 def test_reports_count_the_exact_tokens_in_sight() -> None:
