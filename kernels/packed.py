@@ -213,10 +213,11 @@ def page_room(parts: Sequence[Tensor], layout: Layout) -> int:
     return math.prod(parts[0].shape[2:]) // layout.page_words
 
 
-def has_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> bool:
-    """Say whether parts have room for ``slots`` tokens."""
-    fits = layout.pages_at(slots) <= page_room(parts, layout)
-    return fits and min(slots, layout.token_rows) <= parts[2].shape[2] - layout.tail_rows
+def room_of(parts: Sequence[Tensor], layout: Layout) -> int:
+    """Return for how many tokens parts have room."""
+    pages, rows = page_room(parts, layout), parts[2].shape[2] - layout.tail_rows
+    slots = layout.sinks + layout.window + (pages + 1) * layout.page_size - 1
+    return slots if rows >= layout.token_rows else min(slots, rows)
 
 
 def check_room(parts: Sequence[Tensor], slots: int, layout: Layout) -> None:

@@ -21,9 +21,12 @@ from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.layers import counts_layers
 from kvq_compile.lowering.pipeline import lower
-from kvq_compile.lowering.runtime import Compiled
+from kvq_compile.lowering.runtime import Compiled, Lowered
 from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport
+from kvq_compile.lowering.steps import Record, Steps, record_on_gpu
 from kvq_compile.options import Config, make_config
+
+RECORDERS: dict[str, Record] = {"cuda": record_on_gpu}  # by the type of the device
 
 watch_generate()
 
@@ -51,9 +54,10 @@ def kvq(
         KVQError: ``strict`` is set and an attention that keeps a cache could not be rewritten.
     """
     config = make_config(options)
+    config = replace(config, mode=mode or config.mode)
     tell_of_cost(config.spec)
     with compiling(f"a graph of {len(gm.graph.nodes)} nodes"):
-        return compile_graph(gm, example_inputs, config, mode)
+        return compile_graph(gm, example_inputs, config)
 
 
 def tell_of_cost(spec: CacheSpec) -> None:
@@ -63,15 +67,16 @@ def tell_of_cost(spec: CacheSpec) -> None:
         warnings.warn(text, KVQWarning, stacklevel=3)
 
 
-def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None = None
-) -> Compiled:
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
     """Lower one graph, report on it and return the callable that Dynamo will run."""
-    lowered = lower(gm, example_inputs, config.spec, by_order=config.calibration is not None)
+    recorder = _recorder(example_inputs) if config.records else None
+    by_order, records = config.calibration is not None, recorder is not None
+    lowered = lower(gm, example_inputs, config.spec, by_order=by_order, record=records)
     if config.calibration is not None and lowered.reports:
         config.calibration.check(example_inputs, len(lowered.reports))
     layers = () if config.calibration else tuple(index for index, _ in config.spec.layers)
-    record(GraphReport(tuple(lowered.reports), config.spec, layers, lowered.states))
+    steps = _about_steps(lowered) if records else ""
+    record(GraphReport(tuple(lowered.reports), config.spec, layers, lowered.states, steps))
     if config.strict and _ends_the_model(gm, lowered.reports):
         text = unmet_layers(graphs())
         if text:
@@ -81,7 +86,9 @@ def compile_graph(
     _tell(lowered.reports, lowered.states, config)
 
     def compile_inner(args: Sequence[Any]) -> Compiled:
-        return _compile_inner(lowered.module, lowered.flatten(args), config, mode)
+        return _compile_inner(
+            lowered.module, lowered.flatten(args), config, _patches(lowered, config)
+        )
 
     def stays_plain(reason: str) -> None:
         told = [replace(site, outcome="left alone", detail=reason) for site in lowered.reports]
@@ -97,7 +104,37 @@ def compile_graph(
         return gm.forward
     if lowered.conversions:
         return lowered.run_once_then_convert(compile_inner, stays_plain)
-    return lowered.around(compile_inner(example_inputs), stays_plain)
+    inner, run = compile_inner(example_inputs), None
+    if recorder is not None and lowered.lengths is not None:
+        run = Steps(lowered, inner, recorder, _tell_of_steps)
+    return lowered.around(inner, stays_plain, run)
+
+
+def _recorder(inputs: Sequence[Any]) -> Record | None:
+    """Return what records steps on the device of a call's tensors, if anything does."""
+    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
+    return RECORDERS.get(devices.pop()) if len(devices) == 1 else None
+
+
+def _about_steps(lowered: Lowered) -> str:
+    """Return whether steps are replayed, or why not; empty where a graph is no step."""
+    if lowered.unrecorded is not None:
+        return f"are not recorded: {lowered.unrecorded}"
+    return "" if lowered.lengths is None else "are replayed from CUDA graphs"
+
+
+def _tell_of_steps(reason: str) -> None:
+    logs.sites.info("steps are not recorded any more: %s", reason)
+
+
+def _patches(lowered: Lowered, config: Config) -> dict[str, Any]:
+    """Return Inductor's settings. A graph with caches is recorded here or not at all: not a prompt of each length."""
+    from torch._inductor import list_mode_options
+
+    patches = {**(list_mode_options(config.mode) if config.mode else {}), **config.inductor}
+    if lowered.lengths is not None or (lowered.rewritten and not lowered.unwrapped):
+        patches["triton.cudagraphs"] = False
+    return patches
 
 
 def _tell(reports: Sequence[SiteReport], states: Sequence[StateReport], config: Config) -> None:
@@ -143,7 +180,7 @@ def _tell_dense(reports: Sequence[SiteReport]) -> None:
 
 
 def _compile_inner(
-    module: fx.GraphModule, inputs: list[Any], config: Config, mode: str | None
+    module: fx.GraphModule, inputs: list[Any], config: Config, patches: dict[str, Any]
 ) -> Compiled:
     if config.inner == "eager":
         return module.forward
@@ -151,10 +188,8 @@ def _compile_inner(
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(module, inputs)
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **config.inductor}
     tag = torch.compiler.config.cache_key_tag
     form = {"cache_key_tag": f"{tag} kvq {PARTS_FORM}"}
     with torch.compiler.config.patch(form):  # type: ignore[attr-defined]

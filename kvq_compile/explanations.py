@@ -56,6 +56,7 @@ class Explanation:
                 "method": graph.spec.method,
                 "attentions": [asdict(site) for site in graph.sites],
                 "caches": [asdict(state) for state in graph.states],
+                "steps": graph.steps,
             }
             for graph in self.graphs
         ]
@@ -84,6 +85,8 @@ class Explanation:
                 if state.outcome == "left alone":
                     text = f"{state.name} [{', '.join(state.shape)}]: {state.detail}"
                     yield from _wrapped("cache ", text)
+            if graph.steps:
+                yield from _wrapped("steps ", graph.steps)
         if self.bound is not None:
             yield "error of a packed layer's attention output, at most:"
             yield from _wrapped("", self.bound)

@@ -21,12 +21,14 @@ class GraphReport:
         spec: What caches are quantized to.
         layers: Layers of the model that the option ``layers`` names.
         states: What became of each cache that the graph grows or writes.
+        steps: Whether calls are replayed from CUDA graphs, or why not; empty where the graph is no step on a GPU.
     """
 
     sites: tuple[SiteReport, ...]
     spec: CacheSpec
     layers: tuple[int, ...] = ()
     states: tuple[StateReport, ...] = ()
+    steps: str = ""
 
 
 _recent: deque[GraphReport] = deque(maxlen=256)

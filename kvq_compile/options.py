@@ -16,7 +16,9 @@ from kvq_compile.methods import AT_COMPILE, METHODS, option_names
 
 DEFAULT: tuple[str, Mapping[str, Any]] = ("tc", {"bits": 4})  # where no method is named
 INNER = ("inductor", "eager", "aot_eager")
-OWN_OPTIONS = ("layers", "strict", "inner", "inductor")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+WITHOUT_GRAPHS = ("default", "max-autotune-no-cudagraphs")
+OWN_OPTIONS = ("layers", "strict", "mode", "inner", "inductor")
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 NAMES = (
     *(name for name in METHODS if name != "cq"),
@@ -34,6 +36,7 @@ class Config:
         inner: Compiler of the rewritten graph.
         inductor: Settings handed on to Inductor.
         calibration: What the spec was made from, if it was.
+        mode: As for ``torch.compile``, which refuses it beside ``options``; ``None`` where it is not given.
     """
 
     spec: CacheSpec
@@ -41,28 +44,39 @@ class Config:
     inner: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    mode: str | None = None
+
+    @property
+    def records(self) -> bool:
+        """Whether steps of a decoding loop are recorded as CUDA graphs where that is possible."""
+        return self.mode not in WITHOUT_GRAPHS and bool(
+            self.inductor.get("triton.cudagraphs", True)
+        )
 
 
 def make_config(options: Mapping[str, Any] | None = None) -> Config:
     """Return the `Config` of ``options``.
 
     Args:
-        options: ``method`` and its options, ``calibration``, ``layers``, ``strict``, ``inner``, ``inductor``.
+        options: ``method`` and its options, ``calibration``, ``layers``, ``strict``, ``mode``, ``inner``, ``inductor``.
 
     Raises:
         ValueError: An option is unknown or out of range; the message names the nearest one.
         TypeError: An option has the wrong type.
     """
     rest = dict(options or {})
-    strict, inner, inductor = (
+    strict, inner, inductor, mode = (
         rest.pop("strict", False),
         rest.pop("inner", "inductor"),
         rest.pop("inductor", {}),
+        rest.pop("mode", None),
     )
     if not isinstance(strict, bool):
         raise TypeError(f"strict must be a bool, got {strict!r}")
     if inner not in INNER:
         raise ValueError(f"inner must be one of {', '.join(INNER)}, got {inner!r}")
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not isinstance(inductor, Mapping):
         raise TypeError(f"inductor must be a dictionary of Inductor's settings, got {inductor!r}")
     method, calibration = rest.pop("method", None), rest.pop("calibration", None)
@@ -77,7 +91,7 @@ def make_config(options: Mapping[str, Any] | None = None) -> Config:
                 f"option must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
             )
     spec = make_spec(method, calibration=calibration, **rest)
-    return Config(spec, strict, inner, dict(inductor), calibration)
+    return Config(spec, strict, inner, dict(inductor), calibration, mode)
 
 
 def make_spec(

@@ -14,6 +14,7 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.cache_nodes import CacheNodes, CalibrationInputs, Seen
 from kvq_compile.lowering.find.rotation import Rotation
 from kvq_compile.lowering.find.updates import Update
+from kvq_compile.lowering.lengths import Lengths
 from kvq_compile.lowering.runtime import Conversion, Output
 from kvq_compile.lowering.sites import (
     Attention,
@@ -58,6 +59,8 @@ class Graph:
         thaw: The reason why the call runs as captured; ``None`` if it does not.
         thawed: The quantized caches that become ordinary tensors for that reason.
         plans: How each value that the captured graph returned is made.
+        lengths: What stands for the lengths of growing caches, where steps may be recorded.
+        unrecorded: Why they may not; ``None`` if they may, or where the graph is no step.
     """
 
     module: GraphModule
@@ -85,13 +88,15 @@ class Graph:
     thaw: str | None = None
     thawed: set[Node] = field(default_factory=set)
     plans: list[Output] = field(default_factory=list)
+    lengths: Lengths | None = None
+    unrecorded: str | None = None
 
     @classmethod
     def copy_of(
         cls, gm: GraphModule, spec: CacheSpec, example_inputs: Sequence[Any], by_order: bool = False
     ) -> Graph:
         """Return a graph whose rewriting leaves ``gm`` untouched."""
-        module = _copy(gm)
+        module = copy_module(gm)
         placeholders = list(module.graph.find_nodes(op="placeholder"))
         inputs = dict(zip(placeholders, example_inputs, strict=True))
         returned = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -159,7 +164,7 @@ def _renamed(x: Any, old: Node, new: Node) -> Any:
     return x
 
 
-def _copy(gm: GraphModule) -> GraphModule:
+def copy_module(gm: GraphModule) -> GraphModule:
     """Copy a captured graph with all that AOTAutograd looks for; Dynamo still needs the original."""
     graph = torch.fx.Graph()
     copies: dict[Node, Node] = {}

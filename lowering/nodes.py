@@ -241,6 +241,11 @@ def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     }
 
 
+def is_static(placeholder: fx.Node) -> bool:
+    """Return whether an argument is a parameter or a buffer of the model, which stay where they are in memory."""
+    return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", ())
+
+
 def erase_unread(graph: fx.Graph, steps: Sequence[fx.Node]) -> None:
     """Erase those of some steps that lead to nothing else, writes into memory of their own included."""
     among = set(steps)

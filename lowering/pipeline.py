@@ -27,6 +27,7 @@ from kvq_compile.lowering.rewrite.cast_operands import cast_operands
 from kvq_compile.lowering.rewrite.dequantize_reads import dequantize_reads
 from kvq_compile.lowering.rewrite.drop_orphans import drop_orphans
 from kvq_compile.lowering.rewrite.extend_refused import extend_refused
+from kvq_compile.lowering.rewrite.fix_lengths import fix_lengths
 from kvq_compile.lowering.rewrite.fuse_attention import fuse_attention
 from kvq_compile.lowering.rewrite.gather_rows import gather_rows
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
@@ -84,11 +85,16 @@ REWRITING: tuple[Pass, ...] = (
     drop_orphans,
     dequantize_reads,  # last: what is left are reads that no pass claimed
 )
-PASSES = ANALYSIS + REWRITING
+RECORDING: tuple[Pass, ...] = (fix_lengths,)  # where steps are to be recorded
+PASSES = ANALYSIS + REWRITING + RECORDING
 
 
 def lower(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool = False
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    spec: CacheSpec,
+    by_order: bool = False,
+    record: bool = False,
 ) -> Lowered:
     """Rewrite what can be rewritten in a copy of a captured graph; report on every attention.
 
@@ -98,6 +104,7 @@ def lower(
         spec: What caches are quantized to.
         by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions, as
             calibrations do, and not as the model does.
+        record: Whether steps are to be recorded, so that nothing but memory may differ from one to the next.
 
     Raises:
         Contradiction: A cache is quantized to something else than the call asks for.
@@ -105,7 +112,7 @@ def lower(
     """
     try:
         graph = Graph.copy_of(gm, spec, example_inputs, by_order)
-        return replace(_lower(graph, gm), states=tuple(graph.state_reports))
+        return replace(_lower(graph, gm, record), states=tuple(graph.state_reports))
     except (Contradiction, LostWrite):
         raise
     except Exception as error:
@@ -113,7 +120,7 @@ def lower(
         return Lowered.as_captured(gm, [report], example_inputs)
 
 
-def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
+def _lower(graph: Graph, gm: fx.GraphModule, record: bool) -> Lowered:
     run(ANALYSIS, graph)
     if not graph.states() and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
         return Lowered.as_captured(gm, graph.reports, ())
@@ -133,6 +140,7 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
     }
     before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
     run(REWRITING, graph)
+    run(RECORDING if record else (), graph)
     graph.module.recompile()
     logs.tell(logs.graphs, (logs.diff(before, logs.lines(graph.fx)) for _ in range(1)))
     logs.artifact("rewritten_graph", lambda: "\n".join(logs.lines(graph.fx)))
@@ -154,6 +162,8 @@ def _lower(graph: Graph, gm: fx.GraphModule) -> Lowered:
         captured=gm,
         check=graph.check,
         updated=updated,
+        lengths=graph.lengths,
+        unrecorded=graph.unrecorded,
     )
 
 

@@ -21,6 +21,7 @@ from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.cache.trim import new_trim
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
+from kvq_compile.lowering.lengths import Lengths
 from kvq_compile.lowering.sites import Quantization, SiteReport, StateReport
 from kvq_compile.lowering.sizes import Size
 from kvq_compile.lowering.slots import Look, SlotCheck
@@ -28,6 +29,7 @@ from kvq_compile.lowering.slots import Look, SlotCheck
 NOT_EMPTY = "the buffer holds something behind its tokens, which its attention may read"
 
 Compiled = Callable[..., Any]
+Run = Callable[[Sequence[Any]], Sequence[Any]]  # of the captured graph's arguments
 Tell = Callable[[str], None]
 
 
@@ -181,6 +183,8 @@ class Lowered:
             too, if they can take what is written.
         states: What became of each cache.
         updated: Numbers of the outputs that are updated caches, by the places of the caches that they are made of.
+        lengths: What stands for the lengths of growing caches, where the graph takes bounds of them.
+        unrecorded: Why a step of this graph is not to be recorded, if it is a step.
     """
 
     module: fx.GraphModule
@@ -198,6 +202,8 @@ class Lowered:
     thaws: frozenset[int] = frozenset()
     states: tuple[StateReport, ...] = ()
     updated: Mapping[int, int] = field(default_factory=dict)
+    lengths: Lengths | None = None
+    unrecorded: str | None = None
 
     @classmethod
     def as_captured(
@@ -225,20 +231,22 @@ class Lowered:
         """Whether ``module`` takes and returns something else than the captured graph."""
         return bool(self.unwrapped) or not all(isinstance(plan, Plain) for plan in self.outputs)
 
-    def around(self, inner: Compiled, tell: Tell) -> Compiled:
+    def around(self, inner: Compiled, tell: Tell, run: Run | None = None) -> Compiled:
         """Return a callable like the captured graph from one like ``module``.
 
         Args:
             inner: Compiled from ``module``.
             tell: Called with the reason why caches become ordinary tensors again, before anything is written.
+            run: Runs ``inner``, where that is not to be called as it is.
         """
+        run = run or self.running(inner)
         if self.thaw is None and self.check is None:
-            return (lambda *args: self.call(inner, args)) if self.rewritten else inner
+            return (lambda *args: self.call(run, args)) if self.rewritten else inner
 
         def call(*args: Any) -> list[Any]:
             look = self.look(args)
             if look.reason is None:
-                return self.call(inner, _passed_on(args, look.updated))
+                return self.call(run, _passed_on(args, look.updated))
             tell(look.reason)
             return self._as_captured(args, look.reason)
 
@@ -283,10 +291,14 @@ class Lowered:
             else:
                 keep_plain(args[place], reason)
 
-    def call(self, inner: Compiled, args: Sequence[Any]) -> list[Any]:
-        """Call ``inner``, compiled from ``module``, with the arguments of the captured graph."""
+    def running(self, inner: Compiled) -> Run:
+        """Return a callable that takes the arguments of the captured graph to ``inner``, compiled from ``module``."""
+        return lambda args: inner(*self.flatten(args))
+
+    def call(self, run: Run, args: Sequence[Any]) -> list[Any]:
+        """Call ``run`` with the arguments of the captured graph, and make what that returns of its results."""
         self._claim(args)
-        results = inner(*self.flatten(args))
+        results = run(args)
         outputs = [plan.build(results, args) for plan in self.outputs]
         for cache in outputs:
             if isinstance(cache, QuantizedKV) and not isinstance(cache.cursor, FakeTensor):
@@ -331,7 +343,8 @@ class Lowered:
                     flat.append(arg.shape[2])
             else:
                 flat.append(arg)
-        return flat + self.tables
+        held = [] if self.lengths is None else self.lengths.held(args)
+        return flat + self.tables + held
 
     def run_once_then_convert(
         self,
@@ -361,7 +374,8 @@ class Lowered:
                 self.keep_plain(args, look.reason)
                 compiled.append((compile_inner(args), look.reason))
             args = tuple(_passed_on(args, look.updated))
-            outputs = self.call(compiled[0][0] if compiled else self.module.forward, args)
+            inner = compiled[0][0] if compiled else self.module.forward
+            outputs = self.call(self.running(inner), args)
             if compiled:
                 self._keep_updated_plain(outputs, compiled[0][1])
                 return outputs[: self.returned]

@@ -20,6 +20,7 @@ consecutive positions: a write at an earlier slot drops the tokens after it, who
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from types import EllipsisType
 from typing import Any, Literal
@@ -54,6 +55,10 @@ from kvq_compile.kernels.packed import (
 Kind = Literal["grown", "static"]
 HELD = (*PARTS, *CALIBRATED, ORIGINALS)
 INNER = (*HELD, TRIM)
+ATTRIBUTES = (
+    *(*INNER, "page_layout", "kind", "_lineage"),
+    *("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"),  # of `maybe_mark_dynamic`
+)
 GROWS_BY_CAT = (
     "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
 )
@@ -132,6 +137,8 @@ class QuantizedKV(Views, Exports, Tensor):
                     torch._dynamo.maybe_mark_dynamic(part, 2)
             if trim is not None:
                 torch._dynamo.maybe_mark_dynamic(trim, 0)
+            elif kind == "grown":
+                torch._dynamo.maybe_mark_dynamic(self, 2)
             self._lineage = lineage or Lineage(int(self.end), layout.pages_at(int(self.end)))
             self._lineage.add(self)
         return self
@@ -228,9 +235,20 @@ class QuantizedKV(Views, Exports, Tensor):
         return self._map(lambda part: part.clone() if part is self.cursor else change(part))
 
     def _view(self, length: int, trim: Tensor | None = None) -> QuantizedKV:
-        lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
-        about = self.page_layout, self.kind, length, lineage
-        return QuantizedKV(self.parts, self.calibrated, *about, self.trim if trim is None else trim)
+        if isinstance(self.cursor, FakeTensor) or trim is not None:
+            lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
+            about = self.page_layout, self.kind, length, lineage
+            trim = self.trim if trim is None else trim
+            return QuantizedKV(self.parts, self.calibrated, *about, trim)
+        B, H, _, D = self.shape
+        with writable():
+            view: QuantizedKV = Tensor._make_wrapper_subclass(
+                QuantizedKV, (B, H, length, D), dtype=self.dtype, device=self.device
+            )
+        known = self.__dict__
+        view.__dict__.update({name: known[name] for name in ATTRIBUTES if name in known})
+        view._lineage.add(view)
+        return view
 
     def _heir(self) -> QuantizedKV:
         about = self.page_layout, self.kind, self.shape[2]
@@ -285,8 +303,8 @@ class QuantizedKV(Views, Exports, Tensor):
         assign(self, index, x)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = [name for name in INNER if getattr(self, name) is not None]
-        return names, (self.page_layout, self.kind)
+        names = list(_inner_names(self.page_layout))
+        return names if self.trim is None else [*names, TRIM], (self.page_layout, self.kind)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -304,6 +322,13 @@ class QuantizedKV(Views, Exports, Tensor):
         from kvq_compile.kernels.cache.dispatch import dispatch  # which imports this file
 
         return dispatch(func, args, kwargs or {})
+
+
+@cache
+def _inner_names(layout: Layout) -> tuple[str, ...]:
+    """Return the names of the tensors inside a cache, in the order of `INNER`."""
+    held = {*part_names(layout), *calibrated_names(layout)}
+    return tuple(name for name in INNER if name in held)
 
 
 def _outside_inference(part: Tensor) -> Tensor:

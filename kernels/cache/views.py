@@ -14,6 +14,7 @@ memory over, and the cache that was passed in takes a copy of what it held when 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.reopened import Reopened
 from kvq_compile.kernels.cache.trim import drop_pages_, droppable, first_of, new_trim
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import ORIGINALS, Packed, has_room, part_names, with_room, writable
+from kvq_compile.kernels.packed import ORIGINALS, Packed, part_names, room_of, with_room, writable
 
 if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import QuantizedKV
@@ -43,12 +44,22 @@ class Lineage:
         pages: Pages that are packed.
         reopened: The first page that is not full, where it was cut open.
         compiled: Of them, those up to the last that a compiled call has written; ``None`` where none did.
+        memory: A number that no other memory has: as long as it stays, the parts are where they are.
+        room: How many tokens that memory has room for; ``None`` until somebody asks.
     """
+
+    _numbers = itertools.count()
 
     def __init__(self, held: int, pages: int, reopened: Reopened | None = None) -> None:
         self.held, self.pages, self.reopened = held, pages, reopened
         self.compiled: int | None = None
+        self.moved()
         self._views: list[weakref.ref[QuantizedKV]] = []
+
+    def moved(self) -> None:
+        """Note that the parts are elsewhere now, with other room."""
+        self.memory = next(self._numbers)
+        self.room: int | None = None
 
     def copied(self, change: Callable[[Tensor], Tensor] = lambda part: part) -> Lineage:
         """Return the lineage of a copy, whose tensors ``change`` makes."""
@@ -161,18 +172,30 @@ class Views(Tensor):
         compiled = self._lineage.compiled
         return 0 if compiled is None else max(0, self.end - compiled)
 
+    def room(self) -> int:
+        """Return how many tokens this memory has room for."""
+        lineage = self._lineage
+        if lineage.room is None:
+            lineage.room = room_of(self.parts, self.page_layout)
+        return lineage.room
+
     def claim(self, tokens: int) -> None:
         """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
-        longer = any(view.end > self.end for view in self._lineage.others(self))
-        if longer or (self.device.type == "cpu" and self.codes.is_shared()):
+        end: int = self.end
+        on_cpu = self.device.type == "cpu"
+        shared = on_cpu and self.codes.is_shared()
+        if self._lineage.held == end and end + tokens <= self.room() and not shared:
+            return  # as at nearly every step
+        longer = any(view.end > end for view in self._lineage.others(self))
+        if longer or shared:
             self._fork(tokens)
-        elif self._lineage.held > self.end:
-            self._lineage.truncate(self, self.end)
-            if self.device.type == "cpu":  # kernels truncate as they append
+        elif self._lineage.held > end:
+            self._lineage.truncate(self, end)
+            if on_cpu:  # kernels truncate as they append
                 nothing = self.exact[:, :, :0]
                 about = self.end, self.page_layout
                 ops.append_(self.parts, self.calibrated, nothing, None, *about)
-        if not has_room(self.parts, self.end + tokens, self.page_layout):
+        if self.end + tokens > self.room():
             if self._lineage.others(self):
                 self._fork(tokens)
             else:
@@ -199,6 +222,7 @@ class Views(Tensor):
                 new = held_by_host(new, self.device) if name == ORIGINALS else new
                 torch._dynamo.maybe_mark_dynamic(new, 2)
                 setattr(self, name, new)
+        self._lineage.moved()
 
     def _fork(self, tokens: int) -> None:
         copy = self.clone_packed()

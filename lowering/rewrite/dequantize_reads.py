@@ -11,6 +11,8 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import root_of, target_name, writes_in_place
 from kvq_compile.lowering.sites import LostWrite, Refusal
 
+SIZES = ("numel", "size", "dim", "nelement", "__len__")
+
 
 def dequantize_reads(graph: Graph) -> PassReport:
     """Replace the remaining users of every quantized cache and drop its wrapped placeholder.
@@ -32,6 +34,9 @@ def dequantize_reads(graph: Graph) -> PassReport:
         for node in writes:
             _write(graph.fx, node, placeholder, cache)
             changes.append(f"{node.name} writes {placeholder} quantized")
+        for node in [node for node in graph.fx.nodes if node in placeholder.users]:
+            if target_name(node) in SIZES and not node.users:
+                graph.fx.erase_node(node)  # Dynamo leaves it behind where it knows the number
         users = [node for node in graph.fx.nodes if node in placeholder.users]
         if set(users) <= set(writes):
             for node in reversed(writes):

@@ -103,7 +103,9 @@ def _mask(graph: fx.Graph, site: AttentionSite, keys: CacheNodes) -> Any:
     attention, key = site.attention, site.key
     columns: Any = None
     if key.life is Life.GROWN:
-        columns = insert_call(graph, operator.add, (keys.length, size_of(key.new, 2)))
+        tokens = size_of(key.new, 2)
+        length = value_of(keys.length) + value_of(tokens)
+        columns = insert_call(graph, operator.add, (keys.length, tokens), length)
         if key.last is not None:
             columns = size_of(attention.key, 2)
     mask = _own_mask(graph, site, columns)

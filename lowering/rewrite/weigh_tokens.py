@@ -9,7 +9,7 @@ from torch import fx
 
 from kvq_compile.lowering.cache_nodes import CacheNodes, Seen, Slots, importance, slots_from
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import insert_call, size_of
+from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
 
 
@@ -62,7 +62,8 @@ def weigh_tokens(
         return importance(graph, site.attention, key, mask, (None, 0), size_of(key, 2), empty)
     held = cache.length
     if state.life is Life.GROWN:
-        held = insert_call(graph, operator.add, (cache.end(graph), size_of(key, 2)))
+        end, tokens = cache.end(graph), size_of(key, 2)
+        held = insert_call(graph, operator.add, (end, tokens), value_of(end) + value_of(tokens))
     return importance(
         graph, site.attention, key, mask, first_slot(graph, state, cache), held, cache
     )

@@ -1,0 +1,310 @@
+"""Steps that are replayed give what steps give that are launched, whatever the length."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvq_compile import QuantizedKV, backend
+from kvq_compile.history import watching
+from kvq_compile.kernels import ops
+from kvq_compile.kernels.packed import check_room, room_of
+from kvq_compile.testing.small_decoder import Decoder
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+OPTIONS = {"method": "int2", "window": 4, "page_size": 32, "inner": "eager"}
+LAYOUTS = [backend.make_config(OPTIONS).spec.layout(role, 32) for role in ("key", "value")]
+REPLAYED = "are replayed from CUDA graphs"
+
+
+class Tape(TorchDispatchMode):
+    """Notes calls as a CUDA graph does: with their numbers, on their memory. Writes to caches wait for a replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = None if func is ops.append_ else func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, results in self.calls:
+            anew = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(results), tree_leaves(anew), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@dataclass
+class Recorder:
+    """Stands for CUDA graphs where there is no GPU."""
+
+    tapes: list[Tape] = field(default_factory=list)
+    replays: int = 0
+
+    def __call__(self, run: Callable[[], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
+        with Tape() as tape:
+            results = run()
+        self.tapes.append(tape)
+
+        def replay() -> Sequence[Any]:
+            self.replays += 1
+            tape.replay()
+            return results
+
+        return replay
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    monkeypatch.setitem(backend.RECORDERS, "cpu", made)
+    return made
+
+
+def outputs(decoder: Decoder) -> list[Tensor]:
+    torch._dynamo.reset()
+    return [call.output for call in decoder.run(inner="eager")]
+
+
+STEPS = (*[1] * 14, 3, *[1] * 8)
+
+
+@settings(
+    max_examples=6, phases=set(Phase) - {Phase.explain, Phase.shrink}
+)  # an example takes seconds
+@given(
+    prompt=st.integers(2, 150),
+    padding=st.sampled_from(((0,), (3, 0))),
+    mask=st.sampled_from(("none", "bool", "additive")),
+    method=st.sampled_from(("int2", "kivi", "tc", "qaq")),
+    kind=st.sampled_from(("grown", "static")),
+    seed=st.integers(0, 99),
+)
+def test_a_replayed_step_is_the_step_bit_by_bit(
+    prompt: int, padding: tuple[int, ...], mask: str, method: str, kind: Any, seed: int
+) -> None:
+    """Through growth, a chunk in the middle and pages that fill up."""
+    if kind == "static" and mask == "none":
+        mask = "bool"
+    about = torch.float32, kind, (prompt, *STEPS), padding if mask != "none" else (0,), mask
+    options = {"method": method, "window": 8, "page_size": 32, "sinks": 2}
+    decoder, same = (Decoder(2, (4, 2), 32, *about, options, seed) for _ in range(2))
+    launched = outputs(decoder)
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backend.RECORDERS, "cpu", recorder)
+        replayed = outputs(same)
+    assert all(map(torch.equal, launched, replayed))
+    assert recorder.replays > len(STEPS) // 2 or kind == "static"
+
+
+def llama(layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def generated(model: Any, batch: int, options: dict[str, Any], **more: Any) -> Tensor:
+    torch._dynamo.reset()
+    model.compile(backend="kvq", options=options)
+    ids = torch.randint(1, 96, (batch, 17), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1:, :5] = 0
+    about = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, **about, **more)
+
+
+@pytest.mark.parametrize("method", ["int2", "tc"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generate_without_arguments_replays_its_steps(
+    method: str, batch: int, recorder: Recorder
+) -> None:
+    """A batch is padded on the left. 17 tokens to 57 are five sizes of the exact rows: a recording each."""
+    model, options = llama(), {**OPTIONS, "method": method}
+    if method == "tc":
+        options.pop("window")
+    launched = generated(model, batch, options | {"mode": "default"})
+    assert not recorder.tapes
+    with watching() as graphs:
+        assert torch.equal(launched, generated(model, batch, options))
+    assert [graph.steps for graph in graphs] == ["", REPLAYED]
+    assert len(recorder.tapes) <= 6
+    assert recorder.replays >= 39 - 2 * len(recorder.tapes)
+
+
+def test_assisted_decoding_replays_its_steps(recorder: Recorder) -> None:
+    """The cache is cropped where a draft is rejected, and drafts have several lengths."""
+    model, options = llama(), OPTIONS
+    assistant = llama(layers=1, seed=1)
+    launched = generated(model, 1, options | {"mode": "default"}, assistant_model=assistant)
+    assert torch.equal(launched, generated(model, 1, options, assistant_model=assistant))
+    assert recorder.replays > 10
+
+
+def test_beams_run_as_they_did(recorder: Recorder) -> None:
+    """Caches of beams are gathered anew at every step: what is recorded holds for memory that was used before."""
+    model = llama()
+    launched = generated(model, 2, OPTIONS | {"mode": "default"}, num_beams=2)
+    assert torch.equal(launched, generated(model, 2, OPTIONS, num_beams=2))
+
+
+def test_two_generations_in_turn_have_their_own_steps(recorder: Recorder) -> None:
+    model = llama()
+    model.compile(backend="kvq", options=OPTIONS | {"window": 32})
+    ids = torch.arange(1, 41)[None]
+    with torch.no_grad():
+        several = [model(ids + i, use_cache=True).past_key_values for i in range(2)]
+        alone = model(ids, use_cache=True).past_key_values
+        expected = [model(ids[:, :1], past_key_values=alone).logits for _ in range(8)]
+        found = []
+        for _ in range(8):
+            found += [model(ids[:, :1], past_key_values=cache).logits for cache in several]
+    assert all(map(torch.equal, found[::2], expected))
+    assert not torch.equal(found[1], expected[0])
+    assert recorder.replays >= 12
+
+
+def test_results_outlive_the_next_step(recorder: Recorder) -> None:
+    model = llama()
+    model.compile(backend="kvq", options=OPTIONS)
+    ids = torch.arange(1, 41)[None]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        logits, copies = [], []
+        for token in range(6):
+            logits.append(model(ids[:, token : token + 1], past_key_values=cache).logits)
+            copies.append(logits[-1].clone())
+    assert recorder.replays >= 3
+    assert all(map(torch.equal, logits, copies))
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, past: Any, mask: Any = None) -> Any:
+    keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+    return sdpa(query, keys, values, mask), (keys, values)
+
+
+def divided(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, caches = attended(query, key, value, past)
+    return output / past[0].shape[2], caches
+
+
+def filled(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, caches = attended(query, key, value, past)
+    return output * torch.full((1,), past[0].shape[2], dtype=torch.float32), caches
+
+
+def summed(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, caches = attended(query, key, value, past)
+    return output + torch.arange(past[0].shape[2]).sum(), caches
+
+
+def returned(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, caches = attended(query, key, value, past)
+    return (output, torch.ones(past[0].shape[2])), caches
+
+
+def from_the_end(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    slots = torch.arange(past[0].shape[2] + key.shape[2])
+    return attended(query, key, value, past, (slots.flip(0) % 3 == 0)[None, None, None])
+
+
+def read_dense(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, caches = attended(query, key, value, past)
+    return output + past[1].sum(), caches
+
+
+def added(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, caches = attended(query, key, value, past)
+    return output + past[0].shape[2], caches
+
+
+def with_positions(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    held = past[0].shape[2]
+    position = torch.arange(held, held + key.shape[2])
+    angle = position[:, None] * 0.01
+    slots = torch.arange(held + key.shape[2])
+    mask = (slots <= position[:, None]) & (slots > position[:, None] - 50)
+    return attended(query * angle.cos(), key * angle.cos(), value, past, mask)
+
+
+def compared(function: Callable[..., Any], recorder: Recorder) -> str:
+    """Check that steps are what they are unrecorded; return what is told of them."""
+    results = []
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        generator = torch.Generator().manual_seed(0)
+        compiled = torch.compile(function, backend="kvq", options={**OPTIONS, "mode": mode})
+        x = torch.randn(3, 1, 2, 70, 32, generator=generator)
+        past: Any = tuple(
+            QuantizedKV.from_dense(part, layout)
+            for part, layout in zip(x[1:], LAYOUTS, strict=True)
+        )
+        with torch.no_grad(), watching() as graphs:
+            for _ in range(12):
+                step = torch.randn(3, 1, 2, 1, 32, generator=generator)
+                output, past = compiled(*step, past)
+                results.append(output)
+    ours, theirs = results[:12], results[12:]
+    for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    return graphs[-1].steps
+
+
+@pytest.mark.parametrize("function", [attended, added, with_positions])
+def test_a_length_that_is_understood_comes_from_the_device(
+    function: Callable[..., Any], recorder: Recorder
+) -> None:
+    assert compared(function, recorder) == REPLAYED
+    assert recorder.replays > 6
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (divided, "depends on the length of a cache"),
+        (filled, "depends on the length of a cache"),
+        (summed, "depends on the length of a cache"),
+        (returned, "is returned"),
+        (from_the_end, "depends on how many columns it has"),
+        (read_dense, "is read as an ordinary tensor"),
+    ],
+)
+def test_a_length_that_is_not_understood_leaves_steps_unrecorded(
+    function: Callable[..., Any], reason: str, recorder: Recorder
+) -> None:
+    assert reason in compared(function, recorder)
+    assert not recorder.tapes
+
+
+@given(st.integers(0, 400), st.integers(0, 3))
+def test_room_is_the_most_tokens_that_fit(tokens: int, method: int) -> None:
+    layout = LAYOUTS[method % 2]
+    cache = QuantizedKV.from_dense(torch.zeros(1, 1, tokens, 32), layout)
+    room = room_of(cache.parts, layout)
+    assert room >= tokens
+    check_room(cache.parts, room, layout)
+    with pytest.raises(ValueError, match="must have room"):
+        check_room(cache.parts, room + 1, layout)
+
+
+@pytest.mark.parametrize("mode", ["fast", 3])
+def test_a_mode_that_pytorch_lacks_is_named(mode: Any) -> None:
+    with pytest.raises(ValueError, match="mode must be one of default, reduce-overhead"):
+        backend.make_config({"mode": mode})
