@@ -5,7 +5,7 @@ operator first runs on its device, so importing this file does not import Triton
 
 A packed tensor is passed as two lists of tensors, its parts and its calibration constants (`packed`), and a `Layout`.
 New tokens are written to slots ``start, start + 1, ...``. The start is given either as the integer ``start`` or as the
-first element of ``position`` ``[T]`` on the device, never both.
+first element of ``position`` on the device. `append_` takes both: ``start`` is then a bound for which there is room.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def append_on(
     if layout.adaptive is not None:
         from kvq_compile.kernels.adaptive.hook import before_append
 
-        before_append(packed, cache[4:], x, position, start, layout, importance)
+        first = start if position is None else None  # beside a position it is a bound
+        before_append(packed, cache[4:], x, position, first, layout, importance)
     relative = Calibrated.of(calibrated, layout)
     append = backend.find("append_", layout)
     append(packed, relative, x, position, start, layout, importance, query)

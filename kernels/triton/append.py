@@ -329,7 +329,7 @@ def append_(
         calibrated: Calibration constants.
         x: New tokens, ``[B, H, T, D]``.
         position: Their slots on the device, consecutive; or ``None``.
-        start: The first slot; or ``None``.
+        start: The first slot, or a bound of it where there is ``position``; or ``None``.
         layout: The cache's layout.
         importance: Importance score of each slot, ``[B, H, >= slots held then]``, by which mixed layouts distribute
             bits; ``None``: all are equal.
