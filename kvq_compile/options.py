@@ -17,7 +17,7 @@ from kvq_compile.methods import AT_COMPILE, METHODS, option_names
 DEFAULT: tuple[str, Mapping[str, Any]] = ("tc", {"bits": 4})  # where no method is named
 INNER = ("inductor", "eager", "aot_eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-WITHOUT_GRAPHS = ("default", "max-autotune-no-cudagraphs")
+RECORDED = ("reduce-overhead", "max-autotune")  # modes whose steps are replayed on a GPU
 OWN_OPTIONS = ("layers", "strict", "mode", "inner", "inductor")
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 NAMES = (
@@ -49,9 +49,7 @@ class Config:
     @property
     def records(self) -> bool:
         """Whether steps of a decoding loop are recorded as CUDA graphs where that is possible."""
-        return self.mode not in WITHOUT_GRAPHS and bool(
-            self.inductor.get("triton.cudagraphs", True)
-        )
+        return self.mode in RECORDED and bool(self.inductor.get("triton.cudagraphs", True))
 
 
 def make_config(options: Mapping[str, Any] | None = None) -> Config:
