@@ -262,7 +262,23 @@ def scaled_by_the_query(query, keys, values):
     return scores.softmax(-1) @ heads(values)
 
 
+def far_scores_halved(query, keys, values):
+    """What happens to keys that are far away does not show at the sizes of a trial."""
+    place = torch.arange(keys.shape[2])
+    scores = query @ heads(keys).mT * torch.where(place[-1] - place > 300, 0.5, 1.0)
+    scores = scores.masked_fill(~seen(query.shape[2], keys.shape[2]), -1e9)
+    return scores.softmax(-1) @ heads(values)
+
+
+def long_queries_scaled(query, keys, values):
+    query = query * torch.arange(keys.shape[2])[-query.shape[2] :, None].clamp(min=300) / 300
+    scores = query @ heads(keys).mT * 0.25
+    scores = scores.masked_fill(~seen(query.shape[2], keys.shape[2]), -1e9)
+    return scores.softmax(-1) @ heads(values)
+
+
 CHANGED = (
+    far_scores_halved,
     capped, clamped, squared_weights, scaled_by_head, keys_reversed, crossed_heads, scaled_by_the_query,
 )  # fmt: skip
 
@@ -272,6 +288,23 @@ def test_what_is_no_plain_attention_is_not_fused(attend: Attend) -> None:
     with pytest.warns(KVQWarning, match="read their caches dense"):
         recorder = watch(attend)
     assert "attend.default" not in recorder.calls
+
+
+def test_a_factor_of_the_query_that_changes_with_its_place_is_kept() -> None:
+    assert_fused(watch(long_queries_scaled))
+
+
+def test_a_window_that_no_trial_is_as_long_as_is_kept() -> None:
+    """Regression: a mask that hid nothing at the sizes of the trials was dropped."""
+
+    def attend(query, keys, values):
+        place = torch.arange(keys.shape[2])
+        near = place > place[-query.shape[2] :, None] - 30
+        scores = torch.einsum("bhgtd,bhsd->bhgts", query.unflatten(1, (H, G)), keys)
+        scores = scores.masked_fill(~(near & seen(query.shape[2], keys.shape[2])), -1e9)
+        return torch.einsum("bhgts,bhsd->bhgtd", scores.softmax(-1), values).flatten(1, 2)
+
+    assert_fused(watch(attend))
 
 
 def test_a_step_that_is_not_understood_is_named() -> None:

@@ -37,6 +37,7 @@ MATMUL = ("matmul", "bmm")
 SCALINGS = ("mul", "div", "truediv", "mul_", "div_", "imul", "itruediv", "multiply", "divide")
 ADDITIONS = ("add", "add_", "iadd")
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
+SCALE_IN_GRAPH = "the scale of the scores is computed in the graph"
 DROPS = "attention drops weights at random; call model.eval() first"
 _REACH = (
     8  # steps between a product and its softmax, more than masks, factors, casts and a cap take
@@ -85,7 +86,7 @@ def _read_sdpa(node: fx.Node) -> Attention:
     assert shape is not None
     factor = 1 / math.sqrt(shape[-1]) if scale is None else fixed_number(scale)
     if factor is None:
-        raise Refusal("the scale of the scores is computed in the graph")
+        raise Refusal(SCALE_IN_GRAPH)
     if not isinstance(causal, bool):
         raise Refusal("the causal flag is computed in the graph")
     return Attention(
@@ -243,7 +244,7 @@ def _split_score(scores: Any) -> tuple[Any, Score]:
             left, right = right, left
         number = fixed_number(right)
         if number is None:
-            raise Refusal("the scale of the scores is computed in the graph")
+            raise Refusal(SCALE_IN_GRAPH)
         factor = factor / number if "div" in name else factor * number
         scores = _through_casts(left)
     return scores, Score(factor)

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from kvq_compile.lowering.find.attention import ADDITIONS, CASTS, DROPS, SCALINGS, drops
+from kvq_compile.lowering.find.attention import (
+    ADDITIONS,
+    CASTS,
+    DROPS,
+    SCALE_IN_GRAPH,
+    SCALINGS,
+    drops,
+)
 from kvq_compile.lowering.find.evaluation import Evaluation, Order, Orders, Steps, hint_of
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
@@ -28,7 +35,7 @@ from kvq_compile.lowering.find.trial import (
     plain_name,
     writers_of,
 )
-from kvq_compile.lowering.nodes import VIEWS, argument, order_of, root_of, shape_of, value_of
+from kvq_compile.lowering.nodes import VIEWS, argument, order_of, root_of, same, shape_of, value_of
 from kvq_compile.lowering.sites import Life, Refusal, State
 
 PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "sum")
@@ -37,8 +44,10 @@ _REPEATS = ("repeat_interleave", "repeat", "tile", "stack", "cat", "gather", "in
 # What may lie between an operand and its product; between the scores and the softmax; and behind it. Anything else, a
 # cap or a clamp say, could do nothing to random numbers and something to those of a model.
 _OF_OPERANDS = (*_MOVES, *_REPEATS, *SCALINGS)
+_DIFFERENCES = ("sub", "sub_", "isub", "rsub")
+_HIDING = ("masked_fill", "masked_fill_", "where")
 _OF_SCORES = (
-    *_MOVES, *SCALINGS, *ADDITIONS, "sub", "sub_", "isub", "rsub", "masked_fill", "masked_fill_", "where",
+    *_MOVES, *SCALINGS, *ADDITIONS, *_DIFFERENCES, *_HIDING,
     "max", "amax", "neg",
 )  # fmt: skip
 _OF_WEIGHTS = (*_MOVES, "dropout")
@@ -64,7 +73,7 @@ class Contraction:
         scores: What enters the softmax.
         groups: ``G``.
         scale: Factor on ``query . key``.
-        masked: Whether anything is added to the scores, or hides some.
+        masked: Whether a tensor is added to the scores, or hides some.
         query_order, product_order, scores_order, output_order: The orders of these tensors.
         steps: The nodes from the product, left out, to the scores, in order.
     """
@@ -108,12 +117,19 @@ def find_contraction(softmax: fx.Node, find: Find) -> Contraction | None:
     value = _first_cache(values, find)
     if key is None or value is None:
         return None
-    of_keys = {key[0], *_dependent(key[0], product)}
+    of_keys = {*_above([key[0]], MIXING), *_dependent(key[0], product)}
     queries = [n for n in _above(product.all_input_nodes, MIXING) if n not in of_keys]
+    refusal: Refusal | None = None
     for query in _queries(queries, key):
-        found = _Candidate(softmax, scores, product, output, query, key, value[0]).found()
-        if found is not None:
-            return found
+        try:
+            found = _Candidate(softmax, scores, product, output, query, key, value[0]).found()
+        except Refusal as reason:
+            refusal = refusal or reason
+        else:
+            if found is not None:
+                return found
+    if refusal is not None:
+        raise refusal
     return None
 
 
@@ -269,7 +285,7 @@ class _Candidate:
         Raises:
             Refusal: Something does.
         """
-        output, _, _, _, product, _ = self._nodes
+        output, _, key, _, product, scores_node = self._nodes
         scores, weights = {product, *self._chain}, {self._softmax, *self._parts[3][0]} - {output}
         for name, nodes in (("scores", scores), ("attention weights", weights)):
             readers = {user for node in nodes for user in node.users if node in data_of(user)}
@@ -284,6 +300,44 @@ class _Candidate:
                     raise Refusal(f"the {name} pass through {plain_name(node)} before the {end}")
                 if plain_name(node) == "dropout" and drops(node):
                     raise Refusal(DROPS)
+                if not self._is_told_by_numbers(node, name):
+                    if name == "scores" and plain_name(node) in SCALINGS:
+                        raise Refusal(SCALE_IN_GRAPH)
+                    what = f"a tensor in {plain_name(node)} before the {end}"
+                    raise Refusal(f"the {name} meet {what}, which may change with the call")
+        if not same((shape_of(scores_node) or (0,))[-1], (shape_of(key) or (0, 0, 0))[2]):
+            raise Refusal("the scores have another number of columns than there are keys")
+
+    def _is_told_by_numbers(self, node: fx.Node, part: str) -> bool:
+        """Return whether what a step does to its operand is the same at every size, and so shows in a trial.
+
+        A tensor may be added to scores or hide some: it is read as it is in each call. A factor may not be one, nor
+        an index: it could be 1, or take all, at the sizes of the trials alone.
+        """
+        inside = {node for nodes, _ in self._parts for node in nodes} | {
+            *self._nodes,
+            self._softmax,
+        }
+        name = plain_name(node)
+        moved = [other for other in data_of(node) if other in inside]
+        others = [other for other in node.all_input_nodes if other not in inside]
+        if part != "scores":
+            read = (other for other in others if other in data_of(node))
+            return all(_is_constant(other) for other in read if shape_of(other) is not None)
+        of_rows = [other for other in moved if self._is_of_rows(other)]
+        if len(moved) - (len(of_rows) if name in _DIFFERENCES else 0) != 1:
+            return False
+        if name in _HIDING:
+            return moved[0] is not node.args[0 if name == "where" else 1]  # the mask is no score
+        if name in (*ADDITIONS, *_DIFFERENCES):
+            return True
+        return name in _MOVES or all(_is_constant(other) for other in others)
+
+    def _is_of_rows(self, node: fx.Node) -> bool:
+        """Return whether a tensor is the largest of each row of scores."""
+        while plain_name(node) in _MOVES:
+            node = node.args[0]  # type: ignore[assignment]
+        return plain_name(node) in ("max", "amax") and len(node.all_input_nodes) == 1
 
     def _sides(self) -> list[fx.Node] | None:
         """Return what else the parts read and no trial can compute: masks and biases; ``None`` if not only those."""
@@ -310,7 +364,7 @@ class _Candidate:
         """Return groups, scale, whether there is a mask, and the orders that hold in all trials."""
         common: dict[Orders, None] | None = None
         scales: list[float] = []
-        masked, groups = False, 0
+        groups = 0
         for sizes in whole.assignments(3):
             trial = Evaluation(self._nodes, self._new, sizes, sides, exact)
             found = trial.orders(whole, chain)
@@ -318,9 +372,14 @@ class _Candidate:
             if not common:
                 return None
             scales.append(trial.scale)
-            masked, groups = masked or trial.masked, trial.groups
+            groups = trial.groups
         if common is None or max(scales) - min(scales) > 1e-3 * abs(scales[0]):
             return None
+        inside = {*self._chain, self._nodes[4]}
+        read = {other for step in self._chain for other in data_of(step)} - inside
+        masked = any(
+            shape_of(other) is not None for other in read
+        )  # nothing at the sizes of trials may hide later
         return groups, _rounded(scales[0]), masked, next(iter(common))
 
 
@@ -334,6 +393,13 @@ def _rounded(scale: float) -> float:
         if abs(candidate - scale) <= 1e-4 * abs(scale):
             return candidate
     return scale
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether a value is the same in every call: made of numbers and constants of the model alone."""
+    if node.op == "placeholder" or isinstance(value_of(node), (torch.SymInt, torch.SymFloat)):
+        return False
+    return all(_is_constant(other) for other in node.all_input_nodes)
 
 
 def _needs_arguments(node: fx.Node) -> bool:

@@ -104,7 +104,7 @@ class Evaluation:
         self.groups = self._given[query].numel() // (B * H * T * D)
         self._axes = (B, H, self.groups, T)
         self._columns, self._channels = S, D
-        self.scale, self.masked = 0.0, False
+        self.scale = 0.0
         wide = {axis for axis, size in enumerate(self._axes) if size > 1}
         told = {tuple(axis for axis in order if axis in wide): order for order in _ORDERS[::-1]}
         self._orders = list(told.values())[::-1]  # axes of one element can be anywhere
@@ -136,7 +136,6 @@ class Evaluation:
                     for output_order in self._outputs(known[output].float(), wanted, seen):
                         found[query_order, product_order, scores_order, output_order] = None
                         self.scale = factor * scale
-                        self.masked |= bool(mask.any())
         return found
 
     def _apart(self, tensor: Tensor, order: Order, last: int) -> Tensor:
