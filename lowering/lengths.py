@@ -96,4 +96,4 @@ class Lengths:
         if len(set(lengths)) == 1:
             held.fill_(lengths[0])
         else:
-            held.copy_(torch.tensor(lengths)[:, None])
+            held.copy_(torch.tensor(lengths, dtype=held.dtype, device="cpu")[:, None])

@@ -226,7 +226,7 @@ CASES: dict[str, Callable[[str], Any]] = {
 }
 # Of a thread, on the stack. Attention does not read that way; with values of three bits a third program to an SM is
 # worth more than a few registers; the last has trits, which are slow anyway.
-A_FEW_BYTES = {"read tc": 16, "tc-3": 16, "tc-3 mean": 48, "tc-2.5": 32}
+A_FEW_BYTES = {"read tc": 48, "tc-3": 16, "tc-3 mean": 48, "tc-2.5": 32}
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
 ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
 ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3 mean", "write fp8-trits", "write rotary-codebook",

@@ -118,7 +118,9 @@ def test_one_growth_spelled_twice_is_still_fused() -> None:
 
     with watching() as graphs:
         assert_alike(step, *grown(), rounds=2)
-    assert [site.outcome for graph in graphs for site in graph.sites] == ["rewritten"] * 2
+    assert [site.outcome for graph in graphs for site in graph.sites] == [
+        "rewritten"
+    ]  # one graph for both lengths
 
 
 @settings(max_examples=8, phases=(Phase.explicit, Phase.generate))

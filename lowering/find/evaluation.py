@@ -125,7 +125,7 @@ class Evaluation:
         known = whole.run_all(self._sizes, self._given)
         keys, values = self._given[key].float(), self._given[value].float()
         found: dict[Orders, None] = {}
-        for query_order in self._orders:
+        for query_order in self._fitting(self._given[query].shape, self._channels):
             rows = self._apart(self._given[query].float(), query_order, self._channels)
             dots = torch.einsum("bhgtd,bhsd->bhgts", rows, keys)
             for product_order, factor in self._products(whole.seen, dots):
@@ -138,6 +138,20 @@ class Evaluation:
                         self.scale = factor * scale
         return found
 
+    def _fitting(self, shape: Sequence[int], last: int) -> Iterator[Order]:
+        """Yield the orders whose axes, joined or not, are the dimensions of a tensor."""
+        for order in self._orders:
+            rest = [(*self._axes, last)[axis] for axis in order]
+            for wanted in shape:
+                size = 1
+                while size < wanted and rest:
+                    size *= rest.pop(0)
+                if size != wanted:
+                    break
+            else:
+                if math.prod(rest) == 1:
+                    yield order
+
     def _apart(self, tensor: Tensor, order: Order, last: int) -> Tensor:
         """Return a tensor of some order as ``[B, Hkv, G, T, last]``."""
         sizes = (*self._axes, last)
@@ -148,7 +162,7 @@ class Evaluation:
         """Yield the orders in which a product is a multiple of ``dots``, and the factor."""
         if product.numel() != dots.numel():
             return
-        for order in self._orders:
+        for order in self._fitting(product.shape, self._columns):
             laid = dots.permute(order).reshape(product.shape)
             factor = float((product * laid).sum() / laid.square().sum())
             if self._close(product, laid * factor) and factor:
@@ -171,7 +185,7 @@ class Evaluation:
         )
         if none.numel() != dots.numel():
             return
-        for scores_order in self._orders:
+        for scores_order in self._fitting(none.shape, self._columns):
             mask = self._apart(none, scores_order, self._columns)
             change = [self._apart(x, scores_order, self._columns) - mask for x in (once, often)]
             scale = self._multiple(change[0], dots, mask)
@@ -201,7 +215,7 @@ class Evaluation:
         """Yield the orders in which the output is what it should be, in all rows that see something."""
         if output.numel() != wanted.numel():
             return
-        for order in self._orders:
+        for order in self._fitting(output.shape, wanted.shape[-1]):
             rows = self._apart(output, order, wanted.shape[-1])
             if self._close(torch.where(seen, rows, 0), torch.where(seen, wanted, 0)):
                 yield order

@@ -272,7 +272,9 @@ def _is_kept(
         given = {}
         for cut in cuts:
             if cut.name == "kvq_lengths":
-                given[cut] = torch.full(value_of(cut).shape, length)
+                given[cut] = torch.full(
+                    value_of(cut).shape, length, dtype=torch.int64, device="cpu"
+                )
             elif cut in wide:
                 shape = [size_of_trial(size, sizes) for size in value_of(cut).shape]
                 given[cut] = wide[cut][tuple(slice(0, size) for size in shape)]
@@ -288,4 +290,6 @@ def _drawn(like: Tensor, sizes: Any, generator: torch.Generator) -> Tensor:
     if like.is_floating_point():
         return random_like(like, sizes)
     shape = [size_of_trial(size, sizes) for size in like.shape]
-    return torch.randint(0, 2, shape, generator=generator).to(like.dtype)
+    return torch.randint(0, 2, shape, generator=generator, dtype=torch.int64, device="cpu").to(
+        like.dtype
+    )
