@@ -222,7 +222,12 @@ def _check_fill(fill: Any, scores: fx.Node) -> None:
     lowest = torch.finfo(value_of(scores).dtype).min
     number = fixed_number(fill)
     if number is None or number > lowest:
-        raise Refusal(f"hidden scores are set to {fill}, which does not hide them")
+        raise not_hidden(fill)
+
+
+def not_hidden(fill: Any) -> Refusal:
+    """Return the refusal of scores that are set to a number that leaves them a weight."""
+    return Refusal(f"hidden scores are set to {fill}, which does not hide them")
 
 
 def _is_scores(node: Any) -> bool:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from kvq_compile.kernels.layout import HIDES
 from kvq_compile.lowering.find.attention import (
     ADDITIONS,
     CASTS,
@@ -26,6 +28,7 @@ from kvq_compile.lowering.find.attention import (
     SCALE_IN_GRAPH,
     SCALINGS,
     drops,
+    not_hidden,
 )
 from kvq_compile.lowering.find.evaluation import Evaluation, Order, Orders, Steps, hint_of
 from kvq_compile.lowering.find.trial import (
@@ -45,10 +48,11 @@ _REPEATS = ("repeat_interleave", "repeat", "tile", "stack", "cat", "gather", "in
 # cap or a clamp say, could do nothing to random numbers and something to those of a model.
 _OF_OPERANDS = (*_MOVES, *_REPEATS, *SCALINGS)
 _DIFFERENCES = ("sub", "sub_", "isub", "rsub")
+_LARGEST = ("max", "amax")
 _HIDING = ("masked_fill", "masked_fill_", "where")
 _OF_SCORES = (
     *_MOVES, *SCALINGS, *ADDITIONS, *_DIFFERENCES, *_HIDING,
-    "max", "amax", "neg",
+    *_LARGEST, "neg",
 )  # fmt: skip
 _OF_WEIGHTS = (*_MOVES, "dropout")
 _PARTS = {
@@ -269,7 +273,8 @@ class _Candidate:
             return None
         for exact in (True, False):
             try:
-                found = self._agreed(whole, chain, sides, exact)
+                with torch.autocast("cpu", enabled=False):
+                    found = self._agreed(whole, chain, sides, exact)
             except CANNOT_BE_RUN:
                 continue
             if found is not None:
@@ -313,6 +318,9 @@ class _Candidate:
 
         A tensor may be added to scores or hide some: it is read as it is in each call. A factor may not be one, nor
         an index: it could be 1, or take all, at the sizes of the trials alone.
+
+        Raises:
+            Refusal: Scores are set to what does not hide them.
         """
         inside = {node for nodes, _ in self._parts for node in nodes} | {
             *self._nodes,
@@ -328,7 +336,19 @@ class _Candidate:
         if len(moved) - (len(of_rows) if name in _DIFFERENCES else 0) != 1:
             return False
         if name in _HIDING:
-            return moved[0] is not node.args[0 if name == "where" else 1]  # the mask is no score
+            names = (
+                ("condition", "input", "other") if name == "where" else ("input", "mask", "value")
+            )
+            given = [argument(node, place, each) for place, each in enumerate(names)]
+            mask = given.pop(0 if name == "where" else 1)
+            for fill in given:
+                if fill not in moved and not _hides(fill):
+                    raise not_hidden(fill)
+            return mask not in moved
+        if name in _LARGEST:
+            return (
+                len(node.all_input_nodes) == 1
+            )  # of rows; with another tensor it would be a clamp
         if name in (*ADDITIONS, *_DIFFERENCES):
             return True
         return name in _MOVES or all(_is_constant(other) for other in others)
@@ -337,7 +357,7 @@ class _Candidate:
         """Return whether a tensor is the largest of each row of scores."""
         while plain_name(node) in _MOVES:
             node = node.args[0]  # type: ignore[assignment]
-        return plain_name(node) in ("max", "amax") and len(node.all_input_nodes) == 1
+        return plain_name(node) in _LARGEST and len(node.all_input_nodes) == 1
 
     def _sides(self) -> list[fx.Node] | None:
         """Return what else the parts read and no trial can compute: masks and biases; ``None`` if not only those."""
@@ -400,6 +420,19 @@ def _is_constant(node: fx.Node) -> bool:
     if node.op == "placeholder" or isinstance(value_of(node), (torch.SymInt, torch.SymFloat)):
         return False
     return all(_is_constant(other) for other in node.all_input_nodes)
+
+
+def _hides(fill: Any) -> bool:
+    """Return whether a score that is set to ``fill`` has weight 0 in every call."""
+    if not isinstance(fill, fx.Node):
+        return isinstance(fill, (int, float)) and fill <= HIDES
+    made = Steps(fill, (), ())
+    if not _is_constant(fill) or not made.collect():
+        return False
+    try:
+        return bool((made.run({}, {}) <= HIDES).all())
+    except CANNOT_BE_RUN:
+        return False
 
 
 def _needs_arguments(node: fx.Node) -> bool:

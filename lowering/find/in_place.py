@@ -81,23 +81,10 @@ class _InPlace(UpdateTrial):
 
     def collect(self) -> bool:
         """Collect the nodes to run; say whether they alone decide on the buffer, and nothing reads in between."""
+        needed = self._needed(self._writers, ENDS, _REACH)
+        if needed is None:
+            return False
         place, writers = order_of(self.result.graph), writers_of(self.result.graph)
-        needed: set[fx.Node] = set()
-        stack = [*self._writers]
-        while stack:
-            node = stack.pop()
-            if node in needed or node in self.cuts:
-                continue
-            if node.op not in ("call_function", "call_method", "get_attr"):
-                if isinstance(value_of(node), (torch.SymInt, int)):
-                    continue
-                return False
-            if plain_name(node) in ENDS or len(needed) > _REACH:
-                return False
-            needed.add(node)
-            if not isinstance(value_of(node), torch.SymInt):
-                stack.extend(data_of(node))
-            stack.extend(writers.get(root_of(node), ()))
         self.steps = sorted(needed, key=place.__getitem__)
         last = place[self.steps[-1]]
         for cut in self.cuts[1:]:

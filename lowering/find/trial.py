@@ -70,23 +70,10 @@ class Trial:
 
     def collect(self) -> bool:
         """Collect the nodes to run; say whether nothing but they decides on the result."""
-        place, writers = order_of(self.result.graph), writers_of(self.result.graph)
-        needed: set[fx.Node] = set()
-        stack = [self.result]
-        while stack:
-            node = stack.pop()
-            if node in needed or node in self.cuts:
-                continue
-            if node.op not in ("call_function", "call_method", "get_attr"):
-                if isinstance(value_of(node), (torch.SymInt, int)):
-                    continue
-                return False
-            if plain_name(node) in self._ends or len(needed) > _MOST:
-                return False
-            needed.add(node)
-            if not isinstance(value_of(node), torch.SymInt):
-                stack.extend(data_of(node))
-            stack.extend(writers.get(root_of(node), ()))
+        needed = self._needed([self.result], self._ends, _MOST)
+        if needed is None:
+            return False
+        place = order_of(self.result.graph)
         self.steps = sorted(needed, key=place.__getitem__)
         end = place[self.steps[-1]]
         if any(self._is_changed(cut, needed, end) for cut in self.cuts):
@@ -95,6 +82,29 @@ class Trial:
         memory = root_of(self.result)
         readers = [user for node in self.steps if root_of(node) is memory for user in node.users]
         return all(place[user] > last for user in readers if user not in needed)
+
+    def _needed(
+        self, results: Sequence[fx.Node], ends: Collection[str], most: int
+    ) -> set[fx.Node] | None:
+        """Return the nodes between the cuts and some results, writes among them; ``None`` if they cannot all be run."""
+        writers = writers_of(self.result.graph)
+        needed: set[fx.Node] = set()
+        stack = [*results]
+        while stack:
+            node = stack.pop()
+            if node in needed or node in self.cuts:
+                continue
+            if node.op not in ("call_function", "call_method", "get_attr"):
+                if isinstance(value_of(node), (torch.SymInt, int)):
+                    continue
+                return None
+            if plain_name(node) in ends or len(needed) > most:
+                return None
+            needed.add(node)
+            if not isinstance(value_of(node), torch.SymInt):
+                stack.extend(data_of(node))
+            stack.extend(writers.get(root_of(node), ()))
+        return needed
 
     def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:
         """Yield the sizes to try for the symbols of the graph, a mapping a trial; without symbols only one."""

@@ -31,7 +31,7 @@ from kvq_compile.lowering.nodes import (
     target_name,
     value_of,
 )
-from kvq_compile.lowering.sites import Attention, Refusal, State
+from kvq_compile.lowering.sites import Attention, Refusal, State, unexpected
 
 
 def read_contractions(graph: Graph) -> PassReport:
@@ -60,15 +60,14 @@ def read_contractions(graph: Graph) -> PassReport:
 
         try:
             contraction = find_contraction(softmax, find)
-        except Refusal as refusal:
+            attention = None if contraction is None else _Laid(graph.fx, contraction).attention()
+        except Exception as error:
+            refusal = error if isinstance(error, Refusal) else unexpected(error)
             graph.contractions[softmax] = refusal
             continue
-        attention = None if contraction is None else _Laid(graph.fx, contraction).attention()
         if contraction is not None and attention is not None:
-            softmax.args = (
-                contraction.scores,
-                *softmax.args[1:],
-            )  # what has written into its argument
+            given = argument(softmax, 0, "input")  # what has written into it is what is read
+            softmax.replace_input_with(given, contraction.scores)
             graph.used.add(contraction.scores)
             graph.contractions[softmax] = attention
             changes.append(f"{softmax} is the softmax of an attention, by evaluation")
