@@ -37,10 +37,18 @@ def schemes(draw: st.DrawFn) -> Channelwise:
     return Channelwise(draw(st.sampled_from(BITS)), pairs)
 
 
-def turned(scheme: Channelwise, head_dim: int, heads: int = 2) -> tuple[Channelwise, Calibrated]:
+def turned(
+    scheme: Channelwise, head_dim: int, heads: int = 2, size: float = 1.0
+) -> tuple[Channelwise, Calibrated]:
     """Return the scheme with tables, so that keys are coded without their turned mean."""
     tables = random_tables(
-        heads, head_dim, group_size=head_dim, rotary=True, codebook=None, seed=head_dim
+        heads,
+        head_dim,
+        group_size=head_dim,
+        rotary=True,
+        codebook=None,
+        seed=head_dim,
+        size=size,
     )
     scheme = replace(scheme, pairs="halves", tables=tables.digest)
     return scheme, Calibrated(tables.words)
@@ -314,7 +322,7 @@ def test_keys_and_queries_of_any_size_keep_the_error_of_low_precision(
     site = plain_site(torch.float16)
     if takes_mean:
         (key, _), value = site.sides
-        scheme, frame = turned(key.channelwise, 128)
+        scheme, frame = turned(key.channelwise, 128, size=min(size[0], 1.0))
         site.sides = (replace(key, scheme=scheme), frame), value
     generator = torch.Generator().manual_seed(0)
     keys = torch.rand(2, 2, 260, 128, generator=generator) * 2 - 1

@@ -18,7 +18,7 @@ from kvq_compile.kernels.tables import Tables
 
 def random_tables(
     heads: int, head_dim: int, *, group_size: int, rotary: bool, codebook: tuple[int, int] | None,
-    seed: int,
+    seed: int, size: float = 1.0,
 ) -> Tables:  # fmt: skip
     """Return tables for coding roughly normal tokens.
 
@@ -28,6 +28,7 @@ def random_tables(
         rotary: Whether to rotate, at frequencies from a full rotation in six tokens down.
         codebook: Coupled channels and bits of an index, or ``None``.
         seed: Of the random numbers.
+        size: Standard deviation of the mean of channels.
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(3, heads, head_dim, generator=generator, dtype=torch.float32, device="cpu")
@@ -46,6 +47,7 @@ def random_tables(
         shape = (heads, head_dim // couple, 1 << bits, couple)
         book = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     mean = torch.randn(heads, head_dim, generator=generator, dtype=torch.float32, device="cpu")
+    mean *= size
     return Tables.build(
         order=order, mean=mean, scale=scale, margin=margin, frequency=frequency, codebook=book
     )
