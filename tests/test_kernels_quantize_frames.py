@@ -16,18 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import written_caches
+from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout, Regions
-from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.packed import Calibrated, Packed, paged
 from kvq_compile.kernels.reference import formats as reference_formats
 from kvq_compile.kernels.reference import rope
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
 from kvq_compile.kernels.tables import Tables
-from kvq_compile.kernels.triton import transforms
+from kvq_compile.kernels.triton import backend, transforms
 from kvq_compile.kernels.triton.constants import ReadConstants, WriteConstants
 from kvq_compile.kernels.triton.formats import e4m3_value, round_e4m3
 from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
-from native import CONVERSIONS, DEVICE, OVERFLOWS, examples
+from native import CONVERSIONS, DEVICE, OVERFLOWS, examples, frame_on_device
 from uncalibrated import Framed, plain_layouts
 from written_caches import DTYPES, REOPENING_DTYPES, SPECIAL, SPECIAL_E4M3, full, pieces, spoil
 
@@ -94,6 +95,19 @@ def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
     for start, stop in pairwise(pieces(data, framed[0], count)):
         caches.append(x[:, :, start:stop], start, data.draw(st.booleans()))
     caches.assert_equal()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_a_growing_cache_without_parameters_is_written_for_any_number_of_heads(heads: int) -> None:
+    tables = random_tables(heads, 64, group_size=64, rotary=False, codebook=(4, 8), seed=0)
+    layout = Layout("value", 64, Regions(1, 3, 32), Codebook(8, 4, False, tables.digest))
+    x = torch.randn(2, heads, full(layout, 2), 64)
+    expected, actual = (list(Packed.growing(y, y.shape[2], layout)) for y in (x, x.to(DEVICE)))
+    reference.append_(*paged(expected, layout), x, 0, layout, Calibrated(tables.words), None, None)
+    frame = frame_on_device(Calibrated(tables.words))
+    backend.append_(actual, frame, x.to(DEVICE), None, 0, layout, None, None)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
 
 
 @EXAMPLES

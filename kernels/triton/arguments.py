@@ -96,7 +96,9 @@ def bundle_cache(cache: Sequence[Tensor], layout: Layout) -> CacheBundle:
     codes, params, exact, cursor = cache[:4]
     rows = exact.shape[2] * exact.shape[3]
     if layout.param_elements == 2:
-        params = params.view(torch.uint16 if params.dtype == torch.uint8 else torch.int32)
+        pair = torch.uint16 if params.dtype == torch.uint8 else torch.int32
+        # Strides of a tensor without elements need not allow a view.
+        params = params.view(pair) if params.numel() else params.new_empty(0, dtype=pair)
     return CacheBundle(codes.view(torch.uint16), params, exact, rows, cursor)
 
 
