@@ -63,11 +63,8 @@ def llama(layers: int, small: bool = False) -> LlamaForCausalLM:
 
 def options(run: str) -> dict[str, Any]:
     """Return the options of a run."""
-    method = run.split("-")[0]
-    return {
-        "method": method,
-        "mode": "default" if run.endswith("unrecorded") else "reduce-overhead",
-    }
+    mode = {"mode": "default"} if run.endswith("unrecorded") else {}
+    return {"method": run.split("-")[0], **mode}
 
 
 def short_cache(run: str) -> DynamicCache:
@@ -200,7 +197,7 @@ def check() -> None:
         rest = {"assistant_model": assistant} if "assistant" in more else more
         tokens = []
         recorded.clear()
-        for mode in ("default", "reduce-overhead"):
+        for mode in ("default", None):
             torch._dynamo.reset()
             model.compile(backend="kvq", options={"method": method, "mode": mode, "inner": "eager"})
             ids = torch.randint(1, 1000, (batch, 30), generator=torch.Generator().manual_seed(1))

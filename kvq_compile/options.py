@@ -17,7 +17,7 @@ from kvq_compile.methods import AT_COMPILE, METHODS, option_names
 DEFAULT: tuple[str, Mapping[str, Any]] = ("tc", {"bits": 4})  # where no method is named
 INNER = ("inductor", "eager", "aot_eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-RECORDED = ("reduce-overhead", "max-autotune")  # modes whose steps are replayed on a GPU
+LAUNCHED = ("default", "max-autotune-no-cudagraphs")  # modes whose steps are not replayed on a GPU
 OWN_OPTIONS = ("layers", "strict", "mode", "inner", "inductor")
 CQ = re.compile(r"cq-(\d+)c(\d+)b")
 NAMES = (
@@ -36,7 +36,8 @@ class Config:
         inner: Compiler of the rewritten graph.
         inductor: Settings handed on to Inductor.
         calibration: What the spec was made from, if it was.
-        mode: As for ``torch.compile``, which refuses it beside ``options``; ``None`` where it is not given.
+        mode: As for ``torch.compile``, which refuses it beside ``options``. ``None``, where it is not given, replays
+            steps on a GPU as ``"reduce-overhead"`` does, and leaves all other graphs as they are.
     """
 
     spec: CacheSpec
@@ -49,7 +50,7 @@ class Config:
     @property
     def records(self) -> bool:
         """Whether steps of a decoding loop are recorded as CUDA graphs where that is possible."""
-        return self.mode in RECORDED and bool(self.inductor.get("triton.cudagraphs", True))
+        return self.mode not in LAUNCHED and bool(self.inductor.get("triton.cudagraphs", True))
 
 
 def make_config(options: Mapping[str, Any] | None = None) -> Config:

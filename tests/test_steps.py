@@ -1,6 +1,6 @@
 """Steps that are replayed give what steps give that are launched, whatever the length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,8 +23,7 @@ from kvq_compile.testing.small_decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-OPTIONS = {"method": "int2", "window": 4, "page_size": 32, "inner": "eager"}
-OPTIONS["mode"] = "reduce-overhead"
+OPTIONS: dict[str, Any] = {"method": "int2", "window": 4, "page_size": 32, "inner": "eager"}
 LAYOUTS = [backend.make_config(OPTIONS).spec.layout(role, 32) for role in ("key", "value")]
 REPLAYED = "are replayed from CUDA graphs"
 
@@ -78,7 +78,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 def outputs(decoder: Decoder) -> list[Tensor]:
     torch._dynamo.reset()
-    return [call.output for call in decoder.run(inner="eager", mode="reduce-overhead")]
+    return [call.output for call in decoder.run(inner="eager")]
 
 
 STEPS = (*[1] * 14, 3, *[1] * 8)
@@ -248,7 +248,7 @@ def with_positions(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
 def compared(function: Callable[..., Any], recorder: Recorder) -> str:
     """Check that steps are what they are unrecorded; return what is told of them."""
     results = []
-    for mode in ("default", "reduce-overhead"):
+    for mode in ("default", None):
         torch._dynamo.reset()
         generator = torch.Generator().manual_seed(0)
         compiled = torch.compile(function, backend="kvq", options={**OPTIONS, "mode": mode})
@@ -292,6 +292,38 @@ def test_a_length_that_is_not_understood_leaves_steps_unrecorded(
 ) -> None:
     assert reason in compared(function, recorder)
     assert not recorder.tapes
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    about = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    distributed.init_process_group("gloo", **about)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_a_step_that_waits_for_other_processes_is_launched(group: Any, recorder: Recorder) -> None:
+    def reduced(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+        output, past = attended(query, key, value, past)
+        return all_reduce(output, "sum", group), past
+
+    assert "waits for other processes" in compared(reduced, recorder)
+    assert not recorder.tapes
+
+
+@pytest.mark.parametrize(
+    ("options", "records"),
+    [
+        ({}, True),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"mode": "default"}, False),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"inductor": {"triton.cudagraphs": False}}, False),
+    ],
+)
+def test_steps_are_recorded_unless_asked_otherwise(options: Any, records: bool) -> None:
+    assert backend.make_config(options).records == records
 
 
 @given(st.integers(0, 400), st.integers(0, 3))
