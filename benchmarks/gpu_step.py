@@ -3,7 +3,7 @@
 Caches are filled with random tokens, so that no prompt is computed. Times are milliseconds: medians of steps *waited*
 for and of the *host* until a call returns; *ahead* is the mean from one step to the next without waiting.
 
-    python benchmarks/gpu_step.py [--layers 32] [--shapes 1x4096,1x32768] [--runs hf-static,int4,tc] [--out FILE]
+    python benchmarks/gpu_step.py [--layers 32] [--shapes 1x4096,1x32768] [--runs hf-static,int4,tc:bits=3] [--out FILE]
     python benchmarks/gpu_step.py --check       # replayed steps against launched ones, token by token, on small models
 """
 
@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from kvq_compile import QuantizedKV, backend
+from kvq_compile.evaluation.runner import parse_method
 from kvq_compile.history import graphs
 from kvq_compile.lowering import steps as stepping
 
-RUNS = ("hf-static", "hf-dynamic", "int4", "tc", "int4-static", "int4-unrecorded")
 WARM, TIMED = 8, 24
 SPARE = 4 * TIMED
 recorded: list[float] = []  # seconds that each recording took
@@ -64,7 +64,7 @@ def llama(layers: int, small: bool = False) -> LlamaForCausalLM:
 def options(run: str) -> dict[str, Any]:
     """Return the options of a run."""
     mode = {"mode": "default"} if run.endswith("unrecorded") else {}
-    return {"method": run.split("-")[0], **mode}
+    return {**(parse_method(run.split("-")[0]).options or {}), **mode}
 
 
 def short_cache(run: str) -> DynamicCache:
@@ -229,7 +229,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--shapes", default="1x4096,1x32768")
-    parser.add_argument("--runs", default="hf-static,int4,tc,int4-static")
+    parser.add_argument(
+        "--runs",
+        default="hf-static,int4,tc,int4-static",
+        help="method, -static, -unrecorded, or hf-",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
