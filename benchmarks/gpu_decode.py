@@ -35,10 +35,11 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.kernels.triton import backend, launch

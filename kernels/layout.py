@@ -472,23 +472,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         return self.bounds[length_class(end)] if self.bounds else 0.0
 
 
-@dataclass(frozen=True)
-class Score(OpaqueBase):
-    """Modification of the product of a query and a key before the softmax.
-
-    Args:
-        scale: Factor on the product.
-    """
-
-    scale: float
-
-    def __fx_repr__(self) -> tuple[str, dict[str, type]]:
-        """Return the source text of the score in a graph, and the class that it names."""
-        return f"Score({self.scale!r})", {"Score": Score}
-
-
 register_opaque_type(Layout, typ="value")
-register_opaque_type(Score, typ="value")
 
 
 def exact_row_index(first: int, last: int, layout: Layout, device: torch.device) -> Tensor:

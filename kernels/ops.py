@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._library.opaque_object import get_opaque_type_name
 
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import (
     MIN_PAGES,
     PARTS,
@@ -29,6 +29,7 @@ from kvq_compile.kernels.packed import (
     page_capacity,
     writable,
 )
+from kvq_compile.kernels.score import Score
 
 # A backend is a module with four functions, append_, attend, importance and dequantize; is_available, which says if it
 # can run on this machine; and SCHEMES, the names of the schemes that it implements. In all other cases the
@@ -51,7 +52,8 @@ _SCHEMAS = (
     "append_(Tensor(a!)[] cache, Tensor[] calibrated, Tensor x, Tensor? position, SymInt? start, "
     f"{LAYOUT} layout, Tensor? importance=None, Tensor? query=None, Tensor? after=None) -> ()",
     # Attend to the tokens before `start` of a cache and to the exact new tokens; writes nothing. `calibrated` has the
-    # constants of the keys, then those of the values.
+    # constants of the keys, then those of the values, then, where the score has sinks, their logits, which broadcast
+    # to [B, Hq, T, 1].
     "attend(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor[] calibrated, "
     f"Tensor? mask, Tensor? position, SymInt? start, {SCORE} score, {LAYOUT} key_layout, "
     f"{LAYOUT} value_layout) -> Tensor",
@@ -139,11 +141,13 @@ def _attend_on(
     value_layout: Layout,
 ) -> Tensor:
     of_keys = key_layout.calibrated_tensors
+    end = of_keys + value_layout.calibrated_tensors
     output: Tensor = backend.find("attend", key_layout, value_layout)(
         *(query, key, value, Packed(*keys[:4]), Packed(*values[:4])),
         Calibrated.of(calibrated[:of_keys], key_layout),
-        Calibrated.of(calibrated[of_keys:], value_layout),
+        Calibrated.of(calibrated[of_keys:end], value_layout),
         *(mask, position, start, score, key_layout, value_layout),
+        calibrated[end] if score.has_sinks else None,
     )
     return output
 

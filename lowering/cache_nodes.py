@@ -87,9 +87,10 @@ class CacheNodes:
         slots: Slots,
     ) -> fx.Node:
         """Attend to these keys, to ``values`` and to the exact new tokens behind them."""
+        constants = *self.calibrated, *values.calibrated, *_sink_logits(graph, attention)
         arguments = (
             *(attention.query, *new, self.parts, values.parts),
-            *((*self.calibrated, *values.calibrated), mask, *slots, attention.score),
+            *(constants, mask, *slots, attention.score),
             *(self.layout, values.layout),
         )
         return insert_call(graph, ops.attend, arguments, value_of(attention.output))
@@ -103,6 +104,20 @@ class CacheNodes:
         whole = insert_call(graph, ops.dequantize, arguments)
         seen = (slice(None), slice(None), slice(self.first(graph), None))
         return insert_call(graph, operator.getitem, (whole, seen), value_of(like))
+
+
+def _sink_logits(graph: fx.Graph, attention: Attention) -> tuple[fx.Node, ...]:
+    """Return what an attention's sinks weigh, a logit a row, at the graph's insert point; nothing without sinks."""
+    logits = attention.sink_logits
+    if logits is None:
+        return ()
+    if not isinstance(logits, fx.Node):
+        about = {"dtype": torch.float32, "device": value_of(attention.query).device}
+        return (graph.call_function(torch.full, ((1,), logits), about),)
+    if value_of(logits).shape[-1] != 1:
+        value = value_of(logits).logsumexp(-1, keepdim=True)
+        logits = insert_call(graph, torch.logsumexp, (logits, -1, True), value)
+    return (logits,)
 
 
 def tokens_for(graph: fx.Graph, new: fx.Node, cache: fx.Node) -> fx.Node:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.tables import Tables
 
 logger = logging.getLogger("kvq_compile")
@@ -50,6 +51,8 @@ class Attention:
         causal: Whether query ``i`` sees cache positions up to ``i`` only, counted from cache position 0.
         grouped: Whether query heads share KV heads without a repeat in the graph.
         mask_hides: Whether a boolean ``mask`` marks what is hidden instead of what is seen.
+        sink_logits: Further logits of the softmax, whose weights are left out, ``[B, Hq, T, n]``; or ``None``. Where
+            each row has the same, their log-sum-exp as a number.
     """
 
     output: fx.Node
@@ -61,6 +64,7 @@ class Attention:
     causal: bool
     grouped: bool
     mask_hides: bool = False
+    sink_logits: fx.Node | float | None = None
 
 
 class Life(Enum):

@@ -1,6 +1,7 @@
 """One attention over a quantized cache: run by the kernels, and computed plainly from what the cache stands for."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import backend, launch
 from native import DEVICE, NATIVE, frame_on_device
@@ -53,7 +55,8 @@ class Site:
         held = self.start + extra
         weights = torch.rand(BATCH, kv_heads, held, generator=generator) ** 6
         dims = [layout.head_dim for layout, _ in sides]
-        self.scale = dims[0] ** -0.5
+        self.score = Score(dims[0] ** -0.5)
+        self.sink_logits: Tensor | None = None
         self.parts = [
             self.fill(random(kv_heads, held, dim), side, weights if importance else None)
             for dim, side in zip(dims, sides, strict=True)
@@ -85,7 +88,8 @@ class Site:
         calibrated = [frame_on_device(frames[name]) for name in ("key_frame", "value_frame")]
         return backend.attend(
             *tensors, *parts, *calibrated, None if mask is None else mask.to(DEVICE), position,
-            None if by_position else start, Score(self.scale), key_layout, value_layout,
+            None if by_position else start, self.score, key_layout, value_layout,
+            None if self.sink_logits is None else self.sink_logits.to(DEVICE),
         ).cpu()  # fmt: skip
 
     def expected(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -99,7 +103,9 @@ class Site:
             end = min(end, mask.shape[-1])
             mask = mask[..., :end] if mask.dtype == torch.bool else mask[..., :end].to(dtype)
         key, value = (t[:, :, :end] for t in tokens)
-        return reference.softmax_attention(self.query.to(dtype), key, value, mask, self.scale)
+        logits = None if self.sink_logits is None else self.sink_logits.to(dtype)
+        query = self.query.to(dtype)
+        return reference.softmax_attention(query, key, value, mask, self.score, logits)
 
     @property
     def folds_all(self) -> bool:
@@ -167,7 +173,29 @@ def random_mask(site: Site, kind: str, width: int) -> Tensor | None:
     return seen
 
 
+def bend(site: Site, data: st.DataObject) -> None:
+    """Give a site's scores a soft cap, a clamp and logits of sinks, or some of these, or none."""
+    some = data.draw(st.sets(st.sampled_from(("cap", "clamp", "sinks"))))
+    given: dict[str, Any] = {}
+    if "cap" in some:
+        given["cap"] = data.draw(st.sampled_from((0.3, 2.0, 50.0)))
+    if "clamp" in some:
+        given["lowest"], given["highest"] = sorted(data.draw(st.tuples(*[st.floats(-2, 2)] * 2)))
+    site.score = replace(site.score, has_sinks="sinks" in some, **given)
+    if "sinks" in some:
+        batch, heads, new, _ = site.query.shape
+        shape = data.draw(
+            st.sampled_from(((1,), (heads, 1, 1), (batch, 1, new, 1), (batch, heads, new, 1)))
+        )
+        generator = torch.Generator().manual_seed(2)
+        size = data.draw(st.sampled_from((0.0, 1.0, 30.0)))
+        dtype = data.draw(st.sampled_from((site.query.dtype, torch.float32)))
+        site.sink_logits = (torch.randn(shape, generator=generator) * size).to(dtype)
+
+
 def assert_right_under_any_mask(site: Site, data: st.DataObject) -> None:
+    if data.draw(st.booleans()):
+        bend(site, data)
     kinds = ["none", "one row", "tokens", "batch", "heads", "all", "additive", "lowest"]
     kind = data.draw(st.sampled_from(kinds))
     end = site.start + site.query.shape[2]

@@ -24,9 +24,10 @@ from attention_site import (
     starts,
 )
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.schemes import Codebook, Mixed, Scheme, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import backend, launch, mixed
 from kvq_compile.kernels.triton.constants import ReadConstants

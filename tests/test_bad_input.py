@@ -209,9 +209,9 @@ def test_a_group_that_does_not_divide_the_head_is_refused_by_name() -> None:
     torch.testing.assert_close(output, attend(*new(2, head_dim=48))[0])
 
 
-def soft_capped(query, key, value, keys, values):
+def capped_by_erf(query, key, value, keys, values):
     keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
-    return torch.softmax(torch.tanh(query @ keys.transpose(2, 3)), -1) @ values, keys, values
+    return torch.softmax(torch.erf(query @ keys.transpose(2, 3)), -1) @ values, keys, values
 
 
 def test_strict_makes_a_refusal_an_error() -> None:
@@ -223,8 +223,8 @@ def test_strict_makes_a_refusal_an_error() -> None:
 
 @torch.no_grad()
 def test_strict_accepts_a_cache_that_is_stored_quantized_and_read_dense() -> None:
-    with pytest.warns(KVQWarning, match=r"slower than over 16 bit: .*tanh"):
-        _, keys, values = compile_(soft_capped, strict=True)(*new(2))
+    with pytest.warns(KVQWarning, match=r"slower than over 16 bit: .*erf"):
+        _, keys, values = compile_(capped_by_erf, strict=True)(*new(2))
     assert type(keys) is type(values) is QuantizedKV
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from kvq_compile import bounds, error_bound, make_spec
 from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.transform import hadamard
 from kvq_compile.testing import (

@@ -11,9 +11,9 @@ from torch import Tensor
 from kvq_compile import bounds
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cpu import backend
-from kvq_compile.kernels.layout import Score
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.schemes import Codebook, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.options import make_spec

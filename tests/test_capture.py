@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from kvq_compile import KVQWarning
 from kvq_compile.calibration.attention_change import Text, exact
 from kvq_compile.calibration.capture import capture
+from kvq_compile.kernels.score import UNBENT
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,6 +114,38 @@ def test_attention_over_what_is_captured_is_that_of_the_model_whatever_its_scale
         torch.testing.assert_close(exact(text).transpose(0, 1).flatten(1), output[0])
         twin = replace(text, scale=0.25)
         assert float((exact(twin) - exact(text)).abs().max()) > 1e-2 * float(output.abs().max())
+
+
+def test_attention_over_what_is_captured_is_that_of_the_model_whatever_caps_its_scores() -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=0.5,
+    )  # fmt: skip
+    model, ids, outputs = transformers.Gemma2ForCausalLM(config).eval(), texts(1), []
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 9.0
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: outputs.append(*args))
+    with torch.no_grad():
+        model(ids)
+    (found,) = capture(model, [ids], gradients=False)
+    for seen, output in zip(found, outputs[: len(model.model.layers)], strict=True):
+        about = seen.query[0], torch.arange(12), seen.key[0], seen.value[0], seen.scale, seen.bend
+        text = Text(*about)
+        torch.testing.assert_close(exact(text).transpose(0, 1).flatten(1), output[0])
+        twin = replace(text, bend=UNBENT)
+        assert float((exact(twin) - exact(text)).abs().max()) > 1e-2 * float(output.abs().max())
+
+
+def test_attentions_with_sinks_are_left_out_by_name() -> None:
+    config = transformers.GptOssConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="calibration does not know logits of sinks"):
+        list(capture(model, [texts(1)], gradients=False))
 
 
 @pytest.mark.parametrize("trained", [True, False])

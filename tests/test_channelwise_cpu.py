@@ -10,11 +10,12 @@ from torch import Tensor
 
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cpu import append, attend, backend
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.reference.channelwise import check_state
 from kvq_compile.kernels.schemes import Channelwise, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.testing import (
     DTYPES,
     changed,

@@ -12,10 +12,11 @@ from torch import Tensor
 from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cpu import append, backend, native
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.schemes import Codebook, Mixed, Role, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.testing import DTYPES, kv_tensors, lengths
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from uncalibrated import Framed, mixed_layouts, plain_layouts

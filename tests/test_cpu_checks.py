@@ -13,9 +13,10 @@ from torch import Tensor
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cpu import backend, native
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.schemes import Codebook, Mixed, Role, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from uncalibrated import Framed, mixed_layouts, plain_layouts
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cpu import append, attend, backend, native
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.schemes import Codebook, Role, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.testing import changed, masks

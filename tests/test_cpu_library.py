@@ -14,7 +14,7 @@ import torch
 from kvq_compile import QuantizedKV, make_spec
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cpu import library, native
-from kvq_compile.kernels.layout import Score
+from kvq_compile.kernels.score import Score
 
 NOBODY_HOME = "HOME", "XDG_CACHE_HOME"
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from kvq_compile import make_spec
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cpu import backend as cpu
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.schemes import Mixed, Role, Scheme, Uniform, scheme_of
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.triton import backend as triton
 from kvq_compile.kernels.words import WORD_BITS
 from kvq_compile.testing.small_tables import random_tables

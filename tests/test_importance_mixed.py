@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile.kernels import ops, reference
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import importance
 from kvq_compile.kernels.schemes import Adaptive, Mixed, Scheme
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import QUERIES, CacheSpec
 from kvq_compile.kernels.triton import backend
 from kvq_compile.kernels.triton import importance as kernels
@@ -38,6 +39,10 @@ def layout_of(shared: int = 2, dim: int = 32, **options: Any) -> Layout:
     scheme = mixed_spec(2.5, **options)
     queries = QUERIES if shared else 0
     return Layout("key", dim, Regions(3, 9, 32), scheme, queries, shared)
+
+
+PLAIN = Score(0.3)
+SCORES = (PLAIN, PLAIN, Score(0.3, cap=0.7), Score(0.3, 1.0, -0.4, 0.6))
 
 
 @st.composite
@@ -72,6 +77,7 @@ class Call:
     causal: bool = True
     mask: Tensor | None = None
     queries: int = QUERIES
+    score: Score = PLAIN
 
     def __post_init__(self) -> None:
         dim, shared = self.layout.head_dim, max(1, self.layout.shared_by)
@@ -90,7 +96,7 @@ class Call:
 
     def expected(self) -> Tensor:
         return importance.recent_importance(
-            self.query, self.key, self.parts, self.mask, self.start, self.slots, 0.3, self.causal,
+            self.query, self.key, self.parts, self.mask, self.start, self.slots, self.score, self.causal,
             self.queries, self.layout, UNCALIBRATED,
         )  # fmt: skip
 
@@ -101,7 +107,7 @@ class Call:
         position = torch.arange(self.start, self.end, device=DEVICE) if by_position else None
         return backend.importance(
             query, key, Packed(codes, params, exact, cursor), UNCALIBRATED, mask, position,
-            None if by_position else self.start, self.slots, Score(0.3), self.causal, self.queries,
+            None if by_position else self.start, self.slots, self.score, self.causal, self.queries,
             self.layout,
         ).cpu()  # fmt: skip
 
@@ -146,7 +152,7 @@ def test_weights_are_those_of_the_specification(data: st.DataObject) -> None:
     call = Call(
         layout, held, start, new, data.draw(st.sampled_from([1, new])),
         data.draw(st.sampled_from([torch.float32, torch.float16])), data.draw(st.booleans()),
-        queries=data.draw(st.sampled_from([1, 3, QUERIES])),
+        queries=data.draw(st.sampled_from([1, 3, QUERIES])), score=data.draw(st.sampled_from(SCORES)),
     )  # fmt: skip
     call.mask = data.draw(masks(call))
     call.assert_right(data.draw(st.booleans()))
@@ -226,17 +232,17 @@ def test_a_prompt_weighs_its_own_keys_as_the_specification_does(data: st.DataObj
     new = data.draw(st.sampled_from([40, 43, 44, 60]))
     call = Call(
         layout, 1, 0, new, data.draw(st.sampled_from([1, 3, new])), causal=data.draw(st.booleans()),
-        queries=data.draw(st.sampled_from([1, QUERIES])),
+        queries=data.draw(st.sampled_from([1, QUERIES])), score=data.draw(st.sampled_from(SCORES)),
     )  # fmt: skip
     mask = data.draw(masks(call))
-    about = call.slots, 0.3, call.causal, call.queries, layout
+    about = call.slots, call.score, call.causal, call.queries, layout
     expected = importance.recent_importance(
         call.query, call.key, None, mask, 0, *about, UNCALIBRATED
     )
-    slots, _, *rest = about
+    slots, score, *rest = about
     found = backend.importance(
         call.query.to(DEVICE), call.key.to(DEVICE), None, UNCALIBRATED,
-        None if mask is None else mask.to(DEVICE), None, 0, slots, Score(0.3), *rest,
+        None if mask is None else mask.to(DEVICE), None, 0, slots, score, *rest,
     ).cpu()  # fmt: skip
     assert found.any() == (new >= 44)
     torch.testing.assert_close(found, expected, rtol=1e-5 * NATIVE, atol=1e-7 * NATIVE)

@@ -25,9 +25,10 @@ from attention_site import (
     starts,
 )
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import Score, exact_row_index
+from kvq_compile.kernels.layout import exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Packed
 from kvq_compile.kernels.schemes import Mixed, Scheme, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import backend
 from native import CONVERSIONS, DEVICE, NATIVE, examples
@@ -86,7 +87,7 @@ def test_the_kernel_agrees_with_the_cpu_path() -> None:
     mask = random_mask(site, "heads", 142)
     expected = ops.attend(
         site.query, *site.new, *map(list, site.parts), [], mask, None, site.start,
-        Score(site.scale), *(layout for layout, _ in site.sides),
+        site.score, *(layout for layout, _ in site.sides),
     )  # fmt: skip
     torch.testing.assert_close(site.attend(mask), expected, rtol=1e-5, atol=1e-5)
 
@@ -166,7 +167,7 @@ def test_a_captured_graph_serves_every_later_length() -> None:
     def step() -> Tensor:
         out = backend.attend(
             *tensors, *parts, UNCALIBRATED, UNCALIBRATED, None, position, None,
-            Score(site.scale), *layouts,
+            site.score, *layouts,
         )  # fmt: skip
         for x, part, layout in zip(tensors[1:], parts, layouts, strict=True):
             backend.append_(part, UNCALIBRATED, x, position, None, layout)

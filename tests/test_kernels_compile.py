@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import aot
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.schemes import Adaptive, Channelwise, Mixed, Uniform, scheme_of
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.kernels.triton import adaptive, backend
 from kvq_compile.testing.small_tables import random_tables
@@ -23,6 +24,7 @@ from written_caches import calibrated
 CAPACITY = 4  # pages
 HEADS, SHARED = 2, 4  # KV heads, and query heads to each of them
 SM_REGISTERS, SM_SHARED = 65536, 227 * 1024  # of Hopper: 32-bit registers, bytes of shared memory
+PLAIN = Score(1.0)
 Options = dict[str, Any]
 Side = tuple[Layout, Calibrated]
 
@@ -62,7 +64,9 @@ def token(heads: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> to
 # --- cases ----------------------------------------------------------------------------------------
 
 
-def compile_attend(key: Options, value: Options, target: str) -> Any:
+def compile_attend(
+    key: Options, value: Options, target: str, score: Score = PLAIN, kernel: str = "attend_kernel"
+) -> Any:
     """Compile what decodes one token in bf16."""
     (key_layout, key_frame), (value_layout, value_frame) = side("key", key), side("value", value)
     dim, position = key_layout.head_dim, torch.zeros(1, dtype=torch.int64)
@@ -71,9 +75,10 @@ def compile_attend(key: Options, value: Options, target: str) -> Any:
     with aot.launches(target) as compiled:
         backend.attend(
             token(HEADS * SHARED, dim), x, x, *parts, key_frame, value_frame, None, position, None,
-            Score(1.0), key_layout, value_layout,
+            score, key_layout, value_layout,
+            torch.zeros(HEADS * SHARED, 1, 1, dtype=torch.bfloat16) if score.has_sinks else None,
         )  # fmt: skip
-    return compiled["attend_kernel"]
+    return compiled[kernel]
 
 
 def compile_append(role: str, options: Options, target: str) -> Any:
@@ -170,6 +175,25 @@ DECODING = {  # keys and values
     "six bits": (mixed(3.5, 1, 6), mixed(3, 0, 6)),
     "eight bits": (mixed(5, 0, 8), mixed(2, 0, 8)),
 }
+BENT = (
+    {  # with a soft cap and a clamp; the largest of each kind, and one whose mean is added before
+        f"{name}, capped": partial(
+            compile_attend, *DECODING[name], score=Score(1.0, 50.0, -1e3, 1e3)
+        )
+        for name in ("int4", "kivi-2", "skvq-2", "tc-4 mean", "qaq-2.3")
+    }
+    | {
+        "mean, capped": partial(
+            compile_attend, {"bits": 4, "tables": True}, {"bits": 4}, score=Score(1.0, 50.0)
+        ),
+        "join sinks": partial(
+            compile_attend,
+            *DECODING["skvq-2"],
+            score=Score(1.0, has_sinks=True),
+            kernel="join_kernel",
+        ),
+    }
+)
 WRITING: dict[str, tuple[str, Options]] = {
     "write fp8-trits": ("value", {"tables": True, **TRITS}),
     "write rotary-fp8": ("key", {"bits": 2, "params": "fp8", "group_size": 32, "rotary": True}),
@@ -219,6 +243,7 @@ SIZES = {  # of heads whose rows fill no whole words, or whose tiles are the lea
 CASES: dict[str, Callable[[str], Any]] = {
     **{name: partial(compile_attend, *case) for name, case in SIZES.items()},
     **{name: partial(compile_attend, *case) for name, case in DECODING.items()},
+    **BENT,
     **{name: partial(compile_append, *case) for name, case in WRITING.items()},
     **{name: partial(compile_dequantize, *case) for name, case in READING.items()},
     **{name: partial(compile_weigh, *case) for name, case in WEIGHING.items()},
@@ -246,6 +271,12 @@ def test_decoding_keeps_its_state_in_registers_and_two_programs_share_an_sm(kind
         assert used["stack"] <= A_FEW_BYTES.get(name, 0), name
         assert used["shared"] * 2 <= SM_SHARED, name
         assert name in ALONE or used["registers"] * 128 * 2 <= SM_REGISTERS, name
+
+
+def test_scores_are_bent_in_registers() -> None:
+    for name, used in usage_of("sm_90", [*BENT]).items():
+        assert used["stack"] <= A_FEW_BYTES.get(name, 0), name
+        assert used["shared"] * 2 <= SM_SHARED, name
 
 
 def test_decoding_fits_an_sm_whatever_the_size_of_heads() -> None:

@@ -169,20 +169,54 @@ def test_layers_with_sliding_and_chunked_windows_are_served(name) -> None:
     assert [tensor.shape[2] for tensor in cache_tensors(cache)[:2]] == [63, 63]
 
 
-def test_sliding_layers_whose_scores_are_capped_are_stored_quantized() -> None:
+SCORED = {  # a soft cap; logits of sinks
+    "Gemma2": lambda: transformers.Gemma2Config(
+        **SHARED | MIXED, sliding_window=64, attn_logit_softcapping=0.5
+    ),
+    "GptOss": lambda: transformers.GptOssConfig(
+        **SHARED | MIXED, sliding_window=64, num_local_experts=2, num_experts_per_tok=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+}  # fmt: skip
+
+
+def make_scored(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = transformers.Gemma2Config(**SHARED | MIXED, sliding_window=64)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(SCORED[name]()).eval()
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = 3.0  # or a cap would do nothing to scores this small
+        if hasattr(module, "sinks"):
+            torch.nn.init.normal_(module.sinks, 2.0)
+    return model
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_scores_that_are_capped_or_share_weight_with_sinks_are_read_packed(name) -> None:
+    model = make_scored(name)
     expected = feed(model, make_cache("dynamic", model), (70, 1, 30, 6))
     cache = make_cache("dynamic", model)
-    with watching() as graphs, pytest.warns(KVQWarning, match="tanh"):
+    with watching() as graphs:
         forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
         logits = feed(forward, cache, (70, 1, 30, 6))
-    assert {site.outcome for graph in graphs for site in graph.sites} == {
-        "stored quantized, read dense"
-    }
+    assert_all_rewritten(graphs, model.config.num_hidden_layers)
     assert_close_to(logits, expected)
     assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_static_layer_without_a_window_is_capped_and_has_sinks(name) -> None:
+    """Its prompt is attended to through the empty cache: torch's attention knows neither."""
+    model = make_scored(name)
+    chunks = (40, 20, 6, 1, 1, 7)
+    expected = feed(model, make_static(model), chunks)
+    cache = make_static(model)
+    with pytest.warns(KVQWarning, match="static cache with a sliding window"):
+        forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
+        logits = feed(forward, cache, chunks)
+    assert_close_to(logits, expected)
+    assert isinstance(cache.layers[1].keys, QuantizedKV)
+    assert isinstance(cache.layers[1].values, QuantizedKV)
 
 
 def test_a_static_ring_leaves_the_other_layers_of_its_model_quantized() -> None:

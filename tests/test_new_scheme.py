@@ -16,10 +16,11 @@ from torch import Tensor
 
 from kvq_compile.kernels import ops, schemes
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import Layout, Regions, Score
+from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.reference import uniform
 from kvq_compile.kernels.schemes import Channelwise, Codebook, Mixed, Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import assert_matches_dequantized
 

@@ -14,8 +14,9 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvq_compile.kernels import ops
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import DTYPES, lengths, page_layouts
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.cpu import append
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import UNCALIBRATED
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.reference.queries import recall
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.options import make_spec
 from kvq_compile.testing import changed

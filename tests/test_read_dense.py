@@ -33,8 +33,8 @@ def weights(scores: Tensor) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-def soft_capped(query, keys, values):
-    return weights(5 * torch.tanh(query @ keys.mT / 5)) @ values
+def capped_by_erf(query, keys, values):
+    return weights(5 * torch.erf(query @ keys.mT / 5)) @ values
 
 
 def spelled_out(query, keys, values):
@@ -42,10 +42,11 @@ def spelled_out(query, keys, values):
     return (shares / shares.sum(-1, keepdim=True)) @ values
 
 
-def with_a_sink(query, keys, values):
+def with_a_shared_sink(query, keys, values):
+    """The weight of a sink is spread over all tokens."""
     scores = query @ keys.mT
-    scores = torch.cat([scores, torch.ones_like(scores[..., :1])], -1)
-    return weights(scores)[..., :-1] @ values
+    shares = weights(torch.cat([scores, torch.ones_like(scores[..., :1])], -1))
+    return (shares[..., :-1] + shares[..., -1:] / keys.shape[2]) @ values
 
 
 def flexible(query, keys, values):
@@ -79,7 +80,7 @@ def _(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 READERS = [
-    *(soft_capped, spelled_out, with_a_sink, flexible, own_operator),
+    *(capped_by_erf, spelled_out, with_a_shared_sink, flexible, own_operator),
     *(in_chunks, rotated_at_read, linear),
 ]
 
@@ -158,7 +159,7 @@ def test_a_dynamic_cache_is_kept_quantized_whatever_reads_it(reader: Reader) -> 
 
 @pytest.mark.filterwarnings("ignore:.*read their caches dense")
 @pytest.mark.parametrize("spell", [written, assigned, updated])
-@pytest.mark.parametrize("reader", [soft_capped, spelled_out, flexible])
+@pytest.mark.parametrize("reader", [capped_by_erf, spelled_out, flexible])
 def test_a_cache_of_fixed_size_is_kept_quantized_whatever_reads_it(reader: Reader, spell) -> None:
     caches, sites = generate(spell(reader), empty())
     assert all(isinstance(cache, QuantizedKV) and cache.held() == sum(COUNTS) for cache in caches)
@@ -169,7 +170,7 @@ def test_a_cache_of_fixed_size_is_kept_quantized_whatever_reads_it(reader: Reade
 @pytest.mark.parametrize("method", ["tc", "int4", "kivi", "qaq"])
 @pytest.mark.parametrize("spell", [grown, written])
 def test_every_method_without_calibration_serves_a_dense_reader(method: str, spell) -> None:
-    caches, _ = generate(spell(soft_capped), none() if spell is grown else empty(), method=method)
+    caches, _ = generate(spell(capped_by_erf), none() if spell is grown else empty(), method=method)
     assert all(isinstance(cache, QuantizedKV) and int(cache.cursor[1]) == 1 for cache in caches)
 
 
@@ -179,10 +180,12 @@ def test_every_method_without_calibration_serves_a_dense_reader(method: str, spe
 def test_compiled_code_reads_what_the_cache_held_and_the_exact_new_tokens(spell) -> None:
     """Tokens are written beside what is read: to the attention those of its own call are exact."""
     caches = none() if spell is grown else empty()
-    run = torch.compile(spell(soft_capped), backend="kvq", options=OPTIONS | {"inner": "inductor"})
+    run = torch.compile(
+        spell(capped_by_erf), backend="kvq", options=OPTIONS | {"inner": "inductor"}
+    )
     for first, count in ((0, 30), (30, 40), (70, 1)):
         new = [draw(2, 2, count, HEAD, seed=seed + first) for seed in range(3)]
-        expected = spell(soft_capped)(*new, *map(plain, caches), torch.tensor(first))
+        expected = spell(capped_by_erf)(*new, *map(plain, caches), torch.tensor(first))
         output, *caches = run(*new, *caches, torch.tensor(first))
         torch.testing.assert_close(output, expected[0])
     assert all(isinstance(cache, QuantizedKV) and int(cache.cursor[1]) == 2 for cache in caches)
@@ -202,7 +205,7 @@ def test_what_is_read_dense_is_stored_as_what_is_read_packed(spell) -> None:
 
     step = spell(served) if spell is grown else served_masked
     caches = none() if spell is grown else empty()
-    dense, _ = generate(spell(soft_capped), [cache.clone() for cache in caches])
+    dense, _ = generate(spell(capped_by_erf), [cache.clone() for cache in caches])
     run, held = torch.compile(step, backend="kvq", options=OPTIONS), 0
     with torch.no_grad(), watching() as graphs:
         for number, count in enumerate(COUNTS):
@@ -219,7 +222,7 @@ def test_what_is_read_dense_is_stored_as_what_is_read_packed(spell) -> None:
 def test_a_first_call_that_makes_the_cache_returns_it_quantized() -> None:
     def by_return(query, key, value):
         key, value = key + 1, value + 1
-        return soft_capped(query, key, value), key, value
+        return capped_by_erf(query, key, value), key, value
 
     def by_joint_return(query, key, value):
         key, value = key + 1, value + 1
@@ -230,7 +233,7 @@ def test_a_first_call_that_makes_the_cache_returns_it_quantized() -> None:
         slots = torch.arange(key.shape[2])
         keys.index_copy_(2, slots, key + 1)
         values.index_copy_(2, slots, value + 1)
-        return soft_capped(query, keys, values), keys, values
+        return capped_by_erf(query, keys, values), keys, values
 
     for step in (by_return, by_joint_return, by_write):
         new = [draw(2, 2, 40, HEAD, seed=seed) for seed in range(3)]
@@ -244,17 +247,17 @@ def test_a_first_call_that_makes_the_cache_returns_it_quantized() -> None:
 
 @torch.no_grad()
 def test_reports_tell_what_is_read_dense_and_what_a_read_takes() -> None:
-    step = grown(soft_capped)
+    step = grown(capped_by_erf)
     new = [draw(2, 2, 40, HEAD, seed=seed) for seed in range(3)]
-    with pytest.warns(KVQWarning, match="slower than over 16 bit: the scores pass through tanh"):
+    with pytest.warns(KVQWarning, match="slower than over 16 bit: the scores pass through erf"):
         run = torch.compile(step, backend="kvq", options=OPTIONS)
         _, *caches = run(*new, draw(2, 2, 40, HEAD), draw(2, 2, 40, HEAD), torch.tensor(40))
     report = kvq_compile.report(caches)
     assert report.dense_layers == 1
     assert report.dense_read == 2 * 4 * 2 * 2 * 80 * HEAD  # keys and values, 4 bytes an element
-    assert f"{DENSE}: the scores pass through tanh" in " ".join(str(report).split())
+    assert f"{DENSE}: the scores pass through erf" in " ".join(str(report).split())
     explained = kvq_compile.explain(step, *new, *none(), torch.tensor(0), options=OPTIONS)
-    assert f"{DENSE}: the scores pass through tanh" in " ".join(str(explained).split())
+    assert f"{DENSE}: the scores pass through erf" in " ".join(str(explained).split())
 
 
 # --- what is no cache, and what cannot be stored so ------------------------------------------------
@@ -311,11 +314,11 @@ def test_a_buffer_that_holds_something_behind_its_tokens_stays_in_16_bit_and_is_
     caches = [draw(2, 2, SLOTS, HEAD, seed=seed) for seed in (1, 2)]
     new = [draw(2, 2, 3, HEAD, seed=seed) for seed in range(3)]
     exact = [cache.clone() for cache in caches]
-    run = torch.compile(written(soft_capped), backend="kvq", options=OPTIONS)
+    run = torch.compile(written(capped_by_erf), backend="kvq", options=OPTIONS)
     with pytest.warns(KVQWarning, match="holds something behind its tokens"):
         results = run(*new, *caches, torch.tensor(4))
     assert [type(cache) for cache in caches] == [Tensor, Tensor]
-    expected = written(soft_capped)(*new, *exact, torch.tensor(4))
+    expected = written(capped_by_erf)(*new, *exact, torch.tensor(4))
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
@@ -323,13 +326,13 @@ def test_a_buffer_that_holds_something_behind_its_tokens_stays_in_16_bit_and_is_
 @torch.no_grad()
 def test_a_write_over_tokens_that_may_still_be_read_makes_the_cache_plain() -> None:
     caches = empty()
-    run = torch.compile(written(soft_capped), backend="kvq", options=OPTIONS)
+    run = torch.compile(written(capped_by_erf), backend="kvq", options=OPTIONS)
     with pytest.warns(KVQWarning, match="overwritten"):
         for first in (0, 40, 10):
             new = [draw(2, 2, 40 if not first else 1, HEAD, seed=seed) for seed in range(3)]
             exact = [plain(cache) for cache in caches]
             output, *_ = run(*new, *caches, torch.tensor(first))
-            expected = written(soft_capped)(*new, *exact, torch.tensor(first))
+            expected = written(capped_by_erf)(*new, *exact, torch.tensor(first))
             torch.testing.assert_close(output, expected[0], rtol=0, atol=0)
     assert [type(cache) for cache in caches] == [Tensor, Tensor]
 
@@ -339,7 +342,7 @@ def test_a_write_over_tokens_that_may_still_be_read_makes_the_cache_plain() -> N
 @torch.no_grad()
 def test_a_dtype_that_is_not_supported_stays_as_it_is(dtype: torch.dtype) -> None:
     arguments = [draw(2, 2, count, HEAD).to(dtype) for count in (3, 3, 3, 40, 40)]
-    step = grown(soft_capped)
+    step = grown(capped_by_erf)
     _, *caches = torch.compile(step, backend="kvq", options=OPTIONS)(*arguments, torch.tensor(0))
     assert [type(cache) for cache in caches] == [Tensor, Tensor]
 
@@ -347,7 +350,7 @@ def test_a_dtype_that_is_not_supported_stays_as_it_is(dtype: torch.dtype) -> Non
 @pytest.mark.filterwarnings("ignore::kvq_compile.KVQWarning")
 def test_nothing_is_stored_quantized_where_gradients_are_recorded() -> None:
     arguments = [draw(2, 2, count, HEAD).requires_grad_() for count in (3, 3, 3, 40, 40)]
-    step = grown(soft_capped)
+    step = grown(capped_by_erf)
     _, *caches = torch.compile(step, backend="kvq", options=OPTIONS)(*arguments, torch.tensor(0))
     assert not any(isinstance(cache, QuantizedKV) for cache in caches)
 
@@ -357,6 +360,6 @@ def test_nothing_is_stored_quantized_where_gradients_are_recorded() -> None:
 def test_a_layer_left_out_by_option_is_not_stored_quantized() -> None:
     arguments = [draw(2, 2, count, HEAD) for count in (3, 3, 3, 40, 40)]
     options = OPTIONS | {"layers": {0: None}}
-    run = torch.compile(grown(soft_capped), backend="kvq", options=options)
+    run = torch.compile(grown(capped_by_erf), backend="kvq", options=options)
     _, *caches = run(*arguments, torch.tensor(0))
     assert [type(cache) for cache in caches] == [Tensor, Tensor]

@@ -13,9 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import KVQWarning, QuantizedKV, explain, report
 from kvq_compile.history import watching
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import UNCALIBRATED, Packed
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import attend
 from kvq_compile.testing import (
@@ -325,7 +326,7 @@ def test_a_graph_that_reorders_beams_keeps_the_window_packed() -> None:
 def test_an_attention_that_is_refused_reads_the_window_dense_and_keeps_it_packed() -> None:
     def step(query, key, value, keys, values):
         keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
-        weights = torch.softmax((query @ keys.mT).tanh(), -1)
+        weights = torch.softmax((query @ keys.mT).erf(), -1)
         return weights @ values, keys[:, :, -60:], values[:, :, -60:]
 
     compiled = torch.compile(step, backend="kvq", options=OPTIONS | {"inner": "eager"})

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from kvq_compile import QuantizedKV
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import (
     MIN_SIZE,
     ROWS_STEP,
@@ -21,6 +21,7 @@ from kvq_compile.kernels.packed import (
     widened,
     with_room,
 )
+from kvq_compile.kernels.score import Score
 from kvq_compile.options import make_spec
 from kvq_compile.testing import assert_matches_dequantized
 from kvq_compile.testing.small_cache import LAYOUT, assert_same_bytes, grown, tokens

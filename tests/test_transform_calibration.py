@@ -1,6 +1,7 @@
 """Transform coding with a calibration: channels weigh what the loss says, and layers share bits by what they change."""
 
 import functools
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from kvq_compile.calibration.channel_weights import LARGEST, far_gradients, weig
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.reference.attention import apply_score
 from kvq_compile.kernels.reference.channelwise import allocate, find_state
 from kvq_compile.kernels.schemes import Channelwise
+from kvq_compile.kernels.score import UNBENT, Bend, Score
 from kvq_compile.kernels.tables import Tables, read_section
 from kvq_compile.lowering.find.rotation import Rotation
 from kvq_compile.options import make_spec
@@ -65,20 +68,25 @@ def seen(tokens: int = 12, seed: int = 0, mask: Tensor | None = None) -> Activat
     )
 
 
-@given(st.integers(0, 5), st.integers(1, 14), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(0, 5), st.integers(1, 14), st.booleans(), st.integers(0, 99),
+    st.sampled_from((UNBENT, UNBENT, Bend(0.8, -0.5, 0.6))),
+)  # fmt: skip
 def test_far_gradients_are_those_of_keys_that_only_queries_beyond_the_window_see(
-    sinks: int, window: int, padded: bool, seed: int
+    sinks: int, window: int, padded: bool, seed: int, bend: Bend
 ) -> None:
     """Autograd differentiates the same attention, in which a copy of the keys stands for the packed ones."""
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[0, :3] = not padded
-    about = seen(seed=seed, mask=mask)
+    about = replace(seen(seed=seed, mask=mask), bend=bend)
     packed = about.key.clone().requires_grad_()
     slot = torch.arange(12)
     distance = slot[:, None] - slot
     far = (distance >= window) & (slot >= sinks)
     query = about.query.unflatten(1, (2, 2))
-    exact, old = (query @ keys[:, :, None].mT * 0.3 for keys in (about.key, packed))
+    exact, old = (
+        apply_score(query @ keys[:, :, None].mT, Score(0.3, *bend)) for keys in (about.key, packed)
+    )
     hidden = (distance < 0) | ~mask[:, None, None, None]
     weights = torch.where(far, old, exact).masked_fill(hidden, -torch.inf).softmax(-1)
     output = weights.nan_to_num(0.0) @ about.value[:, :, None]

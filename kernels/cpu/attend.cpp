@@ -18,6 +18,8 @@ struct Attend {
   const float* constant;  // added to the scores of packed keys, or null: [batch, heads, query_rows]
   const float* bias;      // added to the scores, or null: [batch, heads, query_rows, slots] by strides
   int64_t bias_stride[4];
+  const float* sink_logits;      // of what has weight and no value, or null: [batch, heads, query_rows]
+  float cap, lowest, highest;    // what happens to scores before the bias: a soft cap, or 0; a clamp
   float* cos_sin;         // inside a page; rotary keys: [heads, page_size, key head_dim], mean: [heads, 2 * pairs, page_size]
   float* accumulator;     // [batch, heads, splits + 1, query_rows, value head_dim]
   float* running_max;     // [batch, heads, splits + 1, query_rows]
@@ -132,6 +134,16 @@ struct Split {
     s.channels.add_mean(s.cos_sin, a.cos_sin + h * 2 * pairs * N, a.query_rows, pairs, N, s.scores);
   }
 
+  // Cap and clamp the scores of n keys of a query row.
+  void bend(float* row, int n) const {
+    if (a.cap > 0) {
+      for (int i = 0; i < n; ++i) row[i] = a.cap * std::tanh(row[i] / a.cap);
+    }
+    if (a.lowest > -INFINITY || a.highest < INFINITY) {
+      for (int i = 0; i < n; ++i) row[i] = row[i] < a.lowest ? a.lowest : row[i] > a.highest ? a.highest : row[i];
+    }
+  }
+
   // Replace the scores of n keys, slots first_slot .. first_slot + n - 1, by weights.
   void weigh(const float* constant, int n, int64_t first_slot) {
     const int N = a.page_size;
@@ -139,6 +151,7 @@ struct Split {
       float* row = s.scores + static_cast<int64_t>(q) * N;
       if (constant)
         for (int i = 0; i < n; ++i) row[i] += constant[q];
+      bend(row, n);
       if (a.bias) {
         const float* bias = a.bias + b * a.bias_stride[0] + h * a.bias_stride[1] + q * a.bias_stride[2] + first_slot * a.bias_stride[3];
         for (int i = 0; i < n; ++i) row[i] += bias[i * a.bias_stride[3]];
@@ -233,6 +246,11 @@ void join_splits(const Attend& a, int64_t head, int q) {
   const int64_t Q = a.query_rows, first = head * (a.splits + 1) * Q + q;
   float top = -1e38f, total = 0;  // a fully masked row: all weights 0
   for (int s = 0; s <= a.splits; ++s) top = a.running_max[first + s * Q] > top ? a.running_max[first + s * Q] : top;
+  if (a.sink_logits) {
+    const float sink = a.sink_logits[head * Q + q];
+    top = sink > top ? sink : top;
+    total = std::exp(sink - top);
+  }
   for (int s = 0; s <= a.splits; ++s) total += std::exp(a.running_max[first + s * Q] - top) * a.running_sum[first + s * Q];
   const float inverse = total == 0 ? 1.0f : 1.0f / total;
   float* packed = a.packed_out + (head * Q + q) * dim;
@@ -308,6 +326,8 @@ Attend unwrap(const AttendWords& w, Check& check) {
   if (w.constant.data) check.tensor("constant", w.constant, {batch, heads, rows, 1}, kFloat);
   check.tensor("new keys", w.new_key, {batch, heads, new_tokens, key.head_dim}, w.keys.exact.dtype);
   check.tensor("new values", w.new_value, {batch, heads, new_tokens, value.head_dim}, w.values.exact.dtype);
+  if (w.sink_logits.data) check.tensor("logits of sinks", w.sink_logits, {batch, heads, rows, 1}, kFloat);
+  check.rows("logits of sinks", w.sink_logits, w.sink_logits.data ? 4 : 0);
   if (w.bias.data) check.tensor("bias", w.bias, {batch, heads, rows, w.bias.sizes[3]}, kFloat);
   check.tensor("packed output", w.packed_out, {batch, heads, rows, value.head_dim}, kFloat);
   check.tensor("weight output", w.weight_out, {batch, heads, rows, 1}, kFloat);
@@ -328,6 +348,8 @@ Attend unwrap(const AttendWords& w, Check& check) {
   a.query = static_cast<const float*>(w.query.data), a.coded = static_cast<const float*>(w.coded.data);
   a.constant = static_cast<const float*>(w.constant.data), a.bias = static_cast<const float*>(w.bias.data);
   for (int i = 0; i < 4; ++i) a.bias_stride[i] = w.bias.strides[i];
+  a.sink_logits = static_cast<const float*>(w.sink_logits.data);
+  a.cap = float_of_bits(static_cast<uint32_t>(w.cap_bits)), a.lowest = float_of_bits(static_cast<uint32_t>(w.lowest_bits)), a.highest = float_of_bits(static_cast<uint32_t>(w.highest_bits));
   a.accumulator = static_cast<float*>(w.scratch.data), a.running_max = a.accumulator + states * value.head_dim;
   a.running_sum = a.running_max + states, a.cos_sin = a.running_sum + states;
   a.packed_out = static_cast<float*>(w.packed_out.data), a.weight_out = static_cast<float*>(w.weight_out.data), a.exact_out = static_cast<float*>(w.exact_out.data);

@@ -18,6 +18,7 @@ from kvq_compile.kernels.cpu import native
 from kvq_compile.kernels.cpu.append import blocks
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import HIDES, Layout
+from kvq_compile.kernels.score import Bend, Score, bend_
 
 FEW_ROWS = 16  # query rows per KV head up to which unpacking costs more than the products
 
@@ -45,13 +46,17 @@ class _Softmax:
         self.running_sums[which] += weights.sum(-1, keepdim=True)
         self.accumulators[which] += weights @ value
 
-    def result(self, values: PackedTensor) -> Tensor:
-        """Return the attention output."""
+    def result(self, values: PackedTensor, sink_logits: Tensor | None) -> Tensor:
+        """Return the attention output; the logits are of what has weight and no value, ``[B, Hkv, rows, 1]``."""
         total = (
             values.inverse_transform(self.accumulators[0], self.running_sums[0])
             + self.accumulators[1]
         )
         weight = self.running_sums[0] + self.running_sums[1]
+        if sink_logits is not None:
+            point = torch.maximum(self.running_max, sink_logits)
+            shrink = (self.running_max - point).exp()
+            total, weight = total * shrink, weight * shrink + (sink_logits - point).exp()
         return total / torch.where(weight == 0, 1.0, weight)
 
 
@@ -81,7 +86,8 @@ def attend(
     values: PackedTensor,
     mask: Tensor | None,
     start: int,
-    scale: float,
+    score: Score,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Attend to the tokens ``0 .. start - 1`` of a cache and to the new tokens after them.
 
@@ -92,7 +98,8 @@ def attend(
         mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one
             column per slot; slots beyond its ``M`` columns are masked.
         start: Slot of the first new token.
-        scale: Factor on the scores.
+        score: What is done to products of queries and keys.
+        sink_logits: Logits that broadcast to ``[B, Hq, T, 1]``, of what has weight and no value; or ``None``.
 
     Returns:
         ``[B, Hq, T, Dv]`` in the dtype of ``query``.
@@ -105,15 +112,18 @@ def attend(
     shape = (B, Hkv, Hq // Hkv, T)
     visible = start + new if mask is None else min(start + new, mask.shape[-1])
     _check_lengths(keys, values, start, mask, start + new)
-    rows = (query.reshape(B, Hkv, -1, query.shape[3]).float() * scale).contiguous()
+    rows = (query.reshape(B, Hkv, -1, query.shape[3]).float() * score.scale).contiguous()
+    if sink_logits is not None:
+        sink_logits = sink_logits.expand(B, Hq, T, 1).reshape(B, Hkv, -1, 1).float().contiguous()
+    about = start, visible, score.bend, sink_logits
     if rows.shape[2] <= FEW_ROWS:
         bias = None
         if mask is not None:
             zeros = rows.new_zeros(*rows.shape[:3], visible)
             bias = _apply_mask(zeros, mask, slice(visible), shape)
-        output = _read_at_once(rows, key, value, keys, values, bias, start, visible)
+        output = _read_at_once(rows, key, value, keys, values, bias, *about)
     else:
-        output = _read_in_blocks(rows, key, value, keys, values, mask, start, visible, shape)
+        output = _read_in_blocks(rows, key, value, keys, values, mask, shape, *about)
     return output.reshape(B, Hq, T, -1).to(query.dtype)
 
 
@@ -126,11 +136,14 @@ def _read_at_once(
     bias: Tensor | None,
     start: int,
     visible: int,
+    bend: Bend,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Attend with few query rows, in one call."""
     key, value = key.to(keys.parts.exact.dtype), value.to(values.parts.exact.dtype)
     packed, weight, exact = native.attend(
-        rows, *keys.transform_query(rows), key, value, keys, values, bias, start, visible
+        *(rows, *keys.transform_query(rows), key, value, keys, values, bias),
+        *(start, visible, bend, sink_logits),
     )
     return values.inverse_transform(packed, weight) + exact
 
@@ -142,9 +155,11 @@ def _read_in_blocks(
     keys: PackedTensor,
     values: PackedTensor,
     mask: Tensor | None,
+    shape: tuple[int, int, int, int],
     start: int,
     visible: int,
-    shape: tuple[int, int, int, int],
+    bend: Bend,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """Attend to the packed tokens in blocks of pages unpacked to fp32, then to the exact ones."""
     softmax = _Softmax(rows, value.shape[3])
@@ -160,7 +175,7 @@ def _read_in_blocks(
         )
         if constant is not None:
             scores += constant
-        scores = _apply_mask(scores, mask, slice(first, last), shape)
+        scores = _apply_mask(bend_(scores, bend), mask, slice(first, last), shape)
         softmax.update(scores, native.unpack(values, block).flatten(2, 3)[:, :, : last - first], 0)
     packed_end = layout.sinks + pages * layout.page_size
     runs = ((0, min(layout.sinks, held)), (packed_end, held), (start, visible))
@@ -170,9 +185,10 @@ def _read_in_blocks(
             _exact_tokens(packed.parts.exact, new, slots, start, packed.layout)
             for packed, new in ((keys, key), (values, value))
         )
-        scores = _apply_mask(rows @ exact_key.transpose(-2, -1), mask, slots, shape)
+        scores = bend_(rows @ exact_key.transpose(-2, -1), bend)
+        scores = _apply_mask(scores, mask, slots, shape)
         softmax.update(scores, exact_value, 1)
-    return softmax.result(values)
+    return softmax.result(values, sink_logits)
 
 
 def _check_lengths(

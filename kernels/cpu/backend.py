@@ -9,8 +9,9 @@ from kvq_compile.kernels.cpu import attend as attention
 from kvq_compile.kernels.cpu import importance as weighing
 from kvq_compile.kernels.cpu.library import is_available as is_available
 from kvq_compile.kernels.cpu.packed import PackedTensor
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.score import Score
 
 SCHEMES = frozenset(("uniform", "codebook", "mixed", "channelwise"))
 
@@ -59,13 +60,17 @@ def attend(
     score: Score,
     key_layout: Layout,
     value_layout: Layout,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attend to a cache and to the new tokens: see `attend.attend`."""
     return attention.attend(
         *(query, key, value),
         PackedTensor(keys, key_layout, key_calibrated),
         PackedTensor(values, value_layout, value_calibrated),
-        *(mask, first_slot(position, start), score.scale),
+        mask=mask,
+        start=first_slot(position, start),
+        score=score,
+        sink_logits=sink_logits,
     )
 
 
@@ -87,7 +92,7 @@ def importance(
     packed = None if keys is None else PackedTensor(keys, layout, calibrated)
     first = first_slot(position, start)
     return weighing.recent_importance(
-        query, key, packed, mask, first, slots, score.scale, causal, queries, layout
+        query, key, packed, mask, first, slots, score, causal, queries, layout
     )
 
 

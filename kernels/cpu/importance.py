@@ -16,6 +16,7 @@ from kvq_compile.kernels.cpu.append import blocks
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.cpu.queries import recall
 from kvq_compile.kernels.layout import Layout, exact_row_index
+from kvq_compile.kernels.score import Score, bend_
 
 
 def recent_importance(
@@ -25,7 +26,7 @@ def recent_importance(
     mask: Tensor | None,
     start: int,
     slots: int,
-    scale: float,
+    score: Score,
     causal: bool,
     queries: int,
     layout: Layout,
@@ -40,7 +41,7 @@ def recent_importance(
             ``None``. Slots beyond its ``M`` columns are masked. Queries of earlier calls use its first row.
         start: Slot of the first of the call's keys.
         slots: Slots of the result, ``start + tokens`` or more.
-        scale: Factor on the scores.
+        score: What is done to products of queries and keys.
         causal: Whether the call's queries are masked causally; queries of earlier calls always are.
         queries: How many of the last queries count.
         layout: Layout of the cached keys.
@@ -68,7 +69,8 @@ def recent_importance(
         earlier = torch.arange(first + 1, max(first, last) + 1, dtype=torch.int64, device="cpu")
         ends = torch.cat([earlier, ends])
     visible = end if mask is None else min(end, mask.shape[-1])
-    scores = _scores(rows.flatten(2, 3), key, keys, start) * scale
+    products = _scores(rows.flatten(2, 3), key, keys, start)
+    scores = bend_(products.mul_(score.scale), score.bend)
     scores = scores.view(B, -1, len(ends), end)[..., :visible]  # [B, Hq, queries, visible]
     seen = torch.arange(visible, dtype=torch.int64, device="cpu") < ends[:, None]
     seen = seen & rows.any(-1).view(B, -1, len(ends), 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 from array import array
 from functools import cache
 
@@ -21,6 +20,7 @@ from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import FLAT, page_room, page_shapes
 from kvq_compile.kernels.schemes import Channelwise, Codebook, Mixed
+from kvq_compile.kernels.score import Bend
 from kvq_compile.kernels.tables import section
 
 PARALLEL_FROM = 1 << 16  # packed elements from which several threads are faster
@@ -38,8 +38,8 @@ LAYOUT = (
 )
 PACKED = "codes:5 params:6 exact:4 tables:2 shift:1 held pages"
 ATTEND = (
-    "query:4 coded:4 constant:4 bias:4 new_key:4 new_value:4 scratch:1 packed_out:4 weight_out:4 exact_out:4 "
-    "start visible splits threads"
+    "query:4 coded:4 constant:4 bias:4 sink_logits:4 new_key:4 new_value:4 scratch:1 packed_out:4 weight_out:4 "
+    "exact_out:4 start visible splits threads cap_bits lowest_bits highest_bits"
 )
 PAGES = "elements:5 new_tokens:4 importance:3 bounds:1 first_page start rotated threads"
 INTERFACE = f"layout {LAYOUT} packed {PACKED} attend {ATTEND} pages {PAGES} "
@@ -111,12 +111,18 @@ def _maybe(x: Tensor | None, dims: int) -> Words:
 
 
 @cache
+def _float_bits(x: float) -> int:
+    """Return the bits of a number in fp32, infinite where it is too large for that."""
+    return int(torch.tensor(x, dtype=torch.float32, device="cpu").view(torch.int32))
+
+
+@cache
 def _layout(layout: Layout) -> Words:
     """Return the words of `LAYOUT`."""
     mixed = layout.scheme if isinstance(layout.scheme, Mixed) else None
     channelwise = layout.scheme if isinstance(layout.scheme, Channelwise) else None
     fp8, codebook = layout.params == "fp8", isinstance(layout.scheme, Codebook)
-    shrink = struct.unpack("i", struct.pack("f", (1.0 - layout.clip) / 2.0))[0]
+    shrink = _float_bits((1.0 - layout.clip) / 2.0)
     firsts = [section(name, layout.head_dim, layout.has_frequencies)[0] for name in TABLES]
     table_words = 0
     if layout.has_tables:
@@ -262,6 +268,8 @@ def attend(
     bias: Tensor | None,
     start: int,
     visible: int,
+    bend: Bend,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to a cache and to new tokens.
 
@@ -273,6 +281,8 @@ def attend(
         bias: Added to the scores, ``[B, Hkv, rows, >= visible]``, fp32, any strides, or ``None``.
         start: Slot of the first new token.
         visible: End of the visible slots.
+        bend: What happens to scores before the bias is added.
+        sink_logits: Logits of what has weight and no value, ``[B, Hkv, rows, 1]``, fp32, contiguous, or ``None``.
 
     Returns:
         Output of packed values before the inverse transform, ``[B, Hkv, rows, Dv]``; their total weight,
@@ -292,9 +302,9 @@ def attend(
     key, value = _with_contiguous_rows(key), _with_contiguous_rows(value)
     words = (
         *_packed(keys), *_packed(values), *_tensor(query), *_tensor(coded),
-        *_maybe(constant, 4), *_maybe(bias, 4), *_tensor(key), *_tensor(value),
+        *_maybe(constant, 4), *_maybe(bias, 4), *_maybe(sink_logits, 4), *_tensor(key), *_tensor(value),
         *_tensor(scratch), *_tensor(packed), *_tensor(weight), *_tensor(exact),
-        start, visible, splits, threads,
+        start, visible, splits, threads, *map(_float_bits, bend),
     )  # fmt: skip
     _call("attend", words)
     return packed, weight, exact

@@ -23,9 +23,9 @@
 #define KVQ_PACKED(TENSOR, WORD)                                                                                  \
   TENSOR(codes, 5) TENSOR(params, 6) TENSOR(exact, 4) TENSOR(tables, 2) TENSOR(shift, 1) WORD(held) WORD(pages)
 #define KVQ_ATTEND(TENSOR, WORD)                                                                                  \
-  TENSOR(query, 4) TENSOR(coded, 4) TENSOR(constant, 4) TENSOR(bias, 4) TENSOR(new_key, 4) TENSOR(new_value, 4)     \
-  TENSOR(scratch, 1) TENSOR(packed_out, 4) TENSOR(weight_out, 4) TENSOR(exact_out, 4)                             \
-  WORD(start) WORD(visible) WORD(splits) WORD(threads)
+  TENSOR(query, 4) TENSOR(coded, 4) TENSOR(constant, 4) TENSOR(bias, 4) TENSOR(sink_logits, 4) TENSOR(new_key, 4)     \
+  TENSOR(new_value, 4) TENSOR(scratch, 1) TENSOR(packed_out, 4) TENSOR(weight_out, 4) TENSOR(exact_out, 4)          \
+  WORD(start) WORD(visible) WORD(splits) WORD(threads) WORD(cap_bits) WORD(lowest_bits) WORD(highest_bits)
 #define KVQ_PAGES(TENSOR, WORD)                                                                                   \
   TENSOR(elements, 5) TENSOR(new_tokens, 4) TENSOR(importance, 3) TENSOR(bounds, 1) WORD(first_page) WORD(start)     \
   WORD(rotated) WORD(threads)

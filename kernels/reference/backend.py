@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels import reference
-from kvq_compile.kernels.layout import HIDES, Layout, Score
+from kvq_compile.kernels.layout import HIDES, Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference.importance import recent_importance
 from kvq_compile.kernels.schemes import SCHEMES as KINDS
+from kvq_compile.kernels.score import Score
 
 SCHEMES = frozenset(kind.name for kind in KINDS)
 
@@ -52,6 +53,7 @@ def attend(
     score: Score,
     key_layout: Layout,
     value_layout: Layout,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attend in fp32 to the tokens before ``start`` of a cache and to the new ones.
 
@@ -77,7 +79,8 @@ def attend(
         visible = min(end, mask.shape[-1])
         mask, pair = mask[..., :visible], [tokens[:, :, :visible] for tokens in pair]
         mask = mask if mask.dtype == torch.bool else mask.float()
-    output = reference.softmax_attention(query.float(), pair[0], pair[1], mask, score)
+    logits = None if sink_logits is None else sink_logits.float()
+    output = reference.softmax_attention(query.float(), pair[0], pair[1], mask, score, logits)
     return output.to(query.dtype)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.adaptive.requantize import pages_before_and_after
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference import mixed
 from kvq_compile.kernels.reference.attention import apply_score
 from kvq_compile.kernels.reference.cache import read
 from kvq_compile.kernels.reference.queries import recall
+from kvq_compile.kernels.score import Score
 
 
 def recent_importance(

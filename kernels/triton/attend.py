@@ -29,8 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed, page_room
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.triton import launch
 from kvq_compile.kernels.triton.arguments import (
     at_head,
@@ -47,11 +48,10 @@ from kvq_compile.kernels.triton.channelwise_query import expand_query
 from kvq_compile.kernels.triton.join import join, store_split
 from kvq_compile.kernels.triton.mixed import attend_mixed_pages
 from kvq_compile.kernels.triton.pages import KeyPages, Queries, ValuePages, attend_pages
-from kvq_compile.kernels.triton.primitives import MaskRows, tile_columns
+from kvq_compile.kernels.triton.primitives import MaskRows, adds_mean, bends, tile_columns
 from kvq_compile.kernels.triton.query import code_query
 from kvq_compile.kernels.triton.residual import Exact, View, attend_exact
 
-LOG2_E = 1.4426950408889634
 LATE_PAGES = tl.constexpr(4)  # that a program reads while one of exact tokens runs
 
 
@@ -109,9 +109,9 @@ def _attend_packed(
         accumulator, running_sum, running_max = attend_pages(
             queries, key_pages, value_pages, lo, hi, view.kv_len, KEY, VALUE, LAUNCH
         )
-    if KEY.has_tables and not KEY.rotary:  # the same for all packed tokens, so it waits till here
-        bias = tl.load(coded.bias + row, mask=queries.exists, other=0.0)
-        running_max += bias * queries.scale
+    # The same for all packed tokens, so it waits till here.
+    if adds_mean(KEY) and not bends(LAUNCH):
+        running_max += tl.load(coded.bias + row, mask=queries.exists, other=0.0) * queries.scale
     return accumulator, running_sum, running_max
 
 
@@ -156,7 +156,7 @@ def attend_kernel(
     stored = (dim < VALUE.head_dim)[:, None] & exists[None, :]
     if split < shape.exact_splits:
         rows = batch * query.batch + q_head * query.head + token * query.token
-        queries = Queries(query.pointer, rows, exists, group, seen, scale)
+        queries = Queries(query.pointer, rows, exists, group, seen, scale, 0)
         key_rows = exact_rows(keys.packed, head.to(tl.int64))
         value_rows = exact_rows(values.packed, head.to(tl.int64))
         least = tl.minimum(tl.load(keys.packed.cursor), tl.load(values.packed.cursor))
@@ -170,7 +170,10 @@ def attend_kernel(
     else:
         coded_rows = batch * coded.query.batch + q_head * coded.query.head
         coded_rows += token * coded.query.token
-        coded_queries = Queries(coded.query.pointer, coded_rows, exists, group, seen, scale)
+        bias = 0
+        if adds_mean(KEY) and bends(LAUNCH):
+            bias = tl.load(coded.bias + row, mask=exists, other=0.0) * scale
+        coded_queries = Queries(coded.query.pointer, coded_rows, exists, group, seen, scale, bias)
         accumulator, running_sum, running_max = _attend_packed(
             coded_queries, coded, row, keys, values, view, head, (key_room, value_room), shape,
             split - shape.exact_splits, splits - shape.exact_splits, late, KEY, VALUE, LAUNCH,
@@ -210,7 +213,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, keys: Packed, values: Packed,
     key_calibrated: Calibrated, value_calibrated: Calibrated, mask: Tensor | None,
     position: Tensor | None, start: int | None, score: Score, key_layout: Layout,
-    value_layout: Layout,
+    value_layout: Layout, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attend to the tokens before ``start`` or ``position[0]`` of a cache and to the new ones behind them.
 
@@ -225,6 +228,7 @@ def attend(
         start: The first of them; or ``None``.
         score: Modification of products of queries and keys.
         key_layout, value_layout: Layouts of the two parts.
+        sink_logits: Logits that broadcast to ``[B, Hq, T, 1]``, of what has weight and no value; or ``None``.
 
     Returns:
         ``[B, Hq, T, Dv]`` in the dtype of ``query``; NaN if the cache holds fewer tokens than ``start``.
@@ -232,7 +236,7 @@ def attend(
     Raises:
         NotImplementedError: No kernel reads keys and values of these layouts.
     """
-    if start == 0 and query.is_cuda:
+    if start == 0 and query.is_cuda and score.is_plain:
         return _attend_new(query, key, value, mask, score.scale)
     B, Hq, T, _D = query.shape
     H, new, Dv = key.shape[1], key.shape[2], value.shape[3]
@@ -240,7 +244,7 @@ def attend(
     mask_bundle, width, kind, mask_shared = bundle_mask(mask, query.shape)
     KEY, VALUE, LAUNCH, options = launch.attend_settings(
         key_layout, value_layout, Hq // H, T, query.dtype, launch.platform_of(query), kind,
-        mask_shared,
+        mask_shared, score.bend,
     )  # fmt: skip
     tiles = triton.cdiv(Hq // H * T, LAUNCH.block_q)
     resident = launch.programs_per_sm(KEY, VALUE, options) * launch.sm_count(query.device)
@@ -257,7 +261,7 @@ def attend(
             key_tables,
             tiles,
             T,
-            score.scale * LOG2_E,
+            score.scale * launch.LOG2_E,
             KEY,
             LAUNCH,
         )
@@ -268,7 +272,7 @@ def attend(
     attend_kernel[(B * H, tiles, exact + paged)](
         queries, coded, Side(bundle_tensor(key), bundle_cache(keys, key_layout), key_tables),
         Side(bundle_tensor(value), bundle_cache(values, value_layout), value_tables), mask_bundle,
-        width, position, start or 0, partial, lse, score.scale * LOG2_E, *rooms,
+        width, position, start or 0, partial, lse, score.scale * launch.LOG2_E, *rooms,
         Shape(H, T, new, exact), late, KEY=KEY, VALUE=VALUE, LAUNCH=LAUNCH, **options,
     )  # fmt: skip
-    return join(partial, lse, query, value_tables, VALUE, exact, H)
+    return join(partial, lse, query, value_tables, VALUE, exact, H, sink_logits)

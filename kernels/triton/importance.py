@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_compile.kernels.layout import Layout, Score
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed, page_room
+from kvq_compile.kernels.score import Bend, Score, bend_
 from kvq_compile.kernels.triton import launch
 from kvq_compile.kernels.triton.arguments import (
     MaskKind,
@@ -36,11 +37,16 @@ from kvq_compile.kernels.triton.arguments import (
 )
 from kvq_compile.kernels.triton.constants import ReadConstants
 from kvq_compile.kernels.triton.mixed import in_tile_order, load_page, load_planes, page_scores
-from kvq_compile.kernels.triton.primitives import HIDDEN, MaskRows, load_mask, softmax_update
+from kvq_compile.kernels.triton.primitives import (
+    HIDDEN,
+    MaskRows,
+    bend_scores,
+    load_mask,
+    softmax_update,
+)
 from kvq_compile.kernels.triton.residual import View, exact_place, load_keys, plan_write
 from kvq_compile.kernels.triton.transforms import hadamard
 
-LOG2_E = 1.4426950408889634
 MAX_QUERIES = 64  # at once; a quarter of them in fp32 or with large tiles
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 2
@@ -190,6 +196,7 @@ def _take_pages(
         planes = load_planes(cache.codes + at * KEY.page_words, rank, header, KEY)
         metadata = cache.params + at * KEY.page_params
         scores = page_scores(q, q_sum, planes, fields, header, metadata, KEY, LAUNCH)
+        scores = bend_scores(scores, LAUNCH)
         slot = KEY.sinks + page * KEY.page_size + tl.arange(0, KEY.page_size)
         exists = slot < start
         scores = _hidden(scores, slot, exists, tile, LAUNCH)
@@ -211,6 +218,7 @@ def _take_exact(
         slot, _row, _fresh, old, now = place
         k = load_keys(exact, key, stride, place, KEY.head_dim, LAUNCH.exact_dtype)
         scores = tl.dot(k, q, input_precision=LAUNCH.precision) * scale
+        scores = bend_scores(scores, LAUNCH)
         scores = _hidden(scores, slot, old | now, tile, LAUNCH)
         point, total = _take(scores, slot, old | now, tile, point, total, JOINS)
     return point, total
@@ -293,7 +301,7 @@ def weigh_kernel(
 @lru_cache(maxsize=1024)
 def _settings(
     layout: Layout, shared_by: int, queries: int, causal: bool, dtype: torch.dtype,
-    platform: launch.Platform, mask_kind: MaskKind, mask_shared: bool,
+    platform: launch.Platform, mask_kind: MaskKind, mask_shared: bool, bend: Bend,
 ) -> tuple[WeighConstants, dict[str, int]]:  # fmt: skip
     """Return the constants of `weigh_kernel` and its launch options."""
     large = layout.page_size * triton.next_power_of_2(layout.head_dim) > 128 * 128
@@ -302,7 +310,7 @@ def _settings(
     columns = triton.next_power_of_2(queries * shared_by)
     block_q = max(16 if platform == "hip" else 8, min(most, columns))
     constants = WeighConstants(
-        **launch.operands(dtype, platform, large), shared_by=shared_by, queries=queries,
+        **launch.operands(dtype, platform, large, bend), shared_by=shared_by, queries=queries,
         causal=causal, tiles=triton.cdiv(queries * shared_by, block_q), block_q=block_q,
         block_n=launch.BLOCK_EXACT // 2 if single else launch.BLOCK_EXACT, mask_kind=mask_kind,
         mask_shared=mask_shared,
@@ -311,7 +319,7 @@ def _settings(
 
 
 def _weigh_prompt(
-    query: Tensor, key: Tensor, mask: Tensor | None, slots: int, scale: float, causal: bool,
+    query: Tensor, key: Tensor, mask: Tensor | None, slots: int, score: Score, causal: bool,
     queries: int, layout: Layout,
 ) -> Tensor:  # fmt: skip
     """Weigh a call's own keys where there are none before them: a few rows times the keys, in plain torch."""
@@ -321,7 +329,8 @@ def _weigh_prompt(
         return result
     rows = query[:, :, -queries:].unflatten(1, (H, -1)).float()  # [B, H, G, count, D]
     count = rows.shape[3]
-    scores = (rows.flatten(2, 3) @ key.float().mT * scale).view(B, -1, count, end)
+    scores = bend_(rows.flatten(2, 3) @ key.float().mT * score.scale, score.bend)
+    scores = scores.view(B, -1, count, end)
     slot = torch.arange(end, dtype=torch.int64, device=key.device)
     last = slot[end - count :, None] if causal else slot[end - 1 :, None]
     seen = (slot <= last) & rows.any(-1).view(B, -1, count, 1)
@@ -370,7 +379,7 @@ def importance(
         NotImplementedError: The layout has tables.
     """
     if keys is None:
-        return _weigh_prompt(query, key, mask, slots, score.scale, causal, queries, layout)
+        return _weigh_prompt(query, key, mask, slots, score, causal, queries, layout)
     if calibrated.tables is not None:
         raise NotImplementedError(
             "tables must be None where tokens differ in bits (mixed): no GPU kernel weighs such keys"
@@ -383,7 +392,7 @@ def importance(
     mask_bundle, width, kind, mask_shared = bundle_mask(mask, query.shape)
     constants, options = _settings(
         layout, query.shape[1] // H, queries, causal, query.dtype, launch.platform_of(query),
-        kind, mask_shared,
+        kind, mask_shared, score.bend,
     )  # fmt: skip
     work = max(capacity, triton.cdiv(layout.token_rows + new, launch.BLOCK_EXACT))
     resident = PROGRAMS_PER_SM * launch.sm_count(query.device)
@@ -394,7 +403,7 @@ def importance(
     shape = Shape(H, query.shape[2], new, slots)
     for joins in (False, True):
         weigh_kernel[(B * H, splits)](
-            *bundles, width, position, start or 0, partial, result, score.scale * LOG2_E, capacity, shape,
+            *bundles, width, position, start or 0, partial, result, score.scale * launch.LOG2_E, capacity, shape,
             KEY=ReadConstants.of(layout), LAUNCH=constants, JOINS=joins,
             SPLITS=triton.next_power_of_2(splits), **options,
         )  # fmt: skip

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvq_compile.kernels.triton.arguments import Calibration
+from kvq_compile.kernels.triton.arguments import Calibration, Strided
 from kvq_compile.kernels.triton.constants import ReadConstants
-from kvq_compile.kernels.triton.primitives import HIDDEN, WEIGHT_BIAS
+from kvq_compile.kernels.triton.primitives import HIDDEN, LOG2_E, WEIGHT_BIAS
 from kvq_compile.kernels.triton.transforms import hadamard, load_table
 
 
@@ -29,11 +29,11 @@ def store_split(
 
 @triton.jit
 def join_kernel(
-    partial, lse, out, calibration, splits, exact_splits, kv_heads, queries, VALUE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    partial, lse, out, calibration, sinks, splits, exact_splits, kv_heads, queries, tokens,
+    VALUE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Join the results of the splits of one query, those of pages from the basis and the order in which values are
-    coded; the ``queries`` of a KV head lie together.
+    coded; the ``queries`` of a KV head lie together, the ``tokens`` of a query head beside one another.
 
     Grid: (B * Hq * T,).
     """
@@ -47,7 +47,13 @@ def join_kernel(
         tables += query // queries % kv_heads * calibration.words
         channel = load_table(tables, dim, inside, "order", VALUE)
     weight = tl.load(lse + query * splits + split, mask=split < splits, other=float("-inf"))
-    weight = tl.exp2(weight - tl.maximum(tl.max(weight, 0), HIDDEN))
+    point = tl.maximum(tl.max(weight, 0), HIDDEN)
+    if sinks is not None:
+        row, heads = query // tokens, kv_heads * (queries // tokens)
+        where = row // heads * sinks.batch + row % heads * sinks.head + query % tokens * sinks.token
+        sink = tl.load(sinks.pointer + where).to(tl.float32) * LOG2_E
+        point = tl.where(sink > point, sink, point)
+    weight = tl.exp2(weight - point)
     ok = (weight != 0)[:, None] & inside[None, :]
     where = tl.where(is_exact[:, None], channel[None, :], dim[None, :])
     part = tl.load(partial + (query * splits + split)[:, None] * DIM + where, mask=ok, other=0.0)
@@ -65,13 +71,15 @@ def join_kernel(
     else:
         total = tl.sum(part, 0)
     weight = tl.sum(weight, 0)
+    if sinks is not None:
+        weight += tl.exp2(sink - point)
     total = total / tl.where(weight == 0, 1.0, weight)
     tl.store(out + query * DIM + channel, total.to(out.dtype.element_ty), mask=inside)
 
 
 def join(
     partial: Tensor, lse: Tensor, query: Tensor, calibration: Calibration, value: ReadConstants,
-    exact_splits: int, kv_heads: int,
+    exact_splits: int, kv_heads: int, sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Return ``[B, Hq, T, Dv]`` in the dtype of ``query``.
 
@@ -83,12 +91,16 @@ def join(
         value: Constants of the values.
         exact_splits: Splits of exact tokens.
         kv_heads: KV heads.
+        sink_logits: Logits that broadcast to ``[B, Hq, T, 1]``, of what has weight and no value; or ``None``.
     """
     B, Hq, T, _D = query.shape
     splits = partial.shape[1]
+    sinks = None
+    if sink_logits is not None:
+        sinks = Strided(sink_logits, *sink_logits.expand(B, Hq, T, 1).stride()[:3])
     out = query.new_empty(B, Hq, T, partial.shape[2])
     join_kernel[(B * Hq * T,)](
-        partial, lse, out, calibration, splits, exact_splits, kv_heads, Hq // kv_heads * T,
+        partial, lse, out, calibration, sinks, splits, exact_splits, kv_heads, Hq // kv_heads * T, T,
         VALUE=value, SPLITS=triton.next_power_of_2(splits),
     )  # fmt: skip
     return out

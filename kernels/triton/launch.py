@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.score import UNBENT, Bend
 from kvq_compile.kernels.triton.arguments import MaskKind
 from kvq_compile.kernels.triton.constants import ReadConstants
 
 Platform = Literal["cuda", "hip", "interpreter"]
 
+LOG2_E = 1.4426950408889634
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
 MAX_QUERIES = 32  # more of them at once spill
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
@@ -35,12 +37,18 @@ class Operands:
         fast: Whether instructions of NVIDIA hardware unpack them.
         dtype, exact_dtype: Of packed and of exact tokens in the matrix instruction.
         precision: Of fp32 products.
+        cap, clamps, lowest, highest: What happens to scores before the mask, in units of log 2: a soft cap, or 0;
+            whether they are clamped, and to what.
     """
 
     fast: bool
     dtype: Any
     exact_dtype: Any
     precision: str
+    cap: float
+    clamps: bool
+    lowest: float
+    highest: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +134,16 @@ def copies_of_queries(value: ReadConstants, queries: int) -> int:
     return groups if plain and groups * queries <= MAX_COPIED_QUERIES else 1
 
 
-def operands(dtype: torch.dtype, platform: Platform, large: bool) -> dict[str, Any]:
+def _single(x: float) -> float:
+    """Return a number that fp32 has, or one next to it: for others Triton would compute in fp64."""
+    if abs(x) < 2.0**-126:
+        return 0.0
+    return x if abs(x) < 2.0**127 else math.copysign(math.inf, x)
+
+
+def operands(dtype: torch.dtype, platform: Platform, large: bool, bend: Bend) -> dict[str, Any]:
     """Return `Operands` for queries of ``dtype``, by name; ``large``: tiles of packed tokens are."""
+    cap, lowest, highest = (_single(x * LOG2_E) for x in bend)
     interpreted = platform == "interpreter"
     full = dtype == torch.float32 or interpreted
     exact = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
@@ -136,13 +152,17 @@ def operands(dtype: torch.dtype, platform: Platform, large: bool) -> dict[str, A
         "dtype": tl.float32 if full and (interpreted or not large) else tl.float16,
         "exact_dtype": tl.float32 if full else exact,
         "precision": "tf32x3" if platform == "cuda" else "ieee",
+        "cap": cap,
+        "clamps": bend[1:] != UNBENT[1:],
+        "lowest": lowest,
+        "highest": highest,
     }
 
 
 @lru_cache(maxsize=1024)
 def attend_settings(
     key_layout: Layout, value_layout: Layout, shared_by: int, tokens: int,
-    dtype: torch.dtype, platform: Platform, mask_kind: MaskKind, mask_shared: bool,
+    dtype: torch.dtype, platform: Platform, mask_kind: MaskKind, mask_shared: bool, bend: Bend,
 ) -> tuple[ReadConstants, ReadConstants, AttendConstants, dict[str, int]]:  # fmt: skip
     """Return the constants of `attend_kernel` and its launch options.
 
@@ -171,14 +191,14 @@ def attend_settings(
     if key.scheme == "channelwise" and stages == 2 and value.bits != 3:  # which takes registers
         stages = 3
     constants = AttendConstants(
-        **operands(dtype, platform, large), shared_by=shared_by, copies=copies, block_q=block_q,
+        **operands(dtype, platform, large, bend), shared_by=shared_by, copies=copies, block_q=block_q,
         block_n=BLOCK_EXACT // 2 if full else BLOCK_EXACT, stages=stages, mask_kind=mask_kind,
         mask_shared=mask_shared,
     )  # fmt: skip
     options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
     few = max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
     few &= even and page >= 64
-    few &= mask_kind == 0  # with a mask it would spill
+    few &= mask_kind == 0 and bend == UNBENT  # else it would spill
     few &= platform == "cuda" and block_q == 8 and not (full or large)
     units = key.bit_blocks + key.twice_read
     if few and (mixed or 0 < units <= THREE_SHARE_UNITS):

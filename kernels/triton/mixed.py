@@ -27,6 +27,7 @@ from kvq_compile.kernels.triton.formats import e4m3_value
 from kvq_compile.kernels.triton.primitives import (
     HIDDEN,
     WEIGHT_BIAS,
+    bend_scores,
     join_8,
     load_mask,
     softmax_update,
@@ -376,6 +377,7 @@ def attend_mixed_pages(
         v_planes = load_planes(values.codes + at * VALUE.page_words, v_rank, v_header, VALUE)
         k_metadata = keys.params + at * KEY.page_params
         scores = page_scores(q, q_sum, k_planes, k_fields, k_header, k_metadata, KEY, LAUNCH)
+        scores = bend_scores(scores, LAUNCH)
         slot = KEY.sinks + page * PAGE + token
         if LAUNCH.mask_kind > 0:
             scores += load_mask(queries.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)

@@ -25,7 +25,15 @@ import triton.language as tl
 from kvq_compile.kernels.triton import channelwise, uniform
 from kvq_compile.kernels.triton.channelwise_mean import start_mean
 from kvq_compile.kernels.triton.constants import section_start
-from kvq_compile.kernels.triton.primitives import HIDDEN, WEIGHT_BIAS, load_mask, softmax_update
+from kvq_compile.kernels.triton.primitives import (
+    HIDDEN,
+    WEIGHT_BIAS,
+    adds_mean,
+    bend_scores,
+    bends,
+    load_mask,
+    softmax_update,
+)
 from kvq_compile.kernels.triton.schemes import read_key_halves, read_keys, read_values
 from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table, rotate_back
 
@@ -39,6 +47,7 @@ class Queries(NamedTuple):
         group: Group of a value's channels that a copy of a query is for.
         mask: What they may attend to, a `MaskRows`.
         scale: Factor on scores, in units of log 2.
+        bias: What the mean of packed keys adds to their scores, in units of log 2, where scores are bent.
     """
 
     pointer: Any
@@ -47,6 +56,7 @@ class Queries(NamedTuple):
     group: Any
     mask: Any
     scale: Any
+    bias: Any
 
 
 class KeyPages(NamedTuple):
@@ -220,6 +230,16 @@ def _page_scores(k, params, q, q_sum, channel, channel_ok, KEY: tl.constexpr, LA
 
 
 @triton.jit
+def bend_packed(scores, queries, KEY: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return capped and clamped scores of a page; what the keys' mean adds comes before, and not at the end."""
+    if bends(LAUNCH):
+        if adds_mean(KEY):
+            scores += queries.bias[None, :]
+        scores = bend_scores(scores, LAUNCH)
+    return scores
+
+
+@triton.jit
 def _folded_update(
     scores, running_max, params, group, VALUE: tl.constexpr, COPIES: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -293,6 +313,7 @@ def attend_pages(
             k = read_keys(k_codes, book, channel, channel_ok, KEY, LAUNCH)
             v = read_values(v_codes, values.book, VALUE, IN_PLACE, LAUNCH)
             scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, LAUNCH)
+        scores = bend_packed(scores, queries, KEY, LAUNCH)
         slot = KEY.sinks + page * PAGE + tl.arange(0, PAGE)
         if LAUNCH.mask_kind > 0:
             scores += load_mask(queries.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)

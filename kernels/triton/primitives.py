@@ -19,6 +19,7 @@ import triton.language as tl
 
 # Scores below this count as hidden; far from where exp2 has an effect.
 HIDDEN = tl.constexpr(-1.0e38)
+LOG2_E = tl.constexpr(1.4426950408889634)
 WEIGHT_BIAS = tl.constexpr(
     12.0
 )  # weights are kept 2 ** 12 times too large, or fp16 weights would underflow
@@ -445,7 +446,29 @@ def load_mask(mask, slot, KIND: tl.constexpr, SHARED: tl.constexpr):
     if KIND == 1:
         return tl.where(tl.load(where, mask=ok, other=0) != 0, 0.0, float("-inf"))
     bias = tl.load(where, mask=ok, other=0.0).to(tl.float32)
-    return tl.maximum(bias, 2 * HIDDEN) * 1.4426950408889634  # stays finite, and hidden
+    return tl.maximum(bias, 2 * HIDDEN) * LOG2_E  # stays finite, and hidden
+
+
+@triton.constexpr_function
+def bends(launch):
+    """Return whether scores are capped or clamped."""
+    return launch.cap > 0 or launch.clamps
+
+
+@triton.constexpr_function
+def adds_mean(key):
+    """Return whether the mean of packed keys adds the same to all scores of a query: see `query`."""
+    return key.has_tables and not key.rotary
+
+
+@triton.jit
+def bend_scores(scores, LAUNCH: tl.constexpr):
+    """Return scores in units of log 2, capped and clamped where the launch's `Operands` say so."""
+    if LAUNCH.cap > 0:
+        scores = LAUNCH.cap - 2 * LAUNCH.cap / (tl.exp2(scores * (2 / LAUNCH.cap * LOG2_E)) + 1)
+    if LAUNCH.clamps:
+        scores = tl.minimum(tl.maximum(scores, LAUNCH.lowest), LAUNCH.highest)
+    return scores
 
 
 @triton.jit

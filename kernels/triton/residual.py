@@ -12,7 +12,12 @@ import triton.language as tl
 
 from kvq_compile.kernels.triton.arguments import at_head
 from kvq_compile.kernels.triton.constants import pad_channels
-from kvq_compile.kernels.triton.primitives import WEIGHT_BIAS, load_mask, softmax_update
+from kvq_compile.kernels.triton.primitives import (
+    WEIGHT_BIAS,
+    bend_scores,
+    load_mask,
+    softmax_update,
+)
 
 MAX_PAGES = 1 << 20  # the lower 20 bits of cursor[1]; the other 11 count programs
 ARRIVAL = tl.constexpr(MAX_PAGES)
@@ -203,6 +208,7 @@ def attend_exact(
             values.rows, values.new, values.stride, place, VALUE.head_dim, LAUNCH.exact_dtype
         )
         scores = tl.dot(k, q, input_precision=LAUNCH.precision) * queries.scale
+        scores = bend_scores(scores, LAUNCH)
         if LAUNCH.mask_kind > 0:
             scores += load_mask(queries.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)
         scores = tl.where((old | now)[:, None], scores, float("-inf"))

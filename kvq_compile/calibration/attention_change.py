@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.score import UNBENT, Bend, bend_
+
 
 @dataclass(frozen=True)
 class Text:
@@ -17,6 +19,7 @@ class Text:
         place: Their positions in the sequence, ``[n]``.
         key, value: All keys and values, ``[H, T, D]``.
         scale: Factor on the scores.
+        bend: What happens to scores after that.
     """
 
     query: Tensor
@@ -24,6 +27,7 @@ class Text:
     key: Tensor
     value: Tensor
     scale: float
+    bend: Bend = UNBENT
 
 
 def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> Tensor:
@@ -42,7 +46,7 @@ def attend(text: Text, key: Tensor, value: Tensor, sinks: int, window: int) -> T
         scores = queries @ exact_key.T
         if key is not text.key:
             scores = torch.where(far, queries @ old_key.T, scores)
-        scores = scores.mul_(text.scale).masked_fill_(distance < 0, -torch.inf)
+        scores = bend_(scores.mul_(text.scale), text.bend).masked_fill_(distance < 0, -torch.inf)
         weights = scores.softmax(-1)
         output = weights @ exact_value
         if value is not text.value:

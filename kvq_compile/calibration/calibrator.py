@@ -274,7 +274,7 @@ def _text(seen: Activations, generator: torch.Generator) -> Text:
     places = order[:QUERIES] + FAR
     place = places.sort().values.to(seen.key.device)
     query, key, value = (x.detach()[0].float() for x in (seen.query, seen.key, seen.value))
-    return Text(query[:, place], place, key, value, seen.scale)
+    return Text(query[:, place], place, key, value, seen.scale, seen.bend)
 
 
 def _rows(x: Tensor, picked: Tensor) -> Tensor:

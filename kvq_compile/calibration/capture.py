@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy
 
 from kvq_compile.errors import KVQWarning
+from kvq_compile.kernels.score import UNBENT, Bend, Score
 from kvq_compile.lowering.find.rotation import Rotation, find_rotation
 from kvq_compile.lowering.rewrite.return_operands import Watched, watch_attentions
 from kvq_compile.lowering.sites import Life, Refusal, SiteReport
@@ -39,6 +40,7 @@ class Activations:
         layer: Number of the attention in the order of execution.
         query, key, value: ``[B, Hq, T, D]`` and ``[B, Hkv, T, D]``, in the model's dtype, as attention reads them.
         scale: Factor on the scores of queries and keys.
+        bend: What happens to scores after that.
         key_gradient, value_gradient, output_gradient: Gradients of the mean loss of the batch's next tokens with
             respect to keys, values and the attention's output ``[B, Hq, T, Dv]``, or ``None``.
         rotation: How the keys were rotated, without the node of the positions, or ``None``.
@@ -59,6 +61,7 @@ class Activations:
     first_slot: int = 0
     mask: Tensor | None = None
     output_gradient: Tensor | None = None
+    bend: Bend = UNBENT
 
 
 def capture(
@@ -122,13 +125,13 @@ class _Watch:
     """The backend, and what the graphs that it compiled have seen.
 
     Attributes:
-        seen: Layer, scale, query, key, value and output of each attention of the latest call.
+        seen: Layer, score, query, key, value and output of each attention of the latest call.
         rotations: Rotation of each layer, or the reason why there is none, found in the first graph.
     """
 
     def __init__(self, gradients: bool, rotations: Mapping[int, Found] | None) -> None:
         self._gradients = gradients
-        self.seen: list[tuple[int, float, Tensor, Tensor, Tensor, Tensor]] = []
+        self.seen: list[tuple[int, Score, Tensor, Tensor, Tensor, Tensor]] = []
         self.rotations: dict[int, Found] = dict(rotations or {})
         self._left_out: list[SiteReport] = []
         self._error: ValueError | None = None
@@ -150,7 +153,7 @@ class _Watch:
         def run(*args: Any) -> list[Any]:
             outputs, seen = watched.run(args)
             self.seen = [
-                (site.order, site.attention.score.scale, *operands)
+                (site.order, site.attention.score, *operands)
                 for site, operands in zip(watched.sites, seen, strict=True)
             ]
             return outputs
@@ -239,7 +242,7 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
             raise ValueError("logits must depend on the keys, got some without a gradient")
         gradients = list(torch.autograd.grad(loss, wanted, allow_unused=True))
     found = []
-    for index, (layer, scale, query, key, value, _) in enumerate(watch.seen):
+    for index, (layer, score, query, key, value, _) in enumerate(watch.seen):
         rotation, reason = watch.rotations[layer]
         key_gradient, value_gradient, output_gradient = gradients[3 * index : 3 * index + 3]
         found.append(
@@ -248,7 +251,8 @@ def _collect(watch: _Watch, batch: Batch, result: Any) -> list[Activations]:
                 query=query.detach(),
                 key=key.detach(),
                 value=value.detach(),
-                scale=scale,
+                scale=score.scale,
+                bend=score.bend,
                 key_gradient=key_gradient,
                 value_gradient=value_gradient,
                 rotation=rotation,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.calibration.capture import Activations
+from kvq_compile.kernels.score import UNBENT, Bend, bend_
 from kvq_compile.kernels.tables import Tables
 from kvq_compile.lowering.find.key_rotation import rotation_tables
 from kvq_compile.lowering.find.rotation import Rotation
@@ -53,14 +54,24 @@ def far_gradients(seen: Activations, sinks: int, window: int) -> Tensor:
     total = torch.zeros_like(seen.key, dtype=torch.float32)
     for rows in slot.split(max(1, ELEMENTS // (B * H * shared * T))):
         distance = rows[:, None] - slot
-        scores = (query[..., rows, :] @ key.mT).mul_(seen.scale)
+        scores = bend_((query[..., rows, :] @ key.mT).mul_(seen.scale), seen.bend)
+        slope = _slope(scores, seen.bend)
         weights = scores.masked_fill_((distance < 0) | hidden, -torch.inf).softmax(-1)
         weights = torch.nan_to_num(weights)  # of padding, which sees nothing
         change = gradient[..., rows, :] @ value.mT
         change = weights * (change - (weights * change).sum(-1, keepdim=True))
+        change = change if slope is None else change * slope
         change *= (distance >= window) & (slot >= sinks)
         total += (change.mT @ query[..., rows, :]).sum(2).mul_(seen.scale)
     return total
+
+
+def _slope(scores: Tensor, bend: Bend) -> Tensor | None:
+    """Return the slope of bent scores by scaled products; ``None`` where it is 1."""
+    if bend == UNBENT:
+        return None
+    slope = ((scores > bend.lowest) & (scores < bend.highest)).to(scores.dtype)
+    return slope if bend.cap == 0 else slope * (1 - (scores / bend.cap).square())
 
 
 def weighted_tables(weight: Tensor, rotation: Rotation | None) -> Tables:

@@ -24,6 +24,7 @@ from kvq_compile.kernels.layout import HIDES
 from kvq_compile.lowering.find.attention import (
     ADDITIONS,
     CASTS,
+    DIFFERENCES,
     DROPS,
     SCALE_IN_GRAPH,
     SCALINGS,
@@ -47,7 +48,7 @@ _REPEATS = ("repeat_interleave", "repeat", "tile", "stack", "cat", "gather", "in
 # What may lie between an operand and its product; between the scores and the softmax; and behind it. Anything else, a
 # cap or a clamp say, could do nothing to random numbers and something to those of a model.
 _OF_OPERANDS = (*_MOVES, *_REPEATS, *SCALINGS)
-_DIFFERENCES = ("sub", "sub_", "isub", "rsub")
+_DIFFERENCES = (*DIFFERENCES, "rsub")
 _LARGEST = ("max", "amax")
 _HIDING = ("masked_fill", "masked_fill_", "where")
 _OF_SCORES = (

@@ -103,6 +103,8 @@ def _site(
         if quantization.layout.keep_exact and state.life not in GROWS:
             raise Refusal(KEEPS_NOT)
         check_window(state, quantization.layout)
+        if attention.sink_logits is not None and quantization.layout.attentive:
+            raise Refusal("bits depend on attention, whose softmax has logits of sinks")
         if state.last is not None and quantization.layout.attentive:
             raise Refusal("bits depend on attention, which reads only the last tokens of the cache")
     return AttentionSite(place.layer, order, place.where, attention, key, value, *quantizations)

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
+from kvq_compile.lowering.find.trial import data_of
 from kvq_compile.lowering.find.trims import kept_of, suffix_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
 from kvq_compile.lowering.find.writes import read_write, writes_of
@@ -278,7 +279,10 @@ def _own_write(read: _Read, attention: fx.Node | None) -> fx.Node:
     reads = [
         place[user]
         for user in past.users
-        if user not in writes and user.op != "output" and not _is_dead(user)
+        if user not in writes
+        and user.op != "output"
+        and past in data_of(user)
+        and not _is_dead(user)
     ]
     written = [place[write] for write in writes]
     before = [at for at in written if at < (end if read.first is None else place[read.first])]

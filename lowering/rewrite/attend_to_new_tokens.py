@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+from torch import fx
 
 from kvq_compile.kernels.layout import HIDES
 from kvq_compile.lowering.cache_nodes import UNSEEN, CacheNodes, Seen, quantize, slots_from
@@ -43,37 +44,57 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
     with nodes.inserting_before(attention.output):
         check_room(nodes, site.key)
         mask = visible_mask(nodes, attention)
-        exact = nodes.call_function(
-            torch.nn.functional.scaled_dot_product_attention,
-            (attention.query, site.key.new, site.value.new),
-            {
-                "attn_mask": _own_mask(graph, site, mask),
-                "is_causal": attention.causal,
-                "scale": attention.score.scale,
-                "enable_gqa": True,
-            },
-        )
+        keys, values = (_empty(graph, state, quantization) for state, quantization in site.states())
+        own = _own_mask(graph, site, mask)
+        if attention.score.is_plain:
+            exact = _exact(nodes, site, own)
+        else:  # which torch has no call for
+            new, slots = (site.key.new, site.value.new), slots_from(site.key.position)
+            exact = keys.attend(nodes, values, attention, new, own, slots)
+            exact = nodes.call_method("to", (exact, value_of(attention.output).dtype))
         exact.meta.update(attention.output.meta)
         weights = weigh_tokens(nodes, site, None, mask)
-        for state, quantization in site.states():
+        for state, made in ((site.key, keys), (site.value, values)):
             assert state.past is not None
             seen = seen_by(site, state, weights)
-            graph.made[state.past] = allocate(graph, state, quantization, seen)
+            graph.made[state.past] = _filled(graph, state, made, seen, exact)
             erase_write(graph, state)
     graph.replace(attention.output, exact)
+
+
+def _exact(nodes: fx.Graph, site: AttentionSite, mask: Any) -> fx.Node:
+    """Insert torch's attention over the call's own tokens."""
+    attention = site.attention
+    about = {"attn_mask": mask, "is_causal": attention.causal, "scale": attention.score.scale}
+    return nodes.call_function(
+        torch.nn.functional.scaled_dot_product_attention,
+        (attention.query, site.key.new, site.value.new),
+        {**about, "enable_gqa": True},
+    )
 
 
 def allocate(
     graph: Graph, state: State, quantization: Quantization, seen: Seen = UNSEEN
 ) -> CacheNodes:
     """Make a quantized cache of an allocation and write the new tokens into it, at the graph's insert point."""
+    return _filled(graph, state, _empty(graph, state, quantization), seen)
+
+
+def _empty(graph: Graph, state: State, quantization: Quantization) -> CacheNodes:
+    """Make an empty quantized cache of an allocation."""
     assert state.past is not None
     nothing = insert_call(
         graph.fx, operator.getitem, (state.new, (slice(None), slice(None), slice(0, 0)))
     )
     slots, like = size_of(state.past, 2), empty_cache(graph, state, quantization)
-    made = quantize(graph.fx, nothing, slots, False, like)
-    made.append(graph.fx, state.new, slots_from(state.position), seen=seen)
+    return quantize(graph.fx, nothing, slots, False, like)
+
+
+def _filled(
+    graph: Graph, state: State, made: CacheNodes, seen: Seen, after: fx.Node | None = None
+) -> CacheNodes:
+    """Write the new tokens into a cache that was made for them."""
+    made.append(graph.fx, state.new, slots_from(state.position), after, seen)
     return made
 
 

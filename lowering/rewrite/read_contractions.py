@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.kernels.layout import Score
+from kvq_compile.kernels.score import Score
 from kvq_compile.lowering.find.attention import is_spelled_as_known
 from kvq_compile.lowering.find.contraction import (
     Contraction,

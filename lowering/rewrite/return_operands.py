@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.lowering.find.sites import find_sites
+from kvq_compile.lowering.find.sites import find_sites, left_alone
 from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
@@ -18,6 +18,7 @@ from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.sites import AttentionSite, SiteReport
 
+SINKS = "calibration does not know logits of sinks in a softmax"
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value and output of a site
 
 
@@ -83,6 +84,7 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
     spell_growth(graph)
     name_updates(graph)
     find_sites(graph)
+    _leave_out_sinks(graph)
     placeholders = list(graph.inputs)
     changed = changed_roots(graph.fx.nodes)
     written = [index for index, node in enumerate(placeholders) if node in changed]
@@ -96,6 +98,14 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
     graph.fx.lint()
     graph.module.recompile()
     return Watched(graph.module, graph.sites, graph.reports, placeholders, written, graph.returned)
+
+
+def _leave_out_sinks(graph: Graph) -> None:
+    """Leave out attentions whose outputs are not told by what is returned."""
+    for site in [site for site in graph.sites if site.attention.score.has_sinks]:
+        about = site.layer, site.where, site.attention.output, SINKS
+        graph.reports.append(left_alone(*about))
+        graph.sites.remove(site)
 
 
 def with_gradient(x: Tensor) -> Tensor:
