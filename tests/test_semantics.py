@@ -190,6 +190,56 @@ def test_an_assistant_changes_no_token() -> None:
     assert generate(compiled, text(9), assistant_model=assistant) == generate(plain, text(9))
 
 
+WAYS = {
+    "samples": {"do_sample": True, "top_k": 8},
+    "sequences of one prompt": {"do_sample": True, "num_return_sequences": 3},
+    "beams, sampled": {"do_sample": True, "num_beams": 2},
+    "guidance": {"guidance_scale": 1.5},
+    "a prompt in chunks": {"prefill_chunk_size": 4},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_a_way_to_generate_takes_the_same_tokens(options: dict) -> None:
+    plain, compiled = twins(EXACT)
+    found = []
+    for model in (plain, compiled):
+        torch.manual_seed(3)
+        found.append(generate(model, text(11), **options))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_a_padded_batch_and_a_batch_of_another_size_take_the_same_tokens(
+    cache_implementation,
+) -> None:
+    plain, compiled = twins(EXACT)
+    for batch in (1, 3):
+        ids, mask = text(14, batch=batch), torch.ones(batch, 14, dtype=torch.long)
+        mask[-1, :5] = 0
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        found = [
+            model.generate(
+                ids, attention_mask=mask, cache_implementation=cache_implementation, **options
+            )
+            for model in (plain, compiled)
+        ]
+        assert torch.equal(*found)
+
+
+def test_attention_weights_are_returned_for_every_cache_position() -> None:
+    plain, compiled = twins(PACKED)
+    for model in (plain, compiled):
+        model.set_attn_implementation("eager")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_attentions": True, "return_dict_in_generate": True}
+    ours, theirs = (model.generate(text(60), **options) for model in (compiled, plain))
+    for one, other in zip(ours.attentions[-1], theirs.attentions[-1], strict=True):
+        assert one.shape == other.shape == (1, 4, 1, 63)
+        assert_close(one, other, TOLERANCE)
+
+
 # What is done to a cache between two calls
 
 
