@@ -237,6 +237,7 @@ def main() -> None:
         default="hf-static,int4,tc,int4-static",
         help="method, -static, -unrecorded, or hf-",
     )
+    parser.add_argument("--commit", default="", help="of the code")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
@@ -248,7 +249,7 @@ def main() -> None:
     model = llama(given.layers)
     about = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "layers": given.layers,
+        "transformers": transformers.__version__, "commit": given.commit, "layers": given.layers,
     }  # fmt: skip
     rows = []
     for run in given.runs.split(","):

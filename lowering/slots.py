@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,15 +81,31 @@ class SlotCheck:
     positions: fx.GraphModule | None
     writes: tuple[Write, ...]
 
+    @cached_property
+    def read(self) -> tuple[int, ...]:
+        """Places of the arguments that cache positions are computed from."""
+        if self.positions is None:
+            return ()
+        nodes = enumerate(self.positions.graph.find_nodes(op="placeholder"))
+        return tuple(place for place, node in nodes if node.users)
+
+    def _positions(self, args: Sequence[Any]) -> list[list[int]]:
+        """Return the cache positions of each write, from arguments in host memory."""
+        if self.positions is None:
+            return []
+        return [x.reshape(-1).tolist() for x in self.positions(*args)]
+
     def look(self, args: Sequence[Any]) -> Look:
         """Look at the writes of a call before it runs."""
-        slots = [] if self.positions is None else list(self.positions(*args))
         places = {write.argument for write in self.writes if write.argument is not None}
         caches = {place: args[place] for place in sorted(places)}
         cursors = {place: x.cursor[:1] for place, x in caches.items() if isinstance(x, QuantizedKV)}
-        numbers = _on_host([*slots, *cursors.values()])
+        read = {place: args[place] for place in self.read if isinstance(args[place], Tensor)}
+        copies = on_host([*read.values(), *cursors.values()])
+        given = dict(zip(read, copies, strict=False))
+        numbers = self._positions([given.get(place, x) for place, x in enumerate(args)])
         held: dict[int | None, int] = {
-            place: found[0] for place, found in zip(cursors, numbers[len(slots) :], strict=True)
+            place: int(found) for place, found in zip(cursors, copies[len(read) :], strict=True)
         }
         updated: dict[int, tuple[int, int]] = {}
         for write in self.writes:
@@ -122,18 +139,19 @@ class SlotCheck:
         return Look(None, updated)
 
 
-def _on_host(vectors: Sequence[Tensor]) -> list[list[int]]:
-    """Return the elements of some vectors of integers, waiting for their device at most once."""
-    if not vectors:
-        return []
-    devices = {vector.device for vector in vectors}
-    if devices == {torch.device("cpu")}:
-        return [vector.reshape(-1).tolist() for vector in vectors]
-    device = next(iter(device for device in devices if device.type != "cpu"))
-    flat = torch.cat([vector.reshape(-1).to(device, torch.int64) for vector in vectors]).tolist()
-    lengths = [vector.numel() for vector in vectors]
-    ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
-    return [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors in host memory, waiting for their device once for each dtype."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for place, x in enumerate(tensors):
+        if x.device.type != "cpu":
+            by_dtype.setdefault(x.dtype, []).append(place)
+    copies = list(tensors)
+    for places in by_dtype.values():
+        flat = torch.cat([tensors[place].reshape(-1) for place in places]).cpu()
+        parts = flat.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            copies[place] = part.view(tensors[place].shape)
+    return copies
 
 
 def _shows(write: Write, args: Sequence[Any], end: int) -> bool | None:

@@ -67,10 +67,12 @@ def _changed_between(a: fx.Node, b: fx.Node) -> bool:
     return bool(roots & changed_roots(between))
 
 
-def part_of(nodes: Sequence[fx.Node], arguments: Mapping[fx.Node, int]) -> fx.GraphModule:
+def part_of(
+    nodes: Sequence[fx.Node], arguments: Mapping[fx.Node, int], on_host: bool = False
+) -> fx.GraphModule:
     """Return the part of a graph that computes ``nodes``, as a function of the arguments of a call.
 
-    It runs before the call, on the arguments as they are then.
+    It runs before the call, on the arguments as they are then; ``on_host``: on copies of them in host memory.
 
     Raises:
         Refusal: They depend on something that is known only when the graph runs.
@@ -79,7 +81,7 @@ def part_of(nodes: Sequence[fx.Node], arguments: Mapping[fx.Node, int]) -> fx.Gr
     needed: set[fx.Node] = set()
     for node in nodes:
         needed |= _needed_by(node, arguments, place)
-    return _extract(sorted(needed, key=place.__getitem__), nodes, arguments)
+    return _extract(sorted(needed, key=place.__getitem__), nodes, arguments, on_host)
 
 
 def _needed_by(
@@ -115,7 +117,10 @@ def _needed_by(
 
 
 def _extract(
-    needed: Sequence[fx.Node], results: Sequence[fx.Node], arguments: Mapping[fx.Node, int]
+    needed: Sequence[fx.Node],
+    results: Sequence[fx.Node],
+    arguments: Mapping[fx.Node, int],
+    on_host: bool,
 ) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -124,7 +129,18 @@ def _extract(
         if node.op == "placeholder":
             copies[node] = names[arguments[node]]
         else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+            if on_host:
+                copy.args = fx.node.map_aggregate(copy.args, _host_for)
+                copy.kwargs = fx.node.map_aggregate(copy.kwargs, _host_for)
+            if on_host and node.op == "get_attr":
+                copies[node] = graph.call_method("cpu", (copy,))
     graph.output(tuple(copies[node] for node in results))
     owner = results[0].graph.owning_module
     return fx.GraphModule(owner if owner is not None else torch.nn.Module(), graph)
+
+
+def _host_for(x: Any) -> Any:
+    """Return an argument with devices made the host."""
+    is_device = isinstance(x, torch.device) or (isinstance(x, str) and x.startswith("cuda"))
+    return torch.device("cpu") if is_device else x

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -66,7 +64,7 @@ def plan_slot_checks(graph: Graph) -> PassReport:
             except Refusal as reason:
                 graph.thaw = f"{source_name(cache)}: {reason}"
                 graph.thawed.add(cache)
-    part = part_of(positions, graph.arguments) if positions else None
+    part = part_of(positions, graph.arguments, on_host=True) if positions else None
     place = order_of(graph.fx)
     planned = tuple(writes[node] for node in sorted(writes, key=place.__getitem__))
     graph.check = SlotCheck(part, planned) if planned else None
@@ -130,9 +128,6 @@ def _write(
     is_tensor = isinstance(value_of(position), torch.Tensor)
     if is_tensor:
         part_of([position], graph.arguments)  # raises where it cannot be known
-    counted = is_tensor and value_of(position).is_cuda and _is_counted(position, state)
-    if counted and writes_of(state.past) == [state.write]:
-        return None  # consecutive whatever the call; the host does not wait for where they begin
     name = source_name(state.past)
     argument = graph.arguments.get(state.past)
     about = hides, inverted, state.is_update
@@ -148,31 +143,6 @@ def _place(position: fx.Node, positions: list[fx.Node]) -> int:
     if position not in positions:
         positions.append(position)
     return positions.index(position)
-
-
-def _is_counted(position: fx.Node, state: State) -> bool:
-    """Return whether cache positions are ``arange(T)`` plus one number for all, in one of its spellings."""
-    tokens = (shape_of(state.new) or ())[2]
-    node: Any = position
-    while isinstance(node, fx.Node):
-        name = target_name(node)
-        if name == "arange":
-            return same(value_of(node).shape[0], tokens)
-        if name in ("add", "sub", "iadd", "add_"):
-            shift = [arg for arg in node.args[:2] if _is_single(arg)]
-            if len(shift) != 1:
-                return False
-            node = next(arg for arg in node.args[:2] if arg is not shift[0])
-        elif name in ("to", "long", "int", "contiguous", "clone"):
-            node = node.args[0]
-        else:
-            return False
-    return False
-
-
-def _is_single(x: Any) -> bool:
-    value = value_of(x)
-    return not isinstance(value, torch.Tensor) or (value.dim() == 0 or value.numel() == 1)
 
 
 def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | bool | None:
