@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvq_compile.calibration.calibrator import calibrate
     from kvq_compile.errors import KVQError, KVQWarning
     from kvq_compile.explanations import Explanation, explain
+    from kvq_compile.kernels.cache.arranged import ArrangedKV
     from kvq_compile.kernels.cache.tensor import QuantizedKV
     from kvq_compile.kernels.schemes import Codebook, Mixed, Uniform
     from kvq_compile.kernels.spec import CacheSpec
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ArrangedKV",
     "CacheSpec",
     "Calibration",
     "Codebook",
@@ -50,6 +52,7 @@ _HOMES = {
     "calibration.calibrator": ("calibrate",),
     "errors": ("KVQError", "KVQWarning"),
     "explanations": ("Explanation", "explain"),
+    "kernels.cache.arranged": ("ArrangedKV",),
     "kernels.cache.tensor": ("QuantizedKV",),
     "kernels.spec": ("CacheSpec",),
     "kernels.schemes": ("Codebook", "Mixed", "Uniform"),

@@ -85,6 +85,22 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     _tell_of_the_limit(times if lowered.reports else None)
     _tell(lowered.reports, lowered.states, config)
 
+    form = lowered.arranged
+    if form is not None:
+        compiled = _compiled(form.module, form.take(example_inputs), lowered, recorder, config)
+        return form.around(compiled)
+    return _compiled(gm, example_inputs, lowered, recorder, config)
+
+
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    lowered: Lowered,
+    recorder: Record | None,
+    config: Config,
+) -> Compiled:
+    """Return the callable for a graph that was lowered."""
+
     def compile_inner(args: Sequence[Any]) -> Compiled:
         return _compile_inner(
             lowered.module, lowered.flatten(args), config, _patches(lowered, config)

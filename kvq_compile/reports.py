@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvq_compile.errors import KVQError
 from kvq_compile.history import graphs, unmet_layers, why_dense, why_plain
+from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.packed import CALIBRATED, PARTS
 from kvq_compile.lowering.sites import DENSE
@@ -282,7 +283,11 @@ def cache_tensors(holder: Any, name: str = "cache") -> Iterator[tuple[str, Tenso
 
 
 def _walk(holder: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(holder, Tensor):
+    if isinstance(holder, ArrangedKV):
+        several = len(holder.caches) > 1
+        for index, cache in enumerate(holder.caches):
+            yield f"{name}[{index}]" if several else name, cache
+    elif isinstance(holder, Tensor):
         if isinstance(holder, QuantizedKV) or (holder.dim() == 4 and holder.is_floating_point()):
             yield name, holder
     elif isinstance(holder, torch.nn.Module):

@@ -12,6 +12,8 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 FULL = slice(None)
+NAME = "kvq_name"  # how the model names an argument that a pass has made
+LAYOUT = "kvq_layout"  # in which layout the model keeps what that is
 VIEWS = (
     *(
         "getitem",
@@ -88,6 +90,8 @@ def target_name(node: Any) -> str:
 
 def source_name(node: fx.Node) -> str:
     """Return how the model names an argument of the graph: ``L['past'].layers[0].keys``."""
+    if NAME in node.meta:
+        return str(node.meta[NAME])
     source = getattr(node, "_dynamo_source", None)
     try:
         return str(source.name() if callable(source.name) else source.name)  # type: ignore[union-attr]

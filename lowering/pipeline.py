@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import fx
 
+from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.higher_order import register
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering import logs
+from kvq_compile.lowering.find.arrangements import is_packed, propose
 from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
@@ -22,6 +24,7 @@ from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.graph import Graph, Pass
 from kvq_compile.lowering.rewrite.add_tables import add_tables
+from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
 from kvq_compile.lowering.rewrite.attend_to_new_tokens import attend_to_new_tokens
 from kvq_compile.lowering.rewrite.cast_operands import cast_operands
 from kvq_compile.lowering.rewrite.dequantize_reads import dequantize_reads
@@ -37,17 +40,19 @@ from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.read_contractions import read_contractions
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
+from kvq_compile.lowering.rewrite.spell_reads import spell_reads
 from kvq_compile.lowering.rewrite.spell_writes import spell_writes
 from kvq_compile.lowering.rewrite.store_dense import store_dense
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
 from kvq_compile.lowering.rewrite.weigh_tokens import weigh_fresh_tokens
-from kvq_compile.lowering.runtime import Lowered
+from kvq_compile.lowering.runtime import Lowered, Plain
 from kvq_compile.lowering.sites import (
     AttentionSite,
     Contradiction,
     Life,
     LostWrite,
+    Refusal,
     SiteReport,
     unexpected,
 )
@@ -60,6 +65,7 @@ ANALYSIS: tuple[Pass, ...] = (
     spell_growth,  # and its growth by one spelling
     hold_slots,
     name_updates,
+    spell_reads,  # what reads a cache that is known by now
     read_contractions,
     find_sites,
     refuse_gradients,
@@ -110,6 +116,60 @@ def lower(
         Contradiction: A cache is quantized to something else than the call asks for.
         LostWrite: A write cannot be expressed on a quantized cache.
     """
+    about = spec, by_order, record
+    if any(isinstance(x, ArrangedKV) for x in example_inputs):
+        return _lower_arranged(gm, example_inputs, *about)
+    lowered = _lower_as_laid_out(gm, example_inputs, *about)
+    outcomes = {report.outcome for report in lowered.reports}
+    outcomes |= {report.outcome for report in lowered.states}
+    if outcomes and outcomes <= {"rewritten", "quantized"}:
+        return lowered
+    arranged = _lower_arranged(gm, example_inputs, *about)
+    return lowered if arranged.arranged is None else arranged
+
+
+def _lower_arranged(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool, record: bool
+) -> Lowered:
+    """Lower a graph some of whose caches are not laid out as ``[B, H, S, D]``; as captured if none is served."""
+    known, packed = propose(gm.graph), is_packed(gm.graph)
+    while known:
+        try:
+            form = arrange_caches(gm, known)
+        except Refusal:
+            several = {node for node, how in known.items() if how.sizes and node not in packed}
+            known = {node: how for node, how in known.items() if node not in several}
+            if not several:
+                break
+            continue
+        except Exception as error:  # the graph runs as captured
+            unexpected(error)
+            break
+        lowered = _lower_as_laid_out(form.module, form.take(example_inputs), spec, by_order, record)
+        if not lowered.compiles:
+            return Lowered.as_captured(gm, lowered.reports, example_inputs)
+        served = form.served(*_quantized(lowered)) | packed
+        if not known.keys() <= served:
+            known = {node: how for node, how in known.items() if node in served}
+        elif packed or any(_quantized(lowered)):
+            return replace(lowered, arranged=form)
+        else:
+            break
+    return Lowered.as_captured(gm, [], example_inputs)
+
+
+def _quantized(lowered: Lowered) -> tuple[set[int], set[int]]:
+    """Return the places of the arguments that are caches, or will be, and of the results that are."""
+    converted = {c.argument for c in lowered.conversions if c.output is None}
+    results = {at for at, plan in enumerate(lowered.outputs) if not isinstance(plan, Plain)}
+    results |= {c.output for c in lowered.conversions if c.output is not None}
+    return {*lowered.unwrapped, *converted}, results
+
+
+def _lower_as_laid_out(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool, record: bool
+) -> Lowered:
+    """Lower a graph whose caches are ``[B, H, S, D]``."""
     try:
         graph = Graph.copy_of(gm, spec, example_inputs, by_order)
         return replace(_lower(graph, gm, record), states=tuple(graph.state_reports))

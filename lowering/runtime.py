@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
+from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.become import (
     become,
     check_can_become_quantized,
@@ -21,6 +22,7 @@ from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.cache.trim import new_trim
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
+from kvq_compile.lowering.arranged import Arranged
 from kvq_compile.lowering.lengths import Lengths
 from kvq_compile.lowering.sites import Quantization, SiteReport, StateReport
 from kvq_compile.lowering.sizes import Size
@@ -185,6 +187,8 @@ class Lowered:
         updated: Numbers of the outputs that are updated caches, by the places of the caches that they are made of.
         lengths: What stands for the lengths of growing caches, where the graph takes bounds of them.
         unrecorded: Why a step of this graph is not to be recorded, if it is a step.
+        arranged: How the captured graph's caches are laid out, where that is not as ``[B, H, S, D]``: all else here is
+            about a graph whose are.
     """
 
     module: fx.GraphModule
@@ -204,13 +208,14 @@ class Lowered:
     updated: Mapping[int, int] = field(default_factory=dict)
     lengths: Lengths | None = None
     unrecorded: str | None = None
+    arranged: Arranged | None = None
 
     @classmethod
     def as_captured(
         cls, gm: fx.GraphModule, reports: list[SiteReport], inputs: Sequence[Any]
     ) -> Lowered:
         """Return a captured graph as it is: for the inner compiler, unless quantized caches are among its inputs."""
-        compiles = not any(isinstance(x, QuantizedKV) for x in inputs)
+        compiles = not any(isinstance(x, (QuantizedKV, ArrangedKV)) for x in inputs)
         return cls(gm, reports, [], 0, [], [], {}, [], compiles)
 
     @classmethod

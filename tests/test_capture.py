@@ -258,6 +258,34 @@ def test_buffers_that_a_model_writes_keep_their_contents(example) -> None:
         assert float(a.value_gradient.abs().max()) > 0
 
 
+class Laid(nn.Module):
+    """One attention whose cache is ``[B, H, S, D]``, or ``[B, S, H, D]``."""
+
+    def __init__(self, tokens_first: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding, self.tokens_first = nn.Embedding(64, 32), tokens_first
+        self.embedding.weight.data = torch.randn(64, 32, generator=generator)
+
+    def forward(self, ids: Tensor):
+        query, key, value = (
+            self.embedding(ids).mul(factor).unflatten(2, (2, 16)) for factor in (0.3, 0.5, 0.7)
+        )
+        if not self.tokens_first:
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+        heads = [x.transpose(1, 2) if self.tokens_first else x for x in (key, value)]
+        output = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *heads)
+        return output.transpose(1, 2).flatten(2) @ self.embedding.weight.mT, (key, value)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_cache_of_another_layout_is_captured_alike(gradients: bool) -> None:
+    found = [list(capture(Laid(first), [texts()], gradients=gradients)) for first in (True, False)]
+    for (mine,), (theirs,) in zip(*found, strict=True):
+        for name in ("query", "key", "value", "key_gradient", "value_gradient"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
+
+
 # What cannot be captured
 
 

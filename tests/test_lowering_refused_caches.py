@@ -40,25 +40,6 @@ def test_heads_repeated_in_tile_order_are_read_dense() -> None:
     assert_read_dense(step, grown(), "the cache reaches attention through repeat")
 
 
-def test_a_cache_with_tokens_before_heads_is_left_alone() -> None:
-    def step(query, key, value, keys, values):
-        keys = torch.cat([keys, key.transpose(1, 2)], 1)
-        values = torch.cat([values, value.transpose(1, 2)], 1)
-        return sdpa(query, keys.transpose(1, 2), values.transpose(1, 2)), keys, values
-
-    def arguments():
-        query, key, value, keys, values = grown()()
-        return (
-            query,
-            key,
-            value,
-            keys.transpose(1, 2).contiguous(),
-            values.transpose(1, 2).contiguous(),
-        )
-
-    assert_left_alone(step, arguments, "the cache reaches attention through transpose")
-
-
 def test_keys_rotated_after_they_are_read_are_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
@@ -66,20 +47,6 @@ def test_keys_rotated_after_they_are_read_are_read_dense() -> None:
         return sdpa(query, keys * angle.cos() + keys.flip(-1) * angle.sin(), values), keys, values
 
     assert_read_dense(step, grown(), "the cache reaches attention through add")
-
-
-def test_keys_and_values_returned_in_one_stack_are_left_alone() -> None:
-    def step(query, key, value, past):
-        keys, values = join(past[0], past[1], key, value)
-        return sdpa(query, keys, values), torch.stack((keys, values))
-
-    def arguments():
-        query, key, value, keys, values = grown()()
-        return query, key, value, torch.stack((keys, values))
-
-    assert_left_alone(
-        step, arguments, "keys and values are returned through stack, not as they are"
-    )
 
 
 def test_keys_and_values_in_one_tensor_are_read_dense() -> None:

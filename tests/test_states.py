@@ -39,10 +39,10 @@ def latent(query, x, cache, weight):
     return sdpa(query, keys, keys), cache
 
 
-def along_dimension_1(query, key, value, keys, values):
+def heads_beside_channels(query, key, value, keys, values):
     keys, values = torch.cat([keys, key], 1), torch.cat([values, value], 1)
-    output = sdpa(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    return output, keys, values
+    apart = [x.unflatten(2, (2, 32)).transpose(1, 2) for x in (keys, values)]
+    return sdpa(query, *apart), keys, values
 
 
 def only_kept(key, keys):
@@ -61,10 +61,10 @@ UNSERVED = {
         [draw(1, 2, 3, 32), draw(1, 3, 16), draw(1, 40, 16), draw(64, 16)],
         "3 dimensions",
     ),
-    "tokens first": (
-        along_dimension_1,
-        [draw(1, count, 2, 32) for count in (3, 3, 3, 40, 40)],
-        "laid out as [B, H, S, D]",
+    "heads beside channels": (
+        heads_beside_channels,
+        [draw(1, 2, 3, 32), *(draw(1, count, 64) for count in (3, 3, 40, 40))],
+        "3 dimensions",
     ),
     "kept only": (only_kept, [draw(1, 2, 3, 32), draw(1, 2, 40, 32)], "no attention reads it"),
     "written": (

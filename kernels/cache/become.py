@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 
 
@@ -15,10 +18,27 @@ def check_can_become_quantized(tensor: Tensor) -> None:
         RuntimeError: The tensor shares its storage, so its memory would not be freed and a write through
             the other tensor would be lost; or it is no plain tensor.
     """
-    if type(tensor) is not Tensor:
-        raise RuntimeError(f"the buffer must be a plain tensor, got {type(tensor).__name__}")
-    if tensor._is_view() or _shares_storage(tensor):
+    owner, views = _owner(tensor)
+    if type(owner) is not Tensor:
+        raise RuntimeError(f"the buffer must be a plain tensor, got {type(owner).__name__}")
+    if owner._is_view() or _shares_storage(owner, views):
         raise RuntimeError("the buffer must not share its storage with another tensor")
+
+
+def lend(owner: Tensor, views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Note that views are all of a tensor, and may be converted in its place: `become_arranged` follows."""
+    reason = stays_plain(owner)
+    for view in views:
+        view._kvq_owner = (owner, len(views))  # type: ignore[attr-defined]
+        if reason is not None:
+            keep_plain(view, reason)
+    return views
+
+
+def _owner(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return the tensor that views were lent of, and how many they are; any other tensor itself, and none."""
+    found: tuple[Tensor, int] = getattr(tensor, "_kvq_owner", (tensor, 0))
+    return found
 
 
 def become(tensor: Tensor, quantized: QuantizedKV) -> None:
@@ -32,21 +52,31 @@ def become(tensor: Tensor, quantized: QuantizedKV) -> None:
         RuntimeError: See `check_can_become_quantized`. Nothing has changed then.
     """
     check_can_become_quantized(tensor)
-    torch._C._swap_tensor_impl(tensor, quantized)
-    tensor.__class__, quantized.__class__ = quantized.__class__, tensor.__class__
-    mine, theirs = dict(tensor.__dict__), dict(quantized.__dict__)
-    tensor.__dict__.clear()
-    quantized.__dict__.clear()
-    tensor.__dict__.update(theirs)
-    quantized.__dict__.update(mine)
+    _swap(tensor, quantized)
     assert isinstance(tensor, QuantizedKV)
     tensor._lineage.add(tensor)
 
 
-def _shares_storage(tensor: Tensor) -> bool:
+def become_arranged(tensor: Tensor, arranged: ArrangedKV) -> None:
+    """Make ``tensor``, whose views have become caches, what stands for them in its layout."""
+    _swap(tensor, arranged)
+
+
+def _swap(tensor: Tensor, other: Tensor) -> None:
+    """Let two objects be what the other one is."""
+    torch._C._swap_tensor_impl(tensor, other)
+    tensor.__class__, other.__class__ = other.__class__, tensor.__class__
+    mine, theirs = dict(tensor.__dict__), dict(other.__dict__)
+    tensor.__dict__.clear()
+    other.__dict__.clear()
+    tensor.__dict__.update(theirs)
+    other.__dict__.update(mine)
+
+
+def _shares_storage(tensor: Tensor, views: int) -> bool:
     storage = tensor.untyped_storage()
     users = torch._C._storage_Use_Count(storage._cdata)
-    return bool(users > 2)  # the tensor and the storage object at hand
+    return bool(users > 2 + views)  # the tensor and the storage object at hand
 
 
 def thaw(cache: QuantizedKV, reason: str) -> None:
@@ -59,6 +89,22 @@ def thaw(cache: QuantizedKV, reason: str) -> None:
     torch._C._swap_tensor_impl(cache, dense)
     tensor: Tensor = cache
     tensor.__class__, dense.__class__ = Tensor, QuantizedKV
+    tensor.__dict__.clear()
+    keep_plain(tensor, reason)
+
+
+def thaw_arranged(arranged: ArrangedKV, reason: str) -> None:
+    """Convert a tensor of quantized caches back to an ordinary one, in place, as `thaw` does with a cache.
+
+    Caches of it that have been converted already are taken as they are.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        caches = [x.dequantize() if isinstance(x, QuantizedKV) else x for x in arranged.caches]
+        dense: Tensor = arranged.arrangement.join(caches)
+        dense = dense.clone(memory_format=torch.contiguous_format)
+    torch._C._swap_tensor_impl(arranged, dense)
+    tensor: Tensor = arranged
+    tensor.__class__, dense.__class__ = Tensor, ArrangedKV
     tensor.__dict__.clear()
     keep_plain(tensor, reason)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from kvq_compile.kernels.cache.arranged import ArrangedKV
     from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
     from kvq_compile.kernels.layout import Layout
 
@@ -161,4 +162,25 @@ def rebuild_old(
     return wrap_loaded(parts, calibrated, load_old_layout(layout), kind, length)
 
 
-torch.serialization.add_safe_globals([rebuild, (rebuild_old, "kvq_compile.kernels.cache.rebuild")])
+def rebuild_arranged(
+    caches: list[QuantizedKV], axes: str, sizes: tuple[int, ...], heads: int
+) -> ArrangedKV:
+    """Wrap the caches of a file, which were checked one by one.
+
+    Raises:
+        TypeError, ValueError: They are no caches, or not those of one tensor.
+    """
+    from kvq_compile.kernels.cache.arranged import ArrangedKV
+    from kvq_compile.kernels.cache.arrangement import Arrangement
+    from kvq_compile.kernels.cache.tensor import QuantizedKV
+
+    if not caches or not all(isinstance(cache, QuantizedKV) for cache in caches):
+        raise TypeError(f"caches must be of QuantizedKV, got {[type(c).__name__ for c in caches]}")
+    if len({cache.shape for cache in caches}) != 1:
+        raise ValueError(f"caches must have one shape, got {[list(c.shape) for c in caches]}")
+    return ArrangedKV(caches, Arrangement(axes, tuple(sizes), heads))
+
+
+torch.serialization.add_safe_globals(
+    [rebuild, rebuild_arranged, (rebuild_old, "kvq_compile.kernels.cache.rebuild")]
+)

@@ -145,7 +145,7 @@ class _Watch:
             self._error = error
             return gm.forward
         self._left_out = watched.reports
-        inputs = dict(zip(watched.placeholders, example_inputs, strict=True))
+        inputs = dict(zip(watched.placeholders, watched.take(example_inputs), strict=True))
         for site in watched.sites:
             if site.order not in self.rotations:
                 self.rotations[site.order] = _rotation(site.key.new, inputs)

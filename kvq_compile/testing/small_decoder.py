@@ -6,6 +6,7 @@ what `testing.assert_within_bound` and `testing.assert_matches_dequantized` want
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvq_compile.kernels.cache.arranged import ArrangedKV
+from kvq_compile.kernels.cache.arrangement import FOLDED, PIECE, Arrangement
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.options import make_spec
+
+# Axes of what a model keeps, as `Arrangement` names them: in any order, heads folded into the batch, keys and values in
+# one tensor.
+LAYOUTS = ("BHSD", "BSHD", "SBHD", "BHDS", "FSD", "PBHSD", "BPHSD", "BSPHD")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,9 @@ class Decoder(nn.Module):
         options: Options of the backend.
         chunks: Tokens of each call; the first is the prompt.
         spec: What ``options`` ask for.
+        layout: One of `LAYOUTS`.
+        spelling: One of `SPELLINGS`: how attention is written.
+        write: One of `WRITES`: how a static cache is written.
     """
 
     def __init__(
@@ -67,8 +77,14 @@ class Decoder(nn.Module):
         mask_kind: str,
         options: dict[str, Any],
         seed: int,
+        layout: str = "BHSD",
+        spelling: str = "sdpa",
+        write: str = "assigned",
     ) -> None:
         super().__init__()
+        pieces = (2,) if PIECE in layout else ()
+        self.arrangement = Arrangement(layout, pieces, heads[1] if FOLDED in layout else 0)
+        self.layout, self.spelling, self.write = layout, spelling, write
         self.heads, self.head_dim, self.dtype, self.kind = heads, head_dim, dtype, kind
         self.chunks, self.padding, self.mask_kind = chunks, padding, mask_kind
         self.layers, self.slots = layers, sum(chunks) + 3
@@ -82,12 +98,11 @@ class Decoder(nn.Module):
                 self.register_buffer(f"{name}_{layer}", weight.to(dtype))
         self.inputs = _normal(generator, len(padding), sum(chunks), self.width).to(dtype)
         if kind == "static":
+            shape = self.arrangement.shape((len(padding), kv, self.slots, head_dim))
             for layer in range(layers):
-                for name in ("keys", "values"):
-                    empty = torch.zeros(
-                        len(padding), kv, self.slots, head_dim, dtype=dtype, device="cpu"
-                    )
-                    self.register_buffer(f"{name}_{layer}", empty)
+                for number in range(1 if pieces else 2):
+                    empty = torch.zeros(shape, dtype=dtype, device="cpu")
+                    self.register_buffer(f"cache_{layer}_{number}", empty)
 
     def __repr__(self) -> str:
         names = (
@@ -100,6 +115,9 @@ class Decoder(nn.Module):
             "padding",
             "mask_kind",
             "options",
+            "layout",
+            "spelling",
+            "write",
         )
         return f"Decoder({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
@@ -114,23 +132,37 @@ class Decoder(nn.Module):
                 .transpose(1, 2)
             )
             q, k, v = split.split((query, kv, kv), 1)
-            if self.kind == "static":
-                keys, values = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
-                keys[:, :, position] = k
-                values[:, :, position] = v
-            elif past is None:
-                keys, values = k, v
-            else:
-                keys, values = torch.cat([past[layer][0], k], 2), torch.cat([past[layer][1], v], 2)
-            output = nn.functional.scaled_dot_product_attention(
-                q, keys, values, mask, enable_gqa=True
-            )
+            held = self._update(layer, self._laid_out(k, v), position, past)
+            keys, values = self._apart(held)
+            output = SPELLINGS[self.spelling](q, keys, values, mask)
             x = x + output.transpose(1, 2).flatten(2) @ getattr(self, f"merge_{layer}")
-            present.append((keys, values))
-            seen.append(
-                (q, k.clone(), v.clone(), output)
-            )  # the keys themselves come back quantized
+            present.append(held)
+            # What is attended to and returned, or a copy of it, comes back quantized.
+            seen.append((q + 0, k + 0, v + 0, output))
         return x, present if self.kind == "grown" else None, seen
+
+    def _laid_out(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Return keys and values as the decoder keeps them."""
+        join = self.arrangement.join
+        return (join([k, v]),) if self.arrangement.sizes else (join([k]), join([v]))
+
+    def _apart(self, held: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values ``[B, H, S, D]`` of what the decoder keeps."""
+        keys, values = [x for tensor in held for x in self.arrangement.split(tensor)]
+        return keys, values
+
+    def _update(
+        self, layer: int, new: tuple[Tensor, ...], position: Tensor, past: Any
+    ) -> tuple[Tensor, ...]:
+        """Return what is kept of a layer, the tokens of this call included."""
+        axis = self.arrangement.axis("S")
+        if self.kind == "grown":
+            pairs = () if past is None else zip(past[layer], new, strict=True)
+            return tuple(torch.cat(pair, axis) for pair in pairs) or new
+        held = tuple(getattr(self, f"cache_{layer}_{number}") for number in range(len(new)))
+        for tensor, tokens in zip(held, new, strict=True):
+            WRITES[self.write](tensor, axis, position, tokens)
+        return held
 
     def mask(self, start: int, tokens: int) -> Tensor | None:
         """Return the mask of one call: causal, sequences padded on the left, own slot always seen."""
@@ -171,9 +203,63 @@ class Decoder(nn.Module):
 
     def _caches(self, layer: int, past: Any) -> tuple[QuantizedKV, QuantizedKV] | None:
         if self.kind == "static":
-            pair = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
+            numbers = range(1 if self.arrangement.sizes else 2)
+            held = [getattr(self, f"cache_{layer}_{number}") for number in numbers]
         else:
-            pair = past[layer] if past is not None else (None, None)
-        if not all(isinstance(cache, QuantizedKV) for cache in pair):
-            return None
-        return pair[0].clone(), pair[1].clone()
+            held = [] if past is None else list(past[layer])
+        caches = [
+            x.clone_packed()
+            for tensor in held
+            for x in _inside(tensor)
+            if isinstance(x, QuantizedKV)
+        ]
+        return (caches[0], caches[1]) if len(caches) == 2 else None
+
+
+def _inside(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the caches of what a decoder keeps; an ordinary tensor itself."""
+    return tensor.caches if isinstance(tensor, ArrangedKV) else (tensor,)
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    times = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(times, 1) for x in (keys, values))
+    scores = _masked(query @ keys.transpose(-1, -2) * query.shape[3] ** -0.5, mask)
+    return scores.float().softmax(-1).to(query.dtype) @ values
+
+
+def _einsum(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    times = query.shape[1] // keys.shape[1]
+    keys, values = (x.transpose(1, 2).repeat_interleave(times, 2) for x in (keys, values))
+    scores = torch.einsum("bhtd,bshd->bhts", query * query.shape[3] ** -0.5, keys)
+    weights = _masked(scores, mask).float().softmax(-1).to(query.dtype)
+    return torch.einsum("bhts,bshd->bhtd", weights, values)
+
+
+SPELLINGS = {"sdpa": _sdpa, "products": _products, "einsum": _einsum}
+
+
+def _assign(cache: Tensor, axis: int, position: Tensor, tokens: Tensor) -> None:
+    cache[(slice(None),) * axis + (position,)] = tokens
+
+
+def _index_copy(cache: Tensor, axis: int, position: Tensor, tokens: Tensor) -> None:
+    cache.index_copy_(axis, position, tokens)
+
+
+def _scatter(cache: Tensor, axis: int, position: Tensor, tokens: Tensor) -> None:
+    shape = [-1 if dim == axis else 1 for dim in range(cache.dim())]
+    cache.scatter_(axis, position.view(shape).expand_as(tokens), tokens)
+
+
+WRITES = {"assigned": _assign, "index_copy_": _index_copy, "scatter_": _scatter}

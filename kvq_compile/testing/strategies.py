@@ -25,7 +25,7 @@ from kvq_compile.kernels.schemes import (
 )
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.methods import UNIFORM
-from kvq_compile.testing.small_decoder import Decoder
+from kvq_compile.testing.small_decoder import LAYOUTS, SPELLINGS, WRITES, Decoder
 
 HEAD_DIMS = (64, 72, 80, 96, 120, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -185,7 +185,7 @@ def masks(draw: st.DrawFn, batch: int, heads: int, tokens: int, slots: int) -> T
 
 @st.composite
 def decoders(draw: st.DrawFn) -> Decoder:
-    """Draw a `Decoder`: layers, heads, head dimension, dtype, kind of cache, method, lengths, masks."""
+    """Draw a `Decoder`: layers, heads, head dimension, dtype, kind and layout of cache, method, lengths, masks."""
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     kv, shared = draw(st.sampled_from(((1, 1), (1, 4), (2, 1), (2, 3))))
     kinds: tuple[Kind, ...] = ("grown", "static")
@@ -219,4 +219,7 @@ def decoders(draw: st.DrawFn) -> Decoder:
         mask_kind=mask_kind,
         options=options,
         seed=draw(st.integers(0, 2**16)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        spelling=draw(st.sampled_from(sorted(SPELLINGS))),
+        write=draw(st.sampled_from(sorted(WRITES))),
     )

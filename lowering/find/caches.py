@@ -29,6 +29,7 @@ from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.find.updates import updated_cache
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
+    LAYOUT,
     argument,
     root_of,
     same,
@@ -72,7 +73,8 @@ def find_states(graph: Graph) -> PassReport:
         shape = tuple(str(size) for size in shape_of(node) or ())
         name, state = source_name(node), served.get(node)
         if state is not None and state.base not in dense:
-            graph.state_reports.append(StateReport(name, shape, "quantized", state.how))
+            layout = f", kept as {node.meta[LAYOUT]}" if LAYOUT in node.meta else ""
+            graph.state_reports.append(StateReport(name, shape, "quantized", state.how + layout))
             continue
         told = graph.reasons.get(node if state is None else state.whole)
         reason = graph.thaw or told or _why_not(graph, node, axis)
@@ -247,11 +249,11 @@ def _why_not(graph: Graph, cache: fx.Node, axis: int | None) -> str:
         return told[0]
     dims = len(shape_of(cache) or ())
     if dims != 4:
-        return f"it has {dims} dimensions; caches of four, [B, H, S, D], are served"
+        return f"it has {dims} dimensions; [B, H, S, D] in any order is served, and several such in one tensor"
     if axis != 2:
         if axis is None:
             return "it is written at something else than whole tokens"
-        return f"it grows along dimension {axis}; caches [B, H, S, D] that grow along 2 are served"
+        return f"it grows along dimension {axis}, which is not understood as the tokens of [B, H, S, D] in any order"
     if not _is_multiplied(cache):
         return "no attention reads it in the graph that writes it (a graph break between the two?)"
     return "what reads it is no softmax attention that is rewritten"

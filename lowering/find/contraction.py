@@ -110,19 +110,19 @@ def find_contraction(softmax: fx.Node, find: Find) -> Contraction | None:
     Raises:
         Refusal: It is one, with a step in between that is not understood, or with weights that are used elsewhere.
     """
-    shape, product, output = shape_of(softmax), product_before(softmax), _product_behind(softmax)
+    shape, product, output = shape_of(softmax), product_before(softmax), product_behind(softmax)
     if shape is None or argument(softmax, 1, "dim") not in (-1, len(shape) - 1):
         return None
     if output is None or product is None:
         return None
     scores = _as_written(argument(softmax, 0, "input"), softmax)
-    behind = set(_dependent(softmax, output))
+    behind = set(dependent(softmax, output))
     values = [n for n in _above(output.all_input_nodes, MIXING) if n not in behind]
     key = _first_cache(_above(product.all_input_nodes, MIXING), find)
     value = _first_cache(values, find)
     if key is None or value is None:
         return None
-    of_keys = {*_above([key[0]], MIXING), *_dependent(key[0], product)}
+    of_keys = {*_above([key[0]], MIXING), *dependent(key[0], product)}
     queries = [n for n in _above(product.all_input_nodes, MIXING) if n not in of_keys]
     refusal: Refusal | None = None
     for query in _queries(queries, key):
@@ -153,7 +153,7 @@ def _as_written(scores: fx.Node, softmax: fx.Node) -> fx.Node:
     return max(before, key=place.__getitem__, default=scores)
 
 
-def _product_behind(softmax: fx.Node) -> fx.Node | None:
+def product_behind(softmax: fx.Node) -> fx.Node | None:
     """Return the product that the weights enter."""
     front = [softmax]
     for _ in range(_REACH):
@@ -181,7 +181,7 @@ def _above(nodes: Sequence[fx.Node], ends: Collection[str]) -> Iterator[fx.Node]
         front = following
 
 
-def _dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+def dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     """Return the nodes between two whose elements depend on those of the first: in order, the last included.
 
     Writes into memory of their own count, those into a tensor that something else has made do not.
@@ -252,11 +252,11 @@ class _Candidate:
         self._softmax = softmax
         self._new = own_tokens(key[1])
         self._parts = [
-            (_dependent(query, product), _OF_OPERANDS),
-            (_dependent(key[0], product), _OF_OPERANDS),
-            (_dependent(product, scores), _OF_SCORES),
-            (_dependent(softmax, output), _OF_WEIGHTS),
-            (_dependent(value, output), _OF_OPERANDS),
+            (dependent(query, product), _OF_OPERANDS),
+            (dependent(key[0], product), _OF_OPERANDS),
+            (dependent(product, scores), _OF_SCORES),
+            (dependent(softmax, output), _OF_WEIGHTS),
+            (dependent(value, output), _OF_OPERANDS),
         ]
         self._chain = tuple(self._parts[2][0])
 
@@ -268,7 +268,8 @@ class _Candidate:
         if sides is None:
             return None
         whole = Steps(output, (query, key, value, *sides), ())
-        whole.watched = product
+        whole.watched, whole.sized = product, (self._new,)
+        whole.given = [x for x in map(root_of, (key, value)) if x.op == "placeholder"]
         chain = Steps(scores, (product, *sides), ())
         if not whole.collect() or not (scores is product or chain.collect()):
             return None

@@ -42,9 +42,11 @@ class Steps(Trial):
     Attributes:
         watched: A step whose result is wanted as it was before anything wrote into it.
         seen: That result in the last run.
+        sized: Further nodes whose sizes are set.
     """
 
     watched: fx.Node | None = None
+    sized: tuple[fx.Node, ...] = ()
     seen: Tensor
 
     def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:
@@ -53,7 +55,7 @@ class Steps(Trial):
         The tokens of queries, keys and values have symbols of their own in functions that take all three. There are
         two trials at least, since a factor that a call is given is another one in each.
         """
-        values = [value_of(node) for node in (*self.steps, *self.cuts)]
+        values = [value_of(node) for node in (*self.steps, *self.cuts, *self.sized)]
         shapes = [value.shape if isinstance(value, Tensor) else (value,) for value in values]
         known = {
             symbol: _hints(size.node.shape_env)[symbol]

@@ -90,7 +90,8 @@ class _InPlace(UpdateTrial):
         for cut in self.cuts[1:]:
             if any(place[cut] < place[node] <= last for node in writers.get(root_of(cut), ())):
                 return False
-        readers = {user for node in self._views for user in node.users} - needed
+        views = set(self._views)
+        readers = {user for node in views for user in node.users} - needed - views
         return all(place[user] > last for user in readers)
 
 

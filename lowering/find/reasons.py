@@ -29,8 +29,8 @@ _REACH = (
 )
 _MIXES = ("matmul", "bmm", "linear", "scaled_dot_product_attention", "softmax", "einsum")
 _HINTS = {
-    "transpose": "only caches laid out as [B, H, S, D] are rewritten",
-    "permute": "only caches laid out as [B, H, S, D] are rewritten",
+    "transpose": "it is not understood as tokens in some order of the axes [B, H, S, D]",
+    "permute": "it is not understood as tokens in some order of the axes [B, H, S, D]",
     "repeat": "repeat heads next to one another, as repeat_interleave does",
     "getitem": "attention reads a part of it (sliding window?)",
 }

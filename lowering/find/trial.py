@@ -62,7 +62,12 @@ class Trial:
         result: What is evaluated.
         cuts: Where its evaluation begins: nodes that are given.
         ends: Names of operations that no step may be.
+
+    Attributes:
+        given: Tensors, writes into which are none of the steps: they are given as they were left.
     """
+
+    given: Collection[Any] = ()
 
     def __init__(self, result: fx.Node, cuts: Sequence[fx.Node], ends: Collection[str]) -> None:
         self.result, self.cuts, self._ends = result, tuple(cuts), ends
@@ -103,7 +108,9 @@ class Trial:
             needed.add(node)
             if not isinstance(value_of(node), torch.SymInt):
                 stack.extend(data_of(node))
-            stack.extend(writers.get(root_of(node), ()))
+            memory = root_of(node)
+            if memory not in self.given:
+                stack.extend(writers.get(memory, ()))
         return needed
 
     def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:

@@ -19,6 +19,10 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Refusal
 
+BY_ROW = (
+    "each row of the cache is written at positions of its own, and a quantized cache holds equally many tokens in "
+    "every row"
+)
 WRITES = ("index_copy_", "setitem", "index_put_")
 
 
@@ -78,6 +82,8 @@ def _assignment(node: fx.Node) -> tuple[Any, Any]:
             raise Refusal("the cache is added to instead of written")
     if len(index) not in (3, 4) or len(index) > len(shape):
         raise Refusal("the cache is written at something else than whole tokens")
+    if isinstance(value_of(index[0]), torch.Tensor):
+        raise Refusal(BY_ROW)
     if not all(is_full(index[i], shape[i]) for i in range(len(index)) if i != 2):
         raise Refusal("the cache is written at something else than whole tokens")
     return index[2], argument(node, 2, "values")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.lowering.arranged import Arranged
+from kvq_compile.lowering.find.arrangements import propose
 from kvq_compile.lowering.find.sites import find_sites, left_alone
 from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
+from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
 from kvq_compile.lowering.rewrite.name_updates import name_updates
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
+from kvq_compile.lowering.rewrite.spell_reads import spell_reads
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
-from kvq_compile.lowering.sites import AttentionSite, SiteReport
+from kvq_compile.lowering.sites import AttentionSite, Refusal, SiteReport
 
 SINKS = "calibration does not know logits of sinks in a softmax"
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value and output of a site
@@ -33,6 +37,7 @@ class Watched:
         placeholders: The graph's inputs.
         written: Places of the inputs that the graph writes into.
         returned: How many results the captured graph has.
+        arranged: How the captured graph's caches are laid out, where that is not as ``[B, H, S, D]``.
     """
 
     module: fx.GraphModule
@@ -41,6 +46,11 @@ class Watched:
     placeholders: list[fx.Node]
     written: list[int]
     returned: int
+    arranged: Arranged | None = None
+
+    def take(self, args: Sequence[Any]) -> list[Any]:
+        """Return the graph's inputs for the arguments of the captured one."""
+        return list(args) if self.arranged is None else self.arranged.take(args)
 
     def run(self, args: Sequence[Any]) -> tuple[list[Any], list[Operands]]:
         """Run the graph eagerly; what it would write into is copied first, so no input changes.
@@ -48,12 +58,15 @@ class Watched:
         Returns:
             The results of the captured graph, and ``(query, key, value, output)`` of each site.
         """
-        own = list(args)
+        own = self.take(args)
         for index in self.written:
             own[index] = own[index].detach().clone()
         outputs = list(self.module.forward(*own))
         seen = outputs[self.returned :]
-        return outputs[: self.returned], [
+        results = outputs[: self.returned]
+        if self.arranged is not None:
+            results = self.arranged.give(args, own, results)
+        return results, [
             (seen[i], seen[i + 1], seen[i + 2], seen[i + 3]) for i in range(0, len(seen), 4)
         ]
 
@@ -77,12 +90,27 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
     Raises:
         ValueError: The graph reads a quantized cache.
     """
+    watched = _watched(gm, spec, gradients)
+    known = propose(gm.graph) if len(watched.sites) < len(watched.reports) else {}
+    if not known:
+        return watched
+    try:
+        form = arrange_caches(gm, known)
+    except Refusal:
+        return watched
+    other = _watched(form.module, spec, gradients)
+    return replace(other, arranged=form) if len(other.sites) > len(watched.sites) else watched
+
+
+def _watched(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Watched:
+    """Return the watched copy of a graph whose caches are ``[B, H, S, D]``."""
     unknown = [None for node in gm.graph.nodes if node.op == "placeholder"]  # no constant decides
     graph = Graph.copy_of(gm, spec, unknown)
     unchain_writes(graph)  # first: the finders know a cache by one node
     hold_slots(graph)
     spell_growth(graph)
     name_updates(graph)
+    spell_reads(graph)
     find_sites(graph)
     _leave_out_sinks(graph)
     placeholders = list(graph.inputs)

@@ -1,0 +1,354 @@
+"""Propose where the axes ``[B, H, S, D]`` lie in the tensors that a model keeps its keys and values in.
+
+Start from the products of an attention: each says which axis of its operand is the tokens and which the channels. A
+tensor that the operand is made of is filled with its coordinates along one axis after another, and what lies between
+is run: where the operand changes tells which axis of it that is. Nothing is proved here: a graph that is laid out as
+proposed computes the same, and the passes that follow prove, on that, what its caches are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.kernels.cache.arranged import ArrangedKV
+from kvq_compile.kernels.cache.arrangement import FOLDED, PIECE, Arrangement
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.contraction import (
+    dependent,
+    product_before,
+    product_behind,
+)
+from kvq_compile.lowering.find.trial import (
+    CANNOT_BE_RUN,
+    MIXING,
+    Trial,
+    data_of,
+    plain_name,
+    run_step,
+    size_of_trial,
+    writers_of,
+)
+from kvq_compile.lowering.find.updates import ALLOCATIONS
+from kvq_compile.lowering.nodes import argument, calls, same, shape_of, target_name, value_of
+from kvq_compile.lowering.sites import unexpected
+
+_TURNED = (
+    "matmul",
+    "bmm",
+    "baddbmm",
+)  # the second operand has its tokens last in one product, first in the other
+_WHOLE = ("scaled_dot_product_attention", "flex_attention")
+_LARGEST = 1 << 26  # elements that are filled with coordinates
+_REACH = 32  # steps between a cache and a product, more than any spelling takes
+_STEP = 97  # coordinates are told modulo this, which each dtype holds
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Keys or values as they enter a product: the axes of their tokens and of their channels.
+
+    Attributes:
+        node: The operand.
+        tokens, channels: Axes of it.
+        lead: Sizes of batch and heads, where these may be folded into one axis.
+    """
+
+    node: fx.Node
+    tokens: int
+    channels: int
+    lead: tuple[Any, ...] = ()
+
+
+def above(last: fx.Node) -> Iterator[fx.Node]:
+    """Yield a tensor and those that its elements may come from, nearest first; products end the way."""
+    seen = {last}
+    front = [last]
+    for _ in range(_REACH):
+        following: list[fx.Node] = []
+        for node in front:
+            if shape_of(node) is not None:
+                yield node
+            if plain_name(node) in MIXING:
+                continue
+            for other in data_of(node):
+                if other not in seen:
+                    seen.add(other)
+                    following.append(other)
+        front = following
+
+
+def is_packed(graph: fx.Graph) -> set[fx.Node]:
+    """Return the arguments that are packed already, and say themselves how they are laid out."""
+    return {x for x in graph.find_nodes(op="placeholder") if isinstance(value_of(x), ArrangedKV)}
+
+
+def propose(graph: fx.Graph) -> dict[fx.Node, Arrangement]:
+    """Return how the caches among arguments and results are laid out, where that is not as ``[B, H, S, D]``."""
+    known = {node: value_of(node).arrangement for node in is_packed(graph)}
+    try:
+        known |= _proposed(graph, known)
+    except Exception as error:  # nothing hangs on a proposal
+        unexpected(error)
+    return {tensor: how for tensor, how in known.items() if not how.is_plain}
+
+
+def _proposed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
+    results = [x for x in graph.output_node().all_input_nodes if _may_be_cache(x)]
+    arguments = [x for x in graph.find_nodes(op="placeholder") if _may_be_cache(x)]
+    writers = writers_of(graph)
+    kept = [*(x for x in arguments if x in writers or _is_kept(x, results)), *results]
+    found: dict[fx.Node, set[Arrangement | None]] = {}
+    tracer = _Tracer()
+    for operand in _operands(graph):
+        behind = dict.fromkeys(above(operand.node))
+        for tensor in dict.fromkeys(kept):
+            if tensor not in known and (source := _source(tensor, behind)) is not None:
+                told = tracer.arrangement(source, tensor, operand)
+                found.setdefault(tensor, set()).add(told)
+    return {
+        tensor: how
+        for tensor, told in found.items()
+        for how in told
+        if how is not None and len(told - {None}) == 1 and _can_be_made(tensor, how)
+    }
+
+
+def _can_be_made(tensor: fx.Node, how: Arrangement) -> bool:
+    """Return whether a tensor that the call allocates can be allocated in another layout."""
+    if target_name(tensor) not in ALLOCATIONS:
+        return True
+    return sizes_of_allocation(tensor) is not None and not how.heads
+
+
+def _may_be_cache(node: fx.Node) -> bool:
+    value = value_of(node)
+    if not isinstance(value, Tensor) or isinstance(value, (torch.nn.Parameter, QuantizedKV)):
+        return False
+    return value.is_floating_point() and 3 <= value.dim() <= 6
+
+
+def _is_kept(tensor: fx.Node, results: Sequence[fx.Node]) -> bool:
+    """Return whether a result may be a tensor with further tokens, or with some of them written."""
+    mine = shape_of(tensor) or ()
+    for result in results:
+        theirs = shape_of(result) or ()
+        if result is tensor:
+            return True
+        if len(theirs) != len(mine) or tensor not in above(result):
+            continue
+        if sum(not same(a, b) for a, b in zip(mine, theirs, strict=True)) <= 1:
+            return True
+    return False
+
+
+def _source(tensor: fx.Node, behind: Mapping[fx.Node, None]) -> fx.Node | None:
+    """Return the nearest tensor that a kept one and an operand are made of; the operand is of those ``behind`` it."""
+    if tensor in behind:
+        return tensor
+    if tensor.op == "placeholder":
+        return None
+    return next((node for node in above(tensor) if node in behind), None)
+
+
+def _operands(graph: fx.Graph) -> Iterator[_Operand]:
+    """Yield what may be the keys and the values of the attentions of a graph."""
+    for node in calls(graph, *_WHOLE):
+        for place, name in ((1, "key"), (2, "value")):
+            given = argument(node, place, name)
+            dims = len(shape_of(given) or ())
+            if dims >= 3:
+                lead = (shape_of(given) or ())[:-2]
+                yield _Operand(given, dims - 2, dims - 1, lead if len(lead) == 2 else ())
+    for softmax in calls(graph, "softmax"):
+        before, behind = product_before(softmax), product_behind(softmax)
+        if before is None or behind is None:
+            continue
+        for product, is_first in ((before, True), (behind, False)):
+            operand = _operand(product, is_first)
+            if operand is not None:
+                wide = len(shape_of(operand.node) or ()) > 3
+                lead = _lead(operand) if wide else (shape_of(softmax) or ())[:-2]
+                yield replace(operand, lead=lead if len(lead) == 2 else ())
+
+
+def _lead(operand: _Operand) -> tuple[Any, ...]:
+    """Return the sizes of the axes that are neither tokens nor channels."""
+    own = operand.tokens, operand.channels
+    return tuple(n for at, n in enumerate(shape_of(operand.node) or ()) if at not in own)
+
+
+def _operand(product: fx.Node, of_keys: bool) -> _Operand | None:
+    name = plain_name(product)
+    if name in _TURNED:
+        place = 2 if name == "baddbmm" else 1
+        given = argument(product, place, {"bmm": "mat2", "baddbmm": "batch2"}.get(name, "other"))
+        dims = len(shape_of(given) or ())
+        tokens, channels = (dims - 1, dims - 2) if of_keys else (dims - 2, dims - 1)
+        return _Operand(given, tokens, channels) if dims >= 3 else None
+    return _of_einsum(product, of_keys) if name == "einsum" else None
+
+
+def _of_einsum(product: fx.Node, of_keys: bool) -> _Operand | None:
+    """Return the keys of ``bthd,bshd->bhts``, or the values of ``bhts,bshd->bthd``."""
+    equation, *operands = product.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or "->" not in equation or "..." in equation:
+        return None
+    given, result = equation.replace(" ", "").split("->")
+    letters = given.split(",")
+    if len(letters) != 2 or len(operands) != 2:
+        return None
+    for place, other in ((1, 0), (0, 1)):
+        mine, theirs = letters[place], letters[other]
+        summed = [x for x in mine if x in theirs and x not in result]
+        own = [x for x in mine if x in result and x not in theirs]
+        if len(summed) == len(own) == 1:
+            tokens, channels = (own, summed) if of_keys else (summed, own)
+            if of_keys and result[-1] != tokens[0]:
+                continue  # the queries
+            if not of_keys and theirs[-1] != tokens[0]:
+                continue  # the weights
+            node: Any = operands[place]
+            return _Operand(node, mine.index(tokens[0]), mine.index(channels[0]))
+    return None
+
+
+def sizes_of_allocation(node: fx.Node) -> list[Any] | None:
+    """Return the sizes that an allocation is given, numbers or nodes; ``None`` where it is given none."""
+    if target_name(node) not in ("zeros", "new_zeros", "empty", "new_empty"):
+        return None
+    given: Any = node.args[1:] if target_name(node).startswith("new_") else node.args
+    given = given or (node.kwargs.get("size"),)
+    sizes = given[0] if isinstance(given[0], (tuple, list)) else given
+    return list(sizes) if len(sizes) == len(shape_of(node) or ()) else None
+
+
+class _Tracer:
+    """Runs what lies between tensors on coordinates; what it has run once it does not run again."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[set[int]] | None] = {}
+
+    def arrangement(self, source: fx.Node, kept: fx.Node, operand: _Operand) -> Arrangement | None:
+        """Return where the axes of caches lie in a kept tensor, if an operand tells; both are made of ``source``."""
+        to_operand = self._moves(source, operand.node)
+        to_kept = self._moves(source, kept)
+        if to_operand is None or to_kept is None:
+            return None
+        axes: list[tuple[set[int], Any]] = [(set(), size) for size in shape_of(kept) or ()]
+        for mine, theirs in zip(to_kept, to_operand, strict=True):
+            if len(mine) == 1:
+                axes[next(iter(mine))][0].update(theirs)
+            elif mine:
+                return None  # an axis that is split or joined on the way
+        return _named(axes, operand)
+
+    def _moves(self, source: fx.Node, result: fx.Node) -> list[set[int]] | None:
+        """Return, for each axis of ``source``, the axes of ``result`` along which its coordinate changes."""
+        if source is result:
+            return [{axis} for axis in range(len(shape_of(source) or ()))]
+        steps = dependent(source, result)
+        key = _signature(source, steps)
+        if key not in self._known:
+            self._known[key] = _run(source, result, steps)
+        return self._known[key]
+
+
+def _signature(source: fx.Node, steps: Sequence[fx.Node]) -> Any:
+    """Return what tells steps that do the same from others."""
+    number = {source: 0} | {step: place + 1 for place, step in enumerate(steps)}
+
+    def plain(x: fx.Node) -> Any:
+        return ("step", number[x]) if x in number else ("other", str(shape_of(x)), str(value_of(x)))
+
+    told = [(str(shape_of(source)), str(value_of(source).dtype))]
+    for step in steps:
+        args = fx.node.map_arg((step.args, step.kwargs), plain)
+        told.append((plain_name(step), str(args)))
+    return tuple(told)
+
+
+def _run(source: fx.Node, result: fx.Node, steps: Sequence[fx.Node]) -> list[set[int]] | None:
+    trial = Trial(result, [source], ())
+    trial.steps = list(steps)
+    for sizes in trial.assignments(3):
+        try:
+            return _changes(source, result, steps, sizes)
+        except CANNOT_BE_RUN:
+            continue
+    return None
+
+
+def _changes(
+    source: fx.Node, result: fx.Node, steps: Sequence[fx.Node], sizes: Any
+) -> list[set[int]] | None:
+    shape = [size_of_trial(size, sizes) for size in shape_of(source) or ()]
+    if torch.Size(shape).numel() > _LARGEST:
+        return None
+    found: list[set[int]] = []
+    for axis, size in enumerate(shape):
+        if size == 1:
+            found.append(set())
+            continue
+        line = torch.arange(size, dtype=torch.int64, device="cpu") % _STEP + 1
+        line = line.view([-1 if at == axis else 1 for at in range(len(shape))])
+        known: dict[fx.Node, Any] = {source: line.expand(shape).to(value_of(source).dtype).clone()}
+        for step in steps:
+            known[step] = run_step(step, known, sizes)
+        found.append(_axes_of_change(known[result]))
+    return found
+
+
+def _axes_of_change(x: Tensor) -> set[int]:
+    """Return the axes along which the coordinates in a tensor change; what is no coordinate is zero."""
+    axes = set()
+    for axis, size in enumerate(x.shape):
+        one, other = x.narrow(axis, 0, size - 1), x.narrow(axis, 1, size - 1)
+        if bool(((one != other) & (one != 0) & (other != 0)).any()):
+            axes.add(axis)
+    return axes
+
+
+def _named(axes: list[tuple[set[int], Any]], operand: _Operand) -> Arrangement | None:
+    """Return the arrangement of a tensor whose axes are those of the operand."""
+    names: list[str] = []
+    rest: list[int] = []
+    for place, (theirs, size) in enumerate(axes):
+        if theirs == {operand.tokens}:
+            names.append("S")
+        elif theirs == {operand.channels}:
+            names.append("D")
+        elif theirs or same(size, 1):
+            names.append("")
+            rest.append(place)
+        else:
+            names.append(PIECE)
+    if len(rest) > 2 or not rest:
+        return None
+    heads = _folded(axes[rest[0]][1], operand.lead) if len(rest) == 1 else 0
+    given = FOLDED if heads else "BH"[: len(rest)]
+    if [axes[place][0] for place in rest] == [{1}, {0}]:
+        given = given[::-1]
+    for name, place in zip(given, rest, strict=True):
+        names[place] = name
+    sizes = tuple(axes[place][1] for place, name in enumerate(names) if name == PIECE)
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    try:
+        return Arrangement("".join(names), sizes, heads)
+    except ValueError:
+        return None  # an axis is missing, or there are two
+
+
+def _folded(size: Any, lead: tuple[Any, ...]) -> int:
+    """Return the heads in an axis of batch and heads, perhaps repeated later; 0 where it holds only one of these."""
+    if not lead or not isinstance(lead[1], int):
+        return 0
+    times = (n for n in range(1, lead[1]) if lead[1] % n == 0)
+    return next((lead[1] // n for n in times if same(size, lead[0] * (lead[1] // n))), 0)

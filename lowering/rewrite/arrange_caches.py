@@ -1,0 +1,336 @@
+"""Lay out the caches of a graph as ``[B, H, S, D]``, whatever layout the model keeps them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import AttrSource
+
+from kvq_compile.kernels.cache.arranged import PREFIX, ArrangedKV
+from kvq_compile.kernels.cache.arrangement import AXES, PIECE, Arrangement, walk
+from kvq_compile.lowering.arranged import Arranged
+from kvq_compile.lowering.find.arrangements import above, sizes_of_allocation
+from kvq_compile.lowering.find.trial import MIXING, data_of, plain_name, writers_of
+from kvq_compile.lowering.find.updates import ALLOCATIONS
+from kvq_compile.lowering.graph import copy_module
+from kvq_compile.lowering.nodes import (
+    FULL,
+    LAYOUT,
+    NAME,
+    argument,
+    getitem_index,
+    insert_call,
+    is_full,
+    order_of,
+    root_of,
+    same,
+    shape_of,
+    source_name,
+    target_name,
+    value_of,
+    writes_in_place,
+)
+from kvq_compile.lowering.rewrite.split_pieces import Pieces, Splitter, places
+
+_REACH = 256  # nodes followed from a cache
+
+
+def arrange_caches(gm: fx.GraphModule, known: Mapping[fx.Node, Arrangement]) -> Arranged:
+    """Return a copy of a graph that takes and returns caches as ``[B, H, S, D]``.
+
+    Before:  past = placeholder                          # [B, S, H, D]
+             keys = cat([past, key], 1); attend(query, keys.transpose(1, 2)); return keys
+    After:   cache = placeholder                         # [B, H, S, D]
+             past = cache.permute(0, 2, 1, 3); tokens = key.permute(0, 2, 1, 3)
+             keys = cat([past, tokens.permute(0, 2, 1, 3)], 1); whole = keys.permute(0, 2, 1, 3)
+             attend(query, whole.permute(0, 2, 1, 3).transpose(1, 2)); return whole
+    Because: later passes know caches as ``[B, H, S, D]``, and find by evaluation that ``whole`` is
+             ``cat([cache, tokens], 2)``, whatever is between. It is the same program, whether or not they find that.
+
+    Args:
+        gm: The graph that Dynamo captured; it is left untouched.
+        known: Arrangements of its arguments, allocations and results.
+    """
+    module = copy_module(gm)
+    graph = module.graph
+    copies = dict(zip(gm.graph.nodes, graph.nodes, strict=True))
+    originals = {copy: node for node, copy in copies.items()}
+    arranged = {copies[node]: how for node, how in known.items()}
+    arguments = [node for node in arranged if node.op == "placeholder"]
+    inputs = [arranged.get(node) for node in graph.find_nodes(op="placeholder")]
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = [arranged.get(x) if isinstance(x, fx.Node) else None for x in results]
+    read = {node for node in graph.nodes if node.users}
+    caches = _Arranger(graph, arranged).caches()
+    flat: list[Any] = []
+    now: Any = graph.output_node().args[0]
+    for before, after in zip(results, now, strict=True):
+        flat.extend(caches.get(before, [after]) if isinstance(before, fx.Node) else [after])
+    packed = {node for node in arguments if _is_packed(node, writers_of(gm.graph), originals)}
+    graph.output_node().args = (tuple(flat),)
+    taken = [cache for cache in graph.find_nodes(op="placeholder") if cache not in arguments]
+    places = {
+        originals[node]: (
+            tuple(taken.index(x) for x in own if node in packed),
+            tuple(at for at, x in enumerate(flat) if x in own),
+        )
+        for node, own in caches.items()
+    }
+    for node in reversed(list(graph.nodes)):
+        is_new = node in read or node not in originals
+        if node in arguments or (is_new and not node.users and not _has_effect(node)):
+            graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+    return Arranged(module, tuple(inputs), tuple(outputs), places)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or writes_in_place(node)
+
+
+def _is_packed(
+    node: fx.Node, writers: Mapping[Any, list[fx.Node]], originals: Mapping[fx.Node, fx.Node]
+) -> bool:
+    """Return whether an argument is packed, or is to be once the call has run."""
+    return isinstance(value_of(node), ArrangedKV) or originals[node] in writers
+
+
+class _Arranger:
+    """Lays out the caches of a graph."""
+
+    def __init__(self, graph: fx.Graph, arranged: Mapping[fx.Node, Arrangement]) -> None:
+        self._graph, self._arranged = graph, arranged
+        self._splitter = Splitter(graph, arranged)
+
+    def caches(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return the caches that arguments and results are laid out as."""
+        made: dict[fx.Node, list[fx.Node]] = {}
+        for node, how in self._arranged.items():
+            if node.op == "placeholder":
+                made[node] = self._take(node, how)
+            elif target_name(node) in ALLOCATIONS:
+                made[node] = self._allocate(node, how)
+        for node, how in self._arranged.items():
+            if node not in made:
+                made[node] = self._pass_all(node, how)
+        for node, own in made.items():
+            how = self._arranged[node]
+            like = value_of(node)
+            one = (
+                like[tuple(0 if name == PIECE else FULL for name in how.axes)]
+                if how.sizes
+                else like
+            )
+            _pass_tokens(self._graph, own, one, how.of_one())
+        for own in made.values():
+            _loosen_views(self._graph, own)
+        return made
+
+    def _take(self, node: fx.Node, how: Arrangement) -> list[fx.Node]:
+        """Replace an argument by its caches, and return these.
+
+        Whoever reads it gets a view of its own: one that was taken before a write would be read after it.
+        """
+        value, graph = value_of(node), self._graph
+        is_held = isinstance(value, ArrangedKV)
+        caches: list[fx.Node] = []
+        with graph.inserting_before(node):
+            for number, one in enumerate(value.caches if is_held else how.split(value)):
+                cache = graph.placeholder(f"{node.name}_{number}" if how.sizes else node.name)
+                name = source_name(node) + (f", {number + 1} of {how.pieces}" if how.sizes else "")
+                cache.meta.update(node.meta | {"example_value": one, NAME: name, LAYOUT: str(how)})
+                source = getattr(node, "_dynamo_source", None)
+                if source is not None:
+                    named = AttrSource(source, f"{PREFIX}{number}")
+                    cache._dynamo_source = named if is_held or how.sizes else source
+                caches.append(cache)
+        if how.sizes:
+            made = [partial(self._seen, cache, how.of_one()) for cache in caches]
+            pieces = Pieces(how.axes, dict(zip(places(how.sizes), made, strict=True)))
+            self._splitter.take(node, pieces)
+            return caches
+        self._show(node, caches[0], how)
+        return caches
+
+    def _allocate(self, node: fx.Node, how: Arrangement) -> list[fx.Node]:
+        """Allocate caches instead of what the model allocates for them, and return these."""
+        sizes = sizes_of_allocation(node)
+        assert sizes is not None
+        of = {name: size for name, size in zip(how.axes, sizes, strict=True) if name != PIECE}
+        shape, value = [of.get(name, 1) for name in AXES], value_of(node)
+        caches = []
+        with self._graph.inserting_before(node):
+            for one in how.split(value):
+                about = {"dtype": value.dtype, "device": value.device}
+                cache = self._graph.call_function(torch.zeros, (shape,), about)
+                cache.meta.update(node.meta | {"example_value": one})
+                caches.append(cache)
+        if how.sizes:
+            made = [partial(self._seen, cache, how.of_one()) for cache in caches]
+            self._splitter.take(
+                node, Pieces(how.axes, dict(zip(places(how.sizes), made, strict=True)))
+            )
+        else:
+            self._show(node, caches[0], how)
+        return caches
+
+    def _show(self, node: fx.Node, cache: fx.Node, how: Arrangement) -> None:
+        """Let what reads a tensor read a cache, each by a view of its own."""
+        for user in [user for user in node.users if user.op != "output"]:
+            rows = _rows_of(user, node, how)
+            with self._graph.inserting_before(user):
+                if rows is not None:
+                    part = insert_call(self._graph, torch.index_select, (cache, 0, rows))
+                    part.meta["example_value"] = value_of(cache).index_select(0, value_of(rows))
+                    user.replace_all_uses_with(self._seen(part, how))
+                    continue
+                seen = self._seen(cache, how)
+            if seen is not cache:
+                seen.meta["example_value"] = value_of(node)
+            user.replace_input_with(node, seen)
+
+    def _seen(self, cache: fx.Node, how: Arrangement) -> fx.Node:
+        """Return a cache in the model's layout, at the graph's insert point."""
+        (seen,) = walk(cache, how.from_caches(), _caller(self._graph))
+        return seen
+
+    def _pass_all(self, node: fx.Node, how: Arrangement) -> list[fx.Node]:
+        """Let what reads a result read it by way of its caches, and return these."""
+        if not how.sizes:
+            return _pass(self._graph, node, how)
+        like = Pieces(how.axes, dict.fromkeys(places(how.sizes), lambda: node))
+        with self._graph.inserting_before(_behind(node)):
+            pieces = self._splitter.pieces_of(node, like)
+            parts = [make() for make in pieces.made.values()]
+        if node not in self._splitter.split:
+            made = {
+                place: partial(_itself, part)
+                for place, part in zip(pieces.made, parts, strict=True)
+            }
+            self._splitter.take(node, Pieces(how.axes, made))
+        return [cache for part in parts for cache in _pass(self._graph, part, how.of_one())]
+
+
+def _rows_of(user: fx.Node, node: fx.Node, how: Arrangement) -> fx.Node | None:
+    """Return the index by which ``user`` takes rows of a tensor along the batch, if that is what it does."""
+    if "B" not in how.axes:
+        return None
+    batch, dims = how.axis("B"), len(how.axes)
+    index: Any = None
+    if target_name(user) == "index_select" and user.args[0] is node:
+        index = argument(user, 2, "index") if argument(user, 1, "dim") % dims == batch else None
+    elif (parts := getitem_index(user)) is not None and user.args[0] is node:
+        rest = [part for at, part in enumerate(parts) if at != batch]
+        index = parts[batch] if len(parts) == dims and all(map(is_full, rest)) else None
+    value = value_of(index)
+    is_index = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+    return index if is_index and value.dim() == 1 else None
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    return node
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """Return the first node behind another, and behind the arguments."""
+    after = node.next
+    while after.op == "placeholder":
+        after = after.next
+    return after
+
+
+def _pass(graph: fx.Graph, node: fx.Node, how: Arrangement) -> list[fx.Node]:
+    """Let what reads a tensor read it by way of its caches, and return these."""
+    if not how.to_caches():
+        return [node]
+    with graph.inserting_before(_behind(node)):
+        caches = walk(node, how.to_caches(), _caller(graph))
+        (seen,) = walk(caches[0], how.from_caches(), _caller(graph))
+    node.replace_all_uses_with(
+        seen,
+        delete_user_cb=lambda user: user.op != "output" and user is not _first_of(node, caches),
+    )
+    return caches
+
+
+def _first_of(node: fx.Node, caches: list[fx.Node]) -> fx.Node:
+    """Return the first step from a tensor to its caches."""
+    step = caches[0]
+    while step.args[0] is not node:
+        step = step.args[0]  # type: ignore[assignment]
+    return step
+
+
+def _pass_tokens(graph: fx.Graph, caches: list[fx.Node], like: Tensor, how: Arrangement) -> None:
+    """Let the tokens that join a cache pass through ``[B, H, T, D]``, so that a node stands for them."""
+    region = _region(graph, caches)
+    tokens = dict.fromkeys(
+        found
+        for node in region
+        for given in data_of(node)
+        if given not in region
+        for found in [_tokens(given, like, region, how)]
+        if found is not None
+    )
+    for node in tokens:
+        _pass(graph, node, how)
+
+
+def _loosen_views(graph: fx.Graph, caches: list[fx.Node]) -> None:
+    """Let ``view`` of a cache be ``reshape``: elements of a cache that is dequantized lie in another order in memory.
+
+    Not where something writes into that memory later on, which a copy would not see.
+    """
+    place, writers = order_of(graph), writers_of(graph)
+    for node in _region(graph, caches):
+        if node.op == "call_method" and node.target in ("view", "view_as"):
+            writes = writers.get(root_of(node), ())
+            if all(place[write] < place[node] for write in writes):
+                node.target = "reshape" if node.target == "view" else "reshape_as"
+
+
+def _region(graph: fx.Graph, caches: list[fx.Node]) -> dict[fx.Node, None]:
+    """Return what caches are moved to, and what writes into them."""
+    writers = writers_of(graph)
+    region = dict.fromkeys(caches)
+    region |= dict.fromkeys(x for cache in caches for x in writers.get(root_of(cache), []))
+    front = [*region]
+    while front and len(region) < _REACH:
+        node = front.pop(0)
+        for user in node.users:
+            if user.op != "output" and user not in region and plain_name(user) not in MIXING:
+                region[user] = None
+                front.append(user)
+    return region
+
+
+def _tokens(
+    given: fx.Node, like: Tensor, region: Mapping[fx.Node, None], how: Arrangement
+) -> fx.Node | None:
+    """Return the nearest tensor that ``given`` is made of and that may be tokens of a cache."""
+    whole, axis = like.shape, how.axis("S")
+    for node in above(given):
+        shape, value = shape_of(node) or (), value_of(node)
+        if node in region or not isinstance(value, Tensor) or value.dtype != like.dtype:
+            continue
+        if len(shape) != len(whole) or same(shape[axis], whole[axis]):
+            continue
+        if all(same(shape[at], whole[at]) for at in range(len(shape)) if at != axis):
+            return node
+    return None
+
+
+def _caller(graph: fx.Graph) -> Any:
+    """Return what inserts a call of a method at the graph's insert point."""
+
+    def call(node: fx.Node, method: str, arguments: tuple[Any, ...]) -> fx.Node:
+        made = graph.call_method(method, (node, *arguments))
+        made.meta["example_value"] = getattr(value_of(node), method)(*arguments)
+        return made
+
+    return call

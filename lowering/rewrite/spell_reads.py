@@ -1,0 +1,172 @@
+"""Normalize what an attention reads of a cache, whatever moves its elements on the way."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvq_compile.lowering.find.arrangements import above
+from kvq_compile.lowering.find.attention import find_attentions
+from kvq_compile.lowering.find.movement import is_cache_like
+from kvq_compile.lowering.find.states import read_base
+from kvq_compile.lowering.find.trial import (
+    CANNOT_BE_RUN,
+    MIXING,
+    Trial,
+    data_of,
+    random_like,
+    writers_of,
+)
+from kvq_compile.lowering.find.updates import ALLOCATIONS
+from kvq_compile.lowering.graph import Graph, PassReport
+from kvq_compile.lowering.nodes import (
+    FULL,
+    erase_unread,
+    insert_call,
+    order_of,
+    root_of,
+    same,
+    shape_of,
+    target_name,
+    value_of,
+)
+from kvq_compile.lowering.sites import Attention
+
+_TRIALS = 3
+_MOST = 64  # steps between a cache and attention, far more than any spelling takes
+
+
+def spell_reads(graph: Graph) -> PassReport:
+    """Read a cache by ``cache[:, :, :end]`` and ``repeat_interleave`` of its heads.
+
+    Before:  attend(query, cache.permute(0, 2, 1, 3).repeat_interleave(2, 2).transpose(1, 2))
+    After:   attend(query, cache.repeat_interleave(2, 1))
+    Because: later passes look for the cache behind heads that are repeated and cache positions that are cut off.
+
+    Leaves alone: what evaluation does not prove to be that.
+    """
+    changes = []
+    returned = set(graph.output.all_input_nodes)
+    kept = {*returned, *graph.updates}
+    found = [x for x in find_attentions(graph.fx, graph.contractions) if isinstance(x, Attention)]
+    for operand in dict.fromkeys(x for each in found for x in (each.key, each.value)):
+        base = read_base(operand)
+        if base in returned or _is_cache(base):
+            continue
+        for cache in _caches(operand, kept):
+            read = _Read(operand, cache)
+            is_told, end = read.end()
+            if is_told and read.is_proved():
+                changes.append(f"{operand} is read as {_spell(graph.fx, read, end)}")
+                graph.updates.pop(operand, None)  # the same as the one that is returned
+                break
+    graph.used |= {node for node in graph.fx.nodes if node.users}
+    return PassReport(tuple(changes))
+
+
+def _is_cache(node: fx.Node) -> bool:
+    return is_cache_like(node) or target_name(node) in (*ALLOCATIONS, "cat")
+
+
+def _caches(operand: fx.Node, kept: set[fx.Node]) -> Iterator[fx.Node]:
+    """Yield what an operand may be read from, nearest first."""
+    mine = shape_of(operand) or ()
+    for node in above(operand):
+        theirs = shape_of(node) or ()
+        if node is operand or len(mine) != 4 or len(theirs) != 4:
+            continue
+        if not (node in kept or _is_cache(node)):
+            continue
+        fits = same(mine[0], theirs[0]) and same(mine[3], theirs[3])
+        if fits and _times(mine[1], theirs[1]) and value_of(node).dtype == value_of(operand).dtype:
+            yield node
+
+
+def _times(heads: Any, of: Any) -> int:
+    """Return how often heads are repeated; 0 where that is no number."""
+    if not isinstance(heads, int) or not isinstance(of, int):
+        return int(same(heads, of))
+    return 0 if of == 0 or heads % of else heads // of
+
+
+class _Read(Trial):
+    """The operations between a cache and an operand of attention."""
+
+    def __init__(self, operand: fx.Node, cache: fx.Node) -> None:
+        super().__init__(operand, [cache], MIXING)
+        self.cache, self.given = cache, (root_of(cache),)
+        self.times = _times((shape_of(operand) or ())[1], (shape_of(cache) or ())[1])
+
+    def is_proved(self) -> bool:
+        """Return whether the operand is the first tokens of the cache, or all, with its heads repeated."""
+        needed = self._needed([self.result], self._ends, _MOST)
+        if not needed:
+            return False
+        place = order_of(self.result.graph)
+        self.steps = sorted(needed, key=place.__getitem__)
+        if self._is_written_between(place):
+            return False
+        try:
+            return all(self._holds(sizes) for sizes in self.assignments(_TRIALS))
+        except CANNOT_BE_RUN:
+            return False
+
+    def _is_written_between(self, place: dict[fx.Node, int]) -> bool:
+        """Return whether a copy of a part of the cache is made, which does not see a write that follows."""
+        writes = [place[x] for x in writers_of(self.cache.graph).get(root_of(self.cache), ())]
+        last = place[self.first_reader()]
+        first = min((place[step] for step in self.copies()), default=last)
+        return any(first < write < last for write in writes)
+
+    def copies(self) -> list[fx.Node]:
+        """Return the steps that hold elements of the cache in memory of their own."""
+        moved = {self.cache}
+        for step in self.steps:
+            if not moved.isdisjoint(data_of(step)):
+                moved.add(step)
+        return [step for step in moved if root_of(step) is not root_of(self.cache)]
+
+    def end(self) -> tuple[bool, Any]:
+        """Return whether the cache positions that are read are known, and how many they are; ``None`` for all."""
+        size, whole = (value_of(node).shape[2] for node in (self.result, self.cache))
+        if same(size, whole):
+            return True, None
+        if isinstance(size, int):
+            return True, size
+        for node in self.result.graph.nodes:
+            if node is self.result:
+                break
+            if isinstance(value_of(node), torch.SymInt) and same(value_of(node), size):
+                return True, node
+        return False, None
+
+    def first_reader(self) -> fx.Node:
+        """Return the first node that reads the operand."""
+        place = order_of(self.result.graph)
+        return min(self.result.users, key=place.__getitem__)
+
+    def _holds(self, sizes: Any) -> bool:
+        cache = random_like(value_of(self.cache), sizes)
+        found = self.run(sizes, {self.cache: cache.clone()})
+        if not isinstance(found, Tensor) or found.dim() != 4 or found.shape[2] > cache.shape[2]:
+            return False
+        expected = cache.repeat_interleave(self.times, 1)[:, :, : found.shape[2]]
+        return torch.equal(found, expected)
+
+
+def _spell(graph: fx.Graph, read: _Read, end: Any) -> fx.Node:
+    operand, node = read.result, read.cache
+    value = value_of(operand)
+    with graph.inserting_before(operand.next if read.copies() else read.first_reader()):
+        if end is not None:
+            cut = value_of(node)[:, :, : value.shape[2]]
+            node = insert_call(graph, operator.getitem, (node, (FULL, FULL, slice(None, end))), cut)
+        if read.times != 1:
+            node = insert_call(graph, torch.repeat_interleave, (node, read.times, 1), value)
+    operand.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    erase_unread(graph, read.steps)
+    return node
