@@ -118,7 +118,7 @@ def _compiled(
         return lowered.around(gm.forward, stays_plain)
     if not lowered.compiles:
         return gm.forward
-    if lowered.conversions:
+    if lowered.conversions or lowered.changes_memory:
         return lowered.run_once_then_convert(compile_inner, stays_plain)
     inner, run = compile_inner(example_inputs), None
     if recorder is not None and lowered.lengths is not None:

@@ -245,7 +245,8 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
         return TensorReport(name, shape, shape[2], {PLAIN: _bytes_once(tensor, counted)}, shape[2])
     held, layout = tensor.held(), tensor.page_layout
     packed_end = layout.sinks + int(tensor.cursor[1]) * layout.page_size
-    packed = max(0, min(packed_end, tensor.first + held) - max(tensor.first, layout.sinks))
+    first = tensor.first if tensor.kind == "grown" else int(tensor.cursor[0]) - held
+    packed = max(0, min(packed_end, first + held) - max(first, layout.sinks))
     width = layout.bits_per_element
     held_parts = {part: getattr(tensor, part) for part in NAMES}
     parts = {

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache.trim import first_of
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import MIN_SIZE, part_names
+from kvq_compile.kernels.packed import MIN_SIZE, PARTS, part_names
 from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.sites import Attention, Quantization
@@ -42,6 +42,7 @@ class CacheNodes:
         length: Of an input, the node of its length, or the length where it is constant.
         owns_length: Whether that node is an input made for this cache.
         trim: Of a dynamic cache that forgets its first tokens, the node whose size says how many are out of sight.
+        is_ring: Whether it shows the last ``length`` tokens of its memory.
     """
 
     parts: tuple[fx.Node, ...]
@@ -50,6 +51,16 @@ class CacheNodes:
     length: Any = None
     owns_length: bool = False
     trim: fx.Node | None = None
+    is_ring: bool = False
+
+    def room(self, graph: fx.Graph) -> fx.Node:
+        """Return for how many tokens a static cache has room, at the graph's insert point."""
+        codes = self.parts[PARTS.index("codes")]
+        pages = graph.call_method("size", (codes, 2))
+        size, rest = self.layout.page_size, self.layout.token_rows - 1
+        pages.meta["example_value"] = room = value_of(codes).shape[2]
+        slots = insert_call(graph, operator.mul, (pages, size), room * size)
+        return insert_call(graph, operator.add, (slots, rest), room * size + rest)
 
     def first(self, graph: fx.Graph) -> Any:
         """Return how many slots of a dynamic cache are out of sight, at the graph's insert point."""
@@ -97,6 +108,8 @@ class CacheNodes:
 
     def dequantize(self, graph: fx.Graph, like: fx.Node) -> fx.Node:
         """Read the cache as the ordinary tensor that ``like`` stands for."""
+        if self.is_ring:
+            return self._dequantize_ring(graph, like)
         length = size_of(like, 2) if self.length is None else self.end(graph)
         arguments = (self.parts, self.calibrated, length, self.layout)
         if self.trim is None:
@@ -104,6 +117,18 @@ class CacheNodes:
         whole = insert_call(graph, ops.dequantize, arguments)
         seen = (slice(None), slice(None), slice(self.first(graph), None))
         return insert_call(graph, operator.getitem, (whole, seen), value_of(like))
+
+    def _dequantize_ring(self, graph: fx.Graph, like: fx.Node) -> fx.Node:
+        arguments = self.parts, self.calibrated, self.room(graph), self.layout
+        whole = insert_call(graph, ops.dequantize, arguments)
+        cursor = self.parts[PARTS.index("cursor")]
+        held = insert_call(graph, operator.getitem, (cursor, 0))
+        behind = insert_call(graph, operator.sub, (held, self.length))
+        first = graph.call_method("clamp_min", (behind, 0))
+        about = {"dtype": torch.int64, "device": value_of(cursor).device}
+        slots = graph.call_function(torch.arange, (self.length,), about)
+        shown = insert_call(graph, operator.add, (slots, first))
+        return insert_call(graph, torch.index_select, (whole, 2, shown), value_of(like))
 
 
 def _sink_logits(graph: fx.Graph, attention: Attention) -> tuple[fx.Node, ...]:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.cache_nodes import CacheNodes, CalibrationInputs, Seen
+from kvq_compile.lowering.find.rings import Ring
 from kvq_compile.lowering.find.rotation import Rotation
 from kvq_compile.lowering.find.updates import Update
 from kvq_compile.lowering.lengths import Lengths
@@ -47,6 +48,7 @@ class Graph:
         state_reports: What became of each cache.
         contractions: Attentions found by evaluation, by their softmax; or why what is there is none.
         updates: Fixed-size caches of which the graph returns an updated copy, by that copy.
+        rings: Buffers of fixed size that keep the last tokens, by what attention reads of each.
         calibration: Calibration constants of new caches.
         caches: The quantized caches among the inputs.
         made: The quantized caches that stand for the buffers which the graph allocates.
@@ -61,6 +63,7 @@ class Graph:
         plans: How each value that the captured graph returned is made.
         lengths: What stands for the lengths of growing caches, where steps may be recorded.
         unrecorded: Why they may not; ``None`` if they may, or where the graph is no step.
+        changes_memory: Whether a cache gets other memory in this call, for a ring.
     """
 
     module: GraphModule
@@ -76,6 +79,7 @@ class Graph:
     state_reports: list[StateReport] = field(default_factory=list)
     contractions: dict[Node, Attention | Refusal] = field(default_factory=dict)
     updates: dict[Node, Update] = field(default_factory=dict)
+    rings: dict[Node, Ring] = field(default_factory=dict)
     calibration: CalibrationInputs = field(default_factory=CalibrationInputs)
     caches: dict[Node, CacheNodes] = field(default_factory=dict)
     made: dict[Node, CacheNodes] = field(default_factory=dict)
@@ -90,6 +94,7 @@ class Graph:
     plans: list[Output] = field(default_factory=list)
     lengths: Lengths | None = None
     unrecorded: str | None = None
+    changes_memory: bool = False
 
     @classmethod
     def copy_of(

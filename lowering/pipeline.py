@@ -41,6 +41,7 @@ from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.read_contractions import read_contractions
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.spell_reads import spell_reads
+from kvq_compile.lowering.rewrite.spell_rings import spell_rings
 from kvq_compile.lowering.rewrite.spell_writes import spell_writes
 from kvq_compile.lowering.rewrite.store_dense import store_dense
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
@@ -63,6 +64,7 @@ ANALYSIS: tuple[Pass, ...] = (
     spell_writes,  # first: the other passes know a write by one spelling,
     unchain_writes,  # the finders a cache by one node
     spell_growth,  # and its growth by one spelling
+    spell_rings,
     hold_slots,
     name_updates,
     spell_reads,  # what reads a cache that is known by now
@@ -224,6 +226,7 @@ def _lower(graph: Graph, gm: fx.GraphModule, record: bool) -> Lowered:
         updated=updated,
         lengths=graph.lengths,
         unrecorded=graph.unrecorded,
+        changes_memory=graph.changes_memory,
     )
 
 
@@ -259,6 +262,9 @@ def _rewritten(site: AttentionSite) -> SiteReport:
         Life.ALLOCATED: "attends exactly to its own tokens, writes them into a quantized buffer",
         Life.BUFFER_PLAIN: "runs as captured once, then its buffer is quantized in place",
         Life.BUFFER: "reads the quantized buffer, quantizes on write",
+        Life.RING_FRESH: "attends exactly to its own tokens, returns the last of them quantized",
+        Life.RING_PLAIN: "runs as captured once, then its buffer is quantized in place",
+        Life.RING: "reads the quantized buffer of the last tokens, quantizes on write",
     }[key.life]
     if key.is_update and key.life is Life.BUFFER_PLAIN:
         how = "runs as captured, then the updated cache is returned quantized"

@@ -145,6 +145,7 @@ class Conversion:
         query: Number of the output that holds the queries of the call, where bits depend on them.
         output: Number of the output that holds the tokens, where the call leaves the argument as it was.
         is_read_whole: Whether what reads the buffer may see cache positions behind its tokens.
+        kind: What the buffer becomes.
     """
 
     argument: int
@@ -154,6 +155,7 @@ class Conversion:
     query: int | None = None
     output: int | None = None
     is_read_whole: bool = False
+    kind: Kind = "static"
 
     def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Return how many tokens the buffer holds after a call."""
@@ -187,6 +189,7 @@ class Lowered:
         updated: Numbers of the outputs that are updated caches, by the places of the caches that they are made of.
         lengths: What stands for the lengths of growing caches, where the graph takes bounds of them.
         unrecorded: Why a step of this graph is not to be recorded, if it is a step.
+        changes_memory: Whether its caches get other memory when it runs, so that it is run once and not compiled.
         arranged: How the captured graph's caches are laid out, where that is not as ``[B, H, S, D]``: all else here is
             about a graph whose are.
     """
@@ -208,6 +211,7 @@ class Lowered:
     updated: Mapping[int, int] = field(default_factory=dict)
     lengths: Lengths | None = None
     unrecorded: str | None = None
+    changes_memory: bool = False
     arranged: Arranged | None = None
 
     @classmethod
@@ -289,7 +293,7 @@ class Lowered:
         elif self.thaw is not None or self.check is None:
             places = {place for place, x in enumerate(args) if isinstance(x, QuantizedKV)}
         else:
-            places = {write.argument for write in self.check.writes if write.argument is not None}
+            places = self.check.written
         for place in places:
             if isinstance(args[place], QuantizedKV):
                 thaw(args[place], reason)
@@ -303,12 +307,24 @@ class Lowered:
     def call(self, run: Run, args: Sequence[Any]) -> list[Any]:
         """Call ``run`` with the arguments of the captured graph, and make what that returns of its results."""
         self._claim(args)
+        rings = () if self.check is None else self.check.rings
+        for write in rings:
+            write.claim(args)
         results = run(args)
+        self._forget_counts(args)
+        for write in rings:
+            write.note(args)
         outputs = [plan.build(results, args) for plan in self.outputs]
         for cache in outputs:
             if isinstance(cache, QuantizedKV) and not isinstance(cache.cursor, FakeTensor):
                 cache._lineage.compiled = int(cache.end)
         return outputs
+
+    def _forget_counts(self, args: Sequence[Any]) -> None:
+        """Forget how many tokens the caches of fixed size hold that the call may have written."""
+        rings = () if self.check is None else self.check.rings
+        for place in self.unwrapped.keys() - {write.argument for write in rings}:
+            args[place]._lineage.counted = None
 
     def _claim(self, args: Sequence[Any]) -> None:
         """Make room for the call's tokens in the dynamic caches.
@@ -421,7 +437,12 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: lis
             tables = quantization.tables.on(buffer.device) if quantization.tables else None
             query = None if conversion.query is None else outputs[conversion.query]
             quantized = QuantizedKV.from_dense(
-                buffer, quantization.layout, kind="static", length=held, tables=tables, query=query
+                buffer,
+                quantization.layout,
+                kind=conversion.kind,
+                length=held,
+                tables=tables,
+                query=query,
             )
         if updated is None:
             become(buffer, quantized)

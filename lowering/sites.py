@@ -76,6 +76,12 @@ class Life(Enum):
     ALLOCATED = "allocated in this call, written and returned"
     BUFFER_PLAIN = "16-bit buffer written in place"
     BUFFER = "quantized buffer written in place"
+    RING_FRESH = "allocated in this call, filled with its last tokens and returned"
+    RING_PLAIN = "16-bit buffer that keeps the last tokens"
+    RING = "quantized buffer that keeps the last tokens"
+
+
+RINGS = (Life.RING_PLAIN, Life.RING)  # what the call was given
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,11 @@ class State:
         source: That placeholder, where ``past`` is rows taken from it.
         kept: What is returned of the tokens, if that is only the last of them (a sliding window).
         write: The node that writes ``new`` into ``past``, in place or, where it is ``base``, into a copy.
-        position: Cache positions of the new tokens, a node; or their first cache position, a number.
+        position: Cache positions of the new tokens, a node; or their first cache position, a number. Of a ring, how
+            many of its slots come before them, ``None`` for all.
         repeats: Query heads for one KV head, as repeated in the graph.
         slots: How many leading cache positions attention reads; ``None`` for all.
-        last: How many of the last tokens of a dynamic cache attention reads; ``None`` for all.
+        last: How many of the last tokens of a dynamic cache or a ring attention reads; ``None`` for all.
     """
 
     life: Life

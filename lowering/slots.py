@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import HIDES
+from kvq_compile.lowering.rings import RingWrite
 from kvq_compile.lowering.sizes import Size
 
 GAPS = "the cache positions written are not consecutive"
@@ -25,6 +26,7 @@ SEVERAL = "one token is written to several cache positions"
 AHEAD = "tokens are written behind empty cache positions"
 OVERWRITES = "cache positions are overwritten that attention goes on to read behind the new tokens"
 FROM_THE_END = "the cache is written at positions counted from its end"
+WRAPPED = "cache positions are written of a buffer that keeps the last tokens"
 NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
 
 
@@ -76,10 +78,18 @@ class SlotCheck:
     Attributes:
         positions: The part of the graph that computes cache positions which are tensors, if any are.
         writes: The writes, in order.
+        rings: Those into quantized buffers that keep the last tokens.
     """
 
     positions: fx.GraphModule | None
     writes: tuple[Write, ...]
+    rings: tuple[RingWrite, ...] = ()
+
+    @property
+    def written(self) -> set[int]:
+        """Places of the arguments that are written."""
+        places = {write.argument for write in self.writes if write.argument is not None}
+        return places | {write.argument for write in self.rings}
 
     @cached_property
     def read(self) -> tuple[int, ...]:
@@ -97,6 +107,9 @@ class SlotCheck:
 
     def look(self, args: Sequence[Any]) -> Look:
         """Look at the writes of a call before it runs."""
+        reason = next(filter(None, (write.reason(args) for write in self.rings)), None)
+        if reason is not None:
+            return Look(reason)
         places = {write.argument for write in self.writes if write.argument is not None}
         caches = {place: args[place] for place in sorted(places)}
         cursors = {place: x.cursor[:1] for place, x in caches.items() if isinstance(x, QuantizedKV)}
@@ -107,6 +120,7 @@ class SlotCheck:
         held: dict[int | None, int] = {
             place: int(found) for place, found in zip(cursors, copies[len(read) :], strict=True)
         }
+        sizes: dict[int | None, int] = {place: int(x.shape[2]) for place, x in caches.items()}
         updated: dict[int, tuple[int, int]] = {}
         for write in self.writes:
             if write.first is not None and write.tokens is not None:
@@ -128,6 +142,8 @@ class SlotCheck:
                     updated[write.argument] = held[write.argument], first
                 if first > held[write.argument]:
                     return Look(AHEAD)
+                if first > 0 and held[write.argument] > sizes[write.argument]:
+                    return Look(WRAPPED)
                 if (
                     first < held[write.argument]
                     and _shows(write, args, first + tokens) is not False

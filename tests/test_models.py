@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache, StaticCache
 
-from kvq_compile import KVQWarning, QuantizedKV
+from kvq_compile import QuantizedKV
 from kvq_compile.history import watching
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -211,45 +211,16 @@ def test_a_static_layer_without_a_window_is_capped_and_has_sinks(name) -> None:
     chunks = (40, 20, 6, 1, 1, 7)
     expected = feed(model, make_static(model), chunks)
     cache = make_static(model)
-    with pytest.warns(KVQWarning, match="static cache with a sliding window"):
+    with watching() as graphs:
         forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
         logits = feed(forward, cache, chunks)
+    assert_all_rewritten(graphs, model.config.num_hidden_layers)
     assert_close_to(logits, expected)
-    assert isinstance(cache.layers[1].keys, QuantizedKV)
-    assert isinstance(cache.layers[1].values, QuantizedKV)
-
-
-def test_a_static_ring_leaves_the_other_layers_of_its_model_quantized() -> None:
-    """Regression: the first write of a ring made ordinary tensors of every cache in the call."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(SLIDING["Gemma3"]()).eval()
-    chunks = (40, 20, 6, 1, 1, 7)
-    expected = feed(model, make_static(model), chunks)
-    cache = make_static(model)
-    with pytest.warns(KVQWarning, match="static cache with a sliding window"):
-        forward = torch.compile(model.forward, backend="kvq", options=OPTIONS)
-        logits = feed(forward, cache, chunks)
-    assert_close_to(logits, expected)
-    ring, full = cache.layers
-    assert type(ring.keys) is type(ring.values) is torch.Tensor
-    assert isinstance(full.keys, QuantizedKV)
-    assert isinstance(full.values, QuantizedKV)
+    assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
 
 
 def make_static(model: torch.nn.Module) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=100)
-
-
-def test_a_static_ring_is_refused_by_name_and_stays_right() -> None:
-    model = make_model("Mistral", sliding_window=16)
-    expected = feed(model, make_cache("static", model))
-    with watching() as graphs, pytest.warns(KVQWarning, match="sliding window"):
-        logits = feed(
-            torch.compile(model.forward, backend="kvq", options=OPTIONS),
-            make_cache("static", model),
-        )
-    assert all(site.outcome == "left alone" for graph in graphs for site in graph.sites)
-    torch.testing.assert_close(logits, expected)
 
 
 def test_a_cache_that_the_model_makes_itself_comes_back_quantized() -> None:

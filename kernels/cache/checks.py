@@ -37,7 +37,7 @@ def check_loaded(
         parts: The parts that `part_names` lists.
         calibrated: What the layout's tokens are coded relative to.
         layout: Their layout.
-        kind: ``"grown"`` or ``"static"``.
+        kind: ``"grown"``, ``"static"`` or ``"ring"``.
         length: Slots of the cache.
         first: Slots before them, of a dynamic cache that is trimmed; else ``None``.
 
@@ -45,7 +45,8 @@ def check_loaded(
         TypeError: Something is no tensor, or no integer.
         ValueError: Something is not what quantizing could have written.
     """
-    check(kind in ("grown", "static"), f'kind must be "grown" or "static", got {kind!r}')
+    kinds = ("grown", "static", "ring")
+    check(kind in kinds, f"kind must be one of {', '.join(kinds)}, got {kind!r}")
     check_integers(length=length)
     check(length >= 0, f"length must be 0 or more, got {length}")
     if first is not None:
@@ -135,7 +136,7 @@ def _check_cursor(cursor: Tensor, capacity: int, layout: Layout, kind: str, leng
     """Return the pages that the cursor counts."""
     held, pages = cursor.tolist()
     # A grown cache that was cropped still counts the tokens behind its end, until it takes new ones.
-    fits = held >= length if kind == "grown" else 0 <= held <= length
+    fits = held >= length if kind == "grown" else held >= 0 and (kind == "ring" or held <= length)
     check(fits, f"cursor must hold the {length} tokens of a {kind} cache, got {held}")
     least, most = layout.pages_at(held), max(0, held - layout.sinks) // layout.page_size
     check(

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache import ring
 from kvq_compile.kernels.cache.batch import EAGER, slice_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
@@ -165,6 +166,8 @@ def _write(
             with cache._lineage.overwritten(cache, first):
                 ops.append_(cache.parts, cache.calibrated, x, None, first, cache.page_layout)
             return
+        _check_in_sight(cache, int(count))
+        cache._lineage.counted = None
     elif cache.kind == "grown":
         raise NotImplementedError(GROWS_BY_CAT)
     ops.append_(cache.parts, cache.calibrated, x, position, start, cache.page_layout)
@@ -180,6 +183,16 @@ def _check_writable(cache: QuantizedKV) -> None:
         raise NotImplementedError(
             "a grown QuantizedKV that shares its memory with other views cannot be overwritten; "
             "clone() it first"
+        )
+
+
+def _check_in_sight(cache: QuantizedKV, count: int) -> None:
+    """Make sure that slots of a static cache, not all of which are written, are the same slots of its memory."""
+    slots = cache.shape[2]
+    if cache.kind == "ring" and count < slots and ring.count(cache) > slots:
+        raise NotImplementedError(
+            f"a ring that shows its last tokens takes new ones behind them, or all of them, got {cache!r}; roll a "
+            "copy, write into that and copy_ it back"
         )
 
 
@@ -356,7 +369,7 @@ def _index_written(
 
 def _goes_behind(x: Any, index: Tensor | None) -> bool:
     """Say whether slots are those behind the tokens of a static cache, so that a write to a copy changes no other."""
-    if not isinstance(x, QuantizedKV) or x.kind != "static" or isinstance(x.cursor, FakeTensor):
+    if not isinstance(x, QuantizedKV) or x.kind == "grown" or isinstance(x.cursor, FakeTensor):
         return False
     if index is None or index.dim() > 1 or index.dtype == torch.bool:
         return False
@@ -387,7 +400,8 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(x.cursor, FakeTensor):
         _check_writable(x)
     if not _is_alike(x, source):
-        _write(x, source, None, 0, x.shape[2])
+        if not _rolled(x, source):
+            _write(x, source, None, 0, x.shape[2])
         return x
     for mine, theirs in zip(x.parts, source.parts, strict=True):  # type: ignore[attr-defined]
         mine.copy_(theirs, non_blocking)
@@ -396,6 +410,22 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(x.cursor, FakeTensor):
         x._lineage.take(source._lineage)  # type: ignore[attr-defined]
     return x
+
+
+def _rolled(x: QuantizedKV, source: Tensor) -> bool:
+    """Append what is new of ``source``, where it begins with this cache's own last tokens; say whether it does.
+
+    So a static cache with a sliding window is written; its tokens are not quantized a second time.
+    """
+    if x.kind == "grown" or isinstance(x.cursor, FakeTensor) or isinstance(source, QuantizedKV):
+        return False
+    held = x.held()
+    shift = ring.shift_of(x.dequantize(), source, held)
+    if shift is None:
+        return False
+    new = source[:, :, held - shift :]
+    ring.append(x, new)
+    return True
 
 
 def _is_alike(x: QuantizedKV, source: Tensor) -> bool:
@@ -413,6 +443,7 @@ def _zero(x: QuantizedKV) -> QuantizedKV:
     else:
         if not isinstance(x.cursor, FakeTensor):
             _check_writable(x)
+            x._lineage.counted = 0
         x.cursor.zero_()
     return x
 

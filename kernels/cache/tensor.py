@@ -10,9 +10,11 @@ The operations of a KV cache act on the packed form:
   A write that is not listed raises, since it would be lost in such a copy; so does a write into a view,
   such as ``cache[:, :, 3:5].zero_()``, outside compiled code (`ReadOnlyTokens`).
 
-**Two kinds.** A dynamic cache (kind ``"grown"``) has exactly as many slots as tokens, and ``cat`` returns a longer view
-of the same memory; capacity grows with the tokens. A *static* cache has a fixed number of slots. Tokens are written at
-consecutive positions: a write at an earlier slot drops the tokens after it, whose slots then read as zero.
+**Three kinds.** A dynamic cache (kind ``"grown"``) has exactly as many slots as tokens, and ``cat`` returns a longer
+view of the same memory; capacity grows with the tokens. A *static* cache has a fixed number of slots. Tokens are
+written at consecutive positions: a write at an earlier slot drops the tokens after it, whose slots then read as zero.
+A *ring* is a static cache that shows the last tokens of its memory: what joins it behind its last slot puts its first
+out of sight (`ring`).
 
 `views` explains which caches share memory, `exports` the ways out of PyTorch, `saved` and `checks` files.
 """
@@ -34,6 +36,7 @@ from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.checks import check_loaded
 from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
+from kvq_compile.kernels.cache.ring import last_slots, slots_for
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
 from kvq_compile.kernels.cache.trim import TRIM, new_trim
 from kvq_compile.kernels.cache.views import Lineage, Views
@@ -49,10 +52,11 @@ from kvq_compile.kernels.packed import (
     flat,
     paged,
     part_names,
+    room_of,
     writable,
 )
 
-Kind = Literal["grown", "static"]
+Kind = Literal["grown", "static", "ring"]
 HELD = (*PARTS, *CALIBRATED, ORIGINALS)
 INNER = (*HELD, TRIM)
 ATTRIBUTES = (
@@ -77,7 +81,7 @@ class QuantizedKV(Views, Exports, Tensor):
         trim: Of a dynamic cache that forgets its first tokens, a tensor without elements whose size says how many
             slots of the memory are out of sight; else ``None``.
         page_layout: Their layout.
-        kind: ``"grown"`` or ``"static"``.
+        kind: ``"grown"``, ``"static"`` or ``"ring"``.
     """
 
     codes: Tensor
@@ -159,22 +163,23 @@ class QuantizedKV(Views, Exports, Tensor):
     ) -> QuantizedKV:
         """Quantize the first ``length`` (default: all) tokens of ``x`` ``[B, H, S, D]``.
 
-        A static cache gets as many slots as ``x`` has, a grown one as many as it has tokens. ``tables``
+        A static cache or a ring gets as many slots as ``x`` has, a grown one as many as it has tokens. ``tables``
         are the words of the layout's `Tables`; ``shift``, ``[B]``, is zero if it is not given. ``query``,
         ``[B, Hq, T, D]``, has the queries of the last of these tokens, where the layout holds queries.
 
         Raises:
             ValueError: The layout keeps exact copies, and the cache is static.
         """
-        if layout.keep_exact and kind == "static":
+        if layout.keep_exact and kind != "grown":
             raise ValueError("keep_exact must go with a cache that grows, got a static one")
         tokens = x.shape[2] if length is None else length
-        slots = x.shape[2] if kind == "static" else tokens
+        slots = tokens if kind == "grown" else x.shape[2]
+        room = slots_for(slots, 1, layout) if kind == "ring" else slots
         if layout.rotary and shift is None:
             shift = x.new_zeros(x.shape[0], dtype=torch.int32)
         calibrated = [tensor for tensor in (tables, shift) if tensor is not None]
         about = layout, calibrated, None, query
-        parts = ops.quantize(x[:, :, :tokens], slots, kind == "grown", *about)
+        parts = ops.quantize(x[:, :, :tokens], room, kind == "grown", *about)
         return cls(parts, calibrated, layout, kind, slots)
 
     @property
@@ -194,6 +199,9 @@ class QuantizedKV(Views, Exports, Tensor):
 
     def dequantize(self) -> Tensor:
         """Return the tokens as an ordinary tensor ``[B, H, S, D]``; empty slots are zero."""
+        if self.kind == "ring":
+            about = self.parts, self.calibrated, room_of(self.parts, self.page_layout)
+            return last_slots(ops.dequantize(*about, self.page_layout), self.cursor, self.shape[2])
         tokens = ops.dequantize(self.parts, self.calibrated, self.end, self.page_layout)
         return tokens if self.trim is None else tokens[:, :, self.first :]
 
@@ -205,8 +213,9 @@ class QuantizedKV(Views, Exports, Tensor):
         return [part for part in held if part is not None]
 
     def held(self) -> int:
-        """Return how many tokens the cache holds; synchronises with the device if the cache is static."""
-        return int(self.cursor[0]) if self.kind == "static" else self.shape[2]
+        """Return how many tokens the cache shows; synchronises with the device if the cache is static."""
+        slots = self.shape[2]
+        return slots if self.kind == "grown" else min(int(self.cursor[0]), slots)
 
     def part_bytes(self) -> dict[str, int]:
         """Return the bytes of each part's storage."""
@@ -304,13 +313,15 @@ class QuantizedKV(Views, Exports, Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = list(_inner_names(self.page_layout))
-        return names if self.trim is None else [*names, TRIM], (self.page_layout, self.kind)
+        pages = self.codes.shape[2] if self.kind == "ring" else 0  # compiled graphs are made for it
+        about = self.page_layout, self.kind, pages
+        return names if self.trim is None else [*names, TRIM], about
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], meta: Any, outer_size: Any, outer_stride: Any
     ) -> QuantizedKV:
-        layout, kind = meta
+        layout, kind, _ = meta
         parts = [inner[name] for name in part_names(layout)]
         calibrated = [inner[name] for name in calibrated_names(layout)]
         return QuantizedKV(parts, calibrated, layout, kind, outer_size[2], trim=inner.get(TRIM))

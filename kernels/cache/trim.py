@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import MIN_SIZE, Size, paged, writable
+from kvq_compile.kernels.packed import MIN_SIZE, Calibrated, Size, paged, writable
+from kvq_compile.kernels.reference.rope import cosine_and_sine, rotate_pairs
 
 TRIM = "trim"  # the inner tensor whose first size tells how many slots are out of sight
 
@@ -39,8 +40,11 @@ def droppable(first: int, pages: int, layout: Layout) -> int:
 
     None where keys are coded without their mean, which turns with the slot: they are coded relative to it.
     """
-    if layout.takes_mean:
-        return 0
+    return 0 if layout.takes_mean else out_of_sight(first, pages, layout)
+
+
+def out_of_sight(first: int, pages: int, layout: Layout) -> int:
+    """Return how many of ``pages`` packed pages lie whole behind ``first`` slots and the sinks."""
     return max(0, min(pages, (first - layout.sinks) // layout.page_size))
 
 
@@ -50,7 +54,8 @@ def drop_pages_(
     """Drop the first ``pages`` packed pages of a cache in place: its slots count from a later token.
 
     Slots below ``sinks`` are out of sight and stay. Each other slot becomes ``pages * page_size`` less, and moves to
-    the page, the row of the ring or the row of queries that this slot has.
+    the page, the row of the ring or the row of queries that this slot has. The mean of keys that are coded without it
+    is turned by as many slots, and rounded to the dtype of the cache anew.
     """
     slots = pages * layout.page_size
     codes, params, exact, cursor, *originals = paged(parts, layout)
@@ -64,3 +69,7 @@ def drop_pages_(
     cursor.sub_(torch.tensor([slots, pages], dtype=cursor.dtype, device=cursor.device))
     if layout.rotary:
         calibrated[-1].add_(slots)
+    if layout.takes_mean:
+        mean = layout.state_of(exact)[:, :, 1]
+        frequency = Calibrated.of(calibrated, layout).section("frequency", layout).long()
+        mean.copy_(rotate_pairs(mean.float(), *cosine_and_sine(slots * frequency)))

@@ -46,6 +46,7 @@ class Lineage:
         compiled: Of them, those up to the last that a compiled call has written; ``None`` where none did.
         memory: A number that no other memory has: as long as it stays, the parts are where they are.
         room: How many tokens that memory has room for; ``None`` until somebody asks.
+        counted: Tokens in the memory of a static cache, as far as the host knows without asking the device: see `ring`.
     """
 
     _numbers = itertools.count()
@@ -53,6 +54,7 @@ class Lineage:
     def __init__(self, held: int, pages: int, reopened: Reopened | None = None) -> None:
         self.held, self.pages, self.reopened = held, pages, reopened
         self.compiled: int | None = None
+        self.counted: int | None = None
         self.moved()
         self._views: list[weakref.ref[QuantizedKV]] = []
 

@@ -93,7 +93,8 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
     returned = graph.output.all_input_nodes
     updates = {node: past for node in returned if (past := updated_cache(node)) is not None}
     grown = _grown(graph, written, updates)
-    written = {**dict.fromkeys(updates.values(), 2), **written}
+    rings = (ring.past for ring in graph.rings.values())
+    written = {**dict.fromkeys(updates.values(), 2), **written, **dict.fromkeys(rings, 2)}
     allocated = {node for node in returned if target_name(node) in _ALLOCATED}
     for node in graph.fx.nodes:
         value = value_of(node)
@@ -237,12 +238,27 @@ def _weights_of(product: fx.Node) -> Iterator[fx.Node]:
         weights = weights.args[0]
 
 
+def _products_of(softmax: fx.Node) -> Iterator[fx.Node]:
+    """Yield what stands between a softmax and the product that takes its weights, and that product."""
+    users = list(softmax.users) if target_name(softmax) == "softmax" else []
+    while users:
+        node = users.pop()
+        if target_name(node) in (*CASTS, "dropout"):
+            users.extend(node.users)
+        elif target_name(node) in PRODUCTS[:2]:
+            yield node
+
+
 def _why_not(graph: Graph, cache: fx.Node, axis: int | None) -> str:
     """Return why a cache is not served."""
     refused: dict[str, SiteReport] = {
         report.node: report for report in graph.reports if report.outcome != "rewritten"
     }
-    reached = [near for node in _followed(cache) for near in (node, *_weights_of(node))]
+    reached = [
+        near
+        for node in _followed(cache)
+        for near in (node, *_weights_of(node), *_products_of(node))
+    ]
     met = [refused[node.name] for node in reached if node.name in refused]
     told = [report.detail for report in met if report.detail != NO_CACHE]
     if told:

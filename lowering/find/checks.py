@@ -21,7 +21,7 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     value_of,
 )
-from kvq_compile.lowering.sites import Attention, Life, Refusal, State
+from kvq_compile.lowering.sites import RINGS, Attention, Life, Refusal, State
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
@@ -86,6 +86,12 @@ def check_pair(key: State, value: State) -> None:
     windows = [None if state.kept is None else window_of(state.kept) for state in (key, value)]
     if (key.kept is None) != (value.kept is None) or windows[0] != windows[1]:
         raise Refusal("keys and values are kept in sliding windows of different lengths")
+    if key.life in RINGS:
+        slots = [(shape_of(state.past) or ())[2] for state in (key, value)]
+        if not same(*slots) or not same_value(key.position, value.position):
+            raise Refusal("keys and values are kept in rings of different lengths")
+        if (key.last is None) != (value.last is None):
+            raise Refusal("keys and values are read from different cache positions on")
     if key.life not in _SLOTTED:
         return
     if not same_value(key.position, value.position):
@@ -134,7 +140,7 @@ def check_order(attention: Attention, states: Sequence[State], order: Sequence[f
     """
     place = {node: number for number, node in enumerate(order)}
     for state in states:
-        if state.life not in (*_SLOTTED, Life.GROWN):
+        if state.life not in (*_SLOTTED, *RINGS, Life.GROWN):
             continue
         write = state.base if state.write is None else state.write
         between = order[place[write] + 1 : place[attention.output]]
@@ -143,3 +149,17 @@ def check_order(attention: Attention, states: Sequence[State], order: Sequence[f
         }
         if needed & changed_roots(between):
             raise Refusal("what is written changes between the write and the attention")
+        if state.life in RINGS:
+            _check_readers(state)
+
+
+def _check_readers(state: State) -> None:
+    """Make sure that nothing but its attention reads a ring: it would see the tokens that are written behind that.
+
+    Raises:
+        Refusal: Something does.
+    """
+    assert state.past is not None
+    own = {state.write, state.base, *state.base.all_input_nodes}
+    if any(user not in own and user.users for user in state.past.users):
+        raise Refusal("the cache is read outside attention in the same call")

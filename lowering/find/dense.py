@@ -32,9 +32,11 @@ from kvq_compile.lowering.find.readers import Attending, Readers, are_attended_t
 from kvq_compile.lowering.find.reasons import BY_OPTION, NO_CACHE
 from kvq_compile.lowering.find.sites import (
     GROWS,
+    HELD,
     KEEPS_NOT,
     check_lengths,
     check_window,
+    forgets,
     quantization_of,
     source_line,
 )
@@ -53,6 +55,7 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import DENSE, Life, Quantization, Refusal, SiteReport, State
 
+OWN = (Life.FRESH, Life.RING_FRESH)  # all of this call's tokens
 NO_SOFTMAX = "what stands between its keys and its values is no softmax"
 PROJECTED = "its keys and values are computed anew from what is kept"
 NO_PRODUCT = "what becomes of its softmax before it meets the values is not understood"
@@ -82,7 +85,7 @@ def find_dense(graph: Graph) -> PassReport:
     states = [state for state in _states(graph) if not {state.base, state.past} & served]
     attending = Attending(graph.fx) if states else None
     candidates = [
-        _Candidate(state, attending.readers(state.whole, state.life is not Life.FRESH))
+        _Candidate(state, attending.readers(state.whole, state.life not in OWN))
         for state in states
         if attending is not None
     ]
@@ -130,6 +133,7 @@ def tell_dense(graph: Graph) -> PassReport:
 def _states(graph: Graph) -> Iterator[State]:
     """Yield the states of what the call grows, writes or returns, if it is ``[B, H, S, D]`` of tokens."""
     outputs = set(graph.output.all_input_nodes)
+    rings = {ring.past: ring for ring in graph.rings.values()}
     for node in dict.fromkeys((*graph.inputs, *graph.output.all_input_nodes)):
         value = value_of(node)
         if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
@@ -141,14 +145,16 @@ def _states(graph: Graph) -> Iterator[State]:
         ):
             continue
         try:
-            state = _state(graph, node, outputs)
+            state = _state(graph, rings[node].base if node in rings else node, outputs)
         except Refusal:
             continue
-        if state is not None and state.base is node:
+        if state is not None and (state.base is node or node in rings):
             yield state
 
 
 def _state(graph: Graph, node: fx.Node, outputs: set[fx.Node]) -> State | None:
+    if node in graph.rings:
+        return find_state(node, outputs, graph.updates, None, graph.rings)
     update = graph.updates.get(node)
     if update is not None:
         past = value_of(update.past)
@@ -181,9 +187,9 @@ def _role(one: _Candidate, candidates: Sequence[_Candidate]) -> Role | None:
     is_key = any(are_attended_together(one.readers, other.readers) for other in others)
     is_value = any(are_attended_together(other.readers, one.readers) for other in others)
     if not (is_key or is_value):
-        alone = roles if one.state.life is not Life.FRESH else ()
+        alone = roles if one.state.life not in OWN else ()
         return ("value" if "value" in alone else "key") if alone else None
-    if one.state.life is Life.FRESH and not roles:
+    if one.state.life in OWN and not roles:
         return None
     return "value" if is_value else "key"
 
@@ -218,7 +224,7 @@ def _quantization(graph: Graph, found: _Candidate, role: Role) -> Quantization:
     if role == "key":
         spec = without_bias(spec, state, graph.inputs)
         spec = with_rotation(spec, state, graph.inputs, graph.rotations)
-        spec = spec if state.kept is None else without_mean(spec)
+        spec = without_mean(spec) if forgets(state) else spec
     quantization = quantization_of(role, spec, state)
     if quantization.layout.keep_exact and state.life not in GROWS:
         raise Refusal(KEEPS_NOT)
@@ -235,18 +241,19 @@ def _names(readers: Readers) -> set[str]:
 def _kept(graph: Graph) -> Iterator[tuple[fx.Node, Role]]:
     """Yield the caches that leave the call quantized, and what they hold."""
     for state, quantization in graph.states():
-        if state.life not in (Life.GROWN, Life.BUFFER):
+        if state.life not in HELD:
             yield state.whole, quantization.layout.role
     returned = graph.output.all_input_nodes
+    anew = {ring.past: ring.base for ring in graph.rings.values() if ring.is_filled_anew}
     for node in graph.inputs:
         cache = value_of(node)
         if not isinstance(cache, QuantizedKV):
             continue
         grown = [n for n in returned if n is not node and node in cache_inputs(n)]
-        if cache.kind == "static" or all(
+        if cache.kind != "grown" or all(
             as_spelled(suffix_of(result) or result) for result in grown
         ):
-            yield node, cache.page_layout.role
+            yield anew.get(node, node), cache.page_layout.role
 
 
 def _told(graph: Graph, cache: fx.Node, readers: Readers) -> SiteReport:

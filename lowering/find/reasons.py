@@ -17,9 +17,7 @@ A_PART_IS_KEPT = (
     "which is not understood as their last tokens (a sliding window)"
 )
 SHORT_WINDOW = "its sliding window is no longer than the exact region"  # told, and no warning
-OVERWRITTEN = (
-    "the cache is overwritten as a whole (a static cache with a sliding window); left in 16 bit"
-)
+OVERWRITTEN = "the cache is overwritten as a whole, and not with the last of its tokens and new ones behind them"
 SOME_ROWS = (
     "only some rows of the cache are written, and a quantized cache holds equally many tokens in every row; "
     "allocate it for the batch at hand"

@@ -22,6 +22,7 @@ from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.sites import (
+    RINGS,
     Attention,
     AttentionSite,
     Contradiction,
@@ -34,7 +35,13 @@ from kvq_compile.lowering.sites import (
 )
 
 KEEPS_NOT = "keep_exact needs a cache that grows: the host does not know which pages of a cache of fixed size fill up"
+NO_POSITIONS = "keys are coded before RoPE, and a buffer that keeps the last tokens does not tell their positions"
 GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
+HELD = (Life.GROWN, Life.BUFFER, Life.RING)
+BY_TOKENS = (
+    Life.GROWN,
+    *RINGS,
+)  # what a call needs to know of their lengths is how many tokens it brings
 
 
 def find_sites(graph: Graph) -> PassReport:
@@ -81,8 +88,8 @@ def _site(
     outputs: set[fx.Node],
     graph: Graph,
 ) -> AttentionSite:
-    key = find_state(attention.key, outputs, graph.updates, attention.output)
-    value = find_state(attention.value, outputs, graph.updates, attention.output)
+    known = outputs, graph.updates, attention.output, graph.rings
+    key, value = find_state(attention.key, *known), find_state(attention.value, *known)
     layer_spec = graph.spec.for_layer(order if graph.by_order else place.layer)
     if layer_spec is None:
         raise Refusal(BY_OPTION)
@@ -92,7 +99,7 @@ def _site(
     if not _is_held_plain(key, layer_spec):
         layer_spec = without_bias(layer_spec, key, graph.inputs)
         layer_spec = with_rotation(layer_spec, key, graph.inputs, graph.rotations)
-    if key.kept is not None:
+    if forgets(key):
         layer_spec = without_mean(layer_spec)
     heads = int(value_of(attention.query).shape[1])
     quantizations = [
@@ -105,9 +112,14 @@ def _site(
         check_window(state, quantization.layout)
         if attention.sink_logits is not None and quantization.layout.attentive:
             raise Refusal("bits depend on attention, whose softmax has logits of sinks")
-        if state.last is not None and quantization.layout.attentive:
+        if state.last is not None and state.life not in RINGS and quantization.layout.attentive:
             raise Refusal("bits depend on attention, which reads only the last tokens of the cache")
     return AttentionSite(place.layer, order, place.where, attention, key, value, *quantizations)
+
+
+def forgets(key: State) -> bool:
+    """Return whether keys are held by a dynamic cache that forgets its first tokens: a ring turns their mean."""
+    return key.kept is not None and key.life is not Life.RING_FRESH
 
 
 def check_window(state: State, layout: Layout) -> None:
@@ -116,6 +128,8 @@ def check_window(state: State, layout: Layout) -> None:
     Raises:
         Refusal: None would: the exact region has room for all, or a cache in host memory cannot forget any.
     """
+    if state.life in RINGS:
+        _check_ring(state, layout)
     if state.kept is None:
         return
     window = window_of(state.kept)
@@ -127,9 +141,26 @@ def check_window(state: State, layout: Layout) -> None:
         raise Refusal("keep_exact needs a cache that keeps all its tokens, got a sliding window")
 
 
+def _check_ring(state: State, layout: Layout) -> None:
+    """Make sure that some tokens of a ring would be packed, and that it knows what they are coded relative to.
+
+    Raises:
+        Refusal: They would not, or the positions of its tokens are not known.
+    """
+    if state.life is Life.RING:
+        return
+    slots = (shape_of(state.past) or ())[2]
+    if slots <= layout.ring:
+        raise Refusal(
+            f"{SHORT_WINDOW}, {slots} of {layout.ring} tokens: nothing would be packed, and it stays as it is"
+        )
+    if layout.rotary:
+        raise Refusal(NO_POSITIONS)
+
+
 def _is_held_plain(key: State, spec: CacheSpec) -> bool:
     """Return whether the keys are held as ``spec`` codes them, by a cache that was quantized outside a graph."""
-    if key.life not in (Life.GROWN, Life.BUFFER):
+    if key.life not in HELD:
         return False
     held: Layout = value_of(key.past).page_layout
     return not held.has_tables
@@ -155,7 +186,7 @@ def quantization_of(
         layout = spec.layout(role, int(head_dim), query_heads // int(heads))
     except ValueError as error:
         raise Refusal(str(error)) from None
-    if state.life in (Life.GROWN, Life.BUFFER):
+    if state.life in HELD:
         layout = _as_held(value_of(state.past).page_layout, layout)
     return Quantization(layout, tables if layout.has_tables else None)
 
@@ -223,7 +254,8 @@ def _lengths(state: State) -> list[Any]:
     first = value_of(state.position)
     ends = [first + tokens] if state.life is Life.BUFFER_PLAIN and not hasattr(first, "dim") else []
     kept = [] if state.kept is None else [(shape_of(state.kept) or ())[2]]
-    return [*kept, *([tokens] if state.life is Life.GROWN else [slots]), *ends]
+    held = [value_of(state.position)] if state.life in RINGS and state.position is not None else []
+    return [*kept, *([tokens] if state.life in BY_TOKENS else [slots]), *ends, *held]
 
 
 def source_line(node: fx.Node) -> str:

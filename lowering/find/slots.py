@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels.cache.become import stays_plain
+from kvq_compile.kernels.cache.ring import takes
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.positions import part_of
 from kvq_compile.lowering.find.reasons import OVERWRITTEN
@@ -22,10 +23,12 @@ from kvq_compile.lowering.nodes import (
     value_of,
     writes_in_place,
 )
-from kvq_compile.lowering.sites import AttentionSite, Life, Refusal, State
+from kvq_compile.lowering.ring_nodes import overwrites
+from kvq_compile.lowering.rings import RingWrite
+from kvq_compile.lowering.sites import RINGS, AttentionSite, Life, Refusal, State
 from kvq_compile.lowering.slots import SlotCheck, Write
 
-SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
+SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN, *RINGS)
 
 
 def plan_slot_checks(graph: Graph) -> PassReport:
@@ -67,8 +70,24 @@ def plan_slot_checks(graph: Graph) -> PassReport:
     part = part_of(positions, graph.arguments, on_host=True) if positions else None
     place = order_of(graph.fx)
     planned = tuple(writes[node] for node in sorted(writes, key=place.__getitem__))
-    graph.check = SlotCheck(part, planned) if planned else None
+    rings = _rings(graph)
+    graph.check = SlotCheck(part, planned, rings) if planned or rings else None
     return PassReport(tuple(f"cache positions of {write.name} are looked at" for write in planned))
+
+
+def _rings(graph: Graph) -> tuple[RingWrite, ...]:
+    """Return the writes into rings that are quantized, and note whether one of them needs other memory."""
+    found = []
+    for ring in graph.rings.values():
+        cache = value_of(ring.past)
+        if not isinstance(cache, QuantizedKV) or cache.kind == "grown":
+            continue
+        tokens = (shape_of(ring.new) or ())[2]
+        held = None if ring.held is None else graph.sizes.size(value_of(ring.held))
+        anew = overwrites(ring)
+        found.append(RingWrite(graph.arguments[ring.past], graph.sizes.size(tokens), held, anew))
+        graph.changes_memory |= not anew and not takes(cache, tokens)
+    return tuple(found)
 
 
 def _refuse(graph: Graph, site: AttentionSite, reason: Refusal) -> None:
@@ -124,6 +143,8 @@ def _write(
     reason = stays_plain(graph.inputs.get(state.past))
     if reason is not None:
         raise Refusal(reason)
+    if state.life in RINGS:
+        return None  # `_rings` plans the look at it
     position = state.position
     is_tensor = isinstance(value_of(position), torch.Tensor)
     if is_tensor:
@@ -176,7 +197,7 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
         and root_of(node.args[0]) is cache
     ]
     others = [node for node in writers if node not in owned]
-    if others and value_of(cache).kind != "static":
+    if others and value_of(cache).kind == "grown":
         raise Refusal(f"a cache that grows is written in place by {target_name(others[0])}")
     if writers:
         _check_views(graph, cache, writers)
@@ -187,6 +208,8 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
             nothing = graph.sizes.size(0)
             found[node] = Write(name, argument, None, nothing, nothing, True)
             continue
+        if any(node is ring.write for ring in graph.rings.values()):
+            continue  # `_rings` plans the look at it
         if target_name(node) == "copy_" and node.args[0] is cache:
             raise Refusal(OVERWRITTEN)
         if not is_write(node) or node.args[0] is not cache:

@@ -9,6 +9,8 @@ keeps is reached. How that tensor enters and leaves the graph is its `Life`::
     zeros(...), index_copy_(2, pos, new), returned   ALLOCATED
     placeholder, index_copy_(2, pos, new)         BUFFER or BUFFER_PLAIN; ``cache[:, :, pos] = new`` as well
     index_copy(placeholder, 2, pos, new), returned   the same, and the tensor that was passed in stays as it was
+    cat([placeholder, new], 2), whose end is copied into the placeholder   RING or RING_PLAIN
+    zeros(...), copy_(new[:, :, -S:]), returned      RING_FRESH
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
+from kvq_compile.lowering.find.rings import Ring
 from kvq_compile.lowering.find.trial import data_of
 from kvq_compile.lowering.find.trims import kept_of, suffix_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
@@ -63,6 +66,7 @@ def find_state(
     outputs: set[fx.Node],
     updates: Mapping[fx.Node, Update] | None = None,
     attention: fx.Node | None = None,
+    rings: Mapping[fx.Node, Ring] | None = None,
 ) -> State:
     """Return the state behind an attention's key or value.
 
@@ -71,6 +75,7 @@ def find_state(
         outputs: Nodes that the graph returns.
         updates: What `name_updates` has found.
         attention: The result of the attention; of the writes into a buffer, the last before it is its own.
+        rings: What `spell_rings` has found.
 
     Raises:
         Refusal: The tensor is not a cache, or not one that can be quantized.
@@ -80,6 +85,9 @@ def find_state(
     shape = shape_of(base)
     if shape is None or len(shape) != 4:
         raise Refusal(f"keys and values must be [B, H, S, D], got {shape}")
+    ring = (rings or {}).get(base)
+    if ring is not None:
+        return _ring(read, ring)
     update = (updates or {}).get(base)
     if update is not None:
         return _updated(read, update, outputs)
@@ -221,6 +229,26 @@ def _grown(read: _Read, outputs: set[fx.Node]) -> State:
     return State(Life.GROWN_PLAIN, kept, cat, past, **about)
 
 
+def _ring(read: _Read, ring: Ring) -> State:
+    """Return the state of a buffer that keeps the last of its tokens and the call's.
+
+    Raises:
+        Refusal: Something else reads it, or it is none of fixed size.
+    """
+    if ring.write is None:
+        about = {"repeats": read.repeats, "slots": read.slots, "last": read.last}
+        return State(Life.RING_FRESH, ring.past, ring.base, kept=ring.past, **about)
+    held = value_of(ring.past)
+    quantized = isinstance(held, QuantizedKV)
+    if quantized and held.kind == "grown":
+        raise Refusal("a quantized cache that grows by cat is overwritten as a whole")
+    if read.slots is not None:
+        raise Refusal("attention reads only the first of the tokens that a buffer keeps")
+    about = {"repeats": read.repeats, "last": read.last}
+    life = Life.RING if quantized else Life.RING_PLAIN
+    return State(life, ring.base, ring.new, ring.past, ring.write, ring.held, **about)
+
+
 def _fresh(read: _Read, whole: fx.Node, kept: fx.Node | None = None) -> State:
     """Return the state of keys or values that are all of this call, of which ``kept`` are returned if not all are.
 
@@ -254,7 +282,7 @@ def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> S
     write = _own_write(read, attention)
     position, new = read_write(write)
     quantized = isinstance(value_of(past), QuantizedKV)
-    if quantized and value_of(past).kind != "static":
+    if quantized and value_of(past).kind == "grown":
         raise Refusal("a quantized cache that grows by cat is written in place")
     if past.op != "placeholder":
         if past not in outputs:
@@ -307,7 +335,7 @@ def _updated(read: _Read, update: Update, outputs: set[fx.Node]) -> State:
     if result not in outputs:
         raise Refusal(why_not_kept(result, outputs))
     value, steps = value_of(past), {*update.steps}
-    if isinstance(value, QuantizedKV) and value.kind != "static":
+    if isinstance(value, QuantizedKV) and value.kind == "grown":
         raise Refusal("a quantized cache that grows by cat is updated as one of fixed size")
     before = [user for user in past.users if user not in steps and not _is_dead(user)]
     if any(isinstance(value_of(user), Tensor) or user.op == "output" for user in before):

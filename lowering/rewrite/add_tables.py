@@ -14,7 +14,7 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
 from kvq_compile.lowering.sites import Life, Quantization, Refusal, State
 
-MAKES_CACHE = (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED)
+MAKES_CACHE = (Life.FRESH, Life.RING_FRESH, Life.GROWN_PLAIN, Life.ALLOCATED)
 
 
 def add_tables(graph: Graph) -> PassReport:

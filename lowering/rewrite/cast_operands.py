@@ -10,7 +10,8 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import value_of
 from kvq_compile.lowering.sites import Life
 
-CAPTURED = (Life.FRESH, Life.GROWN_PLAIN, Life.BUFFER_PLAIN)  # attention runs as it is
+# Attention runs as it is.
+CAPTURED = (Life.FRESH, Life.RING_FRESH, Life.GROWN_PLAIN, Life.BUFFER_PLAIN, Life.RING_PLAIN)
 
 
 def cast_operands(graph: Graph) -> PassReport:

@@ -8,7 +8,8 @@ from kvq_compile.kernels.packed import PARTS
 from kvq_compile.lowering.cache_nodes import CacheNodes, slots_from, tokens_for
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import root_of, target_name, writes_in_place
+from kvq_compile.lowering.nodes import erase_unread, root_of, target_name, writes_in_place
+from kvq_compile.lowering.ring_nodes import append
 from kvq_compile.lowering.sites import LostWrite, Refusal
 
 SIZES = ("numel", "size", "dim", "nelement", "__len__")
@@ -30,6 +31,7 @@ def dequantize_reads(graph: Graph) -> PassReport:
     for placeholder, cache in graph.caches.items():
         if placeholder not in graph.arguments:
             continue  # rows of another cache, which nothing reads any more
+        _write_ring(graph, placeholder, cache)
         writes = [node for node in graph.fx.nodes if _writes_into(node, placeholder)]
         for node in writes:
             _write(graph.fx, node, placeholder, cache)
@@ -54,6 +56,18 @@ def _writes_into(node: fx.Node, cache: fx.Node) -> bool:
     """Return whether a node writes into a cache or into a view of it."""
     called = node.op in ("call_function", "call_method") and bool(node.args)
     return called and writes_in_place(node) and root_of(node.args[0]) is cache
+
+
+def _write_ring(graph: Graph, placeholder: fx.Node, cache: CacheNodes) -> None:
+    """Append the new tokens of a ring that no attention has taken over, instead of overwriting what is read of it."""
+    for ring in graph.rings.values():
+        if ring.past is not placeholder or ring.write not in placeholder.users:
+            continue
+        with graph.fx.inserting_before(ring.write.next):
+            append(graph.fx, cache, ring, tokens_for(graph.fx, ring.new, placeholder))
+        kept = [node for node in ring.write.all_input_nodes if node is not placeholder]
+        graph.fx.erase_node(ring.write)
+        erase_unread(graph.fx, kept)
 
 
 def _write(graph: fx.Graph, write: fx.Node, placeholder: fx.Node, cache: CacheNodes) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.cache_nodes import CacheNodes, slots_from
+from kvq_compile.lowering.cache_nodes import CacheNodes, Slots, slots_from
+from kvq_compile.lowering.find.rings import Ring
+from kvq_compile.lowering.find.sites import HELD
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import erase_unread, insert_call, shape_of, size_of, value_of
 from kvq_compile.lowering.rewrite.weigh_tokens import (
@@ -17,6 +19,7 @@ from kvq_compile.lowering.rewrite.weigh_tokens import (
     visible_mask,
     weigh_tokens,
 )
+from kvq_compile.lowering.ring_nodes import append, mask_of_memory, room_for_call, slots_held
 from kvq_compile.lowering.sites import AttentionSite, Life, State
 
 
@@ -35,7 +38,7 @@ def fuse_attention(graph: Graph) -> PassReport:
     changes = []
     for number in range(len(graph.sites)):
         site = graph.sites[number]  # as the sites before it have left it
-        if site.key.life not in (Life.GROWN, Life.BUFFER):
+        if site.key.life not in HELD or _reads_none(graph, site):
             continue
         fused = _fuse(graph, site)
         changes.append(f"{fused} replaces {site.attention.output}, reads {site.key.past}")
@@ -48,13 +51,18 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
     keys, values = graph.caches[key.past], graph.caches[value.past]
     with nodes.inserting_before(attention.output):
         check_room(nodes, key)
-        mask = _mask(nodes, site, keys)
+        ring = graph.rings.get(key.base)
+        slots, mask, columns = _slots_and_mask(nodes, site, keys, ring)
         new = key.new, value.new
-        fused = keys.attend(nodes, values, attention, new, mask, first_slot(nodes, key, keys))
-        weights = weigh_tokens(nodes, site, keys, mask)
+        fused = keys.attend(nodes, values, attention, new, mask, slots)
+        of_ring = () if ring is None else (slots, columns)
+        weights = weigh_tokens(nodes, site, keys, mask, *of_ring)
         for state, cache in ((key, keys), (value, values)):
             seen = seen_by(site, state, weights)
-            cache.append(nodes, state.new, first_slot(nodes, state, cache), fused, seen)
+            if ring is not None:
+                append(nodes, cache, graph.rings[state.base], state.new, fused, seen)
+            else:
+                cache.append(nodes, state.new, first_slot(nodes, state, cache), fused, seen)
             if state.write is not None:
                 erase_write(graph, state)
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
@@ -67,10 +75,31 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
     return fused
 
 
+def _reads_none(graph: Graph, site: AttentionSite) -> bool:
+    """Return whether attention reads nothing of its caches, which are filled anew."""
+    ring = graph.rings.get(site.key.base)
+    return ring is not None and ring.is_filled_anew
+
+
+def _slots_and_mask(
+    graph: fx.Graph, site: AttentionSite, keys: CacheNodes, ring: Ring | None
+) -> tuple[Slots, Any, Any]:
+    """Return where the call's tokens go, the mask over cache positions, and of a ring how many columns that has."""
+    if ring is None:
+        return first_slot(graph, site.key, keys), _mask(graph, site, keys), None
+    slots = slots_held(graph, keys, ring)
+    columns = size_of(site.attention.key, 2)
+    mask = _own_mask(graph, site, columns)
+    if ring.held is not None:
+        return slots, mask, columns
+    room = room_for_call(graph, keys, ring)
+    return slots, mask_of_memory(graph, ring, slots[0], room, columns, mask), room
+
+
 def check_room(graph: fx.Graph, state: State) -> None:
     """Assert that the call writes within the cache, as the write that is replaced did."""
     position, _ = slots_from(state.position)
-    if state.life is Life.GROWN or position is None:
+    if state.life in (Life.GROWN, Life.RING) or position is None:
         return  # a cache that grows has room; a slice was checked against the buffer when it was captured
     assert state.past is not None
     slots = (shape_of(state.past) or ())[2]

@@ -10,7 +10,7 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.rewrite.weigh_tokens import keeps_queries
 from kvq_compile.lowering.runtime import Conversion
-from kvq_compile.lowering.sites import Life, State
+from kvq_compile.lowering.sites import Life, Quantization, State
 
 
 def plan_conversions(graph: Graph) -> PassReport:
@@ -23,17 +23,25 @@ def plan_conversions(graph: Graph) -> PassReport:
     """
     changes = []
     queries = {
-        site.key: site.attention.query for site in graph.sites if keeps_queries(site, site.key)
+        (site.key.base, site.key.write): site.attention.query
+        for site in graph.sites
+        if keeps_queries(site, site.key)
     }
     dense = [state for state, _ in graph.dense]
     for state, quantization in graph.states():
+        if state.life is Life.RING_PLAIN:
+            asked = queries.get((state.base, state.write))
+            graph.conversions.append(_ring(graph, state, quantization, asked))
+            changes.append(f"{state.past} is quantized after the call")
+            continue
         if state.life is not Life.BUFFER_PLAIN:
             continue
         assert state.past is not None
         if state.write not in (state.base, *writes_of(state.past)[-1:]):
             continue  # a later write tells how many tokens there are in the end
         argument = graph.arguments[state.past]
-        query = _return(graph, queries[state]) if state in queries else None
+        asked = queries.get((state.base, state.write))
+        query = None if asked is None else _return(graph, asked)
         output = graph.results.index(state.base) if state.is_update else None
         if isinstance(value_of(state.position), torch.Tensor):
             slots, held = _return_slots(graph, state), None
@@ -44,6 +52,17 @@ def plan_conversions(graph: Graph) -> PassReport:
         graph.conversions.append(Conversion(*about))
         changes.append(f"{state.base} is quantized after the call")
     return PassReport(tuple(changes))
+
+
+def _ring(
+    graph: Graph, state: State, quantization: Quantization, query: fx.Node | None
+) -> Conversion:
+    """Return the conversion of a buffer all of whose slots hold tokens once the call has run."""
+    assert state.past is not None
+    slots = graph.sizes.size((shape_of(state.past) or ())[2])
+    held = None if query is None else _return(graph, query)
+    place = graph.arguments[state.past]
+    return Conversion(place, None, slots, quantization, held, kind="ring")
 
 
 def _return_slots(graph: Graph, state: State) -> int:

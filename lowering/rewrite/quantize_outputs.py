@@ -6,13 +6,16 @@ from typing import Any
 
 from torch import fx
 
+from kvq_compile.kernels.cache.ring import slots_for
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.lowering.cache_nodes import UNSEEN, quantize
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, size_of, value_of
-from kvq_compile.lowering.rewrite.add_tables import empty_cache
+from kvq_compile.lowering.rewrite.add_tables import MAKES_CACHE, empty_cache
 from kvq_compile.lowering.runtime import Extended, Gathered, Given, Made, Output, Plain
 from kvq_compile.lowering.sites import Life, Quantization, State
+
+KINDS: dict[Life, Kind] = {Life.ALLOCATED: "static", Life.RING_FRESH: "ring"}  # others grow
 
 
 def quantize_outputs(graph: Graph) -> PassReport:
@@ -61,7 +64,7 @@ def _plan(
             rows, first = graph.caches[state.past], len(flat)
             flat.extend((*rows.parts, *rows.calibrated[1:]))
             return Gathered(first, arguments[state.source], tokens, kept)
-        if state.life in (Life.FRESH, Life.GROWN_PLAIN, Life.ALLOCATED):
+        if state.life in MAKES_CACHE:
             return _made(graph, returned, state, quantization, flat)
     flat.append(returned)
     return Plain(len(flat) - 1)
@@ -74,10 +77,14 @@ def _made(
     if made is None:
         with graph.fx.inserting_before(graph.output):
             like, seen = empty_cache(graph, state, quantization), graph.seen.get(x, UNSEEN)
-            made = quantize(graph.fx, x, size_of(x, 2), True, like, seen)
+            room, grows = size_of(x, 2), KINDS.get(state.life, "grown") == "grown"
+            if state.life is Life.RING_FRESH:
+                room = slots_for(room, 1, quantization.layout)
+            made = quantize(graph.fx, x, room, grows, like, seen)
     first = len(flat)
     flat.extend((*made.parts, *made.calibrated[1:]))  # all calls share the tables
-    kind: Kind = "static" if state.life is Life.ALLOCATED else "grown"
+    kind = KINDS.get(state.life, "grown")
     length = graph.sizes.size((shape_of(x) or ())[2])
     tables = graph.calibration.tables_of(quantization)
-    return Made(first, quantization.layout, kind, length, tables, state.kept is not None)
+    trimmed = kind == "grown" and state.kept is not None
+    return Made(first, quantization.layout, kind, length, tables, trimmed)

@@ -56,7 +56,7 @@ def read_contractions(graph: Graph) -> PassReport:
             changes.append(f"{product} is a product and a sum: {_split(graph.fx, product)}")
 
         def find(node: fx.Node, softmax: fx.Node = softmax) -> State:
-            return find_state(node, outputs, graph.updates, softmax)
+            return find_state(node, outputs, graph.updates, softmax, graph.rings)
 
         try:
             contraction = find_contraction(softmax, find)

@@ -25,6 +25,7 @@ def unwrap_caches(graph: Graph) -> PassReport:
 
     The wrapped placeholders keep their users until `dequantize_reads` erases them.
     """
+    rings = {ring.past for ring in graph.rings.values()}
     for node in graph.inputs:
         cache = value_of(node)
         if not isinstance(cache, QuantizedKV):
@@ -37,7 +38,8 @@ def unwrap_caches(graph: Graph) -> PassReport:
             )
             trim = None if cache.trim is None else _part(graph.fx, node, cache, TRIM)
             length = _length(graph.fx, node, cache)
-        graph.caches[node] = CacheNodes(parts, layout, calibrated, *length, trim)
+        is_ring = cache.kind == "ring" or node in rings
+        graph.caches[node] = CacheNodes(parts, layout, calibrated, *length, trim, is_ring)
     return PassReport(tuple(f"{node} becomes its parts" for node in graph.caches))
 
 
@@ -61,7 +63,7 @@ def _part(graph: fx.Graph, node: fx.Node, cache: QuantizedKV, name: str) -> fx.N
     part = graph.placeholder(f"{node.name}_{name}")
     part.meta["example_value"] = getattr(cache, name)
     if (
-        cache.kind == "static" or name == "tables"
+        cache.kind != "grown" or name == "tables"
     ):  # its address never changes, so a CUDA graph may write into it
         part.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     source = getattr(node, "_dynamo_source", None)

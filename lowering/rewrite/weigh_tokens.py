@@ -25,7 +25,7 @@ def weigh_fresh_tokens(graph: Graph) -> PassReport:
     """
     changes = []
     for site in graph.sites:
-        if site.key.life not in (Life.FRESH, Life.GROWN_PLAIN):
+        if site.key.life not in (Life.FRESH, Life.RING_FRESH, Life.GROWN_PLAIN):
             continue
         weights = None
         if _asks(site):
@@ -40,7 +40,12 @@ def weigh_fresh_tokens(graph: Graph) -> PassReport:
 
 
 def weigh_tokens(
-    graph: fx.Graph, site: AttentionSite, cache: CacheNodes | None, mask: Any
+    graph: fx.Graph,
+    site: AttentionSite,
+    cache: CacheNodes | None,
+    mask: Any,
+    slots: Slots | None = None,
+    columns: Any = None,
 ) -> fx.Node | None:
     """Compute the attention that the last queries pay to each token, at the graph's insert point.
 
@@ -49,6 +54,8 @@ def weigh_tokens(
         site: The attention.
         cache: The keys held before the call, if they are quantized.
         mask: The mask over cache positions, or ``None``.
+        slots: Where the new tokens go, if a ring takes them.
+        columns: The columns of its mask then.
 
     Returns:
         Importance scores, or ``None`` where no layout uses them.
@@ -60,6 +67,8 @@ def weigh_tokens(
     if cache is None:
         empty = CacheNodes((), site.key_quantization.layout)
         return importance(graph, site.attention, key, mask, (None, 0), size_of(key, 2), empty)
+    if slots is not None:
+        return importance(graph, site.attention, key, mask, slots, columns, cache)
     held = cache.length
     if state.life is Life.GROWN:
         end, tokens = cache.end(graph), size_of(key, 2)
