@@ -334,7 +334,7 @@ def _try_layer(sample: _Samples, options: dict[str, Any], seed: int) -> _Candida
         and sample.value[0].shape[2] % (8 * CODEBOOK["couple"]) == 0
     ):
         outputs = [exact(text) for text in texts]
-        full = {"weighted": True, "correlate": True, "balance": False, **CODEBOOK}
+        full = {"weighted": True, "correlate": False, "balance": True, **CODEBOOK}
         roles: dict[Role, list[Choice]] = {"key": keys, "value": values}
         for role, choices in roles.items():
             tables = _fit(sample, role, "cq", full, seed)
