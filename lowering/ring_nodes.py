@@ -50,6 +50,21 @@ def append(
     cache.append(graph, new, (None, 0), after, (None, seen[1]))  # bits by range alone
 
 
+def columns_of(graph: fx.Graph, ring: Ring, key: fx.Node) -> Any:
+    """Return how many tokens attention reads, ``key``, without a reader of these: they are never made."""
+    size, tokens = (shape_of(key) or ())[2], size_of(ring.new, 2)
+    before = size - value_of(tokens)
+    if isinstance(before, torch.SymInt) and before.node.expr.is_number:
+        before = int(before)
+    if ring.held is not None and same(before, value_of(ring.held)):
+        before = ring.held
+    elif isinstance(before, torch.SymInt):
+        return size_of(key, 2)
+    if isinstance(before, int) and isinstance(tokens, int):
+        return before + tokens
+    return insert_call(graph, operator.add, (tokens, before), size)
+
+
 def room_for_call(graph: fx.Graph, cache: CacheNodes, ring: Ring) -> fx.Node:
     """Return for how many tokens there is a slot in the memory or in the call, at the graph's insert point."""
     room = cache.room(graph)

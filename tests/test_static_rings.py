@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kvq_compile import KVQWarning, QuantizedKV, report
+from kvq_compile import KVQWarning, QuantizedKV, backend, report
 from kvq_compile.history import watching
 from kvq_compile.kernels.packed import room_of
 from kvq_compile.kernels.schemes import Uniform
@@ -284,6 +284,26 @@ def test_a_decoder_attends_to_its_own_ring(slots, prompt, more, padding, additiv
             position += new
     assert all(isinstance(x, QuantizedKV) for x in (layer.keys, layer.values))
     assert all(site.outcome == "rewritten" for graph in graphs for site in graph.sites)
+
+
+@pytest.mark.parametrize("new", [1, 5, 100])
+def test_a_ring_that_is_read_packed_is_not_dequantized(new, monkeypatch) -> None:
+    """Regression: a cut of the joined tokens that nobody read kept a dense copy of the ring in the graph."""
+    graphs = []
+    monkeypatch.setattr(
+        backend, "_compile_inner", lambda module, *_: graphs.append(module) or module
+    )
+    compiled = torch.compile(make_step(), backend="kvq", options=OPTIONS | {"inner": "eager"})
+    layer, position = Layer(), 0
+    with torch.no_grad():
+        for number, tokens_now in enumerate((SLOTS - 3, 3, new, new, new)):
+            query, key, value = (tokens(tokens_now, seed=s + number) for s in range(3))
+            mask = mask_of(SLOTS, position, tokens_now)
+            compiled(query, key, value, layer, mask)
+            position += tokens_now
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert "kvq.attend.default" in called
+    assert "kvq.dequantize.default" not in called
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])

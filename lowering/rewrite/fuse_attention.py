@@ -19,7 +19,13 @@ from kvq_compile.lowering.rewrite.weigh_tokens import (
     visible_mask,
     weigh_tokens,
 )
-from kvq_compile.lowering.ring_nodes import append, mask_of_memory, room_for_call, slots_held
+from kvq_compile.lowering.ring_nodes import (
+    append,
+    columns_of,
+    mask_of_memory,
+    room_for_call,
+    slots_held,
+)
 from kvq_compile.lowering.sites import AttentionSite, Life, State
 
 
@@ -88,7 +94,7 @@ def _slots_and_mask(
     if ring is None:
         return first_slot(graph, site.key, keys), _mask(graph, site, keys), None
     slots = slots_held(graph, keys, ring)
-    columns = size_of(site.attention.key, 2)
+    columns = columns_of(graph, ring, site.attention.key)
     mask = _own_mask(graph, site, columns)
     if ring.held is not None:
         return slots, mask, columns

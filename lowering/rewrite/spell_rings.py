@@ -84,7 +84,7 @@ def _spell(graph: fx.Graph, found: RolledBuffer) -> Ring:
     assert isinstance(copied, fx.Node)
     write.replace_input_with(copied, kept)
     left = [copied] if copied not in (read, kept, *found.steps) else []
-    erase_unread(graph, [*found.steps, *left])
+    erase_unread(graph, [*found.steps, *left, *({read} - {joined, kept})])
     return Ring(past, new, held, write, joined)
 
 
