@@ -575,3 +575,24 @@ def test_a_ring_that_is_read_elsewhere_too_is_read_dense() -> None:
             ):
                 torch.testing.assert_close(got, wanted)
     assert all(x.kind == "ring" for x in caches)
+
+
+@pytest.mark.filterwarnings("ignore::kvq_compile.KVQWarning")
+def test_what_was_found_of_one_layer_is_not_taken_for_another_that_differs() -> None:
+    def step(query, key, value, one, two, mask):
+        for caches, factor in ((one, 1.0), (two, 0.5)):
+            for cache, new in zip(caches, (key, value), strict=True):
+                cache.copy_(torch.cat([cache[:, :, 1:] * factor, new], 2))
+            query = sdpa(query, *caches, attn_mask=mask)
+        return query
+
+    compiled = torch.compile(step, backend="kvq", options=OPTIONS | {"inner": "eager"})
+    one, two, mask = full_caches(), full_caches(), torch.ones(1, SLOTS, dtype=torch.bool)
+    plain = [x.clone() for x in two]
+    with torch.no_grad():
+        for number in range(3):
+            query, key, value = (tokens(1, seed=s + number) for s in range(3))
+            step(query, key, value, full_caches(), plain, mask)
+            compiled(query, key, value, one, two, mask)
+    assert all(x.kind == "ring" for x in one)
+    assert all(torch.equal(x, y) for x, y in zip(two, plain, strict=True))

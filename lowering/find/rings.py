@@ -84,8 +84,16 @@ class RolledBuffer:
     steps: tuple[fx.Node, ...]
 
 
-def find_ring(buffer: fx.Node, writers: list[fx.Node]) -> RolledBuffer | None:
-    """Return what a call overwrites a buffer with, if those are the last of its tokens and of the call's."""
+def find_ring(
+    buffer: fx.Node, writers: list[fx.Node], known: dict[str, bool | None]
+) -> RolledBuffer | None:
+    """Return what a call overwrites a buffer with, if those are the last of its tokens and of the call's.
+
+    Args:
+        buffer: What is overwritten.
+        writers: The nodes that write into it.
+        known: What evaluation has found of the same steps on tensors of the same shapes: layers are alike.
+    """
     allocated = target_name(buffer) in ALLOCATIONS
     if len(writers) != 1 or not (allocated or is_cache_like(buffer)):
         return None
@@ -104,7 +112,7 @@ def find_ring(buffer: fx.Node, writers: list[fx.Node]) -> RolledBuffer | None:
     near = [node for node in made_of(whole, ENDS) if node is not whole]
     news = [node for node in near if node is not buffer and is_like(node, value_of(buffer))]
     for new in news[:TRIES]:
-        found = _RingTrial(whole, buffer, new, write).ring()
+        found = _RingTrial(whole, buffer, new, write).ring(known)
         if found is not None:
             return found
     return None
@@ -169,10 +177,35 @@ class _RingTrial(Trial):
         )  # what is read is what was there before the write
         self._past, self._new, self._write = buffer, new, write
 
-    def ring(self) -> RolledBuffer | None:
-        """Return what is written if evaluation bears it out."""
+    def ring(self, known: dict[str, bool | None]) -> RolledBuffer | None:
+        """Return what is written if evaluation bears it out; ``known`` as `find_ring` has it."""
         if self.result is self._new or not self.collect():
             return None
+        form = self._form()
+        if form not in known:
+            known[form] = self._is_full()
+        is_full = known[form]
+        if is_full is None:
+            return None
+        about = self._past, self._new, self.result, self._write
+        return RolledBuffer(*about, is_full, tuple(self.steps))
+
+    def _form(self) -> str:
+        """Return all that evaluation depends on, nodes named by their place among the steps."""
+        names = {node: f"cut {place}" for place, node in enumerate(self.cuts)}
+        names |= {node: f"step {place}" for place, node in enumerate(self.steps)}
+
+        def name(node: fx.Node) -> str:
+            return f"<{names.get(node, '')} {_like(node)}>"
+
+        steps = [
+            (name(node), node.op, str(node.target), fx.node.map_arg((node.args, node.kwargs), name))
+            for node in self.steps
+        ]
+        return repr((name(self.result), [name(cut) for cut in self.cuts], steps))
+
+    def _is_full(self) -> bool | None:
+        """Return whether the new tokens are joined to a full buffer, ``None`` if they are not joined to any."""
         kinds = {True, False}
         borne_out = False
         for sizes in self.assignments(_TRIALS):
@@ -186,10 +219,7 @@ class _RingTrial(Trial):
                 continue
             kinds &= found
             borne_out = True
-        if not borne_out or len(kinds) != 1:
-            return None
-        about = self._past, self._new, self.result, self._write
-        return RolledBuffer(*about, kinds.pop(), tuple(self.steps))
+        return kinds.pop() if borne_out and len(kinds) == 1 else None
 
     def _kinds(self, sizes: Any) -> set[bool] | None:
         """Return whether the result joins the new tokens to a full buffer, or to one that is not; or may be either.
@@ -213,6 +243,12 @@ class _RingTrial(Trial):
         if 0 < held < slots and torch.equal(result, joined):
             found.add(False)
         return found
+
+
+def _like(node: fx.Node) -> str:
+    """Return the shape and dtype of a tensor, or a number."""
+    value = value_of(node)
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
 
 
 def base_of(new: fx.Node) -> fx.Node:

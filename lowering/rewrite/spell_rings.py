@@ -37,10 +37,11 @@ def spell_rings(graph: Graph) -> PassReport:
     Leaves alone: buffers of which evaluation does not prove that.
     """
     changes = []
+    known: dict[str, bool | None] = {}
     for buffer, writers in writers_of(graph.fx).items():
         if not isinstance(buffer, fx.Node) or not shape_of(buffer):
             continue
-        found = find_ring(buffer, writers)
+        found = find_ring(buffer, writers, known)
         if found is not None:
             ring = _spell(graph.fx, found)
             graph.rings[ring.base] = ring
