@@ -218,7 +218,7 @@ def test_low_precision_with_a_softmax_in_float32_is_fused() -> None:
     assert_fused(watch(attend, torch.bfloat16))
 
 
-def capped(query, keys, values):
+def bent_by_erf(query, keys, values):
     scores = torch.erf(query @ heads(keys).mT * 0.05) * 5
     scores = scores.masked_fill(~seen(query.shape[2], keys.shape[2]), -1e9)
     return scores.softmax(-1) @ heads(values)
@@ -291,11 +291,106 @@ def clamped_by_a_tensor(query, keys, values):
     return scores.softmax(-1) @ heads(values)
 
 
+def grouped(query, keys):
+    return torch.einsum("bhgtd,bhsd->bhgts", query.unflatten(1, (H, G)), keys)
+
+
+def attended(scores, values):
+    return torch.einsum("bhgts,bhsd->bhgtd", scores.softmax(-1), values).flatten(1, 2)
+
+
+def hide(scores):
+    return scores.masked_fill(~seen(*scores.shape[-2:]), -1e9)
+
+
+def capped_groups(query, keys, values):
+    return attended(hide(torch.tanh(grouped(query * 0.25, keys) / 5) * 5) * 0.5, values)
+
+
+def clamped_in_folded_heads(query, keys, values):
+    new, slots = query.shape[2], keys.shape[2]
+    keys, values = (heads(x).reshape(-1, slots, D) for x in (keys, values))
+    scores = (torch.bmm(query.reshape(-1, new, D), keys.transpose(1, 2)) / 4).clamp_(-1, 0.5)
+    scores = hide(scores.view(-1, H * G, new, slots))
+    return torch.bmm(scores.softmax(-1).view(-1, new, slots), values).view(-1, H * G, new, D)
+
+
+def temperature_of_groups(query, keys, values):
+    """A factor for each head, before the mask, and one for each query, behind it."""
+    scores = hide(grouped(query, keys) * torch.linspace(0.1, 0.5, H * G).view(H, G, 1, 1))
+    place = torch.arange(keys.shape[2])[-query.shape[2] :]
+    return attended(scores / (place + 2.0).log()[:, None], values)
+
+
+def temperature_below_a_cap(query, keys, values):
+    factor = torch.linspace(0.1, 0.5, G)[:, None, None]
+    return attended(hide(torch.tanh(grouped(query, keys) * factor) * 2), values)
+
+
+def sinks_of_groups(query, keys, values):
+    """Behind two masks, in front of the scores."""
+    scores = hide(grouped(query, keys) * 0.25) + torch.arange(keys.shape[2]) / 50
+    sinks = torch.linspace(-2, 2, H * G).view(H, G, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.cat([sinks, scores], -1).softmax(-1)[..., 1:]
+    return torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
+
+
+def shifted_sinks_of_the_query(query, keys, values):
+    scores = hide(torch.tanh(grouped(query, keys) * 0.1) * 2)
+    sinks = query.unflatten(1, (H, G))[..., :3]
+    scores = torch.cat((scores, sinks), dim=4)
+    scores = scores - scores.amax(-1, keepdim=True)
+    weights = scores.softmax(-1)[:, :, :, :, :-3]
+    return torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
+
+
+def one_more(query, keys, values):
+    """Off by one, as padding."""
+    scores = torch.nn.functional.pad(hide(grouped(query, keys) * 0.25), (0, 1))
+    weights = scores.softmax(-1)[..., :-1]
+    return torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
+
+
+SCORED = (
+    clamped, scaled_by_head, scaled_by_the_query, capped_groups, clamped_in_folded_heads,
+    temperature_of_groups, temperature_below_a_cap, sinks_of_groups, shifted_sinks_of_the_query, one_more,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("attend", SCORED, ids=lambda attend: attend.__name__)
+def test_caps_clamps_sinks_and_factors_of_rows_are_fused_in_any_spelling(attend: Attend) -> None:
+    assert_fused(watch(attend))
+
+
+def capped_behind_a_mask(query, keys, values):
+    """What is hidden has weight."""
+    return attended(torch.tanh(hide(grouped(query, keys)) / 5) * 5, values)
+
+
+def scaled_behind_a_cap(query, keys, values):
+    factor = torch.linspace(0.1, 0.5, G)[:, None, None]
+    return attended(hide(torch.tanh(grouped(query, keys) * 0.25) * factor), values)
+
+
+def scaled_by_columns(query, keys, values):
+    factor = 1 + 0 * torch.arange(keys.shape[2])
+    return attended(hide(grouped(query, keys) * 0.25 * factor), values)
+
+
+def sinks_of_another_place(query, keys, values):
+    """The weight of the first token is left out, and not that of the sink."""
+    scores = hide(grouped(query, keys) * 0.25)
+    scores = torch.cat([scores, torch.zeros(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1)[..., 1:]
+    return torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
+
+
 CHANGED = (
     far_scores_set,
     clamped_by_a_tensor,
     far_scores_halved,
-    capped, clamped, squared_weights, scaled_by_head, keys_reversed, crossed_heads, scaled_by_the_query,
+    bent_by_erf, squared_weights, keys_reversed, crossed_heads, capped_behind_a_mask, scaled_behind_a_cap,
+    scaled_by_columns, sinks_of_another_place,
 )  # fmt: skip
 
 
@@ -325,7 +420,7 @@ def test_a_window_that_no_trial_is_as_long_as_is_kept() -> None:
 
 def test_a_step_that_is_not_understood_is_named() -> None:
     with pytest.warns(KVQWarning, match="the scores pass through erf before the softmax"):
-        watch(capped)
+        watch(bent_by_erf)
 
 
 def test_weights_that_are_used_elsewhere_are_not_lost() -> None:

@@ -83,10 +83,11 @@ def test_a_function_of_the_scores_is_named_behind_the_mask_and_the_factor() -> N
     assert_read_dense(step, grown(), "the scores pass through erf before the softmax")
 
 
-def test_a_scale_computed_in_the_graph_is_read_dense() -> None:
+def test_a_scale_for_each_token_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
-        return torch.softmax(query @ keys.transpose(2, 3) * query.mean(), -1) @ values, keys, values
+        scores = query @ keys.transpose(2, 3) * torch.ones(keys.shape[2])
+        return torch.softmax(scores, -1) @ values, keys, values
 
     assert_read_dense(step, grown(), "the scale of the scores is computed in the graph")
 

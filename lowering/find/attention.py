@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels.score import Score
+from kvq_compile.lowering.find.trial import plain_name
 from kvq_compile.lowering.nodes import (
     argument,
     calls,
@@ -238,7 +239,7 @@ def _split_sinks(scores: Any, cut: fx.Node | None) -> tuple[Any, fx.Node | float
             raise Refusal("only a part of the attention weights meets the values")
         return bare, None
     joined = _padding(bare) if name == "pad" else _joined(bare)
-    if joined is None or cut is None or not _leaves(cut, joined[0], joined[2]):
+    if joined is None or cut is None or not leaves(cut, joined[0], joined[2]):
         raise Refusal(SINKS)
     return joined[:2]
 
@@ -297,16 +298,17 @@ def _is_behind_product(node: Any) -> bool:
     return any(_is_behind_product(arg) for arg in node.args[:3])
 
 
-def _leaves(cut: fx.Node, scores: fx.Node, first: int) -> bool:
+def leaves(cut: fx.Node, scores: fx.Node, first: int) -> bool:
     """Return whether a subscript leaves just the columns of scores, ``first`` columns behind the start."""
     index, before = getitem_index(cut), shape_of(cut.args[0])
-    if index is None or before is None or len(index) != 4 or not all(map(is_full, index[:3])):
+    if index is None or before is None or len(index) != len(before):
         return False
-    if not isinstance(index[3], slice) or index[3].step not in (None, 1):
+    *rows, last = index
+    if not all(map(is_full, rows)) or not isinstance(last, slice) or last.step not in (None, 1):
         return False
-    start = 0 if index[3].start is None else value_of(index[3].start)
-    columns = (shape_of(scores) or ())[3]
-    return same(start, first) and same((shape_of(cut) or ())[3], columns)
+    start = 0 if last.start is None else value_of(last.start)
+    columns = (shape_of(scores) or ())[-1]
+    return same(start, first) and same((shape_of(cut) or ())[-1], columns)
 
 
 def _split_mask(scores: Any) -> tuple[Any, fx.Node | None, bool]:
@@ -370,7 +372,7 @@ def take_step(score: Score, step: fx.Node) -> Score:
     Raises:
         Refusal: The step's numbers are not known, or make something else of it.
     """
-    name = target_name(step)
+    name = plain_name(step)
     try:
         if name in TANH:
             return score.tanh()
@@ -395,7 +397,7 @@ def _bounds_of(clamp: fx.Node) -> tuple[float, float]:
     Raises:
         Refusal: The bounds are not numbers.
     """
-    name, bounds = target_name(clamp), [-math.inf, math.inf]
+    name, bounds = plain_name(clamp), [-math.inf, math.inf]
     if name in CLAMPS:
         given = [argument(clamp, 1, "min"), argument(clamp, 2, "max")]
     else:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from kvq_compile.kernels.layout import HIDES
+from kvq_compile.kernels.score import Score
 from kvq_compile.lowering.find.attention import (
     ADDITIONS,
+    BENDS,
     CASTS,
     DIFFERENCES,
     DROPS,
@@ -31,6 +33,7 @@ from kvq_compile.lowering.find.attention import (
     drops,
     not_hidden,
 )
+from kvq_compile.lowering.find.chain import JOINS, Chain
 from kvq_compile.lowering.find.evaluation import Evaluation, Order, Orders, Steps, hint_of
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
@@ -45,15 +48,15 @@ from kvq_compile.lowering.sites import Life, Refusal, State
 PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "sum")
 _MOVES = (*VIEWS, *CASTS, "clone", "swapaxes", "swapdims", "mT", "squeeze_", "unsqueeze_", "chunk")
 _REPEATS = ("repeat_interleave", "repeat", "tile", "stack", "cat", "gather", "index_select")
-# What may lie between an operand and its product; between the scores and the softmax; and behind it. Anything else, a
-# cap or a clamp say, could do nothing to random numbers and something to those of a model.
+# What may lie between an operand and its product; between the scores and the softmax; and behind it. Anything else
+# could do nothing to random numbers and something to those of a model; what caps and clamps do is read from the graph.
 _OF_OPERANDS = (*_MOVES, *_REPEATS, *SCALINGS)
 _DIFFERENCES = (*DIFFERENCES, "rsub")
 _LARGEST = ("max", "amax")
 _HIDING = ("masked_fill", "masked_fill_", "where")
 _OF_SCORES = (
     *_MOVES, *SCALINGS, *ADDITIONS, *_DIFFERENCES, *_HIDING,
-    *_LARGEST, "neg",
+    *_LARGEST, *BENDS, *JOINS, "neg",
 )  # fmt: skip
 _OF_WEIGHTS = (*_MOVES, "dropout")
 _PARTS = {
@@ -77,10 +80,11 @@ class Contraction:
         product: The product of queries and keys.
         scores: What enters the softmax.
         groups: ``G``.
-        scale: Factor on ``query . key``.
+        score: What is done to ``query . key``, factors that are tensors apart.
         masked: Whether a tensor is added to the scores, or hides some.
-        query_order, product_order, scores_order, output_order: The orders of these tensors.
-        steps: The nodes from the product, left out, to the scores, in order.
+        chain: What lies between product and scores, factors that are tensors among it.
+        query_order, product_order, base_order, scores_order, output_order: The orders of these tensors.
+        steps: The nodes from the chain's base, left out, to the scores, in order.
     """
 
     output: fx.Node
@@ -91,10 +95,12 @@ class Contraction:
     scores: fx.Node
     new: fx.Node
     groups: int
-    scale: float
+    score: Score
     masked: bool
+    chain: Chain
     query_order: Order
     product_order: Order
+    base_order: Order
     scores_order: Order
     output_order: Order
     steps: tuple[fx.Node, ...]
@@ -259,6 +265,7 @@ class _Candidate:
             (dependent(value, output), _OF_OPERANDS),
         ]
         self._chain = tuple(self._parts[2][0])
+        self._read = Chain.read(product, self._chain, self._parts[3][0])
 
     def found(self) -> Contraction | None:
         """Return the attention, if all trials agree on one."""
@@ -268,10 +275,11 @@ class _Candidate:
         if sides is None:
             return None
         whole = Steps(output, (query, key, value, *sides), ())
-        whole.watched, whole.sized = product, (self._new,)
+        base = self._read.base
+        whole.watched, whole.sized = (product, base), (self._new,)
         whole.given = [x for x in map(root_of, (key, value)) if x.op == "placeholder"]
-        chain = Steps(scores, (product, *sides), ())
-        if not whole.collect() or not (scores is product or chain.collect()):
+        chain = Steps(scores, (base, *sides), ())
+        if not whole.collect() or not (scores is base or chain.collect()):
             return None
         for exact in (True, False):
             try:
@@ -280,9 +288,16 @@ class _Candidate:
             except CANNOT_BE_RUN:
                 continue
             if found is not None:
-                groups, scale, masked, orders = found
+                groups, score, masked, orders = found
+                place = 0 if base is product else self._chain.index(base) + 1
                 return Contraction(
-                    *self._nodes, self._new, groups, scale, masked, *orders, self._chain
+                    *(*self._nodes, self._new),
+                    groups,
+                    score,
+                    masked,
+                    self._read,
+                    *orders,
+                    steps=self._chain[place:],
                 )
         return None
 
@@ -312,14 +327,16 @@ class _Candidate:
                         raise Refusal(SCALE_IN_GRAPH)
                     what = f"a tensor in {plain_name(node)} before the {end}"
                     raise Refusal(f"the {name} meet {what}, which may change with the call")
-        if not same((shape_of(scores_node) or (0,))[-1], (shape_of(key) or (0, 0, 0))[2]):
+        more = 0 if self._read.sinks is None else self._read.sinks.count
+        if not same((shape_of(scores_node) or (0,))[-1], (shape_of(key) or (0, 0, 0))[2] + more):
             raise Refusal("the scores have another number of columns than there are keys")
 
     def _is_told_by_numbers(self, node: fx.Node, part: str) -> bool:
         """Return whether what a step does to its operand is the same at every size, and so shows in a trial.
 
-        A tensor may be added to scores or hide some: it is read as it is in each call. A factor may not be one, nor
-        an index: it could be 1, or take all, at the sizes of the trials alone.
+        A tensor may be added to scores or hide some: it is read as it is in each call. So is a factor of rows and so
+        are logits of sinks (`chain`). Another factor may not be one, nor an index: it could be 1, or take all, at the
+        sizes of the trials alone.
 
         Raises:
             Refusal: Scores are set to what does not hide them.
@@ -351,7 +368,7 @@ class _Candidate:
             return (
                 len(node.all_input_nodes) == 1
             )  # of rows; with another tensor it would be a clamp
-        if name in (*ADDITIONS, *_DIFFERENCES):
+        if name in (*ADDITIONS, *_DIFFERENCES, *JOINS) or node in self._read.scaled:
             return True
         return name in _MOVES or all(_is_constant(other) for other in others)
 
@@ -382,27 +399,36 @@ class _Candidate:
 
     def _agreed(
         self, whole: Steps, chain: Steps, sides: Sequence[fx.Node], exact: bool
-    ) -> tuple[int, float, bool, Orders] | None:
-        """Return groups, scale, whether there is a mask, and the orders that hold in all trials."""
+    ) -> tuple[int, Score, bool, Orders] | None:
+        """Return groups, score, whether there is a mask, and the orders that hold in all trials."""
         common: dict[Orders, None] | None = None
-        scales: list[float] = []
+        scales: list[tuple[float, float]] = []
         groups = 0
         for sizes in whole.assignments(3):
-            trial = Evaluation(self._nodes, self._new, sizes, sides, exact)
+            trial = Evaluation(self._nodes, self._new, sizes, sides, exact, self._read)
             found = trial.orders(whole, chain)
             common = found if common is None else {o: None for o in common if o in found}
             if not common:
                 return None
-            scales.append(trial.scale)
+            scales.append(trial.scales)
             groups = trial.groups
-        if common is None or max(scales) - min(scales) > 1e-3 * abs(scales[0]):
+        if common is None:
             return None
-        inside = {*self._chain, self._nodes[4]}
-        read = {other for step in self._chain for other in data_of(step)} - inside
-        masked = any(
-            shape_of(other) is not None for other in read
+        for told in zip(*scales, strict=True):
+            if max(told) - min(told) > 1e-3 * abs(told[0]):
+                return None
+        apart = {*self._chain, self._nodes[4], *(factor for factor, _ in self._read.factors)}
+        others = {other for step in self._chain for other in data_of(step)} - apart
+        masked = self._read.sinks is not None or any(
+            shape_of(other) is not None for other in others
         )  # nothing at the sizes of trials may hide later
-        return groups, _rounded(scales[0]), masked, next(iter(common))
+        before, behind = scales[0]
+        if self._read.base is self._nodes[4]:
+            score = Score(_rounded(before * behind))
+        else:
+            bent = self._read.score
+            score = replace(bent, scale=_rounded(bent.scale * before)).times(_rounded(behind))
+        return groups, score, masked, next(iter(common))
 
 
 def _rounded(scale: float) -> float:

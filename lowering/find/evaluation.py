@@ -8,12 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from kvq_compile.kernels.layout import HIDES
+from kvq_compile.kernels.score import bend_
+from kvq_compile.lowering.find.chain import Chain
 from kvq_compile.lowering.find.trial import Trial, run_step, size_of_trial, writers_of
 from kvq_compile.lowering.nodes import order_of, root_of, shape_of, value_of
 from kvq_compile.lowering.sites import Refusal
@@ -22,7 +25,7 @@ _TRIED = (5, 3, 7, 4, 11, 6, 13, 9, 8, 10, 12, 14, 15, 16, 17, 18)  # what symbo
 _ORDERS = [(*order, 4) for order in itertools.permutations(range(4))]
 _LARGEST = 1 << 24  # elements of a tensor that is evaluated
 Order = tuple[int, ...]
-Orders = tuple[Order, Order, Order, Order]
+Orders = tuple[Order, Order, Order, Order, Order]
 
 
 def hint_of(size: Any) -> int:
@@ -40,14 +43,14 @@ class Steps(Trial):
     """A trial between cuts that may be written before their first use, and in the trial itself.
 
     Attributes:
-        watched: A step whose result is wanted as it was before anything wrote into it.
-        seen: That result in the last run.
+        watched: Steps whose results are wanted as they were before anything wrote into them.
+        seen: These results in the last run.
         sized: Further nodes whose sizes are set.
     """
 
-    watched: fx.Node | None = None
+    watched: tuple[fx.Node, ...] = ()
     sized: tuple[fx.Node, ...] = ()
-    seen: Tensor
+    seen: Mapping[fx.Node, Tensor] = MappingProxyType({})
 
     def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:
         """Yield sizes to try: symbols that were equal in the call that is compiled are equal, others are not.
@@ -72,10 +75,12 @@ class Steps(Trial):
     def run_all(self, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """Return what every step gives; see `Trial.run_all`."""
         known = dict(given)
+        seen = {}
         for node in self.steps:
             known[node] = run_step(node, known, sizes)
-            if node is self.watched:
-                self.seen = known[node].float().clone()
+            if node in self.watched:
+                seen[node] = known[node].float().clone()
+        self.seen = seen
         return known
 
     def _is_changed(self, cut: fx.Node, needed: set[fx.Node], last: int) -> bool:
@@ -94,8 +99,9 @@ class Evaluation:
 
     def __init__(
         self, nodes: tuple[fx.Node, ...], new: fx.Node, sizes: Mapping[Any, int],
-        sides: Sequence[fx.Node], exact: bool,
+        sides: Sequence[fx.Node], exact: bool, read: Chain,
     ) -> None:  # fmt: skip
+        self._read = read
         self._nodes, self._sizes, self._exact = nodes, sizes, exact
         self._tolerance = 1e-3 if exact else 4e-2
         _, query, key, value, _, _ = nodes
@@ -106,7 +112,8 @@ class Evaluation:
         self.groups = self._given[query].numel() // (B * H * T * D)
         self._axes = (B, H, self.groups, T)
         self._columns, self._channels = S, D
-        self.scale = 0.0
+        self._more = 0 if read.sinks is None else read.sinks.count
+        self.scales = 0.0, 0.0  # of products, and of what becomes of them behind a cap or a clamp
         wide = {axis for axis, size in enumerate(self._axes) if size > 1}
         told = {tuple(axis for axis in order if axis in wide): order for order in _ORDERS[::-1]}
         self._orders = list(told.values())[::-1]  # axes of one element can be anywhere
@@ -122,7 +129,7 @@ class Evaluation:
         return made if self._exact else made.to(value.dtype)
 
     def orders(self, whole: Steps, chain: Steps) -> dict[Orders, None]:
-        """Return the orders of query, scores and output for which it is an attention."""
+        """Return the orders of query, product, scores and output for which it is an attention."""
         output, query, key, value = self._nodes[:4]
         known = whole.run_all(self._sizes, self._given)
         keys, values = self._given[key].float(), self._given[value].float()
@@ -130,15 +137,59 @@ class Evaluation:
         for query_order in self._fitting(self._given[query].shape, self._channels):
             rows = self._apart(self._given[query].float(), query_order, self._channels)
             dots = torch.einsum("bhgtd,bhsd->bhgts", rows, keys)
-            for product_order, factor in self._products(whole.seen, dots):
-                for scores_order, scale, mask in self._scores(chain, dots * factor, product_order):
-                    weights = (dots * (factor * scale) + mask).softmax(-1)
-                    wanted = torch.einsum("bhgts,bhsd->bhgtd", weights, values)
-                    seen = (mask > HIDES).any(-1, keepdim=True)
-                    for output_order in self._outputs(known[output].float(), wanted, seen):
-                        found[query_order, product_order, scores_order, output_order] = None
-                        self.scale = factor * scale
+            for product_order, factor in self._products(whole.seen[self._nodes[4]], dots):
+                scaled = dots * factor
+                raised = scaled * self._factors(known, product_order)
+                for base_order, bent in self._bases(whole, raised, product_order):
+                    for scores_order, scale, mask, sinks in self._scores(
+                        chain, scaled, raised, base_order
+                    ):
+                        logits = torch.cat([bent * scale + mask, sinks], -1)
+                        weights = logits.softmax(-1)[..., : self._columns]
+                        wanted = torch.einsum("bhgts,bhsd->bhgtd", weights, values)
+                        seen = (mask > HIDES).any(-1, keepdim=True)
+                        for output_order in self._outputs(known[output].float(), wanted, seen):
+                            orders = (
+                                query_order,
+                                product_order,
+                                base_order,
+                                scores_order,
+                                output_order,
+                            )
+                            found[orders] = None
+                            self.scales = factor, scale
         return found
+
+    def _factors(self, known: Mapping[fx.Node, Any], order: Order) -> Tensor:
+        """Return what rows of the product are multiplied by before their softmax, ``[B, Hkv, G, T, 1]``."""
+        shape = [size_of_trial(size, self._sizes) for size in value_of(self._nodes[4]).shape]
+        found = torch.ones(*shape[:-1], 1, dtype=torch.float32, device="cpu")
+        for factor, divides in self._read.factors:
+            value = known[factor].float()
+            found = found / value if divides else found * value
+        return self._apart(found, order, 1)
+
+    def _bases(self, whole: Steps, raised: Tensor, order: Order) -> Iterator[tuple[Order, Tensor]]:
+        """Yield the orders in which scores behind their last cap or clamp are what the steps to there say; these.
+
+        Raises:
+            Refusal: They are something else.
+        """
+        base = self._read.base
+        if base is self._nodes[4]:
+            yield order, raised
+            return
+        bent, seen = bend_(raised * self._read.score.scale, self._read.score.bend), whole.seen[base]
+        agrees = False
+        for base_order in self._fitting(seen.shape, self._columns):
+            if self._close(seen, bent.permute(base_order).reshape(seen.shape)):
+                agrees = True
+                yield base_order, bent
+        if not agrees:
+            raise Refusal(
+                f"the scores are up to {float(seen.abs().amax()):.4g} behind {base}, and not up to "
+                f"{float(bent.abs().amax()):.4g}, as their steps say"
+            )
 
     def _fitting(self, shape: Sequence[int], last: int) -> Iterator[Order]:
         """Yield the orders whose axes, joined or not, are the dimensions of a tensor."""
@@ -171,28 +222,45 @@ class Evaluation:
                 yield order, factor
 
     def _scores(
-        self, chain: Steps, dots: Tensor, order: Order
-    ) -> Iterator[tuple[Order, float, Tensor]]:
-        """Yield the orders in which what enters the softmax is a multiple of ``dots`` plus a mask; both."""
-        product, scores = self._nodes[4], self._nodes[5]
-        if scores is product:
-            yield order, 1.0, torch.zeros_like(dots)
+        self, chain: Steps, dots: Tensor, raised: Tensor, order: Order
+    ) -> Iterator[tuple[Order, float, Tensor, Tensor]]:
+        """Yield the orders in which what enters the softmax is a multiple of scores plus a mask; these and sinks.
+
+        Scores are set to ``dots``, which factors make ``raised``.
+        """
+        base, scores = self._read.base, self._nodes[5]
+        if scores is base:
+            yield order, 1.0, torch.zeros_like(dots), dots[..., :0]
             return
-        shape = [size_of_trial(size, self._sizes) for size in value_of(product).shape]
-        dtype = torch.float32 if self._exact else value_of(product).dtype
+        shape = [size_of_trial(size, self._sizes) for size in value_of(base).shape]
+        dtype = torch.float32 if self._exact else value_of(base).dtype
         laid = dots.permute(order).reshape(shape).to(dtype)
+        wanted = raised if base is self._nodes[4] else dots
         lifts = (0.0, 1.0, 50.0)
         none, once, often = (
-            chain.run(self._sizes, {**self._sides, product: laid * lift}).float() for lift in lifts
+            chain.run(self._sizes, {**self._sides, base: laid * lift}).float() for lift in lifts
         )
-        if none.numel() != dots.numel():
+        if none.shape[-1] <= self._more:
             return
-        for scores_order in self._fitting(none.shape, self._columns):
-            mask = self._apart(none, scores_order, self._columns)
-            change = [self._apart(x, scores_order, self._columns) - mask for x in (once, often)]
-            scale = self._multiple(change[0], dots, mask)
-            if scale and self._multiple(change[1], 50 * dots, mask, scale):
-                yield scores_order, scale, mask
+        first = self._more if self._read.sinks is not None and self._read.sinks.first else 0
+        own = [x.narrow(-1, first, x.shape[-1] - self._more) for x in (none, once, often)]
+        more = [
+            x[..., :first] if first else x[..., x.shape[-1] - self._more :]
+            for x in (none, once, often)
+        ]
+        if own[0].numel() != dots.numel():
+            return
+        for scores_order in self._fitting(own[0].shape, self._columns):
+            mask, *set_ = (self._apart(x, scores_order, self._columns) for x in own)
+            sinks, *moved = (self._apart(x, scores_order, self._more) for x in more)
+            change = [
+                torch.cat([x - mask, y - sinks], -1) for x, y in zip(set_, moved, strict=True)
+            ]
+            target = torch.cat([wanted, torch.zeros_like(sinks)], -1)  # sinks stay where they are
+            seen = torch.cat([mask, sinks], -1)
+            scale = self._multiple(change[0], target, seen)
+            if scale and self._multiple(change[1], 50 * target, seen, scale):
+                yield scores_order, scale, mask, sinks
 
     def _multiple(
         self, change: Tensor, dots: Tensor, mask: Tensor, scale: float | None = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from kvq_compile.kernels.score import Score
 from kvq_compile.lowering.find.attention import is_spelled_as_known
 from kvq_compile.lowering.find.contraction import (
     Contraction,
@@ -115,8 +115,8 @@ class _Laid:
             shapes = self._shapes(columns, channels)
             if shapes is None:
                 return None
-            query = self._apart(found.query, found.query_order, size_of(key, 3))
-            mask = self._mask(shapes[0], columns) if found.masked else None
+            query = self._scaled(self._apart(found.query, found.query_order, size_of(key, 3)))
+            mask, sinks = self._mask(shapes[0], columns) if found.masked else (None, None)
         with nodes.inserting_after(output):
             anchor = nodes.call_function(torch.ops.aten.alias, (output,))
         with nodes.inserting_before(anchor):
@@ -127,9 +127,9 @@ class _Laid:
         place = order_of(nodes)
         inserted = place[back]
         output.replace_all_uses_with(back, delete_user_cb=lambda user: place[user] > inserted)
-        return Attention(
-            result, query, key, found.value, mask, Score(found.scale), causal=False, grouped=True
-        )
+        score = replace(found.score, has_sinks=sinks is not None)
+        about = mask, score, False, True, False, sinks
+        return Attention(result, query, key, found.value, *about)
 
     def _shapes(self, columns: Any, channels: Any) -> tuple[list[Any], list[Any]] | None:
         """Find the sizes of the axes; return the shapes of the product and of the output as arguments.
@@ -143,7 +143,7 @@ class _Laid:
             self._axes = [size_of(key, 0), size_of(key, 1), found.groups, size_of(node, dim)]
             product: list[Any] | None = []
             if found.masked:
-                product = self._joined(found.product, found.product_order, columns)
+                product = self._joined(found.chain.base, found.base_order, columns)
             output = self._joined(found.output, found.output_order, channels)
             query = self._joined(found.query, found.query_order, size_of(key, 3))
             if product is not None and output is not None and query is not None:
@@ -157,7 +157,7 @@ class _Laid:
             return size
         for step in self._found.steps:
             for node in step.all_input_nodes:
-                if node in self._found.steps or node is self._found.product:
+                if node in self._found.steps or node is self._found.chain.base:
                     continue
                 if same(value_of(node), size) and not isinstance(value_of(node), torch.Tensor):
                     return node
@@ -166,14 +166,32 @@ class _Laid:
                         return size_of(node, dim)
         return None
 
-    def _joined(self, node: fx.Node, order: Order, last: Any) -> list[Any] | None:
-        """Return the shape of a tensor of some order as arguments: products of the sizes of its axes."""
+    def _scaled(self, query: fx.Node) -> fx.Node:
+        """Return the query times what its rows of the product are multiplied by."""
+        found = self._found
+        rows = self._joined(found.product, found.product_order, 1, rows=True)
+        for factor, divides in found.chain.factors:
+            assert rows is not None
+            each = self._apart(self._call("expand", factor, rows), found.product_order, 1)
+            values = value_of(query), value_of(each)
+            made = values[0] / values[1] if divides else values[0] * values[1]
+            operation = operator.truediv if divides else operator.mul
+            query = insert_call(self._nodes, operation, (query, each), made)
+        return query
+
+    def _joined(
+        self, node: fx.Node, order: Order, last: Any, rows: bool = False
+    ) -> list[Any] | None:
+        """Return the shape of a tensor of some order as arguments: products of the sizes of its axes; or of its rows,
+        with one column.
+        """
         if last is None:
             return None
         sizes = [*self._axes, last]
         rest = [sizes[axis] for axis in order]
         shape: list[Any] = []
-        for wanted in shape_of(node) or ():
+        known = shape_of(node) or ()
+        for wanted in (*known[:-1], 1) if rows else known:
             size: Any = 1
             while not same(value_of(size), wanted):
                 if not rest:
@@ -211,15 +229,28 @@ class _Laid:
         made.meta["example_value"] = getattr(value, method)([value_of(size) for size in sizes])
         return made
 
-    def _mask(self, shape: Sequence[Any], columns: Any) -> fx.Node:
-        """Return what is added to the scores: what enters the softmax where all products are 0."""
-        nodes, found = self._nodes, self._found
-        like = value_of(found.product)
+    def _mask(self, shape: Sequence[Any], columns: Any) -> tuple[fx.Node, fx.Node | None]:
+        """Return what is added to the scores, what enters the softmax where these are 0; and logits of sinks."""
+        nodes, found, sinks = self._nodes, self._found, self._found.chain.sinks
+        base = found.chain.base
+        like = value_of(base)
         zeros = nodes.call_function(
             torch.zeros, (list(shape),), {"dtype": like.dtype, "device": like.device}
         )
         zeros.meta["example_value"] = like
-        copies = {found.product: zeros}
+        copies = {base: zeros}
         for step in found.steps:
             copies[step] = nodes.node_copy(step, lambda node: copies.get(node, node))
-        return self._apart(copies[found.scores], found.scores_order, columns)
+        whole, order = copies[found.scores], found.scores_order
+        if sinks is None:
+            return self._apart(whole, order, columns), None
+        whole.meta["example_value"] = value_of(found.scores)
+        count = sinks.count
+        own, more = slice(None, -count), slice(-count, None)
+        if sinks.first:
+            own, more = slice(count, None), slice(None, count)
+        mask, logits = (
+            insert_call(nodes, operator.getitem, (whole, (..., part)), value_of(whole)[..., part])
+            for part in (own, more)
+        )
+        return self._apart(mask, order, columns), self._apart(logits, order, count)
