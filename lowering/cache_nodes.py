@@ -139,6 +139,8 @@ def _sink_logits(graph: fx.Graph, attention: Attention) -> tuple[fx.Node, ...]:
     if not isinstance(logits, fx.Node):
         about = {"dtype": torch.float32, "device": value_of(attention.query).device}
         return (graph.call_function(torch.full, ((1,), logits), about),)
+    if value_of(logits).dim() < 4:
+        return (graph.call_method("unsqueeze", (logits, -1)),)
     if value_of(logits).shape[-1] != 1:
         value = value_of(logits).logsumexp(-1, keepdim=True)
         logits = insert_call(graph, torch.logsumexp, (logits, -1, True), value)

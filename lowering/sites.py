@@ -51,8 +51,8 @@ class Attention:
         causal: Whether query ``i`` sees cache positions up to ``i`` only, counted from cache position 0.
         grouped: Whether query heads share KV heads without a repeat in the graph.
         mask_hides: Whether a boolean ``mask`` marks what is hidden instead of what is seen.
-        sink_logits: Further logits of the softmax, whose weights are left out, ``[B, Hq, T, n]``; or ``None``. Where
-            each row has the same, their log-sum-exp as a number.
+        sink_logits: Further logits of the softmax, whose weights are left out, ``[B, Hq, T, n]``, or one a row without
+            a last axis; or ``None``. Where each row has the same, their log-sum-exp as a number.
     """
 
     output: fx.Node

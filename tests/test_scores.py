@@ -288,6 +288,24 @@ def test_logits_of_sinks_are_read_packed(sinks: str, mask: str, shifts: bool) ->
     assert found == Score(0.25, has_sinks=True)
 
 
+def gated(query, keys, values, weigh=lambda sums: sums):
+    """What sinks leave to the tokens, as a factor behind attention."""
+    keys, values = keys.repeat_interleave(G, 1), values.repeat_interleave(G, 1)
+    scores = torch.matmul(query, keys.mT) * 0.25
+    scores = scores.masked_fill(hidden(*scores.shape[-2:]), -math.inf)
+    kept = weigh(scores.logsumexp(-1)) - torch.linspace(-2, 3, H * G).view(1, -1, 1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32)
+    return weights @ values * kept.float().sigmoid().unsqueeze(-1)
+
+
+def test_a_gate_by_the_weight_that_sinks_leave_is_read_packed() -> None:
+    assert watch(gated).scores == [Score(0.25, has_sinks=True)]
+
+
+def gated_otherwise(query, keys, values):
+    return gated(query, keys, values, lambda sums: sums * 0.5)
+
+
 def test_caps_and_sinks_go_together_in_low_precision() -> None:
     (found,) = watch(eager(BENDS["Gemma 2"][0], "added", "learned", True), torch.bfloat16).scores
     assert found.cap == pytest.approx(5.0)
@@ -336,7 +354,7 @@ def some_weights_left_out(query, keys, values):
 
 CHANGED = (
     capped_twice, capped_behind_the_mask, capped_by_the_query, clamped_by_the_query,
-    sinks_that_are_kept, sinks_between, some_weights_left_out,
+    sinks_that_are_kept, sinks_between, some_weights_left_out, gated_otherwise,
 )  # fmt: skip
 
 

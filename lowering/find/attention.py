@@ -135,13 +135,18 @@ def _read_softmax(node: fx.Node) -> Attention | None:
         raise Refusal(f"the scores pass through {_obstacle(scores)} before the softmax")
     query, transposed = _factors(scores)
     key = _untransposed(transposed)
-    between = _between(scores, node)
+    value, end = _factors(output)[1], node
+    gate = _read_gate(argument(node, 0, "input"), output) if sinks is None else None
+    if gate is not None:
+        output, sinks = gate
+        end = output
+    between = _between(scores, end)
     own = {sinks} if isinstance(sinks, fx.Node) else set()
-    if _is_used_outside(between, node) or own & between:
+    if _is_used_outside(between, end) or own & between:
         raise Refusal("the scores are used outside attention")
     if len(node.users) > 1 or _is_used_outside(_between(node, weights), weights):
         raise Refusal("the attention weights are used outside attention (output_attentions?)")
-    score, value = replace(score, has_sinks=sinks is not None), _factors(output)[1]
+    score = replace(score, has_sinks=sinks is not None)
     return Attention(output, query, key, value, mask, score, False, False, hides, sinks)
 
 
@@ -273,6 +278,45 @@ def _padding(pad: fx.Node) -> tuple[Any, Any, int] | None:
     if number is None or not all(isinstance(n, int) and n >= 0 for n in sizes) or sum(sizes) < 1:
         return None
     return pad.args[0], number + math.log(sum(sizes)), sizes[0]
+
+
+def _read_gate(scores: Any, output: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the output times the weight that sinks leave to the tokens, and the logits of the sinks, ``[B, Hq, T]``.
+
+    That weight is ``sigmoid(logsumexp(scores, -1) - sinks)``; ``None`` where the output is multiplied by no such thing.
+    """
+    sums = [user for user in scores.users if target_name(user) == "logsumexp"]
+    if len(sums) != 1 or argument(sums[0], 1, "dim") not in (-1, 3, (-1,), [-1]):
+        return None
+    steps, node = [sums[0]], sums[0]
+    while len(node.users) == 1 and len(steps) < 5:
+        (node,) = node.users
+        if target_name(node) not in CASTS:
+            steps.append(node)
+    names = [target_name(step) for step in steps[1:]]
+    if names not in (
+        ["sub", "sigmoid", "unsqueeze", "mul"],
+        ["sub", "sigmoid", "unsqueeze", "imul"],
+    ):
+        return None
+    _, difference, _, wide, gated = steps
+    sinks, plain = argument(difference, 1, "other"), len(difference.args) == 2
+    is_own = set(output.users) == {gated} and output in gated.args
+    if not isinstance(sinks, fx.Node) or len(shape_of(sinks) or ()) > 3 or not plain:
+        return None
+    if _through_casts_of(difference.args[0]) is not sums[0] or argument(wide, 1, "dim") not in (
+        -1,
+        3,
+    ):
+        return None
+    return (gated, sinks) if is_own and len(shape_of(sums[0]) or ()) == 3 else None
+
+
+def _through_casts_of(node: Any) -> Any:
+    """Walk back along casts."""
+    while target_name(node) in CASTS:
+        node = node.args[0]
+    return node
 
 
 def _without_largest(scores: Any) -> Any:

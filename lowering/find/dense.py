@@ -109,7 +109,10 @@ def tell_dense(graph: Graph) -> PassReport:
     """
     stored = [] if graph.thaw is not None else [*_kept(graph)]
     attending = Attending(graph.fx) if stored else None
-    sites = {site.attention.output.name for site in graph.sites}
+    outputs = [site.attention.output for site in graph.sites]
+    sites = {
+        node.name for output in outputs for node in (output, *output.all_input_nodes)
+    }  # gated ones too
     served = [site.attention for site in graph.sites]
     sites |= {softmax.name for softmax, found in graph.contractions.items() if found in served}
     for cache, role in stored:
