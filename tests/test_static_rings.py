@@ -12,10 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import KVQWarning, QuantizedKV, backend, report
 from kvq_compile.history import watching
-from kvq_compile.kernels.packed import room_of
+from kvq_compile.kernels.packed import UNCALIBRATED, Packed, room_of
 from kvq_compile.kernels.schemes import Uniform
+from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
+from kvq_compile.kernels.triton import attend
 from kvq_compile.testing import assert_matches_dequantized, channelwise_layouts, page_layouts
+from native import CONVERSIONS, DEVICE
 from refused_steps import tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -166,6 +169,23 @@ def test_reports_count_the_exact_tokens_of_a_ring() -> None:
     count, pages = cache.cursor.tolist()
     (line,) = report([cache]).tensors
     assert (line.held, line.kept_exact) == (SLOTS, count - 2 - 32 * pages)
+
+
+@CONVERSIONS
+@pytest.mark.parametrize("new", [1, 5])
+def test_gpu_kernels_attend_to_a_ring_behind_a_position_on_the_device(new) -> None:
+    """The mask has a column for each slot of the memory, those out of sight and those still empty included."""
+    device = torch.device(DEVICE)
+    layouts = LAYOUT, SPEC.layout("value", 16)
+    keys, values = (fill(190, layout, seed=s).to(device) for s, layout in enumerate(layouts))
+    query, key, value = (tokens(new, seed=s).to(device) for s in range(3))
+    held = keys.cursor[:1].long()
+    slots = torch.arange(room_of(keys.parts, LAYOUT), device=device)
+    mask = ((slots >= held - SLOTS + 1) & (slots < held + new))[None]
+    parts = Packed(*keys.parts), Packed(*values.parts), UNCALIBRATED, UNCALIBRATED
+    output = attend.attend(query, key, value, *parts, mask, held, None, Score(0.25), *layouts)
+    seen = torch.arange(SLOTS + new, device=device)[None] > 0  # of those that show
+    assert_matches_dequantized(output, query, key, value, (keys, values), mask=seen, scale=0.25)
 
 
 # The graph ----------------------------------------------------------------------------------------------------------
