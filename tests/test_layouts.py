@@ -339,3 +339,37 @@ def test_rows_at_positions_of_their_own_are_told_by_name() -> None:
             step, lambda: [torch.zeros(B, H, SLOTS, D) for _ in range(2)], lengths=(9, 1)
         )
     assert [type(cache) for cache in held] == [Tensor] * 2
+
+
+def clamped(x):
+    return x.clamp(-4, 4)
+
+
+def positive(x):
+    return x.relu()
+
+
+def without_the_first(x):
+    return x * (torch.arange(x.shape[1]) > 0)[:, None, None]
+
+
+@pytest.mark.parametrize("change", [clamped, positive, without_the_first])
+@pytest.mark.filterwarnings("ignore::kvq_compile.errors.KVQWarning")
+def test_a_cache_that_is_changed_on_its_way_to_attention_is_not_read_packed(change: Any) -> None:
+    """What does nothing to random numbers, or at small sizes, does something to those of a model."""
+
+    def longer(held, *new):
+        held = [x[:, :0] for x in new] if held is None else held
+        return [torch.cat(pair, 1) for pair in zip(held, new, strict=True)]
+
+    def on_the_way(query, key, value, held, position, mask):
+        held = longer(held, key, value)
+        return attend(query, *(change(x) for x in held), mask), held
+
+    def before_it_is_kept(query, key, value, held, position, mask):
+        held = [change(x) for x in longer(held, key, value)]
+        return attend(query, *held, mask), held
+
+    for step in (on_the_way, before_it_is_kept):
+        _, outcomes, _ = compared(step, nothing)
+        assert "rewritten" not in outcomes[1:]

@@ -86,7 +86,7 @@ def moved_from(node: Any) -> Any:
         name = plain_name(node)
         moves = (
             name in ("contiguous", "clone", "detach", "alias")
-            or _keeps_dtype(node, name)
+            or keeps_dtype(node, name)
             or (name == "getitem" and _takes_all(node))
         )
         if moves and not (_is_written(node) and root_of(node) is node):
@@ -106,8 +106,8 @@ def _is_written(node: fx.Node) -> bool:
     )
 
 
-def _keeps_dtype(node: fx.Node, name: str) -> bool:
-    """Return whether a cast casts nothing."""
+def keeps_dtype(node: fx.Node, name: str) -> bool:
+    """Return whether a node, whose plain name is ``name``, is a cast that casts nothing."""
     if name not in ("to", "type", "type_as", "float", "half", "bfloat16"):
         return False
     before, after = value_of(node.args[0]), value_of(node)

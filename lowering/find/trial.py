@@ -157,7 +157,7 @@ class Trial:
 
 
 def random_like(like: Tensor, sizes: Mapping[Any, int]) -> Tensor:
-    """Return random elements between 0.5 and 1.5, on the CPU.
+    """Return random elements on the CPU, of both signs and from 2^-6 to 2^12: what clamps or rectifies them shows.
 
     Raises:
         Refusal: They would be too many.
@@ -168,7 +168,9 @@ def random_like(like: Tensor, sizes: Mapping[Any, int]) -> Tensor:
         count *= size
     if count > _LARGEST:
         raise Refusal("the cache is too large to be evaluated")
-    return torch.rand(shape, dtype=torch.float32, device="cpu").add_(0.5).to(like.dtype)
+    power, side = (torch.rand(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    made = torch.where(side < 0.5, -1.0, 1.0) * torch.exp2(18 * power - 6)
+    return made.to(like.dtype)
 
 
 def size_of_trial(size: Any, sizes: Mapping[Any, int]) -> int:

@@ -11,13 +11,14 @@ from torch import Tensor, fx
 
 from kvq_compile.lowering.find.arrangements import above
 from kvq_compile.lowering.find.attention import find_attentions
-from kvq_compile.lowering.find.movement import is_cache_like
+from kvq_compile.lowering.find.movement import is_cache_like, keeps_dtype
 from kvq_compile.lowering.find.states import read_base
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
     MIXING,
     Trial,
     data_of,
+    plain_name,
     random_like,
     writers_of,
 )
@@ -25,6 +26,7 @@ from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     FULL,
+    argument,
     erase_unread,
     insert_call,
     order_of,
@@ -36,6 +38,31 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Attention
 
+_MOVES = (
+    *(
+        "view",
+        "view_as",
+        "reshape",
+        "reshape_as",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "expand_as",
+        "transpose",
+    ),
+    *(
+        "permute",
+        "movedim",
+        "swapaxes",
+        "swapdims",
+        "flatten",
+        "unflatten",
+        "detach",
+        "alias",
+        "contiguous",
+    ),
+    *("clone", "repeat_interleave", "repeat", "tile"),
+)
 _TRIALS = 3
 _MOST = 64  # steps between a cache and attention, far more than any spelling takes
 
@@ -93,6 +120,29 @@ def _times(heads: Any, of: Any) -> int:
     return 0 if of == 0 or heads % of else heads // of
 
 
+def _moves(step: fx.Node) -> bool:
+    """Return whether a step moves, copies or repeats elements, and at every size those from the first token on.
+
+    Anything else, a clamp or the last tokens of a window, could do nothing at the sizes and to the numbers of a trial.
+    """
+    name = plain_name(step)
+    if not isinstance(value_of(step), Tensor):
+        return isinstance(value_of(step), (int, torch.SymInt))
+    if name == "getitem":
+        index: Any = step.args[1]
+        parts = index if isinstance(index, tuple) else (index,)
+        return all(part is None or part is Ellipsis or _is_prefix(part) for part in parts)
+    if name == "narrow":
+        return bool(argument(step, 2, "start") == 0)
+    if name == "getattr":
+        return step.args[1] in ("mT", "T")
+    return name in _MOVES or keeps_dtype(step, name)
+
+
+def _is_prefix(part: Any) -> bool:
+    return isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
+
+
 class _Read(Trial):
     """The operations between a cache and an operand of attention."""
 
@@ -108,7 +158,7 @@ class _Read(Trial):
             return False
         place = order_of(self.result.graph)
         self.steps = sorted(needed, key=place.__getitem__)
-        if self._is_written_between(place):
+        if not all(map(_moves, self.steps)) or self._is_written_between(place):
             return False
         try:
             return all(self._holds(sizes) for sizes in self.assignments(_TRIALS))
