@@ -26,6 +26,7 @@ from layout_steps import (
     feed,
     grown,
     nothing,
+    tokens,
     with_heads,
 )
 
@@ -373,3 +374,29 @@ def test_a_cache_that_is_changed_on_its_way_to_attention_is_not_read_packed(chan
     for step in (on_the_way, before_it_is_kept):
         _, outcomes, _ = compared(step, nothing)
         assert "rewritten" not in outcomes[1:]
+
+
+@pytest.mark.filterwarnings("ignore::kvq_compile.errors.KVQWarning")
+def test_a_packed_cache_stays_packed_where_what_reads_it_is_not_understood() -> None:
+    def linear(query, key, value, held, position, mask):
+        held = [torch.cat(pair, 1) for pair in zip(held, (key, value), strict=True)]
+        keys, values = (x.transpose(1, 2).repeat_interleave(G, 1) for x in held)
+        return (query.transpose(1, 2) @ keys.mT @ values).transpose(1, 2) / 99, held
+
+    def both(linear, grown):
+        def call(held):
+            outputs, held = feed(with_heads(grown), held, (40, 1))
+            new = [tokens(2, heads, seed) for seed, heads in enumerate((H * G, H, H))]
+            with torch.no_grad():
+                output, held = with_heads(linear)(*new, held, None, None)
+            return [*outputs, output], held
+
+        return call
+
+    expected, plain = both(linear, grown)(None)
+    compiled = (torch.compile(x, backend="kvq", options=EXACT) for x in (linear, grown))
+    outputs, held = both(*compiled)(None)
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+    for cache, wanted in zip(held, plain, strict=True):
+        assert isinstance(cache, ArrangedKV)
+        torch.testing.assert_close(cache.dequantize(), wanted)

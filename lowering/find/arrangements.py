@@ -92,9 +92,26 @@ def propose(graph: fx.Graph) -> dict[fx.Node, Arrangement]:
     known = {node: value_of(node).arrangement for node in is_packed(graph)}
     try:
         known |= _proposed(graph, known)
+        known |= _followed(graph, known)
     except Exception as error:  # nothing hangs on a proposal
         unexpected(error)
     return {tensor: how for tensor, how in known.items() if not how.is_plain}
+
+
+def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
+    """Return how results are laid out that may be packed arguments with further tokens, whatever reads them."""
+    found: dict[fx.Node, Arrangement] = {}
+    for cache in is_packed(graph):
+        how, mine = known[cache], shape_of(cache) or ()
+        tokens = how.axis("S")
+        for result in graph.output_node().all_input_nodes:
+            theirs = shape_of(result) or ()
+            if result in known or result.op == "placeholder" or len(theirs) != len(mine):
+                continue
+            rest = (same(mine[at], theirs[at]) for at in range(len(mine)) if at != tokens)
+            if all(rest) and cache in above(result):
+                found[result] = how
+    return found
 
 
 def _proposed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:

@@ -107,6 +107,9 @@ class Splitter:
             if made is not None and name.endswith("_"):
                 self._write(user, pieces, made)
                 return
+            if made is not None:  # here and now: what is copied may be written before it is read
+                nodes = {place: make() for place, make in made.made.items()}
+                made = self._fixed(made.axes, nodes)
         if made is not None:
             self._stand_for(user, made)
             return
