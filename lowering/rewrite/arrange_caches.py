@@ -37,6 +37,7 @@ from kvq_compile.lowering.nodes import (
 from kvq_compile.lowering.rewrite.split_pieces import Pieces, Splitter, places
 
 _REACH = 256  # nodes followed from a cache
+Writers = Mapping[Any, list[fx.Node]]
 
 
 def arrange_caches(gm: fx.GraphModule, known: Mapping[fx.Node, Arrangement]) -> Arranged:
@@ -118,6 +119,7 @@ class _Arranger:
         for node, how in self._arranged.items():
             if node not in made:
                 made[node] = self._pass_all(node, how)
+        writers = writers_of(self._graph)
         for node, own in made.items():
             how = self._arranged[node]
             like = value_of(node)
@@ -126,9 +128,10 @@ class _Arranger:
                 if how.sizes
                 else like
             )
-            _pass_tokens(self._graph, own, one, how.of_one())
+            _pass_tokens(self._graph, own, one, how.of_one(), writers)
+        place = order_of(self._graph)
         for own in made.values():
-            _loosen_views(self._graph, own)
+            _loosen_views(own, writers, place)
         return made
 
     def _take(self, node: fx.Node, how: Arrangement) -> list[fx.Node]:
@@ -266,9 +269,11 @@ def _first_of(node: fx.Node, caches: list[fx.Node]) -> fx.Node:
     return step
 
 
-def _pass_tokens(graph: fx.Graph, caches: list[fx.Node], like: Tensor, how: Arrangement) -> None:
+def _pass_tokens(
+    graph: fx.Graph, caches: list[fx.Node], like: Tensor, how: Arrangement, writers: Writers
+) -> None:
     """Let the tokens that join a cache pass through ``[B, H, T, D]``, so that a node stands for them."""
-    region = _region(graph, caches)
+    region = _region(caches, writers)
     tokens = dict.fromkeys(
         found
         for node in region
@@ -281,22 +286,20 @@ def _pass_tokens(graph: fx.Graph, caches: list[fx.Node], like: Tensor, how: Arra
         _pass(graph, node, how)
 
 
-def _loosen_views(graph: fx.Graph, caches: list[fx.Node]) -> None:
+def _loosen_views(caches: list[fx.Node], writers: Writers, place: Mapping[fx.Node, int]) -> None:
     """Let ``view`` of a cache be ``reshape``: elements of a cache that is dequantized lie in another order in memory.
 
     Not where something writes into that memory later on, which a copy would not see.
     """
-    place, writers = order_of(graph), writers_of(graph)
-    for node in _region(graph, caches):
+    for node in _region(caches, writers):
         if node.op == "call_method" and node.target in ("view", "view_as"):
             writes = writers.get(root_of(node), ())
             if all(place[write] < place[node] for write in writes):
                 node.target = "reshape" if node.target == "view" else "reshape_as"
 
 
-def _region(graph: fx.Graph, caches: list[fx.Node]) -> dict[fx.Node, None]:
+def _region(caches: list[fx.Node], writers: Writers) -> dict[fx.Node, None]:
     """Return what caches are moved to, and what writes into them."""
-    writers = writers_of(graph)
     region = dict.fromkeys(caches)
     region |= dict.fromkeys(x for cache in caches for x in writers.get(root_of(cache), []))
     front = [*region]
