@@ -153,18 +153,21 @@ def default_label() -> str:
 
 def measured_on(rows: Sequence[Row]) -> str:
     """Return a sentence with the hardware, versions and commits that rows were measured on."""
-    said = []
+    commits: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         versions = ", ".join(
-            f"{name} {row[name].partition('+')[0]}"
+            f"{name} {row[name].partition('+')[0].removesuffix('.0')}"
             for name in ("torch", "triton", "transformers")
             if row.get(name)
         )
         windows = f", {row['windows']} windows" if row.get("windows") else ""
-        said.append(
-            f"{row['hardware']}, {row['dtype']}, {versions}, commit {row['commit']}{windows}"
-        )
-    return f"Measured on {'; '.join(dict.fromkeys(said))}."
+        where = f"{row['hardware']}, {row['dtype']}, {versions}", windows
+        commits.setdefault(where, {})[row["commit"]] = None
+    said = [
+        f"{machine}, commit{'s' * (len(found) > 1)} {', '.join(found)}{windows}"
+        for (machine, windows), found in commits.items()
+    ]
+    return f"Measured on {'; '.join(said)}."
 
 
 MENDED = {
