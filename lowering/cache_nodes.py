@@ -125,8 +125,10 @@ class CacheNodes:
         held = insert_call(graph, operator.getitem, (cursor, 0))
         behind = insert_call(graph, operator.sub, (held, self.length))
         first = graph.call_method("clamp_min", (behind, 0))
-        about = {"dtype": torch.int64, "device": value_of(cursor).device}
-        slots = graph.call_function(torch.arange, (self.length,), about)
+        device = value_of(cursor).device
+        slots = graph.call_function(
+            torch.arange, (self.length,), {"dtype": torch.int64, "device": device}
+        )
         shown = insert_call(graph, operator.add, (slots, first))
         return insert_call(graph, torch.index_select, (whole, 2, shown), value_of(like))
 
@@ -137,8 +139,12 @@ def _sink_logits(graph: fx.Graph, attention: Attention) -> tuple[fx.Node, ...]:
     if logits is None:
         return ()
     if not isinstance(logits, fx.Node):
-        about = {"dtype": torch.float32, "device": value_of(attention.query).device}
-        return (graph.call_function(torch.full, ((1,), logits), about),)
+        device = value_of(attention.query).device
+        return (
+            graph.call_function(
+                torch.full, ((1,), logits), {"dtype": torch.float32, "device": device}
+            ),
+        )
     if value_of(logits).dim() < 4:
         return (graph.call_method("unsqueeze", (logits, -1)),)
     if value_of(logits).shape[-1] != 1:

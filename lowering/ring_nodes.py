@@ -88,8 +88,8 @@ def mask_of_memory(
         mask: Over those, or ``None``.
     """
     tokens = size_of(ring.new, 2)
-    about = {"dtype": torch.int64, "device": value_of(ring.new).device}
-    slots = graph.call_function(torch.arange, (room,), about)
+    device = value_of(ring.new).device
+    slots = graph.call_function(torch.arange, (room,), {"dtype": torch.int64, "device": device})
     more = insert_call(graph, operator.sub, (columns, tokens), value_of(columns) - value_of(tokens))
     first = insert_call(graph, operator.sub, (held, more))  # slot of the first that is read
     column = insert_call(graph, operator.sub, (slots, first))

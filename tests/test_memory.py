@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from kvq_compile import QuantizedKV, report
+from kvq_compile import ArrangedKV, QuantizedKV, report
 from kvq_compile.testing.small_decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -50,7 +50,7 @@ def histories(tokens: int) -> list[tuple[int, ...]]:
     gc.collect()
     found = []
     for x in gc.get_objects():
-        if not issubclass(type(x), Tensor) or isinstance(x, (QuantizedKV, FakeTensor)):
+        if not issubclass(type(x), Tensor) or isinstance(x, (QuantizedKV, ArrangedKV, FakeTensor)):
             continue
         if x.dim() == 4 and x.is_floating_point():
             stored = x.untyped_storage().nbytes() // x.element_size()

@@ -169,8 +169,9 @@ class _Arranger:
         caches = []
         with self._graph.inserting_before(node):
             for one in how.split(value):
-                about = {"dtype": value.dtype, "device": value.device}
-                cache = self._graph.call_function(torch.zeros, (shape,), about)
+                cache = self._graph.call_function(
+                    torch.zeros, (shape,), {"dtype": value.dtype, "device": value.device}
+                )
                 cache.meta.update(node.meta | {"example_value": one})
                 caches.append(cache)
         if how.sizes:
