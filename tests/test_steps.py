@@ -226,6 +226,11 @@ def from_the_end(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
     return attended(query, key, value, past, (slots.flip(0) % 3 == 0)[None, None, None])
 
 
+def from_far(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    slots = torch.arange(past[0].shape[2] + key.shape[2])
+    return attended(query, key, value, past, (slots.flip(0) < 60)[None, None, None])
+
+
 def read_dense(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
     output, caches = attended(query, key, value, past)
     return output + past[1].sum(), caches
@@ -284,6 +289,7 @@ def test_a_length_that_is_understood_comes_from_the_device(
         (summed, "depends on the length of a cache"),
         (returned, "is returned"),
         (from_the_end, "depends on how many columns it has"),
+        (from_far, "depends on how many columns it has"),
         (read_dense, "is read as an ordinary tensor"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ CANNOT_BE_RUN = (Refusal, RuntimeError, IndexError, TypeError, ValueError, Attri
 _MOST = 64  # steps of a trial, far more than any spelling takes
 _LARGEST = 1 << 26  # elements evaluated at once; 256 MiB in float32
 _SIZES = (5, 3, 7, 4, 11, 6, 13, 9)  # what symbolic sizes are set to
+_FARTHEST = 2048  # numbers of steps up to which one of the sizes is set beyond them
 
 
 def plain_name(node: Any) -> str:
@@ -125,10 +127,14 @@ class Trial:
                     symbols |= size.node.expr.free_symbols
         ordered = sorted(symbols, key=str)
         for trial in range(trials if ordered else 1):
-            yield {
+            tried = {
                 symbol: _SIZES[(place + trial) % len(_SIZES)] + len(_SIZES) * (place // len(_SIZES))
                 for place, symbol in enumerate(ordered)
             }
+            yield tried
+        reach = largest_number(self.steps)
+        if reach > min(_SIZES):  # what a step does from there on must show
+            yield from ({**tried, symbol: tried[symbol] + reach} for symbol in ordered)
 
     def run(self, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any]) -> Any:
         """Return the result for given values of the cuts.
@@ -154,6 +160,24 @@ class Trial:
         place, writers = order_of(cut.graph), writers_of(cut.graph)
         changes = [place[node] for node in writers.get(root_of(cut), ())]
         return any(place[cut] < change <= last for change in changes)
+
+
+def largest_number(steps: Sequence[fx.Node]) -> int:
+    """Return the largest number among the arguments of steps, up to `_FARTHEST`; 0 if there are none."""
+    found = [0]
+
+    def note(x: Any) -> Any:
+        if isinstance(x, torch.SymInt):
+            found.extend(abs(int(n)) for n in x.node.expr.atoms(sympy.Integer))
+        elif isinstance(x, (int, float)) and math.isfinite(x):
+            found.append(math.ceil(abs(x)))
+        return x
+
+    for node in steps:
+        fx.node.map_aggregate((node.args, node.kwargs), note)
+        if isinstance(value_of(node), torch.SymInt):
+            note(value_of(node))
+    return max(number for number in found if number <= _FARTHEST)
 
 
 def random_like(like: Tensor, sizes: Mapping[Any, int]) -> Tensor:

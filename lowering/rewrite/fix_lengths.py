@@ -12,7 +12,13 @@ from torch._dynamo.source import ConstantSource
 
 from kvq_compile.kernels import ops
 from kvq_compile.lowering.find.lengths import Counting, find_counting
-from kvq_compile.lowering.find.trial import CANNOT_BE_RUN, Trial, random_like, size_of_trial
+from kvq_compile.lowering.find.trial import (
+    CANNOT_BE_RUN,
+    Trial,
+    largest_number,
+    random_like,
+    size_of_trial,
+)
 from kvq_compile.lowering.graph import Graph, PassReport, copy_module
 from kvq_compile.lowering.lengths import ALIGNED
 from kvq_compile.lowering.nodes import changed_roots, is_static, target_name, value_of
@@ -265,7 +271,8 @@ def _is_kept(
 ) -> bool:
     """Return whether a mask has the same first columns if it has further ones."""
     tokens = size_of_trial(counting.tokens, chosen)
-    length, bound = 5 + tokens, 9 + 2 * tokens
+    reach = 2 * largest_number(trial.steps)  # what a mask shows from a distance on must show
+    length, bound = 5 + tokens + reach, 9 + 2 * (tokens + reach)
     results = []
     wide: dict[fx.Node, Tensor] = {}
     for slots in (bound, length):

@@ -57,6 +57,7 @@ def _spell(graph: fx.Graph, found: RolledBuffer) -> Ring:
         return _return_last(graph, found)
     if new is whole:
         return Ring(past, new, 0, write, base_of(new))
+    given = set(graph.nodes)
     place = order_of(graph)
     last = max((whole, *found.steps), key=place.__getitem__)
     at = last.next
@@ -77,7 +78,7 @@ def _spell(graph: fx.Graph, found: RolledBuffer) -> Ring:
         read = _last_of(graph, joined, whole)
         kept = _last_of(graph, joined, past)
     place = order_of(graph)
-    steps = {*found.steps, joined, kept, read, write}
+    steps = {*found.steps, write, *(node for node in graph.nodes if node not in given)}
     for user in [user for user in past.users if place[user] > place[write]]:
         user.replace_input_with(past, kept)
     whole.replace_all_uses_with(read, delete_user_cb=lambda user: user not in steps)
