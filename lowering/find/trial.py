@@ -115,8 +115,11 @@ class Trial:
                 stack.extend(writers.get(memory, ()))
         return needed
 
-    def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:
-        """Yield the sizes to try for the symbols of the graph, a mapping a trial; without symbols only one."""
+    def assignments(self, trials: int, far: bool = True) -> Iterator[Mapping[Any, int]]:
+        """Yield the sizes to try for the symbols of the graph, a mapping a trial; without symbols only one.
+
+        ``far``: also sizes beyond the numbers of the steps, one symbol after another.
+        """
         nodes = (*self.steps, *self.cuts)
         symbols: set[Any] = set()
         for node in nodes:
@@ -133,8 +136,15 @@ class Trial:
             }
             yield tried
         reach = largest_number(self.steps)
-        if reach > min(_SIZES):  # what a step does from there on must show
-            yield from ({**tried, symbol: tried[symbol] + reach} for symbol in ordered)
+        if far and reach > min(_SIZES):  # what a step does from there on must show
+            beyond = ({**tried, symbol: tried[symbol] + reach} for symbol in ordered)
+            yield from (sizes for sizes in beyond if self._are_sizes(sizes))
+
+    def _are_sizes(self, sizes: Mapping[Any, int]) -> bool:
+        """Return whether no tensor has a negative size then: the symbols of a graph may depend on one another."""
+        values = (value_of(node) for node in (*self.steps, *self.cuts))
+        shapes = (value.shape for value in values if isinstance(value, Tensor))
+        return all(size_of_trial(size, sizes) >= 0 for shape in shapes for size in shape)
 
     def run(self, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any]) -> Any:
         """Return the result for given values of the cuts.

@@ -151,7 +151,7 @@ class UpdateTrial(Trial):
             return None
         starts = None if self._position is not None else self._numbers()
         borne_out = False
-        for assigned in self.assignments(_TRIALS):
+        for assigned in self.assignments(_TRIALS, far=False):  # tokens have to fit into a buffer
             sizes = self._with_a_position_a_token(assigned)
             slots, tokens = (
                 size_of_trial(shape_of(node)[2], sizes)  # type: ignore[index]
