@@ -52,12 +52,13 @@ class Steps(Trial):
     sized: tuple[fx.Node, ...] = ()
     seen: Mapping[fx.Node, Tensor] = MappingProxyType({})
 
-    def assignments(self, trials: int) -> Iterator[Mapping[Any, int]]:
+    def assignments(self, trials: int, far: bool = True) -> Iterator[Mapping[Any, int]]:
         """Yield sizes to try: symbols that were equal in the call that is compiled are equal, others are not.
 
         The tokens of queries, keys and values have symbols of their own in functions that take all three. There are
         two trials at least, since a factor that a call is given is another one in each.
         """
+        del far  # these sizes have to fit one another
         values = [value_of(node) for node in (*self.steps, *self.cuts, *self.sized)]
         shapes = [value.shape if isinstance(value, Tensor) else (value,) for value in values]
         known = {
