@@ -156,13 +156,13 @@ class SlotCheck:
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies of tensors in host memory, waiting for their device once for each dtype."""
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    """Return copies of tensors in host memory, waiting for a device once for each dtype."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, x in enumerate(tensors):
         if x.device.type != "cpu":
-            by_dtype.setdefault(x.dtype, []).append(place)
+            alike.setdefault((x.device, x.dtype), []).append(place)
     copies = list(tensors)
-    for places in by_dtype.values():
+    for places in alike.values():
         flat = torch.cat([tensors[place].reshape(-1) for place in places]).cpu()
         parts = flat.split([tensors[place].numel() for place in places])
         for place, part in zip(places, parts, strict=True):

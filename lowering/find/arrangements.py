@@ -37,11 +37,8 @@ from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.nodes import argument, calls, same, shape_of, target_name, value_of
 from kvq_compile.lowering.sites import unexpected
 
-_TURNED = (
-    "matmul",
-    "bmm",
-    "baddbmm",
-)  # the second operand has its tokens last in one product, first in the other
+# The second operand has its tokens last in one product, first in the other.
+_TURNED = ("matmul", "bmm", "baddbmm")
 _WHOLE = ("scaled_dot_product_attention", "flex_attention")
 _LARGEST = 1 << 26  # elements that are filled with coordinates
 _REACH = 32  # steps between a cache and a product, more than any spelling takes
