@@ -20,6 +20,7 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.layers import counts_layers
+from kvq_compile.lowering.lost_writes import refusing_lost_writes
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled, Lowered
 from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport
@@ -88,8 +89,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     form = lowered.arranged
     if form is not None:
         compiled = _compiled(form.module, form.take(example_inputs), lowered, recorder, config)
-        return form.around(compiled)
-    return _compiled(gm, example_inputs, lowered, recorder, config)
+        return refusing_lost_writes(gm, form.around(compiled))
+    return refusing_lost_writes(gm, _compiled(gm, example_inputs, lowered, recorder, config))
 
 
 def _compiled(

@@ -101,9 +101,8 @@ class ArrangedKV(Exports, Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)
-        if isinstance(read, ArrangedKV) and read._is_view():
-            # As a part of a `QuantizedKV`: autograd's notion of a view would make Dynamo relate their lengths.
-            return read.__copy__()
+        if isinstance(read, ArrangedKV):
+            return read.__copy__()  # autograd would keep the longer one alive
         is_read = type(read) is Tensor and not isinstance(self.caches[0].cursor, FakeTensor)
         return read_only(read) if is_read else read
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.cache.read_only import stands_alone
 from kvq_compile.kernels.cache.saved import receive
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Exports(Tensor):
     apply_ = _refusing("apply_", _WRITE)
     map_ = _refusing("map_", _WRITE)
     map2_ = _refusing("map2_", _WRITE)
+
+    _is_view, _base = stands_alone, None
 
     def untyped_storage(self) -> Any:
         """Raise NotImplementedError, save where PyTorch itself compares storages while it traces."""

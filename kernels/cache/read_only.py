@@ -15,12 +15,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 
+def stands_alone(self: Tensor) -> bool:
+    """Say that a tensor is no view of another one, whatever autograd noted when an operator for views made it.
+
+    A part of a quantized cache has lengths of its own. Dynamo would relate them to those of the whole cache.
+    """
+    return False
+
+
 class ReadOnlyTokens(Tensor):
     """Elements read from a `QuantizedKV` through a view; writing to them raises.
 
     ``clone()`` gives an ordinary tensor. To write to the cache, assign to it whole slots:
     ``cache[:, :, positions] = x``.
     """
+
+    _is_view = stands_alone
+    _base = None
 
     @classmethod
     def __torch_function__(

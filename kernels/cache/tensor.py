@@ -60,7 +60,7 @@ Kind = Literal["grown", "static", "ring"]
 HELD = (*PARTS, *CALIBRATED, ORIGINALS)
 INNER = (*HELD, TRIM)
 ATTRIBUTES = (
-    *(*INNER, "page_layout", "kind", "_lineage"),
+    *(*INNER, "page_layout", "kind", "_lineage", "_is_slice_copy"),
     *("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"),  # of `maybe_mark_dynamic`
 )
 GROWS_BY_CAT = (
@@ -248,7 +248,9 @@ class QuantizedKV(Views, Exports, Tensor):
             lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
             about = self.page_layout, self.kind, length, lineage
             trim = self.trim if trim is None else trim
-            return QuantizedKV(self.parts, self.calibrated, *about, trim)
+            part = QuantizedKV(self.parts, self.calibrated, *about, trim)
+            part._is_slice_copy = self._is_slice_copy
+            return part
         B, H, _, D = self.shape
         with writable():
             view: QuantizedKV = Tensor._make_wrapper_subclass(
@@ -296,10 +298,8 @@ class QuantizedKV(Views, Exports, Tensor):
 
     def __getitem__(self, index: Any) -> Tensor:
         read = super().__getitem__(index)
-        if isinstance(read, QuantizedKV) and read._is_view() and not read._is_slice_copy:
-            # A shorter view of a cache (crop) is a cache like any other; autograd's notion of a view of
-            # the longer one would make Dynamo relate their lengths.
-            return read._view(read.shape[2])
+        if isinstance(read, QuantizedKV):
+            return read._view(read.shape[2])  # autograd would keep the longer one alive
         if type(read) is not Tensor or isinstance(self.cursor, FakeTensor):
             return read
         places = index if isinstance(index, tuple) else (index,)

@@ -274,7 +274,9 @@ class Views(Tensor):
         """Return the view that also shows ``tokens`` just appended behind this one."""
         if not isinstance(self.cursor, FakeTensor):
             self._lineage.extend(self, int(self.end + tokens))
-        return self._view(self.shape[2] + tokens)
+        longer = self._view(self.shape[2] + tokens)
+        longer._is_slice_copy = False  # `torch.cat` returns a tensor of its own
+        return longer
 
     def part(self, first: Any, last: Any) -> QuantizedKV:
         """Return the view of the tokens from ``first`` up to ``last``, counted from this view's first."""
