@@ -2,4 +2,5 @@
 
 from kvq_compile.cli import main
 
-main()
+if __name__ == "__main__":  # a process that another one spawns imports this file again
+    main()

@@ -1,8 +1,8 @@
-"""The command line: ``kvq demo``, ``kvq eval``, ``kvq calibrate``, ``kvq explain`` and ``kvq model``.
+"""The command line: ``kvq demo``, ``kvq eval``, ``kvq bench``, ``kvq calibrate``, ``kvq explain`` and ``kvq model``.
 
 Each command is a file in `kvq_compile.commands`; the work is in `kvq_compile.demo`, `kvq_compile.evaluation`,
-`kvq_compile.calibration` and `kvq_compile.pretrained`, which are imported when a command runs. What can be wrong
-about arguments is checked before a model is loaded, and where results go before they are measured.
+`kvq_compile.bench`, `kvq_compile.calibration` and `kvq_compile.pretrained`, which are imported when a command runs.
+What can be wrong about arguments is checked before a model is loaded, and where results go before they are measured.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import kvq_compile
+from kvq_compile.commands.bench import bench
 from kvq_compile.commands.calibrate import calibrate
 from kvq_compile.commands.demo import demo
 from kvq_compile.commands.eval import evaluate_
@@ -52,6 +53,7 @@ def root(
 
 app.command("demo")(demo)
 app.command("eval")(evaluate_)
+app.add_typer(bench, name="bench")
 app.command("calibrate")(calibrate)
 app.command("explain")(explain)
 app.command("model")(model)

@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 from kvq_compile.compiling import watched_by
 
 if TYPE_CHECKING:
+    from kvq_compile.bench.kernels import Row as KernelRow
     from kvq_compile.demo import Comparison, Generation
     from kvq_compile.evaluation.greedy import GreedyScore
     from kvq_compile.evaluation.passkey import PasskeyScore
@@ -201,6 +202,42 @@ def _table(methods: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence
     for method, row in zip(methods, rows, strict=True):
         table.add_row(escape(method), *row)
     return table
+
+
+def show_kernels(rows: Sequence[KernelRow]) -> None:
+    """Print the tables of `kvq bench kernels`, one a head size: a row a method or peer, a column a shape."""
+    for size in dict.fromkeys(row.head_size for row in rows):
+        of_size = [row for row in rows if row.head_size == size]
+        shapes = list(dict.fromkeys((row.batch, row.context) for row in of_size))
+        methods = list(dict.fromkeys(row.method for row in of_size))
+        cell = {(row.method, row.batch, row.context): _kernel_cell(row) for row in of_size}
+        said = f"heads of {size} channels: µs a token (times faster than SDPA in 16 bit)"
+        console.print(said, highlight=False)
+        heads = [f"{batch} x {readable_tokens(context)}" for batch, context in shapes]
+        cells = [[cell.get((method, *shape), "") for shape in shapes] for method in methods]
+        console.print(_table(methods, heads, cells))
+    for why, names in _refusals(rows).items():
+        note(f"{', '.join(names)}: {why}")
+
+
+def _kernel_cell(row: KernelRow) -> str:
+    if row.us is None:
+        return "not run"
+    return f"{row.us:.1f} ({row.speedup:.2f})" if row.speedup else f"{row.us:.1f}"
+
+
+def _refusals(rows: Sequence[KernelRow]) -> dict[str, list[str]]:
+    """Return why methods were not run, with their names, each reason once."""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        if row.refused and row.method not in told.setdefault(row.refused, []):
+            told[row.refused].append(row.method)
+    return told
+
+
+def readable_tokens(count: int) -> str:
+    """Return a number of tokens, in units of 1024 where it is made of them."""
+    return f"{count // 1024}k" if count % 1024 == 0 else f"{count}"
 
 
 def show_comparison(result: Comparison, plain: str) -> None:

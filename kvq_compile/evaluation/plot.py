@@ -13,10 +13,11 @@ from kvq_compile.evaluation.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Told apart by people who do not see all colours (Okabe and Ito 2008), and by their markers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-_MARKERS = "osD^vP*X"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = "osD^vP*X"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ def draw(points: Sequence[Point], out: Path, name: str = "sweep") -> list[Path]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(point.panel for point in points))
@@ -100,6 +100,13 @@ def draw(points: Sequence[Point], out: Path, name: str = "sweep") -> list[Path]:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    return save(figure, out, name)
+
+
+def save(figure: Figure, out: Path, name: str) -> list[Path]:
+    """Write a figure as ``.png`` and ``.svg`` and return their paths."""
+    import matplotlib
+
     paths = [out / f"{name}.png", out / f"{name}.svg"]
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the same drawing is the same file
         figure.savefig(paths[0], dpi=150)
@@ -117,8 +124,8 @@ def _draw_panel(axes: Axes, points: Sequence[Point], families: Sequence[str]) ->
             continue
         axes.plot(
             [point.bits for point in members], [point.kl for point in members],
-            label=family, color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKERS[number % len(_MARKERS)], linewidth=1, markersize=5,
+            label=family, color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)], linewidth=1, markersize=5,
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("bits an element, parameters included")

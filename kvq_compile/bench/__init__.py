@@ -1,0 +1,1 @@
+"""What ``kvq bench`` measures: kernels, decoding steps, memory, and the rows, tables and plots of them."""
