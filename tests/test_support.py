@@ -42,3 +42,18 @@ def test_a_row_counts_the_tensors_that_are_read_packed_and_dense(support, model,
 def test_what_keeps_a_model_from_being_tried_is_told(support) -> None:
     row = support.survey("bloom", "sdpa", "dynamic")
     assert row["untried"].startswith("ValueError: BloomForCausalLM does not support")
+
+
+@pytest.mark.parametrize(
+    "model", ["bamba", "granitemoehybrid", "recurrent_gemma", "zamba2", "lfm2_moe"]
+)
+def test_a_surveyed_model_has_layers_that_attend(support, model) -> None:
+    config = support.small_config(model, {})
+    assert any(support.ATTENDING.search(kind) for kind in support.kinds_of_layers(config))
+    assert config.num_hidden_layers <= 4
+
+
+@pytest.mark.parametrize("model", ["mamba", "openai-gpt"])
+def test_a_model_without_keys_and_values_is_told_from_one_that_fails(support, model) -> None:
+    row = support.survey(model, "eager", "dynamic")
+    assert row["untried"].startswith("the model keeps no keys and values: it returns logits")
