@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 FULL = slice(None)
 NAME = "kvq_name"  # how the model names an argument that a pass has made
+EVALUATED = "kvq_evaluated"  # a write that stands for other operations, which evaluation has proved within the buffer
 LAYOUT = "kvq_layout"  # in which layout the model keeps what that is
 VIEWS = (
     *(

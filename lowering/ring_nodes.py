@@ -92,6 +92,8 @@ def mask_of_memory(
     slots = graph.call_function(torch.arange, (room,), {"dtype": torch.int64, "device": device})
     more = insert_call(graph, operator.sub, (columns, tokens), value_of(columns) - value_of(tokens))
     first = insert_call(graph, operator.sub, (held, more))  # slot of the first that is read
+    if ring.position is not None:
+        first = graph.call_method("clamp", (first, 0))
     column = insert_call(graph, operator.sub, (slots, first))
     last = insert_call(graph, operator.sub, (columns, 1))
     seen = insert_call(

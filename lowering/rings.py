@@ -25,17 +25,19 @@ class RingWrite:
         tokens: How many tokens are written.
         held: How many of its slots come before them; ``None`` for all.
         overwrites: Whether the tokens are so many that nothing else is kept.
+        slides: Whether ``None`` stands for as many as the cache holds, which `SlotCheck` looks at.
     """
 
     argument: int
     tokens: Size
     held: Size | None
     overwrites: bool
+    slides: bool = False
 
     def reason(self, args: Sequence[Any]) -> str | None:
         """Return why a cache cannot take the write; ``None`` if it can."""
         cache = args[self.argument]
-        if not isinstance(cache, QuantizedKV):
+        if not isinstance(cache, QuantizedKV) or self.slides:
             return None
         count, slots = ring.count(cache), cache.shape[2]
         if self.held is None:

@@ -162,7 +162,8 @@ class Conversion:
         if self.end is not None:
             return self.end(args)
         assert self.position is not None
-        return int(outputs[self.position].max()) + 1
+        end = int(outputs[self.position].max()) + 1
+        return min(end, args[self.argument].shape[2]) if self.kind == "ring" else end
 
 
 @dataclass(frozen=True)
@@ -394,6 +395,8 @@ class Lowered:
                     return self._as_captured(args, look.reason)
                 self.keep_plain(args, look.reason)
                 compiled.append((compile_inner(args), look.reason))
+            if compiled and self.check is not None and self.check.is_behind(args):
+                return self._as_captured(args, compiled[0][1])
             args = tuple(_passed_on(args, look.updated))
             inner = compiled[0][0] if compiled else self.module.forward
             outputs = self.call(self.running(inner), args)

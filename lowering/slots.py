@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.layout import HIDES
-from kvq_compile.lowering.rings import RingWrite
+from kvq_compile.lowering.rings import OTHER_LENGTH, RingWrite
 from kvq_compile.lowering.sizes import Size
 
 GAPS = "the cache positions written are not consecutive"
@@ -26,6 +26,7 @@ SEVERAL = "one token is written to several cache positions"
 AHEAD = "tokens are written behind empty cache positions"
 OVERWRITES = "cache positions are overwritten that attention goes on to read behind the new tokens"
 FROM_THE_END = "the cache is written at positions counted from its end"
+BEHIND = "tokens are written at positions behind the end of the cache"
 WRAPPED = "cache positions are written of a buffer that keeps the last tokens"
 NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
 
@@ -45,6 +46,8 @@ class Write:
             attention, ``True`` where nothing behind them is read, ``None`` where that is not known.
         inverted: Whether the mask marks what is hidden.
         is_update: Whether the call leaves the cache as it was and returns an updated one.
+        is_evaluated: Whether it stands for other operations, which evaluation has shown to be that within the cache.
+        slides: Whether the cache is rolled once it is full: positions behind its end stand for that.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Write:
     hides: fx.GraphModule | bool | None = None
     inverted: bool = False
     is_update: bool = False
+    is_evaluated: bool = False
+    slides: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,11 @@ class SlotCheck:
         """Places of the arguments that are written."""
         places = {write.argument for write in self.writes if write.argument is not None}
         return places | {write.argument for write in self.rings}
+
+    def is_behind(self, args: Sequence[Any]) -> bool:
+        """Return whether a call writes behind the end of a cache, where operations do what nobody has evaluated."""
+        evaluated = any(write.is_evaluated for write in self.writes)
+        return evaluated and self.look(args).reason == BEHIND
 
     @cached_property
     def read(self) -> tuple[int, ...]:
@@ -137,6 +147,19 @@ class SlotCheck:
                 return Look(FROM_THE_END)
             if write.argument is None and first != 0:
                 return Look(NOT_FIRST)
+            if write.slides:
+                assert write.argument is not None
+                slots = sizes[write.argument]
+                first = min(first, slots)
+                if write.argument in held and first != min(held[write.argument], slots):
+                    return Look(OTHER_LENGTH)
+                end = min(first + tokens, slots)
+                if end < slots and _shows(write, args, end) is not False:
+                    return Look(OVERWRITES)
+                held[write.argument] = end
+                continue
+            if write.is_evaluated and first + tokens > sizes.get(write.argument, first + tokens):
+                return Look(BEHIND)
             if write.argument in held:
                 if write.is_update and write.argument is not None:
                     updated[write.argument] = held[write.argument], first

@@ -74,11 +74,14 @@ def _check_dtypes(attention: Attention, key: State, value: State) -> None:
 
 
 def check_pair(key: State, value: State) -> None:
-    """Make sure that keys and values are two caches that move together.
+    """Make sure that keys and values are two caches that move together; guards on their numbers of tokens if need be.
 
     Raises:
         Refusal: They are not.
     """
+    tokens = [(shape_of(state.new) or ())[2] for state in (key, value)]
+    if bool(tokens[0] != tokens[1]):  # Dynamo may know them by symbols of their own
+        raise Refusal("keys and values are different numbers of tokens")
     if key.life is not value.life:
         raise Refusal(f"keys are {key.life.value}, values {value.life.value}")
     if key.base is value.base or (key.past is not None and key.past is value.past):
@@ -149,7 +152,7 @@ def check_order(attention: Attention, states: Sequence[State], order: Sequence[f
         }
         if needed & changed_roots(between):
             raise Refusal("what is written changes between the write and the attention")
-        if state.life in RINGS:
+        if state.life in RINGS and state.base is not state.past:  # else it runs as captured
             _check_readers(state)
 
 

@@ -157,6 +157,8 @@ def _states(graph: Graph) -> Iterator[State]:
 
 def _state(graph: Graph, node: fx.Node, outputs: set[fx.Node]) -> State | None:
     if node in graph.rings:
+        if graph.rings[node].position is not None:
+            return None  # what is read of it is spelled for attention alone
         return find_state(node, outputs, graph.updates, None, graph.rings)
     update = graph.updates.get(node)
     if update is not None:

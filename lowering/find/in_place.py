@@ -32,24 +32,29 @@ _REACH = 64  # nodes looked at behind the writes
 def find_write(buffer: fx.Node, writers: list[fx.Node]) -> Update | None:
     """Return the tokens and the cache positions that all ``writers`` of a buffer amount to, if they do to that."""
     views = [node for node in buffer.graph.nodes if node is buffer or root_of(node) is buffer]
-    for new in _candidates(buffer, writers):
+    for new in candidates(buffer, writers):
         for position in (*positions_among(writers, buffer, new), None):
             found = [
                 kind(buffer, new, position, writers, views).update()
-                for kind in ((_Scattered, _InPlace) if position is not None else (_InPlace,))
+                for kind in (
+                    (_Scattered, InPlaceTrial) if position is not None else (InPlaceTrial,)
+                )
             ]
             if None not in found:
                 return found[-1]
     return None
 
 
-def _candidates(buffer: fx.Node, writers: list[fx.Node]) -> Iterator[fx.Node]:
+def candidates(buffer: fx.Node, writers: list[fx.Node]) -> Iterator[fx.Node]:
     """Yield what may be the new tokens, nearest first."""
     seen: set[fx.Node] = {buffer}
+    written = writers_of(buffer.graph)
     front, found = [*writers], 0
     while front and len(seen) < _REACH and found < TRIES:
         node = front.pop(0)
-        for other in data_of(node):
+        memory = root_of(node)
+        others = () if memory is buffer else written.get(memory, ())
+        for other in (*data_of(node), *others):
             if other in seen:
                 continue
             seen.add(other)
@@ -65,7 +70,7 @@ def _candidates(buffer: fx.Node, writers: list[fx.Node]) -> Iterator[fx.Node]:
                 front.append(other)
 
 
-class _InPlace(UpdateTrial):
+class InPlaceTrial(UpdateTrial):
     """The writes into a buffer, and what they are computed by from its tokens, the new ones and their positions."""
 
     def __init__(
@@ -95,7 +100,7 @@ class _InPlace(UpdateTrial):
         return all(place[user] > last for user in readers)
 
 
-class _Scattered(_InPlace):
+class _Scattered(InPlaceTrial):
     """The same at cache positions that do not follow one another."""
 
     def _places(self, first: int, tokens: int, slots: int) -> Tensor:

@@ -47,6 +47,8 @@ class Ring:
         past: The buffer, a placeholder; or, of one that the call allocates and fills, what it returns instead.
         new: The call's tokens, ``[B, H, T, D]``.
         held: How many slots of the buffer come before them: a number or a node; ``None`` for all, of a full buffer.
+        position: Of a buffer that is filled first and then rolled, by a condition on the device, a node of the T
+            positions: so many slots come before, or all.
         write: The node that overwrites the buffer; ``None`` where the call allocates it.
         base: What attention reads: the tokens held and the new ones, or the end of them. Of a buffer that holds
             nothing, the new tokens.
@@ -57,6 +59,7 @@ class Ring:
     held: Any
     write: fx.Node | None
     base: fx.Node
+    position: Any = None
 
     @property
     def is_filled_anew(self) -> bool:
@@ -98,7 +101,7 @@ def find_ring(
     if len(writers) != 1 or not (allocated or is_cache_like(buffer)):
         return None
     (write,) = writers
-    copied = _copied(write, buffer)
+    copied = copied_by(write, buffer)
     if copied is None:
         return None
     if allocated:
@@ -127,7 +130,7 @@ def _filled(buffer: fx.Node, write: fx.Node, copied: fx.Node) -> RolledBuffer | 
     return RolledBuffer(buffer, whole, whole, write, False, (copied,))
 
 
-def _copied(write: fx.Node, buffer: fx.Node) -> fx.Node | None:
+def copied_by(write: fx.Node, buffer: fx.Node) -> fx.Node | None:
     """Return the tensor ``[B, H, S, D]`` that a node overwrites a whole buffer with."""
     name = plain_name(write)
     if write.args[0] is not buffer:

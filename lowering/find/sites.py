@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvq_compile.kernels.layout import Layout
@@ -252,9 +253,10 @@ def _lengths(state: State) -> list[Any]:
     """Return the sizes that the callable around the graph has to know."""
     tokens, slots = (shape_of(node)[2] for node in (state.new, state.base))  # type: ignore[index]
     first = value_of(state.position)
-    ends = [first + tokens] if state.life is Life.BUFFER_PLAIN and not hasattr(first, "dim") else []
+    is_number = first is not None and not isinstance(first, torch.Tensor)
+    ends = [first + tokens] if state.life is Life.BUFFER_PLAIN and is_number else []
     kept = [] if state.kept is None else [(shape_of(state.kept) or ())[2]]
-    held = [value_of(state.position)] if state.life in RINGS and state.position is not None else []
+    held = [first] if state.life in RINGS and is_number else []
     return [*kept, *([tokens] if state.life in BY_TOKENS else [slots]), *ends, *held]
 
 

@@ -14,6 +14,7 @@ from kvq_compile.lowering.find.sites import left_alone
 from kvq_compile.lowering.find.writes import is_write, read_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
+    EVALUATED,
     order_of,
     root_of,
     same,
@@ -28,6 +29,7 @@ from kvq_compile.lowering.rings import RingWrite
 from kvq_compile.lowering.sites import RINGS, AttentionSite, Life, Refusal, State
 from kvq_compile.lowering.slots import SlotCheck, Write
 
+SLIDES = "what reads a buffer that is rolled once it is full is not understood"
 SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN, *RINGS)
 
 
@@ -85,7 +87,8 @@ def _rings(graph: Graph) -> tuple[RingWrite, ...]:
         tokens = (shape_of(ring.new) or ())[2]
         held = None if ring.held is None else graph.sizes.size(value_of(ring.held))
         anew = overwrites(ring)
-        found.append(RingWrite(graph.arguments[ring.past], graph.sizes.size(tokens), held, anew))
+        about = graph.arguments[ring.past], graph.sizes.size(tokens), held, anew
+        found.append(RingWrite(*about, slides=ring.position is not None))
         graph.changes_memory |= not anew and not takes(cache, tokens)
     return tuple(found)
 
@@ -143,21 +146,23 @@ def _write(
     reason = stays_plain(graph.inputs.get(state.past))
     if reason is not None:
         raise Refusal(reason)
-    if state.life in RINGS:
-        return None  # `_rings` plans the look at it
     position = state.position
     is_tensor = isinstance(value_of(position), torch.Tensor)
+    if state.life in RINGS and not is_tensor:
+        return None  # `_rings` plans the look at it
     if is_tensor:
         part_of([position], graph.arguments)  # raises where it cannot be known
     name = source_name(state.past)
     argument = graph.arguments.get(state.past)
-    about = hides, inverted, state.is_update
+    evaluated = state.is_update or (state.write is not None and EVALUATED in state.write.meta)
+    about = hides, inverted, state.is_update, evaluated
     count = (shape_of(state.new) or ())[2]
     if not is_tensor:
         first = graph.sizes.size(value_of(position))
         return Write(name, argument, None, first, graph.sizes.size(count), *about)
     tokens = None if same(value_of(position).numel(), count) else graph.sizes.size(count)
-    return Write(name, argument, _place(position, positions), None, tokens, *about)
+    slides = state.life in RINGS
+    return Write(name, argument, _place(position, positions), None, tokens, *about, slides)
 
 
 def _place(position: fx.Node, positions: list[fx.Node]) -> int:
@@ -169,6 +174,8 @@ def _place(position: fx.Node, positions: list[fx.Node]) -> int:
 def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | bool | None:
     """Return what hides the cache positions behind the tokens of a call."""
     attention = site.attention
+    if attention.mask is None and state.life in RINGS:
+        return False  # it reads all of the buffer
     if attention.mask is None:
         return True  # `check_mask`: attention is causal, or reads no cache position behind them
     if state.slots is not None and not isinstance(value_of(state.position), torch.Tensor):
@@ -209,6 +216,10 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
             found[node] = Write(name, argument, None, nothing, nothing, True)
             continue
         if any(node is ring.write for ring in graph.rings.values()):
+            if any(
+                node is ring.write and ring.position is not None for ring in graph.rings.values()
+            ):
+                raise Refusal(SLIDES)
             continue  # `_rings` plans the look at it
         if target_name(node) == "copy_" and node.args[0] is cache:
             raise Refusal(OVERWRITTEN)
@@ -217,7 +228,8 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
         position, new = read_write(node)
         if isinstance(value_of(position), torch.Tensor):
             part_of([position], graph.arguments)
-            found[node] = Write(name, argument, _place(position, positions))
+            place = _place(position, positions)
+            found[node] = Write(name, argument, place, is_evaluated=EVALUATED in node.meta)
         else:
             first = graph.sizes.size(value_of(position))
             tokens = graph.sizes.size((shape_of(new) or ())[2])

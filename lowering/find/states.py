@@ -244,9 +244,21 @@ def _ring(read: _Read, ring: Ring) -> State:
         raise Refusal("a quantized cache that grows by cat is overwritten as a whole")
     if read.slots is not None:
         raise Refusal("attention reads only the first of the tokens that a buffer keeps")
+    if quantized and ring.position is not None and not _is_read_once(ring):
+        raise Refusal("a buffer that is rolled once it is full is read outside attention, too")
     about = {"repeats": read.repeats, "last": read.last}
     life = Life.RING if quantized else Life.RING_PLAIN
-    return State(life, ring.base, ring.new, ring.past, ring.write, ring.held, **about)
+    position = ring.held if ring.position is None else ring.position
+    return State(life, ring.base, ring.new, ring.past, ring.write, position, **about)
+
+
+def _is_read_once(ring: Ring) -> bool:
+    """Return whether nothing but one reader sees what a buffer holds after a call."""
+    readers = {user for user in ring.base.users if not _is_dead(user)}
+    if len(readers) != 1:
+        return False
+    (kept,) = readers
+    return len([user for user in kept.users if user is not ring.write and not _is_dead(user)]) == 1
 
 
 def _fresh(read: _Read, whole: fx.Node, kept: fx.Node | None = None) -> State:

@@ -57,11 +57,14 @@ def plan_conversions(graph: Graph) -> PassReport:
 def _ring(
     graph: Graph, state: State, quantization: Quantization, query: fx.Node | None
 ) -> Conversion:
-    """Return the conversion of a buffer all of whose slots hold tokens once the call has run."""
+    """Return the conversion of a buffer that keeps the last tokens."""
     assert state.past is not None
-    slots = graph.sizes.size((shape_of(state.past) or ())[2])
     held = None if query is None else _return(graph, query)
     place = graph.arguments[state.past]
+    if isinstance(value_of(state.position), torch.Tensor):  # it may not be full yet
+        positions = _return_slots(graph, state)
+        return Conversion(place, positions, None, quantization, held, kind="ring")
+    slots = graph.sizes.size((shape_of(state.past) or ())[2])
     return Conversion(place, None, slots, quantization, held, kind="ring")
 
 

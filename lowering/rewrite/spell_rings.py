@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.find.rings import Ring, RolledBuffer, base_of, find_ring
+from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.in_place import is_spelled
+from kvq_compile.lowering.find.movement import is_cache_like
+from kvq_compile.lowering.find.rings import Ring, RolledBuffer, base_of, copied_by, find_ring
+from kvq_compile.lowering.find.sliding import SlidingBuffer, find_sliding
 from kvq_compile.lowering.find.trial import writers_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
@@ -34,6 +38,10 @@ def spell_rings(graph: Graph) -> PassReport:
     After:   attend(query, key); return key[:, :, -S:].clone()
     Because: later passes match one pattern, whatever spelling the model has: tokens that join those held.
 
+    Before:  rolled = where(position >= S, cache.roll(-1, 2), cache)
+             rolled[:, :, position.clamp(max=S - 1)] = key; cache.copy_(rolled); attend(query, cache)
+    After:   as above, if the cache is quantized: what stands for its tokens is true of a full one, and is never run
+
     Leaves alone: buffers of which evaluation does not prove that.
     """
     changes = []
@@ -41,13 +49,59 @@ def spell_rings(graph: Graph) -> PassReport:
     for buffer, writers in writers_of(graph.fx).items():
         if not isinstance(buffer, fx.Node) or not shape_of(buffer):
             continue
-        found = find_ring(buffer, writers, known)
-        if found is not None:
-            ring = _spell(graph.fx, found)
+        ring = _ring(graph.fx, buffer, writers, known)
+        if ring is not None:
             graph.rings[ring.base] = ring
             changes.append(f"{buffer} keeps the last tokens of {ring.base}")
     graph.used |= {node for node in graph.fx.nodes if node.users}
     return PassReport(tuple(changes))
+
+
+def _ring(
+    graph: fx.Graph, buffer: fx.Node, writers: list[fx.Node], known: dict[str, bool | None]
+) -> Ring | None:
+    found = find_ring(buffer, writers, known)
+    if found is not None:
+        return _spell(graph, found)
+    if not is_cache_like(buffer) or all(is_spelled(writer, buffer) for writer in writers):
+        return None
+    sliding = find_sliding(buffer, writers)
+    return None if sliding is None else _spell_sliding(graph, buffer, writers, sliding)
+
+
+def _spell_sliding(
+    graph: fx.Graph, past: fx.Node, writers: list[fx.Node], found: SlidingBuffer
+) -> Ring:
+    """Spell a buffer that is rolled once it is full; one in 16 bit runs as captured."""
+    place = order_of(graph)
+    last = max(writers, key=place.__getitem__)
+    copied = copied_by(last, past) if len(writers) == 1 else None
+    steps = {*found.steps, *writers}
+    if copied is not None:  # attention may read what is copied, which the buffer then holds
+        late = {user for user in copied.users if user not in steps and place[user] > place[last]}
+        copied.replace_all_uses_with(past, delete_user_cb=late.__contains__)
+    for writer in writers:
+        writer.replace_all_uses_with(past, delete_user_cb=lambda user: user not in steps)
+    if not isinstance(value_of(past), QuantizedKV):
+        return Ring(past, found.new, None, last, past, found.position)
+    readers = [user for user in past.users if user not in steps and place[user] > place[last]]
+    with graph.inserting_before(last.next):
+        joined = insert_call(graph, torch.cat, ([past, found.new], 2))
+        shape = [*(shape_of(past) or ())]
+        shape[2] += (shape_of(found.new) or ())[2]
+        joined.meta["example_value"] = value_of(found.new).new_empty(shape)
+        joined.meta.update({k: v for k, v in last.meta.items() if k not in joined.meta})
+        kept = _last_of(graph, joined, past)
+        write = graph.call_method("copy_", (past, kept))
+        write.meta["example_value"] = value_of(past)
+    for user in readers:
+        user.replace_input_with(past, kept)
+    for step in sorted(steps, key=place.__getitem__, reverse=True):
+        if step in writers:
+            graph.erase_node(step)
+        else:
+            erase_unread(graph, [step])
+    return Ring(past, found.new, None, write, joined, found.position)
 
 
 def _spell(graph: fx.Graph, found: RolledBuffer) -> Ring:

@@ -9,10 +9,12 @@ from torch import Tensor, fx
 
 from kvq_compile.lowering.find.in_place import find_write, is_spelled
 from kvq_compile.lowering.find.movement import is_cache_like
+from kvq_compile.lowering.find.sliding import slides_at
 from kvq_compile.lowering.find.trial import writers_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS, Update
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
+    EVALUATED,
     FULL,
     erase_unread,
     input_of,
@@ -32,14 +34,15 @@ def spell_writes(graph: Graph) -> PassReport:
     After:   cache[:, :, position] = key
     Because: later passes match one pattern, whatever spelling the model has.
 
-    Leaves alone: writes that evaluation does not prove to be tokens put at cache positions, whichever these are.
+    Leaves alone: writes that evaluation does not prove to be tokens put at cache positions, whichever these are; those
+    that roll a buffer once it is full, which `spell_rings` knows.
     """
     changes = []
     for buffer, writers in writers_of(graph.fx).items():
         if not _may_be_cache(buffer) or all(is_spelled(writer, buffer) for writer in writers):
             continue
         found = find_write(buffer, writers)
-        if found is not None:
+        if found is not None and not _slides(buffer, writers, found):
             _spell(graph.fx, buffer, writers, found)
             changes.append(f"{buffer} is written at {found.position} with {found.new}")
     graph.used |= {node for node in graph.fx.nodes if node.users}
@@ -51,12 +54,18 @@ def _may_be_cache(node: fx.Node) -> bool:
     return is_cache_like(node) or allocated
 
 
+def _slides(buffer: fx.Node, writers: list[fx.Node], found: Update) -> bool:
+    about = buffer, writers, found.new, found.position
+    return isinstance(value_of(found.position), Tensor) and slides_at(*about) is not None
+
+
 def _spell(graph: fx.Graph, buffer: fx.Node, writers: list[fx.Node], found: Update) -> None:
     """Replace the writes into a buffer, each of which returns what it writes into."""
     last = max(writers, key=order_of(graph).__getitem__)
     with graph.inserting_before(last.next):
         slots = _slots(graph, found)
-        insert_call(graph, operator.setitem, (buffer, (FULL, FULL, slots), found.new))
+        write = insert_call(graph, operator.setitem, (buffer, (FULL, FULL, slots), found.new))
+        write.meta[EVALUATED] = True
     for writer in writers:
         writer.replace_all_uses_with(input_of(writer))
     for step in reversed(found.steps):
