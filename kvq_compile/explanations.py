@@ -9,15 +9,13 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from kvq_compile.backend import kvq
-from kvq_compile.bounds import error_bound
+from kvq_compile.explained import AttentionLine, GraphLines, bounds_of, graph_lines, named
 from kvq_compile.history import GraphReport, watching
-from kvq_compile.lowering.sites import SiteReport
 from kvq_compile.options import make_config
 
 COLUMNS = 80  # what a line of text may take
@@ -28,42 +26,52 @@ NOTHING = "nothing was compiled: the call went around the compiled code"
 class Explanation:
     """What became of every attention of the graphs that a call compiled.
 
+    Text, JSON and the HTML page are made of `lines`.
+
     Attributes:
         graphs: The graphs, in the order in which they were compiled.
         result: What the call returned.
+        titles: Which call each graph was compiled for, where there were several.
     """
 
     graphs: tuple[GraphReport, ...]
     result: Any
+    titles: tuple[str, ...] = ()
+
+    def __add__(self, other: Explanation) -> Explanation:
+        """Return the explanation of this call and of one that followed."""
+        titles = [*_titles(self), *_titles(other)]
+        return Explanation(self.graphs + other.graphs, other.result, tuple(titles))
+
+    @property
+    def lines(self) -> tuple[GraphLines, ...]:
+        """What is told of each graph."""
+        return tuple(map(graph_lines, self.graphs, _titles(self)))
 
     @property
     def rewritten(self) -> int:
         """Attentions that were rewritten."""
-        return sum(site.outcome == "rewritten" for graph in self.graphs for site in graph.sites)
+        return sum(graph.rewritten for graph in self.lines)
 
     @property
     def bound(self) -> str | None:
         """Formula of the largest error of a packed layer's attention output; ``None`` where nothing is packed."""
-        for graph in self.graphs:
-            if any(site.outcome == "rewritten" for site in graph.sites):
-                return str(error_bound(graph.spec).evalf(3))
-        return None
+        bounds = bounds_of(self.lines)
+        return bounds[0] if bounds else None
 
     def json(self) -> str:
         """Return the explanation as JSON, without the call's result."""
-        graphs = [
-            {
-                "method": graph.spec.method,
-                "attentions": [asdict(site) for site in graph.sites],
-                "caches": [asdict(state) for state in graph.states],
-                "steps": graph.steps,
-            }
-            for graph in self.graphs
-        ]
+        graphs = [asdict(graph) for graph in self.lines]
         return json.dumps({"graphs": graphs, "error_bound": self.bound}, indent=2, default=str)
 
+    def html(self, title: str = "") -> str:
+        """Return the explanation as one page that needs nothing else; ``title`` is what was explained."""
+        from kvq_compile.explanation_page import page
+
+        return page(self.lines, title)
+
     def __str__(self) -> str:
-        return "\n".join(self._lines()) or NOTHING
+        return "\n".join(self._text()) or NOTHING
 
     def __repr__(self) -> str:
         sites = sum(len(graph.sites) for graph in self.graphs)
@@ -72,45 +80,45 @@ class Explanation:
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
 
-    def _lines(self) -> Iterator[str]:
-        for number, graph in enumerate(self.graphs):
-            rewritten = sum(site.outcome == "rewritten" for site in graph.sites)
-            yield (
-                f"graph {number}: {len(graph.sites)} attentions, {rewritten} rewritten "
-                f"({graph.spec.method})"
-            )
-            for same in _alike(graph.sites):
-                yield from _told(same)
-            for state in graph.states:
+    def _text(self) -> Iterator[str]:
+        graphs = self.lines
+        bounds = bounds_of(graphs)
+        for number, graph in enumerate(graphs):
+            title = f"graph {number}" + (f", {graph.title}" if graph.title else "")
+            yield f"{title}: {len(graph.attentions)} attentions, {graph.rewritten} rewritten ({graph.method})"
+            for run in graph.runs():
+                yield from _told(run, len(bounds) > 1)
+            for state in graph.caches:
                 if state.outcome == "left alone":
                     text = f"{state.name} [{', '.join(state.shape)}]: {state.detail}"
                     yield from _wrapped("cache ", text)
             if graph.steps:
                 yield from _wrapped("steps ", graph.steps)
-        if self.bound is not None:
+        if len(bounds) == 1:
             yield "error of a packed layer's attention output, at most:"
-            yield from _wrapped("", self.bound)
+            yield from _wrapped("", bounds[0])
 
 
-def _alike(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
-    """Split sites into runs of neighbours of which the same is told."""
-    runs = groupby(sites, lambda site: (site.outcome, site.detail, site.source))
-    return [list(run) for _, run in runs]
+def _titles(explanation: Explanation) -> tuple[str, ...]:
+    return explanation.titles or ("",) * len(explanation.graphs)
 
 
-def _told(same: Sequence[SiteReport]) -> Iterator[str]:
-    """Yield the lines of sites of which the same is told, one or several."""
-    first, last = same[0], same[-1]
-    number = f"attention {first.layer:3d}  "
-    if len(same) > 1:
-        numbers = [site.layer for site in same]
-        in_a_row = numbers == list(range(numbers[0], numbers[-1] + 1))
-        number = f"attentions {first.layer}{' to ' if in_a_row else ' ... '}{last.layer}  "
+def _told(run: Sequence[AttentionLine], bounds: bool) -> Iterator[str]:
+    """Yield the lines of attentions of which the same is told, one or several; with their bounds where these differ."""
+    first = run[0]
+    number = f"attention {first.layer:3d}  " if len(run) == 1 else f"attentions {named(run)}  "
     yield from _wrapped(number, f"{first.outcome}: {first.detail}")
-    if first.where and len(same) == 1:
+    if first.where and len(run) == 1:
         yield from _wrapped("     in ", first.where)
     if first.source:
         yield from _wrapped("     at ", first.source)
+    facts = [first.facts.cache, first.heads, first.bytes]
+    if any(facts):
+        yield from _wrapped("     with ", "; ".join(filter(None, facts)))
+    if first.advice:
+        yield from _wrapped("     do ", first.advice)
+    if bounds and first.bound is not None:
+        yield from _wrapped("     error at most ", first.bound)
 
 
 def _wrapped(head: str, text: str) -> list[str]:

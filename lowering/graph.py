@@ -44,6 +44,7 @@ class Graph:
         used: Nodes whose result another node of the captured graph reads.
         rotations: How keys are rotated, by what tells keys that are rotated alike.
         sites: Attentions to rewrite.
+        attentions: Every attention by the name of its output; one that is not understood is a node.
         reports: What became of each attention.
         state_reports: What became of each cache.
         contractions: Attentions found by evaluation, by their softmax; or why what is there is none.
@@ -75,6 +76,7 @@ class Graph:
     by_order: bool = False
     rotations: dict[Hashable, Rotation] = field(default_factory=dict)
     sites: list[AttentionSite] = field(default_factory=list)
+    attentions: dict[str, Attention | Node] = field(default_factory=dict)
     reports: list[SiteReport] = field(default_factory=list)
     state_reports: list[StateReport] = field(default_factory=list)
     contractions: dict[Node, Attention | Refusal] = field(default_factory=dict)

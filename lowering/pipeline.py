@@ -22,6 +22,7 @@ from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
+from kvq_compile.lowering.flows import tell_captured, tell_rewritten
 from kvq_compile.lowering.graph import Graph, Pass
 from kvq_compile.lowering.rewrite.add_tables import add_tables
 from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
@@ -185,16 +186,20 @@ def _lower_as_laid_out(
 def _lower(graph: Graph, gm: fx.GraphModule, record: bool) -> Lowered:
     run(ANALYSIS, graph)
     if not graph.states() and not any(isinstance(x, QuantizedKV) for x in graph.inputs.values()):
+        tell_captured(graph)
         return Lowered.as_captured(gm, graph.reports, ())
     if graph.thaw is not None:
         refused = [
             left_alone(site.layer, site.where, site.attention.output, graph.thaw)
             for site in graph.sites
         ]
+        graph.reports += refused
+        tell_captured(graph)
         places = frozenset(graph.arguments[cache] for cache in graph.thawed)
-        return Lowered.thawed(gm, graph.reports + refused, graph.thaw, places, graph.check)
+        return Lowered.thawed(gm, graph.reports, graph.thaw, places, graph.check)
     graph.reports += [_rewritten(site) for site in graph.sites]
     graph.reports.sort(key=lambda report: report.layer)
+    anchors = tell_captured(graph)
     updated = {
         graph.arguments[state.past]: graph.results.index(state.base)
         for state, _ in graph.states()
@@ -203,6 +208,7 @@ def _lower(graph: Graph, gm: fx.GraphModule, record: bool) -> Lowered:
     before = logs.lines(graph.fx) if logs.graphs.isEnabledFor(logging.DEBUG) else []
     run(REWRITING, graph)
     run(RECORDING if record else (), graph)
+    tell_rewritten(graph, anchors)
     graph.module.recompile()
     logs.tell(logs.graphs, (logs.diff(before, logs.lines(graph.fx)) for _ in range(1)))
     logs.artifact("rewritten_graph", lambda: "\n".join(logs.lines(graph.fx)))

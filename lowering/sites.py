@@ -187,6 +187,55 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of the graph around an attention.
+
+    Attributes:
+        name: Of its node.
+        does: What it calls, or what it is: ``"cat"``, ``"kvq.attend"``, ``"cache"``.
+        about: Dtype and shape, or what a packed cache holds.
+        lane: Whether it belongs to the ``"query"``, the ``"keys"`` or the ``"values"``.
+        kind: ``"input"``, ``"cache"``, ``"packed"``, ``"step"``, ``"attention"`` or ``"write"``.
+        inputs: Names of the steps whose results it takes.
+        label: How the model names it, where that is another name.
+    """
+
+    name: str
+    does: str
+    about: str
+    lane: str
+    kind: str
+    inputs: tuple[str, ...] = ()
+    label: str = ""
+
+
+Flow = tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What is known of an attention and its cache; ``None`` where it is not.
+
+    Attributes:
+        query_heads, kv_heads: Heads.
+        key_size, value_size: Channels of a head.
+        cache: How the cache enters the graph and leaves it.
+        dtype: The model's dtype.
+        bytes_before: Bytes that a token's keys and values take in it.
+        bytes_after: Bytes that they take packed, parameters included.
+    """
+
+    query_heads: int | None = None
+    kv_heads: int | None = None
+    key_size: int | None = None
+    value_size: int | None = None
+    cache: str = ""
+    dtype: str = ""
+    bytes_before: float | None = None
+    bytes_after: float | None = None
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """What became of one attention.
 
@@ -198,6 +247,9 @@ class SiteReport:
         detail: What it became, or the reason why it was not rewritten.
         expected: Whether a reason is one that needs no warning (no cache kept, or the user's option).
         where: The module it runs in, or the cache it reads.
+        stack: The lines of source behind it, the innermost last.
+        facts: Its heads, its cache and what that takes.
+        before, after: The graph around it, as captured and as rewritten; empty where it is not known or was not.
     """
 
     layer: int
@@ -207,6 +259,10 @@ class SiteReport:
     detail: str
     expected: bool = False
     where: str = ""
+    stack: tuple[str, ...] = ()
+    facts: SiteFacts | None = None
+    before: Flow = ()
+    after: Flow = ()
 
 
 @dataclass(frozen=True)

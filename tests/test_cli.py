@@ -269,14 +269,20 @@ def test_explain_needs_no_text_and_no_tokenizer(run, tmp_path: Path, fresh_dynam
     code, output = run("explain", "--model", str(tmp_path), "--method", "int4")
     assert code == 0
     assert "4 attentions, 4 rewritten" in output
-    assert output.count("attentions 0 to 3  rewritten: ") == 1  # told once, since they are alike
+    assert (
+        output.count("attentions 0 to 3  rewritten: ") == 2
+    )  # told once a call, since they are alike
+    assert "a prompt" in output
+    assert "a token after it" in output
 
 
 def test_explain_as_json_has_every_attention_and_nothing_else_on_stdout(fresh_dynamo) -> None:
     result = CliRunner().invoke(cli.app, ["explain", *MODEL, "--method", "int8", "--json"])
     assert result.exit_code == 0
-    [graph] = json.loads(result.stdout)["graphs"]
-    assert [site["outcome"] for site in graph["attentions"]] == ["rewritten"] * 4
+    graphs = json.loads(result.stdout)["graphs"]
+    assert [graph["title"] for graph in graphs] == ["a prompt", "a token after it"]
+    outcomes = [[site["outcome"] for site in graph["attentions"]] for graph in graphs]
+    assert outcomes == 2 * [["rewritten"] * 4]
 
 
 @given(st.text(st.characters(codec="ascii", exclude_categories=["C"]), min_size=1, max_size=60))

@@ -186,7 +186,9 @@ def test_explain_lists_every_attention_and_what_it_became() -> None:
     assert (
         "attention 0 rewritten: attends exactly to its own tokens, returns them quantized" in text
     )
-    assert "sdpa_attention.py" in str(explanation)
+    assert "modeling_" in str(
+        explanation
+    )  # of the model, not of what transformers calls for all models
     explanation = kvq_compile.explain(model, PROMPT, use_cache=False)
     assert "left alone" in str(explanation)
 

@@ -60,6 +60,7 @@ def find_sites(graph: Graph) -> PassReport:
     attentions = find_attentions(graph.fx, graph.contractions)
     for order, (found, place) in enumerate(zip(attentions, places_of(attentions), strict=True)):
         node = found.output if isinstance(found, Attention) else found[0]
+        graph.attentions[node.name] = found if isinstance(found, Attention) else node
         try:
             if not isinstance(found, Attention):
                 raise found[1]
@@ -261,10 +262,14 @@ def _lengths(state: State) -> list[Any]:
 
 
 def source_line(node: fx.Node) -> str:
-    """Return ``file:line`` of the innermost line of model code behind a node."""
+    """Return ``file:line`` of the innermost line of model code behind a node.
+
+    What transformers calls for its models is no model code, unless there is nothing else.
+    """
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     if not lines:
         return ""
-    file, line = lines[-1].split(", ")[:2]
+    own = [line for line in lines if "/transformers/integrations/" not in line.replace("\\", "/")]
+    file, line = (own or lines)[-1].split(", ")[:2]
     return f"{file.removeprefix('File ').strip(chr(34))}:{line.removeprefix('line ')}"
