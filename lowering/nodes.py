@@ -193,6 +193,20 @@ def writes_in_place(node: fx.Node) -> bool:
     )
 
 
+def is_weight(node: fx.Node) -> bool:
+    """Return whether a node is a parameter that the graph does not write: a cache may be a parameter, too."""
+    value = value_of(node)
+    if not isinstance(value, torch.nn.Parameter):
+        return False
+    return (value.requires_grad or value.dim() < 3) or not any(
+        n.op in ("call_function", "call_method")
+        and n.args
+        and writes_in_place(n)
+        and root_of(n.args[0]) is node
+        for n in node.graph.nodes
+    )
+
+
 def root_of(node: Any) -> Any:
     """Return the tensor whose memory ``node`` may share: the start of its chain of views and in-place writes.
 

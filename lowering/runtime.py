@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from kvq_compile.kernels.cache.become import (
 )
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.cache.trim import new_trim
+from kvq_compile.kernels.cache.views import alone
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import part_names
 from kvq_compile.lowering.arranged import Arranged
@@ -307,6 +309,16 @@ class Lowered:
 
     def call(self, run: Run, args: Sequence[Any]) -> list[Any]:
         """Call ``run`` with the arguments of the captured graph, and make what that returns of its results."""
+        with alone([args[place] for place in self._appended]):
+            return self._call(run, args)
+
+    @cached_property
+    def _appended(self) -> tuple[int, ...]:
+        """Places of the dynamic caches that take tokens."""
+        plans = (plan for plan in self.outputs if isinstance(plan, (Extended, Gathered)))
+        return tuple({plan.argument: None for plan in plans})
+
+    def _call(self, run: Run, args: Sequence[Any]) -> list[Any]:
         self._claim(args)
         rings = () if self.check is None else self.check.rings
         for write in rings:

@@ -221,3 +221,11 @@ def test_every_method_of_a_tensor_answers_or_refuses() -> None:
     assert wrong == []
     met = {what for _, _, what in results}
     assert met == {"None", "same", "written", "refused"}
+
+
+def test_another_tensor_cannot_take_the_place_of_a_cache() -> None:
+    """Regression: `data` was set of the wrapper, whose parts stayed what they were."""
+    cache = static(100, 90)
+    with pytest.raises(NotImplementedError, match=r"write cache.copy_\(other\)"):
+        cache.data = torch.zeros(cache.shape)
+    assert_same_bytes(cache.data, static(100, 90))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.tensor import QuantizedKV
@@ -16,10 +17,12 @@ def check_can_become_quantized(tensor: Tensor) -> None:
 
     Raises:
         RuntimeError: The tensor shares its storage, so its memory would not be freed and a write through
-            the other tensor would be lost; or it is no plain tensor.
+            the other tensor would be lost; or it is no plain tensor, nor a parameter that is not trained.
     """
     owner, views = _owner(tensor)
-    if type(owner) is not Tensor:
+    if isinstance(owner, Parameter) and owner.requires_grad:
+        raise RuntimeError("the parameter must not require gradients")
+    if type(owner) not in (Tensor, Parameter):
         raise RuntimeError(f"the buffer must be a plain tensor, got {type(owner).__name__}")
     if owner._is_view() or _shares_storage(owner, views):
         raise RuntimeError("the buffer must not share its storage with another tensor")

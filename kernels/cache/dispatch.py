@@ -21,6 +21,7 @@ from kvq_compile.kernels.cache import ring
 from kvq_compile.kernels.cache.batch import EAGER, slice_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
+from kvq_compile.kernels.cache.views import alone
 from kvq_compile.kernels.packed import PARTS, part_names, widened, writable
 
 aten = torch.ops.aten
@@ -244,11 +245,17 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
         return NotImplemented
     if dtype != first.dtype:
         first = _to_copy(first, dtype=dtype)
-    if not isinstance(first.cursor, FakeTensor):
+    if isinstance(first.cursor, FakeTensor):
+        return _appended(first, new)
+    with alone([first]):
         first.claim(new.shape[2])
-    about = new.to(first.dtype), None, first.end, first.page_layout
-    ops.append_(first.parts, first.calibrated, *about)
-    return first.extended(new.shape[2])
+        return _appended(first, new)
+
+
+def _appended(cache: QuantizedKV, new: Tensor) -> QuantizedKV:
+    about = new.to(cache.dtype), None, cache.end, cache.page_layout
+    ops.append_(cache.parts, cache.calibrated, *about)
+    return cache.extended(new.shape[2])
 
 
 def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:

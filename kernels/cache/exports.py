@@ -70,6 +70,17 @@ class Exports(Tensor):
             return super().untyped_storage()
         return _no_storage(self)
 
+    @property
+    def data(self) -> Tensor:
+        """The cache itself, seen without autograd; another tensor cannot be put in its place."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        raise NotImplementedError(
+            f"data must be set of a tensor whose elements lie in memory, got {self!r}; write cache.copy_(other)"
+        )
+
     def _dense(self) -> Tensor:
         raise NotImplementedError
 

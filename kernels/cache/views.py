@@ -15,9 +15,10 @@ memory over, and the cache that was passed in takes a copy of what it held when 
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class Lineage:
         memory: A number that no other memory has: as long as it stays, the parts are where they are.
         room: How many tokens that memory has room for; ``None`` until somebody asks.
         counted: Tokens in the memory of a static cache, as far as the host knows without asking the device: see `ring`.
+        lock: Held while tokens are appended (`alone`).
     """
 
     _numbers = itertools.count()
@@ -55,6 +57,7 @@ class Lineage:
         self.held, self.pages, self.reopened = held, pages, reopened
         self.compiled: int | None = None
         self.counted: int | None = None
+        self.lock = threading.RLock()
         self.moved()
         self._views: list[weakref.ref[QuantizedKV]] = []
 
@@ -125,6 +128,21 @@ class Lineage:
         """Return the views that are alive, save the one given."""
         alive = (ref() for ref in self._views)
         return [other for other in alive if other is not None and other is not view]
+
+
+@contextmanager
+def alone(views: Sequence[Views]) -> Iterator[None]:
+    """Keep other threads from appending to the memory of some views: two may go on from one prefix."""
+    while True:
+        locks = [view._lineage.lock for view in views]
+        with ExitStack() as held:
+            for lock in sorted(locks, key=id):  # everywhere in one order
+                held.enter_context(lock)
+            if locks == [
+                view._lineage.lock for view in views
+            ]:  # none was given other memory meanwhile
+                yield
+                return
 
 
 class Views(Tensor):
@@ -230,7 +248,8 @@ class Views(Tensor):
         copy = self.clone_packed()
         for name in part_names(self.page_layout):
             setattr(self, name, getattr(copy, name))
-        self._lineage = copy._lineage.copied()
+        lock, self._lineage = self._lineage.lock, copy._lineage.copied()
+        self._lineage.lock = lock  # which is held, and is to be until the tokens are appended
         self._lineage.add(self)
         self.claim(tokens)
 

@@ -34,7 +34,15 @@ from kvq_compile.lowering.find.trial import (
     writers_of,
 )
 from kvq_compile.lowering.find.updates import ALLOCATIONS
-from kvq_compile.lowering.nodes import argument, calls, same, shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import (
+    argument,
+    calls,
+    is_weight,
+    same,
+    shape_of,
+    target_name,
+    value_of,
+)
 from kvq_compile.lowering.sites import unexpected
 
 # The second operand has its tokens last in one product, first in the other.
@@ -141,7 +149,7 @@ def _can_be_made(tensor: fx.Node, how: Arrangement) -> bool:
 
 def _may_be_cache(node: fx.Node) -> bool:
     value = value_of(node)
-    if not isinstance(value, Tensor) or isinstance(value, (torch.nn.Parameter, QuantizedKV)):
+    if not isinstance(value, Tensor) or is_weight(node) or isinstance(value, QuantizedKV):
         return False
     return value.is_floating_point() and 3 <= value.dim() <= 6
 

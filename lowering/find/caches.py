@@ -31,6 +31,7 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     LAYOUT,
     argument,
+    is_weight,
     root_of,
     same,
     shape_of,
@@ -98,7 +99,7 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
     allocated = {node for node in returned if target_name(node) in _ALLOCATED}
     for node in graph.fx.nodes:
         value = value_of(node)
-        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+        if not isinstance(value, Tensor) or is_weight(node):
             continue
         if node in updates:
             continue  # what it is made of is the cache

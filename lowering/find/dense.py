@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
@@ -46,6 +45,7 @@ from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
+    is_weight,
     root_of,
     same,
     shape_of,
@@ -139,7 +139,7 @@ def _states(graph: Graph) -> Iterator[State]:
     rings = {ring.past: ring for ring in graph.rings.values()}
     for node in dict.fromkeys((*graph.inputs, *graph.output.all_input_nodes)):
         value = value_of(node)
-        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+        if not isinstance(value, Tensor) or is_weight(node):
             continue
         if (
             value.dim() != 4

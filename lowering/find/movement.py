@@ -30,6 +30,7 @@ from kvq_compile.lowering.nodes import (
     argument,
     getitem_index,
     is_full,
+    is_weight,
     root_of,
     same,
     shape_of,
@@ -66,7 +67,7 @@ def is_cache_like(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op != "placeholder":
         return False
     value = value_of(node)
-    held = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
+    held = isinstance(value, Tensor) and not is_weight(node)
     return held and value.dim() == 4 and value.is_floating_point()
 
 
