@@ -109,10 +109,14 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     channel, and ``0, N`` for a codebook, which has one code for ``couple`` neighbouring channels.
 
     Codes are packed into 16-bit words. A row is planar: field ``f`` of word ``w`` holds code
-    ``f * (words of the plane) + w``, so that unpacking one field of neighbouring words gives neighbouring codes. A
-    width that is not a power of two is split into planes, stored one after another in the row (3 bits: a plane of the
-    low two bits, then a plane of the high bit). Uniform codes that do not fill whole words of their narrowest plane are
-    followed by zeros until they do; of a codebook and of mixed tokens each plane is padded by itself.
+    ``f * words + w``, so that unpacking one field of neighbouring words gives neighbouring codes. Uniform codes that do
+    not fill whole words are followed by zeros until they do.
+
+    A row of 3 bits has three thirds of ``W`` words, which hold 16 fields: field ``5 t + i`` is the ``i``-th of third
+    ``t``, and bit ``t`` of field 15 is the last bit of that third. So no code is cut in two but one in 16.
+
+    The bits of an index of a codebook are split into planes, powers of two bits wide, the widest and lowest first; the
+    planes follow one another in the row, each padded by itself. So are those of mixed tokens.
 
     Trits, three-level codes, are packed into bytes: digit ``f`` in base 3 of byte ``u`` is code ``f * bytes + u``; a
     word holds two bytes, the first in its low half.

@@ -178,8 +178,8 @@ class Uniform(_Codes, metaclass=Interned):
 
     @property
     def planes(self) -> tuple[int, ...]:
-        """Widths in bits of the planes that a code is split into, low bits first."""
-        return planes_of(self.bits)
+        """The width in bits of the one plane: of 3 bits it is packed in thirds."""
+        return (2 if self.bits == 1.5 else int(self.bits),)
 
     @property
     def levels(self) -> int:
@@ -187,10 +187,7 @@ class Uniform(_Codes, metaclass=Interned):
         return 2 if self.bits == 1.5 else (1 << int(self.bits)) - 1
 
     def row_places(self, row_length: int) -> int:
-        """Return the codes that fill whole words of the narrowest plane, and so of all.
-
-        Kernels unpack a row with all its planes at once: fields of a code must lie in the same lane.
-        """
+        """Return the codes that fill whole words, or whole thirds of the row."""
         return padded_length(row_length, self.planes[-1])
 
     def row_words(self, row_length: int) -> int:

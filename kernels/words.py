@@ -1,15 +1,16 @@
-"""Rows of codes in packed 16-bit words: planes, and how many words they take."""
+"""Rows of codes in packed 16-bit words: planes and thirds, and how many words they take."""
 
 from __future__ import annotations
 
 WORD_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
+THIRDS = 3  # words that hold 16 codes of 3 bits
+THIRD_FIELDS = WORD_BITS // THIRDS  # whole codes in each: the bits that are left over hold the last code
 
 
-def planes_of(bits: float) -> tuple[int, ...]:
+def planes_of(bits: int) -> tuple[int, ...]:
     """Return the widths of the planes that codes of ``bits`` bits are split into, the widest first."""
-    whole = 2 if bits == 1.5 else int(bits)
-    return tuple(width for width in (8, 4, 2, 1) if whole & width)
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def plane_words(places: int, width: int) -> int:
@@ -19,5 +20,5 @@ def plane_words(places: int, width: int) -> int:
 
 def padded_length(length: int, width: int) -> int:
     """Return the codes of ``width`` bits that fill whole words and are ``length`` or more."""
-    per_word = WORD_BITS // width
+    per_word = WORD_BITS if width == THIRDS else WORD_BITS // width  # of thirds: as many as each has bits
     return -(-length // per_word) * per_word

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.cache.saved import (
     FORMAT,
+    OLDER_FORMATS,
     load_layout,
     load_old_layout,
     plain_layout,
@@ -294,14 +295,25 @@ def test_a_file_of_a_later_format_is_refused_with_what_to_do() -> None:
         load(file)
 
 
-def test_a_file_of_the_format_before_is_loaded_unless_its_channels_differ_in_bits() -> None:
+@pytest.mark.parametrize("version", OLDER_FORMATS)
+def test_a_file_of_a_format_before_is_loaded_where_its_pages_are_packed_as_today(
+    version: int,
+) -> None:
     cache = make(LAYOUTS["uniform"])
-    assert_same_bytes(load(content(cache) | {"version": FORMAT - 1}), cache)
-    layout = CacheSpec(Channelwise(2), Uniform(2), **REGIONS).layout("key", D)
+    assert_same_bytes(load(content(cache) | {"version": version}), cache)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "version"), [(Channelwise(2), 2), (Uniform(3), 3), (Uniform(3), 2), (Uniform(3), 1)]
+)
+def test_a_file_whose_pages_were_packed_otherwise_is_refused_with_what_to_do(
+    scheme: Any, version: int
+) -> None:
+    layout = CacheSpec(scheme, Uniform(2), **REGIONS).layout("key", D)
     file = content(make(layout))
     load(file)
-    with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {FORMAT - 1}; load it"):
-        load(file | {"version": FORMAT - 1})
+    with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {version}; load it"):
+        load(file | {"version": version})
 
 
 def test_importing_the_package_is_enough_to_load(tmp_path: Path) -> None:

@@ -102,21 +102,23 @@ def run(program: str, inputs: list[int], outputs: int) -> list[int]:
         (2, 3, primitives.CUT_2),
         (2, 1, primitives.CUT_LOWER),
         (2, 2, primitives.CUT_HIGHER),
+        (1, 1, primitives.CUT_1),
     ],
 )
 def test_a_code_cut_out_of_a_word_reads_as_a_small_number(
     bits: int, mask: int, program: object
 ) -> None:
-    width, places = 2 if bits == 3 else bits, primitives.PLACES[bits]
+    places, parts = primitives.PLACES[bits], 3 if bits == 3 else 1
     generator = torch.Generator().manual_seed(bits)
-    words = torch.randint(1 << 32, (200, 2), generator=generator).tolist()
-    for low, high in words:
-        cut = run(program.value, [low, high] if bits == 3 else [low], len(places))  # type: ignore[attr-defined]
+    for words in torch.randint(1 << 32, (200, parts), generator=generator).tolist():
+        cut = run(program.value, words, len(places))  # type: ignore[attr-defined]
         for half in (0, 16):
             for field, place in enumerate(places):
-                code = low >> half + field * width & (1 << width) - 1
-                if bits == 3:
-                    code |= (high >> half + 2 * field & 1) << 2
+                if field == 15 and bits == 3:
+                    code = sum((word >> half + 15 & 1) << i for i, word in enumerate(words))
+                else:
+                    word, inside = divmod(field, 5) if bits == 3 else (0, field)
+                    code = words[word] >> half + inside * bits & (1 << bits) - 1
                 number = torch.tensor(cut[field] >> half & 0xFFFF, dtype=torch.int32)
                 read = number.to(torch.int16).view(torch.float16)
                 assert float(read) == (code & mask) * 2.0 ** (place - 24)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
     from kvq_compile.kernels.layout import Layout
 
-FORMAT = 3
-OLDER_FORMAT = 2  # the same, but for pages whose channels differ in bits
+FORMAT = 4
+OLDER_FORMATS = (1, 2, 3)
 # Fields of a layout in files of format 1, a comma-separated text; files of that format have no version.
 OLD_FIELDS = (
     *("role", "bits", "grouping", "group_size", "clip", "transform", "sinks", "window"),
@@ -115,13 +115,29 @@ def rebuild(
     """
     from kvq_compile.kernels.cache.tensor import wrap_loaded
 
-    found = load_layout(layout) if version in (FORMAT, OLDER_FORMAT) else None
-    if found is None or (version == OLDER_FORMAT and found.scheme.name == "channelwise"):
+    check_format(version)
+    found = load_layout(layout)
+    check_format(version, found)
+    return wrap_loaded(parts, calibrated, found, kind, length, first)
+
+
+def check_format(version: int, layout: Layout | None = None) -> None:
+    """Check that pages of this layout (of any) in a file of this format are packed as today.
+
+    Raises:
+        ValueError: They are not.
+    """
+    known = version == FORMAT or version in OLDER_FORMATS
+    if known and layout is not None and version != FORMAT:
+        if layout.scheme.name == "channelwise":  # fields of two bits since format 3
+            known = version >= 3
+        elif layout.scheme.name == "uniform":  # thirds since format 4
+            known = layout.scheme.bits != 3
+    if not known:
         raise ValueError(
             f"a saved cache must be of format {FORMAT}, got {version}; load it with the version of kvq-compile "
             "that saved it, and save its dequantize()"
         )
-    return wrap_loaded(parts, calibrated, found, kind, length, first)
 
 
 def receive(
@@ -153,13 +169,15 @@ def rebuild_old(
     """Wrap the contents of a file of format 1, which names this function ``kvq_compile.kernels.cache.rebuild``.
 
     Raises:
-        ValueError: Its layout is not one.
+        ValueError: Its layout is not one, or its pages are packed otherwise today.
     """
     from kvq_compile.kernels.cache.tensor import wrap_loaded
 
+    found = load_old_layout(layout)
+    check_format(1, found)
     parts = [codes, params, exact, cursor, *([] if originals is None else [originals])]
     calibrated = [tensor for tensor in (tables, shift) if tensor is not None]
-    return wrap_loaded(parts, calibrated, load_old_layout(layout), kind, length)
+    return wrap_loaded(parts, calibrated, found, kind, length)
 
 
 def rebuild_arranged(

@@ -222,6 +222,14 @@ void pack_plane_maybe(const LayoutWords& t, const uint16_t* codes, int& below, u
   below += kWidth, words += count;
 }
 
+void pack_whole_planes(const LayoutWords& t, const uint16_t* codes, uint16_t* words) {
+  int below = 0;
+  pack_plane_maybe<8>(t, codes, below, words);
+  pack_plane_maybe<4>(t, codes, below, words);
+  pack_plane_maybe<2>(t, codes, below, words);
+  pack_plane_maybe<1>(t, codes, below, words);
+}
+
 // Byte u holds the codes at digit * bytes + u as digits in base 3, the first the lowest; a word holds two bytes.
 void pack_trits(const LayoutWords& t, const uint16_t* codes, uint16_t* words) {
   const int64_t count = t.row_length, bytes = (count + kTrits - 1) / kTrits;
@@ -231,6 +239,18 @@ void pack_trits(const LayoutWords& t, const uint16_t* codes, uint16_t* words) {
     for (int digit = kTrits - 1; digit >= 0; --digit) byte = 3 * byte + (digit * bytes + u < count ? codes[digit * bytes + u] : 0);
     words[u / 2] = static_cast<uint16_t>(words[u / 2] | byte << (u % 2 * 8));
   }
+}
+
+// The way back of unpack_thirds: five whole codes in a word of a third, and a bit of the last.
+void pack_thirds(const LayoutWords& t, const uint16_t* codes, uint16_t* words) {
+  const int64_t count = t.row_places / kWordBits;
+  const auto code_at = [&](int64_t place) { return place < t.row_length ? codes[place] : 0; };
+  for (int third = 0; third < kThirds; ++third)
+    for (int64_t u = 0; u < count; ++u) {
+      int word = (code_at((kWordBits - 1) * count + u) >> third & 1) << 15;
+      for (int i = 0; i < kThirdFields; ++i) word |= code_at((kThirdFields * third + i) * count + u) << (kThirds * i);
+      words[third * count + u] = static_cast<uint16_t>(word);
+    }
 }
 
 void pack_rows(PageWriter& w) {
@@ -243,18 +263,8 @@ void pack_rows(PageWriter& w) {
     codes = w.transposed.data();
   }
   uint16_t* words = w.codes;
-  for (int64_t row = 0; row < t.rows; ++row, codes += t.row_length) {
-    if (t.trits) {
-      pack_trits(t, codes, words);
-      words += t.row_words;
-      continue;
-    }
-    int below = 0;
-    pack_plane_maybe<8>(t, codes, below, words);
-    pack_plane_maybe<4>(t, codes, below, words);
-    pack_plane_maybe<2>(t, codes, below, words);
-    pack_plane_maybe<1>(t, codes, below, words);
-  }
+  const auto pack_row = t.trits ? pack_trits : t.bits == kThirds && !t.codebook ? pack_thirds : pack_whole_planes;
+  for (int64_t row = 0; row < t.rows; ++row, codes += t.row_length, words += t.row_words) pack_row(t, codes, words);
 }
 
 void quantize_page(PageWriter& w, const float* x) {

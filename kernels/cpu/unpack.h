@@ -29,7 +29,7 @@ struct Packed {
   int64_t tables_stride;   // words between heads in book, mean, scale and frequency
   int64_t shift_stride;
   int64_t pages;           // allocated
-  int32_t bits, trits, fp8, e5m3, rows, row_length, row_places, row_words, group_size;
+  int32_t bits, trits, thirds, fp8, e5m3, rows, row_length, row_places, row_words, group_size;
   int32_t along_rows;      // whether a group lies along a row (else across group_size rows)
   int32_t is_key, couple, entries, head_dim, page_size, sinks;
   int32_t max_bits, code_rows, rank_field, outliers, outlier_fields;  // of pages whose tokens differ in bits; max_bits 0: they do not
@@ -113,9 +113,26 @@ void unpack_trits(const uint16_t* words, int count, T* out) {
   }
 }
 
+// Codes of 3 bits: field i of word u of third f goes to place (5 f + i) * count + u; field 15 has the last bits of three
+// words. Places from `length` on are padding.
+template <typename T>
+void unpack_thirds(const uint16_t* words, int count, int length, T* out) {
+  const auto run = [&](int field, auto code_of) {
+    const int rest = length - field * count, n = rest < count ? rest : count;
+    T* to = out + field * count;
+#pragma omp simd
+    for (int u = 0; u < n; ++u) to[u] = static_cast<T>(code_of(u));
+  };
+  for (int third = 0; third < kThirds; ++third)
+    for (int i = 0; i < kThirdFields; ++i)
+      run(kThirdFields * third + i, [&](int u) { return (words[third * count + u] >> (kThirds * i)) & 7; });
+  run(kWordBits - 1, [&](int u) { return words[u] >> 15 | (words[count + u] >> 15) << 1 | (words[2 * count + u] >> 15) << 2; });
+}
+
 template <typename T>
 void unpack_codes(const Packed& t, const uint16_t* words, T* out) {
   if (t.trits) return unpack_trits(words, t.row_length, out);
+  if (t.thirds) return unpack_thirds(words, t.row_places / kWordBits, t.row_length, out);
   unpack_plane_maybe<8>(t, words, out);
   unpack_plane_maybe<4>(t, words, out);
   unpack_plane_maybe<2>(t, words, out);
@@ -362,7 +379,7 @@ Packed unwrap(const PackedWords& p) {
   for (int i = 0; i < 3; ++i) packed.codes_stride[i] = p.codes.strides[i], packed.params_stride[i] = p.params.strides[i];
   packed.tables_stride = p.tables.strides[0], packed.pages = p.pages;
   const auto narrow = [](int64_t word) { return static_cast<int32_t>(word); };
-  packed.bits = narrow(t.bits), packed.trits = narrow(t.trits), packed.fp8 = narrow(t.fp8), packed.e5m3 = narrow(t.e5m3);
+  packed.bits = narrow(t.bits), packed.trits = narrow(t.trits), packed.thirds = t.bits == kThirds && !t.codebook, packed.fp8 = narrow(t.fp8), packed.e5m3 = narrow(t.e5m3);
   packed.rows = narrow(t.rows), packed.row_length = narrow(t.row_length), packed.row_places = narrow(t.row_places), packed.row_words = narrow(t.row_words);
   packed.group_size = narrow(t.group_size), packed.along_rows = t.is_key == t.by_token, packed.is_key = narrow(t.is_key);
   packed.couple = narrow(t.couple), packed.entries = narrow(t.levels + 1);

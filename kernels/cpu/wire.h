@@ -125,6 +125,8 @@ constexpr T plane_words(T places, int width) {
   return (places * width + kWordBits - 1) / kWordBits;
 }
 
+constexpr int kThirds = 3, kThirdFields = 5;  // words that hold 16 codes of 3 bits, and the whole codes of each
+
 // Words of a row with the planes of codes of `bits` bits.
 inline int64_t words_of_planes(int64_t places, int64_t bits) {
   int64_t words = 0;

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.words import TRITS, WORD_BITS, plane_words
+from kvq_compile.kernels.words import THIRD_FIELDS, THIRDS, TRITS, WORD_BITS, plane_words
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
@@ -107,23 +107,37 @@ def pack(codes: Tensor, layout: Layout) -> Tensor:
     rows = codes if layout.role == "key" else codes.transpose(-2, -1)
     if layout.packing == "trits":
         return _pack_trits(rows, layout)
+    return _pack_thirds(rows, layout) if layout.planes == (THIRDS,) else _pack_planes(rows, layout)
+
+
+def unpack(units: Tensor, layout: Layout) -> Tensor:
+    """Undo `pack`: words ``[..., rows, row_words]`` to codes ``[..., N, D / couple]`` (int32)."""
+    if layout.packing == "trits":
+        rows = _unpack_trits(units, layout)
+    else:
+        unpack_rows = _unpack_thirds if layout.planes == (THIRDS,) else _unpack_planes
+        rows = unpack_rows(units, layout)
+    return rows if layout.role == "key" else rows.transpose(-2, -1)
+
+
+def _to_int16(words: Tensor) -> Tensor:
+    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+
+
+def _pack_planes(rows: Tensor, layout: Layout) -> Tensor:
     planes, shift = [], 0
     for width in layout.planes:
         plane = (rows >> shift) & ((1 << width) - 1)
         room = plane_words(layout.row_places, width) * (WORD_BITS // width)
         plane = F.pad(plane, (0, room - layout.row_length))
         fields = plane.unflatten(-1, (WORD_BITS // width, -1))
-        shifts = torch.arange(0, WORD_BITS, width, device=codes.device, dtype=torch.int64)[:, None]
+        shifts = torch.arange(0, WORD_BITS, width, device=rows.device, dtype=torch.int64)[:, None]
         planes.append((fields << shifts).sum(-2))
         shift += width
     return _to_int16(torch.cat(planes, -1))
 
 
-def unpack(units: Tensor, layout: Layout) -> Tensor:
-    """Undo `pack`: words ``[..., rows, row_words]`` to codes ``[..., N, D / couple]`` (int32)."""
-    if layout.packing == "trits":
-        codes = _unpack_trits(units, layout)
-        return codes if layout.role == "key" else codes.transpose(-2, -1)
+def _unpack_planes(units: Tensor, layout: Layout) -> Tensor:
     codes, first, shift = torch.zeros((), dtype=torch.int32, device=units.device), 0, 0
     for width in layout.planes:
         count = plane_words(layout.row_places, width)
@@ -132,11 +146,26 @@ def unpack(units: Tensor, layout: Layout) -> Tensor:
         plane = ((words >> shifts) & ((1 << width) - 1)).flatten(-2)[..., : layout.row_length]
         codes = codes + (plane << shift)
         first, shift = first + count, shift + width
-    return codes if layout.role == "key" else codes.transpose(-2, -1)
+    return codes
 
 
-def _to_int16(words: Tensor) -> Tensor:
-    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+def _pack_thirds(rows: Tensor, layout: Layout) -> Tensor:
+    rows = F.pad(rows, (0, layout.row_places - layout.row_length))
+    fields = rows.unflatten(-1, (WORD_BITS, -1))
+    whole = fields[..., :-1, :].unflatten(-2, (THIRDS, THIRD_FIELDS))
+    shifts = THIRDS * torch.arange(THIRD_FIELDS, device=rows.device, dtype=torch.int64)[:, None]
+    third = torch.arange(THIRDS, device=rows.device, dtype=torch.int64)[:, None]
+    last = (fields[..., -1:, :] >> third & 1) << WORD_BITS - 1
+    return _to_int16(((whole << shifts).sum(-2) + last).flatten(-2))
+
+
+def _unpack_thirds(units: Tensor, layout: Layout) -> Tensor:
+    words = units.int().unflatten(-1, (THIRDS, -1))
+    shifts = THIRDS * torch.arange(THIRD_FIELDS, device=units.device, dtype=torch.int32)[:, None]
+    third = torch.arange(THIRDS, device=units.device, dtype=torch.int32)[:, None]
+    whole = ((words[..., None, :] >> shifts) & 7).flatten(-3, -2)
+    last = ((words >> WORD_BITS - 1 & 1) << third).sum(-2, keepdim=True, dtype=torch.int32)
+    return torch.cat([whole, last], -2).flatten(-2)[..., : layout.row_length]
 
 
 def _pack_trits(rows: Tensor, layout: Layout) -> Tensor:

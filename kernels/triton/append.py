@@ -41,9 +41,9 @@ from kvq_compile.kernels.triton.arguments import (
     tail_of,
 )
 from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
-from kvq_compile.kernels.triton.constants import WriteConstants, first_word, plane_words
+from kvq_compile.kernels.triton.constants import WriteConstants, first_word, in_thirds, plane_words
 from kvq_compile.kernels.triton.dequantize import store_tokens
-from kvq_compile.kernels.triton.packing import DIGITS
+from kvq_compile.kernels.triton.packing import DIGITS, IN_THIRD, THIRD
 from kvq_compile.kernels.triton.residual import (
     ARRIVAL,
     MAX_PAGES,
@@ -122,6 +122,30 @@ def _pack_plane(
 
 
 @triton.jit
+def _pack_thirds(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the three thirds of a page's rows, one after the other: five fields of a word, then a bit of the last."""
+    WORDS: tl.constexpr = CONSTANTS.row_places // 16
+    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
+    ROWS: tl.constexpr = CONSTANTS.page_words // CONSTANTS.row_words
+    BLOCK: tl.constexpr = min(triton.next_power_of_2(ROWS), max(1, TILE // (8 * WORDS_PAD)))
+    field = tl.arange(0, 8)[None, :, None]
+    word = tl.arange(0, WORDS_PAD)[None, None, :]
+    for block in range(0, ROWS, BLOCK):
+        row = block + tl.arange(0, BLOCK)[:, None, None]
+        row_2d = block + tl.arange(0, BLOCK)[:, None]
+        word_2d = tl.arange(0, WORDS_PAD)[None, :]
+        where = page.codes + row_2d * CONSTANTS.row_words + word_2d
+        for third in range(THIRD):
+            index = tl.where(field < IN_THIRD, field + third * IN_THIRD, 15) * WORDS + word
+            exists = (row < ROWS) & (word < WORDS) & (field <= IN_THIRD)
+            exists &= index < CONSTANTS.row_length
+            code = _row_codes(source, page, scratch, row, index, exists, CONSTANTS)
+            part = tl.where(field < IN_THIRD, code << field * 3, (code >> third & 1) << 15)
+            packed = tl.sum(tl.where(exists, part, 0), 1).to(tl.uint16)
+            tl.store(where + third * WORDS, packed, mask=(row_2d < ROWS) & (word_2d < WORDS))
+
+
+@triton.jit
 def _pack_trits(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
     """Write the trits of a page, whose rows of bytes end in zeros where a word is not full."""
     BYTES: tl.constexpr = CONSTANTS.row_bytes
@@ -148,9 +172,11 @@ def _pack_trits(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def _pack(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the codes of a page, plane by plane."""
+    """Write the codes of a page: uniform ones at once, others plane by plane."""
     if CONSTANTS.packing == "trits":
         _pack_trits(source, page, scratch, CONSTANTS, TILE)
+    elif in_thirds(CONSTANTS):
+        _pack_thirds(source, page, scratch, CONSTANTS, TILE)
     else:
         if CONSTANTS.bits & 8:
             _pack_plane(source, page, scratch, CONSTANTS, TILE, 8)

@@ -25,7 +25,7 @@ from kvq_compile.kernels import channelwise_scheme
 from kvq_compile.kernels.triton.arguments import tail_of
 from kvq_compile.kernels.triton.channelwise_mean import turn_mean
 from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
-from kvq_compile.kernels.triton.primitives import cut_2, join_8, place_of
+from kvq_compile.kernels.triton.primitives import cut_bit, fields_2, join_8, place_of
 
 MAX_WIDTH = tl.constexpr(channelwise_scheme.MAX_WIDTH)
 BLOCK_WORDS = tl.constexpr(channelwise_scheme.BLOCK_WORDS)
@@ -265,7 +265,10 @@ def _read_unit(w, PART: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     """
     PAGE: tl.constexpr = KEY.page_size
     if LAUNCH.fast:
-        a, b, c, d, e, f, g, h = cut_2(w, PART)
+        if PART == BOTH:
+            a, b, c, d, e, f, g, h = fields_2(w, True)
+        else:
+            a, b, c, d, e, f, g, h = cut_bit(w, PART)
         fields = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
     else:
         fields = (w.to(tl.int32)[:, None, :] >> (2 * tl.arange(0, FIELDS))[None, :, None]) & PART

@@ -17,7 +17,7 @@ import triton
 from kvq_compile.kernels.channelwise_scheme import BLOCK_WORDS
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.tables import CHANNEL_SECTIONS, section
-from kvq_compile.kernels.words import WORD_BITS
+from kvq_compile.kernels.words import THIRDS, WORD_BITS
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ def _read_values(layout: Layout) -> dict[str, object]:
     if scheme == "mixed":
         per_word = 16  # of a bit plane
     elif in_fields:
-        per_word = 16 // (2 if bits == 3 else bits)
+        per_word = 16 if bits == THIRDS else 16 // bits  # or in three words, of thirds
     channels = pad_channels(dim)
     even = all(n & (n - 1) == 0 for n in (dim, layout.couple))
     groups, members = layout.params_shape
@@ -242,6 +242,12 @@ def _write_values(layout: Layout) -> dict[str, object]:
 def pad_channels(dim):
     """Return how many channels a tile has for heads of ``dim``: a power of two that the matrix instruction takes."""
     return max(16, triton.next_power_of_2(dim))
+
+
+@triton.constexpr_function
+def in_thirds(constants):
+    """Return whether rows are packed in thirds."""
+    return constants.scheme == "uniform" and constants.bits == THIRDS
 
 
 @triton.constexpr_function

@@ -7,10 +7,11 @@ done for every element.
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.triton.constants import first_word, plane_words
-from kvq_compile.kernels.words import TRITS
+from kvq_compile.kernels.triton.constants import first_word, in_thirds, plane_words
+from kvq_compile.kernels.words import THIRD_FIELDS, THIRDS, TRITS
 
 DIGITS = tl.constexpr(TRITS)
+THIRD, IN_THIRD = tl.constexpr(THIRDS), tl.constexpr(THIRD_FIELDS)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -33,6 +34,20 @@ def _plane(codes, row, column, exists, CONSTANTS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
+def _thirds(codes, row, column, exists, CONSTANTS: tl.constexpr):
+    """Return codes of 3 bits: a field of one word, or the last bits of three."""
+    WORDS: tl.constexpr = CONSTANTS.row_places // 16
+    field, word = column // WORDS, row * CONSTANTS.row_words + column % WORDS
+    third = tl.minimum(field // IN_THIRD, THIRD - 1)
+    own = load_words(codes + (word + third * WORDS), exists).to(tl.int32)
+    code = own >> (field - third * IN_THIRD) * 3 & 7
+    last = exists & (field == 15)
+    ends = tl.load(codes + word, mask=last, other=0).to(tl.int32) >> 15 & 1
+    ends |= (tl.load(codes + (word + WORDS), mask=last, other=0).to(tl.int32) >> 15 & 1) << 1
+    return tl.where(field == 15, ends | (own >> 15 & 1) << 2, code)
+
+
+@triton.jit
 def _trits(codes, row, column, exists, CONSTANTS: tl.constexpr):
     """Return three-level codes: digit ``f`` of a byte is the first one behind the point of ``byte / 3 ** (f + 1)``."""
     byte, digit = column % CONSTANTS.row_bytes, column // CONSTANTS.row_bytes
@@ -48,6 +63,8 @@ def load_row_codes(codes, row, column, exists, CONSTANTS: tl.constexpr):
     """Return the codes (int32) in places ``column`` of rows, a load for each plane; 0 where none ``exists``."""
     if CONSTANTS.packing == "trits":
         code = _trits(codes, row, column, exists, CONSTANTS)
+    elif in_thirds(CONSTANTS):
+        code = _thirds(codes, row, column, exists, CONSTANTS)
     else:
         code = tl.zeros((row + column).shape, tl.int32)
         if CONSTANTS.bits & 8:

@@ -32,6 +32,7 @@ from kvq_compile.kernels.triton.primitives import (
     bend_scores,
     bends,
     load_mask,
+    pair_fields,
     softmax_update,
 )
 from kvq_compile.kernels.triton.schemes import read_key_halves, read_keys, read_values
@@ -217,7 +218,7 @@ def _rotary_page_scores(
 @triton.jit
 def _page_scores(k, params, q, q_sum, channel, channel_ok, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     """Return the scores of a page whose keys ``k`` have been read."""
-    if KEY.scheme == "uniform" and KEY.grouping == "token" and KEY.group_size == KEY.head_dim:
+    if uniform.folds_keys(KEY):
         k_scale, k_zero = uniform.load_token_params(params, tl.arange(0, KEY.page_size), KEY)
         scores = tl.dot(k, q, input_precision=LAUNCH.precision)
         scores = scores * k_scale.to(tl.float32)[:, None]
@@ -303,15 +304,15 @@ def attend_pages(
             scores, q_a, q_b = _rotary_page_scores(
                 k_codes, k_params, book, q_a, q_b, mean, angle, step, KEY, LAUNCH
             )
-            v = read_values(v_codes, values.book, VALUE, IN_PLACE, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, FOLD, LAUNCH)
         elif KEY.scheme == "channelwise":
             scores, turning = channelwise.page_scores(
                 page, k_codes, k_params, keys.fields, held, turning, KEY, LAUNCH
             )
-            v = read_values(v_codes, values.book, VALUE, IN_PLACE, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, FOLD, LAUNCH)
         else:
             k = read_keys(k_codes, book, channel, channel_ok, KEY, LAUNCH)
-            v = read_values(v_codes, values.book, VALUE, IN_PLACE, LAUNCH)
+            v = read_values(v_codes, values.book, VALUE, FOLD, LAUNCH)
             scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, LAUNCH)
         scores = bend_packed(scores, queries, KEY, LAUNCH)
         slot = KEY.sinks + page * PAGE + tl.arange(0, PAGE)
@@ -332,8 +333,11 @@ def attend_pages(
         running_sum = running_sum * decay[None, :] + weights
         if FOLD:
             running_zero = running_zero * decay[None, :] + offset
+        scaled = scaled.to(LAUNCH.dtype)
+        if FOLD and uniform.pairs_values(VALUE):
+            scaled = pair_fields(scaled)
         accumulator = tl.dot(
-            v, scaled.to(LAUNCH.dtype), accumulator * decay[None, :],
+            v, scaled, accumulator * decay[None, :],
             input_precision=LAUNCH.precision,
         )  # fmt: skip
     if IN_PLACE:

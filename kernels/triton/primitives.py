@@ -1,8 +1,13 @@
 """What more than one kernel does with packed words and with scores: unpacking in registers, masks, online softmax.
 
-A packed row is planar (`Layout`): field ``f`` of word ``w`` holds code ``f * words + w``. The helpers work on
-tiles whose sides are powers of two, 16 or more. Where the words of a row are not as many, they are padded, and column
-``f * WORDS_PAD + w`` of a tile then stands for code ``f * words + w``; `row_index` does that arithmetic.
+A packed row is planar (`Layout`): field ``f`` of word ``w`` holds code ``f * words + w``. Of 3 bits a row has three
+thirds, whose words at ``w`` hold 16 fields together. The helpers work on tiles whose sides are powers of two, 16 or
+more. Where the words of a row are not as many, they are padded, and column ``f * WORDS_PAD + w`` of a tile then stands
+for code ``f * words + w``; `row_index` does that arithmetic.
+
+A lane multiplies four neighbouring columns of every 16. Rows of 8 words have only two words a lane there, so that
+*paired* tiles have two fields of two words side by side: column ``16 a + 4 b + 2 c + d`` is field ``2 a + c`` of word
+``2 b + d``. Codes in the order of fields would be moved between lanes, by way of shared memory.
 
 Two ways lead from words to codes. The portable one shifts and masks, and runs everywhere, in the interpreter too.
 On NVIDIA hardware one logic instruction puts a field of two neighbouring words under the exponent of a power of two
@@ -17,6 +22,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from kvq_compile.kernels.words import THIRD_FIELDS, THIRDS, WORD_BITS
+
+IN_THIRD = tl.constexpr(THIRD_FIELDS)
 # Scores below this count as hidden; far from where exp2 has an effect.
 HIDDEN = tl.constexpr(-1.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -44,243 +52,141 @@ def tile_columns(tile, kv_head, tokens, LAUNCH: tl.constexpr):
 # --- rows of packed words -------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def row_fields(bits):
+    """Return how many fields a word of a row has; of 3 bits, the three words at one place of the thirds."""
+    return WORD_BITS if bits == THIRDS else WORD_BITS // bits
+
+
+@triton.constexpr_function
+def words_pad(length, bits):
+    """Return the words of a row (of a third) with room for ``length`` codes, padded to fill tiles."""
+    fields = row_fields(bits)
+    return max(WORD_BITS // fields, triton.next_power_of_2(length // fields))
+
+
 @triton.jit
-def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr):
+def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr):
     """Return the code that a tile's column stands for, and whether it exists, in rows with room for
     ``LENGTH``."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    WORDS: tl.constexpr = LENGTH * WIDTH // 16
-    WORDS_PAD: tl.constexpr = max(WIDTH, triton.next_power_of_2(WORDS))
+    WORDS: tl.constexpr = LENGTH // row_fields(BITS)
+    WORDS_PAD: tl.constexpr = words_pad(LENGTH, BITS)
+    if PAIRED:
+        column = column // 16 * 16 + column // 2 % 2 * 8 + column // 4 % 4 * 2 + column % 2
     word = column % WORDS_PAD
     return (column // WORDS_PAD) * WORDS + word, word < WORDS
 
 
 @triton.jit
-def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
-    """Load the words of rows with room for ``LENGTH`` codes: those of the low plane, and of the high
-    one at 3 bits.
-
-    Rows from ``ROWS`` on do not exist and give zeros. Words of the high plane hold 16 codes, those
-    of the low one 8. They are brought to the low plane's shape: bit ``2 f`` of the result belongs
-    to field ``f`` of the low word in the same place.
-    """
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    WORDS: tl.constexpr = LENGTH * WIDTH // 16
-    WORDS_PAD: tl.constexpr = max(WIDTH, triton.next_power_of_2(WORDS))
-    HALF: tl.constexpr = WORDS // 2
-    word = tl.arange(0, WORDS_PAD)
-    first = codes + row[:, None] * (LENGTH * BITS // 16)
-    if WORDS_PAD == WORDS and row.shape[0] == ROWS:
-        low = tl.load(first + word[None, :])
-    else:
-        exists = (row < ROWS)[:, None] & (word < WORDS)[None, :]
-        low = tl.load(first + word[None, :], mask=exists, other=0)
-    high = low
-    if BITS == 3:
-        # Two loads, because a shift by a computed amount would keep the compiler from changing the
-        # layout here, where it costs little, instead of behind the unpacking.
-        where = first + WORDS + (word % HALF)[None, :]
-        exists = (row < ROWS)[:, None] & (word < HALF)[None, :]
-        high = tl.load(where, mask=exists, other=0)
-        exists = (row < ROWS)[:, None] & ((word >= HALF) & (word < WORDS))[None, :]
-        high |= tl.load(where, mask=exists, other=0) >> 1
-    return low, high
+def pair_fields(rows):
+    """Return rows ``[16 n, columns]``, one for each column of a tile, in the order of paired tiles."""
+    ROWS: tl.constexpr = rows.shape[0]
+    COLUMNS: tl.constexpr = rows.shape[1]
+    fields = tl.reshape(rows, (ROWS // 16, 2, 4, 2, COLUMNS))
+    return tl.reshape(tl.permute(fields, (0, 2, 1, 3, 4)), (ROWS, COLUMNS))
 
 
 @triton.jit
-def unpack_rows(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the codes ``[rows, columns]`` of words from `load_rows` as ``DTYPE``."""
-    ROWS: tl.constexpr = low.shape[0]
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    FIELDS: tl.constexpr = 16 // WIDTH
-    COLUMNS: tl.constexpr = FIELDS * low.shape[1]
+def load_rows(codes, row, LENGTH: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
+    """Load the words of rows with room for ``LENGTH`` codes, three tiles of 3 bits and else one.
+
+    Rows from ``ROWS`` on do not exist and give zeros.
+    """
+    WORDS: tl.constexpr = LENGTH // row_fields(BITS)
+    WORDS_PAD: tl.constexpr = words_pad(LENGTH, BITS)
+    PARTS: tl.constexpr = 3 if BITS == 3 else 1
+    word = tl.arange(0, WORDS_PAD)
+    first = codes + row[:, None] * (PARTS * WORDS) + word[None, :]
+    words = ()
+    for part in tl.static_range(PARTS):
+        if WORDS_PAD == WORDS and row.shape[0] == ROWS:
+            tile = tl.load(first + part * WORDS)
+        else:
+            exists = (row < ROWS)[:, None] & (word < WORDS)[None, :]
+            tile = tl.load(first + part * WORDS, mask=exists, other=0)
+        words += (tile,)  # type: ignore[assignment]  # a tuple that grows
+    return words
+
+
+@triton.jit
+def unpack_rows(
+    words, BITS: tl.constexpr, PAIRED: tl.constexpr, FAST: tl.constexpr, IN_PLACE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Return the codes ``[rows, columns]`` of words from `load_rows` as ``DTYPE``; ``IN_PLACE``, each times
+    ``2 ** (place_of(its field) - 24)``, on NVIDIA hardware only.
+    """
+    ROWS: tl.constexpr = words[0].shape[0]
+    FIELDS: tl.constexpr = row_fields(BITS)
+    COLUMNS: tl.constexpr = FIELDS * words[0].shape[1]
     if FAST:
         if BITS == 8:
-            a, b = _fields_8(low)
+            a, b = fields_8(words[0], IN_PLACE)
             codes = tl.permute(tl.join(a, b), (0, 2, 1))
         elif BITS == 4:
-            a, b, c, d = _fields_4(low)
+            a, b, c, d = fields_4(words[0], IN_PLACE)
             codes = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
-        elif BITS == 3:
-            a, b, c, d, e, f, g, h = _fields_3(low, high)
-            codes = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
         elif BITS == 2:
-            a, b, c, d, e, f, g, h = _fields_2(low)
+            a, b, c, d, e, f, g, h = fields_2(words[0], IN_PLACE)
             codes = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
         else:
-            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _fields_1(low)
+            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _sixteen_fields(words, BITS, IN_PLACE)
             even = join_8(a, c, e, g, i, k, n, p)
             odd = join_8(b, d, f, h, j, m, o, q)
             codes = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 5, 1))
     else:
-        codes = _shift_out(low, high, BITS, FIELDS)
+        codes = _shift_out(words, 0, FIELDS, BITS)
+    if PAIRED:
+        codes = tl.permute(tl.reshape(codes, (ROWS, FIELDS // 2, 2, 4, 2)), (0, 1, 3, 2, 4))
     return tl.reshape(codes, (ROWS, COLUMNS)).to(DTYPE)
 
 
 @triton.jit
-def unpack_halves(low, high, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
+def unpack_halves(words, BITS: tl.constexpr, FAST: tl.constexpr, DTYPE: tl.constexpr):
     """Return the two halves of what `unpack_rows` returns, ``[rows, columns / 2]`` each.
 
     The fields of a word belong half to one and half to the other, so that columns ``c`` of both lie in
     the same lane.
     """
-    ROWS: tl.constexpr = low.shape[0]
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    HALF: tl.constexpr = 8 // WIDTH
-    COLUMNS: tl.constexpr = HALF * low.shape[1]
+    ROWS: tl.constexpr = words[0].shape[0]
+    HALF: tl.constexpr = row_fields(BITS) // 2
+    COLUMNS: tl.constexpr = HALF * words[0].shape[1]
     if FAST:
         if BITS == 8:
-            first, second = _fields_8(low)
+            first, second = fields_8(words[0], False)
         elif BITS == 4:
-            a, b, c, d = _fields_4(low)
+            a, b, c, d = fields_4(words[0], False)
             first = tl.permute(tl.join(a, b), (0, 2, 1))
             second = tl.permute(tl.join(c, d), (0, 2, 1))
-        elif BITS == 3:
-            a, b, c, d, e, f, g, h = _fields_3(low, high)
-            first = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
-            second = tl.permute(_join_4(e, f, g, h), (0, 2, 3, 1))
         elif BITS == 2:
-            a, b, c, d, e, f, g, h = _fields_2(low)
+            a, b, c, d, e, f, g, h = fields_2(words[0], False)
             first = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
             second = tl.permute(_join_4(e, f, g, h), (0, 2, 3, 1))
         else:
-            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _fields_1(low)
+            a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q = _sixteen_fields(words, BITS, False)
             first = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
             second = tl.permute(join_8(i, j, k, m, n, o, p, q), (0, 2, 3, 4, 1))
     else:
-        first = _shift_out(low, high, BITS, HALF)
-        second = _shift_out(low >> 8, high >> 8, BITS, HALF)
+        first = _shift_out(words, 0, HALF, BITS)
+        second = _shift_out(words, HALF, HALF, BITS)
     first = tl.reshape(first, (ROWS, COLUMNS)).to(DTYPE)
     return first, tl.reshape(second, (ROWS, COLUMNS)).to(DTYPE)
 
 
 @triton.jit
-def _shift_out(low, high, BITS: tl.constexpr, FIELDS: tl.constexpr):
-    """Return the first fields of words as ``[rows, FIELDS, words]``, int32: the portable way."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    shift = (tl.arange(0, FIELDS) * WIDTH)[None, :, None]
-    fields = (low.to(tl.int32)[:, None, :] >> shift) & ((1 << WIDTH) - 1)
+def _shift_out(words, FIRST: tl.constexpr, FIELDS: tl.constexpr, BITS: tl.constexpr):
+    """Return fields from ``FIRST`` on as ``[rows, FIELDS, words]``, int32: the portable way."""
+    field = FIRST + tl.arange(0, FIELDS)[None, :, None]
+    first = words[0].to(tl.int32)[:, None, :]
     if BITS == 3:
-        fields += ((high.to(tl.int32)[:, None, :] >> shift) & 1) << 2
-    return fields
-
-
-@triton.jit
-def _fields_1(w):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 m, r, x; shr.u32 r, $16, 8;
-        mov.b32 m, 0x64006400; lop3.b32 x, $16, 0x00010001, m, 0xEA; sub.f16x2 $0, x, m;
-        mov.b32 m, 0x60006000; lop3.b32 x, $16, 0x00020002, m, 0xEA; sub.f16x2 $1, x, m;
-        mov.b32 m, 0x5C005C00; lop3.b32 x, $16, 0x00040004, m, 0xEA; sub.f16x2 $2, x, m;
-        mov.b32 m, 0x58005800; lop3.b32 x, $16, 0x00080008, m, 0xEA; sub.f16x2 $3, x, m;
-        mov.b32 m, 0x54005400; lop3.b32 x, $16, 0x00100010, m, 0xEA; sub.f16x2 $4, x, m;
-        mov.b32 m, 0x50005000; lop3.b32 x, $16, 0x00200020, m, 0xEA; sub.f16x2 $5, x, m;
-        mov.b32 m, 0x4C004C00; lop3.b32 x, $16, 0x00400040, m, 0xEA; sub.f16x2 $6, x, m;
-        mov.b32 m, 0x48004800; lop3.b32 x, $16, 0x00800080, m, 0xEA; sub.f16x2 $7, x, m;
-        mov.b32 m, 0x44004400; lop3.b32 x, $16, 0x01000100, m, 0xEA; sub.f16x2 $8, x, m;
-        mov.b32 m, 0x40004000; lop3.b32 x, $16, 0x02000200, m, 0xEA; sub.f16x2 $9, x, m;
-        mov.b32 m, 0x5C005C00; lop3.b32 x, r, 0x00040004, m, 0xEA; sub.f16x2 $10, x, m;
-        mov.b32 m, 0x58005800; lop3.b32 x, r, 0x00080008, m, 0xEA; sub.f16x2 $11, x, m;
-        mov.b32 m, 0x54005400; lop3.b32 x, r, 0x00100010, m, 0xEA; sub.f16x2 $12, x, m;
-        mov.b32 m, 0x50005000; lop3.b32 x, r, 0x00200020, m, 0xEA; sub.f16x2 $13, x, m;
-        mov.b32 m, 0x4C004C00; lop3.b32 x, r, 0x00400040, m, 0xEA; sub.f16x2 $14, x, m;
-        mov.b32 m, 0x48004800; lop3.b32 x, r, 0x00800080, m, 0xEA; sub.f16x2 $15, x, m; }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
-        args=[w],
-        dtype=(tl.float16,) * 16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _fields_2(w):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 l, r, ma, mb, mc, x;
-        mov.b32 ma, 0x54005400; mov.b32 mb, 0x4C004C00; mov.b32 mc, 0x44004400;
-        shl.b32 l, $8, 6; shr.u32 r, $8, 6;
-        lop3.b32 x, l,  0x00C000C0, mb, 0xEA; sub.f16x2 $0, x, mb;
-        lop3.b32 x, l,  0x03000300, mc, 0xEA; sub.f16x2 $1, x, mc;
-        lop3.b32 x, $8, 0x00300030, ma, 0xEA; sub.f16x2 $2, x, ma;
-        lop3.b32 x, $8, 0x00C000C0, mb, 0xEA; sub.f16x2 $3, x, mb;
-        lop3.b32 x, $8, 0x03000300, mc, 0xEA; sub.f16x2 $4, x, mc;
-        lop3.b32 x, r,  0x00300030, ma, 0xEA; sub.f16x2 $5, x, ma;
-        lop3.b32 x, r,  0x00C000C0, mb, 0xEA; sub.f16x2 $6, x, mb;
-        lop3.b32 x, r,  0x03000300, mc, 0xEA; sub.f16x2 $7, x, mc; }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
-        args=[w],
-        dtype=(tl.float16,) * 8,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _fields_3(w, high):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 w0, w4, w7, h0, h1, h4, h7, ma, mb, mc, x;
-        mov.b32 ma, 0x5C005C00; mov.b32 mb, 0x54005400; mov.b32 mc, 0x4C004C00;
-        shl.b32 w0, $8, 4; shr.u32 w4, $8, 6; shr.u32 w7, $8, 10;
-        shl.b32 h0, $9, 6; shl.b32 h1, $9, 2; shr.u32 h4, $9, 4; shr.u32 h7, $9, 8;
-        lop3.b32 x, w0, 0x00300030, mb, 0xEA;
-            lop3.b32 x, h0, 0x00400040, x, 0xEA; sub.f16x2 $0, x, mb;
-        lop3.b32 x, $8, 0x000C000C, ma, 0xEA;
-            lop3.b32 x, h1, 0x00100010, x, 0xEA; sub.f16x2 $1, x, ma;
-        lop3.b32 x, $8, 0x00300030, mb, 0xEA;
-            lop3.b32 x, h1, 0x00400040, x, 0xEA; sub.f16x2 $2, x, mb;
-        lop3.b32 x, $8, 0x00C000C0, mc, 0xEA;
-            lop3.b32 x, h1, 0x01000100, x, 0xEA; sub.f16x2 $3, x, mc;
-        lop3.b32 x, w4, 0x000C000C, ma, 0xEA;
-            lop3.b32 x, h4, 0x00100010, x, 0xEA; sub.f16x2 $4, x, ma;
-        lop3.b32 x, w4, 0x00300030, mb, 0xEA;
-            lop3.b32 x, h4, 0x00400040, x, 0xEA; sub.f16x2 $5, x, mb;
-        lop3.b32 x, w4, 0x00C000C0, mc, 0xEA;
-            lop3.b32 x, h4, 0x01000100, x, 0xEA; sub.f16x2 $6, x, mc;
-        lop3.b32 x, w7, 0x00300030, mb, 0xEA;
-            lop3.b32 x, h7, 0x00400040, x, 0xEA; sub.f16x2 $7, x, mb; }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-        args=[w, high],
-        dtype=(tl.float16,) * 8,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _fields_4(w):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, ma, mb, x; mov.b32 ma, 0x64006400; mov.b32 mb, 0x54005400;
-        shr.u32 a, $4, 8;
-        lop3.b32 x, $4, 0x000F000F, ma, 0xEA; sub.f16x2 $0, x, ma;
-        lop3.b32 x, $4, 0x00F000F0, mb, 0xEA; sub.f16x2 $1, x, mb;
-        lop3.b32 x, a,  0x000F000F, ma, 0xEA; sub.f16x2 $2, x, ma;
-        lop3.b32 x, a,  0x00F000F0, mb, 0xEA; sub.f16x2 $3, x, mb; }""",
-        "=&r,=&r,=&r,=&r,r",
-        args=[w],
-        dtype=(tl.float16,) * 4,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _fields_8(w):
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, ma, x; mov.b32 ma, 0x64006400;
-        shr.u32 a, $2, 8;
-        lop3.b32 x, $2, 0x00FF00FF, ma, 0xEA; sub.f16x2 $0, x, ma;
-        lop3.b32 x, a,  0x00FF00FF, ma, 0xEA; sub.f16x2 $1, x, ma; }""",
-        "=&r,=&r,r",
-        args=[w],
-        dtype=(tl.float16,) * 2,
-        is_pure=True,
-        pack=2,
-    )
+        second, third = words[1].to(tl.int32)[:, None, :], words[2].to(tl.int32)[:, None, :]
+        number = tl.minimum(field // IN_THIRD, 2)
+        own = tl.where(number == 0, first, tl.where(number == 1, second, third))
+        last = (first >> 15 & 1) | (second >> 15 & 1) << 1 | (third >> 15 & 1) << 2
+        codes = tl.where(field == 15, last, own >> (field - number * IN_THIRD) * 3 & 7)
+    else:
+        codes = first >> field * BITS & ((1 << BITS) - 1)
+    return codes
 
 
 @triton.jit
@@ -295,83 +201,105 @@ def join_8(a, b, c, d, e, f, g, h):
     return tl.join(_join_4(a, c, e, g), _join_4(b, d, f, h))
 
 
-# --- codes where they lie -------------------------------------------------------------------------
+# --- fields of two neighbouring words in NVIDIA's instructions ------------------------------------
 
-# The bit of each field of a word from which its code is read: after one shift, which brings fields into the mantissa.
-PLACES = {8: (0, 0), 4: (0, 4, 0, 4), 3: (4, 2, 4, 6, 2, 4, 6, 4), 2: (6, 8, 4, 6, 8, 4, 6, 8)}
+# Of each field of a word the register that it is cut from, after one shift that brings it into the mantissa, and the
+# bit where it then begins. The last of three bits is gathered from the last bits of three words.
+SHIFTS = {
+    8: "mov.b32 w, $2; shr.u32 r, w, 8;",
+    4: "mov.b32 w, $4; shr.u32 r, w, 8;",
+    3: "mov.b32 a, $16; mov.b32 b, $17; mov.b32 c, $18; shr.u32 d, a, 8; shr.u32 e, b, 7; shr.u32 f, c, 6;",
+    2: "mov.b32 w, $8; shl.b32 l, w, 6; shr.u32 r, w, 6;",
+    1: "mov.b32 w, $16; shr.u32 r, w, 8;",
+}
+CUT_FROM = {
+    8: "wr",
+    4: "wwrr",
+    3: ("a", "a", "a", "d", "d", "b", "b", "b", "e", "e", "c", "c", "c", "f", "f", "def"),
+    2: "llwwwrrr",
+    1: 10 * "w" + 6 * "r",
+}
+PLACES = {
+    8: (0, 0),
+    4: (0, 4, 0, 4),
+    3: (0, 3, 6, 1, 4, 0, 3, 6, 2, 5, 0, 3, 6, 3, 6, 7),
+    2: (6, 8, 4, 6, 8, 4, 6, 8),
+    1: (*range(10), *range(2, 8)),
+}
+
+
+def _cut(bits: int, part: int, in_place: bool) -> tl.constexpr:
+    """Return the instructions that cut all fields out of two neighbouring words, of each the bits of ``part``: in their
+    place, or as fp16 numbers.
+    """
+    text = SHIFTS[bits]
+    for field, (registers, place) in enumerate(zip(CUT_FROM[bits], PLACES[bits], strict=True)):
+        bits_of = [part] if len(registers) == 1 else [part & 1 << i for i in range(len(registers))]
+        masks = [mask << place for mask in bits_of]
+        # What is cut out comes above 2 ** (10 - place), which is subtracted, or above nothing.
+        base = 0 if in_place else 25 - place << 10
+        text += f" mov.b32 m, {_both_halves(base)}; mov.b32 x, m;"
+        for register, mask in zip(registers, masks, strict=True):
+            text += f" lop3.b32 x, {register}, {_both_halves(mask)}, x, 0xEA;"
+        text += f" mov.b32 ${field}, x;" if in_place else f" sub.f16x2 ${field}, x, m;"
+    return tl.constexpr(f"{{ .reg .b32 a, b, c, d, e, f, l, m, r, w, x; {text} }}")
+
+
+def _both_halves(half: int) -> str:
+    return f"0x{half << 16 | half:08x}"
+
+
+CUT_8, CUT_4, CUT_3, CUT_2, CUT_1 = (_cut(bits, (1 << bits) - 1, True) for bits in (8, 4, 3, 2, 1))
+CUT_LOWER, CUT_HIGHER = _cut(2, 1, True), _cut(2, 2, True)
+AS_FP16_8, AS_FP16_4, AS_FP16_3, AS_FP16_2, AS_FP16_1 = (
+    _cut(bits, (1 << bits) - 1, False) for bits in (8, 4, 3, 2, 1)
+)
 
 
 @triton.constexpr_function
-def _halves_of_places(bits):
-    return sum(place // 2 << 4 * field for field, place in enumerate(PLACES[bits]))
+def _places_of(bits):
+    return sum(place << 4 * field for field, place in enumerate(PLACES[bits]))
 
 
 @triton.jit
 def place_of(field, BITS: tl.constexpr):
-    """Return the exponent by which codes of a field that `cut_2` and others cut out are larger than ``2 ** -24``."""
-    return 2 * ((_halves_of_places(BITS) >> 4 * field) & 15)
+    """Return the exponent by which codes of a field that are read in place are larger than ``2 ** -24``."""
+    return (_places_of(BITS) >> 4 * field.to(tl.int64) & 15).to(tl.int32)
 
 
 @triton.jit
-def cut_rows(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Return what `unpack_rows` returns, each code times ``2 ** (place_of(its field) - 24)``."""
-    if BITS == 8:
-        a, b = cut_8(low)
-        codes = tl.permute(tl.join(a, b), (0, 2, 1))
-    elif BITS == 4:
-        a, b, c, d = cut_4(low)
-        codes = tl.permute(_join_4(a, b, c, d), (0, 2, 3, 1))
-    else:
-        if BITS == 3:
-            a, b, c, d, e, f, g, h = cut_3(low, high)
-        else:
-            a, b, c, d, e, f, g, h = cut_2(low, 3)
-        codes = tl.permute(join_8(a, b, c, d, e, f, g, h), (0, 2, 3, 4, 1))
-    return tl.reshape(codes, (low.shape[0], low.shape[1] * (16 // (2 if BITS == 3 else BITS)))).to(
-        DTYPE
-    )
-
-
-def _cut(bits: int, mask: int, shifted: str) -> tl.constexpr:
-    """Return the instructions that cut these bits of all fields out of two neighbouring words, field by field: out of
-    ``l``, ``w`` or ``r``, the words shifted to the left, as they are, or shifted to the right.
-    """
-    fields = len(shifted)
-    ands = (
-        f"and.b32 ${field}, {source}, 0x{mask << place:04x}{mask << place:04x};"
-        for field, (source, place) in enumerate(zip(shifted, PLACES[bits], strict=True))
-    )
-    left, right = (6, 6) if bits == 2 else (0, 8)
-    return tl.constexpr(
-        f"{{ .reg .b32 l, r, w; mov.b32 w, ${fields};"
-        f" shl.b32 l, w, {left}; shr.u32 r, w, {right}; {' '.join(ands)} }}"
-    )
-
-
-CUT_8, CUT_4 = _cut(8, 0xFF, "wr"), _cut(4, 0xF, "wwrr")
-CUT_2, CUT_LOWER, CUT_HIGHER = (_cut(2, mask, "llwwwrrr") for mask in (3, 1, 2))
-CUT_3 = tl.constexpr(
-    """{
-    .reg .b32 w0, w4, w7, h0, h1, h4, h7, x;
-    shl.b32 w0, $8, 4; shr.u32 w4, $8, 6; shr.u32 w7, $8, 10;
-    shl.b32 h0, $9, 6; shl.b32 h1, $9, 2; shr.u32 h4, $9, 4; shr.u32 h7, $9, 8;
-    and.b32 x, w0, 0x00300030; lop3.b32 $0, h0, 0x00400040, x, 0xEA;
-    and.b32 x, $8, 0x000C000C; lop3.b32 $1, h1, 0x00100010, x, 0xEA;
-    and.b32 x, $8, 0x00300030; lop3.b32 $2, h1, 0x00400040, x, 0xEA;
-    and.b32 x, $8, 0x00C000C0; lop3.b32 $3, h1, 0x01000100, x, 0xEA;
-    and.b32 x, w4, 0x000C000C; lop3.b32 $4, h4, 0x00100010, x, 0xEA;
-    and.b32 x, w4, 0x00300030; lop3.b32 $5, h4, 0x00400040, x, 0xEA;
-    and.b32 x, w4, 0x00C000C0; lop3.b32 $6, h4, 0x01000100, x, 0xEA;
-    and.b32 x, w7, 0x00300030; lop3.b32 $7, h7, 0x00400040, x, 0xEA; }"""
-)
-
-
-@triton.jit
-def cut_2(w, PART: tl.constexpr):
-    """Return the fields of words of two-bit codes; or of each the lower bit, ``PART`` 1, or the higher one, 2."""
-    CUT: tl.constexpr = CUT_2 if PART == 3 else (CUT_LOWER if PART == 1 else CUT_HIGHER)
+def fields_8(w, IN_PLACE: tl.constexpr):
+    PROGRAM: tl.constexpr = CUT_8 if IN_PLACE else AS_FP16_8
     return tl.inline_asm_elementwise(
-        CUT,
+        PROGRAM, "=&r,=&r,r", args=[w], dtype=(tl.float16,) * 2, is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def fields_4(w, IN_PLACE: tl.constexpr):
+    PROGRAM: tl.constexpr = CUT_4 if IN_PLACE else AS_FP16_4
+    return tl.inline_asm_elementwise(
+        PROGRAM, "=&r,=&r,=&r,=&r,r", args=[w], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def fields_2(w, IN_PLACE: tl.constexpr):
+    PROGRAM: tl.constexpr = CUT_2 if IN_PLACE else AS_FP16_2
+    return _eight_fields(w, PROGRAM)
+
+
+@triton.jit
+def cut_bit(w, PART: tl.constexpr):
+    """Return of the fields of words of two-bit codes the lower bit, ``PART`` 1, or the higher one, 2, in place."""
+    PROGRAM: tl.constexpr = CUT_LOWER if PART == 1 else CUT_HIGHER
+    return _eight_fields(w, PROGRAM)
+
+
+@triton.jit
+def _eight_fields(w, PROGRAM: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        PROGRAM,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
         args=[w],
         dtype=(tl.float16,) * 8,
@@ -381,34 +309,28 @@ def cut_2(w, PART: tl.constexpr):
 
 
 @triton.jit
-def cut_3(w, high):
-    return tl.inline_asm_elementwise(
-        CUT_3,
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-        args=[w, high],
-        dtype=(tl.float16,) * 8,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def cut_4(w):
-    return tl.inline_asm_elementwise(
-        CUT_4,
-        "=&r,=&r,=&r,=&r,r",
-        args=[w],
-        dtype=(tl.float16,) * 4,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def cut_8(w):
-    return tl.inline_asm_elementwise(
-        CUT_8, "=&r,=&r,r", args=[w], dtype=(tl.float16,) * 2, is_pure=True, pack=2
-    )
+def _sixteen_fields(words, BITS: tl.constexpr, IN_PLACE: tl.constexpr):
+    OUTPUTS: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r"
+    if BITS == 3:
+        PROGRAM: tl.constexpr = CUT_3 if IN_PLACE else AS_FP16_3
+        return tl.inline_asm_elementwise(
+            PROGRAM,
+            OUTPUTS + ",r,r,r",
+            args=[words[0], words[1], words[2]],
+            dtype=(tl.float16,) * 16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        ONE_BIT: tl.constexpr = CUT_1 if IN_PLACE else AS_FP16_1
+        return tl.inline_asm_elementwise(
+            ONE_BIT,
+            OUTPUTS + ",r",
+            args=[words[0]],
+            dtype=(tl.float16,) * 16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 # --- scores ---------------------------------------------------------------------------------------

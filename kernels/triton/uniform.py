@@ -33,12 +33,13 @@ from kvq_compile.kernels.triton.formats import (
 )
 from kvq_compile.kernels.triton.packing import load_codes, load_words
 from kvq_compile.kernels.triton.primitives import (
-    cut_rows,
     load_rows,
     place_of,
+    row_fields,
     row_index,
     unpack_halves,
     unpack_rows,
+    words_pad,
 )
 from kvq_compile.kernels.triton.transforms import load_table
 
@@ -280,12 +281,34 @@ def _scale_codes(codes, scale, zero, FAST: tl.constexpr):
     return codes * scale.to(codes.dtype) + zero.to(codes.dtype)
 
 
+@triton.constexpr_function
+def folds_keys(key):
+    """Return whether scale and zero point of a token's key are applied to its scores."""
+    return (
+        key.scheme == "uniform" and key.grouping == "token" and key.group_size == key.head_dim
+    )
+
+
+@triton.constexpr_function
+def pairs_keys(key):
+    """Return whether tiles of keys are paired: where nothing depends on the order of their columns."""
+    free = folds_keys(key) or key.grouping == "channel"
+    return key.in_fields and free and not key.rotary and words_pad(key.row_places, key.bits) == 8
+
+
+@triton.constexpr_function
+def pairs_values(value):
+    """Return whether tiles of values whose parameters are folded into weights are paired."""
+    return value.in_fields and words_pad(value.page_size, value.bits) == 8
+
+
 @triton.jit
 def tile_channels(COLUMNS: tl.constexpr, LENGTH: tl.constexpr, CONSTANTS: tl.constexpr):
     """Return the channels that the columns of a tile of keys stand for, and which of ``LENGTH`` exist."""
     column = tl.arange(0, COLUMNS)
     if CONSTANTS.in_fields:
-        channel, exists = row_index(column, CONSTANTS.row_places, CONSTANTS.bits)
+        PAIRED: tl.constexpr = pairs_keys(CONSTANTS)
+        channel, exists = row_index(column, CONSTANTS.row_places, CONSTANTS.bits, PAIRED)
         if CONSTANTS.row_places > CONSTANTS.head_dim:
             exists &= channel < CONSTANTS.head_dim
     else:
@@ -298,8 +321,8 @@ def read_keys(codes, channel, exists, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     """Return the codes ``[page_size, columns]`` of a page of keys, as numbers of the dtype of operands."""
     token = tl.arange(0, KEY.page_size)
     if KEY.in_fields:
-        low, high = load_rows(codes, token, KEY.row_places, KEY.page_size, KEY.bits)
-        k = unpack_rows(low, high, KEY.bits, LAUNCH.fast, LAUNCH.dtype)
+        words = load_rows(codes, token, KEY.row_places, KEY.page_size, KEY.bits)
+        k = unpack_rows(words, KEY.bits, pairs_keys(KEY), LAUNCH.fast, False, LAUNCH.dtype)
     else:
         k = load_codes(codes, token[:, None], channel[None, :], exists[None, :], KEY)
     return k.to(LAUNCH.dtype)
@@ -313,8 +336,8 @@ def read_key_halves(
     """Return the codes of ``ROWS`` keys from ``FIRST`` on as two tiles ``[ROWS, columns / 2]``."""
     if KEY.in_fields:
         row = tl.arange(0, ROWS)
-        low, high = load_rows(codes + FIRST * KEY.row_words, row, KEY.row_places, ROWS, KEY.bits)
-        a, b = unpack_halves(low, high, KEY.bits, LAUNCH.fast, LAUNCH.dtype)
+        words = load_rows(codes + FIRST * KEY.row_words, row, KEY.row_places, ROWS, KEY.bits)
+        a, b = unpack_halves(words, KEY.bits, LAUNCH.fast, LAUNCH.dtype)
     else:
         token, ok = (FIRST + tl.arange(0, ROWS))[:, None], exists[None, :]
         a = load_codes(codes, token, channel[None, :], ok, KEY)
@@ -368,22 +391,22 @@ def lies_in_place(value, launch):
 @triton.jit
 def token_place(VALUE: tl.constexpr):
     """Return the exponents ``[page_size]`` by which codes of each token are larger than ``2 ** -24`` where they lie."""
-    WORDS: tl.constexpr = VALUE.page_size * (2 if VALUE.bits == 3 else VALUE.bits) // 16
+    WORDS: tl.constexpr = VALUE.page_size // row_fields(VALUE.bits)
     return place_of(tl.arange(0, VALUE.page_size) // WORDS, VALUE.bits).to(tl.float32)
 
 
 @triton.jit
-def read_values(codes, VALUE: tl.constexpr, IN_PLACE: tl.constexpr, LAUNCH: tl.constexpr):
-    """Return the codes ``[channels, page_size]`` of values, as numbers of the dtype of operands; ``IN_PLACE``,
-    as they lie.
+def read_values(codes, VALUE: tl.constexpr, FOLD: tl.constexpr, LAUNCH: tl.constexpr):
+    """Return the codes ``[channels, page_size]`` of values, as numbers of the dtype of operands.
+
+    ``FOLD``: their parameters are folded into weights, so that codes may be as and where they lie.
     """
     channel = tl.arange(0, VALUE.channels)
     if VALUE.in_fields:
-        low, high = load_rows(codes, channel, VALUE.page_size, VALUE.head_dim, VALUE.bits)
-        if IN_PLACE:
-            v = cut_rows(low, high, VALUE.bits, LAUNCH.dtype)
-        else:
-            v = unpack_rows(low, high, VALUE.bits, LAUNCH.fast, LAUNCH.dtype)
+        words = load_rows(codes, channel, VALUE.page_size, VALUE.head_dim, VALUE.bits)
+        PAIRED: tl.constexpr = FOLD and pairs_values(VALUE)
+        IN_PLACE: tl.constexpr = FOLD and lies_in_place(VALUE, LAUNCH)
+        v = unpack_rows(words, VALUE.bits, PAIRED, LAUNCH.fast, IN_PLACE, LAUNCH.dtype)
     else:
         token, exists = tl.arange(0, VALUE.page_size), (channel < VALUE.head_dim)[:, None]
         v = load_codes(codes, token[None, :], channel[:, None], exists, VALUE)
