@@ -188,7 +188,7 @@ def attend_settings(
     loads = not (mixed or (key.in_fields and value.in_fields))
     one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     stages = 1 if one_stage or loads else 2
-    if key.scheme == "channelwise" and stages == 2 and value.bits != 3:  # which takes registers
+    if key.scheme == "channelwise" and stages == 2:
         stages = 3
     constants = AttendConstants(
         **operands(dtype, platform, large, bend), shared_by=shared_by, copies=copies, block_q=block_q,
