@@ -23,7 +23,7 @@ import triton.language as tl
 
 from kvq_compile.kernels import channelwise_scheme
 from kvq_compile.kernels.triton.arguments import tail_of
-from kvq_compile.kernels.triton.channelwise_mean import turn_mean
+from kvq_compile.kernels.triton.channelwise_mean import mean_scores, turn_mean
 from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
 from kvq_compile.kernels.triton.primitives import cut_bit, fields_2, join_8, place_of
 
@@ -51,6 +51,8 @@ class FieldQueries(NamedTuple):
         factor: What products with ``rows`` are multiplied by, ``[B * Hkv, tiles, block_q]``.
         mean: What cosine and sine of the angles of pairs are multiplied by in scores, for the mean of keys,
             ``[B * Hkv, tiles, 2, places, block_q]``; ``None`` if keys keep their mean.
+        ratio: What these products are multiplied by to be in units of those with ``rows``, ``[B * Hkv, tiles,
+            block_q]``; or ``None``.
         angles: Cosine and sine for the tokens of a page, ``[Hkv, page_size, 2, places]``; or ``None``.
     """
 
@@ -61,6 +63,7 @@ class FieldQueries(NamedTuple):
     half_levels: Any
     factor: Any
     mean: Any
+    ratio: Any
     angles: Any
 
 
@@ -189,7 +192,8 @@ def tile_of(fields, head, kv_heads, tiles, pages, KEY: tl.constexpr, LAUNCH: tl.
     ROWS: tl.constexpr = (KEY.bit_blocks + KEY.twice_read) * UNIT
     tile = head * tiles + tl.program_id(1)
     nothing = fields.factor
-    plain, constant, half_levels, mean, angles = nothing, nothing, nothing, nothing, nothing
+    plain, constant, half_levels = nothing, nothing, nothing
+    mean, ratio, angles = nothing, nothing, nothing
     if holds_queries(KEY, LAUNCH):
         constant = fields.constant + head * pages * LAUNCH.block_q
     else:
@@ -197,6 +201,7 @@ def tile_of(fields, head, kv_heads, tiles, pages, KEY: tl.constexpr, LAUNCH: tl.
         half_levels = fields.half_levels + head * D_PAD
     if KEY.takes_mean:
         mean = fields.mean + tile * (2 * KEY.mean_places * LAUNCH.block_q)
+        ratio = fields.ratio + tile * LAUNCH.block_q
         angles = fields.angles + head % kv_heads * (KEY.page_size * 2 * KEY.mean_places)
     return FieldQueries(
         fields.rows + tile * (ROWS * LAUNCH.block_q),
@@ -206,6 +211,7 @@ def tile_of(fields, head, kv_heads, tiles, pages, KEY: tl.constexpr, LAUNCH: tl.
         half_levels,
         fields.factor + tile * LAUNCH.block_q,
         mean,
+        ratio,
         angles,
     )
 
@@ -360,14 +366,12 @@ def _held_scores(codes, params, held, mean, KEY: tl.constexpr, LAUNCH: tl.conste
     PAGE: tl.constexpr = KEY.page_size
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
     scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
-    second, terms, rows = scores, scores, ()
-    if KEY.takes_mean:
-        terms = mean.own.to(LAUNCH.dtype)
+    second, rows = scores, ()
     for group in tl.static_range(_groups(KEY)):
         steps = _load_steps(params, held.channels[group], KEY, LAUNCH)
         rows += (held.rows[group] * steps,)  # type: ignore[assignment]  # a tuple that grows
     if KEY.takes_mean:
-        second = tl.dot(mean.angles, terms, second, input_precision=LAUNCH.precision)
+        second = mean_scores(mean, LAUNCH)
     tiles = _read_units(codes, KEY, LAUNCH)
     for group in tl.static_range(_groups(KEY)):
         if group % 2 == 0:
@@ -405,8 +409,7 @@ def _loaded_scores(codes, params, fields, mean, KEY: tl.constexpr, LAUNCH: tl.co
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
     scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
     if KEY.takes_mean:
-        terms = mean.own.to(LAUNCH.dtype)
-        scores = tl.dot(mean.angles, terms, scores, input_precision=LAUNCH.precision)
+        scores = mean_scores(mean, LAUNCH)
     for block in range(TWICE):
         scores = _add_block(scores, codes, params, fields, block, BLOCK_WORDS, True, KEY, LAUNCH)
     for block in range(TWICE, LAST):

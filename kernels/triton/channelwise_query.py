@@ -7,7 +7,7 @@ page add to scores is computed here too, by programs of their own. The result is
 **Range.** Rows are multiplied by steps in fp16. So queries are divided by a power of two above their largest channel,
 which scores are multiplied by again (``factor``). A step times the power of any of its bits is below 92800, for a step
 is at most 61440 and a range 131008; half of that fits fp16. What underflows changes a key by less than 2 ** -18, as
-fp16 would one of the size of 2 ** -7.
+fp16 would one of the size of 2 ** -7. Factors of the mean have an exponent of their own.
 """
 
 from typing import Any
@@ -44,9 +44,6 @@ from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table
 
 HALF = tl.constexpr(-1)  # exponent of what makes room
 PAGES = tl.constexpr(32)  # whose constants a program computes
-ANGLE = tl.constexpr(
-    -13
-)  # exponent of cosines and sines where fields are read as small numbers: see `_factor_exponent`
 
 
 @triton.jit
@@ -71,6 +68,13 @@ def _factor_exponent(fast):
 
 
 @triton.jit
+def _exponent_above(x):
+    """Return exponents of powers of two above ``x`` (fp32, not negative), within 100 of 0."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) - 126
+    return tl.minimum(tl.maximum(exponent, -100), 100)
+
+
+@triton.jit
 def _load_query(where, channel, exists, tables, KEY: tl.constexpr):
     """Return coded channels of queries ``[channels, columns]``, fp32, and what the table of means adds to scores."""
     ok = (channel < KEY.head_dim)[:, None] & exists[None, :]
@@ -88,9 +92,12 @@ def _load_query(where, channel, exists, tables, KEY: tl.constexpr):
 
 @triton.jit
 def _write_mean_queries(
-    where, tail, out, exists, factor, tables, KEY: tl.constexpr, BLOCK_Q: tl.constexpr
+    where, tail, out, exists, exponent, scale, tables, KEY: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """Write what the mean of keys adds to scores, for cosine and sine of the angle of each pair: see `start_mean`."""
+    """Write what the mean of keys adds to scores, for cosine and sine of the angle of each pair: see `start_mean`.
+
+    Products with rows are ``2 ** exponent`` times too small, ``[columns]``.
+    """
     HALF: tl.constexpr = KEY.head_dim // 2
     PLACES: tl.constexpr = KEY.mean_places
     pair = tl.arange(0, PLACES)
@@ -101,25 +108,26 @@ def _write_mean_queries(
     mean = tail + (KEY.query_rows + 1) * KEY.head_dim + pair
     a = tl.load(mean, mask=real, other=0.0).to(tl.float32)[:, None]
     b = tl.load(mean + HALF, mask=real, other=0.0).to(tl.float32)[:, None]
-    to = out + pair[:, None] * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
-    tl.store(to, (q_a * a + q_b * b) * factor[None, :])
-    tl.store(to + PLACES * BLOCK_Q, (q_b * a - q_a * b) * factor[None, :])
+    column = tl.arange(0, BLOCK_Q)
+    to = out.mean + pair[:, None] * BLOCK_Q + column[None, :]
+    along, across = q_a * a + q_b * b, q_b * a - q_a * b
+    own = _exponent_above(tl.maximum(tl.max(tl.abs(along), 0), tl.max(tl.abs(across), 0)))
+    tl.store(to, along * power_of_2(-own)[None, :])
+    tl.store(to + PLACES * BLOCK_Q, across * power_of_2(-own)[None, :])
+    tl.store(out.ratio + column, power_of_2(tl.minimum(tl.maximum(own - exponent, -126), 126)) * scale)
 
 
 @triton.jit
-def _write_angles(out, tables, block, KEY: tl.constexpr, TOKENS: tl.constexpr, FAST: tl.constexpr):
-    """Write cosine and sine of the angles of ``TOKENS`` tokens of a page, ``[tokens, 2, places]``, made small as fields
-    are.
-    """
-    SIZE: tl.constexpr = 2.0**ANGLE if FAST else 1.0
+def _write_angles(out, tables, block, KEY: tl.constexpr, TOKENS: tl.constexpr):
+    """Write cosine and sine of the angles of ``TOKENS`` tokens of a page, ``[tokens, 2, places]``."""
     PLACES: tl.constexpr = KEY.mean_places
     pair = tl.arange(0, PLACES)
     frequency = load_table(tables, pair, pair < KEY.mean_pairs, "frequency", KEY)
     token = block * TOKENS + tl.arange(0, TOKENS)
     cosine, sine = cosine_and_sine(token[:, None] * frequency[None, :])
     where = out + token[:, None] * (2 * PLACES) + pair[None, :]
-    tl.store(where, (cosine * SIZE).to(out.dtype.element_ty))
-    tl.store(where + PLACES, (sine * SIZE).to(out.dtype.element_ty))
+    tl.store(where, cosine.to(out.dtype.element_ty))
+    tl.store(where + PLACES, sine.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -182,7 +190,7 @@ def expand_query_kernel(
     elif tile < tiles + ANGLES:
         if KEY.takes_mean and head < kv_heads:
             angles = out.angles + head * (KEY.page_size * 2 * KEY.mean_places)
-            _write_angles(angles, tables, tile - tiles, KEY, TOKENS, LAUNCH.fast)
+            _write_angles(angles, tables, tile - tiles, KEY, TOKENS)
     elif holds_queries(KEY, LAUNCH):
         _write_constants(
             query, cache, tables, out.constant, scale, head, room, kv_heads, tokens,
@@ -207,15 +215,13 @@ def _expand_query(
     if KEY.has_tables:
         tl.store(bias + head * (LAUNCH.shared_by * tokens) + number, offset, mask=exists)
     q = q * scale
-    exponent = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) >> 23) - 126
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    exponent = _exponent_above(tl.max(tl.abs(q), 0))
     FACTOR: tl.constexpr = _factor_exponent(LAUNCH.fast)
     tl.store(out.factor + column, power_of_2(exponent + FACTOR))
     tail = tail_of_head(cache, head, KEY)
     if KEY.takes_mean:
-        MEAN: tl.constexpr = -FACTOR - (ANGLE.value if LAUNCH.fast else 0)
-        size = power_of_2(MEAN - exponent) * scale
-        _write_mean_queries(where, tail, out.mean, exists, size, tables, KEY, BLOCK_Q)
+        rows = exponent + FACTOR
+        _write_mean_queries(where, tail, out, exists, rows, scale, tables, KEY, BLOCK_Q)
     width = load_widths(tail, channel, KEY)
     if not holds_queries(KEY, LAUNCH):
         tl.store(out.plain + column[None, :] * D_PAD + channel[:, None], q)
@@ -286,6 +292,7 @@ def expand_query(
         half_levels=None if held else new(B * H, D_pad),
         factor=new(B * H, tiles, columns),
         mean=new(B * H, tiles, 2, key.mean_places, columns) if key.takes_mean else None,
+        ratio=new(B * H, tiles, columns) if key.takes_mean else None,
         angles=new(H, key.page_size, 2, key.mean_places, dtype=dtype) if key.takes_mean else None,
     )
     bias = new(B * H * launch.shared_by * tokens) if key.has_tables else None
