@@ -5,7 +5,9 @@ from __future__ import annotations
 WORD_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
 THIRDS = 3  # words that hold 16 codes of 3 bits
-THIRD_FIELDS = WORD_BITS // THIRDS  # whole codes in each: the bits that are left over hold the last code
+THIRD_FIELDS = (
+    WORD_BITS // THIRDS
+)  # whole codes in each: the bits that are left over hold the last code
 
 
 def planes_of(bits: int) -> tuple[int, ...]:
@@ -20,5 +22,7 @@ def plane_words(places: int, width: int) -> int:
 
 def padded_length(length: int, width: int) -> int:
     """Return the codes of ``width`` bits that fill whole words and are ``length`` or more."""
-    per_word = WORD_BITS if width == THIRDS else WORD_BITS // width  # of thirds: as many as each has bits
+    per_word = (
+        WORD_BITS if width == THIRDS else WORD_BITS // width
+    )  # of thirds: as many as each has bits
     return -(-length // per_word) * per_word

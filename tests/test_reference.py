@@ -12,7 +12,7 @@ from torch import Tensor
 from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Packed
-from kvq_compile.kernels.schemes import WORD_BITS, Uniform
+from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.transform import hadamard, rotate
 from kvq_compile.testing import HEAD_DIMS, changed, kv_tensors, lengths, page_layouts
@@ -79,9 +79,7 @@ def test_codes_of_three_bits_lie_in_thirds_of_a_row_and_the_last_in_what_they_le
                     expected[5, third, unit] = (code >> third & 1) << 15
             else:
                 expected[5, field // 5, unit] = code << 3 * (field % 5)
-            assert torch.equal(
-                reference.pack(codes, layout).int() & 0xFFFF, expected.flatten(1)
-            )
+            assert torch.equal(reference.pack(codes, layout).int() & 0xFFFF, expected.flatten(1))
 
 
 @given(page_layouts(), st.integers(0, 3))

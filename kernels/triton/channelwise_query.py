@@ -114,7 +114,9 @@ def _write_mean_queries(
     own = _exponent_above(tl.maximum(tl.max(tl.abs(along), 0), tl.max(tl.abs(across), 0)))
     tl.store(to, along * power_of_2(-own)[None, :])
     tl.store(to + PLACES * BLOCK_Q, across * power_of_2(-own)[None, :])
-    tl.store(out.ratio + column, power_of_2(tl.minimum(tl.maximum(own - exponent, -126), 126)) * scale)
+    tl.store(
+        out.ratio + column, power_of_2(tl.minimum(tl.maximum(own - exponent, -126), 126)) * scale
+    )
 
 
 @triton.jit
