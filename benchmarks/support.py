@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/support.md"
 VERSIONS = f"torch {torch.__version__}, transformers {transformers.__version__}"
 OPTIONS = {"method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"}
-CALLS, SLOTS = (48, 1, 1, 3), 64  # tokens of each call; one page is packed in the first
+CALLS, SLOTS = (48, 1, 1, 3), 96  # tokens of each call; one page is packed in the first
 # A call gets its tokens; and a cache, which the model does not return; all tokens until then; one token at a time.
 WAYS = ("new", "handed", "all", "single")
 MODES = [("eager", "dynamic"), ("eager", "static"), ("sdpa", "dynamic"), ("sdpa", "static")]

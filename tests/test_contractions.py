@@ -148,9 +148,27 @@ def boolean_that_is_added(query, keys, values):
     return scores.softmax(-1) @ heads(values)
 
 
+def raised_to_what_hides(query, keys, values):
+    """What is hidden may be raised to the lowest number there is, as XGLM does."""
+    scores = query @ heads(keys).mT * 0.25
+    scores = scores + torch.where(seen(query.shape[2], keys.shape[2]), 0.0, -torch.inf)
+    return torch.max(scores, torch.full((), torch.finfo(scores.dtype).min)).softmax(-1) @ heads(
+        values
+    )
+
+
+def hidden_twice(query, keys, values):
+    """Weights of what is hidden are set to zero, as CPM-Ant does."""
+    scores = query @ heads(keys).mT * 0.25
+    scores = scores.masked_fill(seen(query.shape[2], keys.shape[2]) == False, -torch.inf)  # noqa: E712
+    weights = scores.softmax(-1)
+    weights = weights.masked_fill(seen(query.shape[2], keys.shape[2]) == False, 0.0)  # noqa: E712
+    return weights @ heads(values)
+
+
 SPELLINGS = (
-    boolean_that_is_added, grouped_products, folded_batch, biased_products, bias_of_distance, in_place,
-    without_the_largest, heads_in_turn, sums,
+    boolean_that_is_added, raised_to_what_hides, hidden_twice, grouped_products, folded_batch, biased_products,
+    bias_of_distance, in_place, without_the_largest, heads_in_turn, sums,
 )  # fmt: skip
 
 
@@ -291,6 +309,21 @@ def clamped_by_a_tensor(query, keys, values):
     return scores.softmax(-1) @ heads(values)
 
 
+def far_weights_set(query, keys, values):
+    """Weights are set to zero where their scores were not hidden: as no trial is long enough to see."""
+    place = torch.arange(keys.shape[2])
+    scores = query @ heads(keys).mT * 0.25
+    scores = scores.masked_fill(~seen(query.shape[2], keys.shape[2]), -1e9)
+    return scores.softmax(-1).masked_fill(place[-1] - place > 300, 0.0) @ heads(values)
+
+
+def hidden_weights_set(query, keys, values):
+    """Weights of what is hidden are set to something else than zero."""
+    hidden = ~seen(query.shape[2], keys.shape[2])
+    scores = (query @ heads(keys).mT * 0.25).masked_fill(hidden, -1e9)
+    return scores.softmax(-1).masked_fill(hidden, 0.5) @ heads(values)
+
+
 def grouped(query, keys):
     return torch.einsum("bhgtd,bhsd->bhgts", query.unflatten(1, (H, G)), keys)
 
@@ -387,6 +420,8 @@ def sinks_of_another_place(query, keys, values):
 
 CHANGED = (
     far_scores_set,
+    far_weights_set,
+    hidden_weights_set,
     clamped_by_a_tensor,
     far_scores_halved,
     bent_by_erf, squared_weights, keys_reversed, crossed_heads, capped_behind_a_mask, scaled_behind_a_cap,

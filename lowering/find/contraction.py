@@ -15,12 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
 
-from kvq_compile.kernels.layout import HIDES
 from kvq_compile.kernels.score import Score
 from kvq_compile.lowering.find.attention import (
     ADDITIONS,
@@ -35,6 +33,7 @@ from kvq_compile.lowering.find.attention import (
 )
 from kvq_compile.lowering.find.chain import JOINS, Chain
 from kvq_compile.lowering.find.evaluation import Evaluation, Order, Orders, Steps, hint_of
+from kvq_compile.lowering.find.hiding import HIDING, hides, hiding, is_constant, is_number
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
     MIXING,
@@ -52,13 +51,12 @@ _REPEATS = ("repeat_interleave", "repeat", "tile", "stack", "cat", "gather", "in
 # could do nothing to random numbers and something to those of a model; what caps and clamps do is read from the graph.
 _OF_OPERANDS = (*_MOVES, *_REPEATS, *SCALINGS)
 _DIFFERENCES = (*DIFFERENCES, "rsub")
-_LARGEST = ("max", "amax")
-_HIDING = ("masked_fill", "masked_fill_", "where")
+_LARGEST = ("max", "amax", "maximum")
+_OF_WEIGHTS = (*_MOVES, *HIDING, "dropout")
 _OF_SCORES = (
-    *_MOVES, *SCALINGS, *ADDITIONS, *_DIFFERENCES, *_HIDING,
+    *_MOVES, *SCALINGS, *ADDITIONS, *_DIFFERENCES, *HIDING,
     *_LARGEST, *BENDS, *JOINS, "neg",
 )  # fmt: skip
-_OF_WEIGHTS = (*_MOVES, "dropout")
 _PARTS = {
     "queries": "product", "keys": "product", "scores": "softmax", "weights": "product", "values": "product",
 }  # fmt: skip
@@ -237,6 +235,8 @@ def _queries(nodes: Sequence[fx.Node], key: tuple[fx.Node, State]) -> list[fx.No
     """Return what may be the query: tensors of as many elements as heads of it would have, the cache's dtype first."""
     B, H, _, D = (hint_of(size) for size in shape_of(key[0]) or ())
     rows = B * H * D * hint_of((shape_of(own_tokens(key[1])) or (0, 0, 0))[2])
+    if rows == 0:
+        return []
     dtype = value_of(key[0]).dtype
     fitting = [
         node
@@ -348,29 +348,38 @@ class _Candidate:
         name = plain_name(node)
         moved = [other for other in data_of(node) if other in inside]
         others = [other for other in node.all_input_nodes if other not in inside]
+        if part == "weights" and name in HIDING:
+            return self._is_hidden_before(node, moved)
         if part != "scores":
             read = (other for other in others if other in data_of(node))
-            return all(_is_constant(other) for other in read if shape_of(other) is not None)
+            return all(is_constant(other) for other in read if shape_of(other) is not None)
         of_rows = [other for other in moved if self._is_of_rows(other)]
         if len(moved) - (len(of_rows) if name in _DIFFERENCES else 0) != 1:
             return False
-        if name in _HIDING:
-            names = (
-                ("condition", "input", "other") if name == "where" else ("input", "mask", "value")
-            )
-            given = [argument(node, place, each) for place, each in enumerate(names)]
-            mask = given.pop(0 if name == "where" else 1)
+        if name in HIDING:
+            mask, *given = hiding(node)
             for fill in given:
-                if fill not in moved and not _hides(fill):
+                if fill not in moved and not hides(fill):
                     raise not_hidden(fill)
             return mask not in moved
-        if name in _LARGEST:
-            return (
-                len(node.all_input_nodes) == 1
-            )  # of rows; with another tensor it would be a clamp
+        if (
+            name in _LARGEST
+        ):  # of rows; with another tensor it is a clamp, which may leave hidden what is hidden
+            return all(other not in moved and hides(other) for other in node.all_input_nodes[1:])
         if name in (*ADDITIONS, *_DIFFERENCES, *JOINS) or node in self._read.scaled:
             return True
-        return name in _MOVES or all(_is_constant(other) for other in others)
+        return name in _MOVES or all(is_constant(other) for other in others)
+
+    def _is_hidden_before(self, node: fx.Node, moved: Sequence[fx.Node]) -> bool:
+        """Return whether weights are set where a mask hides their scores, which a trial shows to be to zero."""
+        mask, *given = hiding(node)
+        fills = [fill for fill in given if fill not in moved]
+        steps = [step for step in self._chain if plain_name(step) in HIDING]
+        alike = any(
+            plain_name(step).rstrip("_") == plain_name(node).rstrip("_") and hiding(step)[0] is mask
+            for step in steps
+        )
+        return alike and mask not in moved and all(is_number(fill) for fill in fills)
 
     def _is_of_rows(self, node: fx.Node) -> bool:
         """Return whether a tensor is the largest of each row of scores."""
@@ -441,26 +450,6 @@ def _rounded(scale: float) -> float:
         if abs(candidate - scale) <= 1e-4 * abs(scale):
             return candidate
     return scale
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Return whether a value is the same in every call: made of numbers and constants of the model alone."""
-    if node.op == "placeholder" or isinstance(value_of(node), (torch.SymInt, torch.SymFloat)):
-        return False
-    return all(_is_constant(other) for other in node.all_input_nodes)
-
-
-def _hides(fill: Any) -> bool:
-    """Return whether a score that is set to ``fill`` has weight 0 in every call."""
-    if not isinstance(fill, fx.Node):
-        return isinstance(fill, (int, float)) and fill <= HIDES
-    made = Steps(fill, (), ())
-    if not _is_constant(fill) or not made.collect():
-        return False
-    try:
-        return bool((made.run({}, {}) <= HIDES).all())
-    except CANNOT_BE_RUN:
-        return False
 
 
 def _needs_arguments(node: fx.Node) -> bool:

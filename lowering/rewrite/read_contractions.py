@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,17 @@ from torch import fx
 from kvq_compile.lowering.find.attention import is_spelled_as_known
 from kvq_compile.lowering.find.contraction import (
     Contraction,
+    dependent,
     find_contraction,
     product_before,
+    product_behind,
 )
 from kvq_compile.lowering.find.evaluation import Order
+from kvq_compile.lowering.find.hiding import HIDING, hiding
 from kvq_compile.lowering.find.movement import made_of
+from kvq_compile.lowering.find.positions import same_value
 from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.find.trial import plain_name
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     argument,
@@ -59,6 +64,7 @@ def read_contractions(graph: Graph) -> PassReport:
             return find_state(node, outputs, graph.updates, softmax, graph.rings)
 
         try:
+            changes += _join_masks(softmax)
             contraction = find_contraction(softmax, find)
             attention = None if contraction is None else _Laid(graph.fx, contraction).attention()
         except Exception as error:
@@ -73,6 +79,22 @@ def read_contractions(graph: Graph) -> PassReport:
             changes.append(f"{softmax} is the softmax of an attention, by evaluation")
     graph.used |= set(graph.fx.nodes) - before  # what no pass needs is erased again
     return PassReport(tuple(changes))
+
+
+def _join_masks(softmax: fx.Node) -> Iterator[str]:
+    """Hide weights by the mask that hides their scores where that is the same, computed once more."""
+    output, scores = product_behind(softmax), argument(softmax, 0, "input")
+    product = product_before(softmax)
+    if output is None or product is None:
+        return
+    masks = [hiding(x)[0] for x in dependent(product, scores) if plain_name(x) in HIDING]
+    for node in dependent(softmax, output):
+        mask = hiding(node)[0] if plain_name(node) in HIDING else None
+        for known in masks:
+            if isinstance(mask, fx.Node) and mask is not known and same_value(mask, known):
+                node.replace_input_with(mask, known)
+                yield f"{node} hides weights by {known}"
+                break
 
 
 def _split(nodes: fx.Graph, joined: fx.Node) -> fx.Node:
