@@ -41,6 +41,7 @@ from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.read_contractions import read_contractions
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
+from kvq_compile.lowering.rewrite.spell_heads import spell_heads
 from kvq_compile.lowering.rewrite.spell_reads import spell_reads
 from kvq_compile.lowering.rewrite.spell_rings import spell_rings
 from kvq_compile.lowering.rewrite.spell_writes import spell_writes
@@ -69,6 +70,7 @@ ANALYSIS: tuple[Pass, ...] = (
     hold_slots,
     name_updates,
     spell_reads,  # what reads a cache that is known by now
+    spell_heads,
     read_contractions,
     find_sites,
     refuse_gradients,

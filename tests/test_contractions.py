@@ -71,7 +71,8 @@ def watch(attend: Attend, dtype: torch.dtype = torch.float32, lengths=(1, 1, 3))
 
 def assert_fused(recorder: Watch) -> None:
     assert "attend.default" in recorder.calls, recorder.details
-    assert not {"softmax", "einsum", "bmm", "matmul"} & recorder.calls
+    products = {"softmax", "einsum", "bmm", "matmul", "scaled_dot_product_attention"}
+    assert not products & recorder.calls
 
 
 def grouped_products(query, keys, values):
@@ -134,6 +135,29 @@ def heads_in_turn(query, keys, values):
     return scores.softmax(-1) @ values
 
 
+def known_products_of_heads_in_turn(query, keys, values):
+    """Regression: products that a pattern knew were not evaluated where their heads were not read (JetMoE)."""
+    keys, values = (x.repeat(1, G, 1, 1) for x in (keys, values))
+    scores = query @ keys.transpose(-1, -2) * 0.25
+    scores = scores.masked_fill(~seen(query.shape[2], keys.shape[2]), -torch.inf)
+    return scores.softmax(-1) @ values
+
+
+def heads_in_turn_of_one_call(query, keys, values):
+    """What JetMoE does to the operands of ``scaled_dot_product_attention``, with a mask of each head."""
+    keys, values = (x.repeat(1, G, 1, 1) for x in (keys, values))
+    mask = torch.where(seen(query.shape[2], keys.shape[2]), 0.0, -torch.inf)
+    mask = mask - torch.arange(H * G).view(-1, 1, 1) * torch.arange(keys.shape[2]) / 8
+    mask = mask.expand(query.shape[0], -1, -1, -1)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask)
+
+
+def joined_heads_in_turn(query, keys, values):
+    keys, values = (x[:, None].expand(-1, G, -1, -1, -1).flatten(1, 2) for x in (keys, values))
+    mask = seen(query.shape[2], keys.shape[2])
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask)
+
+
 def sums(query, keys, values):
     scores = (query[:, :, :, None] * heads(keys)[:, :, None]).sum(-1) * 0.25
     scores = scores.masked_fill(~seen(query.shape[2], keys.shape[2]), -1e9)
@@ -168,7 +192,8 @@ def hidden_twice(query, keys, values):
 
 SPELLINGS = (
     boolean_that_is_added, raised_to_what_hides, hidden_twice, grouped_products, folded_batch, biased_products,
-    bias_of_distance, in_place, without_the_largest, heads_in_turn, sums,
+    bias_of_distance, in_place, without_the_largest, heads_in_turn, known_products_of_heads_in_turn,
+    heads_in_turn_of_one_call, joined_heads_in_turn, sums,
 )  # fmt: skip
 
 
@@ -272,6 +297,12 @@ def crossed_heads(query, keys, values):
     scores = query @ heads(keys).mT * 0.25
     scores = scores.masked_fill(~seen(query.shape[2], keys.shape[2]), -1e9)
     return scores.softmax(-1) @ values.repeat(1, G, 1, 1)
+
+
+def crossed_heads_of_one_call(query, keys, values):
+    keys, values = heads(keys), values.repeat(1, G, 1, 1)
+    mask = seen(query.shape[2], keys.shape[2])
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask)
 
 
 def scaled_by_the_query(query, keys, values):
@@ -424,8 +455,8 @@ CHANGED = (
     hidden_weights_set,
     clamped_by_a_tensor,
     far_scores_halved,
-    bent_by_erf, squared_weights, keys_reversed, crossed_heads, capped_behind_a_mask, scaled_behind_a_cap,
-    scaled_by_columns, sinks_of_another_place,
+    bent_by_erf, squared_weights, keys_reversed, crossed_heads, crossed_heads_of_one_call, capped_behind_a_mask,
+    scaled_behind_a_cap, scaled_by_columns, sinks_of_another_place,
 )  # fmt: skip
 
 

@@ -79,12 +79,12 @@ def find_attentions(
     return found
 
 
-def is_spelled_as_known(softmax: fx.Node) -> bool:
-    """Return whether a softmax is that of an attention that can be read."""
+def as_spelled(softmax: fx.Node) -> Attention | None:
+    """Return the attention of a softmax, if its spelling is known."""
     try:
-        return _read_softmax(softmax) is not None
+        return _read_softmax(softmax)
     except Exception:
-        return False
+        return None
 
 
 def _read_sdpa(node: fx.Node) -> Attention:

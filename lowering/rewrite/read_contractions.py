@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.find.attention import is_spelled_as_known
+from kvq_compile.lowering.find.attention import as_spelled
 from kvq_compile.lowering.find.contraction import (
     Contraction,
+    Find,
     dependent,
     find_contraction,
     product_before,
@@ -54,8 +55,6 @@ def read_contractions(graph: Graph) -> PassReport:
     before = set(graph.fx.nodes)
     changes = []
     for softmax in calls(graph.fx, "softmax"):
-        if is_spelled_as_known(softmax):
-            continue
         product = product_before(softmax)
         if product is not None and target_name(product) == "baddbmm":
             changes.append(f"{product} is a product and a sum: {_split(graph.fx, product)}")
@@ -63,13 +62,17 @@ def read_contractions(graph: Graph) -> PassReport:
         def find(node: fx.Node, softmax: fx.Node = softmax) -> State:
             return find_state(node, outputs, graph.updates, softmax, graph.rings)
 
+        spelled = as_spelled(softmax)
+        if spelled is not None and _is_held(spelled, find):
+            continue
         try:
             changes += _join_masks(softmax)
             contraction = find_contraction(softmax, find)
             attention = None if contraction is None else _Laid(graph.fx, contraction).attention()
         except Exception as error:
             refusal = error if isinstance(error, Refusal) else unexpected(error)
-            graph.contractions[softmax] = refusal
+            if spelled is None:
+                graph.contractions[softmax] = refusal
             continue
         if contraction is not None and attention is not None:
             given = argument(softmax, 0, "input")  # what has written into it is what is read
@@ -79,6 +82,16 @@ def read_contractions(graph: Graph) -> PassReport:
             changes.append(f"{softmax} is the softmax of an attention, by evaluation")
     graph.used |= set(graph.fx.nodes) - before  # what no pass needs is erased again
     return PassReport(tuple(changes))
+
+
+def _is_held(spelled: Attention, find: Find) -> bool:
+    """Return whether keys and values are caches as they are read."""
+    try:
+        find(spelled.key)
+        find(spelled.value)
+    except Refusal:
+        return False
+    return True
 
 
 def _join_masks(softmax: fx.Node) -> Iterator[str]:

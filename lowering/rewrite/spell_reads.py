@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -82,31 +82,38 @@ def spell_reads(graph: Graph) -> PassReport:
     found = [x for x in find_attentions(graph.fx, graph.contractions) if isinstance(x, Attention)]
     for operand in dict.fromkeys(x for each in found for x in (each.key, each.value)):
         base = read_base(operand)
-        if base in returned or _is_cache(base):
+        if base in returned or is_cache(base):
             continue
-        for cache in _caches(operand, kept):
-            read = _Read(operand, cache)
-            is_told, end = read.end()
-            if is_told and read.is_proved():
-                changes.append(f"{operand} is read as {_spell(graph.fx, read, end)}")
-                graph.updates.pop(operand, None)  # the same as the one that is returned
-                break
+        read = find_read(operand, kept)
+        if read is not None:
+            changes.append(f"{operand} is read as {spell(graph.fx, read)}")
+            graph.updates.pop(operand, None)  # the same as the one that is returned
     graph.used |= {node for node in graph.fx.nodes if node.users}
     return PassReport(tuple(changes))
 
 
-def _is_cache(node: fx.Node) -> bool:
+def find_read(operand: fx.Node, kept: Collection[fx.Node], in_turn: bool = False) -> Read | None:
+    """Return how an operand is read from a cache, if evaluation bears it out; ``kept`` are caches besides arguments."""
+    for cache in _caches(operand, kept):
+        read = Read(operand, cache, in_turn)
+        if read.end()[0] and read.is_proved():
+            return read
+    return None
+
+
+def is_cache(node: fx.Node) -> bool:
+    """Return whether a node is a cache as states know it."""
     return is_cache_like(node) or target_name(node) in (*ALLOCATIONS, "cat")
 
 
-def _caches(operand: fx.Node, kept: set[fx.Node]) -> Iterator[fx.Node]:
+def _caches(operand: fx.Node, kept: Collection[fx.Node]) -> Iterator[fx.Node]:
     """Yield what an operand may be read from, nearest first."""
     mine = shape_of(operand) or ()
     for node in above(operand):
         theirs = shape_of(node) or ()
         if node is operand or len(mine) != 4 or len(theirs) != 4:
             continue
-        if not (node in kept or _is_cache(node)):
+        if not (node in kept or is_cache(node)):
             continue
         fits = same(mine[0], theirs[0]) and same(mine[3], theirs[3])
         if fits and _times(mine[1], theirs[1]) and value_of(node).dtype == value_of(operand).dtype:
@@ -143,11 +150,18 @@ def _is_prefix(part: Any) -> bool:
     return isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
 
 
-class _Read(Trial):
-    """The operations between a cache and an operand of attention."""
+class Read(Trial):
+    """The operations between a cache and an operand of attention.
 
-    def __init__(self, operand: fx.Node, cache: fx.Node) -> None:
+    Args:
+        operand: Keys or values as attention takes them.
+        cache: What may be the cache.
+        in_turn: Whether query heads take KV heads in turn, and not as many next to one another.
+    """
+
+    def __init__(self, operand: fx.Node, cache: fx.Node, in_turn: bool = False) -> None:
         super().__init__(operand, [cache], MIXING)
+        self.in_turn = in_turn
         self.cache, self.given = cache, (root_of(cache),)
         self.times = _times((shape_of(operand) or ())[1], (shape_of(cache) or ())[1])
 
@@ -204,12 +218,14 @@ class _Read(Trial):
         found = self.run(sizes, {self.cache: cache.clone()})
         if not isinstance(found, Tensor) or found.dim() != 4 or found.shape[2] > cache.shape[2]:
             return False
-        expected = cache.repeat_interleave(self.times, 1)[:, :, : found.shape[2]]
-        return torch.equal(found, expected)
+        times, blocks = (self.times, 1) if self.in_turn else (1, self.times)
+        expected = cache.repeat(1, times, 1, 1).repeat_interleave(blocks, 1)
+        return torch.equal(found, expected[:, :, : found.shape[2]])
 
 
-def _spell(graph: fx.Graph, read: _Read, end: Any) -> fx.Node:
-    operand, node = read.result, read.cache
+def spell(graph: fx.Graph, read: Read) -> fx.Node:
+    """Read the cache by a subscript and ``repeat_interleave`` wherever the operand was read; return the result."""
+    operand, node, end = read.result, read.cache, read.end()[1]
     value = value_of(operand)
     with graph.inserting_before(operand.next if read.copies() else read.first_reader()):
         if end is not None:
