@@ -115,7 +115,7 @@ def small_config(model_type: str, together: dict[str, Any]) -> PretrainedConfig:
     config = _small(CONFIG_MAPPING[model_type](), together)
     wanted = decoder_class(model_type).config_class
     if not isinstance(config, wanted):  # of several models, of which the decoder is one
-        config = next(part for part in vars(config).values() if isinstance(part, wanted))
+        config = next((part for part in vars(config).values() if isinstance(part, wanted)), config)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config

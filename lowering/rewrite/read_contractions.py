@@ -71,7 +71,7 @@ def read_contractions(graph: Graph) -> PassReport:
             attention = None if contraction is None else _Laid(graph.fx, contraction).attention()
         except Exception as error:
             refusal = error if isinstance(error, Refusal) else unexpected(error)
-            if spelled is None:
+            if spelled is None or isinstance(error, Refusal):
                 graph.contractions[softmax] = refusal
             continue
         if contraction is not None and attention is not None:
