@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 from threading import Timer
@@ -48,9 +48,9 @@ MODES = [("eager", "dynamic"), ("eager", "static"), ("sdpa", "dynamic"), ("sdpa"
 ABOUT = """Causal language models of the installed transformers, each built small from its configuration class with
 random weights, prefilled with {first} tokens and fed {further} further calls under `int8`. Key and value tensors of
 the cache are counted: *packed*, read as they are stored; *dense*, stored quantized and read as an ordinary tensor;
-*16 bit*, left as they are. *Change* is the largest change of a logit, relative to the largest logit, and *exact* that of
-the last call against the model on an ordinary cache of the same contents, in fp32: what is not due to the quantized cache.
-Made by `make support`; {versions}.
+*16 bit*, left as they are. *Change* is the largest change of a logit, relative to the largest logit; *exact* is that
+of the last call against the model on an ordinary cache of the same contents, in fp32: what the quantizer is not to
+blame for. An empty cell is a mode that the model does not run in without kvq. Made by `make support`; {versions}.
 """
 
 # What configurations call their sizes, by the size that they are given here.
@@ -375,6 +375,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         told = f"{max(exact):.0e}" if exact else ""
         lines.append(f"| `{model}` | {' | '.join(cells)} | {change:.4f} | {told} |")
     lines += ["", "## Why caches are read dense or stay in 16 bit", "", *_reasons(rows)]
+    lines += ["", "## Modes that models do not run in without kvq", "", *_modes_left(rows, tried)]
     left = sorted(set(found) - set(tried))
     if left:
         lines += ["", "## Not tried", ""]
@@ -413,6 +414,17 @@ def _cell(row: dict[str, Any] | None) -> str:
     if len(told) == 1:
         return told[0][1]
     return ", ".join(f"{count} {name}" for count, name in told)
+
+
+def _modes_left(rows: Sequence[dict[str, Any]], tried: Collection[str]) -> Iterator[str]:
+    models: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row["model"] in tried and "untried" in row:
+            no_sdpa = "does not support an attention implementation through" in row["untried"]
+            reason = "no SDPA" if no_sdpa else row["untried"]
+            models[f"{row['attention']}, {row['cache']}: {reason}"].add(row["model"])
+    for reason in sorted(models):
+        yield f"- {reason} ({', '.join(sorted(models[reason]))})"
 
 
 def _reasons(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

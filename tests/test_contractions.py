@@ -489,6 +489,20 @@ def test_a_step_that_is_not_understood_is_named() -> None:
         watch(bent_by_erf)
 
 
+def test_a_softmax_over_a_tensor_with_a_new_axis_is_no_fault() -> None:
+    """Regression: a subscript that inserts an axis was looked at as one that cuts a cache (Jamba)."""
+
+    def attend(query, keys, values):
+        rows = query[:, 0]
+        other = rows[:, :, None, :]
+        query = query + ((other @ other.mT).softmax(-1) @ other).transpose(1, 2)
+        return attended(hide(grouped(query, keys) * 0.25), values)
+
+    recorder = watch(attend)
+    assert "attend.default" in recorder.calls
+    assert not [detail for detail in recorder.details if "fault" in detail]
+
+
 def test_weights_that_are_used_elsewhere_are_not_lost() -> None:
     def attend(query, keys, values):
         scores = torch.einsum("bhgtd,bhsd->bhgts", query.unflatten(1, (H, G)), keys)

@@ -187,7 +187,7 @@ def _inserted_axis(node: Any) -> fx.Node | None:
 def _prefix_of(node: fx.Node) -> Any:
     """Return how many leading cache positions a subscript keeps, if that is all it does."""
     index, shape = getitem_index(node), shape_of(node.args[0])
-    if index is None or shape is None or len(index) != 4:
+    if index is None or shape is None or (len(index), len(shape)) != (4, 4):
         return None
     cut = index[2]
     if not all(is_full(index[i], shape[i]) for i in (0, 1, 3)) or not isinstance(cut, slice):
