@@ -39,7 +39,7 @@ help:
 	@echo "make test-matrix    the same on the newest torch and transformers"
 	@echo "make test-sanitize  tests of the CPU backend with its C++ under AddressSanitizer and UBSan (g++)"
 	@echo "make lint types     ruff and mypy as CI runs them"
-	@echo "make bench-cpu      decoding speed on this CPU, appended to benchmarks/"
+	@echo "make bench-cpu      decoding speed on this CPU, into benchmarks/results/cpu.csv"
 	@echo "make clean          remove environments and caches"
 
 $(VENV)/.torch:
@@ -116,7 +116,7 @@ tables: $(VENV)/.test
 	$(BIN)/python benchmarks/quality_plot.py
 
 bench-cpu: $(VENV)/.test
-	$(BIN)/python benchmarks/bench_cpu.py
+	$(BIN)/kvq bench cpu --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Write the tables of quality from the rows of ``results/``, between their markers in the documents.
+"""Write the tables of quality and of speed from the rows of ``results/``, between their markers in the documents.
 
     python benchmarks/quality_tables.py              # write them
     python benchmarks/quality_tables.py --add DIR    # first take over rows that were measured elsewhere
@@ -12,7 +12,6 @@ out. What the rows of a table were measured on stands under it. Figures that war
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import re
 import sys
@@ -20,6 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from speed_tables import SPEED_FILES, SPEED_TABLES
+
+from kvq_compile.bench import rows as kept
 from kvq_compile.options import DEFAULT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,37 +333,16 @@ TABLES += tuple(
 
 def read(name: str) -> list[dict[str, str]]:
     """Return the rows of a file of results; none where there is no file."""
-    path = RESULTS / name
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return kept.read_rows(RESULTS / name)
 
 
 def add_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Add rows to a file of results at its end, without those that are of the same measurement."""
-    if not rows:
-        return
-    old: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = list(csv.DictReader(file))
-    new = [{name: _cell(value) for name, value in row.items()} for row in rows]
-    keys = {_key(row) for row in new}
-    every = [*(row for row in old if _key(row) not in keys), *new]
-    columns = list(dict.fromkeys(name for row in every for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(every)
+    kept.add_rows(path, rows, SPEED_FILES.get(path.name, SAME), _cell)
 
 
 def _cell(value: object) -> str:
     return f"{value:.5f}" if isinstance(value, float) else str(value)
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(row.get(name) or "" for name in SAME)
 
 
 def with_tables(document: str, text: str) -> str:
@@ -370,7 +351,7 @@ def with_tables(document: str, text: str) -> str:
     Raises:
         ValueError: The document lacks the markers of one.
     """
-    for table in TABLES:
+    for table in (*TABLES, *SPEED_TABLES):
         if table.document != document:
             continue
         begin, end = f"<!-- table {table.name} -->\n", "<!-- end of table -->\n"
@@ -400,7 +381,7 @@ def with_figures(source: str) -> str:
 def documents() -> dict[Path, str]:
     """Return what the documents should hold."""
     found = {}
-    for name in dict.fromkeys(table.document for table in TABLES):
+    for name in dict.fromkeys(table.document for table in (*TABLES, *SPEED_TABLES)):
         path = ROOT / name
         found[path] = with_tables(name, path.read_text(encoding="utf-8"))
     figures = ROOT / "kvq_compile" / "measured.py"
@@ -415,10 +396,8 @@ def main() -> None:
     parser.add_argument("--add", type=Path, help="folder of rows to take over")
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    for name in FILES.values() if options.add else ():
-        if (options.add / name).exists():
-            with (options.add / name).open(newline="", encoding="utf-8") as file:
-                add_rows(RESULTS / name, list(csv.DictReader(file)))
+    for name in (*FILES.values(), *SPEED_FILES) if options.add else ():
+        add_rows(RESULTS / name, kept.read_rows(options.add / name))
     stale = [path for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
     if options.check and stale:
         sys.exit(f"out of date: {', '.join(path.name for path in stale)}; make tables writes them")

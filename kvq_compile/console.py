@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -233,6 +233,22 @@ def _refusals(rows: Sequence[KernelRow]) -> dict[str, list[str]]:
         if row.refused and row.method not in told.setdefault(row.refused, []):
             told[row.refused].append(row.method)
     return told
+
+
+def show_grid(
+    title: str, cells: Mapping[tuple[str, Any], str], refused: Mapping[str, Sequence[str]]
+) -> None:
+    """Print a table of a row a name and a column a shape or heading, and why some were not run."""
+    console.print(escape(title), highlight=False)
+    names, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    heads = [
+        column if isinstance(column, str) else f"{column[0]} x {readable_tokens(column[1])}"
+        for column in columns
+    ]
+    rows = [[cells.get((name, column), "") for column in columns] for name in names]
+    console.print(_table(names, heads, rows))
+    for why, which in refused.items():
+        note(f"{', '.join(which)}: {why}")
 
 
 def readable_tokens(count: int) -> str:

@@ -135,8 +135,12 @@ def tokens(
     return torch.randn(sizes[0], heads, count, sizes[3], dtype=dtype, device=device)
 
 
-def filled(spec: CacheSpec, role: Role, shape: Shape, dtype: torch.dtype, device: torch.device) -> Cache:  # fmt: skip
-    """Return a cache of ``shape.context`` random tokens, written as a prompt is, with room for one more page.
+def filled(
+    spec: CacheSpec, role: Role, shape: Shape, dtype: torch.dtype, device: torch.device, grows: bool = False
+) -> Cache:  # fmt: skip
+    """Return a cache of ``shape.context`` random tokens, written as a prompt is.
+
+    One that grows has the room that such a cache is given, another one room for one more page.
 
     Channels differ in spread and have means, as those of keys do; few tokens matter much.
     """
@@ -154,8 +158,8 @@ def filled(spec: CacheSpec, role: Role, shape: Shape, dtype: torch.dtype, device
     if layout.attentive:
         weights = torch.rand(shape.batch, shape.kv_heads, shape.context, device=device) ** 8
     asked = tokens(shape, shape.heads, 1, dtype, device) if layout.queries else None
-    slots = _first_of_page(layout, shape.context) + layout.page_size
-    parts = ops.quantize(x, slots, False, layout, constants, weights, asked)
+    slots = shape.context if grows else boundary(layout, shape.context)
+    parts = ops.quantize(x, slots, grows, layout, constants, weights, asked)
     return Cache(layout, parts, constants)
 
 
