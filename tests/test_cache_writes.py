@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.cache.read_only import ReadOnlyTokens
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.options import make_spec
 from kvq_compile.testing.small_cache import (
     LAYOUT,
     B,
@@ -37,17 +38,68 @@ def test_every_way_of_writing_tokens_writes_the_same(start: int, count: int) -> 
         lambda cache: aten.index_put_(cache, (None, None, position), x) if count else None,
     ]
     expected = static(100, 90)
-    torch.ops.kvq.append_(expected.parts, [], x, None, start, LAYOUT)
+    behind = expected.dequantize()[:, :, start + count : 90]
+    if count:
+        new = torch.cat([x, behind], 2)
+        torch.ops.kvq.append_(expected.parts, [], new, None, start, LAYOUT)
     for write in writes:
         cache = static(100, 90)
         write(cache)
-        if count:
-            assert_same_bytes(cache, expected)
-            assert torch.equal(
-                cache.dequantize()[:, :, start + count :], torch.zeros(B, H, 100 - start - count, D)
-            )
-        else:
-            assert_same_bytes(cache, static(100, 90))
+        touched = -(-max(0, start + count - LAYOUT.sinks) // LAYOUT.page_size) * LAYOUT.page_size
+        end = LAYOUT.sinks + touched
+        assert torch.equal(cache.dequantize()[:, :, :end], expected.dequantize()[:, :, :end])
+        assert cache.held() == max(90, start + count if count else 0)
+
+
+# LAYOUT packs pages of 32 tokens behind two sinks: of 90 tokens 66 are packed, and 24 exact.
+@pytest.mark.parametrize(
+    ("start", "count", "again"),
+    [
+        (0, 2, (0, 0)),
+        (1, 3, (2, 34)),
+        (5, 1, (2, 34)),
+        (33, 2, (2, 66)),
+        (34, 32, (34, 66)),
+        (60, 10, (34, 66)),
+        (66, 10, (0, 0)),
+        (88, 1, (0, 0)),
+    ],
+)
+def test_a_write_in_the_middle_leaves_what_lies_behind_it(
+    start: int, count: int, again: tuple[int, int]
+) -> None:
+    """Regression: it was taken for a rollback. Pages that it touches are quantized ``again``, no others."""
+    cache, x = static(100, 90), tokens(count, 1)
+    written = cache.dequantize()
+    before = written.clone()
+    written[:, :, start : start + count] = x
+    cache[:, :, start : start + count] = x
+    read, first, last = cache.dequantize(), *again
+    anew = QuantizedKV.from_dense(written, LAYOUT, kind="static", length=90).dequantize()
+    assert torch.equal(read[:, :, :first], written[:, :, :first])
+    assert torch.equal(read[:, :, first:last], anew[:, :, first:last])
+    assert torch.equal(
+        read[:, :, max(last, start + count) :], before[:, :, max(last, start + count) :]
+    )
+    exact = slice(max(last, start), max(last, start + count))
+    assert torch.equal(read[:, :, exact], written[:, :, exact])
+    assert cache.held() == 90
+    cache[:, :, 90:100] = tokens(10, 2)
+    assert torch.equal(cache.dequantize()[:, :, 98:100], tokens(10, 2)[:, :, 8:])
+
+
+@pytest.mark.parametrize("method", ["int8", "int2", "tc", "kivi", "qaq"])
+def test_a_token_may_be_edited_many_times(method: str) -> None:
+    """Tokens on other pages keep what they are read as, whatever the scheme."""
+    layout = make_spec(method=method, sinks=2, window=5, page_size=32).layout("key", 64)
+    cache = QuantizedKV.from_dense(tokens(140), layout, kind="static", length=130)
+    before = cache.dequantize()
+    for seed in range(20):
+        cache[:, :, 40:41] = tokens(1, seed)
+    read = cache.dequantize()
+    for other in (slice(0, 34), slice(66, 140)):
+        assert torch.equal(read[:, :, other], before[:, :, other])
+    assert cache.held() == 130
 
 
 def test_a_write_broadcasts_as_an_assignment_does() -> None:
@@ -62,13 +114,8 @@ def test_a_write_broadcasts_as_an_assignment_does() -> None:
     assert cache.held() == 27
 
 
-def test_a_rewinding_write_forgets_what_lies_behind_it() -> None:
+def test_a_write_up_to_the_end_or_beyond_takes_the_place_of_what_was_there() -> None:
     cache, x = static(100, 60), tokens(100)
-    cache[:, :, 57:58] = tokens(1, 1)
-    assert cache.held() == 58
-    read = cache.dequantize()
-    assert torch.equal(read[:, :, 57:58], tokens(1, 1))
-    assert not read[:, :, 58:].any()
     cache[:, :, 57:100] = x[:, :, 57:]
     assert_same_bytes(cache, static(100, 100))
 

@@ -22,12 +22,16 @@ from kvq_compile.kernels.cache.batch import EAGER, slice_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
 from kvq_compile.kernels.cache.views import alone
+from kvq_compile.kernels.cache.writes import (
+    GROWS_BY_CAT,
+    check_in_sight,
+    check_slots,
+    check_writable,
+    overwrite_,
+)
 from kvq_compile.kernels.packed import PARTS, part_names, widened, writable
 
 aten = torch.ops.aten
-GROWS_BY_CAT = (
-    "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
-)
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,65 +162,24 @@ def _write(
     if not isinstance(cache.cursor, FakeTensor):
         if count == 0:
             return
-        _check_writable(cache)
-        _check_slots(cache, position, start, int(count))
+        check_writable(cache)
+        first = check_slots(cache, position, start, int(count))
         x = x.to(cache.dtype)
         if cache.kind == "grown":
-            first = int(position[0]) if start is None else start  # type: ignore[index]
+            assert first is not None
             first += cache.first
             with cache._lineage.overwritten(cache, first):
                 ops.append_(cache.parts, cache.calibrated, x, None, first, cache.page_layout)
             return
-        _check_in_sight(cache, int(count))
+        check_in_sight(cache, int(count))
+        held = 0 if first is None else min(ring.count(cache), cache.shape[2])
+        if first is not None and first + int(count) < held:
+            overwrite_(cache, x, first, held)
+            return
         cache._lineage.counted = None
     elif cache.kind == "grown":
         raise NotImplementedError(GROWS_BY_CAT)
     ops.append_(cache.parts, cache.calibrated, x, position, start, cache.page_layout)
-
-
-def _check_writable(cache: QuantizedKV) -> None:
-    if cache._is_slice_copy:
-        raise NotImplementedError(
-            "a QuantizedKV sliced along its batch is a copy, in which a write would be lost; "
-            "write to the whole cache, or clone() the slice first"
-        )
-    if cache.kind == "grown" and cache._lineage.others(cache):
-        raise NotImplementedError(
-            "a grown QuantizedKV that shares its memory with other views cannot be overwritten; "
-            "clone() it first"
-        )
-
-
-def _check_in_sight(cache: QuantizedKV, count: int) -> None:
-    """Make sure that slots of a static cache, not all of which are written, are the same slots of its memory."""
-    slots = cache.shape[2]
-    if cache.kind == "ring" and count < slots and ring.count(cache) > slots:
-        raise NotImplementedError(
-            f"a ring that shows its last tokens takes new ones behind them, or all of them, got {cache!r}; roll a "
-            "copy, write into that and copy_ it back"
-        )
-
-
-def _check_slots(
-    cache: QuantizedKV, position: Tensor | None, start: int | None, count: int
-) -> None:
-    slots = cache.shape[2]
-    if position is not None and position.is_cuda and torch.cuda.is_current_stream_capturing():
-        torch._assert_async(position[-1] < slots)  # without synchronising with the device
-        return
-    if position is not None:
-        places = position.tolist()
-        if places != list(range(places[0], places[0] + count)):
-            raise ValueError(
-                f"positions must follow one another, got {places} for {cache!r}; write them in order, "
-                "or write to cache.dequantize(), which is a copy"
-            )
-        start = int(places[0])
-    end = (start or 0) + count
-    if end > slots:
-        raise ValueError(f"position must be below the {slots} slots of the cache, got {end - 1}")
-    if cache.kind == "grown" and end < slots:
-        raise NotImplementedError(GROWS_BY_CAT)
 
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
@@ -405,7 +368,7 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(x, QuantizedKV):
         return NotImplemented
     if not isinstance(x.cursor, FakeTensor):
-        _check_writable(x)
+        check_writable(x)
     if not _is_alike(x, source):
         if not _rolled(x, source):
             _write(x, source, None, 0, x.shape[2])
@@ -416,6 +379,7 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
         x.shift.copy_(source.shift, non_blocking)  # type: ignore[attr-defined]
     if not isinstance(x.cursor, FakeTensor):
         x._lineage.take(source._lineage)  # type: ignore[attr-defined]
+        x._lineage.counted = source._lineage.counted  # type: ignore[attr-defined]
     return x
 
 
@@ -449,7 +413,7 @@ def _zero(x: QuantizedKV) -> QuantizedKV:
         _write(x, 0.0, None, 0, x.shape[2])
     else:
         if not isinstance(x.cursor, FakeTensor):
-            _check_writable(x)
+            check_writable(x)
             x._lineage.counted = 0
         x.cursor.zero_()
     return x

@@ -12,7 +12,7 @@ The operations of a KV cache act on the packed form:
 
 **Three kinds.** A dynamic cache (kind ``"grown"``) has exactly as many slots as tokens, and ``cat`` returns a longer
 view of the same memory; capacity grows with the tokens. A *static* cache has a fixed number of slots. Tokens are
-written at consecutive positions: a write at an earlier slot drops the tokens after it, whose slots then read as zero.
+written at consecutive positions; outside graphs a write at earlier slots leaves those behind it (`writes`).
 A *ring* is a static cache that shows the last tokens of its memory: what joins it behind its last slot puts its first
 out of sight (`ring`).
 
@@ -62,9 +62,6 @@ INNER = (*HELD, TRIM)
 ATTRIBUTES = (
     *(*INNER, "page_layout", "kind", "_lineage", "_is_slice_copy"),
     *("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"),  # of `maybe_mark_dynamic`
-)
-GROWS_BY_CAT = (
-    "a grown QuantizedKV takes new tokens by torch.cat, and is overwritten up to its end only"
 )
 
 
