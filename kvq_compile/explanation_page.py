@@ -157,6 +157,9 @@ def _around(run: Sequence[AttentionLine], is_open: bool) -> Iterator[str]:
     yield "</div>"
     for _, name, flow in shown:
         yield f"<details><summary>as {name}, in words</summary><pre>{_text(words(flow))}</pre></details>"
+    if first.bound is not None:
+        yield "<details><summary>how far its output can be off</summary>"
+        yield f"<pre>{_text(first.bound)}</pre></details>"
     if first.stack:
         calls = "".join(f"<li>{_text(frame)}</li>" for frame in first.stack)
         yield f"<details><summary>where it is called</summary><ol>{calls}</ol></details>"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
@@ -321,7 +322,10 @@ def compile_ahead(
     for case in wanted:
         same = replace(case.shape, batch=1, context=1)
         groups.setdefault((case.method, same), []).append(case)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    ended = contextlib.suppress(
+        BrokenProcessPool
+    )  # what ended a process is met again, and told then
+    with ended, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         every = pool.map(_run_once, groups.values(), [str(device)] * len(groups))
         for done, _ in enumerate(every, 1):
             yield done, len(groups)
