@@ -21,7 +21,7 @@ from kvq_compile.lowering.sites import Refusal
 
 BY_ROW = (
     "each row of the cache is written at positions of its own, and a quantized cache holds equally many tokens in "
-    "every row"
+    "every row; pad sequences on the left, so that all are written at one position"
 )
 WRITES = ("index_copy_", "setitem", "index_put_")
 
