@@ -13,18 +13,15 @@ says so. ``benchmarks/quality_tables.py`` writes the tables.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from quality_tables import FILES, RESULTS, add_rows
 
+from kvq_compile.bench.place import place
 from kvq_compile.console import note, stages
 from kvq_compile.evaluation.greedy import Continuations
 from kvq_compile.evaluation.kept import Kept
@@ -157,34 +154,10 @@ def make_methods(
 
 def describe(model: Any, name: str, commit: str | None) -> dict[str, str]:
     """Return the columns that say what a row was measured on."""
-    if commit is None:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    if not commit:
+    where = place(model.device, commit)
+    if not where["commit"]:
         sys.exit("--commit must be given where there is no git checkout")
-    on_gpu = model.device.type == "cuda"
-    hardware = torch.cuda.get_device_name(model.device) if on_gpu else cpu_name()
-    versions: Mapping[str, str] = {
-        package: version(package) for package in ("triton", "transformers")
-    }
-    return {
-        "hardware": hardware,
-        "torch": torch.__version__,
-        **versions,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "commit": commit,
-        "model": name,
-    }
-
-
-def cpu_name() -> str:
-    """Return the processor's name and the threads that torch uses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor() or 'CPU'])[0]}, {torch.get_num_threads()} threads"
+    return where | {"dtype": str(model.dtype).removeprefix("torch."), "model": name}
 
 
 if __name__ == "__main__":
