@@ -59,9 +59,11 @@ from kvq_compile.kernels.packed import (
 Kind = Literal["grown", "static", "ring"]
 HELD = (*PARTS, *CALIBRATED, ORIGINALS)
 INNER = (*HELD, TRIM)
+FORM = "_form"  # the attribute that keeps what `form_of` has found
 ATTRIBUTES = (
     *(*INNER, "page_layout", "kind", "_lineage", "_is_slice_copy"),
     *("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"),  # of `maybe_mark_dynamic`
+    FORM,
 )
 
 

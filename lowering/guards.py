@@ -1,0 +1,141 @@
+"""Let Dynamo look at one cache of those that are alike, instead of at every part of each.
+
+Dynamo checks before every call what its graph was captured for: of a `QuantizedKV` the type, the layout, and of each
+tensor inside its sizes, strides and marks of dynamic sizes. For the caches of 32 layers that takes longer than all
+else that a step does on the host. Caches that are alike when a graph is captured get one check instead: that they
+still are (`are_alike`). Dynamo goes on to look at the first of them. What it finds there then holds for all, so that
+the graph runs in the same calls as before.
+
+Dynamo has no interface for this. Where it is not as it was found here, its own checks stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import AttrSource, SubclassAttrListSource
+from torch._guards import Guard, Source, TracingContext
+from torch._subclasses import FakeTensor
+
+from kvq_compile.kernels.cache.form import are_alike, facts_of
+from kvq_compile.kernels.cache.tensor import INNER, QuantizedKV
+from kvq_compile.lowering.nodes import value_of
+
+_OF_CACHE = ("TYPE_MATCH", "TENSOR_MATCH", "TENSOR_SUBCLASS_METADATA_MATCH")
+_OF_PART = (*_OF_CACHE, "EQUALS_MATCH")
+_TWICE = ("DUPLICATE_INPUT", "OBJECT_ALIASING")  # of inputs that are one object
+
+
+def unify(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Let sizes of caches that are alike be one symbol, so that the graph is one for caches that are.
+
+    Args:
+        gm: The captured graph, while it is being compiled.
+        inputs: Arguments of the call that is being compiled.
+    """
+    firsts: dict[Any, QuantizedKV] = {}
+    for node, given in _caches(gm, inputs):
+        fake: QuantizedKV = value_of(node)
+        first = firsts.setdefault(facts_of(given), fake)
+        for x, y in zip(_tensors(first), _tensors(fake), strict=True):
+            sizes: Iterable[tuple[Any, Any]] = zip(x.shape, y.shape, strict=True)
+            for size, other in sizes:
+                if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
+                    bool(size == other)  # merges the symbols
+
+
+def share_guards(gm: fx.GraphModule, inputs: Sequence[Any]) -> int:
+    """Replace Dynamo's checks of caches that are like another one; return how many caches that are.
+
+    Args:
+        gm: The captured graph, when it was compiled and nothing is to be checked beyond what is known now.
+        inputs: Arguments of the call that is being compiled.
+    """
+    context = TracingContext.try_get()
+    shape_env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
+    tracked = getattr(shape_env, "tracked_fakes", None)
+    groups = [group for group in _alike(gm, inputs) if len(group) > 1]
+    if context is None or tracked is None or not groups:
+        return 0
+    guards = context.guards_context.dynamo_guards
+    caches = {source for group in groups for source in group[1:]}
+    parts = {part for source in caches for part in _parts(source)}
+    names = {guard.originating_source: guard.name for guard in guards}
+    if any(source not in names for group in groups for source in group):
+        return 0
+    if any(_names_twice(guard, caches | parts) for guard in guards):
+        return 0
+    lists = [f"({', '.join(names[source] for source in group)},)" for group in groups]
+    ours = Guard(groups[0][0], _check(f"___kvq_are_alike({', '.join(lists)})", len(caches)))
+    for guard in list(guards):
+        if _is_shared(guard, caches, parts):
+            guards.inner.discard(guard)
+    guards.add(ours, collect_debug_stack=False)
+    tracked[:] = [fake for fake in tracked if fake.source not in caches | parts]
+    return len(caches)
+
+
+def _caches(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, QuantizedKV]]:
+    """Yield the placeholders of a graph that are caches, with the caches that they were captured for."""
+    for node, given in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if (
+            type(given) is QuantizedKV
+            and type(value_of(node)) is QuantizedKV
+            and not isinstance(given.cursor, FakeTensor)
+            and not given.requires_grad
+            and hasattr(node, "_dynamo_source")
+        ):
+            yield node, given
+
+
+def _alike(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[list[Any]]:
+    """Return the sources of the caches among a graph's inputs, those together that are alike, with the same symbols."""
+    groups: dict[Any, list[Any]] = {}
+    for node, given in _caches(gm, inputs):
+        symbols = tuple(_expressions((*x.shape, *x.stride())) for x in _tensors(value_of(node)))
+        groups.setdefault((facts_of(given), symbols), []).append(node._dynamo_source)  # type: ignore[attr-defined]
+    return list(groups.values())
+
+
+def _tensors(cache: QuantizedKV) -> list[Tensor]:
+    held = (getattr(cache, name) for name in INNER)
+    return [cache, *[x for x in held if x is not None]]
+
+
+def _expressions(sizes: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+
+
+def _parts(source: Any) -> list[Any]:
+    """Return the sources of what Dynamo looks at inside a cache."""
+    return [*[AttrSource(source, name) for name in INNER], SubclassAttrListSource(source)]
+
+
+def _is_shared(guard: Guard, caches: Collection[Any], parts: Collection[Any]) -> bool:
+    """Return whether a guard says of a cache, or of a tensor inside, what `are_alike` says of all."""
+    source, name = guard.originating_source, guard.create_fn_name()
+    return (source in caches and name in _OF_CACHE) or (source in parts and name in _OF_PART)
+
+
+def _names_twice(guard: Guard, sources: Collection[Any]) -> bool:
+    """Return whether a guard says that one of some sources is the same object as another one."""
+    create = guard.create_fn
+    if not isinstance(create, partial) or guard.create_fn_name() not in _TWICE:
+        return False
+    named = (guard.originating_source, *create.args, *create.keywords.values())
+    return any(x in sources for x in named if isinstance(x, Source))
+
+
+def _check(code: str, caches: int) -> Callable[[Any, Guard], None]:
+    """Return what makes a check of a guard; ``code`` is evaluated when all others have passed."""
+
+    def kvq_are_alike(builder: Any, guard: Guard) -> None:
+        told = f"{caches} caches are like the first of their kind: {code}"
+        names = {"___kvq_are_alike": are_alike}
+        builder.add_python_lambda_leaf_guard_to_root([code], [told], closure_vars=names)
+
+    return kvq_are_alike

@@ -1,0 +1,222 @@
+"""Of caches that are alike Dynamo looks at one; that one is not like the others any more is noticed all the same."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvq_compile import QuantizedKV, make_spec
+from kvq_compile.history import watching
+from kvq_compile.kernels.cache.form import are_alike, form_of
+from kvq_compile.lowering import guards
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::kvq_compile.errors.KVQWarning"),
+]
+
+LAYERS, HELD = 5, 60
+OPTIONS: dict[str, Any] = {
+    "method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"
+}  # fmt: skip
+# A last bit that layers sum in another order may move a code of 8 bits by one, and tokens are averages of many.
+CLOSE = {"rtol": 0, "atol": 0.01}
+Caches = list[tuple[Tensor, Tensor]]
+
+
+def layout(role: str, bits: int = 8) -> Any:
+    return make_spec(f"int{bits}", sinks=1, window=4, page_size=32).layout(role, 32)
+
+
+def cache(role: str, number: int, tokens: int = HELD, **about: Any) -> QuantizedKV:
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(1, 2, tokens, 32, generator=generator)
+    return QuantizedKV.from_dense(x, about.pop("layout", layout(role)), **about)
+
+
+def layers(**about: Any) -> Caches:
+    return [
+        (cache("key", 2 * layer, **about), cache("value", 2 * layer + 1, **about))
+        for layer in range(LAYERS)
+    ]
+
+
+def grown(x: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+    held: Caches = []
+    for keys, values in caches:
+        held.append((torch.cat([keys, x], 2), torch.cat([values, x.cos()], 2)))
+        x = sdpa(x, *held[-1])
+    return x, held
+
+
+def written(x: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+    for keys, values in caches:
+        keys[:, :, HELD : HELD + 1] = x
+        values[:, :, HELD : HELD + 1] = x.cos()
+        x = sdpa(x, keys, values, (torch.arange(keys.shape[2]) <= HELD)[None, None, None])
+    return x, caches
+
+
+def token(number: int) -> Tensor:
+    return torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(1000 + number))
+
+
+def replaced(caches: Caches, layer: int, place: int, by: Tensor) -> Caches:
+    pair = list(caches[layer])
+    pair[place] = by
+    return [*caches[:layer], (pair[0], pair[1]), *caches[layer + 1 :]]
+
+
+def roomy(caches: Caches) -> Caches:
+    """One layer has room for more: its tensors have other sizes."""
+    for x in caches[2]:
+        x.claim(500)  # type: ignore[attr-defined]
+    return caches
+
+
+def cropped(caches: Caches) -> Caches:
+    return [*caches[:3], (caches[3][0][:, :, :40], caches[3][1][:, :, :40]), *caches[4:]]
+
+
+def trimmed(caches: Caches) -> Caches:
+    return [*caches[:3], (caches[3][0][:, :, 5:], caches[3][1][:, :, 5:]), *caches[4:]]
+
+
+def of_other_bits(caches: Caches) -> Caches:
+    return replaced(caches, 1, 0, cache("key", 0, layout=layout("key", bits=4)))
+
+
+def ordinary(caches: Caches) -> Caches:
+    return replaced(caches, 4, 1, caches[4][1].dequantize())  # type: ignore[attr-defined]
+
+
+def twice(caches: Caches) -> Caches:
+    """Two layers share one cache."""
+    return [*caches[:4], caches[3]]
+
+
+def of_two(caches: Caches) -> Caches:
+    """All of them hold two sequences."""
+    both = torch.tensor([0, 0])
+    return [(keys.index_select(0, both), values.index_select(0, both)) for keys, values in caches]
+
+
+@pytest.mark.parametrize("change", [roomy, cropped, trimmed, ordinary, of_two])
+def test_a_layer_that_is_not_like_the_others_any_more_is_noticed(
+    change: Callable[[Caches], Caches],
+) -> None:
+    compiled = torch.compile(grown, backend="kvq", options=OPTIONS)
+    with torch.no_grad(), watching() as graphs:
+        compiled(token(0), layers())
+        for number in range(3):
+            mine, theirs = change(layers()), change(layers())
+            x = token(number).repeat(theirs[0][0].shape[0], 1, 1, 1)
+            found, expected = compiled(x, mine), grown(x, theirs)
+            torch.testing.assert_close(found[0], expected[0], **CLOSE)
+    assert len(graphs) == 2, "for the layers as they were, and as they are now"
+
+
+def test_a_layer_of_other_bits_is_refused() -> None:
+    compiled = torch.compile(grown, backend="kvq", options=OPTIONS)
+    with torch.no_grad():
+        compiled(token(0), layers())
+        with pytest.raises(Exception, match="must be quantized as this model is compiled"):
+            compiled(token(0), of_other_bits(layers()))
+
+
+def test_one_cache_in_two_layers_is_noticed() -> None:
+    """What was captured for two memories is not run on one: it would write the second token over the first."""
+    compiled = torch.compile(grown, backend="kvq", options=OPTIONS)
+    with torch.no_grad(), watching() as graphs:
+        compiled(token(0), layers())
+        found, expected = compiled(token(1), twice(layers())), grown(token(1), twice(layers()))
+        torch.testing.assert_close(found[0], expected[0], **CLOSE)
+    assert len(graphs) == 2
+
+
+def test_caches_that_change_alike_share_a_graph() -> None:
+    """Lengths, and room for them, are the same numbers for all layers."""
+    compiled = torch.compile(grown, backend="kvq", options=OPTIONS)
+    with torch.no_grad(), watching() as graphs:
+        compiled(token(0), layers())
+        for tokens in (61, 90, 200):
+            mine, theirs = layers(tokens=tokens), layers(tokens=tokens)
+            for number in range(40):
+                found, mine = compiled(token(number), mine)
+                expected, theirs = grown(token(number), theirs)
+                torch.testing.assert_close(found, expected, **CLOSE)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("function", [grown, written])
+def test_dynamo_looks_at_one_cache_of_those_that_are_alike(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys and the values of all layers are alike: two caches are looked at whole."""
+    kind, counts = "grown" if function is grown else "static", []
+    share = guards.share_guards
+    monkeypatch.setattr(
+        "kvq_compile.backend.share_guards", lambda *args: counts.append(share(*args))
+    )
+    slots = {} if kind == "grown" else {"kind": "static", "length": HELD, "tokens": 100}
+    with torch.no_grad():
+        torch.compile(function, backend="kvq", options=OPTIONS)(token(0), layers(**slots))
+    assert counts == [2 * LAYERS - 2]
+
+
+def test_a_static_cache_of_another_size_is_noticed() -> None:
+    def caches(slots: int) -> Caches:
+        made = layers(kind="static", length=HELD, tokens=100)
+        about = {"kind": "static", "length": HELD, "tokens": slots}
+        return [*made[:-1], (cache("key", 3, **about), cache("value", 4, **about))]
+
+    compiled = torch.compile(written, backend="kvq", options=OPTIONS)
+    with torch.no_grad():
+        for slots in (100, 120, 100):
+            found = compiled(token(1), caches(slots))[0]
+            torch.testing.assert_close(found, written(token(1), caches(slots))[0], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["codes", "params", "exact", "cursor"])
+def test_a_tensor_put_in_place_of_a_part_is_looked_at(name: str) -> None:
+    first, second = cache("key", 0), cache("key", 1)
+    assert form_of(first) is form_of(second)
+    part = getattr(second, name)
+    assert are_alike((first, second))
+    setattr(second, name, torch.cat([part, part], -1))
+    assert not are_alike((first, second))
+    setattr(second, name, part.clone())
+    assert are_alike((first, second))
+
+
+@pytest.mark.parametrize("change", ["dtype", "gradient", "kind", "length"])
+def test_caches_that_differ_are_not_alike(change: str) -> None:
+    first, second = cache("key", 0), cache("key", 1)
+    assert are_alike((first, second))
+    other = {
+        "dtype": lambda: second.double(),
+        "gradient": lambda: second.clone().requires_grad_(),
+        "kind": lambda: cache("key", 1, kind="static"),
+        "length": lambda: second[:, :, :50],
+    }[change]()
+    assert not are_alike((first, other))
+
+
+def test_views_of_one_memory_are_one_cache() -> None:
+    keys = cache("key", 0)
+    assert not are_alike((keys, keys.detach()))
+    assert not are_alike((keys,), (keys,))
+
+
+def test_guards_stay_where_dynamo_has_no_such_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are slower and as right."""
+    monkeypatch.setattr(guards, "TracingContext", SimpleNamespace(try_get=lambda: None))
+    compiled = torch.compile(grown, backend="kvq", options=OPTIONS)
+    with torch.no_grad():
+        for change in (lambda caches: caches, cropped, roomy):
+            found = compiled(token(0), change(layers()))[0]
+            torch.testing.assert_close(found, grown(token(0), change(layers()))[0], **CLOSE)
