@@ -138,12 +138,15 @@ def part_names(layout: Layout) -> tuple[str, ...]:
     return (*PARTS, ORIGINALS) if layout.keep_exact else PARTS
 
 
+_AS_IT_IS = nullcontext()
+
+
 def writable() -> AbstractContextManager[object]:
     """Return a context for allocating tensors that are written later, in any mode.
 
     A tensor allocated in inference mode cannot be written in place outside of it.
     """
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 @cache

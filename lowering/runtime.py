@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -37,13 +38,28 @@ Run = Callable[[Sequence[Any]], Sequence[Any]]  # of the captured graph's argume
 Tell = Callable[[str], None]
 
 
+class Call:
+    """The arguments of one call, and what sizes are in it: one that several caches share is computed once."""
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        self.args = args
+        self._sizes: dict[Size, int] = {}
+
+    def size(self, size: Size) -> int:
+        """Return a size in this call."""
+        found = self._sizes.get(size)
+        if found is None:
+            found = self._sizes[size] = size(self.args)
+        return found
+
+
 @dataclass(frozen=True)
 class Plain:
     """Return the graph's output number ``index`` as it is."""
 
     index: int
 
-    def build(self, results: Sequence[Any], args: Sequence[Any]) -> Any:
+    def build(self, results: Sequence[Any], call: Call) -> Any:
         """Return the output."""
         return results[self.index]
 
@@ -63,14 +79,14 @@ class Made:
     tables: Tensor | None
     trimmed: bool = False
 
-    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+    def build(self, results: Sequence[Any], call: Call) -> QuantizedKV:
         """Return the new cache."""
         behind = self.index + len(part_names(self.layout))
         parts = results[self.index : behind]
         calibrated = [] if self.tables is None else [self.tables]
         calibrated += results[behind : behind + self.layout.rotary]
         trim = new_trim(0, parts[0]) if self.trimmed else None
-        about = self.layout, self.kind, self.length(args)
+        about = self.layout, self.kind, call.size(self.length)
         return QuantizedKV(parts, calibrated, *about, trim=trim)
 
 
@@ -82,10 +98,10 @@ class Extended:
     tokens: Size
     kept: Size | None = None
 
-    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+    def build(self, results: Sequence[Any], call: Call) -> QuantizedKV:
         """Return the longer view."""
-        cache: QuantizedKV = args[self.argument]
-        return _last(cache.extended(self.tokens(args)), self.kept, args)
+        cache: QuantizedKV = call.args[self.argument]
+        return _last(cache.extended(call.size(self.tokens)), self.kept, call)
 
 
 @dataclass(frozen=True)
@@ -100,16 +116,16 @@ class Gathered:
     tokens: Size
     kept: Size | None = None
 
-    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+    def build(self, results: Sequence[Any], call: Call) -> QuantizedKV:
         """Return the new cache."""
-        cache: QuantizedKV = args[self.argument]
+        cache: QuantizedKV = call.args[self.argument]
         layout = cache.page_layout
         behind = self.index + len(part_names(layout))
         parts = results[self.index : behind]
         calibrated = [*cache.calibrated[:1], *results[behind : behind + layout.rotary]]
-        length = cache.shape[2] + self.tokens(args)
+        length = cache.shape[2] + call.size(self.tokens)
         longer = QuantizedKV(parts, calibrated, layout, "grown", length, trim=cache.trim)
-        return _last(longer, self.kept, args)
+        return _last(longer, self.kept, call)
 
 
 @dataclass(frozen=True)
@@ -118,18 +134,18 @@ class Given:
 
     argument: int
 
-    def build(self, results: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+    def build(self, results: Sequence[Any], call: Call) -> QuantizedKV:
         """Return the argument."""
-        cache: QuantizedKV = args[self.argument]
+        cache: QuantizedKV = call.args[self.argument]
         return cache
 
 
-def _last(cache: QuantizedKV, kept: Size | None, args: Sequence[Any]) -> QuantizedKV:
+def _last(cache: QuantizedKV, kept: Size | None, call: Call) -> QuantizedKV:
     """Return the view of the last ``kept`` tokens; of all where it is ``None``."""
     if kept is None:
         return cache
     length = cache.shape[2]
-    return cache.part(length - kept(args), length)
+    return cache.part(length - call.size(kept), length)
 
 
 Output = Plain | Made | Extended | Gathered | Given
@@ -313,53 +329,58 @@ class Lowered:
             return self._call(run, args)
 
     @cached_property
-    def _appended(self) -> tuple[int, ...]:
+    def _appended(self) -> list[int]:
         """Places of the dynamic caches that take tokens."""
-        plans = (plan for plan in self.outputs if isinstance(plan, (Extended, Gathered)))
-        return tuple({plan.argument: None for plan in plans})
+        return list(dict.fromkeys(argument for argument, _ in self._room))
 
     def _call(self, run: Run, args: Sequence[Any]) -> list[Any]:
-        self._claim(args)
+        about = Call(args)
+        self._claim(about)
         rings = () if self.check is None else self.check.rings
         for write in rings:
             write.claim(args)
         results = run(args)
-        self._forget_counts(args)
+        for place in self._uncounted:
+            args[place]._lineage.counted = None
         for write in rings:
             write.note(args)
-        outputs = [plan.build(results, args) for plan in self.outputs]
+        outputs = [plan.build(results, about) for plan in self.outputs]
         for cache in outputs:
             if isinstance(cache, QuantizedKV) and not isinstance(cache.cursor, FakeTensor):
                 cache._lineage.compiled = int(cache.end)
         return outputs
 
-    def _forget_counts(self, args: Sequence[Any]) -> None:
-        """Forget how many tokens the caches of fixed size hold that the call may have written."""
+    @cached_property
+    def _uncounted(self) -> list[int]:
+        """Places of the caches of which the host does not know how many tokens they hold after a call."""
         rings = () if self.check is None else self.check.rings
-        for place in self.unwrapped.keys() - {write.argument for write in rings}:
-            args[place]._lineage.counted = None
+        return sorted(self.unwrapped.keys() - {write.argument for write in rings})
 
-    def _claim(self, args: Sequence[Any]) -> None:
+    @cached_property
+    def _room(self) -> list[tuple[int, Size]]:
+        """Places of the dynamic caches that take tokens, and how many; several times where there are several views."""
+        plans = (plan for plan in self.outputs if isinstance(plan, (Extended, Gathered)))
+        return sorted({(plan.argument, plan.tokens) for plan in plans}, key=itemgetter(0))
+
+    def _claim(self, call: Call) -> None:
         """Make room for the call's tokens in the dynamic caches.
 
         Raises:
             ValueError: The keys and the values of a layer hold different numbers of tokens.
         """
+        args = call.args
         for key, value in self.pairs:
             if args[key].shape[2] != args[value].shape[2]:
                 lengths = f"{int(args[key].shape[2])} keys and {int(args[value].shape[2])} values"
                 raise ValueError(
                     f"keys and values of a cache must hold equally many tokens, got {lengths}"
                 )
-        room: dict[int, int] = {}
-        for plan in self.outputs:
-            if isinstance(plan, (Extended, Gathered)):
-                room[plan.argument] = max(room.get(plan.argument, 0), plan.tokens(args))
-        for argument, tokens in room.items():
-            args[argument].claim(tokens)
+        for argument, tokens in self._room:
+            args[argument].claim(call.size(tokens))
         for key, value in self.pairs:
-            if args[key].first != args[value].first:
-                hidden = f"{int(args[key].first)} keys and {int(args[value].first)} values"
+            keys, values = args[key], args[value]
+            if keys.trim is not values.trim and keys.first != values.first:
+                hidden = f"{int(keys.first)} keys and {int(values.first)} values"
                 raise ValueError(
                     f"keys and values of a cache must hide equally many tokens, got {hidden}"
                 )

@@ -38,6 +38,7 @@ class SizeReader:
 
     def __init__(self, placeholders: Sequence[fx.Node]) -> None:
         self._sources: dict[sympy.Symbol, Size] = {}
+        self._made: dict[Any, Size] = {}
         for index, node in enumerate(placeholders):
             value = value_of(node)
             if isinstance(value, torch.SymInt):
@@ -54,11 +55,17 @@ class SizeReader:
             self._sources[expression] = source
 
     def size(self, size: int | torch.SymInt) -> Size:
-        """Return a function from the arguments to ``size`` as a number.
+        """Return a function from the arguments to ``size`` as a number; the same one for equal sizes.
 
         Raises:
             Refusal: A symbol of the size does not appear among the arguments.
         """
+        expression = size.node.expr if isinstance(size, torch.SymInt) else int(size)
+        if expression not in self._made:
+            self._made[expression] = self._make(size)
+        return self._made[expression]
+
+    def _make(self, size: int | torch.SymInt) -> Size:
         if not isinstance(size, torch.SymInt):
             constant = int(size)
             return lambda args: constant

@@ -38,6 +38,7 @@ from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.ring import last_slots, slots_for
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
+from kvq_compile.kernels.cache.symbols import unify
 from kvq_compile.kernels.cache.trim import TRIM, new_trim
 from kvq_compile.kernels.cache.views import Lineage, Views
 from kvq_compile.kernels.layout import Layout
@@ -60,11 +61,10 @@ Kind = Literal["grown", "static", "ring"]
 HELD = (*PARTS, *CALIBRATED, ORIGINALS)
 INNER = (*HELD, TRIM)
 FORM = "_form"  # the attribute that keeps what `form_of` has found
-ATTRIBUTES = (
-    *(*INNER, "page_layout", "kind", "_lineage", "_is_slice_copy"),
+ATTRIBUTES = {
+    *(*INNER, "page_layout", "kind", "_lineage", "_is_slice_copy", FORM),
     *("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"),  # of `maybe_mark_dynamic`
-    FORM,
-)
+}
 
 
 class QuantizedKV(Views, Exports, Tensor):
@@ -256,7 +256,9 @@ class QuantizedKV(Views, Exports, Tensor):
                 QuantizedKV, (B, H, length, D), dtype=self.dtype, device=self.device
             )
         known = self.__dict__
-        view.__dict__.update({name: known[name] for name in ATTRIBUTES if name in known})
+        if not known.keys() <= ATTRIBUTES:
+            known = {name: known[name] for name in ATTRIBUTES if name in known}
+        view.__dict__.update(known)
         view._lineage.add(view)
         return view
 
@@ -323,6 +325,7 @@ class QuantizedKV(Views, Exports, Tensor):
         layout, kind, _ = meta
         parts = [inner[name] for name in part_names(layout)]
         calibrated = [inner[name] for name in calibrated_names(layout)]
+        unify(layout, kind, (outer_size, *(x.shape for x in inner.values())))
         return QuantizedKV(parts, calibrated, layout, kind, outer_size[2], trim=inner.get(TRIM))
 
     @classmethod

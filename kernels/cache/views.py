@@ -18,7 +18,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +88,13 @@ class Lineage:
 
     def extend(self, view: Views, length: int) -> None:
         """Record an append up to ``length`` tokens, and restore the codes of a cut page that is full again."""
-        self.held, packed = length, self.pages
-        self.pages = max(packed, view.page_layout.pages_at(length))
+        self.held, packed, layout = length, self.pages, view.page_layout
+        if length < layout.sinks + layout.window + (packed + 1) * layout.page_size:
+            return  # no page fills, as at nearly every step
+        self.pages = max(packed, layout.pages_at(length))
         if self.reopened is not None and self.pages > packed:
             codes, params, _, _ = view.paged()
-            self.reopened.restore_(codes, params, view.page_layout)
+            self.reopened.restore_(codes, params, layout)
             self.reopened = None
 
     def drop(self, pages: int, slots: int) -> None:
@@ -134,15 +136,18 @@ class Lineage:
 def alone(views: Sequence[Views]) -> Iterator[None]:
     """Keep other threads from appending to the memory of some views: two may go on from one prefix."""
     while True:
+        held: list[Any] = []
         locks = [view._lineage.lock for view in views]
-        with ExitStack() as held:
+        try:
             for lock in sorted(locks, key=id):  # everywhere in one order
-                held.enter_context(lock)
-            if locks == [
-                view._lineage.lock for view in views
-            ]:  # none was given other memory meanwhile
+                lock.acquire()
+                held.append(lock)
+            if locks == [view._lineage.lock for view in views]:  # none was given other memory
                 yield
                 return
+        finally:
+            for lock in reversed(held):
+                lock.release()
 
 
 class Views(Tensor):
@@ -185,7 +190,8 @@ class Views(Tensor):
     @property
     def end(self) -> Any:
         """Slots of the memory up to the last of this view."""
-        return self.first + self.shape[2]
+        slots = self.shape[2]
+        return slots if self.trim is None else self.first + slots
 
     def written_outside(self) -> int:
         """Return how many tokens eager code has appended since a compiled call wrote the last one."""
@@ -203,7 +209,7 @@ class Views(Tensor):
         """Make this view the longest of its memory, with room for ``tokens`` more; copies only if it must."""
         end: int = self.end
         on_cpu = self.device.type == "cpu"
-        shared = on_cpu and self.codes.is_shared()
+        shared = on_cpu and self.codes.untyped_storage().is_shared()
         if self._lineage.held == end and end + tokens <= self.room() and not shared:
             return  # as at nearly every step
         longer = any(view.end > end for view in self._lineage.others(self))
@@ -291,9 +297,10 @@ class Views(Tensor):
 
     def extended(self, tokens: int) -> QuantizedKV:
         """Return the view that also shows ``tokens`` just appended behind this one."""
+        length = self.shape[2] + tokens
         if not isinstance(self.cursor, FakeTensor):
-            self._lineage.extend(self, int(self.end + tokens))
-        longer = self._view(self.shape[2] + tokens)
+            self._lineage.extend(self, int(self.first + length) if self.trim is not None else length)
+        longer = self._view(length)
         longer._is_slice_copy = False  # `torch.cat` returns a tensor of its own
         return longer
 

@@ -1,0 +1,150 @@
+"""Time what the host does for a decoding step, without what it launches: no GPU is needed.
+
+A model of many tiny layers is compiled; a recorded step is not launched again, its results stay as they are. What is
+left is Dynamo's checks, the runtime around the graph, and transformers. The baseline is a 16-bit static cache under a
+backend that does nothing either. Times are milliseconds of processor time of one thread a step: the median and the
+least, since others may use the machine.
+
+    python benchmarks/host_step.py [--layers 32] [--runs hf-static,int4,int4-static] [--profile] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import csv
+import platform
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import fx
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from kvq_compile import backend
+
+CONTEXT, SPARE = 1920, 100  # the caches do not grow meanwhile
+WARM, TIMED = 6, 60
+
+
+class Recorder:
+    """Stands for CUDA graphs, and launches nothing."""
+
+    replays = 0
+
+    def __call__(self, run: Callable[[], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
+        results = run()
+
+        def replay() -> Sequence[Any]:
+            self.replays += 1
+            return results
+
+        return replay
+
+
+def idle(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph to what returns the results of its first call."""
+    results: list[Any] = []
+
+    def call(*args: Any) -> Any:
+        if not results:
+            results.append(gm(*args))
+        return results[0]
+
+    return call
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
+def llama(layers: int) -> LlamaForCausalLM:
+    """Return a model of tiny layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def decode(model: Any, cache: Any) -> Iterator[Callable[[], Any]]:
+    """Yield the prompt, then steps as `generate` makes them."""
+    ids = torch.ones(1, CONTEXT, dtype=torch.long)
+    places = torch.arange(CONTEXT)[None]
+    while True:
+        yield lambda: model(ids, position_ids=places, past_key_values=cache, use_cache=True).logits
+        ids, places = ids[:, :1], places[:, -1:] + 1
+
+
+def measure(run: str, layers: int, profile: bool) -> dict[str, Any]:
+    """Time one run."""
+    model, recorder = llama(layers), Recorder()
+    backend.RECORDERS["cpu"] = recorder
+    torch._dynamo.reset()
+    if run == "hf-static":
+        model.compile(backend=idle)
+    else:
+        method = run.removesuffix("-static")
+        model.compile(backend="kvq", options={"method": method, "inner": "eager"})
+    static = run.endswith("-static")
+    slots = CONTEXT + SPARE + WARM + TIMED
+    config = model.config
+    cache = StaticCache(config, max_cache_len=slots) if static else DynamicCache(config=config)
+    steps = decode(model, cache)
+    for _ in range(WARM):
+        next(steps)()
+    times = []
+    for _ in range(TIMED):
+        step = next(steps)
+        start = time.thread_time()
+        step()
+        times.append(1e3 * (time.thread_time() - start))
+    if profile:
+        with cProfile.Profile() as profiler:
+            for _ in range(TIMED // 2):
+                next(steps)()
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(24)
+    about = {"run": run, "layers": layers, "context": CONTEXT, "replays": recorder.replays}
+    return about | {"ms": round(statistics.median(times), 3), "least_ms": round(min(times), 3)}
+
+
+def main() -> None:
+    """Time what was asked for and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--runs", default="hf-static,int4,int4-static", help="method, or -static")
+    parser.add_argument("--commit", default="", help="of the code")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    about = {
+        "cpu": processor(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "commit": given.commit,
+    }  # fmt: skip
+    rows = []
+    for run in given.runs.split(","):
+        rows.append(about | measure(run, given.layers, given.profile))
+        print(rows[-1], flush=True)
+    if given.out is not None:
+        new = not given.out.exists()
+        with given.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
