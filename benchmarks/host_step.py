@@ -18,6 +18,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Recorder:
     replays = 0
 
     def __call__(self, run: Callable[[], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
+        """Run a step, and return what stands for launching it again."""
         results = run()
 
         def replay() -> Sequence[Any]:
@@ -82,7 +84,8 @@ def decode(model: Any, cache: Any) -> Iterator[Callable[[], Any]]:
     ids = torch.ones(1, CONTEXT, dtype=torch.long)
     places = torch.arange(CONTEXT)[None]
     while True:
-        yield lambda: model(ids, position_ids=places, past_key_values=cache, use_cache=True).logits
+        about = {"position_ids": places, "past_key_values": cache, "use_cache": True}
+        yield partial(model, ids, **about)
         ids, places = ids[:, :1], places[:, -1:] + 1
 
 

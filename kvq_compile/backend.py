@@ -91,9 +91,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     if form is not None:
         compiled = _compiled(form.module, form.take(example_inputs), lowered, recorder, config)
         return refusing_lost_writes(gm, form.around(compiled))
-    compiled = refusing_lost_writes(
-        gm, _compiled(gm, example_inputs, lowered, recorder, config)
-    )
+    compiled = refusing_lost_writes(gm, _compiled(gm, example_inputs, lowered, recorder, config))
     share_guards(gm, example_inputs)
     return compiled
 

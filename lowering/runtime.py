@@ -274,7 +274,10 @@ class Lowered:
         def call(*args: Any) -> list[Any]:
             look = self.look(args)
             if look.reason is None:
-                return self.call(run, _passed_on(args, look.updated))
+                outputs = self.call(run, _passed_on(args, look.updated))
+                if self.check is not None:
+                    self.check.note(args, look)
+                return outputs
             tell(look.reason)
             return self._as_captured(args, look.reason)
 
@@ -339,9 +342,10 @@ class Lowered:
         rings = () if self.check is None else self.check.rings
         for write in rings:
             write.claim(args)
-        results = run(args)
         for place in self._uncounted:
-            args[place]._lineage.counted = None
+            lineage = args[place]._lineage
+            lineage.counted = lineage.counter = None
+        results = run(args)
         for write in rings:
             write.note(args)
         outputs = [plan.build(results, about) for plan in self.outputs]

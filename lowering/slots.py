@@ -32,6 +32,38 @@ NOT_FIRST = "the first tokens of a new cache are not written at its first cache 
 
 
 @dataclass(frozen=True)
+class Counter:
+    """A number that a model keeps on the device: where its next token goes.
+
+    The host knows it without waiting for the device if it knew it before the last call, which added to it, and if
+    nothing else has written it since: PyTorch counts the writes to a tensor.
+
+    Attributes:
+        argument: Its place among the arguments.
+        added: What the call adds to it; ``None`` where the graph does not show that.
+    """
+
+    argument: int
+    added: Size | None
+
+    def known(self, cache: Any, args: Sequence[Any]) -> int | None:
+        """Return its value, if the host knows it from the last call that wrote ``cache``."""
+        number = args[self.argument]
+        known = cache._lineage.counter if isinstance(cache, QuantizedKV) else None
+        if known is None or known[0] is not number or known[1] != number._version:
+            return None
+        value: int = known[2]
+        return value
+
+    def note(self, cache: QuantizedKV, args: Sequence[Any], value: int) -> None:
+        """Note what its value is after a call, before which it was ``value``."""
+        number = args[self.argument]
+        unknown = self.added is None or number.is_inference()  # whose writes are not counted
+        after = None if unknown else (number, number._version, value + self.added(args))  # type: ignore[misc]
+        cache._lineage.counter = after
+
+
+@dataclass(frozen=True)
 class Write:
     """One write into a cache of fixed size, as far as it is not understood from the graph alone.
 
@@ -48,6 +80,7 @@ class Write:
         is_update: Whether the call leaves the cache as it was and returns an updated one.
         is_evaluated: Whether it stands for other operations, which evaluation has shown to be that within the cache.
         slides: Whether the cache is rolled once it is full: positions behind its end stand for that.
+        counter: The number on the device that is the first cache position, where the graph shows that one is.
     """
 
     name: str
@@ -60,6 +93,7 @@ class Write:
     is_update: bool = False
     is_evaluated: bool = False
     slides: bool = False
+    counter: Counter | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +104,14 @@ class Look:
         reason: Why the caches cannot take it; ``None`` if they can.
         updated: Tokens held by each cache of which an updated one is returned, and the first position written, by the
             place of its argument.
+        held: Tokens that each quantized cache holds after the call, by the place of its argument.
+        counts: The values of counters before the call, by the places of their arguments.
     """
 
     reason: str | None = None
     updated: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    held: Mapping[int | None, int] = field(default_factory=dict)
+    counts: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,20 +158,15 @@ class SlotCheck:
         reason = next(filter(None, (write.reason(args) for write in self.rings)), None)
         if reason is not None:
             return Look(reason)
-        places = {write.argument for write in self.writes if write.argument is not None}
-        caches = {place: args[place] for place in sorted(places)}
-        cursors = {place: x.cursor[:1] for place, x in caches.items() if isinstance(x, QuantizedKV)}
-        read = {place: args[place] for place in self.read if isinstance(args[place], Tensor)}
-        copies = on_host([*read.values(), *cursors.values()])
-        given = dict(zip(read, copies, strict=False))
-        numbers = self._positions([given.get(place, x) for place, x in enumerate(args)])
-        held: dict[int | None, int] = {
-            place: int(found) for place, found in zip(cursors, copies[len(read) :], strict=True)
-        }
+        caches = {place: args[place] for place in self._written}
+        held, counts, copies = self._numbers(args, caches)
+        numbers = self._positions([copies.get(place, x) for place, x in enumerate(args)])
         sizes: dict[int | None, int] = {place: int(x.shape[2]) for place, x in caches.items()}
         updated: dict[int, tuple[int, int]] = {}
         for write in self.writes:
-            if write.first is not None and write.tokens is not None:
+            if write.counter is not None and write.tokens is not None:
+                first, tokens = counts[write.counter.argument], write.tokens(args)
+            elif write.first is not None and write.tokens is not None:
                 first, tokens = write.first(args), write.tokens(args)
             else:
                 assert write.position is not None
@@ -175,7 +208,51 @@ class SlotCheck:
                 held[write.argument] = first + tokens
             elif write.argument is not None and _shows(write, args, first + tokens):
                 return Look(OVERWRITES)
-        return Look(None, updated)
+        return Look(None, updated, held, counts)
+
+    @cached_property
+    def _written(self) -> list[int]:
+        return sorted({write.argument for write in self.writes if write.argument is not None})
+
+    def _numbers(
+        self, args: Sequence[Any], caches: Mapping[int, Any]
+    ) -> tuple[dict[int | None, int], dict[int, int], dict[Any, Tensor]]:
+        """Return how many tokens caches hold, the values of counters, and copies of arguments that are read.
+
+        Waits for the device if the host does not know the numbers from the last call.
+        """
+        counts: dict[int, int | None] = {}
+        for write in self.writes:
+            if write.counter is not None and counts.get(write.counter.argument) is None:
+                known = write.counter.known(caches.get(write.argument or 0), args)
+                counts[write.counter.argument] = known
+        quantized = {place: x for place, x in caches.items() if isinstance(x, QuantizedKV)}
+        held = {place: x._lineage.counted for place, x in quantized.items()}
+        places = [*self.read, *[place for place, known in counts.items() if known is None]]
+        unknown: dict[Any, Tensor] = {
+            place: args[place] for place in places if isinstance(args[place], Tensor)
+        }
+        for place, known in held.items():
+            if known is None:
+                unknown["held", place] = quantized[place].cursor[:1]
+        copies = dict(zip(unknown, on_host(list(unknown.values())), strict=True))
+        return (
+            {at: int(copies["held", at]) if known is None else known for at, known in held.items()},
+            {at: int(copies[at]) if known is None else known for at, known in counts.items()},
+            copies,
+        )
+
+    def note(self, args: Sequence[Any], look: Look) -> None:
+        """Note what the host knows of caches after a call that it has looked at."""
+        for write in self.writes:
+            place = write.argument
+            if place is None or place in look.updated or write.slides:
+                continue
+            cache = args[place]
+            if isinstance(cache, QuantizedKV) and not cache._lineage.shared:
+                cache._lineage.counted = look.held[place]
+                if write.counter is not None:
+                    write.counter.note(cache, args, look.counts[write.counter.argument])
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.packed import writable
 from kvq_compile.lowering.lengths import ALIGNED, Lengths
-from kvq_compile.lowering.nodes import is_static, value_of
+from kvq_compile.lowering.nodes import changed_roots, is_static, value_of
 from kvq_compile.lowering.runtime import Compiled, Lowered, Tell
 
 Replay = Callable[[], Sequence[Any]]
@@ -102,6 +102,8 @@ class Steps:
         assert captured is not None
         placeholders = lowered.module.graph.find_nodes(op="placeholder")
         unused = {node.name for node in placeholders if not node.users}
+        self._written: set[int] = set()  # by the graph, which must find them where they are
+        written = {node.name for node in changed_roots(lowered.module.graph.nodes)}
         for place, node in enumerate(captured.graph.find_nodes(op="placeholder")):
             if place in lowered.unwrapped:
                 continue
@@ -110,6 +112,8 @@ class Steps:
                     self._numbers.append(place)
             else:
                 (self._steady if is_static(node) else self._given).append(place)
+                if node.name in written:
+                    self._written.add(place)
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
         """Run the graph with the arguments of the captured one."""
@@ -158,7 +162,7 @@ class Steps:
                 sizes[dim] = 0
                 given.append(tuple(sizes))
             else:
-                given.append((tuple(x.shape), x.stride(), _address(x)))
+                given.append((tuple(x.shape), x.stride(), self._address(place, x)))
         apart = len(set(held)) > 1
         return (
             tokens,
@@ -168,6 +172,14 @@ class Steps:
             tuple([args[place] for place in self._numbers]),
             tuple(self._lengths.bounds(args, held)) if apart else (),
         )
+
+    def _address(self, place: int, x: Tensor) -> int | None:
+        """Return the address of an argument that is used where it is; ``None`` of one that is copied.
+
+        One that is written, or whose elements overlap, has to stay where it is.
+        """
+        copied = x.nbytes <= LARGEST and 0 not in x.stride() and place not in self._written
+        return None if copied else x.data_ptr()
 
     def _run(self, args: Sequence[Any]) -> Sequence[Any]:
         results: Sequence[Any] = self._inner(*self._lowered.flatten(args))
@@ -186,7 +198,7 @@ class Steps:
                     sizes = list(x.shape)
                     sizes[dim] = slots.of(bounds, tokens)
                     own[place] = x.new_full(sizes, _hides(x.dtype))
-                elif _address(x) is None:
+                elif self._address(place, x) is None:
                     own[place] = torch.empty_strided(
                         x.shape, x.stride(), dtype=x.dtype, device=x.device
                     )
@@ -223,15 +235,6 @@ class Steps:
             else:
                 flat.append(recording.own.get(place, arg))
         return flat + lowered.tables + recording.held
-
-
-def _address(x: Tensor) -> int | None:
-    """Return the address of an argument that is used where it is; ``None`` of one that is copied.
-
-    One whose elements overlap has to stay where it is.
-    """
-    small = x.nbytes <= LARGEST and 0 not in x.stride()
-    return None if small else x.data_ptr()
 
 
 def _hides(dtype: torch.dtype) -> float:

@@ -1,5 +1,6 @@
 """Steps that are replayed give what steps give that are launched, whatever the length."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +14,13 @@ from torch.distributed._functional_collectives import all_reduce
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from kvq_compile import QuantizedKV, backend
+from kvq_compile import KVQWarning, QuantizedKV, backend
 from kvq_compile.history import watching
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.packed import check_room, room_of
+from kvq_compile.lowering import slots
 from kvq_compile.testing.small_decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -29,15 +31,20 @@ REPLAYED = "are replayed from CUDA graphs"
 
 
 class Tape(TorchDispatchMode):
-    """Notes calls as a CUDA graph does: with their numbers, on their memory. Writes to caches wait for a replay."""
+    """Notes calls as a CUDA graph does: with their numbers, on their memory. Writes to arguments wait for a replay."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Any] = []
+        self.own: set[int] = set()  # memory that was allocated meanwhile
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = None if func is ops.append_ else func(*args, **kwargs)
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        waits = func._schema.is_mutable and memory(given[0]) not in self.own
+        result = (None if func is ops.append_ else args[0]) if waits else func(*args, **kwargs)
+        made = {memory(x) for x in tree_leaves(result) if isinstance(x, Tensor)}
+        self.own |= made - {memory(x) for x in given}
         self.calls.append((func, args, kwargs, result))
         return result
 
@@ -47,6 +54,10 @@ class Tape(TorchDispatchMode):
             for old, new in zip(tree_leaves(results), tree_leaves(anew), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+def memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 @dataclass
@@ -347,3 +358,116 @@ def test_room_is_the_most_tokens_that_fit(tokens: int, method: int) -> None:
 def test_a_mode_that_pytorch_lacks_is_named(mode: Any) -> None:
     with pytest.raises(ValueError, match="mode must be one of default, reduce-overhead"):
         backend.make_config({"mode": mode})
+
+
+def static_model(recorder: Recorder, **options: Any) -> tuple[Any, StaticCache]:
+    model = llama()
+    model.compile(backend="kvq", options={**OPTIONS, "window": 32, **options})
+    return model, StaticCache(config=model.config, max_cache_len=96)
+
+
+def stepped(model: Any, cache: Any, count: int, first: int = 0) -> list[Tensor]:
+    """Return the logits of ``count`` steps, after a prompt if the cache is empty."""
+    ids = torch.randint(1, 96, (1, 96), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        if not cache.get_seq_length():
+            model(ids[:, :20], past_key_values=cache)
+        return [
+            model(ids[:, at : at + 1], past_key_values=cache).logits
+            for at in range(first, first + count)
+        ]
+
+
+def test_steps_of_a_static_cache_are_replayed(recorder: Recorder) -> None:
+    found = stepped(*static_model(recorder), 12)
+    assert recorder.replays == 11
+    torch._dynamo.reset()
+    launched = stepped(*static_model(recorder, mode="default"), 12)
+    assert recorder.replays == 11
+    assert all(map(torch.equal, found, launched))
+
+
+def test_a_step_of_a_static_cache_does_not_wait_for_the_device(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host reads numbers of the device once: the last call tells what they are."""
+    model, cache = static_model(recorder)
+    stepped(model, cache, 3)
+    read: list[int] = []
+    on_host = slots.on_host
+    monkeypatch.setattr(slots, "on_host", lambda x: read.append(len(x)) or on_host(x))
+    stepped(model, cache, 6)
+    assert read == [0] * 6
+
+
+def rewound(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(22)
+
+
+def emptied(cache: Any) -> None:
+    cache.reset()
+
+
+def written_before(cache: Any) -> None:
+    """Two tokens are written eagerly, and counted."""
+    x = torch.ones(1, 2, 2, 32)
+    for layer in cache.layers:
+        layer.update(x, x)
+
+
+def counted_elsewhere(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.cumulative_length = layer.cumulative_length - 1
+
+
+def shared(cache: Any) -> None:
+    """Another process may write it from now on."""
+    for layer in cache.layers:
+        layer.keys.share_memory_()
+        layer.values.share_memory_()
+
+
+@pytest.mark.parametrize(
+    "change", [rewound, emptied, written_before, counted_elsewhere, shared, copy.deepcopy]
+)
+def test_what_is_done_to_a_static_cache_between_two_steps_is_noticed(
+    change: Callable[[Any], Any], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the host takes for granted from the last call is what it finds if it looks."""
+    results = []
+    for knows in (True, False):
+        torch._dynamo.reset()
+        if not knows:
+            monkeypatch.setattr(slots.Counter, "known", lambda *args: None)
+        model, cache = static_model(recorder)
+        stepped(model, cache, 5)
+        cache = change(cache) or cache
+        if not knows:
+            for layer in cache.layers:
+                layer.keys._lineage.counted = layer.values._lineage.counted = None
+        results.append(stepped(model, cache, 5, 40))
+        held = [int(layer.keys.cursor[0]) for layer in cache.layers]
+        assert held == [int(layer.cumulative_length) for layer in cache.layers]
+    assert all(map(torch.equal, *results))
+
+
+def test_a_counter_of_one_layer_that_goes_back_is_noticed(recorder: Recorder) -> None:
+    """The mask goes by the first layer's: tokens behind the second's would be read."""
+    model, cache = static_model(recorder)
+    stepped(model, cache, 5)
+    cache.layers[1].cumulative_length.sub_(2)
+    with pytest.raises(KVQWarning, match="overwritten that attention goes on to read"):
+        stepped(model, cache, 1)
+
+
+def test_nothing_is_taken_for_granted_of_memory_that_other_processes_share(
+    recorder: Recorder,
+) -> None:
+    model, cache = static_model(recorder)
+    stepped(model, cache, 3)
+    shared(cache)
+    stepped(model, cache, 2)
+    for layer in cache.layers:
+        assert layer.keys._lineage.counted is None
+        assert layer.keys._lineage.counter is None

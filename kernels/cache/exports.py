@@ -18,6 +18,7 @@ from kvq_compile.kernels.cache.saved import receive
 
 if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import QuantizedKV
+    from kvq_compile.kernels.cache.views import Lineage
 
 
 def _refusing(method: str, instead: str) -> Any:
@@ -63,6 +64,7 @@ class Exports(Tensor):
     map2_ = _refusing("map2_", _WRITE)
 
     _is_view, _base = stands_alone, None
+    _lineage: Lineage
 
     def untyped_storage(self) -> Any:
         """Raise NotImplementedError, save where PyTorch itself compares storages while it traces."""
@@ -114,6 +116,8 @@ class Exports(Tensor):
         """
         for part in self._held():
             part.share_memory_()
+        self._lineage.share()
+        self._lineage.moved()
         return self
 
     def is_shared(self) -> bool:
@@ -128,6 +132,7 @@ class Exports(Tensor):
 def send_by_copy(cache: QuantizedKV) -> tuple[Any, ...]:
     """Pickle a cache for another process: a dynamic one as a copy, independent of later tokens of the sender."""
     sent = cache.clone_packed() if cache.kind == "grown" else cache
+    sent._lineage.share()
     first = None if cache.trim is None else int(cache.first)
     about = cache.page_layout, cache.kind, int(cache.shape[2]), first
     return receive, (sent.parts, sent.calibrated, *about)

@@ -151,7 +151,9 @@ def receive(
     """Wrap the tensors that another process of the same program sent; they may be in memory shared with it."""
     from kvq_compile.kernels.cache.tensor import wrap
 
-    return wrap(parts, calibrated, layout, kind, length, first)
+    received = wrap(parts, calibrated, layout, kind, length, first)
+    received._lineage.share()
+    return received
 
 
 def rebuild_old(

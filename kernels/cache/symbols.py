@@ -1,7 +1,7 @@
 """Sizes of caches that are alike are one symbol to whoever traces them.
 
-Dynamo makes a symbol of each size that is marked as dynamic, for 32 layers hundreds of them, which it reads, passes on and
-guards one by one. Caches of one layout and kind that have equal sizes when they are traced get one symbol for each.
+Dynamo makes a symbol of each size that is marked as dynamic, for 32 layers hundreds of them, which it reads, passes on
+and guards one by one. Caches of one layout and kind that have equal sizes when they are traced get one symbol for each.
 """
 
 from __future__ import annotations

@@ -49,6 +49,9 @@ class Lineage:
         room: How many tokens that memory has room for; ``None`` until somebody asks.
         counted: Tokens in the memory of a static cache, as far as the host knows without asking the device: see `ring`.
         lock: Held while tokens are appended (`alone`).
+        counter: A tensor in which the model counts them, how often it had been written, and its value then, as far as
+            the host knows: see `lowering.slots.Counter`.
+        shared: Whether other processes may write the memory, so that the host knows neither.
     """
 
     _numbers = itertools.count()
@@ -58,6 +61,8 @@ class Lineage:
         self.compiled: int | None = None
         self.counted: int | None = None
         self.lock = threading.RLock()
+        self.counter: tuple[Tensor, int, int] | None = None
+        self.shared = False
         self.moved()
         self._views: list[weakref.ref[QuantizedKV]] = []
 
@@ -65,6 +70,10 @@ class Lineage:
         """Note that the parts are elsewhere now, with other room."""
         self.memory = next(self._numbers)
         self.room: int | None = None
+
+    def share(self) -> None:
+        """Note that other processes may write the memory from now on."""
+        self.shared, self.counted, self.counter = True, None, None
 
     def copied(self, change: Callable[[Tensor], Tensor] = lambda part: part) -> Lineage:
         """Return the lineage of a copy, whose tensors ``change`` makes."""
@@ -108,6 +117,7 @@ class Lineage:
     def take(self, other: Lineage) -> None:
         """Copy the lineage of a cache whose parts were copied into this one."""
         self.held, self.pages, self.reopened = other.held, other.pages, other.reopened
+        self.counted = None
 
     @contextmanager
     def overwritten(self, view: Views, first: int) -> Iterator[None]:
@@ -299,7 +309,9 @@ class Views(Tensor):
         """Return the view that also shows ``tokens`` just appended behind this one."""
         length = self.shape[2] + tokens
         if not isinstance(self.cursor, FakeTensor):
-            self._lineage.extend(self, int(self.first + length) if self.trim is not None else length)
+            self._lineage.extend(
+                self, int(self.first + length) if self.trim is not None else length
+            )
         longer = self._view(length)
         longer._is_slice_copy = False  # `torch.cat` returns a tensor of its own
         return longer

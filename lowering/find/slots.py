@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -15,6 +17,7 @@ from kvq_compile.lowering.find.writes import is_write, read_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     EVALUATED,
+    changed_roots,
     order_of,
     root_of,
     same,
@@ -27,7 +30,8 @@ from kvq_compile.lowering.nodes import (
 from kvq_compile.lowering.ring_nodes import overwrites
 from kvq_compile.lowering.rings import RingWrite
 from kvq_compile.lowering.sites import RINGS, AttentionSite, Life, Refusal, State
-from kvq_compile.lowering.slots import SlotCheck, Write
+from kvq_compile.lowering.sizes import Size
+from kvq_compile.lowering.slots import Counter, SlotCheck, Write
 
 SLIDES = "what reads a buffer that is rolled once it is full is not understood"
 SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN, *RINGS)
@@ -160,9 +164,51 @@ def _write(
     if not is_tensor:
         first = graph.sizes.size(value_of(position))
         return Write(name, argument, None, first, graph.sizes.size(count), *about)
+    counter = None if state.life in RINGS else _counter(graph, position, count)
+    if counter is not None:
+        number = graph.sizes.size(count)
+        return Write(name, argument, None, None, number, *about, counter=counter)
     tokens = None if same(value_of(position).numel(), count) else graph.sizes.size(count)
     slides = state.life in RINGS
     return Write(name, argument, _place(position, positions), None, tokens, *about, slides)
+
+
+def _counter(graph: Graph, position: fx.Node, count: Any) -> Counter | None:
+    """Return the counter of a write at ``arange(count) + number``, where the number is an argument."""
+    if target_name(position) != "add" or len(position.args) != 2 or position.kwargs:
+        return None
+    for steps, number in (position.args, position.args[::-1]):
+        if not (isinstance(steps, fx.Node) and isinstance(number, fx.Node)):
+            continue
+        if number not in graph.arguments:
+            continue
+        value = value_of(number)
+        is_number = isinstance(value, torch.Tensor) and value.dim() == 0
+        counts = (
+            target_name(steps) == "arange"
+            and len(steps.args) == 1
+            and steps.kwargs.keys() <= {"device", "dtype"}
+            and same(value_of(steps.args[0]), count)
+        )
+        whole = not any(value_of(x).dtype.is_floating_point for x in (steps, position))
+        if is_number and counts and whole:
+            return Counter(graph.arguments[number], _added(graph, number))
+    return None
+
+
+def _added(graph: Graph, number: fx.Node) -> Size | None:
+    """Return what a call adds to an argument; ``None`` where it changes it in another way."""
+    total: Any = 0
+    for node in graph.fx.nodes:
+        if number not in changed_roots([node]):
+            continue
+        if target_name(node) not in ("add_", "iadd") or node.args[0] is not number or node.kwargs:
+            return None
+        added = value_of(node.args[1])
+        if not isinstance(added, (int, torch.SymInt)):
+            return None
+        total = total + added
+    return graph.sizes.size(total)
 
 
 def _place(position: fx.Node, positions: list[fx.Node]) -> int:

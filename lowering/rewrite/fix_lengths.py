@@ -21,7 +21,7 @@ from kvq_compile.lowering.find.trial import (
 )
 from kvq_compile.lowering.graph import Graph, PassReport, copy_module
 from kvq_compile.lowering.lengths import ALIGNED
-from kvq_compile.lowering.nodes import changed_roots, is_static, target_name, value_of
+from kvq_compile.lowering.nodes import changed_roots, target_name, value_of
 from kvq_compile.lowering.runtime import Extended, Given, Plain
 from kvq_compile.lowering.sites import Refusal, unexpected
 
@@ -61,6 +61,7 @@ def fix_lengths(graph: Graph) -> PassReport:
     try:
         device = _check_graph(graph)
         counting = find_counting(graph.inputs, graph.fx, device, graph.sizes)
+        _check_writes(graph, counting)
         module = copy_module(graph.module)
         changes = _rewrite(module.graph, counting)
         _try_masks(module.graph, counting)
@@ -85,11 +86,15 @@ def _check_graph(graph: Graph) -> torch.device:
         raise Refusal(f"{DEVICES}: {', '.join(sorted(map(str, devices)))}")
     if any("c10d" in str(node.target) for node in graph.fx.nodes):
         raise Refusal(OTHERS)
-    parts = {part for cache in graph.caches.values() for part in cache.parts}
-    for node in changed_roots(graph.fx.nodes):
-        if node.op == "placeholder" and node not in parts and not is_static(node):
-            raise Refusal(f"it writes into its argument {node.name}")
     return devices.pop()
+
+
+def _check_writes(graph: Graph, counting: Counting) -> None:
+    """Check that what the graph writes into is no tensor that gets further columns."""
+    padded = counting.lengths.padded
+    for node in changed_roots(graph.fx.nodes):
+        if node in graph.arguments and graph.arguments[node] in padded:
+            raise Refusal(f"it writes into its argument {node.name}")
 
 
 def _rewrite(graph: fx.Graph, counting: Counting) -> list[str]:
