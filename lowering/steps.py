@@ -141,7 +141,10 @@ class Steps:
         if found.replays == PAID:
             self._in_vain = 0
         self._misses = 0
-        return _copies(found.replay())
+        results = _copies(found.replay())
+        written = [args[place] for place in self._written]
+        torch.autograd.graph.increment_version(written)  # as operators do that are launched
+        return results
 
     def _key(self, args: Sequence[Any], held: list[int], tokens: int) -> Key | None:
         """Return all that calls must agree in to be launched alike; ``None`` where a call cannot be recorded.

@@ -471,3 +471,13 @@ def test_nothing_is_taken_for_granted_of_memory_that_other_processes_share(
     for layer in cache.layers:
         assert layer.keys._lineage.counted is None
         assert layer.keys._lineage.counter is None
+
+
+def test_what_a_replayed_step_writes_counts_as_written(recorder: Recorder) -> None:
+    model, cache = static_model(recorder)
+    stepped(model, cache, 4)
+    counter = cache.layers[0].cumulative_length
+    version, replays = counter._version, recorder.replays
+    stepped(model, cache, 1)
+    assert recorder.replays == replays + 1
+    assert counter._version > version

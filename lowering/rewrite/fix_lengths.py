@@ -21,7 +21,7 @@ from kvq_compile.lowering.find.trial import (
 )
 from kvq_compile.lowering.graph import Graph, PassReport, copy_module
 from kvq_compile.lowering.lengths import ALIGNED
-from kvq_compile.lowering.nodes import changed_roots, target_name, value_of
+from kvq_compile.lowering.nodes import changed_roots, root_of, target_name, value_of
 from kvq_compile.lowering.runtime import Extended, Given, Plain
 from kvq_compile.lowering.sites import Refusal, unexpected
 
@@ -90,10 +90,11 @@ def _check_graph(graph: Graph) -> torch.device:
 
 
 def _check_writes(graph: Graph, counting: Counting) -> None:
-    """Check that what the graph writes into is no tensor that gets further columns."""
+    """Check that arguments which the graph writes into are used where they are, and not returned."""
     padded = counting.lengths.padded
-    for node in changed_roots(graph.fx.nodes):
-        if node in graph.arguments and graph.arguments[node] in padded:
+    returned = {root_of(x) for x in graph.fx.output_node().all_input_nodes}
+    for node in changed_roots(graph.fx.nodes) & graph.arguments.keys():
+        if graph.arguments[node] in padded or node in returned:
             raise Refusal(f"it writes into its argument {node.name}")
 
 
