@@ -227,7 +227,10 @@ class SlotCheck:
                 known = write.counter.known(caches.get(write.argument or 0), args)
                 counts[write.counter.argument] = known
         quantized = {place: x for place, x in caches.items() if isinstance(x, QuantizedKV)}
-        held = {place: x._lineage.counted for place, x in quantized.items()}
+        held = {
+            place: None if x._lineage.shared else x._lineage.counted
+            for place, x in quantized.items()
+        }
         places = [*self.read, *[place for place, known in counts.items() if known is None]]
         unknown: dict[Any, Tensor] = {
             place: args[place] for place in places if isinstance(args[place], Tensor)
