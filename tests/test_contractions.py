@@ -1,6 +1,7 @@
 """Attention is found by what it computes: any order of axes, any spelling of products, scales and masks."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -539,3 +540,36 @@ def test_a_cache_of_fixed_size_is_read_through_einsum() -> None:
             first += new
     assert all(isinstance(cache, QuantizedKV) for cache in packed)
     assert_fused(recorder)
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_cache_that_is_allocated_in_the_call_is_read_through_einsum(cleared: bool) -> None:
+    """Regression: how it was filled was taken for a part of the attention.
+
+    Where something writes into it between its read and the attention, the call stays as it was.
+    """
+    slots, new = 64, 5
+
+    def step(query, key, value, mix, place):
+        keys = torch.zeros(B, H, slots, D).index_copy_(2, place, key @ mix)
+        values = torch.zeros(B, H, slots, D).index_copy_(2, place, value @ mix)
+        rows = query.unflatten(1, (H, G))
+        scores = torch.einsum("bhgtd,bhsd->bhgts", rows, keys) * 0.25
+        scores = scores.masked_fill(torch.arange(slots) > place[:, None], -1e9)
+        if cleared:
+            values[:, :, 0] = 0.0
+        return (
+            torch.einsum("bhgts,bhsd->bhgtd", scores.softmax(-1), values).flatten(1, 2),
+            keys,
+            values,
+        )
+
+    recorder = Watch()
+    torch.manual_seed(0)
+    own = [*(torch.randn(B, n, new, D) for n in (H * G, H, H)), torch.randn(D, D) / 4]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KVQWarning)
+        wanted, *_ = step(*own, torch.arange(new))
+        output, *_ = torch.compile(step, backend=recorder)(*own, torch.arange(new))
+    torch.testing.assert_close(output, wanted, rtol=2e-6, atol=2e-6)
+    assert ("einsum" in recorder.calls) is cleared, recorder.details

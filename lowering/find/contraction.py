@@ -41,6 +41,7 @@ from kvq_compile.lowering.find.trial import (
     plain_name,
     writers_of,
 )
+from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.nodes import VIEWS, argument, order_of, root_of, same, shape_of, value_of
 from kvq_compile.lowering.sites import Life, Refusal, State
 
@@ -277,7 +278,8 @@ class _Candidate:
         whole = Steps(output, (query, key, value, *sides), ())
         base = self._read.base
         whole.watched, whole.sized = (product, base), (self._new,)
-        whole.given = [x for x in map(root_of, (key, value)) if x.op == "placeholder"]
+        roots = map(root_of, (key, value))
+        whole.given = [x for x in roots if x.op == "placeholder" or plain_name(x) in ALLOCATIONS]
         chain = Steps(scores, (base, *sides), ())
         if not whole.collect() or not (scores is base or chain.collect()):
             return None
