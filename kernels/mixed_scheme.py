@@ -6,7 +6,7 @@ A scheme like those of `schemes`, whose docstring lists the attributes of all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kvq_compile.kernels.adaptive.options import Adaptive
@@ -121,6 +121,10 @@ class Mixed(metaclass=Interned):
         """Return the scheme itself: nothing of it depends on the sizes of a page."""
         del head_dim, page_size
         return self
+
+    def in_whole_rows(self, page_size: int) -> Mixed:
+        """Return the scheme with the bits of whole rows of a page, as many as there are."""
+        return replace(self, bits=int(self.bits * page_size) / page_size)
 
     def check_sizes(self, role: Role, head_dim: int, page_size: int) -> None:
         """Make sure that pages of these sizes have whole rows, and their tokens more elements than outliers.

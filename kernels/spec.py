@@ -6,10 +6,13 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from kvq_compile.kernels.layout import Layout, Regions
+from kvq_compile.kernels.mixed_scheme import Mixed
 from kvq_compile.kernels.schemes import Role, Scheme, Uniform
 from kvq_compile.kernels.tables import NO_TABLES, Tables
 from kvq_compile.kernels.values import check
 
+LEAST_PAGE = 32
+PAGE_ELEMENTS = 1 << 15  # of a page, padded to a power of two channels, that a GPU can hold at once
 QUERIES = 5  # last queries that a key cache holds where bits depend on queries: the paper's attention window
 
 
@@ -84,7 +87,9 @@ class CacheSpec:
         """Return the calibration tables of keys or of values."""
         return self.key_tables if role == "key" else self.value_tables
 
-    def layout(self, role: Role, head_dim: int, shared_by: int = 0) -> Layout:
+    def layout(
+        self, role: Role, head_dim: int, shared_by: int = 0, widest: int | None = None
+    ) -> Layout:
         """Bind this spec to the keys or values of heads of ``head_dim`` channels.
 
         Args:
@@ -92,16 +97,33 @@ class CacheSpec:
             head_dim: Channels of a head.
             shared_by: Queries per KV head; 0 if not known. Where bits depend on queries and it is known, a key
                 cache also holds the last queries.
+            widest: Channels of the larger of keys and values; ``None``: both have ``head_dim``. Pages of more than
+                256 channels have fewer tokens than ``page_size``, since a GPU holds a page at a time.
 
         Raises:
             ValueError: ``head_dim`` cannot be packed or grouped as the scheme asks.
         """
         asks = self.key.asks_queries or self.value.asks_queries
         shared_by = shared_by if asks and role == "key" else 0
+        regions, scheme = self._regions_of(widest or head_dim), self.scheme(role)
+        if isinstance(scheme, Mixed) and regions.page_size < self.page_size:
+            scheme = scheme.in_whole_rows(regions.page_size)
         return _layout(
-            *(role, head_dim, self.regions, self.scheme(role)),
+            *(role, head_dim, regions, scheme),
             *((QUERIES if shared_by else 0), shared_by),
         )
+
+    def _regions_of(self, widest: int) -> Regions:
+        """Return the regions with pages that a GPU can hold, of heads of up to ``widest`` channels."""
+        groups = [  # by channel, which a page holds whole
+            scheme.group_size or 0
+            for scheme in (self.key, self.value)
+            if isinstance(scheme, Uniform) and scheme.grouping == "channel" and not scheme.up_to
+        ]
+        page_size, least = self.page_size, max(LEAST_PAGE, *groups, 0)
+        while page_size > least and page_size << (widest - 1).bit_length() > PAGE_ELEMENTS:
+            page_size //= 2
+        return replace(self.regions, page_size=page_size)
 
 
 @lru_cache(maxsize=1024)

@@ -15,6 +15,7 @@ from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
 from kvq_compile.kernels.reference import backend as specification
 from kvq_compile.kernels.schemes import Mixed, Role, Scheme, Uniform, scheme_of
 from kvq_compile.kernels.score import Score
+from kvq_compile.kernels.spec import PAGE_ELEMENTS
 from kvq_compile.kernels.triton import backend as triton
 from kvq_compile.kernels.words import WORD_BITS
 from kvq_compile.testing.small_tables import random_tables
@@ -145,3 +146,20 @@ def test_an_outlier_may_be_in_any_channel(head_dim: int) -> None:
     read = specification.dequantize(cache, UNCALIBRATED, 32, layout)
     assert torch.equal(read[..., [0, -1]], x[..., [0, -1]])
     assert layout.params_shape[0] == layout.mixed.rank_field + 1 + 2 * (3 + (head_dim > 256))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "tc"])
+@given(st.integers(1, 1024), st.integers(1, 1024), st.sampled_from([32, 64, 128, 256]))
+def test_pages_of_large_heads_have_fewer_tokens_and_no_more_than_a_gpu_can_hold(
+    method: str, head_dim: int, other: int, page_size: int
+) -> None:
+    """Keys and values have pages of one size; those of up to 128 channels are as large as was asked for."""
+    spec, widest = make_spec(method, page_size=page_size), max(head_dim, other)
+    sizes = {
+        spec.layout(role, dim, 0, widest).page_size
+        for role, dim in zip(ROLES, (head_dim, other), strict=True)
+        if method != "tc" or dim % 2 == 0
+    }
+    padded = 1 << (widest - 1).bit_length()
+    assert all(size == 32 or size * padded <= PAGE_ELEMENTS for size in sizes)
+    assert len(sizes) <= 1 and (padded > 128 or sizes <= {page_size})

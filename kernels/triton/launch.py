@@ -18,6 +18,7 @@ from kvq_compile.kernels.triton.constants import ReadConstants
 Platform = Literal["cuda", "hip", "interpreter"]
 
 LOG2_E = 1.4426950408889634
+EXACT_BYTES = 1 << 16  # of exact keys at once, and as many of values
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
 MAX_QUERIES = 32  # more of them at once spill
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
@@ -119,6 +120,12 @@ def count_splits(programs: int, pages: int, exact_tokens: int, resident: int) ->
     return min(triton.cdiv(exact_tokens, BLOCK_EXACT), most), page_splits
 
 
+def exact_tokens_at_once(channels: int, full: bool) -> int:
+    """Return how many exact tokens fit an SM beside one another, keys and values; ``full``: in fp32."""
+    room = EXACT_BYTES // (triton.next_power_of_2(channels) * (4 if full else 2))
+    return min(room, BLOCK_EXACT // 2 if full else BLOCK_EXACT)
+
+
 def count_late(programs: int, exact: int, paged: int, resident: int) -> int:
     """Return how many of the ``paged`` splits of pages wait until programs of exact tokens are done; 0 unless most of
     them run at once.
@@ -192,7 +199,7 @@ def attend_settings(
         stages = 3
     constants = AttendConstants(
         **operands(dtype, platform, large, bend), shared_by=shared_by, copies=copies, block_q=block_q,
-        block_n=BLOCK_EXACT // 2 if full else BLOCK_EXACT, stages=stages, mask_kind=mask_kind,
+        block_n=exact_tokens_at_once(max(D, Dv), full), stages=stages, mask_kind=mask_kind,
         mask_shared=mask_shared,
     )  # fmt: skip
     options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}

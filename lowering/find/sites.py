@@ -104,9 +104,10 @@ def _site(
     if forgets(key):
         layer_spec = without_mean(layer_spec)
     heads = int(value_of(attention.query).shape[1])
+    widest = max(int(value_of(state.base).shape[3]) for state in (key, value))
     quantizations = [
-        quantization_of("key", layer_spec, key, heads),
-        quantization_of("value", layer_spec, value, heads),
+        quantization_of("key", layer_spec, key, heads, widest),
+        quantization_of("value", layer_spec, value, heads, widest),
     ]
     for state, quantization in zip((key, value), quantizations, strict=True):
         if quantization.layout.keep_exact and state.life not in GROWS:
@@ -169,9 +170,10 @@ def _is_held_plain(key: State, spec: CacheSpec) -> bool:
 
 
 def quantization_of(
-    role: Role, spec: CacheSpec, state: State, query_heads: int = 0
+    role: Role, spec: CacheSpec, state: State, query_heads: int = 0, widest: int | None = None
 ) -> Quantization:
-    """Return how keys or values are quantized; ``query_heads`` read them, as far as that is known.
+    """Return how keys or values are quantized; ``query_heads`` read them, as far as that is known, and the larger of
+    keys and values has ``widest`` channels.
 
     Raises:
         Refusal: Their head dimension cannot be packed so.
@@ -185,7 +187,7 @@ def quantization_of(
             f"got {tables.heads} heads of {tables.head_dim}"
         )
     try:
-        layout = spec.layout(role, int(head_dim), query_heads // int(heads))
+        layout = spec.layout(role, int(head_dim), query_heads // int(heads), widest)
     except ValueError as error:
         raise Refusal(str(error)) from None
     if state.life in HELD:
