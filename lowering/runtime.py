@@ -44,6 +44,17 @@ class Call:
     def __init__(self, args: Sequence[Any]) -> None:
         self.args = args
         self._sizes: dict[Size, int] = {}
+        self._made: dict[int, QuantizedKV] = {}
+
+    def built(self, plan: Output, results: Sequence[Any]) -> Any:
+        """Return an output; of caches of the same parts, each but the first is a view of that."""
+        if not isinstance(plan, (Made, Gathered)):
+            return plan.build(results, self)
+        first = self._made.get(plan.index)
+        if first is not None:
+            return first._view(first.shape[2])
+        made = self._made[plan.index] = plan.build(results, self)
+        return made
 
     def size(self, size: Size) -> int:
         """Return a size in this call."""
@@ -348,7 +359,7 @@ class Lowered:
         results = run(args)
         for write in rings:
             write.note(args)
-        outputs = [plan.build(results, about) for plan in self.outputs]
+        outputs = [about.built(plan, results) for plan in self.outputs]
         for cache in outputs:
             if isinstance(cache, QuantizedKV) and not isinstance(cache.cursor, FakeTensor):
                 cache._lineage.compiled = int(cache.end)

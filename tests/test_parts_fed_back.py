@@ -155,3 +155,27 @@ def test_a_part_of_an_arranged_cache_is_not_written() -> None:
     cache = ArrangedKV([static(100, 40)], Arrangement("BSHD"))
     with pytest.raises(NotImplementedError, match="sliced along its batch is a copy"):
         cache[:1][:, 40] = 1.0
+
+
+@pytest.mark.filterwarnings("ignore:.*another attention has taken over the same cache")
+@torch.no_grad()
+def test_layers_that_start_with_the_same_tokens_go_their_own_ways() -> None:
+    """Regression: their caches were of the same parts, and each thought itself alone."""
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, caches: Any, apart: bool) -> tuple[Tensor, Any]:
+        grown = []
+        for cache in caches:
+            output, *cache = step(q, k, v, *cache)
+            q, k, grown = q + output, k + 1 if apart else k, [*grown, cache]
+        return q, grown
+
+    torch.manual_seed(0)
+    compiled = torch.compile(layers, backend="kvq", options=OPTIONS)
+    empty = [torch.zeros(B, H, 0, D) for _ in range(2)]
+    _, caches = compiled(*tokens(90), [empty] * 2, False)
+    for _ in range(30):  # a page is full after 18
+        exact = [[each.dequantize() for each in cache] for cache in caches]
+        new = tokens(1)
+        expected, _ = layers(*new, exact, True)
+        output, caches = compiled(*new, caches, True)
+        torch.testing.assert_close(output, expected)

@@ -79,11 +79,11 @@ def check_pair(key: State, value: State) -> None:
     Raises:
         Refusal: They are not.
     """
+    if key.life is not value.life:
+        raise Refusal(f"keys are {key.life.value}, values {value.life.value}")
     tokens = [(shape_of(state.new) or ())[2] for state in (key, value)]
     if bool(tokens[0] != tokens[1]):  # Dynamo may know them by symbols of their own
         raise Refusal("keys and values are different numbers of tokens")
-    if key.life is not value.life:
-        raise Refusal(f"keys are {key.life.value}, values {value.life.value}")
     if key.base is value.base or (key.past is not None and key.past is value.past):
         raise Refusal("keys and values are one tensor")
     windows = [None if state.kept is None else window_of(state.kept) for state in (key, value)]
