@@ -16,7 +16,8 @@ from kvq_compile.lowering.find.rings import Ring
 from kvq_compile.lowering.find.rotation import Rotation
 from kvq_compile.lowering.find.updates import Update
 from kvq_compile.lowering.lengths import Lengths
-from kvq_compile.lowering.runtime import Conversion, Output
+from kvq_compile.lowering.outputs import Output
+from kvq_compile.lowering.runtime import Conversion
 from kvq_compile.lowering.sites import (
     Attention,
     AttentionSite,

@@ -24,6 +24,7 @@ from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.flows import tell_captured, tell_rewritten
 from kvq_compile.lowering.graph import Graph, Pass
+from kvq_compile.lowering.outputs import Plain
 from kvq_compile.lowering.rewrite.add_tables import add_tables
 from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
 from kvq_compile.lowering.rewrite.attend_to_new_tokens import attend_to_new_tokens
@@ -49,7 +50,7 @@ from kvq_compile.lowering.rewrite.store_dense import store_dense
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
 from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
 from kvq_compile.lowering.rewrite.weigh_tokens import weigh_fresh_tokens
-from kvq_compile.lowering.runtime import Lowered, Plain
+from kvq_compile.lowering.runtime import Lowered
 from kvq_compile.lowering.sites import (
     AttentionSite,
     Contradiction,

@@ -22,7 +22,7 @@ from kvq_compile.lowering.find.trial import (
 from kvq_compile.lowering.graph import Graph, PassReport, copy_module
 from kvq_compile.lowering.lengths import ALIGNED
 from kvq_compile.lowering.nodes import changed_roots, root_of, target_name, value_of
-from kvq_compile.lowering.runtime import Extended, Given, Plain
+from kvq_compile.lowering.outputs import Extended, Given, Plain
 from kvq_compile.lowering.sites import Refusal, unexpected
 
 # Of each operator, its arguments that may have a column a cache position; then where its position and its start are.

@@ -11,8 +11,8 @@ from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.lowering.cache_nodes import UNSEEN, quantize
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import shape_of, size_of, value_of
+from kvq_compile.lowering.outputs import Extended, Gathered, Given, Made, Output, Plain
 from kvq_compile.lowering.rewrite.add_tables import MAKES_CACHE, empty_cache
-from kvq_compile.lowering.runtime import Extended, Gathered, Given, Made, Output, Plain
 from kvq_compile.lowering.sites import Life, Quantization, State
 
 KINDS: dict[Life, Kind] = {Life.ALLOCATED: "static", Life.RING_FRESH: "ring"}  # others grow
