@@ -211,13 +211,16 @@ def feed(
     for start, end in pairwise([0, *ends]):
         given = {} if cache is None else {name: cache}
         ordinary = {each: dequantized(kept) for each, kept in given.items()}
+        before = (
+            copy.deepcopy(model) if end == ends[-1] else model
+        )  # which may keep states of its own
         part = ids[:, 0 if calls == "all" else start : end]
         output = forward(input_ids=part, use_cache=True, **given)
         cache = output.get(name, cache)
         if cache is None:
             raise KeepsNone(f"the model keeps no keys and values: it returns {', '.join(output)}")
         logits.append(output.logits.float()[:, start - end :])
-    wanted = model.forward(input_ids=part, use_cache=True, **ordinary).logits.float()
+    wanted = before(input_ids=part, use_cache=True, **ordinary).logits.float()
     return torch.cat(logits, 1), cache, wanted[:, start - end :]
 
 
