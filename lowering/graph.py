@@ -78,6 +78,7 @@ class Graph:
     rotations: dict[Hashable, Rotation] = field(default_factory=dict)
     sites: list[AttentionSite] = field(default_factory=list)
     attentions: dict[str, Attention | Node] = field(default_factory=dict)
+    readers: list[AttentionSite] = field(default_factory=list)
     reports: list[SiteReport] = field(default_factory=list)
     state_reports: list[StateReport] = field(default_factory=list)
     contractions: dict[Node, Attention | Refusal] = field(default_factory=dict)
@@ -135,10 +136,15 @@ class Graph:
         old.replace_all_uses_with(new)
         self.fx.erase_node(old)
         self.sites = [_renamed(site, old, new) for site in self.sites]
+        self.readers = [_renamed(site, old, new) for site in self.readers]
         self.made = {new if node is old else node: cache for node, cache in self.made.items()}
         self.seen = {
             _renamed(key, old, new): _renamed(seen, old, new) for key, seen in self.seen.items()
         }
+
+    def readers_of(self, site: AttentionSite) -> list[AttentionSite]:
+        """Return the further attentions over the caches of a site, in order."""
+        return [reader for reader in self.readers if reader.shares(site)]
 
     def states(self) -> list[tuple[State, Quantization]]:
         """Return the caches that the call keeps quantized, each with its quantization."""

@@ -20,7 +20,7 @@ from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
-from kvq_compile.lowering.find.sites import find_sites, left_alone, source_line
+from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.flows import tell_captured, tell_rewritten
 from kvq_compile.lowering.graph import Graph, Pass
@@ -41,6 +41,7 @@ from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.read_contractions import read_contractions
+from kvq_compile.lowering.rewrite.scale_queries import scale_queries
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.spell_heads import spell_heads
 from kvq_compile.lowering.rewrite.spell_reads import spell_reads
@@ -69,6 +70,7 @@ ANALYSIS: tuple[Pass, ...] = (
     spell_growth,  # and its growth by one spelling
     spell_rings,
     hold_slots,
+    scale_queries,
     name_updates,
     spell_reads,  # what reads a cache that is known by now
     spell_heads,
@@ -76,6 +78,7 @@ ANALYSIS: tuple[Pass, ...] = (
     find_sites,
     refuse_gradients,
     refuse_branches,
+    drop_readers,
     find_dense,
     plan_slot_checks,
     tell_dense,
@@ -139,10 +142,14 @@ def _lower_arranged(
 ) -> Lowered:
     """Lower a graph some of whose caches are not laid out as ``[B, H, S, D]``; as captured if none is served."""
     known, packed = propose(gm.graph), is_packed(gm.graph)
+    rejoins = False
     while known:
         try:
-            form = arrange_caches(gm, known)
+            form = arrange_caches(gm, known, rejoins)
         except Refusal:
+            if not rejoins:
+                rejoins = True
+                continue
             several = {node for node, how in known.items() if how.sizes and node not in packed}
             known = {node: how for node, how in known.items() if node not in several}
             if not several:
@@ -154,6 +161,9 @@ def _lower_arranged(
         lowered = _lower_as_laid_out(form.module, form.take(example_inputs), spec, by_order, record)
         if not lowered.compiles:
             return Lowered.as_captured(gm, lowered.reports, example_inputs)
+        if lowered.thaw is not None:  # all of them: the captured graph writes into views
+            held = (at for taken, _ in form.places.values() for at in taken)
+            lowered = replace(lowered, thaws=lowered.thaws.union(held))
         served = form.served(*_quantized(lowered)) | packed
         if not known.keys() <= served:
             known = {node: how for node, how in known.items() if node in served}
@@ -194,13 +204,13 @@ def _lower(graph: Graph, gm: fx.GraphModule, record: bool) -> Lowered:
     if graph.thaw is not None:
         refused = [
             left_alone(site.layer, site.where, site.attention.output, graph.thaw)
-            for site in graph.sites
+            for site in (*graph.sites, *graph.readers)
         ]
         graph.reports += refused
         tell_captured(graph)
         places = frozenset(graph.arguments[cache] for cache in graph.thawed)
         return Lowered.thawed(gm, graph.reports, graph.thaw, places, graph.check)
-    graph.reports += [_rewritten(site) for site in graph.sites]
+    graph.reports += [_rewritten(site) for site in (*graph.sites, *graph.readers)]
     graph.reports.sort(key=lambda report: report.layer)
     anchors = tell_captured(graph)
     updated = {

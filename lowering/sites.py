@@ -101,6 +101,7 @@ class State:
         repeats: Query heads for one KV head, as repeated in the graph.
         slots: How many leading cache positions attention reads; ``None`` for all.
         last: How many of the last tokens of a dynamic cache or a ring attention reads; ``None`` for all.
+        others: What else reads a buffer before it is written again: each must belong to another attention.
     """
 
     life: Life
@@ -114,6 +115,7 @@ class State:
     source: fx.Node | None = None
     kept: fx.Node | None = None
     last: Any = None
+    others: tuple[fx.Node, ...] = ()
 
     @property
     def returned(self) -> fx.Node:
@@ -180,6 +182,11 @@ class AttentionSite:
     value: State
     key_quantization: Quantization
     value_quantization: Quantization
+
+    def shares(self, other: AttentionSite) -> bool:
+        """Return whether two attentions read the same caches, filled by the same write."""
+        pairs = ((self.key, other.key), (self.value, other.value))
+        return all(mine.base is its.base and mine.write is its.write for mine, its in pairs)
 
     def states(self) -> tuple[tuple[State, Quantization], tuple[State, Quantization]]:
         """Return keys and values, each with its quantization."""

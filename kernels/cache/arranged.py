@@ -192,8 +192,8 @@ def _axis_of_caches(x: Any, dim: int) -> int | None:
     """Return the axis of the caches that an axis of a tensor is; ``None`` if it is none, and for a plain tensor."""
     if not isinstance(x, ArrangedKV):
         return None
-    name = x.arrangement.axes[dim % x.dim()]
-    return AXES.index(name) if name in AXES else None
+    name = x.arrangement.groups[dim % x.dim()]
+    return AXES.index(name) if len(name) == 1 and name in AXES else None
 
 
 def _assign(cache: ArrangedKV, index: Any, x: Any) -> None:

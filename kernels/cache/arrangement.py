@@ -1,13 +1,15 @@
 """Where the axes of caches ``[B, H, S, D]`` lie in a tensor that a model keeps in another layout.
 
-``BSHD`` and ``SBHD`` are permutations; ``BHDS`` holds the keys transposed; ``BSD`` has one head. ``FSD`` has its heads
-folded into the batch, ``[B * H, S, D]``. An axis that numbers several caches, as in ``[2, B, H, S, D]`` of keys and
-values or ``[L, 2, B, S, H, D]`` of all layers, is a *piece* axis: ``PBHSD``, ``PPBSHD``.
+``BSHD`` and ``SBHD`` are permutations; ``BHDS`` holds the keys transposed; ``BSD`` has one head. An axis that numbers
+several caches, as in ``[2, B, H, S, D]`` of keys and values or ``[L, 2, B, S, H, D]`` of all layers, is a *piece* axis:
+``PBHSD``, ``PPBSHD``. Axes that are one in the tensor are in parentheses: ``BS(HD)`` is ``[B, S, H * D]``, ``BHS(PD)``
+is ``[B, H, S, 2 * D]`` of keys and values side by side. ``FSD`` has its heads folded into the batch, ``[B * H, S, D]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
@@ -27,9 +29,9 @@ class Arrangement:
 
     Attributes:
         axes: One letter an axis: ``B``, ``H``, ``S``, ``D``, or ``F`` for batch and heads in one, each at most once, or
-            ``P`` for a piece axis.
+            ``P`` for a piece axis; those in parentheses are one axis of the tensor.
         sizes: Sizes of the piece axes.
-        heads: Heads in an axis ``F``, else 0.
+        heads: Heads in an axis that they share with others, else 0.
     """
 
     axes: str
@@ -37,8 +39,8 @@ class Arrangement:
     heads: int = 0
 
     def __post_init__(self) -> None:
-        own = sorted(self.axes.replace(PIECE, ""))
-        if own not in (sorted(kind) for kind in ("BHSD", "BSD", "FSD")):
+        own = sorted(self._letters.replace(PIECE, ""))
+        if own not in (sorted(kind) for kind in ("BHSD", "BSD")):
             raise ValueError(
                 f"axes must be B, S, D and perhaps H, or F, S and D, each once, got {self.axes}"
             )
@@ -46,8 +48,23 @@ class Arrangement:
             raise ValueError(
                 f"sizes must be those of the piece axes of {self.axes}, got {self.sizes}"
             )
-        if (FOLDED in self.axes) != (self.heads > 0):
-            raise ValueError(f"heads must be told of an axis F and no other, got {self.heads}")
+        if any("H" in group and len(group) > 1 for group in self.groups) != (self.heads > 0):
+            raise ValueError(f"heads must be told where they share an axis, got {self.heads}")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The letters of each axis of the tensor."""
+        found = re.findall(r"\((\w+)\)|(\w)", self.axes.replace(FOLDED, "(BH)"))
+        return tuple(group or letter for group, letter in found)
+
+    @property
+    def _letters(self) -> str:
+        return "".join(self.groups)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether heads or pieces share an axis with something else than the batch."""
+        return "(" in self.axes
 
     @property
     def pieces(self) -> int:
@@ -61,17 +78,19 @@ class Arrangement:
 
     def of_one(self) -> Arrangement:
         """Return the arrangement of one piece."""
-        return Arrangement(self.axes.replace(PIECE, ""), (), self.heads)
+        axes = re.sub(r"\((\w)\)", r"\1", self.axes.replace(PIECE, ""))
+        return Arrangement(axes, (), self.heads)
 
     def axis(self, name: str) -> int:
-        """Return the axis of the tensor that is axis ``name`` of its caches; of ``B`` it may hold the heads, too."""
-        return self.axes.index(FOLDED if name == "B" and self.heads else name)
+        """Return the axis of the tensor in which axis ``name`` of its caches is."""
+        return next(at for at, group in enumerate(self.groups) if name in group)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The axes of the tensor in the order piece axes, ``B`` or ``F``, ``H`` if it is there, ``S``, ``D``."""
-        numbered = [at for at, name in enumerate(self.axes) if name == PIECE]
-        return (*numbered, *(self.axes.index(name) for name in FOLDED + AXES if name in self.axes))
+        """The letters, apart, in the order piece axes, ``B``, ``H`` if it is there, ``S``, ``D``."""
+        letters = self._letters
+        numbered = [at for at, name in enumerate(letters) if name == PIECE]
+        return (*numbered, *(letters.index(name) for name in AXES if name in letters))
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Return the caches ``[B, H, S, D]`` of a tensor, as views of it."""
@@ -85,19 +104,31 @@ class Arrangement:
     def shape(self, cache: Sequence[Any]) -> tuple[Any, ...]:
         """Return the shape of a tensor whose caches have the shape ``cache``."""
         sizes, of = iter(self.sizes), dict(zip(AXES, cache, strict=True))
-        of[FOLDED] = of["B"] * of["H"]
-        return tuple(next(sizes) if name == PIECE else of[name] for name in self.axes)
+        return tuple(
+            prod(next(sizes) if name == PIECE else of[name] for name in group)
+            for group in self.groups
+        )
+
+    def _joined(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield the axes of the tensor that are several, the last first, and the sizes of these, -1 where unknown."""
+        sizes = list(self.sizes)
+        for at in reversed(range(len(self.groups))):
+            group = self.groups[at]
+            given = {"H": self.heads}
+            found = [
+                sizes.pop() if name == PIECE else given.get(name, -1) for name in reversed(group)
+            ]
+            if len(group) > 1:
+                yield at, tuple(reversed(found))
 
     def to_caches(self) -> list[tuple[Any, ...]]:
         """Return the steps, a method's name and its arguments each, from the tensor to its caches."""
-        steps: list[tuple[Any, ...]] = []
-        if self.order != tuple(range(len(self.axes))):
+        steps: list[tuple[Any, ...]] = [("unflatten", *about) for about in self._joined()]
+        if self.order != tuple(range(len(self.order))):
             steps.append(("permute", self.order))
         if len(self.sizes) > 1:
             steps.append(("flatten", 0, len(self.sizes) - 1))
-        if self.heads:
-            steps.append(("unflatten", -3, (-1, self.heads)))
-        elif "H" not in self.axes:
+        if "H" not in self._letters:
             steps.append(("unsqueeze", -3))
         if self.sizes:
             steps.append(("unbind", 0))
@@ -106,21 +137,23 @@ class Arrangement:
     def from_caches(self) -> list[tuple[Any, ...]]:
         """Return the steps from one cache, or from several stacked along a first axis, to the tensor."""
         steps: list[tuple[Any, ...]] = []
-        if self.heads:
-            steps.append(("flatten", -4, -3))
-        elif "H" not in self.axes:
+        if "H" not in self._letters:
             steps.append(("squeeze", -3))
         if len(self.sizes) > 1:
             steps.append(("unflatten", 0, self.sizes))
         order = self.order
-        if order != tuple(range(len(self.axes))):
+        if order != tuple(range(len(order))):
             steps.append(("permute", tuple(order.index(at) for at in range(len(order)))))
+        steps += [("flatten", at, at + len(sizes) - 1) for at, sizes in reversed([*self._joined()])]
         return steps
 
     def __str__(self) -> str:
         sizes = iter(self.sizes)
-        told = {FOLDED: f"B*{self.heads}"}
-        names = (str(next(sizes)) if name == PIECE else told.get(name, name) for name in self.axes)
+        told = {"H": str(self.heads)} if self.heads else {}
+        names = (
+            "*".join(str(next(sizes)) if name == PIECE else told.get(name, name) for name in group)
+            for group in self.groups
+        )
         return f"[{', '.join(names)}]"
 
 

@@ -19,9 +19,12 @@ from kvq_compile.kernels.cache.arrangement import FOLDED, PIECE, Arrangement
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.options import make_spec
 
-# Axes of what a model keeps, as `Arrangement` names them: in any order, heads folded into the batch, keys and values in
-# one tensor.
-LAYOUTS = ("BHSD", "BSHD", "SBHD", "BHDS", "FSD", "PBHSD", "BPHSD", "BSPHD")
+# Axes of what a model keeps, as `Arrangement` names them: in any order, heads folded into the batch or beside their
+# channels, keys and values in one tensor, along an axis of their own or along that of the channels.
+LAYOUTS = (
+    *("BHSD", "BSHD", "SBHD", "BHDS", "FSD", "BS(HD)"),
+    *("PBHSD", "BPHSD", "BSPHD", "BHS(PD)"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         pieces = (2,) if PIECE in layout else ()
-        self.arrangement = Arrangement(layout, pieces, heads[1] if FOLDED in layout else 0)
+        shared = FOLDED in layout or "(HD)" in layout
+        self.arrangement = Arrangement(layout, pieces, heads[1] if shared else 0)
         self.layout, self.spelling, self.write = layout, spelling, write
         self.heads, self.head_dim, self.dtype, self.kind = heads, head_dim, dtype, kind
         self.chunks, self.padding, self.mask_kind = chunks, padding, mask_kind

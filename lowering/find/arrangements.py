@@ -38,6 +38,7 @@ from kvq_compile.lowering.nodes import (
     argument,
     calls,
     is_weight,
+    order_of,
     same,
     shape_of,
     target_name,
@@ -60,6 +61,7 @@ class _Operand:
     Attributes:
         node: The operand.
         tokens, channels: Axes of it.
+        softmax: That of the attention, or what is an attention as a whole.
         lead: Sizes of batch and heads, where these may be folded into one axis.
     """
 
@@ -67,6 +69,7 @@ class _Operand:
     tokens: int
     channels: int
     lead: tuple[Any, ...] = ()
+    softmax: fx.Node | None = None
 
 
 def above(last: fx.Node) -> Iterator[fx.Node]:
@@ -126,7 +129,7 @@ def _proposed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
     kept = [*(x for x in arguments if x in writers or _is_kept(x, results)), *results]
     found: dict[fx.Node, set[Arrangement | None]] = {}
     tracer = _Tracer()
-    for operand in _operands(graph):
+    for operand in operands_of(graph):
         behind = dict.fromkeys(above(operand.node))
         for tensor in dict.fromkeys(kept):
             if tensor not in known and (source := _source(tensor, behind)) is not None:
@@ -144,7 +147,7 @@ def _can_be_made(tensor: fx.Node, how: Arrangement) -> bool:
     """Return whether a tensor that the call allocates can be allocated in another layout."""
     if target_name(tensor) not in ALLOCATIONS:
         return True
-    return sizes_of_allocation(tensor) is not None and not how.heads
+    return sizes_of_allocation(tensor) is not None and not how.heads and not how.is_joined
 
 
 def _may_be_cache(node: fx.Node) -> bool:
@@ -177,7 +180,7 @@ def _source(tensor: fx.Node, behind: Mapping[fx.Node, None]) -> fx.Node | None:
     return next((node for node in above(tensor) if node in behind), None)
 
 
-def _operands(graph: fx.Graph) -> Iterator[_Operand]:
+def operands_of(graph: fx.Graph) -> Iterator[_Operand]:
     """Yield what may be the keys and the values of the attentions of a graph."""
     for node in calls(graph, *_WHOLE):
         for place, name in ((1, "key"), (2, "value")):
@@ -185,7 +188,7 @@ def _operands(graph: fx.Graph) -> Iterator[_Operand]:
             dims = len(shape_of(given) or ())
             if dims >= 3:
                 lead = (shape_of(given) or ())[:-2]
-                yield _Operand(given, dims - 2, dims - 1, lead if len(lead) == 2 else ())
+                yield _Operand(given, dims - 2, dims - 1, lead if len(lead) == 2 else (), node)
     for softmax in calls(graph, "softmax"):
         before, behind = product_before(softmax), product_behind(softmax)
         if before is None or behind is None:
@@ -195,7 +198,7 @@ def _operands(graph: fx.Graph) -> Iterator[_Operand]:
             if operand is not None:
                 wide = len(shape_of(operand.node) or ()) > 3
                 lead = _lead(operand) if wide else (shape_of(softmax) or ())[:-2]
-                yield replace(operand, lead=lead if len(lead) == 2 else ())
+                yield replace(operand, lead=lead if len(lead) == 2 else (), softmax=softmax)
 
 
 def _lead(operand: _Operand) -> tuple[Any, ...]:
@@ -276,10 +279,30 @@ class _Tracer:
         if source is result:
             return [{axis} for axis in range(len(shape_of(source) or ()))]
         steps = dependent(source, result)
+        steps = [*_indices(steps), *steps]
         key = _signature(source, steps)
         if key not in self._known:
             self._known[key] = _run(source, result, steps)
         return self._known[key]
+
+
+def _indices(steps: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return what computes the integers that steps take elements by, where no argument is among it."""
+    place, found = order_of(steps[0].graph), set[fx.Node]()
+    for step in steps:
+        for other in step.all_input_nodes:
+            value = value_of(other)
+            if not isinstance(value, Tensor) or value.is_floating_point() or other in steps:
+                continue
+            made, stack = set[fx.Node](), [other]
+            while stack and len(made) < _REACH:
+                node = stack.pop()
+                if node not in made and not isinstance(value_of(node), (int, torch.SymInt)):
+                    made.add(node)
+                    stack += data_of(node)
+            if not stack and all(node.op != "placeholder" for node in made):
+                found |= made
+    return sorted(found.difference(steps), key=place.__getitem__)
 
 
 def _signature(source: fx.Node, steps: Sequence[fx.Node]) -> Any:
@@ -341,31 +364,53 @@ def _named(axes: list[tuple[set[int], Any]], operand: _Operand) -> Arrangement |
     """Return the arrangement of a tensor whose axes are those of the operand."""
     names: list[str] = []
     rest: list[int] = []
+    sizes: list[Any] = []
+    heads = 0
     for place, (theirs, size) in enumerate(axes):
         if theirs == {operand.tokens}:
             names.append("S")
-        elif theirs == {operand.channels}:
-            names.append("D")
+        elif operand.channels in theirs:
+            times = _times(size, (shape_of(operand.node) or ())[operand.channels])
+            if times == 1 and len(theirs) == 1:
+                names.append("D")
+            elif len(theirs) == 1:
+                names.append(f"({PIECE}D)")
+                sizes.append(times)
+            elif len(theirs) == 2:
+                names.append("(HD)")
+                heads = times
+            else:
+                return None
         elif theirs or same(size, 1):
             names.append("")
             rest.append(place)
         else:
             names.append(PIECE)
-    if len(rest) > 2 or not rest:
+            sizes.append(size)
+    if len(rest) > 2 - bool(heads) or not rest:
         return None
-    heads = _folded(axes[rest[0]][1], operand.lead) if len(rest) == 1 else 0
-    given = FOLDED if heads else "BH"[: len(rest)]
+    if len(rest) == 1 and not heads:
+        heads = _folded(axes[rest[0]][1], operand.lead)
+        given = FOLDED if heads else "B"
+    else:
+        given = "BH"[: len(rest)]
     if [axes[place][0] for place in rest] == [{1}, {0}]:
         given = given[::-1]
     for name, place in zip(given, rest, strict=True):
         names[place] = name
-    sizes = tuple(axes[place][1] for place, name in enumerate(names) if name == PIECE)
-    if not all(isinstance(size, int) for size in sizes):
+    if not all(isinstance(size, int) and size for size in (*sizes, *[heads] * ("(HD)" in names))):
         return None
     try:
-        return Arrangement("".join(names), sizes, heads)
+        return Arrangement("".join(names), tuple(sizes), heads)
     except ValueError:
         return None  # an axis is missing, or there are two
+
+
+def _times(size: Any, channels: Any) -> int:
+    """Return how often an axis holds the channels; 0 where that is no number."""
+    if not isinstance(size, int) or not isinstance(channels, int):
+        return int(same(size, channels))
+    return size // channels if size % channels == 0 else 0
 
 
 def _folded(size: Any, lead: tuple[Any, ...]) -> int:

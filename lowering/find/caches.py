@@ -24,7 +24,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import CASTS
 from kvq_compile.lowering.find.movement import as_spelled, made_of
 from kvq_compile.lowering.find.reasons import NO_CACHE, is_expected
-from kvq_compile.lowering.find.trial import MIXING
+from kvq_compile.lowering.find.trial import MIXING, writers_of
 from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.find.updates import updated_cache
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -149,7 +149,7 @@ def _grown(
                 continue
             if value_of(node).dtype != value_of(result).dtype:
                 continue
-            if result in written and not isinstance(value_of(node), QuantizedKV):
+            if result in written and _is_all_that_is_written(node, result):
                 continue  # tokens written into an allocation, which is the cache
             longer = [axis for axis in range(len(shape)) if not same(before[axis], shape[axis])]
             if len(longer) != 1:
@@ -160,6 +160,12 @@ def _grown(
         if candidate is not None:
             found.setdefault(*candidate)
     return found
+
+
+def _is_all_that_is_written(tokens: fx.Node, memory: fx.Node) -> bool:
+    """Return whether some tokens, and nothing else, are written into a tensor."""
+    sources = [_source(write) for write in writers_of(memory.graph).get(memory, ())]
+    return all(tokens is source or tokens in made_of(source) for source in sources)
 
 
 def _hint(size: Any) -> int:

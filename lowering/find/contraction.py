@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -130,9 +131,13 @@ def find_contraction(softmax: fx.Node, find: Find) -> Contraction | None:
     of_keys = {*_above([key[0]], MIXING), *dependent(key[0], product)}
     queries = [n for n in _above(product.all_input_nodes, MIXING) if n not in of_keys]
     refusal: Refusal | None = None
-    for query in _queries(queries, key):
+    own = (shape_of(own_tokens(key[1])) or ())[2]
+    some = [shape[-2]] if hint_of(shape[-2]) < hint_of(own) else []  # a chunk of the queries
+    given = [(query, n) for n in (own, *some) for query in _queries(queries, key, n)]
+    for query, tokens in given:
         try:
-            found = _Candidate(softmax, scores, product, output, query, key, value[0]).found()
+            about = query, tokens, key, value[0]
+            found = _Candidate(softmax, scores, product, output, *about).found()
         except Refusal as reason:
             refusal = refusal or reason
         else:
@@ -232,10 +237,10 @@ def own_tokens(state: State) -> fx.Node:
     return argument(state.new, 0, "tensors")[-1] if state.life is Life.GROWN_PLAIN else state.new
 
 
-def _queries(nodes: Sequence[fx.Node], key: tuple[fx.Node, State]) -> list[fx.Node]:
+def _queries(nodes: Sequence[fx.Node], key: tuple[fx.Node, State], tokens: Any) -> list[fx.Node]:
     """Return what may be the query: tensors of as many elements as heads of it would have, the cache's dtype first."""
     B, H, _, D = (hint_of(size) for size in shape_of(key[0]) or ())
-    rows = B * H * D * hint_of((shape_of(own_tokens(key[1])) or (0, 0, 0))[2])
+    rows = B * H * D * hint_of(tokens)
     if rows == 0:
         return []
     dtype = value_of(key[0]).dtype
@@ -253,11 +258,11 @@ class _Candidate:
 
     def __init__(
         self, softmax: fx.Node, scores: fx.Node, product: fx.Node, output: fx.Node, query: fx.Node,
-        key: tuple[fx.Node, State], value: fx.Node,
+        tokens: Any, key: tuple[fx.Node, State], value: fx.Node,
     ) -> None:  # fmt: skip
         self._nodes = output, query, key[0], value, product, scores
         self._softmax = softmax
-        self._new = own_tokens(key[1])
+        self._new, self._tokens = own_tokens(key[1]), tokens
         self._parts = [
             (dependent(query, product), _OF_OPERANDS),
             (dependent(key[0], product), _OF_OPERANDS),
@@ -283,7 +288,7 @@ class _Candidate:
         chain = Steps(scores, (base, *sides), ())
         if not whole.collect() or not (scores is base or chain.collect()):
             return None
-        for exact in (True, False):
+        for exact in (True, True, True, False):  # masks are drawn, and may hide all that they see
             try:
                 with torch.autocast("cpu", enabled=False):
                     found = self._agreed(whole, chain, sides, exact)
@@ -416,7 +421,7 @@ class _Candidate:
         scales: list[tuple[float, float]] = []
         groups = 0
         for sizes in whole.assignments(3):
-            trial = Evaluation(self._nodes, self._new, sizes, sides, exact, self._read)
+            trial = Evaluation(self._nodes, self._tokens, sizes, sides, exact, self._read)
             found = trial.orders(whole, chain)
             common = found if common is None else {o: None for o in common if o in found}
             if not common:

@@ -109,17 +109,18 @@ def tell_dense(graph: Graph) -> PassReport:
     """
     stored = [] if graph.thaw is not None else [*_kept(graph)]
     attending = Attending(graph.fx) if stored else None
-    outputs = [site.attention.output for site in graph.sites]
-    sites = {
+    sites = (*graph.sites, *graph.readers)
+    outputs = [site.attention.output for site in sites]
+    fused = {
         node.name for output in outputs for node in (output, *output.all_input_nodes)
     }  # gated ones too
-    served = [site.attention for site in graph.sites]
-    sites |= {softmax.name for softmax, found in graph.contractions.items() if found in served}
+    served = [site.attention for site in sites]
+    fused |= {softmax.name for softmax, found in graph.contractions.items() if found in served}
     for cache, role in stored:
         assert attending is not None
         readers = attending.readers(cache, True)
         names = _names(readers)
-        told = names & {*sites, *(report.node for report in graph.reports)}
+        told = names & {*fused, *(report.node for report in graph.reports)}
         if role == "key" and readers.products and not told:
             graph.reports.append(_told(graph, cache, readers))
         for number, report in enumerate(graph.reports):

@@ -18,7 +18,7 @@ from kvq_compile.kernels.layout import HIDES
 from kvq_compile.kernels.score import bend_
 from kvq_compile.lowering.find.chain import Chain
 from kvq_compile.lowering.find.trial import Trial, run_step, size_of_trial, writers_of
-from kvq_compile.lowering.nodes import order_of, root_of, shape_of, value_of
+from kvq_compile.lowering.nodes import order_of, root_of, value_of
 from kvq_compile.lowering.sites import Refusal
 
 _TRIED = (5, 3, 7, 4, 11, 6, 13, 9, 8, 10, 12, 14, 15, 16, 17, 18)  # what symbolic sizes are set to
@@ -95,11 +95,20 @@ class Steps(Trial):
         )
 
 
+def _random_mask(shape: Sequence[int]) -> Tensor:
+    """Return half of each row, so that none hides all but one of its keys; of few keys all or none."""
+    if not shape or shape[-1] < 4:
+        drawn = torch.rand((), dtype=torch.float32, device="cpu") < 0.5
+        return drawn.expand(tuple(shape)).clone()
+    drawn = torch.rand(tuple(shape), dtype=torch.float32, device="cpu")
+    return drawn.argsort(-1) % 2 == 0
+
+
 class Evaluation:
     """One evaluation: random numbers for some sizes, and what they give."""
 
     def __init__(
-        self, nodes: tuple[fx.Node, ...], new: fx.Node, sizes: Mapping[Any, int],
+        self, nodes: tuple[fx.Node, ...], tokens: Any, sizes: Mapping[Any, int],
         sides: Sequence[fx.Node], exact: bool, read: Chain,
     ) -> None:  # fmt: skip
         self._read = read
@@ -109,7 +118,7 @@ class Evaluation:
         self._given = {node: self._random(node) for node in (query, key, value, *sides)}
         self._sides = {node: self._given[node] for node in sides}
         B, H, S, D = self._given[key].shape
-        T = size_of_trial((shape_of(new) or ())[2], sizes)
+        T = size_of_trial(tokens, sizes)
         self.groups = self._given[query].numel() // (B * H * T * D)
         self._axes = (B, H, self.groups, T)
         self._columns, self._channels = S, D
@@ -125,7 +134,7 @@ class Evaluation:
         if math.prod(shape) > _LARGEST:
             raise Refusal("the attention is too large to be evaluated")
         if value.dtype == torch.bool:
-            return torch.rand(shape, dtype=torch.float32, device="cpu") < 0.5
+            return _random_mask(shape)
         made = torch.randn(shape, dtype=torch.float32, device="cpu")
         return made if self._exact else made.to(value.dtype)
 

@@ -7,11 +7,12 @@ write if the buffer then equals ``index_copy(buffer, 2, position, new)`` every t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, fx
 
+from kvq_compile.lowering.find.movement import beside
 from kvq_compile.lowering.find.trial import data_of, plain_name, writers_of
 from kvq_compile.lowering.find.updates import (
     ENDS,
@@ -32,16 +33,19 @@ _REACH = 64  # nodes looked at behind the writes
 def find_write(buffer: fx.Node, writers: list[fx.Node]) -> Update | None:
     """Return the tokens and the cache positions that all ``writers`` of a buffer amount to, if they do to that."""
     views = [node for node in buffer.graph.nodes if node is buffer or root_of(node) is buffer]
-    for new in candidates(buffer, writers):
+    known = [*candidates(buffer, writers)]
+    for new in known:
+        others = beside(new, known)
         for position in (*positions_among(writers, buffer, new), None):
-            found = [
-                kind(buffer, new, position, writers, views).update()
-                for kind in (
-                    (_Scattered, InPlaceTrial) if position is not None else (InPlaceTrial,)
-                )
-            ]
-            if None not in found:
-                return found[-1]
+            for ignored in ((), others) if others else ((),):
+                found = [
+                    kind(buffer, new, position, writers, views, ignored).update()
+                    for kind in (
+                        (_Scattered, InPlaceTrial) if position is not None else (InPlaceTrial,)
+                    )
+                ]
+                if None not in found:
+                    return found[-1]
     return None
 
 
@@ -80,8 +84,9 @@ class InPlaceTrial(UpdateTrial):
         position: fx.Node | None,
         writers: list[fx.Node],
         views: list[fx.Node],
+        others: Collection[fx.Node] = (),
     ) -> None:
-        super().__init__(buffer, buffer, new, position)
+        super().__init__(buffer, buffer, new, position, others)
         self._writers, self._views = writers, views
 
     def collect(self) -> bool:

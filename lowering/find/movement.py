@@ -149,12 +149,20 @@ def _reached(node: fx.Node, ends: Collection[str] = MIXING) -> Iterator[fx.Node]
         for current in front:
             for other in (*data_of(current), *writers.get(root_of(current), ())):
                 wide = len(shape_of(other) or ()) >= 3 or plain_name(other) == "setitem"
-                if other not in seen and wide:
+                several = isinstance(value_of(other), (tuple, list))
+                if other not in seen and (wide or several):
                     seen.add(other)
-                    yield other
+                    if wide:
+                        yield other
                     if plain_name(other) not in ends:
                         following.append(other)
         front = following
+
+
+def beside(node: fx.Node, others: Collection[fx.Node]) -> set[fx.Node]:
+    """Return those of some tensors that are not made of ``node``, nor ``node`` of them."""
+    found = {other for other in others if other is not node and node not in _reached(other)}
+    return found.difference(_reached(node)) if found else found
 
 
 def find_growth(grown: fx.Node) -> Growth | None:
@@ -167,15 +175,15 @@ def find_growth(grown: fx.Node) -> Growth | None:
         before = shape_of(past) or ()
         if not (same(before[1], shape[1]) and same(before[3], shape[3])):
             continue
-        tokens = shape[2] - before[2]
-        tried = 0
-        for new in near:
-            if new is past or not _fits(new, past, (shape[0], shape[1], tokens, shape[3])):
-                continue
+        size = shape[0], shape[1], shape[2] - before[2], shape[3]
+        fitting = [new for new in near if new is not past and _fits(new, past, size)]
+        for new in fitting[:_TRIES]:
             if past in _reached(new):
                 continue  # joined to a cache that is empty
-            tried += 1
-            found = _Trial(grown, past, new).growth() if tried <= _TRIES else None
+            found = _Trial(grown, past, new).growth()
+            others = beside(new, fitting) if found is None else ()
+            if others:
+                found = _Trial(grown, past, new, others).growth()
             if found is not None:
                 return found
     return None
@@ -213,10 +221,16 @@ class _Trial(Trial):
         grown: What may be the dynamic cache.
         past: A cache-like placeholder, or rows taken from one.
         new: What may be the new tokens.
+        others: What may be those of other caches.
     """
 
-    def __init__(self, grown: fx.Node, past: fx.Node, new: fx.Node) -> None:
+    ignores = True
+
+    def __init__(
+        self, grown: fx.Node, past: fx.Node, new: fx.Node, others: Collection[fx.Node] = ()
+    ) -> None:
         super().__init__(grown, (past, new), MIXING)
+        self.ignored.update(others)
         self._past, self._new = past, new
 
     def growth(self) -> Growth | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.trial import MIXING, plain_name
 from kvq_compile.lowering.find.writes import writes_of
-from kvq_compile.lowering.nodes import root_of, same, shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import VIEWS, root_of, same, shape_of, target_name, value_of
 
 NO_CACHE = "keys and values are not kept after the call"
 BY_OPTION = "left in 16 bit by the option layers"
@@ -25,7 +26,6 @@ SOME_ROWS = (
 _REACH = (
     32  # steps followed from an attention's operand to a cache, far more than any spelling takes
 )
-_MIXES = ("matmul", "bmm", "linear", "scaled_dot_product_attention", "softmax", "einsum")
 _HINTS = {
     "transpose": "it is not understood as tokens in some order of the axes [B, H, S, D]",
     "permute": "it is not understood as tokens in some order of the axes [B, H, S, D]",
@@ -59,7 +59,7 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
         name = target_name(base)
         hint = f"; {_HINTS[name]}" if name in _HINTS else ""
         return f"the cache reaches attention through {name}{hint}"
-    through = _returned_through(base, outputs)
+    through = _returned_through(_viewed(base), outputs)
     return (
         NO_CACHE
         if through is None
@@ -76,11 +76,20 @@ def _is_rows_of_a_buffer(base: fx.Node) -> bool:
     return bool(whole and rows and len(whole) == len(rows) and not same(whole[0], rows[0]))
 
 
+def _viewed(base: fx.Node) -> fx.Node:
+    """Return the tensor that ``base`` is a view of, in whatever order of its axes."""
+    while target_name(base) in VIEWS and shape_of(base.args[0]) is not None:
+        base = base.args[0]  # type: ignore[assignment]
+    return base
+
+
 def _neighbours(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Return the nodes that hold keys or values in some form: those of four dimensions and more."""
-    return [
-        node for node in nodes if len(shape_of(node) or ()) >= 4 and target_name(node) not in _MIXES
-    ]
+    """Return the nodes that hold keys or values in some form: those of three dimensions and more."""
+    return [node for node in nodes if len(shape_of(node) or ()) >= 3 and not _mixes(node)]
+
+
+def _mixes(node: fx.Node) -> bool:
+    return plain_name(node) in (*MIXING, "sum")
 
 
 def _copied(node: fx.Node) -> bool:

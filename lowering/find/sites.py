@@ -14,14 +14,15 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
+from kvq_compile.lowering.find.contraction import dependent
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
 from kvq_compile.lowering.find.layers import Place, places_of
 from kvq_compile.lowering.find.reasons import BY_OPTION, SHORT_WINDOW, is_expected
-from kvq_compile.lowering.find.states import find_state
+from kvq_compile.lowering.find.states import READ_ELSEWHERE, find_state
 from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import shape_of, value_of
+from kvq_compile.lowering.nodes import same, shape_of, value_of
 from kvq_compile.lowering.sites import (
     RINGS,
     Attention,
@@ -38,6 +39,8 @@ from kvq_compile.lowering.sites import (
 KEEPS_NOT = "keep_exact needs a cache that grows: the host does not know which pages of a cache of fixed size fill up"
 NO_POSITIONS = "keys are coded before RoPE, and a buffer that keeps the last tokens does not tell their positions"
 GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
+# Whose caches further attentions may read.
+SHARED = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN, Life.BUFFER_PLAIN, Life.BUFFER)
 HELD = (Life.GROWN, Life.BUFFER, Life.RING)
 BY_TOKENS = (
     Life.GROWN,
@@ -56,7 +59,6 @@ def find_sites(graph: Graph) -> PassReport:
         Contradiction: A cache is quantized to something else than the call asks for.
     """
     outputs = set(graph.output.all_input_nodes)
-    taken: set[tuple[fx.Node, fx.Node | None]] = set()
     attentions = find_attentions(graph.fx, graph.contractions)
     for order, (found, place) in enumerate(zip(attentions, places_of(attentions), strict=True)):
         node = found.output if isinstance(found, Attention) else found[0]
@@ -65,15 +67,15 @@ def find_sites(graph: Graph) -> PassReport:
             if not isinstance(found, Attention):
                 raise found[1]
             site = _site(order, place, found, outputs, graph)
-            _check_graph(site, graph, taken)
+            is_reader = _check_graph(site, graph)
         except Contradiction:
             raise
         except Exception as error:
             reason = error if isinstance(error, Refusal) else unexpected(error)
             graph.reports.append(left_alone(place.layer, place.where, node, str(reason)))
         else:
-            graph.sites.append(site)
-            taken.update((state.base, state.write) for state, _ in site.states())
+            (graph.readers if is_reader else graph.sites).append(site)
+    refuse_partly_read(graph)
     return PassReport(tuple(f"{site.attention.output} is a site" for site in graph.sites))
 
 
@@ -230,16 +232,72 @@ def _in_words(layout: Layout) -> str:
     )
 
 
-def _check_graph(
-    site: AttentionSite, graph: Graph, taken: set[tuple[fx.Node, fx.Node | None]]
-) -> None:
-    """Make sure that the rest of the graph lets the site be rewritten."""
+def _check_graph(site: AttentionSite, graph: Graph) -> bool:
+    """Make sure that the rest of the graph lets the site be rewritten; say whether its caches are those of another."""
     states = (site.key, site.value)
-    if taken & {(state.base, state.write) for state in states}:
+    taken = {
+        (state.base, state.write): other for other in graph.sites for state, _ in other.states()
+    }
+    owners = [taken.get((state.base, state.write)) for state in states]
+    is_reader = owners != [None, None]
+    if is_reader and not (owners[0] is not None and _may_share(site, owners[0])):
         raise Refusal("another attention has taken over the same cache")
     check_order(site.attention, states, list(graph.fx.nodes))
     for state in states:
         check_lengths(graph, state)
+    return is_reader
+
+
+def _may_share(site: AttentionSite, owner: AttentionSite) -> bool:
+    """Return whether an attention can read the caches that another one is the first to read."""
+    heads = [(shape_of(each.attention.query) or ())[1] for each in (site, owner)]
+    attentive = any(quantization.layout.attentive for _, quantization in owner.states())
+    alike = same(*heads) and site.key.life in SHARED and not attentive
+    return alike and site.shares(owner) and site.key.kept is owner.key.kept
+
+
+def refuse_partly_read(graph: Graph) -> None:
+    """Leave alone the attentions over a buffer that something else reads as well."""
+    sites = [*graph.sites, *graph.readers]
+    for site in sites:
+        mine = [site, *(other for other in sites if other is not site and other.shares(site))]
+        for pair in ("key", "value"):
+            others = getattr(site, pair).others
+            read = {node for each in mine for node in _reads(each, getattr(each, pair))}
+            if not set(others) <= read:
+                _refuse(graph, site, READ_ELSEWHERE)
+                break
+
+
+def _reads(site: AttentionSite, state: State) -> set[fx.Node]:
+    """Return what reads a cache for the keys and values of an attention, and not for anything else of it."""
+    past, found = state.base if state.is_update else state.past, site.attention
+    if past is None:
+        return set()
+    way = {found.output, *dependent(past, found.output)}
+    for other in (found.query, found.mask, found.sink_logits):
+        if isinstance(other, fx.Node):
+            way -= {other, *dependent(past, other)}
+    return way & set(past.users)
+
+
+def _refuse(graph: Graph, site: AttentionSite, reason: str) -> None:
+    graph.sites = [each for each in graph.sites if each is not site]
+    graph.readers = [each for each in graph.readers if each is not site]
+    graph.reports.append(left_alone(site.layer, site.where, site.attention.output, reason))
+
+
+def drop_readers(graph: Graph) -> PassReport:
+    """Leave alone what reads the caches of an attention that is left alone.
+
+    Before:  sites and further readers of their caches
+    After:   the same, without readers of other caches
+    Because: checks that follow on `find_sites` refuse some sites.
+    """
+    lost = [x for x in graph.readers if not any(x.shares(site) for site in graph.sites)]
+    for reader in lost:
+        _refuse(graph, reader, "the attention that is the first to read its caches is left alone")
+    return PassReport(tuple(f"{reader.attention.output} is left alone" for reader in lost))
 
 
 def check_lengths(graph: Graph, state: State) -> None:

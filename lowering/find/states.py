@@ -46,6 +46,7 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Life, Refusal, State
 
+READ_ELSEWHERE = "the cache is read outside attention in the same call"
 NOT_UNDERSTOOD = (
     "is updated in a way that is not understood as tokens written at some cache positions"
 )
@@ -91,9 +92,12 @@ def find_state(
         return _ring(read, ring)
     update = (updates or {}).get(base)
     if update is not None:
-        return _updated(read, update, outputs)
-    if target_name(base) in ("cat", "concat"):
-        return _grown(read, outputs)
+        return _updated(read, update, outputs, attention)
+    if _grows(base):
+        if argument(base, 1, "dim", 0) in (2, -2):
+            return _grown(read, outputs)
+        if any(root_of(t).op == "placeholder" for t in argument(base, 0, "tensors")):
+            raise Refusal("new tokens are joined along another dimension than 2")
     if base.op == "placeholder" or target_name(base) in ALLOCATIONS:
         return _written(read, outputs, attention)
     whole = [node for node in outputs if node is base or moved_from(node) is base]
@@ -200,10 +204,6 @@ def _prefix_of(node: fx.Node) -> Any:
 def _grown(read: _Read, outputs: set[fx.Node]) -> State:
     cat = read.base
     tensors = [t for t in argument(cat, 0, "tensors") if not _is_empty(t)]
-    if argument(cat, 1, "dim", 0) not in (2, -2):
-        if cat in outputs and not any(root_of(t).op == "placeholder" for t in tensors):
-            return _fresh(read, cat)
-        raise Refusal("new tokens are joined along another dimension than 2")
     if read.slots is not None:
         raise Refusal("attention reads only a part of the grown cache")
     kept = kept_of(cat, outputs)
@@ -292,7 +292,7 @@ def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> S
     past = read.base
     if not writes_of(past):
         raise Refusal(_why_not_written(past, outputs))
-    write = _own_write(read, attention)
+    write, others = _own_write(read, attention)
     try:
         position, new = read_write(write)
     except Refusal as reason:
@@ -308,26 +308,28 @@ def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> S
         life = Life.ALLOCATED
     else:
         life = Life.BUFFER if quantized else Life.BUFFER_PLAIN
-    return State(life, past, new, past, write, position, read.repeats, read.slots)
+    about = position, read.repeats, read.slots
+    return State(life, past, new, past, write, *about, others=others)
 
 
-def _own_write(read: _Read, attention: fx.Node | None) -> fx.Node:
-    """Return the write whose tokens an attention is the first to read, and the only one before the next write.
+def _own_write(read: _Read, attention: fx.Node | None) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """Return the write whose tokens an attention reads, and what reads the cache up to the next write, if several do.
 
     Raises:
-        Refusal: There is none, or something else reads the cache in between.
+        Refusal: There is none, or nothing reads the cache in between.
     """
     past, writes = read.base, writes_of(read.base)
     place = order_of(past.graph)
     end = len(place) if attention is None else place[attention]
-    reads = [
-        place[user]
+    readers = [
+        user
         for user in past.users
         if user not in writes
         and user.op != "output"
         and past in data_of(user)
         and not _is_dead(user)
     ]
+    reads = [place[user] for user in readers]
     written = [place[write] for write in writes]
     before = [at for at in written if at < (end if read.first is None else place[read.first])]
     if not before or min(reads, default=end) < written[0]:
@@ -335,13 +337,15 @@ def _own_write(read: _Read, attention: fx.Node | None) -> fx.Node:
     following = next((at for at in written if at > before[-1]), len(place))
     if following < end:
         raise Refusal("the cache is written between its read and the attention")
-    own = [at for at in reads if before[-1] < at < following]
-    if len(own) != 1:
-        raise Refusal("the cache is read outside attention in the same call")
-    return writes[len(before) - 1]
+    own = tuple(user for user in readers if before[-1] < place[user] < following)
+    if not own or (attention is None and len(own) > 1):
+        raise Refusal(READ_ELSEWHERE)
+    return writes[len(before) - 1], own if len(own) > 1 else ()
 
 
-def _updated(read: _Read, update: Update, outputs: set[fx.Node]) -> State:
+def _updated(
+    read: _Read, update: Update, outputs: set[fx.Node], attention: fx.Node | None
+) -> State:
     """Return the state of a fixed-size cache of which an updated copy is returned.
 
     Raises:
@@ -357,13 +361,16 @@ def _updated(read: _Read, update: Update, outputs: set[fx.Node]) -> State:
     if any(isinstance(value_of(user), Tensor) or user.op == "output" for user in before):
         raise Refusal("the cache is read as it was before the write, too")
     readers = [user for user in result.users if user not in steps and not _is_dead(user)]
-    if len([user for user in readers if user.op != "output"]) > 1:
-        raise Refusal("the cache is read outside attention in the same call")
+    others = tuple(user for user in readers if user.op != "output")
+    if len(others) > 1 and attention is None:
+        raise Refusal(READ_ELSEWHERE)
     if past.op != "placeholder":
         life, base = Life.ALLOCATED, past
     else:
         life, base = Life.BUFFER if isinstance(value, QuantizedKV) else Life.BUFFER_PLAIN, result
-    return State(life, base, update.new, past, result, update.position, read.repeats, read.slots)
+    about = update.position, read.repeats, read.slots
+    others = others if len(others) > 1 else ()
+    return State(life, base, update.new, past, result, *about, others=others)
 
 
 def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:

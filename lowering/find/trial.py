@@ -67,13 +67,18 @@ class Trial:
 
     Attributes:
         given: Tensors, writes into which are none of the steps: they are given as they were left.
+        ignores: Whether the result may be made of other tensors as well, none of whose elements is in it: these are
+            random, and others in each run.
+        ignored: These tensors.
     """
 
     given: Collection[Any] = ()
+    ignores = False
 
     def __init__(self, result: fx.Node, cuts: Sequence[fx.Node], ends: Collection[str]) -> None:
         self.result, self.cuts, self._ends = result, tuple(cuts), ends
         self.steps: list[fx.Node] = []
+        self.ignored: set[fx.Node] = set()
 
     def collect(self) -> bool:
         """Collect the nodes to run; say whether nothing but they decides on the result."""
@@ -99,13 +104,17 @@ class Trial:
         stack = [*results]
         while stack:
             node = stack.pop()
-            if node in needed or node in self.cuts:
+            if node in needed or node in self.cuts or node in self.ignored:
                 continue
-            if node.op not in ("call_function", "call_method", "get_attr"):
-                if isinstance(value_of(node), (torch.SymInt, int)):
-                    continue
-                return None
-            if plain_name(node) in ends or len(needed) > most:
+            is_argument = node.op not in ("call_function", "call_method", "get_attr")
+            if is_argument and isinstance(value_of(node), (torch.SymInt, int)):
+                continue
+            if is_argument or plain_name(node) in ends:
+                if not (self.ignores and _is_ignored(node)):
+                    return None
+                self.ignored.add(node)
+                continue
+            if len(needed) > most:
                 return None
             needed.add(node)
             if not isinstance(value_of(node), torch.SymInt):
@@ -120,7 +129,7 @@ class Trial:
 
         ``far``: also sizes beyond the numbers of the steps, one symbol after another.
         """
-        nodes = (*self.steps, *self.cuts)
+        nodes = (*self.steps, *self.cuts, *self.ignored)
         symbols: set[Any] = set()
         for node in nodes:
             value = value_of(node)
@@ -142,7 +151,7 @@ class Trial:
 
     def _are_sizes(self, sizes: Mapping[Any, int]) -> bool:
         """Return whether no tensor has a negative size then: the symbols of a graph may depend on one another."""
-        values = (value_of(node) for node in (*self.steps, *self.cuts))
+        values = (value_of(node) for node in (*self.steps, *self.cuts, *self.ignored))
         shapes = (value.shape for value in values if isinstance(value, Tensor))
         return all(size_of_trial(size, sizes) >= 0 for shape in shapes for size in shape)
 
@@ -160,7 +169,7 @@ class Trial:
         Raises:
             one of `CANNOT_BE_RUN`: A step cannot be run.
         """
-        known = dict(given)
+        known = {node: random_like(value_of(node), sizes) for node in self.ignored} | dict(given)
         for node in self.steps:
             known[node] = run_step(node, known, sizes)
         return known
@@ -170,6 +179,12 @@ class Trial:
         place, writers = order_of(cut.graph), writers_of(cut.graph)
         changes = [place[node] for node in writers.get(root_of(cut), ())]
         return any(place[cut] < change <= last for change in changes)
+
+
+def _is_ignored(node: fx.Node) -> bool:
+    """Return whether a node is what a trial that ignores others may fill at random."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def largest_number(steps: Sequence[fx.Node]) -> int:

@@ -8,14 +8,14 @@ Only consecutive cache positions are tried; whether those of a call are is check
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from kvq_compile.lowering.find.movement import is_cache_like, made_of
+from kvq_compile.lowering.find.movement import beside, is_cache_like, made_of
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
     MIXING,
@@ -52,11 +52,14 @@ class Update:
 
 def find_update(result: fx.Node) -> Update | None:
     """Return what ``result`` ``[B, H, S, D]`` is made of, if it is a fixed-size cache with new tokens in it."""
-    for past, new in _candidates(result):
+    candidates = [*_candidates(result)]
+    for past, new in candidates:
+        others = beside(new, {other for _, other in candidates})
         for position in (*positions_among([result], past, new), None):
-            found = UpdateTrial(result, past, new, position).update()
-            if found is not None:
-                return found
+            for ignored in ((), others) if others else ((),):
+                found = UpdateTrial(result, past, new, position, ignored).update()
+                if found is not None:
+                    return found
     return None
 
 
@@ -139,10 +142,14 @@ def _are_symbols(a: Any, b: Any) -> bool:
 class UpdateTrial(Trial):
     """The operations between a cache, new tokens, their cache positions and what may be the updated cache."""
 
+    ignores = True
+
     def __init__(
-        self, result: fx.Node, past: fx.Node, new: fx.Node, position: fx.Node | None
-    ) -> None:
+        self, result: fx.Node, past: fx.Node, new: fx.Node, position: fx.Node | None,
+        others: Collection[fx.Node] = (),
+    ) -> None:  # fmt: skip
         super().__init__(result, [past, new, *([] if position is None else [position])], ENDS)
+        self.ignored.update(others)
         self._past, self._new, self._position = past, new, position
 
     def update(self) -> Update | None:
@@ -162,6 +169,12 @@ class UpdateTrial(Trial):
             for first in (slots - tokens, (slots - tokens) // 2, 0):
                 try:
                     at = self._written_at(sizes, first)
+                    if (
+                        at is None
+                        and starts is not None
+                        and self._is_beyond(sizes, starts, slots - tokens)
+                    ):
+                        break  # one token fits into a slice of none
                 except CANNOT_BE_RUN:
                     at = None
                     if sizes:
@@ -177,6 +190,10 @@ class UpdateTrial(Trial):
             return None
         position = self._position if starts is None else starts[0][1]
         return Update(self._past, self._new, position, tuple(self.steps))
+
+    def _is_beyond(self, sizes: Mapping[Any, int], starts: Sequence[Any], last: int) -> bool:
+        """Return whether some of the numbers leave no room for the tokens."""
+        return any(size_of_trial(start[0], sizes) > last for start in starts)
 
     def _with_a_position_a_token(self, sizes: Mapping[Any, int]) -> Mapping[Any, int]:
         """Return sizes by which there are as many cache positions as tokens, which a call is checked for."""

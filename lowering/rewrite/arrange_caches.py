@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvq_compile.lowering.nodes import (
     FULL,
     LAYOUT,
     NAME,
+    VIEWS,
     argument,
     getitem_index,
     insert_call,
@@ -34,13 +36,16 @@ from kvq_compile.lowering.nodes import (
     value_of,
     writes_in_place,
 )
-from kvq_compile.lowering.rewrite.split_pieces import Pieces, Splitter, places
+from kvq_compile.lowering.rewrite.rejoin_pieces import joined, rejoin, revalue
+from kvq_compile.lowering.rewrite.split_pieces import Pieces, Splitter, dense, places
 
 _REACH = 256  # nodes followed from a cache
 Writers = Mapping[Any, list[fx.Node]]
 
 
-def arrange_caches(gm: fx.GraphModule, known: Mapping[fx.Node, Arrangement]) -> Arranged:
+def arrange_caches(
+    gm: fx.GraphModule, known: Mapping[fx.Node, Arrangement], rejoins: bool = False
+) -> Arranged:
     """Return a copy of a graph that takes and returns caches as ``[B, H, S, D]``.
 
     Before:  past = placeholder                          # [B, S, H, D]
@@ -55,6 +60,11 @@ def arrange_caches(gm: fx.GraphModule, known: Mapping[fx.Node, Arrangement]) -> 
     Args:
         gm: The graph that Dynamo captured; it is left untouched.
         known: Arrangements of its arguments, allocations and results.
+        rejoins: Whether to join the caches of one tensor wherever the graph reads it or writes into it, instead of
+            following it piece by piece.
+
+    Raises:
+        Refusal: A tensor of several caches cannot be followed.
     """
     module = copy_module(gm)
     graph = module.graph
@@ -66,7 +76,10 @@ def arrange_caches(gm: fx.GraphModule, known: Mapping[fx.Node, Arrangement]) -> 
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     outputs = [arranged.get(x) if isinstance(x, fx.Node) else None for x in results]
     read = {node for node in graph.nodes if node.users}
-    caches = _Arranger(graph, arranged).caches()
+    views = [copies[node] for node in _views_of_packed(gm.graph, known)]
+    caches = _Arranger(graph, arranged, rejoins).caches()
+    for node in [node for node in graph.nodes if node in views]:
+        revalue(node)
     flat: list[Any] = []
     now: Any = graph.output_node().args[0]
     for before, after in zip(results, now, strict=True):
@@ -90,6 +103,17 @@ def arrange_caches(gm: fx.GraphModule, known: Mapping[fx.Node, Arrangement]) -> 
     return Arranged(module, tuple(inputs), tuple(outputs), places)
 
 
+def _views_of_packed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> Iterator[fx.Node]:
+    """Yield the views of arguments that are packed already.
+
+    These have no memory of their own; what Dynamo takes for the memory of their views is that of copies.
+    """
+    packed = {node for node in known if isinstance(value_of(node), ArrangedKV)}
+    for node in graph.nodes:
+        if packed and target_name(node) in VIEWS and root_of(node) in packed:
+            yield node
+
+
 def _has_effect(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or writes_in_place(node)
 
@@ -104,8 +128,10 @@ def _is_packed(
 class _Arranger:
     """Lays out the caches of a graph."""
 
-    def __init__(self, graph: fx.Graph, arranged: Mapping[fx.Node, Arrangement]) -> None:
-        self._graph, self._arranged = graph, arranged
+    def __init__(
+        self, graph: fx.Graph, arranged: Mapping[fx.Node, Arrangement], rejoins: bool
+    ) -> None:
+        self._graph, self._arranged, self._rejoins = graph, arranged, rejoins
         self._splitter = Splitter(graph, arranged)
 
     def caches(self) -> dict[fx.Node, list[fx.Node]]:
@@ -123,16 +149,17 @@ class _Arranger:
         for node, own in made.items():
             how = self._arranged[node]
             like = value_of(node)
-            one = (
-                like[tuple(0 if name == PIECE else FULL for name in how.axes)]
-                if how.sizes
-                else like
-            )
-            _pass_tokens(self._graph, own, one, how.of_one(), writers)
+            if how.sizes and not self._is_joined(how):
+                like = like[tuple(0 if name == PIECE else FULL for name in how.axes)]
+                how = how.of_one()
+            _pass_tokens(self._graph, own, like, how, writers)
         place = order_of(self._graph)
         for own in made.values():
             _loosen_views(own, writers, place)
         return made
+
+    def _is_joined(self, how: Arrangement) -> bool:
+        return how.is_joined or (self._rejoins and bool(how.sizes))
 
     def _take(self, node: fx.Node, how: Arrangement) -> list[fx.Node]:
         """Replace an argument by its caches, and return these.
@@ -152,6 +179,9 @@ class _Arranger:
                     named = AttrSource(source, f"{PREFIX}{number}")
                     cache._dynamo_source = named if is_held or how.sizes else source
                 caches.append(cache)
+        if self._is_joined(how):
+            rejoin(graph, node, caches, how, _caller(graph))
+            return caches
         if how.sizes:
             made = [partial(self._seen, cache, how.of_one()) for cache in caches]
             pieces = Pieces(how.axes, dict(zip(places(how.sizes), made, strict=True)))
@@ -205,7 +235,7 @@ class _Arranger:
 
     def _pass_all(self, node: fx.Node, how: Arrangement) -> list[fx.Node]:
         """Let what reads a result read it by way of its caches, and return these."""
-        if not how.sizes:
+        if not how.sizes or self._is_joined(how):
             return _pass(self._graph, node, how)
         like = Pieces(how.axes, dict.fromkeys(places(how.sizes), lambda: node))
         with self._graph.inserting_before(_behind(node)):
@@ -254,7 +284,7 @@ def _pass(graph: fx.Graph, node: fx.Node, how: Arrangement) -> list[fx.Node]:
         return [node]
     with graph.inserting_before(_behind(node)):
         caches = walk(node, how.to_caches(), _caller(graph))
-        (seen,) = walk(caches[0], how.from_caches(), _caller(graph))
+        seen = joined(graph, caches, how, _caller(graph))
     node.replace_all_uses_with(
         seen,
         delete_user_cb=lambda user: user.op != "output" and user is not _first_of(node, caches),
@@ -330,11 +360,18 @@ def _tokens(
 
 
 def _caller(graph: fx.Graph) -> Any:
-    """Return what inserts a call of a method at the graph's insert point."""
+    """Return what inserts a call of a method at the graph's insert point; it returns a node, or several."""
 
-    def call(node: fx.Node, method: str, arguments: tuple[Any, ...]) -> fx.Node:
+    def call(node: fx.Node, method: str, arguments: tuple[Any, ...]) -> Any:
         made = graph.call_method(method, (node, *arguments))
-        made.meta["example_value"] = getattr(value_of(node), method)(*arguments)
-        return made
+        values = fx.node.map_arg(arguments, value_of)
+        found = getattr(dense(value_of(node)), method)(*values)
+        made.meta["example_value"] = found
+        if not isinstance(found, tuple):
+            return made
+        return [
+            insert_call(graph, operator.getitem, (made, number), value)
+            for number, value in enumerate(found)
+        ]
 
     return call

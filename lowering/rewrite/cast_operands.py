@@ -37,6 +37,12 @@ def cast_operands(graph: Graph) -> PassReport:
             query = _cast(graph.fx, site.attention.query, site.key.base, changes)
         attention = replace(site.attention, query=query)
         graph.sites[number] = replace(site, attention=attention, key=key, value=value)
+    for number, reader in enumerate(graph.readers):
+        if reader.key.life not in CAPTURED:
+            with graph.fx.inserting_before(reader.attention.output):
+                query = _cast(graph.fx, reader.attention.query, reader.key.base, changes)
+            attention = replace(reader.attention, query=query)
+            graph.readers[number] = replace(reader, attention=attention)
     return PassReport(tuple(changes))
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
 from kvq_compile.kernels.packed import PARTS
 from kvq_compile.lowering.cache_nodes import CacheNodes, slots_from, tokens_for
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import erase_unread, root_of, target_name, writes_in_place
+from kvq_compile.lowering.nodes import (
+    erase_unread,
+    getitem_index,
+    root_of,
+    target_name,
+    value_of,
+    writes_in_place,
+)
 from kvq_compile.lowering.ring_nodes import append
 from kvq_compile.lowering.sites import LostWrite, Refusal
 
+_ALWAYS_VIEWS = (
+    *("permute", "transpose", "narrow", "select", "unsqueeze", "squeeze", "expand", "view"),
+    *("getattr", "detach", "alias", "movedim", "swapaxes", "swapdims"),
+)
 SIZES = ("numel", "size", "dim", "nelement", "__len__")
 
 
@@ -55,7 +69,24 @@ def dequantize_reads(graph: Graph) -> PassReport:
 def _writes_into(node: fx.Node, cache: fx.Node) -> bool:
     """Return whether a node writes into a cache or into a view of it."""
     called = node.op in ("call_function", "call_method") and bool(node.args)
-    return called and writes_in_place(node) and root_of(node.args[0]) is cache
+    if not called or not writes_in_place(node):
+        return False
+    return root_of(node.args[0]) is cache or _seen_by_name(node.args[0]) is cache
+
+
+def _seen_by_name(node: Any) -> Any:
+    """Return what a chain of operations that never copy is a view of."""
+    while target_name(node) in _ALWAYS_VIEWS or _is_slice(node):
+        node = node.args[0]
+    return node
+
+
+def _is_slice(node: Any) -> bool:
+    """Return whether a subscript takes a part that lies in the memory of the whole."""
+    index = getitem_index(node) if target_name(node) == "getitem" else None
+    return index is not None and not any(
+        isinstance(value_of(part), (torch.Tensor, list)) for part in index
+    )
 
 
 def _write_ring(graph: Graph, placeholder: fx.Node, cache: CacheNodes) -> None:

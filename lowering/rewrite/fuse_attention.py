@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,25 +53,51 @@ def fuse_attention(graph: Graph) -> PassReport:
 
 
 def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
-    nodes, attention, key, value = graph.fx, site.attention, site.key, site.value
+    nodes, key, value = graph.fx, site.key, site.value
     assert key.past is not None and value.past is not None
     keys, values = graph.caches[key.past], graph.caches[value.past]
-    with nodes.inserting_before(attention.output):
+    with nodes.inserting_before(site.attention.output):
         check_room(nodes, key)
-        ring = graph.rings.get(key.base)
-        slots, mask, columns = _slots_and_mask(nodes, site, keys, ring)
-        new = key.new, value.new
-        fused = keys.attend(nodes, values, attention, new, mask, slots)
-        of_ring = () if ring is None else (slots, columns)
-        weights = weigh_tokens(nodes, site, keys, mask, *of_ring)
+    readers = graph.readers_of(site)
+    for number in range(len(readers)):  # all attend before the write
+        earlier = (site, *graph.readers_of(site))[number]
+        with nodes.inserting_before(earlier.attention.output):
+            fused, *_ = _attend(graph, earlier, site, keys, values)
+        _replace(graph, earlier, fused)
+    last = (site, *graph.readers_of(site))[-1]
+    with nodes.inserting_before(last.attention.output):
+        fused, mask, of_ring = _attend(graph, last, site, keys, values)
+        last = replace(last, key=key, value=value)
+        weights = weigh_tokens(nodes, last, keys, mask, *of_ring)
         for state, cache in ((key, keys), (value, values)):
-            seen = seen_by(site, state, weights)
-            if ring is not None:
+            seen = seen_by(last, state, weights)
+            if of_ring:
                 append(nodes, cache, graph.rings[state.base], state.new, fused, seen)
             else:
                 cache.append(nodes, state.new, first_slot(nodes, state, cache), fused, seen)
             if state.write is not None:
                 erase_write(graph, state)
+    _replace(graph, last, fused)
+    return fused
+
+
+def _attend(
+    graph: Graph, reader: AttentionSite, site: AttentionSite, keys: CacheNodes, values: CacheNodes
+) -> tuple[fx.Node, Any, tuple[Any, ...]]:
+    """Insert an attention over the caches of a site; return it, its mask, and of a ring where tokens go.
+
+    ``site`` is the first to read them, and knows the new tokens as they are written.
+    """
+    ring = graph.rings.get(site.key.base)
+    slots, mask, columns = _slots_and_mask(graph.fx, reader, keys, ring)
+    new = site.key.new, site.value.new
+    fused = keys.attend(graph.fx, values, reader.attention, new, mask, slots)
+    return fused, mask, () if ring is None else (slots, columns)
+
+
+def _replace(graph: Graph, site: AttentionSite, fused: fx.Node) -> None:
+    """Let what reads the attention of a site read ``fused``, in its dtype."""
+    attention, nodes = site.attention, graph.fx
     fused.meta.update({k: v for k, v in attention.output.meta.items() if k not in fused.meta})
     result, dtype = fused, value_of(attention.output).dtype
     if value_of(attention.query).dtype != dtype:  # autocast
@@ -78,7 +105,6 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
             result = nodes.call_method("to", (fused, dtype))
         result.meta["example_value"] = value_of(attention.output)
     graph.replace(attention.output, result)
-    return fused
 
 
 def _reads_none(graph: Graph, site: AttentionSite) -> bool:

@@ -12,7 +12,7 @@ from kvq_compile.lowering.find.movement import moved_from
 from kvq_compile.lowering.find.states import read_base
 from kvq_compile.lowering.find.updates import find_update
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import changed_roots, order_of, root_of, value_of
+from kvq_compile.lowering.nodes import changed_roots, erase_unread, order_of, root_of, value_of
 from kvq_compile.lowering.sites import Attention
 
 
@@ -28,10 +28,18 @@ def name_updates(graph: Graph) -> PassReport:
     place = order_of(graph.fx)
     attentions = [found for found in find_attentions(graph.fx) if isinstance(found, Attention)]
     bases = {read_base(operand) for found in attentions for operand in (found.key, found.value)}
-    bases |= set(graph.output.all_input_nodes)  # whatever reads them
+    returned = set(graph.output.all_input_nodes)
+    bases |= returned  # whatever reads them
+    known: dict[tuple[Any, ...], fx.Node] = {}
     for base in sorted(bases, key=place.__getitem__):
         update = find_update(base)
-        if update is not None:
+        if update is None:
+            continue
+        first = known.setdefault((update.past, update.new, update.position), base)
+        if first is not base and first in returned and base not in returned:
+            base.replace_all_uses_with(first)
+            erase_unread(graph.fx, update.steps)
+        else:
             graph.updates[base] = replace(update, position=_vector(graph.fx, update.position))
     if graph.updates:
         _return_themselves(graph)

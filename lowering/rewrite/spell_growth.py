@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.arrangements import above, operands_of
+from kvq_compile.lowering.find.attention import as_spelled as attention_of
 from kvq_compile.lowering.find.attention import find_attentions
 from kvq_compile.lowering.find.movement import Growth, as_spelled, find_growth, is_cache_like
 from kvq_compile.lowering.find.states import read_base
@@ -21,11 +24,14 @@ from kvq_compile.lowering.nodes import (
     insert_call,
     order_of,
     root_of,
+    same,
     shape_of,
     target_name,
     value_of,
 )
 from kvq_compile.lowering.sites import Attention
+
+_NEAR = 8  # tensors before a product, of which one may be a cache
 
 
 def spell_growth(graph: Graph) -> PassReport:
@@ -59,8 +65,33 @@ def spell_growth(graph: Graph) -> PassReport:
         if cat is not node:
             changes.append(f"{node} is spelled as {cat}")
             _replace(nodes, node, cat, growth)
+    for node in [*of_other_spellings(nodes)] if known else ():
+        alike = any(_is_as_large(node, cat) for cat in known.values())
+        growth = find_growth(node) if alike and node not in known.values() else None
+        if growth is None:
+            continue
+        cat = known.get((growth.past, growth.index, growth.rows, growth.new))
+        if cat is not None and not _changed(nodes, cat, node, (growth.past, growth.new)):
+            changes.append(f"{node} is spelled as {cat}")
+            _replace(nodes, node, cat, growth)
     graph.used |= {node for node in nodes.nodes if node.users}
     return PassReport(tuple(changes))
+
+
+def _is_as_large(node: fx.Node, other: fx.Node) -> bool:
+    mine, theirs = shape_of(node) or (), shape_of(other) or ()
+    return len(mine) == len(theirs) and all(map(same, mine, theirs))
+
+
+def of_other_spellings(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield what may be the keys and values of products in a spelling that is not known yet, nearest first."""
+    for operand in operands_of(graph):
+        softmax = operand.softmax
+        if softmax is None or target_name(softmax) != "softmax" or attention_of(softmax):
+            continue
+        for node in itertools.islice(above(operand.node), _NEAR):
+            if node.op != "placeholder" and len(shape_of(node) or ()) == 4:
+                yield node
 
 
 def _operands(graph: fx.Graph) -> list[fx.Node]:

@@ -28,6 +28,7 @@ from kvq_compile.lowering.nodes import (
     FULL,
     argument,
     erase_unread,
+    getitem_index,
     insert_call,
     order_of,
     root_of,
@@ -36,6 +37,7 @@ from kvq_compile.lowering.nodes import (
     target_name,
     value_of,
 )
+from kvq_compile.lowering.rewrite.spell_growth import of_other_spellings
 from kvq_compile.lowering.sites import Attention
 
 _MOVES = (
@@ -61,7 +63,8 @@ _MOVES = (
         "alias",
         "contiguous",
     ),
-    *("clone", "repeat_interleave", "repeat", "tile"),
+    *("clone", "repeat_interleave", "repeat", "tile", "stack", "cat", "unbind", "chunk", "split"),
+    *("gather", "index_select"),
 )
 _TRIALS = 3
 _MOST = 64  # steps between a cache and attention, far more than any spelling takes
@@ -80,7 +83,8 @@ def spell_reads(graph: Graph) -> PassReport:
     returned = set(graph.output.all_input_nodes)
     kept = {*returned, *graph.updates}
     found = [x for x in find_attentions(graph.fx, graph.contractions) if isinstance(x, Attention)]
-    for operand in dict.fromkeys(x for each in found for x in (each.key, each.value)):
+    operands = [x for each in found for x in (each.key, each.value)]
+    for operand in dict.fromkeys((*operands, *of_other_spellings(graph.fx))):
         base = read_base(operand)
         if base in returned or is_cache(base):
             continue
@@ -95,7 +99,7 @@ def spell_reads(graph: Graph) -> PassReport:
 def find_read(operand: fx.Node, kept: Collection[fx.Node], in_turn: bool = False) -> Read | None:
     """Return how an operand is read from a cache, if evaluation bears it out; ``kept`` are caches besides arguments."""
     for cache in _caches(operand, kept):
-        read = Read(operand, cache, in_turn)
+        read = Read(operand, cache, kept, in_turn)
         if read.end()[0] and read.is_proved():
             return read
     return None
@@ -103,7 +107,9 @@ def find_read(operand: fx.Node, kept: Collection[fx.Node], in_turn: bool = False
 
 def is_cache(node: fx.Node) -> bool:
     """Return whether a node is a cache as states know it."""
-    return is_cache_like(node) or target_name(node) in (*ALLOCATIONS, "cat")
+    if target_name(node) == "cat":
+        return argument(node, 1, "dim", 0) in (2, -2)
+    return is_cache_like(node) or target_name(node) in ALLOCATIONS
 
 
 def _caches(operand: fx.Node, kept: Collection[fx.Node]) -> Iterator[fx.Node]:
@@ -132,13 +138,12 @@ def _moves(step: fx.Node) -> bool:
 
     Anything else, a clamp or the last tokens of a window, could do nothing at the sizes and to the numbers of a trial.
     """
-    name = plain_name(step)
-    if not isinstance(value_of(step), Tensor):
-        return isinstance(value_of(step), (int, torch.SymInt))
+    name, value = plain_name(step), value_of(step)
+    if not isinstance(value, Tensor):
+        several = isinstance(value, (tuple, list)) and name in _MOVES
+        return several or isinstance(value, (int, torch.SymInt))
     if name == "getitem":
-        index: Any = step.args[1]
-        parts = index if isinstance(index, tuple) else (index,)
-        return all(part is None or part is Ellipsis or _is_prefix(part) for part in parts)
+        return _takes_a_part(step)
     if name == "narrow":
         return bool(argument(step, 2, "start") == 0)
     if name == "getattr":
@@ -146,33 +151,83 @@ def _moves(step: fx.Node) -> bool:
     return name in _MOVES or keeps_dtype(step, name)
 
 
+def _is_fixed(step: fx.Node) -> bool:
+    """Return whether the elements of a tensor are the same in every call, though they may be repeated more often."""
+    if step.op == "placeholder":
+        return False
+    if not isinstance(value_of(step), Tensor):
+        return isinstance(value_of(step), (int, torch.SymInt))
+    inputs = step.all_input_nodes
+    if plain_name(step) in ("expand", "expand_as", "unsqueeze", "view", "reshape", "getitem"):
+        inputs = inputs[:1]
+    elif any(isinstance(value_of(other), torch.SymInt) for other in inputs):
+        return False
+    return all(map(_is_fixed, inputs))
+
+
+def _takes_a_part(step: fx.Node) -> bool:
+    """Return whether a subscript takes first tokens, or what numbers tell of axes whose size is a number."""
+    parts, shape = getitem_index(step), shape_of(step.args[0])
+    if parts is None or shape is None:
+        return isinstance(step.args[1], int)  # one of several tensors
+    sizes = iter(shape)
+    for part in parts:
+        if part is None:
+            continue
+        size = next(sizes)
+        told = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
+        fixed = isinstance(size, int) and all(x is None or type(x) is int for x in told)
+        if isinstance(size, int) and isinstance(value_of(part), Tensor):
+            continue  # an index, which is looked at itself
+        if not fixed and not _is_prefix(part):
+            return False
+    return True
+
+
 def _is_prefix(part: Any) -> bool:
     return isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
 
 
 class Read(Trial):
-    """The operations between a cache and an operand of attention.
+    """The operations between a cache and an operand of attention, of which other caches are no part.
 
     Args:
         operand: Keys or values as attention takes them.
         cache: What may be the cache.
+        kept: Caches besides arguments.
         in_turn: Whether query heads take KV heads in turn, and not as many next to one another.
     """
 
-    def __init__(self, operand: fx.Node, cache: fx.Node, in_turn: bool = False) -> None:
+    ignores = True
+
+    def __init__(
+        self, operand: fx.Node, cache: fx.Node, kept: Collection[fx.Node], in_turn: bool = False
+    ) -> None:
         super().__init__(operand, [cache], MIXING)
-        self.in_turn = in_turn
+        self.in_turn, self._kept = in_turn, kept
         self.cache, self.given = cache, (root_of(cache),)
         self.times = _times((shape_of(operand) or ())[1], (shape_of(cache) or ())[1])
 
     def is_proved(self) -> bool:
         """Return whether the operand is the first tokens of the cache, or all, with its heads repeated."""
+        if self._is_proved():
+            return True
+        self.ignored = {x for x in above(self.result) if x in self._kept and x is not self.cache}
+        return bool(self.ignored) and self._is_proved()
+
+    def _is_proved(self) -> bool:
         needed = self._needed([self.result], self._ends, _MOST)
         if not needed:
             return False
         place = order_of(self.result.graph)
         self.steps = sorted(needed, key=place.__getitem__)
-        if not all(map(_moves, self.steps)) or self._is_written_between(place):
+        moved = {self.cache, *self.ignored}
+        for step in self.steps:
+            if not moved.isdisjoint(data_of(step)):
+                moved.add(step)
+        if not all(_moves(step) if step in moved else _is_fixed(step) for step in self.steps):
+            return False
+        if self._is_written_between(place):
             return False
         try:
             return all(self._holds(sizes) for sizes in self.assignments(_TRIALS))

@@ -68,11 +68,9 @@ def _spell(graph: fx.Graph, buffer: fx.Node, writers: list[fx.Node], found: Upda
         write.meta[EVALUATED] = True
     for writer in writers:
         writer.replace_all_uses_with(input_of(writer))
-    for step in reversed(found.steps):
-        if step in writers:
-            graph.erase_node(step)
-        else:
-            erase_unread(graph, [step])
+    for writer in reversed(writers):
+        graph.erase_node(writer)
+    erase_unread(graph, [step for step in found.steps if step not in writers])
 
 
 def _slots(graph: fx.Graph, found: Update) -> Any:

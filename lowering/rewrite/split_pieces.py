@@ -142,7 +142,7 @@ class Splitter:
     def _whole(self, pieces: Pieces, value: Tensor) -> fx.Node:
         """Return the tensor of all pieces: a copy."""
         nodes = [make() for make in pieces.made.values()]
-        sizes = [value.shape[at] for at in pieces.numbered]
+        sizes = [pieces.size(at) for at in range(len(pieces.numbered))]
         order = [
             *pieces.numbered,
             *(at for at in range(len(pieces.axes)) if at not in pieces.numbered),
@@ -231,7 +231,7 @@ class Splitter:
 
         def join(place: tuple[int, ...]) -> fx.Node:
             nodes = [part.made[place]() for part in parts]
-            value = torch.cat([_dense(value_of(node)) for node in nodes], along)
+            value = torch.cat([dense(value_of(node)) for node in nodes], along)
             return insert_call(self._graph, torch.cat, (nodes, along), value)
 
         return self._fixed(pieces.axes, {place: join(place) for place in pieces.made})
@@ -245,10 +245,10 @@ class Splitter:
         if node in self.split:
             return self.split[node]
         numbered = like.numbered
-        if plain_name(node) == "stack" and len(numbered) == 1:
+        if plain_name(node) == "stack":
             tensors, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-            if dim % len(like.axes) == numbered[0]:
-                return self._fixed(like.axes, {(at,): x for at, x in enumerate(tensors)})
+            if dim % len(like.axes) in numbered:
+                return self._stacked(tensors, numbered.index(dim % len(like.axes)), like)
 
         def part(place: tuple[int, ...]) -> Make:
             numbers = iter(place)
@@ -256,6 +256,24 @@ class Splitter:
             return lambda: self._cut(node, index)
 
         return Pieces(like.axes, {place: part(place) for place in like.made})
+
+    def _stacked(self, tensors: Sequence[fx.Node], axis: int, like: Pieces) -> Pieces:
+        """Return the pieces of a stack along one of the axes that number them: those of each tensor in turn."""
+        at = like.numbered[axis]
+        axes = like.axes[:at] + like.axes[at + 1 :]
+        made: dict[tuple[int, ...], Make] = {}
+        for number, tensor in enumerate(tensors):
+            left = {
+                (*place[:axis], *place[axis + 1 :]): place
+                for place in like.made
+                if place[axis] == number
+            }
+            own: Mapping[tuple[int, ...], Make] = {(): _always(tensor)}
+            if PIECE in axes:
+                inner = {rest: like.made[place] for rest, place in left.items()}
+                own = self.pieces_of(tensor, Pieces(axes, inner)).made
+            made |= {place: own[rest] for rest, place in left.items()}
+        return Pieces(like.axes, made)
 
     def _cut(self, node: fx.Node, index: tuple[Any, ...]) -> fx.Node:
         made = self._call(operator.getitem, node, index)
@@ -352,7 +370,8 @@ def _always(node: fx.Node) -> Make:
     return lambda: node
 
 
-def _dense(value: Any) -> Any:
+def dense(value: Any) -> Any:
+    """Return the ordinary tensor of a value that may be a quantized cache."""
     return value.dequantize() if isinstance(value, QuantizedKV) else value
 
 
