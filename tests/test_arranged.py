@@ -24,7 +24,9 @@ OPTIONS = {"method": "int8", "sinks": 1, "window": 64, "page_size": 32, "group_s
 
 def arranged(layout: str = "BSHD", kind: Any = "grown", held: int = 40) -> ArrangedKV:
     layouts = make_spec(**OPTIONS).layout("key", D)
-    how = Arrangement(layout, (2,) if "P" in layout else (), H if "F" in layout else 0)
+    how = Arrangement(
+        layout, (2,) if "P" in layout else (), H if "F" in layout or "(H" in layout else 0
+    )
     slots = held if kind == "grown" else SLOTS
     dense = [
         torch.randn(B, H, slots, D, generator=torch.Generator().manual_seed(n)) for n in (0, 1)

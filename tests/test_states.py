@@ -39,12 +39,6 @@ def latent(query, x, cache, weight):
     return sdpa(query, keys, keys), cache
 
 
-def heads_beside_channels(query, key, value, keys, values):
-    keys, values = torch.cat([keys, key], 1), torch.cat([values, value], 1)
-    apart = [x.unflatten(2, (2, 32)).transpose(1, 2) for x in (keys, values)]
-    return sdpa(query, *apart), keys, values
-
-
 def only_kept(key, keys):
     return torch.cat([keys, key], 2)
 
@@ -59,11 +53,6 @@ UNSERVED = {
     "latent": (
         latent,
         [draw(1, 2, 3, 32), draw(1, 3, 16), draw(1, 40, 16), draw(64, 16)],
-        "3 dimensions",
-    ),
-    "heads beside channels": (
-        heads_beside_channels,
-        [draw(1, 2, 3, 32), *(draw(1, count, 64) for count in (3, 3, 40, 40))],
         "3 dimensions",
     ),
     "kept only": (only_kept, [draw(1, 2, 3, 32), draw(1, 2, 40, 32)], "no attention reads it"),

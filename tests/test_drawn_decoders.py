@@ -1,0 +1,180 @@
+"""A decoder written by hand is right, whatever it is made of, and told of where it is not served.
+
+Layouts, writes, containers, spellings of attention, rotations, masks and modes are drawn; the decoder is compiled and
+each call held to PyTorch's own and to one in fp64, over the tokens that its caches stand for.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, event, example, given, reject, settings
+from torch import Tensor
+
+from drawn_decoders import (
+    OPTIONS,
+    PLAIN,
+    Call,
+    Decoder,
+    Drawn,
+    calls,
+    compiled,
+    decoders,
+    dense,
+    exact,
+    modes,
+    ordinary_but_for,
+    run,
+)
+from kvq_compile import KVQWarning
+from kvq_compile.history import watching
+from kvq_compile.testing import rounding_bound
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+THOROUGH = settings.default.max_examples >= 500
+EXAMPLES = 2000 if THOROUGH else 20
+PACKED = {"QuantizedKV", "ArrangedKV"}
+
+
+class Comparison:
+    """A decoder, compiled, and its twins: one that PyTorch runs, and one in fp64."""
+
+    def __init__(self, drawn: Drawn, backend: Any, **options: Any) -> None:
+        self.drawn = drawn
+        self.decoder, self.plain = Decoder(drawn), Decoder(drawn)
+        self.exact = exact(self.plain)
+        self.call = compiled(self.decoder, backend, **options)
+        self.kept: Any = None
+
+    def take(self, call: Call) -> None:
+        """Make a call; hold what it returns and keeps to the twins, which begin with what the caches stand for."""
+        if call.fresh:
+            self.kept = self.decoder.start(call.x.shape[0])
+        for tensor in self.decoder.held(self.kept) if call.emptied else ():
+            if tensor is not None:  # a cache that has yet to grow
+                tensor.zero_()
+        before = [dense(x) for x in self.decoder.held(self.kept)]
+        output, self.kept = run(self.call, self.decoder, call.x, call.first, self.kept)
+        after = [dense(x) for x in self.decoder.held(self.kept)]
+        expected, plain = self.twin(self.plain, before, call)
+        with torch.autocast("cpu", enabled=False):
+            wanted, best = self.twin(self.exact, before, call)
+        assert_close(output, expected, wanted, self.rounding())
+        end = call.first + call.x.shape[1]  # what lies behind may have been forgotten
+        for place, found in enumerate(zip(after, plain, best, strict=True)):
+            axis = self.decoder.axis(place)
+            assert_kept(*(x.narrow(axis, 0, end) for x in found))
+
+    def twin(
+        self, model: Decoder, before: Sequence[Any], call: Call
+    ) -> tuple[Tensor, list[Tensor]]:
+        is_exact = model is self.exact
+        held = [x if x is None else x.double() if is_exact else x.clone() for x in before]
+        x = call.x.double() if is_exact else call.x
+        output, kept = run(model, model, x, call.first, model.hold(held))
+        return output, model.held(kept)
+
+    def rounding(self) -> float:
+        """Bound what arithmetic in fp32 may change, in any order: in each layer, and in those behind it."""
+        found = self.exact.seen
+        assert found is not None
+        bounds = [rounding_bound(*(x.float() for x in seen), 1.0, bias=64.0) for seen in found]
+        found.clear()
+        return 8 * sum(bounds)
+
+
+def assert_close(output: Tensor, expected: Tensor, wanted: Tensor, rounding: float) -> None:
+    assert output.shape == expected.shape
+    assert output.dtype == expected.dtype
+    unit = 2 * torch.finfo(output.dtype).eps * float(wanted.abs().max())
+    bound = 4 * float((expected.double() - wanted).abs().max()) + unit + rounding
+    error = float((output.double() - wanted).abs().max())
+    assert error <= bound, f"output off by {error:.3g}, but must be within {bound:.3g}"
+
+
+def assert_kept(held: Tensor, plain: Tensor, best: Tensor) -> None:
+    """Check what is kept: it may differ by a step of 8-bit codes, whose parameters are fp16."""
+    assert held.shape == plain.shape
+    largest = float(best.abs().max())
+    step = 2 * largest / 255 + largest * 2.0**-10
+    unit = 2 * torch.finfo(plain.dtype).eps * largest
+    bound = step + unit + 4 * float((plain.double() - best).abs().max())
+    error = float((held.double() - best).abs().max())
+    assert error <= bound, f"cache off by {error:.3g}, but must be within {bound:.3g}"
+
+
+def check(drawn: Drawn) -> tuple[set[str], list[str], list[str]]:
+    """Check a decoder; return the outcomes of its attentions, the reasons, and the kinds of the tensors it keeps."""
+    torch._dynamo.reset()
+    with modes(drawn), watching() as graphs, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pair = Comparison(drawn, "kvq", options=OPTIONS)
+        for call in calls(drawn):
+            try:
+                pair.take(call)
+            except AssertionError:
+                raise
+            except Exception:
+                if not runs_elsewhere(drawn):
+                    reject()  # PyTorch cannot capture it
+                raise
+    kinds = [type(x).__name__ for x in pair.decoder.held(pair.kept)]
+    sites = [site for graph in graphs for site in graph.sites]
+    warned = [str(x.message) for x in told if issubclass(x.category, KVQWarning)]
+    assert warned or {*kinds} <= PACKED, "a cache stays in 16 bit, and nothing tells of it"
+    return {site.outcome for site in sites}, sorted({site.detail for site in sites}), kinds
+
+
+def runs_elsewhere(drawn: Drawn) -> bool:
+    """Return whether PyTorch's backend that does nothing runs a decoder."""
+    torch._dynamo.reset()
+    try:
+        with modes(drawn), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pair = Comparison(drawn, "eager")
+            for call in calls(drawn):
+                pair.take(call)
+    except Exception:
+        return False
+    return True
+
+
+# Each was wrong, or silent, or crashed once.
+LOST = replace(PLAIN, layout="[2, B, S, H, D] by halves", write="copy_into_slice", batch=1)
+CRASHED = replace(
+    PLAIN, layout="[L, 2, B, S, H, D]", write="assign_slice", attention="sdpa", sharing="stack"
+)
+SILENT = replace(
+    PLAIN, layout="[B, S, H, 2*D]", write="padded", attention="folded_query", scale="key"
+)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=not THOROUGH,
+    phases=set(Phase) - {Phase.explain, Phase.shrink},  # either takes minutes
+)
+@given(drawn=decoders())
+@example(drawn=LOST)
+@example(drawn=replace(CRASHED, layers=2, scale="key", dynamic=True))
+@example(drawn=SILENT)
+@example(drawn=replace(PLAIN, layout="[L, 2, B, S, H, D]", layers=2))
+def test_a_drawn_decoder_is_right_and_what_is_not_served_is_told(drawn: Drawn) -> None:
+    """Regression: a write into a view of a packed `ArrangedKV` was lost (the first example)."""
+    outcomes, _, kinds = check(drawn)
+    event(f"stored quantized: { ({*kinds} <= PACKED) }, read packed: {outcomes <= {'rewritten'}}")
+
+
+# Decoders of the next test that are not served, by number, and why.
+REFUSED: dict[int, str] = {}
+
+
+@pytest.mark.parametrize("number", [n for n in range(60) if n not in REFUSED])
+def test_a_decoder_that_is_ordinary_but_for_four_parts_is_read_packed(number: int) -> None:
+    outcomes, reasons, kinds = check(ordinary_but_for(number))
+    assert {*kinds} <= PACKED, reasons
+    assert outcomes == {"rewritten"}, reasons
