@@ -79,7 +79,8 @@ def quantize_cache_(
     spec = method if isinstance(method, CacheSpec) else make_spec(method, **options)
     tell_of_cost(spec)
     planned: list[tuple[Tensor, Layout, Tables | None]] = []
-    for index, (name, tensor) in enumerate(cache_tensors(cache_or_module)):
+    tensors = list(cache_tensors(cache_or_module))
+    for index, (name, tensor) in enumerate(tensors):
         layer_spec = spec.for_layer(index // 2)
         if isinstance(tensor, QuantizedKV) or layer_spec is None:
             continue
@@ -89,7 +90,8 @@ def quantize_cache_(
             raise KVQError(f"{name} cannot be quantized in place: {reason}") from reason
         role: Role = "key" if index % 2 == 0 else "value"
         tables = layer_spec.tables(role)
-        planned.append((tensor, layer_spec.layout(role, int(tensor.shape[3])), tables))
+        widest = max(int(x.shape[3]) for _, x in tensors[index - index % 2 :][:2])
+        planned.append((tensor, layer_spec.layout(role, int(tensor.shape[3]), 0, widest), tables))
     for tensor, layout, tables in planned:
         words = tables.on(tensor.device) if tables else None
         with torch.no_grad():

@@ -25,7 +25,8 @@ Side = tuple[Layout, Calibrated]
 
 def plain_sides(cache: CacheSpec, dims: tuple[int, int], shared_by: int = 0) -> tuple[Side, Side]:
     """Return keys and values without tables."""
-    key, value = cache.layout("key", dims[0], shared_by), cache.layout("value", dims[1])
+    key = cache.layout("key", dims[0], shared_by, max(dims))
+    value = cache.layout("value", dims[1], 0, max(dims))
     return (key, UNCALIBRATED), (value, UNCALIBRATED)
 
 

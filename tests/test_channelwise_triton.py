@@ -332,9 +332,9 @@ def test_keys_and_queries_of_any_size_keep_the_error_of_low_precision(
     exact = site.expected(None, torch.float64)
     found = site.attend(None)
     assert bool(found.isfinite().all())
-    # A key and its mean are two products, each with the error of low precision; what overflowed fp16 would differ more.
+    # Keys and their mean are two products, and steps a third rounding; what overflowed fp16 would differ more.
     plain = (site.expected(None, torch.bfloat16).double() - exact).abs().max()
-    assert (found.double() - exact).abs().max() <= 2 * plain + 1e-3
+    assert (found.double() - exact).abs().max() <= 3 * plain + 1e-3
 
 
 def test_many_queries_are_attended_in_tiles() -> None:

@@ -366,12 +366,14 @@ def _held_scores(codes, params, held, mean, KEY: tl.constexpr, LAUNCH: tl.conste
     PAGE: tl.constexpr = KEY.page_size
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
     scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
-    second, rows = scores, ()
+    second, terms, rows = scores, scores, ()
+    if KEY.takes_mean:  # moved to shared memory with the rows
+        terms = mean.own.to(LAUNCH.dtype)
     for group in tl.static_range(_groups(KEY)):
         steps = _load_steps(params, held.channels[group], KEY, LAUNCH)
         rows += (held.rows[group] * steps,)  # type: ignore[assignment]  # a tuple that grows
     if KEY.takes_mean:
-        second = mean_scores(mean, LAUNCH)
+        second = mean_scores(mean, terms, LAUNCH)
     tiles = _read_units(codes, KEY, LAUNCH)
     for group in tl.static_range(_groups(KEY)):
         if group % 2 == 0:
@@ -409,7 +411,7 @@ def _loaded_scores(codes, params, fields, mean, KEY: tl.constexpr, LAUNCH: tl.co
     BLOCK_Q: tl.constexpr = LAUNCH.block_q
     scores = tl.zeros([PAGE, BLOCK_Q], tl.float32)
     if KEY.takes_mean:
-        scores = mean_scores(mean, LAUNCH)
+        scores = mean_scores(mean, mean.own.to(LAUNCH.dtype), LAUNCH)
     for block in range(TWICE):
         scores = _add_block(scores, codes, params, fields, block, BLOCK_WORDS, True, KEY, LAUNCH)
     for block in range(TWICE, LAST):

@@ -68,11 +68,14 @@ def turn_mean(mean, KEY: tl.constexpr):
 
 
 @triton.jit
-def mean_scores(mean, LAUNCH: tl.constexpr):
-    """Return what the mean adds to the scores ``[page_size, queries]`` of a page, in units of products with rows."""
+def mean_scores(mean, terms, LAUNCH: tl.constexpr):
+    """Return what the mean adds to the scores ``[page_size, queries]`` of a page, in units of products with rows.
+
+    ``terms``: its own factors, in the dtype of products.
+    """
     # Three products in tf32, with eight warps, return wrong numbers or use an illegal address here (Triton 3.6).
     PRECISION: tl.constexpr = "ieee" if LAUNCH.dtype == tl.float32 else LAUNCH.precision
-    scores = tl.dot(mean.angles, mean.own.to(LAUNCH.dtype), input_precision=PRECISION)
+    scores = tl.dot(mean.angles, terms, input_precision=PRECISION)
     return scores * mean.ratio[None, :]
 
 

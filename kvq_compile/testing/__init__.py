@@ -156,7 +156,11 @@ def bound_for(
         scale: Factor on the scores.
         held: Tokens in the cache before the call; as many as fill pages are packed.
     """
-    layouts = spec.layout("key", key.shape[3]), spec.layout("value", value.shape[3])
+    widest = max(key.shape[3], value.shape[3])
+    layouts = (
+        spec.layout("key", key.shape[3], 0, widest),
+        spec.layout("value", value.shape[3], 0, widest),
+    )
     pages = layouts[0].pages_at(held)
     if pages == 0:
         return 0.0
