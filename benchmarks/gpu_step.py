@@ -23,6 +23,7 @@ CHECKS: dict[str, tuple[int, dict[str, Any]]] = {
     "left padding": (3, {}),
     "assisted": (1, {"assistant": True}),
     "beams": (2, {"num_beams": 2}),
+    "static": (1, {"cache_implementation": "static", "disable_compile": True}),
 }
 
 
@@ -32,6 +33,7 @@ def check() -> None:
     model, assistant = (steps.make_model("small", layers, device) for layers in (2, 1))
     for method, name in [("int4", name) for name in CHECKS] + [
         ("tc", "left padding"),
+        ("tc", "static"),
         ("qaq", "one sequence"),
     ]:
         batch, more = CHECKS[name]

@@ -61,20 +61,6 @@ def test_keys_and_values_in_one_tensor_are_read_dense() -> None:
     )
 
 
-def test_a_cache_that_a_second_attention_reads_is_left_to_the_first() -> None:
-    def step(query, key, value, keys, values):
-        keys, values = join(keys, values, key, value)
-        return sdpa(sdpa(query, keys, values), keys, values), keys, values
-
-    with (
-        torch.no_grad(),
-        pytest.warns(KVQWarning, match="another attention has taken over the same cache"),
-    ):
-        compiled = compile_(step)
-        state, plain = grown()()[3:], grown()()[3:]
-        assert_grows_alike(compiled, step, state, plain)
-
-
 def test_a_buffer_with_rows_that_a_call_does_not_write_is_left_alone_for_that_reason() -> None:
     """Regression: the attention was said to keep nothing, and the cache to be written within tokens."""
 

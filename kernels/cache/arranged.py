@@ -39,8 +39,10 @@ class ArrangedKV(Exports, Tensor):
     arrangement: Arrangement
 
     @staticmethod
-    def __new__(cls, caches: Sequence[QuantizedKV], arrangement: Arrangement) -> ArrangedKV:
-        """Wrap caches of one shape.
+    def __new__(
+        cls, caches: Sequence[QuantizedKV], arrangement: Arrangement, size: Any = None
+    ) -> ArrangedKV:
+        """Wrap caches of one shape; ``size``: the sizes of the tensor, as tracing names them.
 
         Raises:
             ValueError: They are not as many, or not as long as one another.
@@ -54,7 +56,7 @@ class ArrangedKV(Exports, Tensor):
             raise ValueError("caches must be of one kind, dtype and device, got several")
         with writable():
             self: ArrangedKV = Tensor._make_wrapper_subclass(
-                cls, arrangement.shape(first.shape), dtype=first.dtype, device=first.device
+                cls, size or arrangement.shape(first.shape), dtype=first.dtype, device=first.device
             )
         self.caches, self.arrangement = tuple(caches), arrangement
         if not isinstance(first.cursor, FakeTensor) and first.kind == "grown":
@@ -128,7 +130,9 @@ class ArrangedKV(Exports, Tensor):
             parts = {name: inner[f"{PREFIX}{number}_{name}"] for name in names}
             size = (0, 0, slots, 0)  # of which only the slots are read
             caches.append(QuantizedKV.__tensor_unflatten__(parts, own, size, outer_stride))
-        return ArrangedKV(caches, arrangement)
+        # Sizes of axes that share one would be products of symbols, which Dynamo cannot name.
+        named = outer_size if any(isinstance(size, torch.SymInt) for size in outer_size) else None
+        return ArrangedKV(caches, arrangement, named)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

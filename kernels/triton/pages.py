@@ -218,7 +218,7 @@ def _rotary_page_scores(
 @triton.jit
 def _page_scores(k, params, q, q_sum, channel, channel_ok, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     """Return the scores of a page whose keys ``k`` have been read."""
-    if uniform.folds_keys(KEY):
+    if KEY.scheme == "uniform" and uniform.folds_keys(KEY):
         k_scale, k_zero = uniform.load_token_params(params, tl.arange(0, KEY.page_size), KEY)
         scores = tl.dot(k, q, input_precision=LAUNCH.precision)
         scores = scores * k_scale.to(tl.float32)[:, None]

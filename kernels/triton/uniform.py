@@ -284,7 +284,7 @@ def _scale_codes(codes, scale, zero, FAST: tl.constexpr):
 @triton.constexpr_function
 def folds_keys(key):
     """Return whether scale and zero point of a token's key are applied to its scores."""
-    return key.scheme == "uniform" and key.grouping == "token" and key.group_size == key.head_dim
+    return key.grouping == "token" and key.group_size == key.head_dim
 
 
 @triton.constexpr_function

@@ -90,14 +90,16 @@ def random_spec(method: str, shape: Shape) -> CacheSpec:
 def _random_tables(shape: Shape, rotary: bool, couple: int | None, bits: int) -> Tables:
     """Return tables of roughly normal tokens: some order, means and scales; a codebook if channels couple."""
     heads, D = shape.kv_heads, shape.head_size
-    half = torch.rand(heads, D // 2).argsort(-1)
-    scale = (0.5 + torch.rand(heads, D // 2)).repeat(1, 2)
-    book = None if couple is None else torch.randn(heads, D // couple, 1 << bits, couple)
+    half = torch.rand(heads, D // 2, dtype=torch.float32, device="cpu").argsort(-1)
+    scale = (0.5 + torch.rand(heads, D // 2, dtype=torch.float32, device="cpu")).repeat(1, 2)
+    book = None
+    if couple is not None:
+        book = torch.randn(heads, D // couple, 1 << bits, couple, dtype=torch.float32, device="cpu")
     return Tables.build(
         order=torch.cat([half, half + D // 2], -1),
-        mean=0.5 * torch.randn(heads, D),
+        mean=0.5 * torch.randn(heads, D, dtype=torch.float32, device="cpu"),
         scale=scale,
-        margin=torch.zeros(heads, D),
+        margin=torch.zeros(heads, D, dtype=torch.float32, device="cpu"),
         frequency=_frequencies(half, D) if rotary else None,
         codebook=book,
     )
@@ -114,13 +116,14 @@ def _turned(spec: CacheSpec, shape: Shape) -> CacheSpec:
     if not isinstance(spec.key, Channelwise) or spec.key.pairs != "halves":
         return spec
     D = shape.head_size
-    ones = torch.ones(shape.kv_heads, D)
+    channel = torch.arange(D, dtype=torch.int64, device="cpu")
+    ones = torch.ones(shape.kv_heads, D, dtype=torch.float32, device="cpu")
     tables = Tables.build(
-        order=torch.arange(D).expand(shape.kv_heads, -1),
+        order=channel.expand(shape.kv_heads, -1),
         mean=0 * ones,
         scale=ones,
         margin=0 * ones,
-        frequency=_frequencies(torch.arange(D // 2).expand(shape.kv_heads, -1), D),
+        frequency=_frequencies(channel[: D // 2].expand(shape.kv_heads, -1), D),
     )
     return replace(spec, key=replace(spec.key, tables=tables.digest), key_tables=tables)
 
@@ -151,12 +154,13 @@ def filled(
         constants.append(torch.arange(shape.batch, dtype=torch.int32, device=device))
     x = tokens(shape, shape.kv_heads, shape.context, dtype, device)
     if role == "key":
-        spread = torch.logspace(-1, 0.5, shape.head_size, device=device)
-        spread = spread[torch.randperm(shape.head_size, device=device)].to(dtype)
+        spread = torch.logspace(-1, 0.5, shape.head_size, dtype=torch.float32, device=device)
+        spread = spread[torch.randperm(shape.head_size, dtype=torch.int64, device=device)].to(dtype)
         x = x.mul_(spread).add_(spread)
     weights = None
     if layout.attentive:
-        weights = torch.rand(shape.batch, shape.kv_heads, shape.context, device=device) ** 8
+        sizes = shape.batch, shape.kv_heads, shape.context
+        weights = torch.rand(sizes, dtype=torch.float32, device=device) ** 8
     asked = tokens(shape, shape.heads, 1, dtype, device) if layout.queries else None
     slots = shape.context if grows else boundary(layout, shape.context)
     parts = ops.quantize(x, slots, grows, layout, constants, weights, asked)

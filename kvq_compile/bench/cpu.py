@@ -74,7 +74,7 @@ def measure(
         advance: Told how many runners, then rounds, are done.
     """
     check_text(ids, context, tokens, rounds)
-    text = torch.tensor(ids)
+    text = torch.tensor(ids, dtype=torch.int64, device="cpu")
     runners = make_runners(model, methods)
     for done, runner in enumerate(runners, 1):
         runner.start()

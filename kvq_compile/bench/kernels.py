@@ -210,7 +210,7 @@ class Step:
     def slots(self, slot: int) -> tuple[Tensor | None, int | None]:
         """Return where a token goes: a position on a GPU, which does not wait for it, a number elsewhere."""
         if self.device.type == "cuda":
-            return torch.tensor([slot], device=self.device), None
+            return torch.tensor([slot], dtype=torch.int64, device=self.device), None
         return None, slot
 
     def attend(self) -> Callable[[], Tensor]:

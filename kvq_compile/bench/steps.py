@@ -213,7 +213,7 @@ def steps_of(model: Any, cache: Any, batch: int, context: int) -> Iterator[Calla
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     name, place = cache_argument(model), context
     while True:
-        position = torch.full((batch, 1), place, device=model.device)
+        position = torch.full((batch, 1), place, dtype=torch.int64, device=model.device)
 
         def step(position: Tensor = position) -> Tensor:
             found = model(ids, position_ids=position, use_cache=True, **{name: cache})
