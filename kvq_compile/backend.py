@@ -20,7 +20,7 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.layers import counts_layers
-from kvq_compile.lowering.guards import share_guards
+from kvq_compile.lowering.guards import share_guards, unify
 from kvq_compile.lowering.lost_writes import refusing_lost_writes
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled, Lowered
@@ -73,6 +73,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     """Lower one graph, report on it and return the callable that Dynamo will run."""
     recorder = _recorder(example_inputs) if config.records else None
     by_order, records = config.calibration is not None, recorder is not None
+    unify(gm, example_inputs)
     lowered = lower(gm, example_inputs, config.spec, by_order=by_order, record=records)
     if config.calibration is not None and lowered.reports:
         config.calibration.check(example_inputs, len(lowered.reports))

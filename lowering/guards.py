@@ -30,6 +30,24 @@ _OF_PART = (*_OF_CACHE, "EQUALS_MATCH")
 _TWICE = ("DUPLICATE_INPUT", "OBJECT_ALIASING")  # of inputs that are one object
 
 
+def unify(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Let sizes of caches that are alike be one symbol, so that the graph is one for caches that are.
+
+    Args:
+        gm: The captured graph, while it is being compiled.
+        inputs: Arguments of the call that is being compiled.
+    """
+    firsts: dict[Any, QuantizedKV] = {}
+    for node, given in _caches(gm, inputs):
+        fake: QuantizedKV = value_of(node)
+        first = firsts.setdefault(facts_of(given), fake)
+        for x, y in zip(_tensors(first), _tensors(fake), strict=True):
+            sizes: Iterable[tuple[Any, Any]] = zip(x.shape, y.shape, strict=True)
+            for size, other in sizes:
+                if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
+                    bool(size == other)  # merges the symbols
+
+
 def share_guards(gm: fx.GraphModule, inputs: Sequence[Any]) -> int:
     """Replace Dynamo's checks of caches that are like another one; return how many caches that are.
 

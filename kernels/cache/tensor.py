@@ -38,7 +38,6 @@ from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.ring import last_slots, slots_for
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
-from kvq_compile.kernels.cache.symbols import unify
 from kvq_compile.kernels.cache.trim import TRIM, new_trim
 from kvq_compile.kernels.cache.views import Lineage, Views
 from kvq_compile.kernels.layout import Layout
@@ -325,7 +324,6 @@ class QuantizedKV(Views, Exports, Tensor):
         layout, kind, _ = meta
         parts = [inner[name] for name in part_names(layout)]
         calibrated = [inner[name] for name in calibrated_names(layout)]
-        unify(layout, kind, (outer_size, *(x.shape for x in inner.values())))
         return QuantizedKV(parts, calibrated, layout, kind, outer_size[2], trim=inner.get(TRIM))
 
     @classmethod
