@@ -13,7 +13,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 def test_a_growing_cache_is_served_under_inductor_as_without(attention: str) -> None:
-    """Regression: sizes of alike caches were merged while they were traced, and Inductor named one that no input had."""
+    """Regression: sizes of alike caches were merged in tracing, and Inductor named one that no input had."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
