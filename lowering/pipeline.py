@@ -134,7 +134,9 @@ def lower(
     if outcomes and outcomes <= {"rewritten", "quantized"}:
         return lowered
     arranged = _lower_arranged(gm, example_inputs, *about)
-    return lowered if arranged.arranged is None else arranged
+    if arranged.arranged is not None:
+        return arranged
+    return lowered if outcomes else replace(lowered, reports=arranged.reports)
 
 
 def _lower_arranged(
@@ -142,7 +144,7 @@ def _lower_arranged(
 ) -> Lowered:
     """Lower a graph some of whose caches are not laid out as ``[B, H, S, D]``; as captured if none is served."""
     known, packed = propose(gm.graph), is_packed(gm.graph)
-    rejoins = False
+    rejoins, told = False, []
     while known:
         try:
             form = arrange_caches(gm, known, rejoins)
@@ -155,10 +157,10 @@ def _lower_arranged(
             if not several:
                 break
             continue
-        except Exception as error:  # the graph runs as captured
-            unexpected(error)
-            break
+        except Exception as error:
+            return _after_fault(gm, example_inputs, error)
         lowered = _lower_as_laid_out(form.module, form.take(example_inputs), spec, by_order, record)
+        told = [report for report in lowered.reports if report.outcome == "left alone"]
         if not lowered.compiles:
             return Lowered.as_captured(gm, lowered.reports, example_inputs)
         if lowered.thaw is not None:  # all of them: the captured graph writes into views
@@ -171,7 +173,18 @@ def _lower_arranged(
             return replace(lowered, arranged=form)
         else:
             break
-    return Lowered.as_captured(gm, [], example_inputs)
+    return Lowered.as_captured(gm, told, example_inputs)
+
+
+def _after_fault(gm: fx.GraphModule, example_inputs: Sequence[Any], error: Exception) -> Lowered:
+    """Return a captured graph, run on ordinary tensors: a fault of ours costs memory, and no answer."""
+    reason = str(unexpected(error))
+    reports = [SiteReport(0, "", "", "left alone", reason)]
+    packed = [isinstance(x, (QuantizedKV, ArrangedKV)) for x in example_inputs]
+    if not any(packed):
+        return Lowered.as_captured(gm, reports, example_inputs)
+    places = frozenset(at for at, thaws in enumerate(packed) if thaws)
+    return Lowered.thawed(gm, reports, reason, places, None)
 
 
 def _quantized(lowered: Lowered) -> tuple[set[int], set[int]]:
@@ -192,8 +205,7 @@ def _lower_as_laid_out(
     except (Contradiction, LostWrite):
         raise
     except Exception as error:
-        report = SiteReport(0, "", "", "left alone", str(unexpected(error)))
-        return Lowered.as_captured(gm, [report], example_inputs)
+        return _after_fault(gm, example_inputs, error)
 
 
 def _lower(graph: Graph, gm: fx.GraphModule, record: bool) -> Lowered:

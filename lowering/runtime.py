@@ -19,6 +19,7 @@ from kvq_compile.kernels.cache.become import (
     keep_plain,
     stays_plain,
     thaw,
+    thaw_arranged,
 )
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.cache.views import alone
@@ -204,6 +205,8 @@ class Lowered:
         for place in places:
             if isinstance(args[place], QuantizedKV):
                 thaw(args[place], reason)
+            elif isinstance(args[place], ArrangedKV):
+                thaw_arranged(args[place], reason)
             else:
                 keep_plain(args[place], reason)
 

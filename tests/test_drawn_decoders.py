@@ -151,6 +151,23 @@ CRASHED = replace(
 SILENT = replace(
     PLAIN, layout="[B, S, H, 2*D]", write="padded", attention="folded_query", scale="key"
 )
+UNTOLD = replace(
+    PLAIN,
+    layout="[2, B, H, S, D]",
+    write="one_hot_in_place",
+    container="nn.Buffer",
+    attention="baddbmm",
+    sharing="repeat_interleave",
+    scale="learned query",
+    softmax="float",
+    mask="none",
+    mode="bf16",
+    batch=1,
+    prompt=(40,),
+    chunk=16,
+    sliced=True,
+    ending="again, emptied",
+)
 
 
 @settings(
@@ -162,6 +179,7 @@ SILENT = replace(
 @example(drawn=LOST)
 @example(drawn=replace(CRASHED, layers=2, scale="key", dynamic=True))
 @example(drawn=SILENT)
+@example(drawn=UNTOLD)
 @example(drawn=replace(PLAIN, layout="[L, 2, B, S, H, D]", layers=2))
 def test_a_drawn_decoder_is_right_and_what_is_not_served_is_told(drawn: Drawn) -> None:
     """Regression: a write into a view of a packed `ArrangedKV` was lost (the first example)."""

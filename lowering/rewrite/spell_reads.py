@@ -85,6 +85,8 @@ def spell_reads(graph: Graph) -> PassReport:
     found = [x for x in find_attentions(graph.fx, graph.contractions) if isinstance(x, Attention)]
     operands = [x for each in found for x in (each.key, each.value)]
     for operand in dict.fromkeys((*operands, *of_other_spellings(graph.fx))):
+        if not operand.users:
+            continue  # it went with the spelling of one before it
         base = read_base(operand)
         if base in returned or is_cache(base):
             continue
