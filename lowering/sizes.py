@@ -7,6 +7,7 @@ finds where each symbol of the expression stands among the arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.printers import PythonPrinter
 
 from kvq_compile.lowering.nodes import value_of
 from kvq_compile.lowering.sites import Refusal
@@ -77,5 +79,6 @@ class SizeReader:
         if missing:
             raise Refusal(f"the size {expression} is not known from the arguments")
         sources = [self._sources[symbol] for symbol in symbols]
-        compute = sympy.lambdify(symbols, expression, modules="math")
+        modules = [{"math": math}, "math"]
+        compute = sympy.lambdify(symbols, expression, modules, printer=PythonPrinter())
         return lambda args: int(compute(*(source(args) for source in sources)))

@@ -50,3 +50,22 @@ def test_a_tensor_whose_storage_is_shared_is_left_as_it_is() -> None:
     del alias, shared
     become(tensor, static(100, 90))
     assert_same_bytes(tensor, static(100, 90))  # type: ignore[arg-type]
+
+
+def test_a_view_that_only_a_caught_error_holds_keeps_no_tensor_from_becoming_quantized() -> None:
+    """Regression: what an analysis had looked at when it gave up shared the storage, until the next collection."""
+    tensor = tokens(100)
+
+    def give_up(view: torch.Tensor) -> None:
+        try:
+            raise ValueError(view.shape)
+        except ValueError as error:
+            kept = error  # noqa: F841  (a frame that holds an error which holds the frame)
+
+    gc.disable()
+    try:
+        give_up(tensor.view_as(tensor))
+        become(tensor, static(100, 90))
+    finally:
+        gc.enable()
+    assert_same_bytes(tensor, static(100, 90))  # type: ignore[arg-type]

@@ -180,6 +180,7 @@ UNTOLD = replace(
 @example(drawn=replace(CRASHED, layers=2, scale="key", dynamic=True))
 @example(drawn=SILENT)
 @example(drawn=UNTOLD)
+@example(drawn=replace(PLAIN, write="copy_into_narrow", dynamic=True))
 @example(drawn=replace(PLAIN, layout="[L, 2, B, S, H, D]", layers=2))
 def test_a_drawn_decoder_is_right_and_what_is_not_served_is_told(drawn: Drawn) -> None:
     """Regression: a write into a view of a packed `ArrangedKV` was lost (the first example)."""

@@ -125,6 +125,29 @@ def test_every_spelling_of_a_write_is_served_as_an_assignment_is(write: Write) -
     torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
 
 
+def at_three(cache, position, first, new):
+    cache.narrow(2, 3, new.shape[2]).copy_(new)
+
+
+@pytest.mark.filterwarnings("ignore::kvq_compile.KVQWarning")
+@pytest.mark.parametrize("write", [by_narrow, by_slice, by_masked_scatter, at_three])
+@torch.no_grad()
+def test_a_first_position_that_varies_is_no_number_that_it_was_once(write: Write) -> None:
+    """Regression: a start that Dynamo kept as a symbol, and that was 0 at first, was taken to be 0 in every call."""
+    run = torch.compile(attention(write), backend="kvq", options=OPTIONS, dynamic=True)
+    for first, count in ((0, 5), (7, 5), (9, 3)):  # too few to be packed
+        plain = [draw(2, 2, SLOTS, HEAD, seed=place) for place in range(2)]
+        caches = [cache.clone() for cache in plain]
+        new = [draw(2, 2, count, HEAD, seed=first + place) for place in range(3)]
+        position = torch.arange(first, first + count)
+        expected = attention(write)(*new, *plain, position, first)
+        torch.testing.assert_close(run(*new, *caches, position, first), expected)
+        for cache, tensor in zip(caches, plain, strict=True):
+            held = cache.dequantize() if isinstance(cache, QuantizedKV) else cache
+            shown = slice(0, first + count)  # what lies behind is forgotten
+            torch.testing.assert_close(held[:, :, shown], tensor[:, :, shown], rtol=0, atol=0)
+
+
 def half_a_token(cache, position, first, new):
     cache[:, :, first : first + new.shape[2], : HEAD // 2].copy_(new[..., : HEAD // 2])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -78,8 +79,11 @@ def _swap(tensor: Tensor, other: Tensor) -> None:
 
 def _shares_storage(tensor: Tensor, views: int) -> bool:
     storage = tensor.untyped_storage()
-    users = torch._C._storage_Use_Count(storage._cdata)
-    return bool(users > 2 + views)  # the tensor and the storage object at hand
+    own = 2 + views  # the tensor and the storage object at hand
+    if torch._C._storage_Use_Count(storage._cdata) <= own:
+        return False
+    gc.collect()  # an error that was caught holds frames, and what they looked at, until then
+    return bool(torch._C._storage_Use_Count(storage._cdata) > own)
 
 
 def thaw(cache: QuantizedKV, reason: str) -> None:

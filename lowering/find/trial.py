@@ -129,15 +129,7 @@ class Trial:
 
         ``far``: also sizes beyond the numbers of the steps, one symbol after another.
         """
-        nodes = (*self.steps, *self.cuts, *self.ignored)
-        symbols: set[Any] = set()
-        for node in nodes:
-            value = value_of(node)
-            sizes = value.shape if isinstance(value, Tensor) else (value,)
-            for size in sizes:
-                if isinstance(size, torch.SymInt):
-                    symbols |= size.node.expr.free_symbols
-        ordered = sorted(symbols, key=str)
+        ordered = self._symbols()
         for trial in range(trials if ordered else 1):
             tried = {
                 symbol: _SIZES[(place + trial) % len(_SIZES)] + len(_SIZES) * (place // len(_SIZES))
@@ -148,6 +140,23 @@ class Trial:
         if far and reach > min(_SIZES):  # what a step does from there on must show
             beyond = ({**tried, symbol: tried[symbol] + reach} for symbol in ordered)
             yield from (sizes for sizes in beyond if self._are_sizes(sizes))
+
+    def _symbols(self) -> list[Any]:
+        """Return the symbols that the steps may depend on: those of sizes, and of numbers that steps are given."""
+        symbols: set[Any] = set()
+
+        def note(size: Any) -> Any:
+            if isinstance(size, torch.SymInt):
+                symbols.update(size.node.expr.free_symbols)
+            return size
+
+        for node in (*self.steps, *self.cuts, *self.ignored):
+            value = value_of(node)
+            for size in value.shape if isinstance(value, Tensor) else (value,):
+                note(size)
+        for step in self.steps:
+            fx.node.map_aggregate((step.args, step.kwargs), lambda x: note(value_of(x)))
+        return sorted(symbols, key=str)
 
     def _are_sizes(self, sizes: Mapping[Any, int]) -> bool:
         """Return whether no tensor has a negative size then: the symbols of a graph may depend on one another."""

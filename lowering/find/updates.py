@@ -139,6 +139,11 @@ def _are_symbols(a: Any, b: Any) -> bool:
     return bool(known and a.node.expr.is_symbol and b.node.expr.is_symbol)
 
 
+def _are_one(starts: Sequence[tuple[Any, Any]]) -> bool:
+    """Return whether some numbers, each with its argument, are one in every call."""
+    return bool(starts) and all(same(starts[0][0], value) for value, _ in starts)
+
+
 class UpdateTrial(Trial):
     """The operations between a cache, new tokens, their cache positions and what may be the updated cache."""
 
@@ -158,7 +163,7 @@ class UpdateTrial(Trial):
             return None
         starts = None if self._position is not None else self._numbers()
         borne_out = False
-        for assigned in self.assignments(_TRIALS, far=False):  # tokens have to fit into a buffer
+        for assigned in self._with_room():
             sizes = self._with_a_position_a_token(assigned)
             slots, tokens = (
                 size_of_trial(shape_of(node)[2], sizes)  # type: ignore[index]
@@ -186,10 +191,20 @@ class UpdateTrial(Trial):
                 borne_out = True
                 if starts is not None:
                     break  # nothing depends on `first`
-        if not borne_out or starts == []:
+        if not borne_out or (starts is not None and not _are_one(starts)):
             return None
         position = self._position if starts is None else starts[0][1]
         return Update(self._past, self._new, position, tuple(self.steps))
+
+    def _with_room(self) -> Iterator[Mapping[Any, int]]:
+        """Yield sizes to try; then the same with a buffer that has room for all tokens, wherever they begin."""
+        slots = value_of(self._past).shape[2]
+        own = slots.node.expr.free_symbols if isinstance(slots, torch.SymInt) else ()
+        for sizes in self.assignments(_TRIALS, far=False):
+            yield sizes
+            if own:
+                room = sum(sizes.values())
+                yield {symbol: size + room * (symbol in own) for symbol, size in sizes.items()}
 
     def _is_beyond(self, sizes: Mapping[Any, int], starts: Sequence[Any], last: int) -> bool:
         """Return whether some of the numbers leave no room for the tokens."""
