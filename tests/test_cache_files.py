@@ -289,9 +289,11 @@ def test_an_old_file_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bytes(torch.load(buffer, weights_only=True), cache)
 
 
-def test_a_file_of_a_later_format_is_refused_with_what_to_do() -> None:
-    file = content(make(LAYOUTS["uniform"])) | {"version": FORMAT + 1}
-    with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {FORMAT + 1}; load it"):
+@pytest.mark.parametrize("version", [FORMAT + 1, 1, 0, 2.5, "4", None])
+def test_a_file_of_a_format_that_is_not_written_so_is_refused_with_what_to_do(version: Any) -> None:
+    """Files of format 1 have no version: one that says so was not written by any release."""
+    file = content(make(LAYOUTS["uniform"])) | {"version": version}
+    with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {version}; load it"):
         load(file)
 
 
@@ -304,7 +306,7 @@ def test_a_file_of_a_format_before_is_loaded_where_its_pages_are_packed_as_today
 
 
 @pytest.mark.parametrize(
-    ("scheme", "version"), [(Channelwise(2), 2), (Uniform(3), 3), (Uniform(3), 2), (Uniform(3), 1)]
+    ("scheme", "version"), [(Channelwise(2), 2), (Uniform(3), 3), (Uniform(3), 2)]
 )
 def test_a_file_whose_pages_were_packed_otherwise_is_refused_with_what_to_do(
     scheme: Any, version: int
@@ -314,6 +316,13 @@ def test_a_file_whose_pages_were_packed_otherwise_is_refused_with_what_to_do(
     load(file)
     with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got {version}; load it"):
         load(file | {"version": version})
+
+
+def test_an_old_file_whose_pages_were_packed_otherwise_is_refused_with_what_to_do() -> None:
+    text = next(iter(OLD)).replace("key,4,", "key,3,", 1)
+    cache = make(load_old_layout(text))
+    with pytest.raises(ValueError, match=f"must be of format {FORMAT}, got 1; load it"):
+        rebuild_old(*cache.paged(), text, "grown", cache.shape[2])
 
 
 def test_importing_the_package_is_enough_to_load(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kvq_compile.kernels.layout import Layout
 
 FORMAT = 4
-OLDER_FORMATS = (1, 2, 3)
-# Fields of a layout in files of format 1, a comma-separated text; files of that format have no version.
+OLDER_FORMATS = (2, 3)  # and 1, whose files name `rebuild_old` and no version
+# Fields of a layout in files of format 1, a comma-separated text.
 OLD_FIELDS = (
     *("role", "bits", "grouping", "group_size", "clip", "transform", "sinks", "window"),
     *("page_size", "head_dim", "scheme", "params", "packing", "couple", "rotary", "tables"),
@@ -115,29 +115,33 @@ def rebuild(
     """
     from kvq_compile.kernels.cache.tensor import wrap_loaded
 
-    check_format(version)
+    if version not in (FORMAT, *OLDER_FORMATS):
+        raise _of_another_format(version)
     found = load_layout(layout)
-    check_format(version, found)
+    check_pages(version, found)
     return wrap_loaded(parts, calibrated, found, kind, length, first)
 
 
-def check_format(version: int, layout: Layout | None = None) -> None:
-    """Check that pages of this layout (of any) in a file of this format are packed as today.
+def check_pages(version: int, layout: Layout) -> None:
+    """Check that pages of this layout in a file of this format are packed as today.
 
     Raises:
         ValueError: They are not.
     """
-    known = version == FORMAT or version in OLDER_FORMATS
-    if known and layout is not None and version != FORMAT:
-        if layout.scheme.name == "channelwise":  # fields of two bits since format 3
-            known = version >= 3
-        elif layout.scheme.name == "uniform":  # thirds since format 4
-            known = layout.scheme.bits != 3
-    if not known:
-        raise ValueError(
-            f"a saved cache must be of format {FORMAT}, got {version}; load it with the version of kvq-compile "
-            "that saved it, and save its dequantize()"
-        )
+    changed = 1  # the format since which they are packed as today
+    if layout.scheme.name == "channelwise":
+        changed = 3  # fields of two bits
+    elif layout.scheme.name == "uniform" and layout.scheme.bits == 3:
+        changed = 4  # thirds
+    if version < changed:
+        raise _of_another_format(version)
+
+
+def _of_another_format(version: int) -> ValueError:
+    return ValueError(
+        f"a saved cache must be of format {FORMAT}, got {version}; load it with the version of kvq-compile "
+        "that saved it, and save its dequantize()"
+    )
 
 
 def receive(
@@ -176,7 +180,7 @@ def rebuild_old(
     from kvq_compile.kernels.cache.tensor import wrap_loaded
 
     found = load_old_layout(layout)
-    check_format(1, found)
+    check_pages(1, found)
     parts = [codes, params, exact, cursor, *([] if originals is None else [originals])]
     calibrated = [tensor for tensor in (tables, shift) if tensor is not None]
     return wrap_loaded(parts, calibrated, found, kind, length)
