@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvq_compile.bench import cpu, kernels, memory, steps
-from kvq_compile.bench.rows import read_rows
+from kvq_compile.bench.rows import PLACE, read_rows
 
 RESULTS = Path(__file__).parent / "results"
 # The file of each kind of row, and what makes two rows the same measurement.
 SPEED_FILES: dict[str, tuple[str, ...]] = {
-    "kernels.csv": (*kernels.PLACE, *kernels.CASE),
-    "decode.csv": (*steps.PLACE, *steps.CASE),
-    "memory.csv": (*memory.PLACE, *memory.CASE),
+    "kernels.csv": (*PLACE, *kernels.CASE),
+    "decode.csv": (*PLACE, *steps.CASE),
+    "memory.csv": (*PLACE, *memory.CASE),
     "cpu.csv": (*cpu.PLACE, *cpu.CASE),
 }
 Row = Mapping[str, str]

@@ -216,7 +216,7 @@ def show_kernels(rows: Sequence[KernelRow]) -> None:
         heads = [f"{batch} x {readable_tokens(context)}" for batch, context in shapes]
         cells = [[cell.get((method, *shape), "") for shape in shapes] for method in methods]
         console.print(_table(methods, heads, cells))
-    for why, names in _refusals(rows).items():
+    for why, names in refusals(rows, "method").items():
         note(f"{', '.join(names)}: {why}")
 
 
@@ -226,12 +226,12 @@ def _kernel_cell(row: KernelRow) -> str:
     return f"{row.us:.1f} ({row.speedup:.2f})" if row.speedup else f"{row.us:.1f}"
 
 
-def _refusals(rows: Sequence[KernelRow]) -> dict[str, list[str]]:
-    """Return why methods were not run, with their names, each reason once."""
+def refusals(rows: Sequence[Any], name: str) -> dict[str, list[str]]:
+    """Return why rows were not measured, each reason once, with what their field ``name`` says."""
     told: dict[str, list[str]] = {}
     for row in rows:
-        if row.refused and row.method not in told.setdefault(row.refused, []):
-            told[row.refused].append(row.method)
+        if row.refused and getattr(row, name) not in told.setdefault(row.refused, []):
+            told[row.refused].append(getattr(row, name))
     return told
 
 

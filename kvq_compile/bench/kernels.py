@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from kvq_compile.bench.caches import ROLES, Cache, Shape, boundary, filled, random_spec, tokens
 from kvq_compile.bench.clock import microseconds
 from kvq_compile.bench.peers import BASELINE, PEERS, peer
-from kvq_compile.bench.rows import add_rows, key_of, read_rows, short_cell
+from kvq_compile.bench.rows import PLACE, add_rows, key_of, read_rows, reason, short_cell
 from kvq_compile.kernels import ops, reference
 from kvq_compile.kernels.packed import Calibrated
 from kvq_compile.kernels.score import Score
@@ -108,7 +108,6 @@ class Row:
         return not self.error <= 3 * self.plain_error + 2e-3
 
 
-PLACE = ("hardware", "torch", "triton", "kvq_compile", "commit")
 CASE = ("method", "batch", "context", "heads", "kv_heads", "head_size", "dtype")
 
 
@@ -174,8 +173,7 @@ def _row(case: Case, device: torch.device) -> Row:
         with torch.no_grad():
             return _measure_peer(case, row, device) if case.is_peer else _measure(case, row, device)
     except Exception as error:  # whatever stops one method is told of it, and the others go on
-        lines = str(error).strip().splitlines()
-        return replace(row, refused=f"{type(error).__name__}: {lines[0] if lines else ''}"[:300])
+        return replace(row, refused=reason(error))
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()

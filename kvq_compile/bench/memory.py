@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvq_compile.bench.caches import ROLES, Shape, filled, random_spec, tokens
+from kvq_compile.bench.rows import reason
 
 PLAIN = "16 bit"
 PEERS = (PLAIN, "hf-quanto", "hf-hqq")
@@ -17,7 +18,6 @@ METHODS = (
     *("int8", "int4", "int2", "kivi:bits=2", "tc:bits=4", "tc:bits=3", "tc:bits=2"),
     *("skvq:bits=2", "qaq:bits=2.3", "cq-4c8b", "cq-8c8b"),
 )
-PLACE = ("hardware", "torch", "triton", "kvq_compile", "commit")
 CASE = ("method", "batch", "context", "heads", "kv_heads", "head_size")
 
 
@@ -61,12 +61,8 @@ def measure(methods: Sequence[str], shapes: Sequence[Shape], device: torch.devic
             row = Row(method, **sizes, plain_bytes=plain)
             try:
                 yield replace(row, bytes=_bytes(method, shape, device))
-            except (
-                Exception
-            ) as error:  # whatever stops one method is told of it, and the others go on
-                lines = str(error).strip().splitlines()
-                told = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-                yield replace(row, refused=told)
+            except Exception as error:  # whatever stops one method is told, and the others go on
+                yield replace(row, refused=reason(error))
 
 
 def _bytes(method: str, shape: Shape, device: torch.device) -> int:

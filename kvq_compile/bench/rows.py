@@ -7,6 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 Row = Mapping[str, str]
+PLACE = (
+    "hardware",
+    "torch",
+    "triton",
+    "kvq_compile",
+    "commit",
+)  # where a row of a GPU was measured
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -47,6 +54,12 @@ def add_rows(
 def key_of(row: Mapping[str, object], same: Sequence[str]) -> tuple[str, ...]:
     """Return what tells a measurement from others: the row's values in the columns ``same``."""
     return tuple(str(row.get(name) or "") for name in same)
+
+
+def reason(error: Exception) -> str:
+    """Return why something was not measured: the kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def short_cell(value: object) -> str:

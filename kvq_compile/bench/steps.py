@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvq_compile import backend
 from kvq_compile.bench.memory import held_bytes
+from kvq_compile.bench.rows import reason
 from kvq_compile.evaluation.runner import parse_method
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.loading import cache_argument, require_transformers
@@ -52,7 +53,6 @@ WARM, TIMED, FEW = (
     8,
 )  # steps before those that are timed; timed; sequences that are made: more are copies
 SPARE = 4 * TIMED
-PLACE = ("hardware", "torch", "triton", "kvq_compile", "commit")
 CASE = ("model", "layers", "run", "batch", "context")
 
 
@@ -294,8 +294,7 @@ def measure(model: Any, row: Row, recordings: Sequence[float], look: Look | None
         if look is not None:
             look(steps)
     except Exception as error:  # whatever stops one run is told of it, and the others go on
-        lines = str(error).strip().splitlines()
-        return replace(row, refused=f"{type(error).__name__}: {lines[0] if lines else ''}"[:300])
+        return replace(row, refused=reason(error))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return replace(
         row,

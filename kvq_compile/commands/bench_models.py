@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ from kvq_compile.commands.shared import (
     load,
     make_folder,
 )
-from kvq_compile.console import note, readable_bytes, show_grid, stages
+from kvq_compile.console import note, readable_bytes, refusals, show_grid, stages
 
 ShapesOption = Annotated[
     list[str] | None, typer.Option("--shape", help="BATCHxCONTEXT, as 8x32k; may be repeated.")
@@ -65,7 +65,7 @@ def decode(
     """
     from kvq_compile.bench import steps
     from kvq_compile.bench.place import place
-    from kvq_compile.bench.rows import add_rows, key_of, read_rows
+    from kvq_compile.bench.rows import PLACE, add_rows, key_of, read_rows
     from kvq_compile.loading import pick_device
 
     where = pick_device(device)
@@ -82,7 +82,7 @@ def decode(
         steps.check_run(each)
     make_folder(out)
     about, path = place(where, commit), out / "decode.csv"
-    same = (*steps.PLACE, *steps.CASE)
+    same = (*PLACE, *steps.CASE)
     before = {key_of(line, same) for line in read_rows(path) if resume and line.get("waited")}
     network = steps.make_model(model, layers or steps.SHAPES[model]["num_hidden_layers"], where)
 
@@ -108,7 +108,7 @@ def decode(
         show_grid(
             f"{model}: ms a token (times faster than {steps.BASELINE})",
             cells,
-            _refused(rows, "run"),
+            refusals(rows, "run"),
         )
     drawn = [
         ("decode-time", "time [ms]", [(f"batch {r.batch}", r.run, r.context, r.waited) for r in rows]),
@@ -145,7 +145,7 @@ def memory(
     from kvq_compile.bench import memory as bench_memory
     from kvq_compile.bench.caches import Shape, random_spec
     from kvq_compile.bench.place import place
-    from kvq_compile.bench.rows import add_rows, short_cell
+    from kvq_compile.bench.rows import PLACE, add_rows, short_cell
     from kvq_compile.loading import pick_device
 
     where = pick_device(device)
@@ -157,7 +157,7 @@ def memory(
             random_spec(each, replace(shapes[0], head_size=128))
     make_folder(out)
     about, path = place(where, commit), out / "memory.csv"
-    same = (*bench_memory.PLACE, *bench_memory.CASE)
+    same = (*PLACE, *bench_memory.CASE)
     rows = []
     with stages() as advance:
         for row in bench_memory.measure(methods, shapes, where):
@@ -173,7 +173,7 @@ def memory(
             else f"{readable_bytes(row.bytes)} ({row.saving:.1f})"
             for row in rows
         }  # fmt: skip
-        show_grid("bytes of a layer (times less than in 16 bit)", cells, _refused(rows, "method"))
+        show_grid("bytes of a layer (times less than in 16 bit)", cells, refusals(rows, "method"))
     drawn = [
         ("memory", "bytes of a layer",
          [(f"batch {r.batch}, heads of {r.head_size}", r.method, r.context, r.bytes) for r in rows]),
@@ -261,12 +261,3 @@ def _time(waited: float | None, plain: float | None) -> str:
     if waited is None:
         return "not run"
     return f"{waited:.1f}" if plain is None else f"{waited:.1f} ({plain / waited:.1f})"
-
-
-def _refused(rows: Sequence[Any], name: str) -> Mapping[str, list[str]]:
-    """Return why something was not run, with the names, each reason once."""
-    told: dict[str, list[str]] = {}
-    for row in rows:
-        if row.refused and getattr(row, name) not in told.setdefault(row.refused, []):
-            told[row.refused].append(getattr(row, name))
-    return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvq_compile.evaluation.kept import Kept
     from kvq_compile.evaluation.results import Row
     from kvq_compile.evaluation.runner import Method
+    from kvq_compile.evaluation.tasks import Measurement, Task
 
 TASKS = ("perplexity", "passkey", "greedy")
 RETRIEVAL, CONTINUATION, PERPLEXITY = "Passkey", "Greedy", "Perplexity"  # panels of the help
@@ -122,8 +123,7 @@ def evaluate_(
     from kvq_compile.evaluation.kept import Kept
     from kvq_compile.evaluation.passkey import Passkeys
     from kvq_compile.evaluation.perplexity import Protocol
-    from kvq_compile.evaluation.results import write_results
-    from kvq_compile.evaluation.tasks import Measurement, Task, after, check_text, usual_lengths
+    from kvq_compile.evaluation.tasks import Measurement, check_text, usual_lengths
     from kvq_compile.loading import longest_context
 
     if not method and not sweep:
@@ -166,14 +166,7 @@ def evaluate_(
     measurement = Measurement(
         network, tokenizer, texts, choices, compile_plain, kept, recall or [], exams
     )
-
-    def write(found: Sequence[Row]) -> None:
-        write_results(found, out, about)
-
-    rows: list[Row] = []
-    for name in wanted:
-        rows += measurement.run(protocols[name], after(rows, write))
-    written = write_results(rows, out, about)
+    rows, written = run_tasks(measurement, [protocols[name] for name in wanted], out, about)
     kept.remove()
     if as_json:
         print(written[-1].read_text(), end="")
@@ -239,6 +232,19 @@ def sweep_methods(
     with stages() as advance:
         moved = [window.to(network.device) for window in windows]
         return standard_methods(network, moved, advance, out / "calibrations", kept)
+
+
+def run_tasks(
+    measurement: Measurement, tasks: Sequence[Task], out: Path, about: Mapping[str, object]
+) -> tuple[list[Row], list[Path]]:
+    """Return the rows of tasks and the files that hold them, which are written as rows are measured."""
+    from kvq_compile.evaluation.results import write_results
+    from kvq_compile.evaluation.tasks import after
+
+    rows: list[Row] = []
+    for task in tasks:
+        rows += measurement.run(task, after(rows, lambda found: write_results(found, out, about)))
+    return rows, write_results(rows, out, about)
 
 
 def describe(
