@@ -21,7 +21,13 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when kernels are imported
 pytest.register_assert_rewrite(
-    "aot", "attention_site", "layout_steps", "refused_steps", "rotated_keys", "written_caches"
+    "aot",
+    "attention_site",
+    "layout_steps",
+    "refused_steps",
+    "rotated_keys",
+    "spelled_attention",
+    "written_caches",
 )
 torch.set_num_threads(1)  # small tensors; threads of several workers would only wait for each other
 
