@@ -23,6 +23,7 @@ from kvq_compile.demo import compare, protocol_for
 from kvq_compile.evaluation.perplexity import Score
 from kvq_compile.evaluation.runner import parse_method
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model
+from one_layer import save_one_layer
 
 SMALL = "sinks=2,window=32,page_size=32,inner=eager"
 
@@ -39,6 +40,14 @@ def run(monkeypatch):
         return result.exit_code, result.output
 
     return invoke
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory) -> Path:
+    """Return a folder of a model with one layer."""
+    folder = tmp_path_factory.mktemp("models") / "one-layer"
+    save_one_layer(folder)
+    return folder
 
 
 def test_help_lists_the_commands(run) -> None:
@@ -214,9 +223,9 @@ def test_windows_shrink_to_the_model_and_the_text() -> None:
         protocol_for(model, 16, 1)
 
 
-def test_eval_writes_its_table(run, tmp_path: Path, fresh_dynamo) -> None:
+def test_eval_writes_its_table(run, shallow, tmp_path: Path, fresh_dynamo) -> None:
     code, output = run(
-        "eval", "--model", str(DEMO_MODEL), "--method", "int8:sinks=2,window=32,page_size=32",
+        "eval", "--model", str(shallow), "--method", "int8:sinks=2,window=32,page_size=32",
         "--windows", "1", "--window", "160", "--prefill", "96", "--chunk", "32",
         "--recall", "500", "--exams", "1", "--out", str(tmp_path),
     )  # fmt: skip
@@ -226,7 +235,7 @@ def test_eval_writes_its_table(run, tmp_path: Path, fresh_dynamo) -> None:
     assert len(lines) > 2 and max(map(len, lines)) <= 80
     assert (tmp_path / "eval.csv").read_text().count("\n") == 3
     stored = json.loads((tmp_path / "eval.json").read_text())
-    assert stored["about"]["model"] == DEMO_MODEL.name
+    assert stored["about"]["model"] == shallow.name
     assert str(tmp_path) not in json.dumps(stored)
     assert [row["method"] for row in stored["scores"]] == [
         "plain",
@@ -235,11 +244,11 @@ def test_eval_writes_its_table(run, tmp_path: Path, fresh_dynamo) -> None:
     assert not (tmp_path / "eval.part.jsonl").exists()
 
 
-def test_eval_runs_every_task_on_every_text(run, tmp_path: Path, fresh_dynamo) -> None:
+def test_eval_runs_every_task_on_every_text(run, shallow, tmp_path: Path, fresh_dynamo) -> None:
     other = tmp_path / "other.txt"
     other.write_text(DEMO_TEXT.read_text()[4000:])
     code, output = run(
-        "eval", "--model", str(DEMO_MODEL), "--method", "int8:sinks=2,window=32,page_size=32",
+        "eval", "--model", str(shallow), "--method", "int8:sinks=2,window=32,page_size=32",
         "--text", str(DEMO_TEXT), "--text", str(other), "--batch", "2",
         *("--task", "perplexity", "--windows", "2", "--window", "80", "--prefill", "40"),
         *("--task", "passkey", "--length", "150", "--depths", "2", "--samples", "1"),

@@ -19,15 +19,21 @@ from kvq_compile.evaluation.recall import DIGITS, FACTS, Exam, count_right, make
 from kvq_compile.evaluation.results import write_results
 from kvq_compile.evaluation.runner import PLAIN, Runner, make_runners, parse_method, parse_value
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model, pick_dtype
+from one_layer import load_one_layer
 
 SHORT = Protocol(window=160, prefill=96, chunk=32, windows=1)
-CURSORS = 4 * 2 * 2 * 4  # bytes: of keys and values of four layers, two integers each
+CURSORS = 2 * 2 * 4  # bytes: of keys and values, two integers each
 SMALL = "int8:sinks=2,window=32,page_size=32,inner=eager"
 
 
 @pytest.fixture(scope="module")
 def tiny():
     return load_model(str(DEMO_MODEL), "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    return load_one_layer()[0]
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +140,12 @@ def test_eight_bits_halve_the_bytes_and_keep_the_perplexity(tiny, ids) -> None:
     assert quantized.tokens_per_second > 0
 
 
-def test_windows_fed_at_once_are_scored_as_one_by_one(tiny, ids) -> None:
+def test_windows_fed_at_once_are_scored_as_one_by_one(shallow, ids) -> None:
     """Sums are over the same tokens; what differs is the rounding of matrix products of other shapes."""
-    model, _ = tiny
     method = parse_method("int4:sinks=2,window=8,page_size=32,inner=eager")
     one, pair = (
         evaluate(
-            make_runners(model, [method], compile_plain=False),
+            make_runners(shallow, [method], compile_plain=False),
             ids,
             Protocol(window=96, prefill=48, chunk=16, windows=3, batch=batch),
         )
@@ -155,12 +160,11 @@ def test_windows_fed_at_once_are_scored_as_one_by_one(tiny, ids) -> None:
 
 
 def test_a_row_whose_time_is_up_is_held_against_the_same_windows_of_the_plain_cache(
-    tiny, ids
+    shallow, ids
 ) -> None:
-    model, _ = tiny
     protocol = Protocol(window=48, prefill=16, chunk=16, windows=3)
     method = parse_method("int8:sinks=2,window=8,page_size=32,inner=eager")
-    runners = make_runners(model, [method], compile_plain=False)
+    runners = make_runners(shallow, [method], compile_plain=False)
     kept, one = Kept(), replace(protocol, windows=1)
     evaluate([runners[0]], ids, protocol, kept=kept)
     plain, cut = evaluate(runners, ids, protocol, kept=kept, seconds=1e-9)
@@ -170,10 +174,9 @@ def test_a_row_whose_time_is_up_is_held_against_the_same_windows_of_the_plain_ca
     assert base.perplexity != plain.perplexity
 
 
-def test_rows_name_their_text_and_texts_do_not_share_what_was_kept(tiny, ids) -> None:
-    model, _ = tiny
+def test_rows_name_their_text_and_texts_do_not_share_what_was_kept(shallow, ids) -> None:
     protocol, kept = Protocol(window=48, prefill=16, chunk=16, windows=1), Kept()
-    runner = plain_runner(model)
+    runner = plain_runner(shallow)
     [first] = evaluate([runner], ids, protocol, kept=kept, text="a")
     [second] = evaluate([runner], ids[100:], protocol, kept=kept, text="b")
     assert (first.text, second.text) == ("a", "b")
@@ -181,10 +184,9 @@ def test_rows_name_their_text_and_texts_do_not_share_what_was_kept(tiny, ids) ->
 
 
 def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
-    tiny, ids, tmp_path: Path
+    shallow, ids, tmp_path: Path
 ) -> None:
     """A row is there when it is measured, and is not measured twice."""
-    model, _ = tiny
     protocol = Protocol(window=48, prefill=16, chunk=16, windows=2)
     methods = [
         parse_method(f"{name}:sinks=2,window=8,page_size=32,inner=eager")
@@ -193,7 +195,7 @@ def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
     path, about = tmp_path / "part.jsonl", {"protocol": "short"}
 
     def run(fail_at: int | None = None) -> tuple[list[Score], int, list[int]]:
-        runners, rows = make_runners(model, methods, compile_plain=False), []
+        runners, rows = make_runners(shallow, methods, compile_plain=False), []
         measured = []
         for runner in runners:
 
@@ -204,7 +206,7 @@ def test_a_measurement_that_was_cut_short_goes_on_where_it_stopped(
                 start()
 
             runner.start = start
-        kept = Kept(path, about, model, ids)
+        kept = Kept(path, about, shallow, ids)
         found = evaluate(runners, ids, protocol, kept=kept, done=lambda r: rows.append(len(r)))
         return found, measured, rows
 
@@ -234,13 +236,12 @@ def test_a_file_of_another_measurement_is_refused(tiny, ids, tmp_path: Path, cha
         Kept(path, about, other, text)
 
 
-def test_evaluating_leaves_the_model_as_it_was(tiny, ids) -> None:
-    model, _ = tiny
-    before = set(vars(model))
-    runners = make_runners(model, [parse_method(SMALL)], compile_plain=False)
+def test_evaluating_leaves_the_model_as_it_was(shallow, ids) -> None:
+    before = set(vars(shallow))
+    runners = make_runners(shallow, [parse_method(SMALL)], compile_plain=False)
     evaluate(runners, ids, SHORT)
-    assert set(vars(model)) == before
-    assert model._compiled_call_impl is None
+    assert set(vars(shallow)) == before
+    assert shallow._compiled_call_impl is None
 
 
 def test_results_are_written_in_two_forms_with_the_same_rows(tmp_path: Path) -> None:

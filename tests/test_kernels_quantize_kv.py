@@ -26,7 +26,7 @@ from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
 from written_caches import DTYPES, REOPENING_DTYPES, calibrated, full, spoil
 
 pytestmark = [CONVERSIONS, OVERFLOWS]
-EXAMPLES = examples(Fraction(1, 2))
+EXAMPLES = examples(Fraction(1, 3))
 CAPACITY = 5
 
 
@@ -87,6 +87,7 @@ def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
         start += tokens
 
 
+@pytest.mark.usefixtures("wide_tiles")
 @EXAMPLES
 @given(st.data())
 def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
@@ -106,6 +107,7 @@ def test_rewriting_from_an_earlier_slot_leaves_the_bytes_of_the_reference(
     caches.assert_equal()
 
 
+@pytest.mark.usefixtures("wide_tiles")
 @EXAMPLES
 @given(st.data())
 def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> None:
@@ -117,6 +119,7 @@ def test_any_element_is_coded_as_the_reference_codes_it(data: st.DataObject) -> 
     caches.assert_equal()
 
 
+@pytest.mark.usefixtures("wide_tiles")
 @EXAMPLES
 @given(st.data())
 def test_rotated_tokens_are_read_within_one_step_of_the_reference(data: st.DataObject) -> None:

@@ -80,11 +80,14 @@ def test_a_model_is_measured_into_rows_with_where_and_on_what(
     tables, task: str, tmp_path: Path, monkeypatch
 ) -> None:
     pytest.importorskip("transformers")
-    from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT
+    from kvq_compile.loading import DEMO_TEXT
+    from one_layer import save_one_layer
 
+    save_one_layer(tmp_path / "model")
     quality = load("quality", monkeypatch)
     arguments = [
-        "--model", f"tiny={DEMO_MODEL}", "--text", f"demo={DEMO_TEXT}", "--out", str(tmp_path),
+        "--model", f"tiny={tmp_path / 'model'}", "--text", f"demo={DEMO_TEXT}",
+        "--out", str(tmp_path / "rows"),
         "--task", task, "--method", "int8:sinks=2,window=32,page_size=32", "--windows", "1",
         "--length", "150", "--samples", "1", "--batch", "5",
         "--prompts", "2", "--tokens", "2", "--commit", "abc", "--device", "cpu",
@@ -94,8 +97,8 @@ def test_a_model_is_measured_into_rows_with_where_and_on_what(
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments])
     quality.main()
     kind = {"perplexity": "eval"}.get(task, task)
-    rows = list(csv.DictReader((tmp_path / tables.FILES[kind]).read_text().splitlines()))
+    rows = list(csv.DictReader((tmp_path / "rows" / tables.FILES[kind]).read_text().splitlines()))
     assert {row["method"] for row in rows} == {"plain", "int8:sinks=2,window=32,page_size=32"}
     assert {(row["commit"], row["model"], row["text"]) for row in rows} == {("abc", "tiny", "demo")}
     assert all(row["hardware"] and row["torch"] and row["dtype"] == "float32" for row in rows)
-    assert [path.name for path in tmp_path.iterdir()] == [tables.FILES[kind]]
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == [tables.FILES[kind]]

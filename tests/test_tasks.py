@@ -24,6 +24,7 @@ from kvq_compile.evaluation.perplexity import Protocol
 from kvq_compile.evaluation.runner import make_runners, parse_method
 from kvq_compile.evaluation.tasks import check_text, usual_lengths
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model
+from one_layer import load_one_layer
 
 SMALL = parse_method("int8:sinks=2,window=32,page_size=32,inner=eager")
 COARSE = parse_method("int2:sinks=0,window=1,page_size=32,clip=0.3,inner=eager")
@@ -32,6 +33,11 @@ COARSE = parse_method("int2:sinks=0,window=1,page_size=32,clip=0.3,inner=eager")
 @pytest.fixture(scope="module")
 def tiny():
     return load_model(str(DEMO_MODEL), "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    return load_one_layer()[0]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +70,10 @@ def test_a_case_without_room_is_refused(tiny, ids) -> None:
         make_case(tiny[1], ids[:50], 200, 0.5, 0)
 
 
-def test_cases_asked_at_once_are_answered_as_one_by_one(tiny, ids) -> None:
-    model, tokenizer = tiny
+def test_cases_asked_at_once_are_answered_as_one_by_one(tiny, shallow, ids) -> None:
+    tokenizer = tiny[1]
     cases = [make_case(tokenizer, ids, 300, depth, 7) for depth in (0.1, 0.9)]
-    for runner in make_runners(model, [SMALL], compile_plain=False):
+    for runner in make_runners(shallow, [SMALL], compile_plain=False):
         alone = [ask(runner, tokenizer, [case])[0] for case in cases]
         assert ask(runner, tokenizer, cases) == alone
 
@@ -124,11 +130,10 @@ def test_the_plain_cache_continues_as_generate_does(tiny, ids) -> None:
     assert continue_prompts(runner, prompts, 12) == expected[:, 90:].tolist()
 
 
-def test_a_window_over_everything_changes_no_continuation(tiny, ids) -> None:
-    model, _ = tiny
+def test_a_window_over_everything_changes_no_continuation(shallow, ids) -> None:
     method = parse_method("int8:window=512,inner=eager")
     protocol = Continuations(prompts=3, prompt=70, tokens=8, batch=2)
-    plain, exact = greedy(make_runners(model, [method], compile_plain=False), ids, protocol)
+    plain, exact = greedy(make_runners(shallow, [method], compile_plain=False), ids, protocol)
     for row in (plain, exact):
         assert (row.prompts, row.tokens) == (3, 8)
         assert (row.same, row.agreed, row.median, row.equal) == (100, 8, 8, 100)
