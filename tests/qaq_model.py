@@ -15,11 +15,11 @@ transformers = pytest.importorskip("transformers")
 SMALL = {"sinks": 2, "window": 5, "page_size": 32}
 
 
-def make_model() -> Any:
+def make_model(layers: int = 2) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
-        num_hidden_layers=2, intermediate_size=128, initializer_range=0.2,
+        num_hidden_layers=layers, intermediate_size=128, initializer_range=0.2,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
 

@@ -35,7 +35,7 @@ from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, examples
 
 pytestmark = CONVERSIONS
-EXAMPLES = examples(Fraction(2, 3))
+EXAMPLES = examples(Fraction(1, 3))
 
 
 def mixed_spec(budget: float, least: int = 0, most: int = 4, **options: Any) -> Scheme:

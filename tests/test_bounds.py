@@ -46,7 +46,7 @@ SYMBOLS = (
 )
 # An example compiles a model three times.
 FEWER = settings(
-    max_examples=max(1, settings.default.max_examples // 3),  # type: ignore[union-attr]
+    max_examples=max(1, settings.default.max_examples // 5),  # type: ignore[union-attr]
     suppress_health_check=list(HealthCheck),
 )
 

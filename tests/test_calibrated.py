@@ -90,7 +90,7 @@ def test_a_compiled_model_reads_what_its_cache_stands_for(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
 def test_keys_are_coded_after_rope_where_the_option_says_so(method: str) -> None:
-    model = make_model()
+    model = make_model(layers=1)
     calibration = kvq_compile.calibrate(model, [ids(300)], method, tokens=256, pre_rope=False)
     assert all(
         not layer.rotary and "the option pre_rope" in layer.note for layer in calibration.layers
@@ -109,7 +109,7 @@ def test_keys_are_coded_after_rope_where_the_option_says_so(method: str) -> None
 def test_values_after_hadamard_need_no_tables(
     method: str, bits: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = make_model()
+    model = make_model(layers=1)
     made = kvq_compile.calibrate(
         model, [ids(300)], method, tokens=256, values="hadamard", **options
     )

@@ -36,12 +36,13 @@ def known_queries(cache: QuantizedKV) -> int:
 
 
 @pytest.mark.parametrize(
-    ("inner", "cuts"), [("eager", (60, 61, 62, 100, 120)), ("inductor", (60, 100, 120))]
+    ("inner", "layers", "cuts"),
+    [("eager", 2, (60, 61, 62, 100, 120)), ("inductor", 1, (60, 100, 120))],
 )
 def test_a_compiled_model_attends_to_what_its_cache_stands_for(
-    inner: str, cuts: tuple[int, ...]
+    inner: str, layers: int, cuts: tuple[int, ...]
 ) -> None:
-    model = make_model()
+    model = make_model(layers)
     cache = transformers.DynamicCache(config=model.config)
     assert_reads_its_cache(model, run(model, **METHOD, inner=inner), cache, small_text(120), *cuts)
     for layer in cache.layers:

@@ -26,7 +26,7 @@ from uncalibrated import Framed
 from written_caches import DTYPES, REOPENING_DTYPES, full, spoil
 
 pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
-EXAMPLES = examples(Fraction(2, 5))
+EXAMPLES = examples(Fraction(1, 4))
 CAPACITY = 5
 BITS = (0.5, 1, 2, 2.5, 3, 4, 5.25, 8)
 

@@ -20,6 +20,7 @@ from kvq_compile.kernels.triton import backend as triton
 from kvq_compile.kernels.words import WORD_BITS
 from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, OVERFLOWS, frame_on_device
+from thorough import spread
 from written_caches import calibrated, unsigned_zeros
 
 pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
@@ -82,34 +83,32 @@ def assert_served(layouts: list[Layout], frames: list[Calibrated]) -> None:
         torch.testing.assert_close(out, exact, rtol=1e-4, atol=error)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "head_dim"), spread(METHODS, HEAD_DIMS, 3))
 def test_every_method_serves_heads_of_every_size_on_every_device(
     method: str, head_dim: int
 ) -> None:
     assert_served(layouts_of(method, head_dim), [UNCALIBRATED] * 2)
 
 
-@pytest.mark.parametrize("head_dim", [12, 20, 72, 100, 576])
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        Uniform(3, "channel", 16, params="fp8"),
-        Uniform(1, group_size=4),
-        Uniform(1.5, packing="trits"),
-        Mixed(3.5, 1, 6, outliers=4),
-        Mixed(2.5, 0, 8, outliers=2, params="fp8"),
-    ],
-)
+SCHEMES: list[Scheme] = [
+    Uniform(3, "channel", 16, params="fp8"),
+    Uniform(1, group_size=4),
+    Uniform(1.5, packing="trits"),
+    Mixed(3.5, 1, 6, outliers=4),
+    Mixed(2.5, 0, 8, outliers=2, params="fp8"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "head_dim"), spread(SCHEMES, [12, 20, 72, 100, 576], 2))
 def test_every_scheme_serves_rows_that_fill_no_whole_words(scheme: Scheme, head_dim: int) -> None:
     layouts = [Layout(role, head_dim, Regions(3, 4, 32), scheme) for role in ROLES]
     assert_served(layouts, [UNCALIBRATED] * 2)
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 40, 72, 120])
-@pytest.mark.parametrize(
-    "options", [{"bits": 3}, {"bits": 2, "couple": 2}, {"bits": 9, "couple": 4}]
-)
+CALIBRATED = [{"bits": 3}, {"bits": 2, "couple": 2}, {"bits": 9, "couple": 4}]
+
+
+@pytest.mark.parametrize(("options", "head_dim"), spread(CALIBRATED, [8, 24, 40, 72, 120], 2))
 def test_calibrated_rotary_keys_of_every_size_are_served(
     options: dict[str, int], head_dim: int
 ) -> None:

@@ -26,7 +26,7 @@ from kvq_compile.testing.small_tables import random_tables
 from native import CONVERSIONS, DEVICE, NATIVE, OVERFLOWS, examples
 
 pytestmark = [CONVERSIONS, OVERFLOWS]
-EXAMPLES = examples(Fraction(2, 3))
+EXAMPLES = examples(Fraction(1, 3))
 CAPACITY = 5  # pages
 BATCH, HEADS = 2, 2
 

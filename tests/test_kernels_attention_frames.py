@@ -4,6 +4,7 @@ The same claim as in `test_kernels_attention`: the error is that of the same com
 dtype.
 """
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, examples
 
 pytestmark = CONVERSIONS
-EXAMPLES = examples()
+EXAMPLES = examples(Fraction(1, 2))
 
 
 def make_scheme(head_dim: int, seed: int, **options: Any) -> tuple[Scheme, Tables]:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from kvq_compile import QuantizedKV
 from kvq_compile.history import watching
+from thorough import spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -92,10 +93,13 @@ def assert_all_rewritten(graphs, layers: int) -> None:
         assert [site.outcome for site in graph.sites] == ["rewritten"] * layers, graph.sites
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_attention_of_a_transformers_model_is_rewritten(name, attention, kind) -> None:
+WAYS = [("sdpa", "dynamic"), ("sdpa", "static"), ("eager", "static"), ("eager", "dynamic")]
+
+
+@pytest.mark.parametrize(("name", "way"), spread(CONFIGS, WAYS, 2))
+def test_every_attention_of_a_transformers_model_is_rewritten(name, way) -> None:
+    """Of each with both attentions and both caches."""
+    attention, kind = way
     layers = 2 if (name, attention) == ("Llama", "sdpa") else 1
     model = make_model(name, attention, layers)
     expected = feed(model, make_cache(kind, model))

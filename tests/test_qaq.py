@@ -101,7 +101,7 @@ def test_what_is_attended_to_gets_more_bits() -> None:
 
 @pytest.mark.parametrize("options", [{"bits": 2.3}, {"bits": 4}, {"bits": 3, "variant": "paper"}])
 def test_a_compiled_model_reads_what_its_cache_stands_for(options: dict[str, Any]) -> None:
-    model = make_model()
+    model = make_model(layers=1)
     call, cache = run(model, **options), transformers.DynamicCache(config=model.config)
     assert_reads_its_cache(model, call, cache, small_text(120), 90, 91, 118, 119)
     assert isinstance(cache.layers[0].keys, QuantizedKV)

@@ -31,6 +31,7 @@ from kvq_compile.lowering.pipeline import lower
 from kvq_compile.options import make_config
 from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts
+from thorough import spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -271,8 +272,7 @@ BENDS: dict[str, tuple[Scored, Score]] = {
 }
 
 
-@pytest.mark.parametrize("mask", ["none", "added", "filled"])
-@pytest.mark.parametrize("name", BENDS)
+@pytest.mark.parametrize(("name", "mask"), spread(BENDS, ["none", "added", "filled"], 2))
 def test_scores_that_are_capped_or_clamped_are_read_packed(name: str, mask: str) -> None:
     bent, wanted = BENDS[name]
     (found,) = watch(eager(bent, mask)).scores
@@ -280,10 +280,13 @@ def test_scores_that_are_capped_or_clamped_are_read_packed(name: str, mask: str)
     assert given_[:4] == pytest.approx(given_[4:])
 
 
-@pytest.mark.parametrize("shifts", [False, True])
-@pytest.mark.parametrize("mask", ["none", "added", "filled"])
-@pytest.mark.parametrize("sinks", ["learned", "in front", "off by one", "three"])
-def test_logits_of_sinks_are_read_packed(sinks: str, mask: str, shifts: bool) -> None:
+SINKS = ("learned", "in front", "off by one", "three")
+WAYS = [(mask, shifts) for shifts in (False, True) for mask in ("none", "added", "filled")]
+
+
+@pytest.mark.parametrize(("sinks", "way"), spread(SINKS, WAYS, 2))
+def test_logits_of_sinks_are_read_packed(sinks: str, way: tuple[str, bool]) -> None:
+    mask, shifts = way
     (found,) = watch(eager(lambda x: x * 0.25, mask, sinks, shifts)).scores
     assert found == Score(0.25, has_sinks=True)
 
