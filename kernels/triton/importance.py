@@ -149,7 +149,8 @@ def _hidden(scores, slot, exists, tile, LAUNCH: tl.constexpr):
     """Return scores ``[keys, queries]`` with what queries do not see hidden."""
     seen = exists[:, None] & (slot[:, None] < tile.sight[None, :])
     if LAUNCH.mask_kind > 0:
-        scores += load_mask(tile.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)
+        shown = load_mask(tile.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)
+        scores += shown[:, None] if LAUNCH.mask_shared else shown
         seen &= (slot < tile.mask.width)[:, None]
     return tl.where(seen, scores, float("-inf"))
 

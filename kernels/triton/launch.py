@@ -203,11 +203,13 @@ def attend_settings(
         mask_shared=mask_shared,
     )  # fmt: skip
     options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
-    few = max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
-    few &= even and page >= 64
-    few &= mask_kind == 0 and bend == UNBENT  # else it would spill
-    few &= platform == "cuda" and block_q == 8 and not (full or large)
+    plain = key.scheme == value.scheme == "uniform" and not key.rotary
     units = key.bit_blocks + key.twice_read
-    if few and (mixed or 0 < units <= THREE_SHARE_UNITS):
+    few = mixed or 0 < units <= THREE_SHARE_UNITS
+    few &= max(key.bits, value.bits) <= 4 and not (key.outliers or value.outliers)
+    # A mask takes more registers than three programs have; with one row for all queries only a few spill.
+    shares = mask_shared if mask_kind else not plain
+    fits = even and page >= 64 and bend == UNBENT and block_q == 8 and not (full or large)
+    if platform == "cuda" and shares and fits and (plain or few):
         options |= THREE_SHARE
     return key, value, constants, options

@@ -28,8 +28,8 @@ from kvq_compile.kernels.triton.primitives import (
     HIDDEN,
     WEIGHT_BIAS,
     bend_scores,
+    hide_scores,
     join_8,
-    load_mask,
     softmax_update,
 )
 
@@ -379,9 +379,9 @@ def attend_mixed_pages(
         scores = page_scores(q, q_sum, k_planes, k_fields, k_header, k_metadata, KEY, LAUNCH)
         scores = bend_scores(scores, LAUNCH)
         slot = KEY.sinks + page * PAGE + token
-        if LAUNCH.mask_kind > 0:
-            scores += load_mask(queries.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)
-        scores = tl.where((slot < kv_len)[:, None], scores, float("-inf"))
+        scores = hide_scores(
+            scores, slot, slot < kv_len, queries.mask, LAUNCH.mask_kind, LAUNCH.mask_shared
+        )
         v = _unpack_planes(v_planes, False, VALUE, LAUNCH)
         factor, offset = _token_terms(v_fields, v_header, VALUE)
         if VALUE.outliers == 0:

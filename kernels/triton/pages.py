@@ -31,7 +31,7 @@ from kvq_compile.kernels.triton.primitives import (
     adds_mean,
     bend_scores,
     bends,
-    load_mask,
+    hide_scores,
     pair_fields,
     softmax_update,
 )
@@ -316,9 +316,9 @@ def attend_pages(
             scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, LAUNCH)
         scores = bend_packed(scores, queries, KEY, LAUNCH)
         slot = KEY.sinks + page * PAGE + tl.arange(0, PAGE)
-        if LAUNCH.mask_kind > 0:
-            scores += load_mask(queries.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)
-        scores = tl.where((slot < kv_len)[:, None], scores, float("-inf"))
+        scores = hide_scores(
+            scores, slot, slot < kv_len, queries.mask, LAUNCH.mask_kind, LAUNCH.mask_shared
+        )
         if FOLD:
             scaled, decay, running_max, weights, offset = _folded_update(
                 scores, running_max, v_params, queries.group, VALUE, COPIES, IN_PLACE

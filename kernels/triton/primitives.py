@@ -354,21 +354,35 @@ class MaskRows(NamedTuple):
 
 @triton.jit
 def load_mask(mask, slot, KIND: tl.constexpr, SHARED: tl.constexpr):
-    """Return the additive form ``[slots, queries]``, in units of log 2, of the `MaskRows` of a tile.
+    """Return the additive form, in units of log 2, of the `MaskRows` of a tile: ``[slots, queries]``.
 
-    ``SHARED``: all queries share the row that the pointer is at.
+    ``SHARED``: ``[slots]``, since all queries share the row that the pointer is at.
     """
-    inside = slot < mask.width
-    if SHARED:
-        where = mask.pointer + slot.to(tl.int64)[:, None] * mask.stride
-        ok = inside[:, None]
-    else:
-        where = mask.pointer + mask.rows[None, :] + slot.to(tl.int64)[:, None] * mask.stride
-        ok = inside[:, None] & mask.exists[None, :]
+    where = mask.pointer + slot.to(tl.int64) * mask.stride
+    ok = slot < mask.width
+    if not SHARED:
+        where = where[:, None] + mask.rows[None, :]
+        ok = ok[:, None] & mask.exists[None, :]
     if KIND == 1:
         return tl.where(tl.load(where, mask=ok, other=0) != 0, 0.0, float("-inf"))
     bias = tl.load(where, mask=ok, other=0.0).to(tl.float32)
     return tl.maximum(bias, 2 * HIDDEN) * LOG2_E  # stays finite, and hidden
+
+
+@triton.jit
+def hide_scores(scores, slot, seen, mask, KIND: tl.constexpr, SHARED: tl.constexpr):
+    """Return scores ``[slots, queries]`` under the `MaskRows` of a tile, with those of slots hidden that are not
+    ``seen``.
+    """
+    if KIND > 0:
+        shown = load_mask(mask, slot, KIND, SHARED)
+        if SHARED and KIND == 1:  # a row of slots takes part in what is compared anyway
+            seen &= shown == 0
+        elif SHARED:
+            scores += shown[:, None]
+        else:
+            scores += shown
+    return tl.where(seen[:, None], scores, float("-inf"))
 
 
 @triton.constexpr_function

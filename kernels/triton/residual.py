@@ -15,7 +15,7 @@ from kvq_compile.kernels.triton.constants import pad_channels
 from kvq_compile.kernels.triton.primitives import (
     WEIGHT_BIAS,
     bend_scores,
-    load_mask,
+    hide_scores,
     softmax_update,
 )
 
@@ -209,9 +209,9 @@ def attend_exact(
         )
         scores = tl.dot(k, q, input_precision=LAUNCH.precision) * queries.scale
         scores = bend_scores(scores, LAUNCH)
-        if LAUNCH.mask_kind > 0:
-            scores += load_mask(queries.mask, slot, LAUNCH.mask_kind, LAUNCH.mask_shared)
-        scores = tl.where((old | now)[:, None], scores, float("-inf"))
+        scores = hide_scores(
+            scores, slot, old | now, queries.mask, LAUNCH.mask_kind, LAUNCH.mask_shared
+        )
         weights, decay, running_max = softmax_update(scores, running_max, WEIGHT_BIAS)
         running_sum = running_sum * decay + tl.sum(weights, 0)
         accumulator = tl.dot(
