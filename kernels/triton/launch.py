@@ -195,7 +195,8 @@ def attend_settings(
     loads = not (mixed or (key.in_fields and value.in_fields))
     one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     stages = 1 if one_stage or loads else 2
-    if key.scheme == "channelwise" and stages == 2:
+    small = key.scheme == value.scheme == "uniform" and max(key.bits, value.bits) <= 4
+    if stages == 2 and (key.scheme == "channelwise" or small):
         stages = 3
     constants = AttendConstants(
         **operands(dtype, platform, large, bend), shared_by=shared_by, copies=copies, block_q=block_q,
