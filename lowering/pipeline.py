@@ -20,6 +20,7 @@ from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
+from kvq_compile.lowering.find.settled import settle_sizes
 from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.flows import tell_captured, tell_rewritten
@@ -126,6 +127,7 @@ def lower(
         LostWrite: A write cannot be expressed on a quantized cache.
     """
     about = spec, by_order, record
+    settle_sizes(gm.graph)
     if any(isinstance(x, ArrangedKV) for x in example_inputs):
         return _lower_arranged(gm, example_inputs, *about)
     lowered = _lower_as_laid_out(gm, example_inputs, *about)

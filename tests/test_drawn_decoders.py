@@ -168,6 +168,16 @@ UNTOLD = replace(
     sliced=True,
     ending="again, emptied",
 )
+FLAT = replace(PLAIN, layout="[B, S, H*D]")
+THAWED = replace(
+    PLAIN,
+    layout="[B, H, D, S] keys",
+    write="index_put_in_place",
+    attention="einsum_of_groups",
+    scale="learned score",
+    mask="alibi",
+    ending="another batch",
+)
 
 
 @settings(
@@ -181,11 +191,31 @@ UNTOLD = replace(
 @example(drawn=SILENT)
 @example(drawn=UNTOLD)
 @example(drawn=replace(PLAIN, write="copy_into_narrow", dynamic=True))
+@example(drawn=replace(FLAT, write="padded", container="nn.Buffer", attention="head"))
+@example(drawn=THAWED)
 @example(drawn=replace(PLAIN, layout="[L, 2, B, S, H, D]", layers=2))
 def test_a_drawn_decoder_is_right_and_what_is_not_served_is_told(drawn: Drawn) -> None:
     """Regression: a write into a view of a packed `ArrangedKV` was lost (the first example)."""
     outcomes, _, kinds = check(drawn)
     event(f"stored quantized: { ({*kinds} <= PACKED) }, read packed: {outcomes <= {'rewritten'}}")
+
+
+LAYERS = replace(PLAIN, layout="[L, 2, B, S, H, D]", write="assign", dynamic=True)
+# Each was left in 16 bit once.
+MENDED = {
+    "layers, keys and values and heads are one symbol": replace(LAYERS, layers=2),
+    "layers are a symbol": replace(LAYERS, layers=3),
+    "channels are a product of symbols": replace(FLAT, write="padded", dynamic=True),
+    "joined heads, filled": replace(FLAT, write="filled"),
+    "folded heads, filled": replace(PLAIN, layout="[B*H, S, D]", write="filled"),
+}
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_what_was_left_in_16_bit_once_is_read_packed(name: str) -> None:
+    outcomes, reasons, kinds = check(MENDED[name])
+    assert {*kinds} <= PACKED, reasons
+    assert outcomes == {"rewritten"}, reasons
 
 
 # Decoders of the next test that are not served, by number, and why.

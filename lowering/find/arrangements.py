@@ -123,10 +123,7 @@ def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
 
 
 def _proposed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
-    results = [x for x in graph.output_node().all_input_nodes if _may_be_cache(x)]
-    arguments = [x for x in graph.find_nodes(op="placeholder") if _may_be_cache(x)]
-    writers = writers_of(graph)
-    kept = [*(x for x in arguments if x in writers or _is_kept(x, results)), *results]
+    kept = kept_by(graph)
     found: dict[fx.Node, set[Arrangement | None]] = {}
     tracer = _Tracer()
     for operand in operands_of(graph):
@@ -139,14 +136,22 @@ def _proposed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
         tensor: how
         for tensor, told in found.items()
         for how in told
-        if how is not None and len(told - {None}) == 1 and _can_be_made(tensor, how)
+        if how is not None and len(told - {None}) == 1
     }
 
 
-def _can_be_made(tensor: fx.Node, how: Arrangement) -> bool:
-    """Return whether a tensor that the call allocates can be allocated in another layout."""
+def kept_by(graph: fx.Graph) -> list[fx.Node]:
+    """Return the arguments and results that may be caches: what is written, and what leaves with further tokens."""
+    results = [x for x in graph.output_node().all_input_nodes if _may_be_cache(x)]
+    arguments = [x for x in graph.find_nodes(op="placeholder") if _may_be_cache(x)]
+    writers = writers_of(graph)
+    return [*(x for x in arguments if x in writers or _is_kept(x, results)), *results]
+
+
+def can_be_allocated(tensor: fx.Node, how: Arrangement) -> bool:
+    """Return whether a tensor is one that the call allocates, and could allocate in another layout."""
     if target_name(tensor) not in ALLOCATIONS:
-        return True
+        return False
     return sizes_of_allocation(tensor) is not None and not how.heads and not how.is_joined
 
 
@@ -386,7 +391,7 @@ def _named(axes: list[tuple[set[int], Any]], operand: _Operand) -> Arrangement |
             rest.append(place)
         else:
             names.append(PIECE)
-            sizes.append(size)
+            sizes.append(_guarded(size))
     if len(rest) > 2 - bool(heads) or not rest:
         return None
     if len(rest) == 1 and not heads:
@@ -404,6 +409,12 @@ def _named(axes: list[tuple[set[int], Any]], operand: _Operand) -> Arrangement |
         return Arrangement("".join(names), tuple(sizes), heads)
     except ValueError:
         return None  # an axis is missing, or there are two
+
+
+def _guarded(size: Any) -> Any:
+    """Return how many caches an axis numbers, guarding on a size that Dynamo keeps symbolic."""
+    known = isinstance(size, torch.SymInt) and size.node.has_hint()
+    return int(size) if known else size
 
 
 def _times(size: Any, channels: Any) -> int:

@@ -103,7 +103,7 @@ def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
             continue
         if node in updates:
             continue  # what it is made of is the cache
-        if not value.is_floating_point() or value.dim() not in (3, 4, 5):
+        if not value.is_floating_point() or value.dim() not in (3, 4, 5, 6):
             continue
         if node.op == "placeholder" and isinstance(value, QuantizedKV):
             if node in grown or node in written:
@@ -136,7 +136,7 @@ def _grown(
             found.setdefault(spelled.past, 2)
             continue
         shape = shape_of(result)
-        if shape is None or len(shape) not in (3, 4, 5):
+        if shape is None or len(shape) not in (3, 4, 5, 6):
             continue
         parts = list(made_of(result))
         if any(node in written and node.op == "placeholder" for node in parts):

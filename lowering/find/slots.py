@@ -73,6 +73,9 @@ def plan_slot_checks(graph: Graph) -> PassReport:
             except Refusal as reason:
                 graph.thaw = f"{source_name(cache)}: {reason}"
                 graph.thawed.add(cache)
+    if graph.thaw is not None:  # the call runs as captured
+        others = {root_of(node.args[0]) for node in writes if EVALUATED in node.meta}
+        graph.thawed |= {cache for cache in others if isinstance(value_of(cache), QuantizedKV)}
     part = part_of(positions, graph.arguments, on_host=True) if positions else None
     place = order_of(graph.fx)
     planned = tuple(writes[node] for node in sorted(writes, key=place.__getitem__))

@@ -14,9 +14,8 @@ from torch._dynamo.source import AttrSource
 from kvq_compile.kernels.cache.arranged import PREFIX, ArrangedKV
 from kvq_compile.kernels.cache.arrangement import AXES, PIECE, Arrangement, walk
 from kvq_compile.lowering.arranged import Arranged
-from kvq_compile.lowering.find.arrangements import above, sizes_of_allocation
+from kvq_compile.lowering.find.arrangements import above, can_be_allocated, sizes_of_allocation
 from kvq_compile.lowering.find.trial import MIXING, data_of, plain_name, writers_of
-from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.graph import copy_module
 from kvq_compile.lowering.nodes import (
     FULL,
@@ -140,7 +139,7 @@ class _Arranger:
         for node, how in self._arranged.items():
             if node.op == "placeholder":
                 made[node] = self._take(node, how)
-            elif target_name(node) in ALLOCATIONS:
+            elif can_be_allocated(node, how):
                 made[node] = self._allocate(node, how)
         for node, how in self._arranged.items():
             if node not in made:
@@ -279,25 +278,23 @@ def _behind(node: fx.Node) -> fx.Node:
 
 
 def _pass(graph: fx.Graph, node: fx.Node, how: Arrangement) -> list[fx.Node]:
-    """Let what reads a tensor read it by way of its caches, and return these."""
+    """Let what reads a tensor read it by way of its caches, and return these.
+
+    What is read before the last write into it stays as it is: the caches may be copies, which a write would not reach.
+    """
     if not how.to_caches():
         return [node]
-    with graph.inserting_before(_behind(node)):
+    place = order_of(graph)
+    writes = [x for x in writers_of(graph).get(root_of(node), ()) if place[x] > place[node]]
+    last = max(writes, key=place.__getitem__, default=node)
+    with graph.inserting_before(_behind(last)):
         caches = walk(node, how.to_caches(), _caller(graph))
         seen = joined(graph, caches, how, _caller(graph))
     node.replace_all_uses_with(
         seen,
-        delete_user_cb=lambda user: user.op != "output" and user is not _first_of(node, caches),
+        delete_user_cb=lambda user: user.op != "output" and place.get(user, -1) > place[last],
     )
     return caches
-
-
-def _first_of(node: fx.Node, caches: list[fx.Node]) -> fx.Node:
-    """Return the first step from a tensor to its caches."""
-    step = caches[0]
-    while step.args[0] is not node:
-        step = step.args[0]  # type: ignore[assignment]
-    return step
 
 
 def _pass_tokens(
