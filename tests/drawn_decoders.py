@@ -317,6 +317,19 @@ def ordinary_but_for(number: int, parts: int = 4) -> Drawn:
     return replace(made, layers=layers, sliced=made.sliced or made.mask == "none")
 
 
+def covering(count: int) -> list[int]:
+    """Return numbers below ``count`` whose decoders have every kind of every part that any of these has."""
+    kinds = {
+        number: {(name, getattr(ordinary_but_for(number), name)) for name in AXES}
+        for number in range(count)
+    }
+    left, chosen = set().union(*kinds.values()), []
+    while left:
+        chosen.append(max(kinds, key=lambda number: len(kinds[number] & left)))
+        left -= kinds[chosen[-1]]
+    return sorted(chosen)
+
+
 def decoders() -> st.SearchStrategy[Drawn]:
     """Draw a decoder: by a number, so that one example is as unlike the next as any other."""
     return st.integers(0, 2**32).map(lambda seed: drawn_by(Random(seed).choice))

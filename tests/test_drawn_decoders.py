@@ -22,6 +22,7 @@ from drawn_decoders import (
     Drawn,
     calls,
     compiled,
+    covering,
     decoders,
     dense,
     exact,
@@ -32,11 +33,12 @@ from drawn_decoders import (
 from kvq_compile import KVQWarning
 from kvq_compile.history import watching
 from kvq_compile.testing import rounding_bound
+from thorough import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-THOROUGH = settings.default.max_examples >= 500
-EXAMPLES = 2000 if THOROUGH else 20
+EXAMPLES = 2000 if THOROUGH else 10
+ORDINARY = range(60) if THOROUGH else covering(60)
 PACKED = {"QuantizedKV", "ArrangedKV"}
 
 
@@ -222,7 +224,7 @@ def test_what_was_left_in_16_bit_once_is_read_packed(name: str) -> None:
 REFUSED: dict[int, str] = {}
 
 
-@pytest.mark.parametrize("number", [n for n in range(60) if n not in REFUSED])
+@pytest.mark.parametrize("number", [n for n in ORDINARY if n not in REFUSED])
 def test_a_decoder_that_is_ordinary_but_for_four_parts_is_read_packed(number: int) -> None:
     outcomes, reasons, kinds = check(ordinary_but_for(number))
     assert {*kinds} <= PACKED, reasons

@@ -27,6 +27,7 @@ from kvq_compile.testing import assert_matches_dequantized
 from kvq_compile.testing.small_cache import LAYOUT, assert_same_bytes, grown, tokens
 from kvq_compile.testing.small_decoder import Decoder
 from native import DEVICE
+from thorough import THOROUGH
 
 SMALL = {"method": "int4", "sinks": 2, "window": 7, "page_size": 32}
 METHODS = ("int8", "int4", "int3", "kivi")
@@ -128,17 +129,23 @@ def test_a_generation_from_no_page_to_several_takes_two_graphs(inner: str) -> No
     assert counters["stats"]["unique_graphs"] - before == 2
 
 
+KERNELS = [(module, method) for module in ("cpu", "triton") for method in ("int4", "kivi", "int3")]
+if (
+    not THOROUGH
+):  # Triton's interpreter takes seconds; fields of powers of two are those of kivi, too
+    KERNELS.remove(("triton", "int4"))
+
+
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-@pytest.mark.parametrize("module", ["cpu", "triton"])
-@pytest.mark.parametrize("method", ["int4", "kivi", "int3"])
+@pytest.mark.parametrize(("module", "method"), KERNELS)
 def test_kernels_read_and_write_few_rows_and_flat_pages_as_all(module: str, method: str) -> None:
     backend = import_module(f"kvq_compile.kernels.{module}.backend")
     device = DEVICE if module == "triton" else torch.device("cpu")
     spec = make_spec(method, sinks=2, window=7, page_size=32)
     layouts = [spec.layout(role, 64) for role in ("key", "value")]
-    x, length = tokens(150).to(device), 0
+    x, length = tokens(102).to(device), 0
     empty = [Packed.growing(x, 0, layout) for layout in layouts]
-    for new in (3, 20, 1, 17, 1, 40, 60):
+    for new in (3, 20, 1, 17, 1, 60):
         fresh = x[:, :, length : length + new]
         pairs, reads = [], []
         for few, layout in zip(empty, layouts, strict=True):
