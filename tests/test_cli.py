@@ -23,7 +23,7 @@ from kvq_compile.demo import compare, protocol_for
 from kvq_compile.evaluation.perplexity import Score
 from kvq_compile.evaluation.runner import parse_method
 from kvq_compile.loading import DEMO_MODEL, DEMO_TEXT, encode_file, load_model
-from one_layer import save_one_layer
+from one_layer import load_one_layer, save_one_layer
 
 SMALL = "sinks=2,window=32,page_size=32,inner=eager"
 
@@ -188,9 +188,9 @@ def test_a_missing_extra_is_named(monkeypatch, capsys) -> None:
     assert "pipinstallkvq-compile[transformers]" in printed
 
 
-def test_the_demo_shows_both_caches(run, fresh_dynamo) -> None:
+def test_the_demo_shows_both_caches(run, shallow, fresh_dynamo) -> None:
     code, output = run(
-        "demo", "--method", f"int4:{SMALL}", "--tokens", "6", "--prompt", "150",
+        "demo", "--model", str(shallow), "--method", f"int4:{SMALL}", "--tokens", "6", "--prompt", "150",
         "--windows", "1", "--plain", "eager",
     )  # fmt: skip
     assert code == 0
@@ -201,7 +201,7 @@ def test_the_demo_shows_both_caches(run, fresh_dynamo) -> None:
 
 @pytest.mark.filterwarnings("error:`past_key_values` is deprecated")
 def test_the_demo_generates_what_it_was_asked_for(fresh_dynamo) -> None:
-    model, tokenizer = load_model(str(DEMO_MODEL), "float32", "cpu")
+    model, tokenizer = load_one_layer()
     ids = encode_file(tokenizer, DEMO_TEXT)[:200]
     method = parse_method(f"int8:{SMALL}")
     result = compare(model, tokenizer, ids, method, 150, 6, 1, compile_plain=False)

@@ -211,7 +211,7 @@ CHANGED = (
 @pytest.mark.parametrize("attend", CHANGED, ids=lambda attend: attend.__name__)
 def test_what_is_no_plain_attention_is_not_fused(attend: Attend) -> None:
     with pytest.warns(KVQWarning, match="read their caches dense"):
-        recorder = watch(attend)
+        recorder = watch(attend, lengths=(1, 3))
     assert "attend.default" not in recorder.calls
 
 

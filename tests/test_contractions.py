@@ -24,7 +24,7 @@ from spelled_attention import (
     seen,
     watch,
 )
-from thorough import THOROUGH
+from thorough import few
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -198,7 +198,7 @@ def einsums(draw: st.DrawFn) -> Attend:
     return attend
 
 
-@settings(max_examples=200 if THOROUGH else 8)
+@settings(max_examples=few(8))
 @given(einsums())
 def test_any_order_of_axes_is_fused(attend: Attend) -> None:
     torch._dynamo.reset()

@@ -51,23 +51,26 @@ def divergence(found: Tensor, exact: Tensor) -> float:
     return float((p.exp() * (p - found.log_softmax(-1))).sum(-1).mean())
 
 
+METHODS: tuple[dict[str, object], ...] = ({}, {"method": "int4"}, {"method": "kivi", "bits": 4})
+
+
 @pytest.mark.parametrize("bias", [20.0, 600.0])
-@pytest.mark.parametrize("method", [{}, {"method": "int4"}, {"method": "kivi", "bits": 4}], ids=str)
-def test_no_method_breaks_on_a_huge_key_bias(
-    method: dict[str, object], bias: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_method_breaks_on_a_huge_key_bias(bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the error is a small part of that of keys coded per token as they are. The default takes the
     bias off with the mean that turns, which holds it.
     """
     model, ids = make_model(bias), torch.randint(0, 64, (1, 104))
     exact, _ = logits(model, ids, compile_=False)
-    found, cache = logits(model, ids, **method)
-    layout = cache.layers[0].keys.page_layout
-    assert layout.rotary != layout.takes_mean
+    left = []
+    for method in METHODS:
+        found, cache = logits(model, ids, **method)
+        layout = cache.layers[0].keys.page_layout
+        assert layout.rotary != layout.takes_mean, method
+        left.append(divergence(found, exact))
     monkeypatch.setattr("kvq_compile.lowering.find.sites.without_bias", lambda spec, *_: spec)
     broken, cache = logits(model, ids, method="int4")
     assert not cache.layers[0].keys.page_layout.rotary
-    assert divergence(found, exact) < 0.2 * divergence(broken, exact)
+    assert max(left) < 0.2 * divergence(broken, exact), left
 
 
 def test_a_model_without_a_huge_bias_keeps_its_fast_layout() -> None:

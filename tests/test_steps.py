@@ -22,6 +22,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.packed import check_room, room_of
 from kvq_compile.lowering import slots
 from kvq_compile.testing.small_decoder import Decoder
+from thorough import few
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -95,9 +96,9 @@ def outputs(decoder: Decoder) -> list[Tensor]:
 STEPS = (*[1] * 14, 3, *[1] * 8)
 
 
-@settings(
-    max_examples=6, phases=set(Phase) - {Phase.explain, Phase.shrink}
-)  # an example takes seconds
+@settings(  # an example takes seconds
+    max_examples=few(3), phases=set(Phase) - {Phase.explain, Phase.shrink}
+)
 @given(
     prompt=st.integers(2, 150),
     padding=st.sampled_from(((0,), (3, 0))),
@@ -149,7 +150,7 @@ def test_generate_without_arguments_replays_its_steps(
     method: str, batch: int, recorder: Recorder
 ) -> None:
     """A batch is padded on the left. 17 tokens to 57 are five sizes of the exact rows: a recording each."""
-    model, options = llama(), {**OPTIONS, "method": method}
+    model, options = llama(layers=1), {**OPTIONS, "method": method}
     if method == "tc":
         options.pop("window")
     launched = generated(model, batch, options | {"mode": "default"})
@@ -360,8 +361,8 @@ def test_a_mode_that_pytorch_lacks_is_named(mode: Any) -> None:
         backend.make_config({"mode": mode})
 
 
-def static_model(recorder: Recorder, **options: Any) -> tuple[Any, StaticCache]:
-    model = llama()
+def static_model(recorder: Recorder, layers: int = 1, **options: Any) -> tuple[Any, StaticCache]:
+    model = llama(layers)
     model.compile(backend="kvq", options={**OPTIONS, "window": 32, **options})
     return model, StaticCache(config=model.config, max_cache_len=96)
 
@@ -379,10 +380,10 @@ def stepped(model: Any, cache: Any, count: int, first: int = 0) -> list[Tensor]:
 
 
 def test_steps_of_a_static_cache_are_replayed(recorder: Recorder) -> None:
-    found = stepped(*static_model(recorder), 12)
+    found = stepped(*static_model(recorder, layers=2), 12)
     assert recorder.replays == 11
     torch._dynamo.reset()
-    launched = stepped(*static_model(recorder, mode="default"), 12)
+    launched = stepped(*static_model(recorder, layers=2, mode="default"), 12)
     assert recorder.replays == 11
     assert all(map(torch.equal, found, launched))
 
@@ -454,7 +455,7 @@ def test_what_is_done_to_a_static_cache_between_two_steps_is_noticed(
 
 def test_a_counter_of_one_layer_that_goes_back_is_noticed(recorder: Recorder) -> None:
     """The mask goes by the first layer's: tokens behind the second's would be read."""
-    model, cache = static_model(recorder)
+    model, cache = static_model(recorder, layers=2)
     stepped(model, cache, 5)
     cache.layers[1].cumulative_length.sub_(2)
     with pytest.raises(KVQWarning, match="overwritten that attention goes on to read"):

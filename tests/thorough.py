@@ -8,6 +8,11 @@ from hypothesis import settings
 THOROUGH = settings.default.max_examples >= 500
 
 
+def few(count: int) -> int:
+    """Return how many examples to draw where each compiles something: so many, or 200 in the thorough profile."""
+    return 200 if THOROUGH else count
+
+
 def spread(first: Iterable[Any], second: Iterable[Any], every: int) -> list[tuple[Any, Any]]:
     """Return all pairs; in the quick profile one of ``every``, each of either as often as the others."""
     return [
