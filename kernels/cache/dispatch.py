@@ -263,7 +263,7 @@ def _aligned(caches: list[Any]) -> bool:
 def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     size = x.shape[_dim(x, dim)]
     from_its_end = (
-        start is not None and end is not None and _is_known(start < 0) and _is_known(end < 0)
+        start is not None and end is not None and _is_negative(start) and _is_negative(end)
     )
     start, end = _bound(start, 0, size), _bound(end, size, size)
     if step != 1:
@@ -284,7 +284,7 @@ def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, ste
 def _bound(value: Any, default: Any, size: Any) -> Any:
     if value is None:
         return default
-    if _is_known(value < 0):
+    if _is_negative(value):
         value = value + size
     if _is_known(value < 0):
         return 0
@@ -296,6 +296,13 @@ def _is_known(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(condition))
+
+
+def _is_negative(bound: Any) -> bool:
+    """Return whether a bound counts from the end: a guard, as slicing a tensor sets, where it is an argument."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(bound < 0))
 
 
 def _same(a: Any, b: Any) -> bool:

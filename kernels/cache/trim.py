@@ -25,9 +25,12 @@ TRIM = "trim"  # the inner tensor whose first size tells how many slots are out 
 
 
 def new_trim(first: Size, like: Tensor) -> Tensor:
-    """Return the tensor without elements that stands for ``first`` slots out of sight: ``[first + 2, 0]``."""
+    """Return the tensor without elements that stands for ``first`` slots out of sight: ``[first + 2, 0]``, int32.
+
+    One dtype, whatever it is made beside: Dynamo compiles anew for another.
+    """
     with writable():
-        return like.new_empty(first + MIN_SIZE, 0)
+        return like.new_empty(first + MIN_SIZE, 0, dtype=torch.int32)
 
 
 def first_of(trim: Tensor | None) -> Size:

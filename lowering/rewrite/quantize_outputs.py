@@ -79,7 +79,8 @@ def _made(
             like, seen = empty_cache(graph, state, quantization), graph.seen.get(x, UNSEEN)
             room, grows = size_of(x, 2), KINDS.get(state.life, "grown") == "grown"
             if state.life is Life.RING_FRESH:
-                room = slots_for(room, 1, quantization.layout)
+                slots = int((shape_of(x) or ())[2])  # a guard: a window is a constant of its model
+                room = slots_for(slots, 1, quantization.layout)
             made = quantize(graph.fx, x, room, grows, like, seen)
     first = len(flat)
     flat.extend((*made.parts, *made.calibrated[1:]))  # all calls share the tables
