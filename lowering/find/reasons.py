@@ -23,6 +23,10 @@ SOME_ROWS = (
     "only some rows of the cache are written, and a quantized cache holds equally many tokens in every row; "
     "allocate it for the batch at hand"
 )
+OFFLOADED = (
+    "keys and values are moved to another device once they are attended to (an offloaded cache), and a quantized cache "
+    "stays where it is attended to; take a cache that is not offloaded"
+)
 _REACH = (
     32  # steps followed from an attention's operand to a cache, far more than any spelling takes
 )
@@ -59,12 +63,12 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
         name = target_name(base)
         hint = f"; {_HINTS[name]}" if name in _HINTS else ""
         return f"the cache reaches attention through {name}{hint}"
-    through = _returned_through(_viewed(base), outputs)
-    return (
-        NO_CACHE
-        if through is None
-        else f"keys and values are returned through {through}, not as they are"
-    )
+    returned = _returned_from(_viewed(base), outputs)
+    if returned is None:
+        return NO_CACHE
+    if value_of(returned).device != value_of(base).device:
+        return OFFLOADED
+    return f"keys and values are returned through {target_name(returned)}, not as they are"
 
 
 def _is_rows_of_a_buffer(base: fx.Node) -> bool:
@@ -127,8 +131,8 @@ def _reaches_cache(base: fx.Node, outputs: set[fx.Node]) -> bool:
     return False
 
 
-def _returned_through(base: fx.Node, outputs: set[fx.Node]) -> str | None:
-    """Return the name of the step from which keys or values are returned, if they are."""
+def _returned_from(base: fx.Node, outputs: set[fx.Node]) -> fx.Node | None:
+    """Return the output that keys or values reach, if they do."""
     seen: set[fx.Node] = set()
     front = [base]
     for _ in range(_REACH):
@@ -137,6 +141,6 @@ def _returned_through(base: fx.Node, outputs: set[fx.Node]) -> str | None:
         ]
         for node in front:
             if node in outputs:
-                return target_name(node)
+                return node
         seen.update(front)
     return None
