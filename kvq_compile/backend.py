@@ -12,7 +12,7 @@ from torch import fx
 
 from kvq_compile import measured
 from kvq_compile.compiling import compiling
-from kvq_compile.entry import watch_generate
+from kvq_compile.entry import watch_export, watch_generate, watch_peft
 from kvq_compile.errors import KVQError, KVQWarning
 from kvq_compile.history import GraphReport, graphs, record, unmet_layers
 from kvq_compile.kernels.packed import PARTS_FORM
@@ -31,6 +31,8 @@ from kvq_compile.options import Config, make_config
 RECORDERS: dict[str, Record] = {"cuda": record_on_gpu}  # by the type of the device
 
 watch_generate()
+watch_peft()
+watch_export()
 
 
 def kvq(

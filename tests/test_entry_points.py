@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import kvq_compile
-from kvq_compile import KVQWarning, QuantizedKV
+from kvq_compile import KVQError, KVQWarning, QuantizedKV
 from kvq_compile.history import watching
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -174,6 +174,45 @@ def test_generate_of_a_wrapped_model_warns_with_the_line_to_write() -> None:
 
 def test_generate_of_a_model_wrapped_for_another_backend_is_not_our_business() -> None:
     generate(torch.compile(make_model(), backend="eager"))
+
+
+class HoldsAFunction(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = decorated()
+
+    def forward(self, *args):
+        return self.step(*args)
+
+
+@pytest.mark.parametrize("make", [module_in_place, module_class, HoldsAFunction])
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_kvq_compiled_is_not_exported(make, strict) -> None:
+    """torch.export would trace the original forward, and return a program that keeps 16-bit caches."""
+    arguments = tuple(torch.randn(5, 1, 2, 3, 16))
+    with pytest.raises(
+        KVQError, match=r"must not be compiled by kvq to be exported.* export a copy"
+    ):
+        torch.export.export(make(), arguments, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_quantized_cache_is_not_exported(strict) -> None:
+    tensors = torch.randn(5, 1, 2, 3, 16)
+    module_in_place()  # whatever loads the backend
+    cache = kvq_compile.quantize_cache_([x.clone() for x in tensors[3:]], "int8")
+    with pytest.raises(
+        KVQError, match=r"must be plain tensors, got a QuantizedKV; pass cache\.dequantize"
+    ):
+        torch.export.export(Attend(), (*tensors[:3], *cache), strict=strict)
+
+
+def test_what_another_backend_compiled_is_exported_as_before() -> None:
+    module = Attend()
+    module.compile(backend="eager")
+    arguments = tuple(torch.randn(5, 1, 2, 3, 16))
+    exported = torch.export.export(module, arguments, strict=False)
+    torch.testing.assert_close(exported.module()(*arguments), attend(*arguments))
 
 
 def test_explain_lists_every_attention_and_what_it_became() -> None:
