@@ -124,7 +124,7 @@ def test_one_growth_spelled_twice_is_still_fused() -> None:
     ]  # one graph for both lengths
 
 
-@settings(max_examples=few(5), phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=few(8), phases=(Phase.explicit, Phase.generate))
 @given(st.data())
 def test_programs_over_a_growing_cache_give_the_plain_numbers(data: st.DataObject) -> None:
     torch._dynamo.reset()
@@ -189,7 +189,7 @@ def test_an_unrolled_loop_over_a_buffer_is_right() -> None:
     assert isinstance(results[0], QuantizedKV)
 
 
-@settings(max_examples=few(5), phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=few(8), phases=(Phase.explicit, Phase.generate))
 @given(st.data())
 def test_programs_over_a_buffer_give_the_plain_numbers(data: st.DataObject) -> None:
     torch._dynamo.reset()

@@ -248,7 +248,7 @@ def test_a_cache_is_as_it_was_after_an_updated_one_was_made_of_it() -> None:
         assert keys.held() == HELD + 8
 
 
-@settings(max_examples=few(5), phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=few(8), phases=(Phase.explicit, Phase.generate))
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 3)), min_size=2, max_size=7))
 def test_caches_updated_from_one_another_in_any_order_hold_their_own_tokens(steps) -> None:
     """A tree of updates: each of any cache made so far, most of which another one has taken over."""
