@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from kvq_compile import QuantizedKV
 from kvq_compile.history import watching
-from thorough import spread
+from thorough import THOROUGH, spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -158,11 +158,15 @@ SLIDING = {
 }
 
 
+# Models whose masks or scores differ from those of the others, which the quick suite does not follow as far.
+FAR = {"Mistral", "Gemma3", "Llama4", "GptOss"} | (set(SLIDING) | {"Gemma2"} if THOROUGH else set())
+
+
 @pytest.mark.parametrize("name", SLIDING)
 def test_layers_with_sliding_and_chunked_windows_are_served(name) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(SLIDING[name]()).eval()
-    chunks = (70, 1, 30, 1, 6)
+    chunks = (70, 1, 30, 1, 6) if name in FAR else (70, 1, 1)
     expected = feed(model, make_cache("dynamic", model), chunks)
     cache = make_cache("dynamic", model)
     with watching() as graphs:

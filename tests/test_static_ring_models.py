@@ -12,8 +12,8 @@ from transformers import CompileConfig, StaticCache
 from kvq_compile import QuantizedKV
 from kvq_compile.history import watching
 from kvq_compile.kernels.cache.trim import drop_pages_
-from test_models import OPTIONS, SCORED, SHARED, SLIDING, cache_tensors
-from thorough import THOROUGH, spread
+from test_models import FAR, OPTIONS, SCORED, SHARED, SLIDING, cache_tensors
+from thorough import spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -21,8 +21,6 @@ CONFIGS = SLIDING | SCORED
 CHUNKS = (60, 9, 1, 1, 30, 1)  # becomes full, is rolled, joined
 SHORT = (60, 9, 1)  # becomes full, is rolled
 LONG = (100, *(1,) * 72, 70, 1)  # full at once, drops pages, is filled anew
-# Those whose masks and scores differ; the others go on as Mistral does.
-FAR = CONFIGS if THOROUGH else ("Mistral", "Gemma3", "Llama4", "GptOss")
 CASES = [(name, "eager", CHUNKS if name in FAR else SHORT) for name in CONFIGS]
 CASES += [("Mistral", "sdpa", LONG), ("Gemma3", "sdpa", LONG), ("Gemma2", "eager", LONG)]
 TOLERANCE = 0.01  # as in `test_models`
