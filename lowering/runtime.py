@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvq_compile.kernels.cache.become import (
     thaw_arranged,
 )
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
+from kvq_compile.kernels.cache.together import extended, have_room
 from kvq_compile.kernels.cache.views import alone
 from kvq_compile.lowering.arranged import Arranged
 from kvq_compile.lowering.lengths import Lengths
@@ -216,7 +218,7 @@ class Lowered:
 
     def call(self, run: Run, args: Sequence[Any]) -> list[Any]:
         """Call ``run`` with the arguments of the captured graph, and make what that returns of its results."""
-        with alone([args[place] for place in self._appended]):
+        with alone([args[place] for place in self._appended], together=True):
             return self._call(run, args)
 
     @cached_property
@@ -236,17 +238,44 @@ class Lowered:
         results = run(args)
         for write in rings:
             write.note(args)
-        outputs = [about.built(plan, results) for plan in self.outputs]
-        for cache in outputs:
-            if isinstance(cache, QuantizedKV) and not isinstance(cache.cursor, FakeTensor):
-                cache._lineage.compiled = int(cache.end)
+        outputs = self._extended(about)
+        for place, plan in self._others:
+            built = outputs[place] = about.built(plan, results)
+            if isinstance(built, QuantizedKV) and not isinstance(built.cursor, FakeTensor):
+                built._lineage.compiled = int(built.end)
         return outputs
+
+    def _extended(self, call: Call) -> list[Any]:
+        """Return the outputs, of which those are filled in that are longer views of caches of the call."""
+        outputs: list[Any] = [None] * len(self.outputs)
+        for tokens, (places, arguments) in self._longer.items():
+            views = [call.args[argument] for argument in arguments]
+            for place, view in zip(places, extended(views, call.size(tokens)), strict=True):
+                outputs[place] = view
+        return outputs
+
+    @cached_property
+    def _longer(self) -> dict[Size, tuple[list[int], list[int]]]:
+        """Outputs that are longer views of whole caches, and the places of those, by how many tokens they take."""
+        found: dict[Size, tuple[list[int], list[int]]] = {}
+        for place, plan in enumerate(self.outputs):
+            if isinstance(plan, Extended) and plan.kept is None:
+                places, arguments = found.setdefault(plan.tokens, ([], []))
+                places.append(place)
+                arguments.append(plan.argument)
+        return found
+
+    @cached_property
+    def _others(self) -> list[tuple[int, Output]]:
+        longer = {place for places, _ in self._longer.values() for place in places}
+        return [(place, plan) for place, plan in enumerate(self.outputs) if place not in longer]
 
     @cached_property
     def _uncounted(self) -> list[int]:
         """Places of the caches of which the host does not know how many tokens they hold after a call."""
         rings = () if self.check is None else self.check.rings
-        return sorted(self.unwrapped.keys() - {write.argument for write in rings})
+        known = {write.argument for write in rings} | set(self._appended)  # these count views
+        return sorted(self.unwrapped.keys() - known)
 
     @cached_property
     def _room(self) -> list[tuple[int, Size]]:
@@ -261,6 +290,10 @@ class Lowered:
             ValueError: The keys and the values of a layer hold different numbers of tokens.
         """
         args = call.args
+        tokens = {size for _, size in self._room}
+        caches = {*self._appended, *chain(*self.pairs)}
+        if len(tokens) == 1 and have_room([args[place] for place in caches], call.size(*tokens)):
+            return  # as at nearly every step
         for key, value in self.pairs:
             if args[key].shape[2] != args[value].shape[2]:
                 lengths = f"{int(args[key].shape[2])} keys and {int(args[value].shape[2])} values"

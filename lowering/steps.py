@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ MISSES = 64  # steps in a row that no recording fits, after which none is looked
 _MODE: dict[str, Any] = {
     "capture_error_mode": "thread_local"
 }  # other threads may use the GPU meanwhile
+_memory = attrgetter("_lineage.memory")
 UNSTEADY = "caches stand elsewhere in memory at every step"
 
 
@@ -169,7 +171,7 @@ class Steps:
         apart = len(set(held)) > 1
         return (
             tokens,
-            tuple([args[place]._lineage.memory for place in self._caches]),
+            tuple(map(_memory, [args[place] for place in self._caches])),
             tuple([args[place].data_ptr() for place in self._steady]),
             tuple(given),
             tuple([args[place] for place in self._numbers]),

@@ -7,9 +7,11 @@ enough to look at one and to see that the others are like it, which takes a few 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 
 from kvq_compile.kernels.cache.tensor import FORM, HELD, QuantizedKV
@@ -25,28 +27,14 @@ _forms: WeakValueDictionary[tuple[Any, ...], Form] = WeakValueDictionary()
 
 
 def form_of(cache: QuantizedKV) -> Form:
-    """Return the form of a cache. It is taken anew once one of the cache's tensors is another object."""
-    known = cache.__dict__.get(FORM)
+    """Return the form of a cache. The cache forgets it where one of its tensors is replaced by another object."""
+    known: Form | None = cache.__dict__.get(FORM)
     if known is not None:
-        form, layout, kind, codes, params, exact, cursor, tables, shift, originals = known
-        if (
-            cache.codes is codes
-            and cache.params is params
-            and cache.exact is exact
-            and cache.cursor is cursor
-            and cache.tables is tables
-            and cache.shift is shift
-            and cache.originals is originals
-            and cache.page_layout is layout
-            and cache.kind == kind
-        ):
-            found: Form = form
-            return found
+        return known
     tensors = [getattr(cache, name) for name in HELD]
     layout, shape = cache.page_layout, (*cache.shape[:2], *cache.shape[3:])
     about = layout, cache.kind, shape, cache.dtype, cache.device, *map(_about, tensors)
-    form = _forms.setdefault(about, Form())
-    cache.__dict__[FORM] = form, layout, cache.kind, *tensors
+    form = cache.__dict__[FORM] = _forms.setdefault(about, Form())
     return form
 
 
@@ -62,23 +50,30 @@ def facts_of(cache: QuantizedKV) -> tuple[Any, ...]:
     return form_of(cache), cache.shape[2], None if cache.trim is None else cache.trim.shape[0]
 
 
+_form_and_length = attrgetter(FORM, "_length", "trim")
+_cursor = attrgetter("cursor")
+
+
 def are_alike(*groups: Sequence[Any]) -> bool:
     """Return whether the caches of each group are alike, and no two caches the same tensors.
 
     The first of each group must be known to be a `QuantizedKV`.
     """
-    cursors = set()
+    traced = torch.is_grad_enabled()
+    cursors: set[int] = set()
     for caches in groups:
-        first: QuantizedKV = caches[0]
-        form, length, hidden = facts_of(first)
-        for cache in caches:
-            if (
-                type(cache) is not QuantizedKV
-                or form_of(cache) is not form
-                or cache.shape[2] != length
-                or cache.requires_grad
-                or (None if (trim := cache.trim) is None else trim.shape[0]) != hidden
-            ):
-                return False
-            cursors.add(id(cache.cursor))
+        if set(map(type, caches)) != {QuantizedKV} or not _have_one_form(caches):
+            return False
+        if traced and any(cache.requires_grad for cache in caches):
+            return False
+        cursors.update(map(id, map(_cursor, caches)))
     return len(cursors) == sum(map(len, groups))
+
+
+def _have_one_form(caches: Sequence[QuantizedKV]) -> bool:
+    try:
+        if len(set(map(_form_and_length, caches))) == 1:
+            return True  # as at nearly every step
+    except AttributeError:  # the form of one is not known yet
+        pass
+    return len(set(map(facts_of, caches))) == 1

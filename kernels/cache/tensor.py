@@ -60,10 +60,12 @@ Kind = Literal["grown", "static", "ring"]
 HELD = (*PARTS, *CALIBRATED, ORIGINALS)
 INNER = (*HELD, TRIM)
 FORM = "_form"  # the attribute that keeps what `form_of` has found
-ATTRIBUTES = {
-    *(*INNER, "page_layout", "kind", "_lineage", "_is_slice_copy", FORM),
+OF_FORM = frozenset((*HELD, "page_layout", "kind"))  # what that depends on
+OF_EACH = {
+    *(*INNER, "page_layout", "kind", "_lineage", "_length", FORM),
     *("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"),  # of `maybe_mark_dynamic`
-}
+}  # what every dynamic cache has, once its form was asked for
+ATTRIBUTES = {*OF_EACH, "_is_slice_copy"}
 
 
 class QuantizedKV(Views, Exports, Tensor):
@@ -93,6 +95,7 @@ class QuantizedKV(Views, Exports, Tensor):
     page_layout: Layout
     kind: Kind
     _lineage: Lineage
+    _length: int  # its slots, as a number that is read faster than a size; not while it is traced
     _is_slice_copy = False  # stands for a view along the batch, which packed memory cannot give
 
     @staticmethod
@@ -141,11 +144,21 @@ class QuantizedKV(Views, Exports, Tensor):
                 torch._dynamo.maybe_mark_dynamic(trim, 0)
             elif kind == "grown":
                 torch._dynamo.maybe_mark_dynamic(self, 2)
+            self._length = int(length)
             self._lineage = lineage or Lineage(int(self.end), layout.pages_at(int(self.end)))
             self._lineage.add(self)
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OF_FORM:
+            self.__dict__.pop(FORM, None)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__dict__.pop(FORM, None)
+        super().__delattr__(name)
 
     @classmethod
     def from_dense(
@@ -257,7 +270,7 @@ class QuantizedKV(Views, Exports, Tensor):
         known = self.__dict__
         if not known.keys() <= ATTRIBUTES:
             known = {name: known[name] for name in ATTRIBUTES if name in known}
-        view.__dict__.update(known)
+        view.__dict__.update(known, _length=length)
         view._lineage.add(view)
         return view
 

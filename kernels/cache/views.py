@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,9 @@ from kvq_compile.kernels.packed import ORIGINALS, Packed, part_names, room_of, w
 
 if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import QuantizedKV
+
+
+MANY = 8  # views of a memory, of which some may be gone: they are not counted anew at every step
 
 
 class Lineage:
@@ -133,7 +137,8 @@ class Lineage:
 
     def add(self, view: Any) -> None:
         """Count a view among those of this memory while it lives."""
-        self._views = [ref for ref in self._views if ref() is not None]
+        if len(self._views) >= MANY:
+            self._views = [ref for ref in self._views if ref() is not None]
         self._views.append(weakref.ref(view))
 
     def others(self, view: Any) -> list[QuantizedKV]:
@@ -142,17 +147,26 @@ class Lineage:
         return [other for other in alive if other is not None and other is not view]
 
 
+_lock = attrgetter("_lineage.lock")
+
+
 @contextmanager
-def alone(views: Sequence[Views]) -> Iterator[None]:
-    """Keep other threads from appending to the memory of some views: two may go on from one prefix."""
+def alone(views: Sequence[Views], together: bool = False) -> Iterator[None]:
+    """Keep other threads from appending to the memory of some views: two may go on from one prefix.
+
+    Those which take tokens ``together``, outside of any other such block, have one lock from then on.
+    """
     while True:
         held: list[Any] = []
-        locks = [view._lineage.lock for view in views]
+        locks = list(map(_lock, views))
         try:
-            for lock in sorted(locks, key=id):  # everywhere in one order
+            for lock in sorted(set(locks), key=id):  # everywhere in one order
                 lock.acquire()
                 held.append(lock)
-            if locks == [view._lineage.lock for view in views]:  # none was given other memory
+            if locks == list(map(_lock, views)):  # none was given other memory
+                if together and len(held) > 1:
+                    for view in views:
+                        view._lineage.lock = held[0]
                 yield
                 return
         finally:
@@ -278,7 +292,7 @@ class Views(Tensor):
         for view in (self, *self._lineage.others(self)):
             view.__dict__["_passed_on"] = (tuple(view.parts), held)
             for name in part_names(self.page_layout):
-                del view.__dict__[name]
+                delattr(view, name)
         return heir
 
     def _heir(self) -> QuantizedKV:
