@@ -1,9 +1,11 @@
 """Time what the host does for a decoding step, without what it launches: no GPU is needed.
 
 A model of many tiny layers is compiled; a recorded step is not launched again, its results stay as they are. What is
-left is Dynamo's checks, the runtime around the graph, and transformers. The baseline is a 16-bit static cache under a
-backend that does nothing either. Times are milliseconds of processor time of one thread a step: the median and the
-least, since others may use the machine.
+left is Dynamo's checks, the runtime around the graph, and transformers. The floor is a 16-bit cache under a backend
+that does nothing either. Times are milliseconds of processor time of one thread a step: the median and the least,
+since others may use the machine. The parts of a step, each its least: what runs before Dynamo has chosen a graph
+(transformers, and Dynamo's checks), gathering the graph's arguments, the backend's call, and what is done with its
+results.
 
     python benchmarks/host_step.py [--layers 32] [--runs hf-static,int4,int4-static] [--profile] [--out FILE]
 """
@@ -25,12 +27,14 @@ from typing import Any
 import torch
 import transformers
 from torch import fx
+from torch._dynamo import utils
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from kvq_compile import backend
 
 CONTEXT, SPARE = 1920, 100  # the caches do not grow meanwhile
 WARM, TIMED = 6, 60
+PARTS = ("checks_ms", "arguments_ms", "call_ms", "results_ms")
 
 
 class Recorder:
@@ -59,6 +63,47 @@ def idle(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return results[0]
 
     return call
+
+
+class Clock:
+    """Notes the processor time between the parts of a step."""
+
+    def __init__(self) -> None:
+        self.marks: list[int] = []
+        enter, leave = (
+            getattr(utils, f"record_pregraph_bytecode_{at}") for at in ("enter", "exit")
+        )
+        utils.record_pregraph_bytecode_enter = lambda: (self.mark(), enter())[1]
+        utils.record_pregraph_bytecode_exit = lambda about: (leave(about), self.mark())[0]
+
+    def mark(self) -> None:
+        """Note the time."""
+        self.marks.append(time.thread_time_ns())
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what a backend made, noting when it begins and ends."""
+
+        def timed(*args: Any) -> Any:
+            self.mark()
+            results = call(*args)
+            self.mark()
+            return results
+
+        return timed
+
+    def step(self, run: Callable[[], Any]) -> list[float]:
+        """Return the milliseconds of the parts of a step, and of all of it."""
+        self.marks.clear()
+        self.mark()
+        run()
+        self.mark()
+        start, chosen, _, begin, end, last = (1e-6 * mark for mark in self.marks)
+        return [chosen - start, begin - chosen, end - begin, last - end, last - start]
+
+
+CLOCK = Clock()
+compile_graph = backend.compile_graph
+backend.compile_graph = lambda *about: CLOCK.around(compile_graph(*about))
 
 
 def processor() -> str:
@@ -94,8 +139,8 @@ def measure(run: str, layers: int, profile: bool) -> dict[str, Any]:
     model, recorder = llama(layers), Recorder()
     backend.RECORDERS["cpu"] = recorder
     torch._dynamo.reset()
-    if run == "hf-static":
-        model.compile(backend=idle)
+    if run.startswith("hf-"):
+        model.compile(backend=lambda *about: CLOCK.around(idle(*about)))
     else:
         method = run.removesuffix("-static")
         model.compile(backend="kvq", options={"method": method, "inner": "eager"})
@@ -106,19 +151,15 @@ def measure(run: str, layers: int, profile: bool) -> dict[str, Any]:
     steps = decode(model, cache)
     for _ in range(WARM):
         next(steps)()
-    times = []
-    for _ in range(TIMED):
-        step = next(steps)
-        start = time.thread_time()
-        step()
-        times.append(1e3 * (time.thread_time() - start))
+    *parts, times = zip(*(CLOCK.step(next(steps)) for _ in range(TIMED)), strict=True)
     if profile:
         with cProfile.Profile() as profiler:
             for _ in range(TIMED // 2):
                 next(steps)()
         pstats.Stats(profiler).sort_stats("tottime").print_stats(24)
     about = {"run": run, "layers": layers, "context": CONTEXT, "replays": recorder.replays}
-    return about | {"ms": round(statistics.median(times), 3), "least_ms": round(min(times), 3)}
+    about |= {"ms": round(statistics.median(times), 3), "least_ms": round(min(times), 3)}
+    return about | {name: round(min(part), 3) for name, part in zip(PARTS, parts, strict=True)}
 
 
 def main() -> None:
@@ -127,14 +168,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", default="hf-static,int4,int4-static", help="method, or -static")
     parser.add_argument("--commit", default="", help="of the code")
+    parser.add_argument(
+        "--dict-tags", action="store_true",
+        help="let Dynamo skip modules whose dicts have not changed, as PyTorch before 2.12 does by default",
+    )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
+    torch._dynamo.config.use_recursive_dict_tags_for_guards = given.dict_tags
     about = {
         "cpu": processor(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "commit": given.commit,
+        "commit": given.commit, "dict_tags": int(given.dict_tags),
     }  # fmt: skip
     rows = []
     for run in given.runs.split(","):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import AttrSource, SubclassAttrListSource
+from torch._dynamo.source import AttrSource, SubclassAttrListSource, TensorPropertySource
 from torch._guards import Guard, Source, TracingContext
 from torch._subclasses import FakeTensor
 
@@ -75,8 +75,19 @@ def share_guards(gm: fx.GraphModule, inputs: Sequence[Any]) -> int:
         if _is_shared(guard, caches, parts):
             guards.inner.discard(guard)
     guards.add(ours, collect_debug_stack=False)
-    tracked[:] = [fake for fake in tracked if fake.source not in caches | parts]
+    inside = {part for group in groups for part in _parts(group[0])}  # said of the cache, too
+    tracked[:] = [fake for fake in tracked if fake.source not in caches | parts | inside]
+    _read_once(gm, {source: group[0] for group in groups for source in group[1:]})
     return len(caches)
+
+
+def _read_once(gm: fx.GraphModule, first_of: dict[Any, Any]) -> None:
+    """Let Dynamo read the sizes that it passes to a graph from the first of the caches that are alike."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        argument = node.meta.get("grapharg")
+        source = getattr(argument, "source", None)
+        if isinstance(source, TensorPropertySource) and source.base in first_of:
+            argument.source = TensorPropertySource(first_of[source.base], source.prop, source.idx)
 
 
 def _caches(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, QuantizedKV]]:

@@ -54,9 +54,10 @@ def written_arguments(graph: fx.Graph) -> dict[int, str]:
 
 def _is_part(x: Any) -> bool:
     """Say whether a tensor stands for a view of a quantized cache, and is a copy."""
-    if not isinstance(x, Tensor):
+    if type(x) is QuantizedKV:
+        return x._is_slice_copy
+    if type(x) is Tensor or not isinstance(x, Tensor):
         return False
-    caches = x.caches if isinstance(x, ArrangedKV) else (x,)
-    return isinstance(x, ReadOnlyTokens) or any(
-        isinstance(cache, QuantizedKV) and cache._is_slice_copy for cache in caches
-    )
+    if isinstance(x, ArrangedKV):
+        return any(map(_is_part, x.caches))
+    return isinstance(x, ReadOnlyTokens) or (isinstance(x, QuantizedKV) and x._is_slice_copy)

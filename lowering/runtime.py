@@ -283,6 +283,11 @@ class Lowered:
         plans = (plan for plan in self.outputs if isinstance(plan, (Extended, Gathered)))
         return sorted({(plan.argument, plan.tokens) for plan in plans}, key=itemgetter(0))
 
+    @cached_property
+    def _grown(self) -> tuple[set[Size], set[int]]:
+        """How many tokens dynamic caches take, and the places of those that do or belong to one that does."""
+        return {size for _, size in self._room}, {*self._appended, *chain(*self.pairs)}
+
     def _claim(self, call: Call) -> None:
         """Make room for the call's tokens in the dynamic caches.
 
@@ -290,9 +295,8 @@ class Lowered:
             ValueError: The keys and the values of a layer hold different numbers of tokens.
         """
         args = call.args
-        tokens = {size for _, size in self._room}
-        caches = {*self._appended, *chain(*self.pairs)}
-        if len(tokens) == 1 and have_room([args[place] for place in caches], call.size(*tokens)):
+        sizes, grown = self._grown
+        if len(sizes) == 1 and have_room([args[place] for place in grown], call.size(*sizes)):
             return  # as at nearly every step
         for key, value in self.pairs:
             if args[key].shape[2] != args[value].shape[2]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ FROM_THE_END = "the cache is written at positions counted from its end"
 BEHIND = "tokens are written at positions behind the end of the cache"
 WRAPPED = "cache positions are written of a buffer that keeps the last tokens"
 NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
+
+
+_known = attrgetter("_lineage.counted", "_lineage.shared")
+_length = attrgetter("_length")
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,11 @@ class Counter:
         value: int = known[2]
         return value
 
-    def note(self, cache: QuantizedKV, args: Sequence[Any], value: int) -> None:
-        """Note what its value is after a call, before which it was ``value``."""
+    def after(self, args: Sequence[Any], value: int) -> tuple[Tensor, int, int] | None:
+        """Return what the host knows of it after a call, before which its value was ``value``."""
         number = args[self.argument]
         unknown = self.added is None or number.is_inference()  # whose writes are not counted
-        after = None if unknown else (number, number._version, value + self.added(args))  # type: ignore[misc]
-        cache._lineage.counter = after
+        return None if unknown else (number, number._version, value + self.added(args))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,9 @@ class SlotCheck:
 
     def look(self, args: Sequence[Any]) -> Look:
         """Look at the writes of a call before it runs."""
+        at_a_glance = self._goes_on(args)
+        if at_a_glance is not None:
+            return at_a_glance
         reason = next(filter(None, (write.reason(args) for write in self.rings)), None)
         if reason is not None:
             return Look(reason)
@@ -211,6 +218,46 @@ class SlotCheck:
         return Look(None, updated, held, counts)
 
     @cached_property
+    def _counters(self) -> list[int]:
+        """Places of the counters, one a write, where all writes are alike and nothing else is to be looked at."""
+        if self.rings or self.positions is not None or len({x.tokens for x in self.writes}) != 1:
+            return []
+        plain = all(
+            None not in (write.argument, write.counter, write.tokens)
+            and not (write.slides or write.is_update)
+            for write in self.writes
+        )
+        places = [write.counter.argument for write in self.writes if write.counter is not None]
+        return places if plain and len(self._written) == len(self.writes) else []
+
+    def _goes_on(self, args: Sequence[Any]) -> Look | None:
+        """Return what a step writes that goes on where all caches end, as the last one left them.
+
+        ``None`` where that is not seen at a glance.
+        """
+        if not self._counters:
+            return None
+        tokens: Size = self.writes[0].tokens  # type: ignore[assignment]
+        caches = [args[write.argument] for write in self.writes]  # type: ignore[index]
+        if set(map(type, caches)) != {QuantizedKV}:
+            return None
+        states = set(map(_known, caches))
+        if len(states) != 1:
+            return None
+        (held, shared), counted = states.pop(), tokens(args)
+        slots = min(map(_length, caches))
+        if held is None or shared or not 0 <= held <= held + counted <= slots:
+            return None
+        for cache, place in zip(caches, self._counters, strict=True):
+            known, number = cache._lineage.counter, args[place]
+            if known is None or known[0] is not number or known[2] != held:
+                return None
+            if known[1] != number._version:
+                return None
+        ends = dict.fromkeys(self._written, held + counted)
+        return Look(None, {}, ends, dict.fromkeys(self._counters, held))
+
+    @cached_property
     def _written(self) -> list[int]:
         return sorted({write.argument for write in self.writes if write.argument is not None})
 
@@ -247,15 +294,20 @@ class SlotCheck:
 
     def note(self, args: Sequence[Any], look: Look) -> None:
         """Note what the host knows of caches after a call that it has looked at."""
+        counters: dict[int, tuple[Tensor, int, int] | None] = {}  # by place
         for write in self.writes:
-            place = write.argument
+            place, counter = write.argument, write.counter
             if place is None or place in look.updated or write.slides:
                 continue
             cache = args[place]
             if isinstance(cache, QuantizedKV) and not cache._lineage.shared:
-                cache._lineage.counted = look.held[place]
-                if write.counter is not None:
-                    write.counter.note(cache, args, look.counts[write.counter.argument])
+                lineage = cache._lineage
+                lineage.counted = look.held[place]
+                if counter is not None:
+                    number = counter.argument
+                    if number not in counters:
+                        counters[number] = counter.after(args, look.counts[number])
+                    lineage.counter = counters[number]
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

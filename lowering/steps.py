@@ -94,7 +94,7 @@ class Steps:
         """Sort the captured graph's arguments, by place, into those that are looked at alike at every step."""
         lowered, lengths = self._lowered, self._lengths
         self._caches = tuple(lowered.unwrapped)
-        self._steady: list[int] = []  # parameters, buffers and constants of the model
+        self._steady: list[int] = []  # those that are used where they are, and have one shape
         self._given: list[int] = []  # other tensors
         self._numbers: list[
             int
@@ -113,9 +113,10 @@ class Steps:
                 if place not in lengths.numbers and node.name not in unused:
                     self._numbers.append(place)
             else:
-                (self._steady if is_static(node) else self._given).append(place)
                 if node.name in written:
                     self._written.add(place)
+                stays = is_static(node) or (node.name in written and _has_one_shape(value_of(node)))
+                (self._steady if stays else self._given).append(place)
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
         """Run the graph with the arguments of the captured one."""
@@ -144,8 +145,8 @@ class Steps:
             self._in_vain = 0
         self._misses = 0
         results = _copies(found.replay())
-        written = [args[place] for place in self._written]
-        torch.autograd.graph.increment_version(written)  # as operators do that are launched
+        if self._written:  # counts as written, as by operators that are launched
+            torch.autograd.graph.increment_version([args[place] for place in self._written])
         return results
 
     def _key(self, args: Sequence[Any], held: list[int], tokens: int) -> Key | None:
@@ -240,6 +241,11 @@ class Steps:
             else:
                 flat.append(recording.own.get(place, arg))
         return flat + lowered.tables + recording.held
+
+
+def _has_one_shape(x: Tensor) -> bool:
+    """Return whether Dynamo lets no call pass in which the tensor has another shape."""
+    return not any(isinstance(size, torch.SymInt) for size in (*x.shape, *x.stride()))
 
 
 def _hides(dtype: torch.dtype) -> float:

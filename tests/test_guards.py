@@ -168,6 +168,21 @@ def test_dynamo_looks_at_one_cache_of_those_that_are_alike(
     assert counts == [2 * LAYERS - 2]
 
 
+def test_sizes_of_caches_that_are_alike_are_read_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values have a length each. Dynamo reads a size by a call in Python, and read one a cache."""
+    read: list[int] = []
+    size = torch._dynamo.utils.call_size
+    monkeypatch.setattr(
+        "torch._dynamo.utils.call_size", lambda *args: read.append(args[1]) or size(*args)
+    )
+    compiled = torch.compile(grown, backend="kvq", options=OPTIONS)
+    with torch.no_grad():
+        _, caches = compiled(token(0), layers())
+        read.clear()
+        compiled(token(1), caches)
+    assert len(read) <= 2
+
+
 def test_a_static_cache_of_another_size_is_noticed() -> None:
     def caches(slots: int) -> Caches:
         made = layers(kind="static", length=HELD, tokens=100)
@@ -191,6 +206,23 @@ def test_a_tensor_put_in_place_of_a_part_is_looked_at(name: str) -> None:
     assert not are_alike((first, second))
     setattr(second, name, part.clone())
     assert are_alike((first, second))
+
+
+def test_a_part_that_is_deleted_is_looked_at() -> None:
+    """Of a cache whose memory another one took over: it has a copy, made when it is used again."""
+    first, second = (cache("key", number, kind="static") for number in range(2))
+    assert are_alike((first, second))
+    second.pass_on(HELD)
+    assert form_of(second) is form_of(first)
+    assert are_alike((first, second))
+
+
+def test_gradients_are_looked_at_where_they_are_recorded() -> None:
+    """Dynamo guards what a tensor requires together with the mode."""
+    first, second = cache("key", 0), cache("key", 1).requires_grad_()
+    assert not are_alike((first, second))
+    with torch.no_grad():
+        assert are_alike((first, second))
 
 
 @pytest.mark.parametrize("change", ["dtype", "gradient", "kind", "length"])

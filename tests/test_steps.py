@@ -398,7 +398,7 @@ def test_a_step_of_a_static_cache_does_not_wait_for_the_device(
     on_host = slots.on_host
     monkeypatch.setattr(slots, "on_host", lambda x: read.append(len(x)) or on_host(x))
     stepped(model, cache, 6)
-    assert read == [0] * 6
+    assert not any(read)
 
 
 def rewound(cache: Any) -> None:
@@ -451,6 +451,24 @@ def test_what_is_done_to_a_static_cache_between_two_steps_is_noticed(
         held = [int(layer.keys.cursor[0]) for layer in cache.layers]
         assert held == [int(layer.cumulative_length) for layer in cache.layers]
     assert all(map(torch.equal, *results))
+
+
+def test_what_is_seen_of_a_step_at_a_glance_is_what_looking_at_its_writes_finds(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glance, found = slots.SlotCheck._goes_on, []
+
+    def compared_glance(check: slots.SlotCheck, args: Any) -> Any:
+        seen = glance(check, args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(slots.SlotCheck, "_goes_on", lambda *args: None)
+            found.append((seen, check.look(args)))
+        return seen
+
+    monkeypatch.setattr(slots.SlotCheck, "_goes_on", compared_glance)
+    stepped(*static_model(recorder), 8)
+    assert all(seen in (None, looked) for seen, looked in found)
+    assert sum(seen is not None for seen, _ in found) >= 7
 
 
 def test_a_counter_of_one_layer_that_goes_back_is_noticed(recorder: Recorder) -> None:

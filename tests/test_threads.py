@@ -52,3 +52,20 @@ def test_threads_go_on_from_one_prefix(append: str) -> None:
             about = [(go_on, seed, exact, caches) for seed in range(THREADS)]
             errors = list(pool.map(lambda given: largest_error(*given), about))
             assert max(errors) < TOLERANCE
+
+
+def test_caches_of_one_call_have_one_lock() -> None:
+    """Which the next call takes once; a cache that joins another call brings its own."""
+    first, second = (torch.compile(step, backend="kvq", options=OPTIONS) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        empty = [torch.zeros(B, H, 0, D) for _ in range(2)]
+        _, *caches = first(*tokens(90, generator), *empty)
+        _, *others = second(*tokens(90, generator), *empty)
+        assert len({cache._lineage.lock for cache in (*caches, *others)}) == 4
+        _, *caches = first(*tokens(1, generator), *caches)
+        _, *others = second(*tokens(1, generator), *others)
+        assert len({cache._lineage.lock for cache in caches}) == 1
+        assert len({cache._lineage.lock for cache in (*caches, *others)}) == 2
+        first(*tokens(1, generator), caches[0], others[1])
+    assert len({caches[0]._lineage.lock, others[1]._lineage.lock}) == 1

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
 from kvq_compile.kernels.cache.form import form_of
 from kvq_compile.kernels.cache.tensor import FORM, OF_EACH, QuantizedKV
+from kvq_compile.kernels.cache.views import MANY
 from kvq_compile.kernels.packed import writable
 
 _memory = attrgetter("_length", "trim", "_lineage.held", "_lineage.room", "kind")
@@ -60,10 +62,11 @@ def extended(views: Sequence[QuantizedKV], tokens: int) -> list[QuantizedKV]:
             if fills:
                 lineage.extend(view, length)
             lineage.held = lineage.compiled = length
-            held = longer.__dict__
-            held.update(known)
-            held["_length"] = length
-            lineage.add(longer)
+            longer.__dict__.update(known, _length=length)
+            if len(lineage._views) < MANY:
+                lineage._views.append(ref(longer))
+            else:
+                lineage.add(longer)
             made.append(longer)
     return made
 
