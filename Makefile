@@ -9,7 +9,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+OLDEST := .venv-oldest
 NEWEST := .venv-newest
+# Files or -k of `make test-matrix`, which runs all tests twice without.
+SELECT ?=
 # Where a pretrained model is made, 270 MB; any folder of a causal language model that is there already will do.
 REAL ?= .models/smollm2
 
@@ -36,7 +39,7 @@ help:
 	@echo "make tables         write the tables and the plot from the rows that are there"
 	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
 	@echo "make test-thorough  the same with many more random examples"
-	@echo "make test-matrix    the same on the newest torch and transformers"
+	@echo "make test-matrix    the same on the oldest torch and transformers, and on the newest; SELECT=... for some tests"
 	@echo "make test-sanitize  tests of the CPU backend with its C++ under AddressSanitizer and UBSan (g++)"
 	@echo "make lint types     ruff and mypy as CI runs them"
 	@echo "make bench-cpu      decoding speed on this CPU, into benchmarks/results/cpu.csv"
@@ -76,12 +79,24 @@ test: $(VENV)/.test
 test-thorough: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=thorough --timeout=3600
 
-test-matrix:
-	[ -x $(NEWEST)/bin/python ] || $(PYTHON) -m venv $(NEWEST)
-	@$(call install_torch,$(NEWEST)/bin/python,torch)
-	$(NEWEST)/bin/python -m pip install --quiet -e ".[test]"
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade transformers
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS)
+# $(call test_on,ENVIRONMENT,TORCH,REQUIREMENTS)
+define test_on
+[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
+@$(call install_torch,$(1)/bin/python,$(2))
+$(1)/bin/python -m pip install --quiet --upgrade -e ".[test-tools]" $(3)
+$(1)/bin/python -c "import torch, transformers as t; print('torch', torch.__version__, 'transformers', t.__version__)"
+$(1)/bin/python -m pytest -n $(WORKERS) $(SELECT)
+endef
+
+# The bounds of pyproject.toml, each with the Triton that goes with it, and what changes weights where it is newest.
+.PHONY: test-oldest test-newest
+test-oldest:
+	$(call test_on,$(OLDEST),torch==2.11.0,"transformers==5.0.0" "triton==3.6.0")
+
+test-newest:
+	$(call test_on,$(NEWEST),torch,transformers peft torchao)
+
+test-matrix: test-oldest test-newest
 
 # The library is built first, without the sanitizers in the compiler's own process. PyTorch and Python are not built
 # for them, so that they are loaded ahead of both, and leaks, which are not the library's, are not looked for.
@@ -119,6 +134,6 @@ bench-cpu: $(VENV)/.test
 	$(BIN)/kvq bench cpu --out benchmarks/results
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find kvq_compile kernels lowering tests examples benchmarks -name __pycache__ -prune \
 		-exec rm -rf {} +

@@ -364,7 +364,12 @@ def test_a_mode_that_pytorch_lacks_is_named(mode: Any) -> None:
 def static_model(recorder: Recorder, layers: int = 1, **options: Any) -> tuple[Any, StaticCache]:
     model = llama(layers)
     model.compile(backend="kvq", options={**OPTIONS, "window": 32, **options})
-    return model, StaticCache(config=model.config, max_cache_len=96)
+    cache = StaticCache(config=model.config, max_cache_len=96)
+    if not hasattr(cache.layers[0], "cumulative_length"):
+        pytest.skip(
+            "static caches of this transformers do not count their tokens, but read themselves"
+        )
+    return model, cache
 
 
 def stepped(model: Any, cache: Any, count: int, first: int = 0) -> list[Tensor]:
