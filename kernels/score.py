@@ -38,6 +38,8 @@ class Score(OpaqueBase):
         cap: Soft cap; 0 for none.
         lowest, highest: What scores are clamped to; infinite for no bound.
         has_sinks: Whether the softmax has logits of sinks, which a call is given beside its constants.
+        of_values: Whether values take part in the product, as latents do that are keys as well: a query then has the
+            channels of a key, followed by those of a value.
 
     Raises:
         ValueError: The cap is not what fp32 has room for, or the bounds leave nothing between them.
@@ -48,6 +50,7 @@ class Score(OpaqueBase):
     lowest: float = -math.inf
     highest: float = math.inf
     has_sinks: bool = False
+    of_values: bool = False
 
     def __post_init__(self) -> None:
         check(
@@ -67,7 +70,7 @@ class Score(OpaqueBase):
     @property
     def is_plain(self) -> bool:
         """Whether there is a scale and nothing else, as torch's attention has it."""
-        return self.bend == UNBENT and not self.has_sinks
+        return self.bend == UNBENT and not self.has_sinks and not self.of_values
 
     def times(self, factor: float) -> Score:
         """Return what makes ``factor`` times this score.
@@ -96,7 +99,8 @@ class Score(OpaqueBase):
         return replace(self, lowest=low, highest=high)
 
     def __repr__(self) -> str:
-        given = {"cap": 0.0, "lowest": -math.inf, "highest": math.inf, "has_sinks": False}
+        given = {"cap": 0.0, "lowest": -math.inf, "highest": math.inf}
+        given |= {"has_sinks": False, "of_values": False}
         told = [f", {n}={getattr(self, n)!r}" for n, x in given.items() if getattr(self, n) != x]
         return f"Score({self.scale!r}{''.join(told)})"
 

@@ -44,6 +44,7 @@ class Graph:
         by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions.
         used: Nodes whose result another node of the captured graph reads.
         rotations: How keys are rotated, by what tells keys that are rotated alike.
+        expansions: How keys and values are made of latents, by what tells those that are made alike.
         sites: Attentions to rewrite.
         attentions: Every attention by the name of its output; one that is not understood is a node.
         reports: What became of each attention.
@@ -76,6 +77,7 @@ class Graph:
     used: set[Node]
     by_order: bool = False
     rotations: dict[Hashable, Rotation] = field(default_factory=dict)
+    expansions: dict[Hashable, Any] = field(default_factory=dict)
     sites: list[AttentionSite] = field(default_factory=list)
     attentions: dict[str, Attention | Node] = field(default_factory=dict)
     readers: list[AttentionSite] = field(default_factory=list)

@@ -306,6 +306,8 @@ def _rewritten(site: AttentionSite) -> SiteReport:
     )
     if site.key_quantization.layout.rotary:
         bits += ", keys before RoPE"
+    if site.expansion is not None:
+        bits += ", values are latents, of which keys are made as well"
     detail = f"{how} ({bits})"
     return SiteReport(
         site.layer, output.name, source_line(output), "rewritten", detail, where=site.where

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.score import Score
@@ -149,6 +150,47 @@ class State:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A linear map of the channels of a kept token to some channels of a key or a value.
+
+    Attributes:
+        first, last: The channels that it makes, ``first .. last - 1``.
+        heads: How many differ: all of those of keys or values, or 1.
+        views: Methods and their arguments that make ``[heads, kept channels, channels]`` of the weight, copying nothing.
+        weight: The node of the weight; ``None`` where channels are those that are kept.
+    """
+
+    first: int
+    last: int
+    heads: int
+    views: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    weight: fx.Node | None = None
+
+    def matrix(self, weight: Tensor | None) -> Tensor:
+        """Return the map ``[heads, kept channels, channels]``, of an element or the elements of a weight."""
+        if weight is None:
+            return torch.eye(self.last - self.first, dtype=torch.float64, device="cpu")[None]
+        for name, arguments in self.views:
+            weight = getattr(weight, name)(*arguments)
+        return weight
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """How keys and values are made of two kept tensors, token by token: keys of both, values of latents.
+
+    Attributes:
+        key: From the kept tensor that stands for keys to keys; ``None``: nothing of these comes from there.
+        latent_key: From latents to keys; ``None`` as well.
+        value: From latents to values.
+    """
+
+    key: Projection | None
+    latent_key: Projection | None
+    value: Projection
+
+
+@dataclass(frozen=True)
 class Quantization:
     """How one cache tensor is quantized: its layout and its calibration tables.
 
@@ -172,6 +214,7 @@ class AttentionSite:
         attention: The attention.
         key, value: Its cache tensors.
         key_quantization, value_quantization: What they are quantized to.
+        expansion: How keys and values are made of the two, where they are not what is kept.
     """
 
     layer: int
@@ -182,6 +225,7 @@ class AttentionSite:
     value: State
     key_quantization: Quantization
     value_quantization: Quantization
+    expansion: Expansion | None = None
 
     def shares(self, other: AttentionSite) -> bool:
         """Return whether two attentions read the same caches, filled by the same write."""

@@ -65,6 +65,14 @@ class Site:
         self.query = random(kv_heads * shared, new, dims[0])
         self.new = random(kv_heads, new, dims[0]), random(kv_heads, new, dims[1])
 
+    def score_values(self) -> None:
+        """Let values take part in scores, as latents do: queries get channels for them, too."""
+        generator = torch.Generator().manual_seed(3)
+        channels = sum(layout.head_dim for layout, _ in self.sides)
+        query = torch.randn(*self.query.shape[:3], channels, generator=generator)
+        self.query = query.to(self.query.dtype)
+        self.score = replace(self.score, scale=channels**-0.5, of_values=True)
+
     @staticmethod
     def fill(x: Tensor, side: Side, importance: Tensor | None = None) -> Parts:
         layout, frame = side
@@ -104,6 +112,8 @@ class Site:
             end = min(end, mask.shape[-1])
             mask = mask[..., :end] if mask.dtype == torch.bool else mask[..., :end].to(dtype)
         key, value = (t[:, :, :end] for t in tokens)
+        if self.score.of_values:
+            key = torch.cat([key, value], 3)
         logits = None if self.sink_logits is None else self.sink_logits.to(dtype)
         query = self.query.to(dtype)
         return reference.softmax_attention(query, key, value, mask, self.score, logits)

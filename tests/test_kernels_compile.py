@@ -18,6 +18,7 @@ from kvq_compile.kernels.schemes import Adaptive, Channelwise, Mixed, Uniform, s
 from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import QUERIES
 from kvq_compile.kernels.triton import adaptive, backend
+from kvq_compile.options import make_spec
 from kvq_compile.testing.small_tables import random_tables
 from thorough import THOROUGH
 from written_caches import calibrated
@@ -81,6 +82,21 @@ def compile_attend(
             torch.zeros(HEADS * SHARED, 1, 1, dtype=torch.bfloat16) if score.has_sinks else None,
         )  # fmt: skip
     return compiled[kernel]
+
+
+def compile_latents(name: str, shared: int, target: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Compile what decodes one token over rotary channels and latents of the sizes of DeepSeek V3."""
+    spec = make_spec(name)
+    layouts = spec.layout("key", 64, 0, 512), spec.layout("value", 512, 0, 512)
+    query, key, value = (torch.zeros(1, h, 1, dim, dtype=dtype) for h, dim in ((shared, 576), (1, 64), (1, 512)))
+    parts = [Packed.empty(x, CAPACITY, at) for x, at in zip((key, value), layouts, strict=True)]
+    position = torch.zeros(1, dtype=torch.int64)
+    with aot.launches(target) as compiled:
+        backend.attend(
+            query, key, value, *parts, UNCALIBRATED, UNCALIBRATED, None, position, None,
+            Score(1.0, of_values=True), *layouts,
+        )  # fmt: skip
+    return compiled["attend_kernel"]
 
 
 def compile_append(role: str, options: Options, target: str) -> Any:
@@ -249,11 +265,16 @@ MASKED = {
     )
     for name in ("int8", "int4", "int2-g64", "kivi-2", "tc-4 mean", "tc-3 mean", "tc-2", "qaq-2.3")
 }
+LATENTS = {
+    f"{name}, {shared} heads": partial(compile_latents, name, shared)
+    for name, shared in (("tc", 16), ("tc", 128), ("int8", 16), ("kivi", 128))
+}
 CASES: dict[str, Callable[[str], Any]] = {
     **{name: partial(compile_attend, *case) for name, case in SIZES.items()},
     **{name: partial(compile_attend, *case) for name, case in DECODING.items()},
     **BENT,
     **MASKED,
+    **LATENTS,
     **{name: partial(compile_append, *case) for name, case in WRITING.items()},
     **{name: partial(compile_dequantize, *case) for name, case in READING.items()},
     **{name: partial(compile_weigh, *case) for name, case in WEIGHING.items()},
@@ -302,6 +323,14 @@ def test_decoding_fits_an_sm_whatever_the_size_of_heads() -> None:
     used = usage_of("sm_90", [*SIZES])
     assert {name: use["shared"] <= SM_SHARED for name, use in used.items()} == dict.fromkeys(
         SIZES, True
+    )
+
+
+def test_attention_to_latents_fits_an_sm() -> None:
+    """A key and a latent of 576 channels, and the queries of all heads, leave room for one program."""
+    used = usage_of("sm_90", [*LATENTS])
+    assert {name: use["shared"] <= SM_SHARED for name, use in used.items()} == dict.fromkeys(
+        LATENTS, True
     )
 
 

@@ -60,6 +60,37 @@ class _Softmax:
         return total / torch.where(weight == 0, 1.0, weight)
 
 
+class _Products:
+    """Products of query rows ``[B, Hkv, rows, D]`` with keys, or ``[B, Hkv, rows, D + Dv]`` with keys and values."""
+
+    def __init__(self, rows: Tensor, keys: PackedTensor, values: PackedTensor) -> None:
+        size = keys.layout.head_dim
+        self._rows = [rows[..., :size]]
+        self._coded = [keys.transform_query(self._rows[0])]
+        if rows.shape[3] > size:
+            self._rows.append(rows[..., size:])
+            self._coded.append(values.transform_query(self._rows[1]))
+
+    def packed(self, key: Tensor, value: Tensor) -> Tensor:
+        """Return the products ``[B, Hkv, rows, n]`` with unpacked tokens, which lack their transforms."""
+        (coded, constant), *of_values = self._coded
+        products = coded @ key.transpose(-2, -1)
+        if constant is not None:
+            products += constant
+        for coded, constant in of_values:
+            products += coded @ value.transpose(-2, -1)
+            if constant is not None:
+                products += constant
+        return products
+
+    def exact(self, key: Tensor, value: Tensor) -> Tensor:
+        """Return the products ``[B, Hkv, rows, n]`` with tokens as they are."""
+        products = self._rows[0] @ key.transpose(-2, -1)
+        for rows in self._rows[1:]:
+            products += rows @ value.transpose(-2, -1)
+        return products
+
+
 def _apply_mask(
     scores: Tensor, mask: Tensor | None, columns: Tensor | slice, shape: tuple[int, ...]
 ) -> Tensor:
@@ -92,7 +123,7 @@ def attend(
     """Attend to the tokens ``0 .. start - 1`` of a cache and to the new tokens after them.
 
     Args:
-        query: ``[B, Hq, T, D]``.
+        query: ``[B, Hq, T, D]``; ``[B, Hq, T, D + Dv]`` where values take part in scores.
         key, value: Exact new tokens, ``[B, Hkv, Tn, D]`` and ``[B, Hkv, Tn, Dv]``.
         keys, values: The cache before the new tokens are written.
         mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one
@@ -116,7 +147,7 @@ def attend(
     if sink_logits is not None:
         sink_logits = sink_logits.expand(B, Hq, T, 1).reshape(B, Hkv, -1, 1).float().contiguous()
     about = start, visible, score.bend, sink_logits
-    if rows.shape[2] <= FEW_ROWS:
+    if rows.shape[2] <= FEW_ROWS and not score.of_values:
         bias = None
         if mask is not None:
             zeros = rows.new_zeros(*rows.shape[:3], visible)
@@ -164,19 +195,19 @@ def _read_in_blocks(
     """Attend to the packed tokens in blocks of pages unpacked to fp32, then to the exact ones."""
     softmax = _Softmax(rows, value.shape[3])
     layout, held, pages = keys.layout, min(start, visible), min(keys.pages, values.pages)
-    coded, constant = keys.transform_query(rows)
-    for block in blocks(keys, slice(0, pages)):
+    products = _Products(rows, keys, values)
+    widest = max((keys, values), key=lambda packed: packed.layout.head_dim)
+    for block in blocks(widest, slice(0, pages)):
         first = layout.sinks + block.start * layout.page_size
         last = min(layout.sinks + block.stop * layout.page_size, held)
         if last <= first:
             break
-        scores = coded @ native.unpack(keys, block).flatten(2, 3)[:, :, : last - first].transpose(
-            -2, -1
+        block_key, block_value = (
+            native.unpack(packed, block).flatten(2, 3)[:, :, : last - first]
+            for packed in (keys, values)
         )
-        if constant is not None:
-            scores += constant
-        scores = _apply_mask(bend_(scores, bend), mask, slice(first, last), shape)
-        softmax.update(scores, native.unpack(values, block).flatten(2, 3)[:, :, : last - first], 0)
+        scores = bend_(products.packed(block_key, block_value), bend)
+        softmax.update(_apply_mask(scores, mask, slice(first, last), shape), block_value, 0)
     packed_end = layout.sinks + pages * layout.page_size
     runs = ((0, min(layout.sinks, held)), (packed_end, held), (start, visible))
     slots = torch.cat([_run(*run) for run in runs])
@@ -185,7 +216,7 @@ def _read_in_blocks(
             _exact_tokens(packed.parts.exact, new, slots, start, packed.layout)
             for packed, new in ((keys, key), (values, value))
         )
-        scores = bend_(rows @ exact_key.transpose(-2, -1), bend)
+        scores = bend_(products.exact(exact_key, exact_value), bend)
         scores = _apply_mask(scores, mask, slots, shape)
         softmax.update(scores, exact_value, 1)
     return softmax.result(values, sink_logits)

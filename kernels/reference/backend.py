@@ -79,6 +79,8 @@ def attend(
         visible = min(end, mask.shape[-1])
         mask, pair = mask[..., :visible], [tokens[:, :, :visible] for tokens in pair]
         mask = mask if mask.dtype == torch.bool else mask.float()
+    if score.of_values:
+        pair[0] = torch.cat(pair, 3)
     logits = None if sink_logits is None else sink_logits.float()
     output = reference.softmax_attention(query.float(), pair[0], pair[1], mask, score, logits)
     return output.to(query.dtype)

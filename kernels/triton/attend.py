@@ -115,9 +115,18 @@ def _attend_packed(
     return accumulator, running_sum, running_max
 
 
+@triton.jit
+def _value_rows(query, batch, head, token, LAUNCH: tl.constexpr):
+    """Return the pointer of what values are multiplied by and where the rows of a tile lie from there, if they are."""
+    if LAUNCH.of_values:
+        return query.pointer, batch * query.batch + head * query.head + token * query.token
+    else:
+        return 0, 0
+
+
 @triton.jit(do_not_specialize=["start", "mask_width", "key_room", "value_room", "late"])
 def attend_kernel(
-    query, coded, keys, values, mask, mask_width, position, start, partial, lse, scale, key_room,
+    query, value_query, coded, coded_values, keys, values, mask, mask_width, position, start, partial, lse, scale, key_room,
     value_room, shape, late, KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile of queries to one split of the tokens.
@@ -156,7 +165,8 @@ def attend_kernel(
     stored = (dim < VALUE.head_dim)[:, None] & exists[None, :]
     if split < shape.exact_splits:
         rows = batch * query.batch + q_head * query.head + token * query.token
-        queries = Queries(query.pointer, rows, exists, group, seen, scale, 0)
+        of_values = _value_rows(value_query, batch, q_head, token, LAUNCH)
+        queries = Queries(query.pointer, rows, exists, group, seen, scale, 0, of_values)
         key_rows = exact_rows(keys.packed, head.to(tl.int64))
         value_rows = exact_rows(values.packed, head.to(tl.int64))
         least = tl.minimum(tl.load(keys.packed.cursor), tl.load(values.packed.cursor))
@@ -173,7 +183,10 @@ def attend_kernel(
         bias = 0
         if adds_mean(KEY) and bends(LAUNCH):
             bias = tl.load(coded.bias + row, mask=exists, other=0.0) * scale
-        coded_queries = Queries(coded.query.pointer, coded_rows, exists, group, seen, scale, bias)
+        coded_queries = Queries(
+            coded.query.pointer, coded_rows, exists, group, seen, scale, bias,
+            _value_rows(coded_values, batch, q_head, token, LAUNCH),
+        )  # fmt: skip
         accumulator, running_sum, running_max = _attend_packed(
             coded_queries, coded, row, keys, values, view, head, (key_room, value_room), shape,
             split - shape.exact_splits, splits - shape.exact_splits, late, KEY, VALUE, LAUNCH,
@@ -218,7 +231,7 @@ def attend(
     """Attend to the tokens before ``start`` or ``position[0]`` of a cache and to the new ones behind them.
 
     Args:
-        query: ``[B, Hq, T, D]``.
+        query: ``[B, Hq, T, D]``; ``[B, Hq, T, D + Dv]`` where values take part in scores.
         key, value: Exact new tokens, ``[B, Hkv, Tn, D]`` and ``[B, Hkv, Tn, Dv]``.
         keys, values: The cache before the new tokens are written, contiguous.
         key_calibrated, value_calibrated: Calibration constants of keys and values.
@@ -238,13 +251,16 @@ def attend(
     """
     if start == 0 and query.is_cuda and score.is_plain:
         return _attend_new(query, key, value, mask, score.scale)
-    B, Hq, T, _D = query.shape
-    H, new, Dv = key.shape[1], key.shape[2], value.shape[3]
+    B, Hq, T, _ = query.shape
+    H, new, D, Dv = *key.shape[1:], value.shape[3]
+    value_query = None
+    if score.of_values:
+        query, value_query = query.split([D, Dv], 3)
     rooms = page_room(keys, key_layout), page_room(values, value_layout)
     mask_bundle, width, kind, mask_shared = bundle_mask(mask, query.shape)
     KEY, VALUE, LAUNCH, options = launch.attend_settings(
         key_layout, value_layout, Hq // H, T, query.dtype, launch.platform_of(query), kind,
-        mask_shared, score.bend,
+        mask_shared, score.bend, score.of_values,
     )  # fmt: skip
     tiles = triton.cdiv(Hq // H * T, LAUNCH.block_q)
     resident = launch.programs_per_sm(KEY, VALUE, options) * launch.sm_count(query.device)
@@ -267,10 +283,14 @@ def attend(
         )
     else:
         coded = code_query(query, queries, H, key_tables, KEY, LAUNCH.dtype == tl.float32)
+    of_values, coded_values = None, None
+    if value_query is not None:
+        of_values = bundle_tensor(value_query)
+        coded_values = code_query(value_query, of_values, H, value_tables, VALUE, False).query
     partial = query.new_empty(B * Hq * T, exact + paged, Dv, dtype=torch.float32)
     lse = query.new_empty(B * Hq * T, exact + paged, dtype=torch.float32)
     attend_kernel[(B * H, tiles, exact + paged)](
-        queries, coded, Side(bundle_tensor(key), bundle_cache(keys, key_layout), key_tables),
+        queries, of_values, coded, coded_values, Side(bundle_tensor(key), bundle_cache(keys, key_layout), key_tables),
         Side(bundle_tensor(value), bundle_cache(values, value_layout), value_tables), mask_bundle,
         width, position, start or 0, partial, lse, score.scale * launch.LOG2_E, *rooms,
         Shape(H, T, new, exact), late, KEY=KEY, VALUE=VALUE, LAUNCH=LAUNCH, **options,

@@ -62,6 +62,7 @@ class AttendConstants(Operands):
         block_q, block_n: Queries, and exact tokens, at once.
         stages: Pages in flight.
         mask_kind, mask_shared: See `arguments.mask_over`.
+        of_values: Whether values take part in scores.
     """
 
     shared_by: int
@@ -71,6 +72,7 @@ class AttendConstants(Operands):
     stages: int
     mask_kind: MaskKind
     mask_shared: bool
+    of_values: bool
 
 
 @lru_cache
@@ -170,6 +172,7 @@ def operands(dtype: torch.dtype, platform: Platform, large: bool, bend: Bend) ->
 def attend_settings(
     key_layout: Layout, value_layout: Layout, shared_by: int, tokens: int,
     dtype: torch.dtype, platform: Platform, mask_kind: MaskKind, mask_shared: bool, bend: Bend,
+    of_values: bool = False,
 ) -> tuple[ReadConstants, ReadConstants, AttendConstants, dict[str, int]]:  # fmt: skip
     """Return the constants of `attend_kernel` and its launch options.
 
@@ -184,8 +187,12 @@ def attend_settings(
         )
     if mixed != (value.scheme == "mixed"):
         raise NotImplementedError("keys and values must both be mixed, or neither, on a GPU")
+    if of_values and (mixed or value.has_tables):
+        raise NotImplementedError(
+            "values that take part in scores must be neither mixed nor calibrated: no GPU kernel reads them"
+        )
     D, Dv, page = key.head_dim, value.head_dim, key.page_size
-    copies = copies_of_queries(value, shared_by * tokens)
+    copies = 1 if of_values else copies_of_queries(value, shared_by * tokens)
     queries = triton.next_power_of_2(shared_by * tokens * copies)
     block_q = min(MAX_QUERIES, max(16 if platform == "hip" else 8, queries))
     full = dtype == torch.float32 or platform == "interpreter"
@@ -201,7 +208,7 @@ def attend_settings(
     constants = AttendConstants(
         **operands(dtype, platform, large, bend), shared_by=shared_by, copies=copies, block_q=block_q,
         block_n=exact_tokens_at_once(max(D, Dv), full), stages=stages, mask_kind=mask_kind,
-        mask_shared=mask_shared,
+        mask_shared=mask_shared, of_values=of_values,
     )  # fmt: skip
     options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
     plain = key.scheme == value.scheme == "uniform" and not key.rotary
@@ -211,6 +218,7 @@ def attend_settings(
     # A mask takes more registers than three programs have; with one row for all queries only a few spill.
     shares = mask_shared if mask_kind else not plain
     fits = even and page >= 64 and bend == UNBENT and block_q == 8 and not (full or large)
+    fits &= not of_values
     if platform == "cuda" and shares and fits and (plain or few):
         options |= THREE_SHARE
     return key, value, constants, options

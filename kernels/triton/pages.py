@@ -49,6 +49,7 @@ class Queries(NamedTuple):
         mask: What they may attend to, a `MaskRows`.
         scale: Factor on scores, in units of log 2.
         bias: What the mean of packed keys adds to their scores, in units of log 2, where scores are bent.
+        of_values: Pointer to what values are multiplied by, if they take part in scores, and rows from there.
     """
 
     pointer: Any
@@ -58,6 +59,7 @@ class Queries(NamedTuple):
     mask: Any
     scale: Any
     bias: Any
+    of_values: Any
 
 
 class KeyPages(NamedTuple):
@@ -158,6 +160,15 @@ def _load_query(queries, FIRST: tl.constexpr, channel, channel_ok):
     """Return queries ``[channels from FIRST on, queries]``, scaled, fp32."""
     ok = channel_ok[:, None] & queries.exists[None, :]
     where = queries.pointer + FIRST + queries.rows[None, :] + channel[:, None]
+    return tl.load(where, mask=ok, other=0).to(tl.float32) * queries.scale
+
+
+@triton.jit
+def _load_value_query(queries, VALUE: tl.constexpr):
+    """Return what values are multiplied by in scores, ``[channels, queries]``, scaled, fp32."""
+    channel = tl.arange(0, VALUE.channels)
+    ok = (channel < VALUE.head_dim)[:, None] & queries.exists[None, :]
+    where = queries.of_values[0] + queries.of_values[1][None, :] + channel[:, None]
     return tl.load(where, mask=ok, other=0).to(tl.float32) * queries.scale
 
 
@@ -274,7 +285,8 @@ def attend_pages(
     BLOCK_V: tl.constexpr = VALUE.channels
     COPIES: tl.constexpr = LAUNCH.copies
     PLAIN: tl.constexpr = VALUE.scheme == "uniform" and VALUE.grouping == "token"
-    FOLD: tl.constexpr = PLAIN and VALUE.group_size * COPIES == VALUE.head_dim
+    OF_VALUES: tl.constexpr = LAUNCH.of_values  # values are needed as they are
+    FOLD: tl.constexpr = PLAIN and VALUE.group_size * COPIES == VALUE.head_dim and not OF_VALUES
     IN_PLACE: tl.constexpr = FOLD and uniform.lies_in_place(VALUE, LAUNCH)
     DEFER: tl.constexpr = BLOCK_Q <= 16  # sum over keys once, at the end: no exchange between warps
     book = keys.calibration.book
@@ -290,6 +302,8 @@ def attend_pages(
         channel, channel_ok = uniform.tile_channels(KEY.columns, KEY.head_dim, KEY)
         q = _load_query(queries, 0, channel, channel_ok).to(LAUNCH.dtype)
         q_sum = tl.sum(q.to(tl.float32), 0)
+    if OF_VALUES:
+        q_values = _load_value_query(queries, VALUE).to(LAUNCH.dtype)
     running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     running_sum = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
     running_zero = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
@@ -314,6 +328,10 @@ def attend_pages(
             k = read_keys(k_codes, book, channel, channel_ok, KEY, LAUNCH)
             v = read_values(v_codes, values.book, VALUE, FOLD, LAUNCH)
             scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, LAUNCH)
+        if OF_VALUES:
+            if VALUE.scheme == "uniform":
+                v = uniform.dequantize_values(v_params, v, VALUE, LAUNCH.fast)
+            scores = tl.dot(tl.trans(v), q_values, scores, input_precision=LAUNCH.precision)
         scores = bend_packed(scores, queries, KEY, LAUNCH)
         slot = KEY.sinks + page * PAGE + tl.arange(0, PAGE)
         scores = hide_scores(
@@ -326,7 +344,7 @@ def attend_pages(
         else:
             scaled, decay, running_max = softmax_update(scores, running_max, WEIGHT_BIAS)
             weights, offset = scaled, scaled
-            if VALUE.scheme == "uniform":
+            if VALUE.scheme == "uniform" and not OF_VALUES:
                 v = uniform.dequantize_values(v_params, v, VALUE, LAUNCH.fast)
         if not DEFER:
             weights, offset = tl.sum(weights, 0)[None, :], tl.sum(offset, 0)[None, :]

@@ -191,6 +191,11 @@ def attend_exact(
     q_ok = (k_dim < KEY.head_dim)[:, None] & queries.exists[None, :]
     q = tl.load(queries.pointer + queries.rows[None, :] + k_dim[:, None], mask=q_ok, other=0.0)
     q = q.to(LAUNCH.exact_dtype)
+    if LAUNCH.of_values:
+        v_dim = tl.arange(0, BLOCK_V)
+        q_ok = (v_dim < VALUE.head_dim)[:, None] & queries.exists[None, :]
+        where = queries.of_values[0] + queries.of_values[1][None, :] + v_dim[:, None]
+        q_values = tl.load(where, mask=q_ok, other=0.0).to(LAUNCH.exact_dtype)
     packed_end = KEY.sinks + view.pages * KEY.page_size
     total = KEY.sinks + KEY.ring + view.new
     size = tl.cdiv(tl.cdiv(total, BLOCK), splits) * BLOCK
@@ -207,7 +212,10 @@ def attend_exact(
         v = _load_values(
             values.rows, values.new, values.stride, place, VALUE.head_dim, LAUNCH.exact_dtype
         )
-        scores = tl.dot(k, q, input_precision=LAUNCH.precision) * queries.scale
+        scores = tl.dot(k, q, input_precision=LAUNCH.precision)
+        if LAUNCH.of_values:
+            scores = tl.dot(tl.trans(v), q_values, scores, input_precision=LAUNCH.precision)
+        scores *= queries.scale
         scores = bend_scores(scores, LAUNCH)
         scores = hide_scores(
             scores, slot, old | now, queries.mask, LAUNCH.mask_kind, LAUNCH.mask_shared

@@ -31,7 +31,7 @@ _WIDER = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
     **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
 }
-_WIDER_METHODS = {**dict.fromkeys(("float", "half", "bfloat16"), "double"), "cuda": "cpu"}
+WIDER_METHODS = {**dict.fromkeys(("float", "half", "bfloat16"), "double"), "cuda": "cpu"}
 
 
 def quietly() -> ExitStack:
@@ -129,7 +129,7 @@ class Replay:
 
     def _run(self, node: fx.Node, known: Mapping[fx.Node, Any], positions: Tensor) -> Any:
         def fill(x: Any) -> Any:
-            return _widened(known.get(x) if isinstance(x, fx.Node) else x)
+            return widened(known.get(x) if isinstance(x, fx.Node) else x)
 
         target: Any = node.target
         args: Any = fx.node.map_aggregate(node.args, fill)
@@ -144,7 +144,7 @@ class Replay:
         if node.op == "call_function":
             return target(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], _WIDER_METHODS.get(target, target))(*args[1:], **kwargs)
+            return getattr(args[0], WIDER_METHODS.get(target, target))(*args[1:], **kwargs)
         raise Refusal(f"the rotation passes through a {node.op}")
 
 
@@ -153,7 +153,7 @@ def _called(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method", "call_module") and not symbolic
 
 
-def _widened(x: Any) -> Any:
+def widened(x: Any) -> Any:
     """Return an argument with dtypes made double and devices made the CPU."""
     if isinstance(x, torch.dtype):
         return _WIDER.get(x, x)

@@ -17,6 +17,7 @@ from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair
 from kvq_compile.lowering.find.contraction import dependent
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
+from kvq_compile.lowering.find.latents import find_expansion
 from kvq_compile.lowering.find.layers import Place, places_of
 from kvq_compile.lowering.find.reasons import BY_OPTION, SHORT_WINDOW, is_expected
 from kvq_compile.lowering.find.states import READ_ELSEWHERE, find_state
@@ -38,6 +39,7 @@ from kvq_compile.lowering.sites import (
 
 KEEPS_NOT = "keep_exact needs a cache that grows: the host does not know which pages of a cache of fixed size fill up"
 NO_POSITIONS = "keys are coded before RoPE, and a buffer that keeps the last tokens does not tell their positions"
+NOT_OF_LATENTS = "its keys are made of latents, and bits depend on attention or on a calibration"
 GROWS = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN)
 # Whose caches further attentions may read.
 SHARED = (Life.FRESH, Life.GROWN_PLAIN, Life.GROWN, Life.BUFFER_PLAIN, Life.BUFFER)
@@ -92,11 +94,17 @@ def _site(
     outputs: set[fx.Node],
     graph: Graph,
 ) -> AttentionSite:
-    known = outputs, graph.updates, attention.output, graph.rings
-    key, value = find_state(attention.key, *known), find_state(attention.value, *known)
+    known, expansion = (outputs, graph.updates, attention.output, graph.rings), None
+    try:
+        key, value = find_state(attention.key, *known), find_state(attention.value, *known)
+    except Refusal as reason:
+        key, value, expansion = find_expansion(graph, attention, outputs, reason)
     layer_spec = graph.spec.for_layer(order if graph.by_order else place.layer)
     if layer_spec is None:
         raise Refusal(BY_OPTION)
+    calibrated = graph.by_order or (layer_spec.key_tables or layer_spec.value_tables) is not None
+    if expansion is not None and (calibrated or layer_spec.key.attentive):
+        raise Refusal(NOT_OF_LATENTS)
     check_pair(key, value)
     check_tensors(attention, key, value)
     check_mask(attention, key)
@@ -105,7 +113,7 @@ def _site(
         layer_spec = with_rotation(layer_spec, key, graph.inputs, graph.rotations)
     if forgets(key):
         layer_spec = without_mean(layer_spec)
-    heads = int(value_of(attention.query).shape[1])
+    heads = int(value_of(attention.query).shape[1]) if expansion is None else 0
     widest = max(int(value_of(state.base).shape[3]) for state in (key, value))
     quantizations = [
         quantization_of("key", layer_spec, key, heads, widest),
@@ -119,7 +127,8 @@ def _site(
             raise Refusal("bits depend on attention, whose softmax has logits of sinks")
         if state.last is not None and state.life not in RINGS and quantization.layout.attentive:
             raise Refusal("bits depend on attention, which reads only the last tokens of the cache")
-    return AttentionSite(place.layer, order, place.where, attention, key, value, *quantizations)
+    about = place.layer, order, place.where, attention, key, value
+    return AttentionSite(*about, *quantizations, expansion)
 
 
 def forgets(key: State) -> bool:

@@ -24,7 +24,7 @@ _SHAPED = (
     *("size", "dim", "new_empty", "new_zeros", "new_ones", "new_full"),
     *("empty_like", "zeros_like", "ones_like", "full_like"),
 )
-_EMPTY = ("empty", "new_empty", "empty_like")
+EMPTY = ("empty", "new_empty", "empty_like")
 CANNOT_BE_RUN = (Refusal, RuntimeError, IndexError, TypeError, ValueError, AttributeError)
 _MOST = 64  # steps of a trial, far more than any spelling takes
 _LARGEST = 1 << 26  # elements evaluated at once; 256 MiB in float32
@@ -246,7 +246,7 @@ def run_step(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, in
 
     def fill(x: Any) -> Any:
         if isinstance(x, fx.Node):
-            return known[x] if x in known else _blank(x, sizes)
+            return known[x] if x in known else blank(x, sizes)
         if isinstance(x, torch.device) or (isinstance(x, str) and x.startswith("cuda")):
             return torch.device("cpu")
         return size_of_trial(x, sizes) if isinstance(x, torch.SymInt) else x
@@ -263,12 +263,12 @@ def run_step(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, in
         result = getattr(args[0], target)(*args[1:], **kwargs)
     else:
         result = target(*args, **kwargs)
-    if plain_name(node) in _EMPTY and result.is_floating_point():
+    if plain_name(node) in EMPTY and result.is_floating_point():
         result.fill_(float("nan"))  # no element of it may pass for one that was moved here
     return result
 
 
-def _blank(node: fx.Node, sizes: Mapping[Any, int]) -> Any:
+def blank(node: fx.Node, sizes: Mapping[Any, int]) -> Any:
     """Return what stands for a node of which only shape, dtype and device count."""
     value = value_of(node)
     if isinstance(value, Tensor):

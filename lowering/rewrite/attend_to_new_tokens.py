@@ -12,8 +12,9 @@ from kvq_compile.kernels.layout import HIDES
 from kvq_compile.lowering.cache_nodes import UNSEEN, CacheNodes, Seen, quantize, slots_from
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import insert_call, size_of, value_of
+from kvq_compile.lowering.rewrite.absorb_projections import attend
 from kvq_compile.lowering.rewrite.add_tables import empty_cache
-from kvq_compile.lowering.rewrite.fuse_attention import check_room, erase_write
+from kvq_compile.lowering.rewrite.fuse_attention import causal_mask, check_room, erase_write
 from kvq_compile.lowering.rewrite.weigh_tokens import seen_by, visible_mask, weigh_tokens
 from kvq_compile.lowering.sites import AttentionSite, Life, Quantization, State
 
@@ -46,11 +47,12 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
         mask = visible_mask(nodes, attention)
         keys, values = (_empty(graph, state, quantization) for state, quantization in site.states())
         own = _own_mask(graph, site, mask)
-        if attention.score.is_plain:
+        if attention.score.is_plain and site.expansion is None:
             exact = _exact(nodes, site, own)
         else:  # which torch has no call for
+            own = causal_mask(nodes, attention, size_of(site.key.new, 2)) if own is None else own
             new, slots = (site.key.new, site.value.new), slots_from(site.key.position)
-            exact = keys.attend(nodes, values, attention, new, own, slots)
+            exact = attend(nodes, site, keys, values, new, own, slots)
             exact = nodes.call_method("to", (exact, value_of(attention.output).dtype))
         exact.meta.update(attention.output.meta)
         weights = weigh_tokens(nodes, site, None, mask)

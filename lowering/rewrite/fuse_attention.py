@@ -20,6 +20,7 @@ from kvq_compile.lowering.rewrite.weigh_tokens import (
     visible_mask,
     weigh_tokens,
 )
+from kvq_compile.lowering.rewrite.absorb_projections import attend
 from kvq_compile.lowering.ring_nodes import (
     append,
     columns_of,
@@ -27,7 +28,7 @@ from kvq_compile.lowering.ring_nodes import (
     room_for_call,
     slots_held,
 )
-from kvq_compile.lowering.sites import AttentionSite, Life, State
+from kvq_compile.lowering.sites import Attention, AttentionSite, Life, State
 
 
 def fuse_attention(graph: Graph) -> PassReport:
@@ -91,7 +92,7 @@ def _attend(
     ring = graph.rings.get(site.key.base)
     slots, mask, columns = _slots_and_mask(graph.fx, reader, keys, ring)
     new = site.key.new, site.value.new
-    fused = keys.attend(graph.fx, values, reader.attention, new, mask, slots)
+    fused = attend(graph.fx, reader, keys, values, new, mask, slots)
     return fused, mask, () if ring is None else (slots, columns)
 
 
@@ -187,10 +188,15 @@ def _own_mask(graph: fx.Graph, site: AttentionSite, columns: Any) -> Any:
     attention, key = site.attention, site.key
     if attention.mask is not None:
         return visible_mask(graph, attention)
-    if not attention.causal:
-        return None
     if columns is None:
         columns = size_of(key.base, 2) if key.slots is None else key.slots
+    return causal_mask(graph, attention, columns)
+
+
+def causal_mask(graph: fx.Graph, attention: Attention, columns: Any) -> Any:
+    """Return the causal flag of an attention as a mask with ``columns`` columns; ``None`` without that flag."""
+    if not attention.causal:
+        return None
     device = value_of(attention.query).device
     shape = size_of(attention.query, 2), columns
     seen = graph.call_function(torch.ones, shape, {"dtype": torch.bool, "device": device})

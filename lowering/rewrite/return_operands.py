@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.arranged import Arranged
 from kvq_compile.lowering.find.arrangements import propose
-from kvq_compile.lowering.find.sites import find_sites, left_alone
+from kvq_compile.lowering.find.sites import NOT_OF_LATENTS, find_sites, left_alone
 from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
 from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
@@ -113,6 +113,7 @@ def _watched(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Watched:
     spell_reads(graph)
     find_sites(graph)
     _leave_out_sinks(graph)
+    _leave_out_latents(graph)
     placeholders = list(graph.inputs)
     changed = changed_roots(graph.fx.nodes)
     written = [index for index, node in enumerate(placeholders) if node in changed]
@@ -132,6 +133,14 @@ def _leave_out_sinks(graph: Graph) -> None:
     """Leave out attentions whose outputs are not told by what is returned."""
     for site in [site for site in graph.sites if site.attention.score.has_sinks]:
         about = site.layer, site.where, site.attention.output, SINKS
+        graph.reports.append(left_alone(*about))
+        graph.sites.remove(site)
+
+
+def _leave_out_latents(graph: Graph) -> None:
+    """Leave out attentions whose keys and values are not what is kept."""
+    for site in [site for site in graph.sites if site.expansion is not None]:
+        about = site.layer, site.where, site.attention.output, NOT_OF_LATENTS
         graph.reports.append(left_alone(*about))
         graph.sites.remove(site)
 
