@@ -53,7 +53,7 @@ _SCHEMAS = (
     f"{LAYOUT} layout, Tensor? importance=None, Tensor? query=None, Tensor? after=None) -> ()",
     # Attend to the tokens before `start` of a cache and to the exact new tokens; writes nothing. `calibrated` has the
     # constants of the keys, then those of the values, then, where the score has sinks, their logits, which broadcast
-    # to [B, Hq, T, 1].
+    # to [B, Hq, T, 1]. Where values take part in the score, as latents do, queries have channels for both.
     "attend(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor[] calibrated, "
     f"Tensor? mask, Tensor? position, SymInt? start, {SCORE} score, {LAYOUT} key_layout, "
     f"{LAYOUT} value_layout) -> Tensor",

@@ -156,7 +156,7 @@ class Projection:
     Attributes:
         first, last: The channels that it makes, ``first .. last - 1``.
         heads: How many differ: all of those of keys or values, or 1.
-        views: Methods and their arguments that make ``[heads, kept channels, channels]`` of the weight, copying nothing.
+        views: Methods and their arguments that make ``[heads, kept channels, channels]`` of the weight, without a copy.
         weight: The node of the weight; ``None`` where channels are those that are kept.
     """
 

@@ -25,7 +25,7 @@ from kvq_compile.kernels.schemes import Channelwise, Mixed, Scheme, Uniform
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.triton import backend
 from kvq_compile.options import make_spec
-from native import CONVERSIONS, NATIVE, examples
+from native import CONVERSIONS, examples
 
 pytestmark = CONVERSIONS
 
@@ -127,7 +127,9 @@ def test_a_prompt_attends_to_itself() -> None:
 
 def test_a_gpu_refuses_values_that_differ_in_bits() -> None:
     mixed = Mixed(2.5, 0, 4)
-    site = Site(plain_sides(CacheSpec(mixed, mixed, 1, 4, 32), (64, 64)), (1, 2), (9, 1, 0), DTYPES[0])
+    site = Site(
+        plain_sides(CacheSpec(mixed, mixed, 1, 4, 32), (64, 64)), (1, 2), (9, 1, 0), DTYPES[0]
+    )
     site.score_values()
     layouts = [layout for layout, _ in site.sides]
     with pytest.raises(NotImplementedError, match="take part in scores"):

@@ -84,11 +84,15 @@ def compile_attend(
     return compiled[kernel]
 
 
-def compile_latents(name: str, shared: int, target: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+def compile_latents(
+    name: str, shared: int, target: str, dtype: torch.dtype = torch.bfloat16
+) -> Any:
     """Compile what decodes one token over rotary channels and latents of the sizes of DeepSeek V3."""
     spec = make_spec(name)
     layouts = spec.layout("key", 64, 0, 512), spec.layout("value", 512, 0, 512)
-    query, key, value = (torch.zeros(1, h, 1, dim, dtype=dtype) for h, dim in ((shared, 576), (1, 64), (1, 512)))
+    query, key, value = (
+        torch.zeros(1, h, 1, dim, dtype=dtype) for h, dim in ((shared, 576), (1, 64), (1, 512))
+    )
     parts = [Packed.empty(x, CAPACITY, at) for x, at in zip((key, value), layouts, strict=True)]
     position = torch.zeros(1, dtype=torch.int64)
     with aot.launches(target) as compiled:

@@ -31,7 +31,9 @@ def test_the_page_of_decoders_is_what_its_rows_say(support) -> None:
     assert support.PAGE.read_text(encoding="utf-8") == expected
 
 
-@pytest.mark.parametrize(("model", "kind"), [("llama", "packed"), ("deepseek_v2", "dense")])
+@pytest.mark.parametrize(
+    ("model", "kind"), [("llama", "packed"), ("deepseek_v2", "packed"), ("diffllama", "dense")]
+)
 def test_a_row_counts_the_tensors_that_are_read_packed_and_dense(support, model, kind) -> None:
     row = support.survey(model, "eager", "dynamic")
     counts = {name: row[name] for name in ("packed", "dense", "plain")}

@@ -126,8 +126,9 @@ def _value_rows(query, batch, head, token, LAUNCH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["start", "mask_width", "key_room", "value_room", "late"])
 def attend_kernel(
-    query, value_query, coded, coded_values, keys, values, mask, mask_width, position, start, partial, lse, scale, key_room,
-    value_room, shape, late, KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
+    query, value_query, coded, coded_values, keys, values, mask, mask_width, position, start,
+    partial, lse, scale, key_room, value_room, shape, late,
+    KEY: tl.constexpr, VALUE: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile of queries to one split of the tokens.
 

@@ -2,9 +2,9 @@
 
 What lies between the kept tensors and the attention is *evaluated*, in double precision on the CPU, whatever its
 operations are. First with the elements of all weights numbered through and the kept tokens set to unit vectors: the
-result says of which elements of which weight each channel of each head is made. Then on random numbers, which the maps
-that were read so must give again. A step that is not linear, or that mixes tokens, shows there; a weight that depends on
-the call is none.
+result says of which elements of which weight each channel of each head is made. Then on random numbers, of which the
+maps that were read so must make the same. A step that is not linear, or that mixes tokens, shows there; a weight that
+depends on the call is none.
 
 With ``key = [up @ latent, rotary]`` and ``value = down @ latent`` attention can do without either::
 
@@ -35,6 +35,7 @@ from kvq_compile.lowering.find.trial import (
     size_of_trial,
     writers_of,
 )
+from kvq_compile.lowering.find.trims import kept_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.graph import Graph
 from kvq_compile.lowering.nodes import is_weight, root_of, same, shape_of, target_name, value_of
@@ -142,9 +143,9 @@ def _state(
     value = value_of(node)
     if not isinstance(value, Tensor) or value.dim() != 4 or is_weight(node):
         return None
-    known = node in outputs or node in graph.updates or node in graph.rings
+    known = node.op == "placeholder" or node in graph.updates or node in graph.rings
     cut = target_name(node) in ("getitem", "narrow", *ALLOCATIONS)
-    if not (known or cut or node.op == "placeholder"):
+    if not (known or cut or kept_of(node, outputs) is not None):
         return None
     try:
         state = find_state(node, outputs, graph.updates, attention.output, graph.rings)
@@ -201,7 +202,9 @@ class _Expanded(Steps):
         batch, _, tokens, _ = value_of(self.kept[0]).shape
         known = [value_of(node) for node in (*self.steps, *self.cuts)]
         sizes = [size for x in known for size in (x.shape if isinstance(x, Tensor) else (x,))]
-        symbols = {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+        symbols = {
+            s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols
+        }
         sequences = size_of_trial(batch, dict.fromkeys(symbols, 2))
         each = max(_TOKENS, -(-rows // sequences))
         chosen = dict.fromkeys(symbols, each)

@@ -115,10 +115,10 @@ def _site(
         layer_spec = without_mean(layer_spec)
     heads = int(value_of(attention.query).shape[1]) if expansion is None else 0
     widest = max(int(value_of(state.base).shape[3]) for state in (key, value))
-    quantizations = [
+    quantizations = (
         quantization_of("key", layer_spec, key, heads, widest),
         quantization_of("value", layer_spec, value, heads, widest),
-    ]
+    )
     for state, quantization in zip((key, value), quantizations, strict=True):
         if quantization.layout.keep_exact and state.life not in GROWS:
             raise Refusal(KEEPS_NOT)

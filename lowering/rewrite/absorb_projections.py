@@ -28,8 +28,8 @@ def attend(
              output = attention(query, key, value)
     After:   query' = cat([query[rope], query[nope] @ up], -1)
              output = kvq.attend(query', rotary, latents, scores of both) @ down
-    Because: the keys and values of all heads are some hundred times as large as what is kept. They would have to be made
-             anew at each step, from a cache that is read dense.
+    Because: the keys and values of all heads are some hundred times as large as what is kept. They would have to be
+             made anew at each step, from a cache that is read dense.
     """
     attention, expansion = site.attention, site.expansion
     if expansion is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import root_of, writes_in_place
+from kvq_compile.lowering.nodes import root_of, target_name, writes_in_place
+
+_COPIES = ("copy_", "setitem")  # whose result nothing reads, but what they are written into
 
 
 def drop_orphans(graph: Graph) -> PassReport:
@@ -15,12 +17,13 @@ def drop_orphans(graph: Graph) -> PassReport:
     After:   # nothing
     Because: they would dequantize the whole cache for nothing.
 
-    Leaves alone: calls that never had users. They are in the graph for an effect: custom operators,
-    assertions, functorch's levels, draws of random numbers.
+    Leaves alone: calls that never had users, but for copies into what nothing reads any more. They are in the graph for
+    an effect: custom operators, assertions, functorch's levels, draws of random numbers.
     """
     erased = []
     for node in reversed(list(graph.fx.nodes)):
-        if node in graph.used and not node.users and not _is_seen(node):
+        lost = node in graph.used or target_name(node) in _COPIES
+        if lost and not node.users and not _is_seen(node):
             erased.append(node.name)
             graph.fx.erase_node(node)
     return PassReport(tuple(f"{name} is gone" for name in erased))
@@ -32,13 +35,17 @@ def _is_seen(node: fx.Node) -> bool:
         return False
     if node.is_impure() or getattr(node.target, "_schema", None) is not None:
         return True
-    written = node.args[0]
-    while (
-        isinstance(written, fx.Node)
-        and len(written.users) == 1
-        and written.op in ("call_function", "call_method")
-    ):
-        if root_of(written) is written:
-            return False  # a fresh tensor that only this call has touched
-        written = written.args[0]
+    memory = root_of(node.args[0])
+    fresh = isinstance(memory, fx.Node) and memory.op in ("call_function", "call_method")
+    return not (fresh and _is_only_written(memory, memory))
+
+
+def _is_only_written(tensor: fx.Node, memory: fx.Node) -> bool:
+    """Return whether nothing reads the elements of a tensor: it and its views are written, and that is all."""
+    for user in tensor.users:
+        writes = writes_in_place(user) and user.args[0] is tensor and tensor not in user.args[1:]
+        if user.op == "output" or not (writes or root_of(user) is memory):
+            return False
+        if not _is_only_written(user, memory):
+            return False
     return True

@@ -14,13 +14,13 @@ from kvq_compile.lowering.find.rings import Ring
 from kvq_compile.lowering.find.sites import HELD
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import erase_unread, insert_call, shape_of, size_of, value_of
+from kvq_compile.lowering.rewrite.absorb_projections import attend
 from kvq_compile.lowering.rewrite.weigh_tokens import (
     first_slot,
     seen_by,
     visible_mask,
     weigh_tokens,
 )
-from kvq_compile.lowering.rewrite.absorb_projections import attend
 from kvq_compile.lowering.ring_nodes import (
     append,
     columns_of,
