@@ -147,8 +147,15 @@ def test_contrastive_search_finds_the_same_tokens() -> None:
 
 
 def test_a_model_that_drafts_for_itself_takes_its_own_tokens() -> None:
-    plain, ours = both(lambda model: generate(model, text(9), assistant_early_exit=1), layers=2)
-    assert torch.equal(plain.sequences, ours.sequences)
+    def draft(model: Any) -> torch.Tensor:
+        return generate(model, text(9), assistant_early_exit=1).sequences
+
+    try:
+        draft(make_model(layers=2))
+    except TypeError as error:  # of transformers 5.0
+        pytest.skip(f"this transformers cannot draft with its own layers: {error}")
+    plain, ours = both(draft, layers=2)
+    assert torch.equal(plain, ours)
 
 
 @torch.no_grad()
