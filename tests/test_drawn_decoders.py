@@ -209,6 +209,13 @@ MENDED = {
     "layers are a symbol": replace(LAYERS, layers=3),
     "channels are a product of symbols": replace(FLAT, write="padded", dynamic=True),
     "joined heads, filled": replace(FLAT, write="filled"),
+    "keys and values in one, filled": replace(PLAIN, layout="[2, B, H, S, D]", write="filled"),
+    "folded heads of one sequence, queries in groups": replace(
+        PLAIN, layout="[B*H, S, D]", attention="matmul_of_groups", batch=1
+    ),
+    "as many tokens as a symbol tells": replace(
+        PLAIN, write="assign", attention="einsum", sliced=True, dynamic=True
+    ),
     "folded heads, filled": replace(PLAIN, layout="[B*H, S, D]", write="filled"),
 }
 

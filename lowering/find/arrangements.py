@@ -203,7 +203,8 @@ def operands_of(graph: fx.Graph) -> Iterator[_Operand]:
             if operand is not None:
                 wide = len(shape_of(operand.node) or ()) > 3
                 lead = _lead(operand) if wide else (shape_of(softmax) or ())[:-2]
-                yield replace(operand, lead=lead if len(lead) == 2 else (), softmax=softmax)
+                two = lead[:2] if len(lead) in (2, 3) else ()  # queries may have an axis of groups
+                yield replace(operand, lead=two, softmax=softmax)
 
 
 def _lead(operand: _Operand) -> tuple[Any, ...]:

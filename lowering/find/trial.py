@@ -141,6 +141,13 @@ class Trial:
             beyond = ({**tried, symbol: tried[symbol] + reach} for symbol in ordered)
             yield from (sizes for sizes in beyond if self._are_sizes(sizes))
 
+    def with_room(self, sizes: Mapping[Any, int], cache: fx.Node) -> Mapping[Any, int]:
+        """Return sizes to try by which a cache has more slots than all the other sizes together."""
+        slots = value_of(cache).shape[2]
+        own = slots.node.expr.free_symbols if isinstance(slots, torch.SymInt) else ()
+        room = sum(sizes.values())
+        return {symbol: size + room * (symbol in own) for symbol, size in sizes.items()}
+
     def _symbols(self) -> list[Any]:
         """Return the symbols that the steps may depend on: those of sizes, and of numbers that steps are given."""
         symbols: set[Any] = set()

@@ -198,13 +198,11 @@ class UpdateTrial(Trial):
 
     def _with_room(self) -> Iterator[Mapping[Any, int]]:
         """Yield sizes to try; then the same with a buffer that has room for all tokens, wherever they begin."""
-        slots = value_of(self._past).shape[2]
-        own = slots.node.expr.free_symbols if isinstance(slots, torch.SymInt) else ()
         for sizes in self.assignments(_TRIALS, far=False):
             yield sizes
-            if own:
-                room = sum(sizes.values())
-                yield {symbol: size + room * (symbol in own) for symbol, size in sizes.items()}
+            roomy = self.with_room(sizes, self._past)
+            if roomy != sizes:
+                yield roomy
 
     def _is_beyond(self, sizes: Mapping[Any, int], starts: Sequence[Any], last: int) -> bool:
         """Return whether some of the numbers leave no room for the tokens."""

@@ -139,7 +139,7 @@ class _Arranger:
         for node, how in self._arranged.items():
             if node.op == "placeholder":
                 made[node] = self._take(node, how)
-            elif can_be_allocated(node, how):
+            elif can_be_allocated(node, how) and not self._is_joined(how):
                 made[node] = self._allocate(node, how)
         for node, how in self._arranged.items():
             if node not in made:

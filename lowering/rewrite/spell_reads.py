@@ -66,6 +66,7 @@ _MOVES = (
     *("clone", "repeat_interleave", "repeat", "tile", "stack", "cat", "unbind", "chunk", "split"),
     *("gather", "index_select"),
 )
+_SIZES = ("size", "getitem", "getattr")
 _TRIALS = 3
 _MOST = 64  # steps between a cache and attention, far more than any spelling takes
 
@@ -93,9 +94,18 @@ def spell_reads(graph: Graph) -> PassReport:
         read = find_read(operand, kept)
         if read is not None:
             changes.append(f"{operand} is read as {spell(graph.fx, read)}")
+            _erase_unread_sizes(graph.fx)
             graph.updates.pop(operand, None)  # the same as the one that is returned
     graph.used |= {node for node in graph.fx.nodes if node.users}
     return PassReport(tuple(changes))
+
+
+def _erase_unread_sizes(graph: fx.Graph) -> None:
+    """Erase the sizes that nothing reads any more: they would pass for readers of a cache."""
+    for node in reversed(list(graph.nodes)):
+        is_size = target_name(node) in _SIZES and not isinstance(value_of(node), Tensor)
+        if is_size and not node.users:
+            graph.erase_node(node)
 
 
 def find_read(operand: fx.Node, kept: Collection[fx.Node], in_turn: bool = False) -> Read | None:
@@ -232,7 +242,8 @@ class Read(Trial):
         if self._is_written_between(place):
             return False
         try:
-            return all(self._holds(sizes) for sizes in self.assignments(_TRIALS))
+            tried = [self.with_room(sizes, self.cache) for sizes in self.assignments(_TRIALS)]
+            return all(map(self._holds, tried))
         except CANNOT_BE_RUN:
             return False
 
