@@ -15,16 +15,18 @@ from kvq_compile.kernels.cache.higher_order import register
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering import logs
-from kvq_compile.lowering.find.arrangements import is_packed, propose
+from kvq_compile.lowering.find.arrangements import is_packed, kept_and_read, propose
 from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
+from kvq_compile.lowering.find.reasons import NO_CACHE, NOT_UNDERSTOOD
 from kvq_compile.lowering.find.settled import settle_sizes
 from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.flows import tell_captured, tell_rewritten
 from kvq_compile.lowering.graph import Graph, Pass
+from kvq_compile.lowering.nodes import source_name
 from kvq_compile.lowering.outputs import Plain
 from kvq_compile.lowering.rewrite.add_tables import add_tables
 from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
@@ -138,7 +140,21 @@ def lower(
     arranged = _lower_arranged(gm, example_inputs, *about)
     if arranged.arranged is not None:
         return arranged
-    return lowered if outcomes else replace(lowered, reports=arranged.reports)
+    told = lowered.reports if outcomes else arranged.reports
+    if lowered.states or not all(report.detail == NO_CACHE for report in told):
+        return replace(lowered, reports=told)
+    return replace(lowered, reports=[*told, *_untold(gm.graph)])
+
+
+def _untold(graph: fx.Graph) -> list[SiteReport]:
+    """Return a report on caches of a graph none of whose attentions was found to read one."""
+    try:
+        caches = kept_and_read(graph)
+    except Exception as error:
+        return [SiteReport(0, "", "", "left alone", str(unexpected(error)))]
+    names = sorted({source_name(x) if x.op == "placeholder" else "a result" for x in caches})
+    reason = f"{NOT_UNDERSTOOD}: {', '.join(names)}"
+    return [SiteReport(0, "", "", "left alone", reason)] if names else []
 
 
 def _lower_arranged(

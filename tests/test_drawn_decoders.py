@@ -170,6 +170,20 @@ UNTOLD = replace(
     sliced=True,
     ending="again, emptied",
 )
+UNSEEN = replace(
+    PLAIN,
+    layout="[B, S, H, 2*D]",
+    write="one_hot_sum",
+    container="nn.Buffer",
+    attention="baddbmm",
+    sharing="repeat_interleave",
+    scale="score",
+    softmax="fp32",
+    mask="additive",
+    layers=2,
+    batch=1,
+    ending="another batch",
+)
 FLAT = replace(PLAIN, layout="[B, S, H*D]")
 THAWED = replace(
     PLAIN,
@@ -192,6 +206,7 @@ THAWED = replace(
 @example(drawn=replace(CRASHED, layers=2, scale="key", dynamic=True))
 @example(drawn=SILENT)
 @example(drawn=UNTOLD)
+@example(drawn=UNSEEN)
 @example(drawn=replace(PLAIN, write="copy_into_narrow", dynamic=True))
 @example(drawn=replace(FLAT, write="padded", container="nn.Buffer", attention="head"))
 @example(drawn=THAWED)

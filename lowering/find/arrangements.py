@@ -148,6 +148,13 @@ def kept_by(graph: fx.Graph) -> list[fx.Node]:
     return [*(x for x in arguments if x in writers or _is_kept(x, results)), *results]
 
 
+def kept_and_read(graph: fx.Graph) -> list[fx.Node]:
+    """Return those of the tensors that may be caches which keys or values of an attention are made of."""
+    kept = dict.fromkeys(kept_by(graph))
+    behind = [dict.fromkeys(above(operand.node)) for operand in operands_of(graph)]
+    return [x for x in kept if any(_source(x, each) is not None for each in behind)]
+
+
 def can_be_allocated(tensor: fx.Node, how: Arrangement) -> bool:
     """Return whether a tensor is one that the call allocates, and could allocate in another layout."""
     if target_name(tensor) not in ALLOCATIONS:

@@ -12,6 +12,7 @@ from kvq_compile.lowering.find.writes import writes_of
 from kvq_compile.lowering.nodes import VIEWS, root_of, same, shape_of, target_name, value_of
 
 NO_CACHE = "keys and values are not kept after the call"
+NOT_UNDERSTOOD = "an attention that is not understood reads what is kept after the call"
 BY_OPTION = "left in 16 bit by the option layers"
 A_PART_IS_KEPT = (
     "only a part of the keys and values is kept, "
