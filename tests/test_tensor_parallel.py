@@ -9,6 +9,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="tp_plan needs accelerate")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch is built without gloo", allow_module_level=True)
 

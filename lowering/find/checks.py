@@ -52,7 +52,8 @@ def check_tensors(attention: Attention, key: State, value: State) -> None:
             heads, 1
         )  # one head is broadcast even where nothing says so
         matches = same(heads * state.repeats, query.shape[1])
-        if not matches and not (shared and state.repeats == 1 and same(query.shape[1] % heads, 0)):
+        groups = shared and state.repeats == 1 and query.shape[1] % heads == 0  # guarded on
+        if not matches and not groups:
             raise Refusal(
                 f"{query.shape[1]} query heads do not match {heads} KV heads repeated {state.repeats} times"
             )
