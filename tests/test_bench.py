@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvq_compile.bench import kernels
+from kvq_compile.bench import clock, kernels
 from kvq_compile.bench.caches import ROLES, Shape, boundary, filled, random_spec
 from kvq_compile.bench.peers import BASELINE, PEERS
 from kvq_compile.bench.place import place
@@ -24,8 +24,6 @@ SMALL = Shape(2, 700, heads=4, kv_heads=2, head_size=64)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
     """Time a call once: what is tested here is not how fast it is."""
-    from kvq_compile.bench import clock
-
     monkeypatch.setitem(clock.ROUNDS, "cpu", 1)
     monkeypatch.setattr(clock, "COLD_BYTES", 4)
 
@@ -57,12 +55,22 @@ def test_the_step_that_fills_a_page_fills_it() -> None:
     cursor = step.caches[0].parts[3]
     pages = int(cursor[1])
     last = boundary(step.caches[0].layout, SMALL.context) - 1
-    for _ in range(2):  # as often as it is timed
-        step.append(last)()
-        assert cursor.tolist() == [last + 1, pages + 1]
+    for slot, filled_pages in ((last, pages + 1), (last, pages + 1), (SMALL.context, pages)):
+        assert kernels.append_time([step], slot) > 0  # it writes as often as it is timed
+        assert cursor.tolist() == [slot + 1, filled_pages]
         cursor[1] = pages
-    step.append(SMALL.context)()
-    assert cursor.tolist() == [SMALL.context + 1, pages]
+
+
+def test_layers_in_turn_have_caches_of_their_own_and_are_alike(monkeypatch) -> None:
+    step = kernels.Step(kernels.Case("kivi:bits=2", SMALL), CPU)
+    monkeypatch.setattr(clock, "COLD_BYTES", 2 * sum(each.packed_bytes for each in step.caches) + 1)
+    layers = step.in_turn()
+    assert len(layers) == 3
+    kept = [part.data_ptr() for each in layers for cache in each.caches for part in cache.parts]
+    assert len(kept) == len(set(kept))
+    outputs = [each.attend()() for each in layers]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 def test_an_attention_that_is_wrong_is_found(monkeypatch) -> None:

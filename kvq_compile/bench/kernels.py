@@ -8,10 +8,12 @@ codes; beside it stands the error of 16-bit attention to the same tokens.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile.bench.caches import ROLES, Cache, Shape, boundary, filled, random_spec, tokens
-from kvq_compile.bench.clock import microseconds
+from kvq_compile.bench.clock import layers_in_turn, microseconds
 from kvq_compile.bench.peers import BASELINE, PEERS, peer
 from kvq_compile.bench.rows import PLACE, add_rows, key_of, read_rows, reason, short_cell
 from kvq_compile.kernels import ops, reference
@@ -188,13 +190,17 @@ def _measure_peer(case: Case, row: Row, device: torch.device) -> Row:
     query = tokens(shape, shape.heads, 1, case.dtype, device)
     pair = [tokens(shape, shape.kv_heads, shape.context, case.dtype, device) for _ in ROLES]
     attend = peer(case.method)
-    time = microseconds(lambda: attend(query, *pair), device)
     read = sum(each.numel() * each.element_size() for each in pair)
+    others = [[each.clone() for each in pair] for _ in range(1, layers_in_turn(read, device))]
+    time = microseconds([partial(attend, query, *each) for each in (pair, *others)], device)
     return replace(row, us=time, bits=8.0 * case.dtype.itemsize, gbps=read / time / 1e3)
 
 
 class Step:
-    """One decoding step over packed caches: what attends, and what writes."""
+    """One layer of a decoding step over packed caches: what attends, and what writes.
+
+    Attention has a mask, since `generate` gives one at every step.
+    """
 
     def __init__(self, case: Case, device: torch.device) -> None:
         shape, like = case.shape, (case.dtype, device)
@@ -204,6 +210,22 @@ class Step:
         self.query = tokens(shape, shape.heads, 1, *like)
         self.new = [tokens(shape, shape.kv_heads, 1, *like) for _ in ROLES]
         self.score = Score(shape.head_size**-0.5)
+        self.mask = torch.ones(
+            shape.batch, 1, 1, shape.context + 1, dtype=torch.bool, device=device
+        )
+
+    def in_turn(self) -> list[Step]:
+        """Return this layer and as many like it, with caches of their own, as have to be read in turn."""
+        layers = [self]
+        for _ in range(
+            1, layers_in_turn(sum(each.packed_bytes for each in self.caches), self.device)
+        ):
+            layers.append(copy.copy(self))
+            layers[-1].caches = [
+                replace(cache, parts=[part.clone() for part in cache.parts])
+                for cache in self.caches
+            ]
+        return layers
 
     def slots(self, slot: int) -> tuple[Tensor | None, int | None]:
         """Return where a token goes: a position on a GPU, which does not wait for it, a number elsewhere."""
@@ -217,21 +239,17 @@ class Step:
         place = self.slots(self.shape.context)
         constants = [*keys.constants, *values.constants]
         return lambda: ops.attend(
-            *(self.query, *self.new, keys.parts, values.parts, constants, None, *place),
+            *(self.query, *self.new, keys.parts, values.parts, constants, self.mask, *place),
             *(self.score, keys.layout, values.layout),
         )
 
     def append(self, slot: int) -> Callable[[], None]:
-        """Return the writing of the new token to a slot, which puts the cursor back before it, time and again."""
+        """Return the writing of the new token to a slot."""
         keys = self.caches[0]
         position, start = self.slots(slot)
-        pages = int(keys.parts[3][1])
-        held = torch.tensor([slot, pages], dtype=torch.int32, device=self.device)
         layout = keys.layout
 
         def write() -> None:
-            for cache in self.caches:
-                cache.parts[3].copy_(held)
             weights = None
             if layout.attentive and (position is not None or slot + 1 == boundary(layout, slot)):
                 weights = ops.importance(
@@ -248,11 +266,24 @@ class Step:
         return write
 
 
+def append_time(layers: Sequence[Step], slot: int) -> float:
+    """Return the time of writing a layer's new token to a slot [µs], where cursors are put back in every step."""
+    cursors = [cache.parts[3] for layer in layers for cache in layer.caches]
+    pages = int(cursors[0][1])
+    held = torch.tensor([slot, pages], dtype=torch.int32, device=layers[0].device)
+
+    def put_back() -> None:
+        torch._foreach_copy_(cursors, [held] * len(cursors))
+
+    put_back()
+    return microseconds([layer.append(slot) for layer in layers], layers[0].device, put_back)
+
+
 def _measure(case: Case, row: Row, device: torch.device) -> Row:
-    step = Step(case, device)
-    attend, shape = step.attend(), case.shape
-    error, plain = relative_errors(step, attend)
-    time = microseconds(attend, device)
+    step, shape = Step(case, device), case.shape
+    error, plain = relative_errors(step, step.attend())
+    layers = step.in_turn()
+    time = microseconds([layer.attend() for layer in layers], device)
     packed = sum(cache.packed_bytes for cache in step.caches)
     widths = [cache.layout.bits_per_element for cache in step.caches]
     row = replace(
@@ -264,8 +295,8 @@ def _measure(case: Case, row: Row, device: torch.device) -> Row:
     last = boundary(step.caches[0].layout, shape.context) - 1
     return replace(
         row,
-        append_us=microseconds(step.append(shape.context), device),
-        flush_us=microseconds(step.append(last), device),
+        append_us=append_time(layers, shape.context),
+        flush_us=append_time(layers, last),
     )
 
 

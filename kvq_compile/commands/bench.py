@@ -82,9 +82,10 @@ def kernels(
     """Time decode attention, one token a sequence, over packed caches and over 16-bit ones.
 
     Every method and peer in one run. A row also has the error of its output
-    against attention in fp64. On a GPU, times are those of CUDA graphs with the
-    L2 cache flushed. Rows are in kernels.csv as soon as they are measured; the
-    same command with --resume goes on where one was cut short.
+    against attention in fp64. Caches of several layers are read in turn, so that
+    none is in the processor's own; on a GPU, times are those of CUDA graphs. Rows
+    are in kernels.csv as soon as they are measured; the same command with --resume
+    goes on where one was cut short.
 
     The table of docs/performance.md, on a GPU machine without git:
 
