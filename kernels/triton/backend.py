@@ -1,10 +1,17 @@
 """The four functions of the GPU backend, to which `ops` dispatches.
 
-All of them take parts of caches as `ops` has them, contiguous, and launch without waiting for the device.
+All of them take parts of caches as `ops` has them, contiguous, and launch without waiting for the device, but for
+attention of many query tokens.
 """
 
+from torch import Tensor
+
+from kvq_compile.kernels.layout import Layout
+from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.score import Score
+from kvq_compile.kernels.triton import many_queries
 from kvq_compile.kernels.triton.append import append_
-from kvq_compile.kernels.triton.attend import attend
+from kvq_compile.kernels.triton.attend import attend as attend_fused
 from kvq_compile.kernels.triton.dequantize import dequantize
 from kvq_compile.kernels.triton.importance import importance
 
@@ -16,3 +23,24 @@ SCHEMES = frozenset(("uniform", "codebook", "mixed", "channelwise"))
 def is_available() -> bool:
     """Say whether the backend can run: where there is a GPU there is Triton."""
     return True
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, keys: Packed, values: Packed,
+    key_calibrated: Calibrated, value_calibrated: Calibrated, mask: Tensor | None,
+    position: Tensor | None, start: int | None, score: Score, key_layout: Layout,
+    value_layout: Layout, sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attend as `attend.attend` says: to packed pages, or with many query tokens to dequantized pieces of them."""
+    if many_queries.takes(query, key, value, score):
+        plan = many_queries.find_plan(query, key.shape[2], mask, position, start, key_layout)
+        if plan is not None:
+            sides = (
+                many_queries.Side(key, keys, key_calibrated, key_layout),
+                many_queries.Side(value, values, value_calibrated, value_layout),
+            )
+            return many_queries.attend(query, *sides, mask, score.scale, plan)
+    return attend_fused(
+        query, key, value, keys, values, key_calibrated, value_calibrated, mask, position, start,
+        score, key_layout, value_layout, sink_logits,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """Dequantize packed pages to tokens, in Triton, bit by bit as in the specification.
 
-Attention has its own, faster code in low precision (`pages`, `mixed`). This is for other readers of a cache and for
-truncated pages.
+Attention of few tokens has its own, faster code in low precision (`pages`, `mixed`). This is for other readers of a
+cache, for attention of many tokens (`many_queries`) and for truncated pages.
 """
 
 import triton
@@ -66,29 +66,31 @@ def store_tokens(rows, page, calibration, slot, token, real, CONSTANTS: tl.const
     tl.store(rows + order, y.to(rows.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["blocks", "capacity", "length"])
+@triton.jit(do_not_specialize=["first", "skipped", "blocks", "capacity", "last"])
 def dequantize_kernel(
-    cache, calibration, out, blocks, heads, capacity, length, CONSTANTS: tl.constexpr,
+    cache, calibration, out, first, skipped, blocks, heads, capacity, last, CONSTANTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Read a block of slots, which lie in one page's place or are sinks; zeros for slots that hold no token.
 
-    Grid: (B * Hkv * ``blocks``,): of sinks, then page_size / ROWS of each page that ``length`` slots can have.
+    Grid: (B * Hkv * ``blocks``,): of sinks, then page_size / ROWS of each page that slots before ``last`` can have,
+    without the ``skipped`` blocks of slots before ``first``.
     """
     HEAD_DIM: tl.constexpr = CONSTANTS.head_dim
     SINKS: tl.constexpr = CONSTANTS.sinks
     PAGE: tl.constexpr = CONSTANTS.page_size
     SINK_BLOCKS: tl.constexpr = triton.cdiv(SINKS, ROWS)
-    head, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks + skipped
     number = (block - SINK_BLOCKS) // (PAGE // ROWS)
     token = (block - SINK_BLOCKS) % (PAGE // ROWS) * ROWS + tl.arange(0, ROWS)[:, None]
     slot = SINKS + number * PAGE + token
-    wanted = slot < length
+    wanted = slot < last
     if block < SINK_BLOCKS:
         slot = block * ROWS + tl.arange(0, ROWS)[:, None]
-        wanted = (slot < length) & (slot < SINKS)
+        wanted = (slot < last) & (slot < SINKS)
     kv_len = tl.load(cache.cursor)
-    row = out + (head * length + slot) * HEAD_DIM
+    row = out + (head * (last - first) + slot - first) * HEAD_DIM
     if (block >= SINK_BLOCKS) & (number < tl.minimum(tl.load(cache.cursor + 1), capacity)):
         page = at_page(cache, head, number, capacity, CONSTANTS)
         tables = calibrated_head(calibration, head // heads, head % heads, CONSTANTS)
@@ -100,7 +102,7 @@ def dequantize_kernel(
     exact = tl.where(slot < SINKS, slot, ring_row(tl.maximum(slot, SINKS), CONSTANTS))
     exact = exact_rows(cache, head) + exact * HEAD_DIM + channel
     x = tl.load(exact, mask=exists & (slot < kv_len), other=0.0)
-    tl.store(row + channel, x, mask=exists)
+    tl.store(row + channel, x.to(out.dtype.element_ty), mask=exists)
 
 
 def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> Tensor:
@@ -112,17 +114,28 @@ def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layou
         length: Slots to read.
         layout: The cache's layout.
     """
+    out = cache[2].new_empty(*cache[2].shape[:2], length, layout.head_dim)
+    read_slots(cache, calibrated, 0, length, layout, out)
+    return out
+
+
+def read_slots(
+    cache: Packed, calibrated: Calibrated, first: int, last: int, layout: Layout, out: Tensor
+) -> None:
+    """Read slots ``first .. last - 1`` into ``out``, contiguous ``[B, H, last - first, D]``, as `dequantize` does.
+
+    ``first`` is 0 or where a page begins: ``layout.sinks`` and whole pages.
+    """
+    if last == first:
+        return
     constants = ReadConstants.of(layout)
     (B, H), capacity = cache[2].shape[:2], page_room(cache, layout)
-    out = cache[2].new_empty(B, H, length, layout.head_dim)
-    if length == 0:
-        return out
     page = constants.page_size
     rows = min(page, max(1, TILE // triton.next_power_of_2(layout.head_dim)))
-    sinks, pages = triton.cdiv(layout.sinks, rows), triton.cdiv(max(0, length - layout.sinks), page)
-    blocks = sinks + pages * (page // rows)
+    sinks, pages = triton.cdiv(layout.sinks, rows), triton.cdiv(max(0, last - layout.sinks), page)
+    skipped = 0 if first == 0 else sinks + (first - layout.sinks) // page * (page // rows)
+    blocks = sinks + pages * (page // rows) - skipped
     dequantize_kernel[(B * H * blocks,)](
         bundle_cache([part.contiguous() for part in cache], layout), bundle_calibration(calibrated), out,
-        blocks, H, capacity, length, CONSTANTS=constants, ROWS=rows, enable_fp_fusion=False,
+        first, skipped, blocks, H, capacity, last, CONSTANTS=constants, ROWS=rows, enable_fp_fusion=False,
     )  # fmt: skip
-    return out
