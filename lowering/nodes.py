@@ -122,15 +122,17 @@ def calls(graph: fx.Graph, *names: str) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if target_name(node) in names)
 
 
-def fixed_number(x: Any) -> float | None:
+def fixed_number(x: Any, of_sizes: bool = False) -> float | None:
     """Return an argument that is a number, guarding on one that Dynamo keeps symbolic; ``None`` for all else.
 
-    A float of a model is symbolic once Dynamo has met the same code with another one: in a model of another size.
+    A float of a model is symbolic once Dynamo has met the same code with another one: in a model of another size. One
+    that is computed from sizes may be another in each call, and is a number if ``of_sizes`` says so.
     """
     if isinstance(x, fx.Node):
         x = value_of(x)
     if isinstance(x, torch.SymFloat):
-        return float(x) if x.node.has_hint() else None
+        fixed = of_sizes or not any(symbol.is_integer for symbol in x.node.expr.free_symbols)
+        return float(x) if x.node.has_hint() and fixed else None
     return x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
 
 

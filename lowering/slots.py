@@ -29,6 +29,7 @@ OVERWRITES = "cache positions are overwritten that attention goes on to read beh
 FROM_THE_END = "the cache is written at positions counted from its end"
 BEHIND = "tokens are written at positions behind the end of the cache"
 WRAPPED = "cache positions are written of a buffer that keeps the last tokens"
+UNHELD = "attention reads other cache positions than those that hold tokens, and has no mask"
 NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
 
 
@@ -85,6 +86,8 @@ class Write:
         is_evaluated: Whether it stands for other operations, which evaluation has shown to be that within the cache.
         slides: Whether the cache is rolled once it is full: positions behind its end stand for that.
         counter: The number on the device that is the first cache position, where the graph shows that one is.
+        end: Up to which cache position attention reads, where it has no mask and the graph does not show that tokens
+            are written up to there.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Write:
     is_evaluated: bool = False
     slides: bool = False
     counter: Counter | None = None
+    end: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,8 @@ class SlotCheck:
                 return Look(FROM_THE_END)
             if write.argument is None and first != 0:
                 return Look(NOT_FIRST)
+            if write.end is not None and write.end(args) != first + tokens:
+                return Look(UNHELD)
             if write.slides:
                 assert write.argument is not None
                 slots = sizes[write.argument]
@@ -224,7 +230,7 @@ class SlotCheck:
             return []
         plain = all(
             None not in (write.argument, write.counter, write.tokens)
-            and not (write.slides or write.is_update)
+            and not (write.slides or write.is_update or write.end)
             for write in self.writes
         )
         places = [write.counter.argument for write in self.writes if write.counter is not None]

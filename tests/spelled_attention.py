@@ -40,7 +40,12 @@ def heads(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def watch(attend: Attend, dtype: torch.dtype = torch.float32, lengths=(1, 1, 3)) -> Watch:
+def watch(
+    attend: Attend,
+    dtype: torch.dtype = torch.float32,
+    lengths=(1, 1, 3),
+    dynamic: bool | None = None,
+) -> Watch:
     """Feed tokens to a decoder's step with a cache that grows; hold it to the same step uncompiled."""
 
     def step(query, key, value, keys, values):
@@ -48,7 +53,7 @@ def watch(attend: Attend, dtype: torch.dtype = torch.float32, lengths=(1, 1, 3))
         return attend(query, keys, values), keys, values
 
     recorder = Watch()
-    compiled = torch.compile(step, backend=recorder)
+    compiled = torch.compile(step, backend=recorder, dynamic=dynamic)
     torch.manual_seed(0)
     plain = packed = [torch.randn(B, H, 40, D, dtype=dtype) for _ in range(2)]
     eps = torch.finfo(dtype).eps

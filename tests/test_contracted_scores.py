@@ -1,5 +1,7 @@
 """Scores that are scaled, bent or share their weight are found in any spelling; what changes them otherwise is told."""
 
+import math
+
 import pytest
 import torch
 
@@ -115,6 +117,13 @@ def hidden_weights_set(query, keys, values):
     return scores.softmax(-1).masked_fill(hidden, 0.5) @ heads(values)
 
 
+CAP, SCALE = 4.0, 0.3
+
+
+def capped_by_its_module(query, keys, values):
+    return attended(hide(torch.tanh(grouped(query, keys) * SCALE / CAP) * CAP), values)
+
+
 def capped_groups(query, keys, values):
     return attended(hide(torch.tanh(grouped(query * 0.25, keys) / 5) * 5) * 0.5, values)
 
@@ -132,6 +141,19 @@ def temperature_of_groups(query, keys, values):
     scores = hide(grouped(query, keys) * torch.linspace(0.1, 0.5, H * G).view(H, G, 1, 1))
     place = torch.arange(keys.shape[2])[-query.shape[2] :]
     return attended(scores / (place + 2.0).log()[:, None], values)
+
+
+def one_factor_behind_a_view(query, keys, values):
+    new, slots = query.shape[2], keys.shape[2]
+    keys, values = (heads(x).reshape(-1, slots, D) for x in (keys, values))
+    scores = torch.bmm(query.reshape(-1, new, D), keys.mT).view(-1, H * G, new, slots)
+    weights = hide(scores * query.abs().amax().reshape(1, 1, 1) / 20).softmax(-1)
+    return torch.bmm(weights.view(-1, new, slots), values).view(-1, H * G, new, D)
+
+
+def scaled_by_the_length(query, keys, values):
+    scores = hide(grouped(query, keys) * (math.log(keys.shape[2]) / 16))
+    return attended(scores, values)
 
 
 def temperature_below_a_cap(query, keys, values):
@@ -165,13 +187,19 @@ def one_more(query, keys, values):
 
 SCORED = (
     clamped, scaled_by_head, scaled_by_the_query, capped_groups, clamped_in_folded_heads,
-    temperature_of_groups, temperature_below_a_cap, sinks_of_groups, shifted_sinks_of_the_query, one_more,
+    temperature_of_groups, one_factor_behind_a_view, scaled_by_the_length, temperature_below_a_cap,
+    sinks_of_groups, shifted_sinks_of_the_query, one_more,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("attend", SCORED, ids=lambda attend: attend.__name__)
 def test_caps_clamps_sinks_and_factors_of_rows_are_fused_in_any_spelling(attend: Attend) -> None:
     assert_fused(watch(attend))
+
+
+def test_numbers_that_dynamo_keeps_symbolic_are_numbers() -> None:
+    """Regression: a cap of a model that is compiled with ``dynamic=True`` was taken for one computed in the graph."""
+    assert_fused(watch(capped_by_its_module, dynamic=True))
 
 
 def capped_behind_a_mask(query, keys, values):

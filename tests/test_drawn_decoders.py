@@ -235,8 +235,22 @@ MENDED = {
 }
 
 
+# Each was read dense once.
+MENDED |= {
+    "joined around and read in folded heads": replace(
+        PLAIN, write="joined_around", attention="bmm", sliced=True
+    ),
+    "a cap of a module whose numbers are symbols": replace(
+        PLAIN, attention="mT", mask="soft cap", scale="learned score", dynamic=True
+    ),
+    "no mask over tokens up to a number": replace(
+        PLAIN, write="where_in_place", attention="baddbmm", mask="none", sliced=True
+    ),
+}
+
+
 @pytest.mark.parametrize("name", MENDED)
-def test_what_was_left_in_16_bit_once_is_read_packed(name: str) -> None:
+def test_what_was_not_served_once_is_read_packed(name: str) -> None:
     outcomes, reasons, kinds = check(MENDED[name])
     assert {*kinds} <= PACKED, reasons
     assert outcomes == {"rewritten"}, reasons

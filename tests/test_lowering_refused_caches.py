@@ -87,6 +87,20 @@ def test_a_buffer_without_a_mask_is_read_dense() -> None:
     assert given[3].held() == 5
 
 
+def test_an_attention_found_by_evaluation_that_has_no_mask_is_told_that() -> None:
+    """Regression: it was told that what becomes of its softmax is not understood."""
+
+    def step(query, key, value, keys, values, position, mask):
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        weights = torch.einsum("bhtd,bhsd->bhts", query, keys).softmax(-1)
+        return torch.einsum("bhts,bhsd->bhtd", weights, values)
+
+    assert_read_dense(
+        step, buffers(), "attention reads cache positions that hold no token: there is no mask"
+    )
+
+
 def write_channels(keys, position, key):
     keys[:, :, position, :8] = key[..., :8]
 

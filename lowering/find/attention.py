@@ -96,7 +96,7 @@ def _read_sdpa(node: fx.Node) -> Attention:
     scale, causal = argument(node, 6, "scale"), argument(node, 5, "is_causal", False)
     shape = shape_of(query)
     assert shape is not None
-    factor = 1 / math.sqrt(shape[-1]) if scale is None else fixed_number(scale)
+    factor = 1 / math.sqrt(shape[-1]) if scale is None else fixed_number(scale, of_sizes=True)
     if factor is None:
         raise Refusal(SCALE_IN_GRAPH)
     if not isinstance(causal, bool):

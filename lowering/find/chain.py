@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
 from kvq_compile.kernels.score import Score
@@ -24,7 +26,14 @@ from kvq_compile.lowering.find.attention import (
     take_step,
 )
 from kvq_compile.lowering.find.trial import data_of, plain_name
-from kvq_compile.lowering.nodes import VIEWS, argument, same, shape_of
+from kvq_compile.lowering.nodes import (
+    VIEWS,
+    argument,
+    fixed_number,
+    same,
+    shape_of,
+    value_of,
+)
 from kvq_compile.lowering.sites import Refusal
 
 JOINS = ("cat", "concat", "pad")
@@ -52,7 +61,8 @@ class Chain:
     Attributes:
         base: The last cap or clamp; the product where there is none.
         score: What the steps up to there make of the product.
-        factors: Tensors that the product is multiplied by, one element for each of its rows, and whether it is divided.
+        factors: What the product is multiplied by, and whether it is divided: tensors of an element for each of its
+            rows, and numbers that sizes of the call tell.
         scaled: The steps that do so.
         sinks: Logits of sinks that are joined to the scores.
     """
@@ -77,7 +87,7 @@ class Chain:
         for place, step in enumerate(steps):
             name = plain_name(step)
             by = [other for other in step.all_input_nodes if other not in inside]
-            if name in SCALINGS and any(shape_of(other) is not None for other in by):
+            if name in SCALINGS and not all(map(_is_told, by)):
                 if place > last >= 0 or not _is_of_rows(step, by, product):
                     raise Refusal(SCALE_IN_GRAPH)
                 factors.append((by[0], "div" in name))
@@ -92,16 +102,29 @@ class Chain:
         return Chain(base, score, tuple(factors), frozenset(scaled), sinks)
 
 
+def _is_told(other: fx.Node) -> bool:
+    """Return whether what scores are multiplied by shows in a trial, or is a number that can be guarded on."""
+    number = isinstance(value_of(other), torch.SymFloat)
+    return fixed_number(other) is not None if number else shape_of(other) is None
+
+
 def _is_of_rows(step: fx.Node, by: Sequence[fx.Node], product: fx.Node) -> bool:
     """Return whether a step multiplies or divides the rows of a product, as it is laid out, by an element each."""
     shape, made = shape_of(product) or (), shape_of(step) or ()
     alike = len(shape) == len(made) and all(map(same, shape, made))
-    factor = (shape_of(by[0]) or ()) if len(by) == 1 else None
-    if factor is None or not alike or argument(step, 2, "rounding_mode") is not None:
+    factor = (shape_of(by[0]) or ()) if len(by) == 1 else None  # nor has a number any axis
+    if factor is None or argument(step, 2, "rounding_mode") is not None:
         return False
     if "div" in plain_name(step) and step.args[0] is by[0]:
         return False
-    return not factor or (isinstance(factor[-1], int) and factor[-1] == 1)
+    if is_single(factor):  # wherever the axes are
+        return len(factor) <= len(made)
+    return alike and isinstance(factor[-1], int) and factor[-1] == 1
+
+
+def is_single(shape: Sequence[Any]) -> bool:
+    """Return whether a tensor of a shape is one element."""
+    return all(isinstance(size, int) and size == 1 for size in shape)
 
 
 def _sinks(

@@ -7,6 +7,7 @@ from where they were computed, and lets cache positions without a token go unrea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,6 +24,7 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import RINGS, Attention, Life, Refusal, State
 
+UNMASKED = "attention reads cache positions that hold no token: there is no mask"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
 
@@ -121,14 +123,21 @@ def check_mask(attention: Attention, key: State) -> None:
             raise Refusal("one column of the mask stands for all cache positions")
     if key.life not in _SLOTTED or mask is not None or attention.causal:
         return
+    looked_at = end_without_mask(attention, key)
+    if key.slots is None or (looked_at is not None and key.life is Life.ALLOCATED):
+        raise Refusal(UNMASKED)
+
+
+def end_without_mask(attention: Attention, key: State) -> Any:
+    """Return up to which cache position an attention reads that has no mask, where the graph does not show that
+    tokens are written up to there; else ``None``.
+    """
+    if key.life not in _SLOTTED or attention.mask is not None or attention.causal:
+        return None
     tokens = (shape_of(key.new) or (0, 0, 0))[2]
     first = 0 if key.life is Life.ALLOCATED else value_of(key.position)
-    if (
-        key.slots is None
-        or isinstance(first, torch.Tensor)
-        or not same(value_of(key.slots), first + tokens)
-    ):
-        raise Refusal("attention reads cache positions that hold no token: there is no mask")
+    known = not isinstance(first, torch.Tensor) and key.slots is not None
+    return None if known and same(value_of(key.slots), first + tokens) else key.slots
 
 
 def check_order(attention: Attention, states: Sequence[State], order: Sequence[fx.Node]) -> None:

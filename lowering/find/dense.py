@@ -53,7 +53,15 @@ from kvq_compile.lowering.nodes import (
     value_of,
     writes_in_place,
 )
-from kvq_compile.lowering.sites import DENSE, Life, Quantization, Refusal, SiteReport, State
+from kvq_compile.lowering.sites import (
+    DENSE,
+    Attention,
+    Life,
+    Quantization,
+    Refusal,
+    SiteReport,
+    State,
+)
 
 OWN = (Life.FRESH, Life.RING_FRESH)  # all of this call's tokens
 NO_SOFTMAX = "what stands between its keys and its values is no softmax"
@@ -119,7 +127,7 @@ def tell_dense(graph: Graph) -> PassReport:
     for cache, role in stored:
         assert attending is not None
         readers = attending.readers(cache, True)
-        names = _names(readers)
+        names = _names(graph, readers)
         told = names & {*fused, *(report.node for report in graph.reports)}
         if role == "key" and readers.products and not told:
             graph.reports.append(_told(graph, cache, readers))
@@ -214,7 +222,7 @@ def _quantization(graph: Graph, found: _Candidate, role: Role) -> Quantization:
         Refusal: It cannot be.
     """
     state = found.state
-    value, names = value_of(state.base), _names(found.readers)
+    value, names = value_of(state.base), _names(graph, found.readers)
     if value.dtype not in DTYPES or value.device.type.upper() not in BACKENDS:
         raise Refusal(f"dtype {value.dtype} on {value.device.type} is not supported")
     reports = [report for report in graph.reports if report.node in names]
@@ -239,9 +247,11 @@ def _quantization(graph: Graph, found: _Candidate, role: Role) -> Quantization:
     return quantization
 
 
-def _names(readers: Readers) -> set[str]:
+def _names(graph: Graph, readers: Readers) -> set[str]:
     """Return the names by which reports may call the attentions of a cache: their softmax or their result."""
-    return {node.name for node in (*readers.attentions, *readers.products, *readers.behind)}
+    found = (graph.contractions.get(softmax) for softmax in readers.attentions)
+    laid = (each.output for each in found if isinstance(each, Attention))
+    return {node.name for node in (*readers.attentions, *readers.products, *readers.behind, *laid)}
 
 
 def _kept(graph: Graph) -> Iterator[tuple[fx.Node, Role]]:

@@ -13,7 +13,14 @@ from kvq_compile.kernels.schemes import Channelwise, Role
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.lowering.find.attention import find_attentions
-from kvq_compile.lowering.find.checks import check_mask, check_order, check_pair, check_tensors
+from kvq_compile.lowering.find.checks import (
+    UNMASKED,
+    check_mask,
+    check_order,
+    check_pair,
+    check_tensors,
+    end_without_mask,
+)
 from kvq_compile.lowering.find.contraction import dependent
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
@@ -251,6 +258,12 @@ def _check_graph(site: AttentionSite, graph: Graph) -> bool:
     is_reader = owners != [None, None]
     if is_reader and not (owners[0] is not None and _may_share(site, owners[0])):
         raise Refusal("another attention has taken over the same cache")
+    if is_reader and owners[0] is not None:
+        ends = [end_without_mask(each.attention, each.key) for each in (site, owners[0])]
+        if ends[0] is not None and not same(
+            *map(value_of, ends)
+        ):  # else that of the owner is looked at
+            raise Refusal(UNMASKED)
     check_order(site.attention, states, list(graph.fx.nodes))
     for state in states:
         check_lengths(graph, state)

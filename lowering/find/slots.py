@@ -10,6 +10,7 @@ from torch import fx
 from kvq_compile.kernels.cache.become import stays_plain
 from kvq_compile.kernels.cache.ring import takes
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.checks import end_without_mask
 from kvq_compile.lowering.find.positions import part_of
 from kvq_compile.lowering.find.reasons import OVERWRITTEN
 from kvq_compile.lowering.find.sites import left_alone
@@ -53,8 +54,16 @@ def plan_slot_checks(graph: Graph) -> PassReport:
     for site in graph.sites:
         inverted = site.attention.mask_hides
         try:
+            ends = {site.key.write: end_without_mask(site.attention, site.key)}
             found = {
-                state.write: _write(graph, state, positions, _hides(graph, state, site), inverted)
+                state.write: _write(
+                    graph,
+                    state,
+                    positions,
+                    _hides(graph, state, site),
+                    inverted,
+                    ends.get(state.write),
+                )
                 for state, _ in site.states()
                 if state.life in SLOTTED
             }
@@ -143,8 +152,9 @@ def _write(
     positions: list[fx.Node],
     hides: fx.GraphModule | bool | None,
     inverted: bool,
+    end: Any = None,
 ) -> Write | None:
-    """Plan the look at one write; ``hides`` and ``inverted`` as `Write` has them.
+    """Plan the look at one write; ``hides``, ``inverted`` and ``end`` as `Write` has them, the last as a node.
 
     Raises:
         Refusal: Its cache positions cannot be known before the call, or the buffer is to stay plain.
@@ -164,16 +174,17 @@ def _write(
     evaluated = state.is_update or (state.write is not None and EVALUATED in state.write.meta)
     about = hides, inverted, state.is_update, evaluated
     count = (shape_of(state.new) or ())[2]
+    read = None if end is None else graph.sizes.size(value_of(end))
     if not is_tensor:
         first = graph.sizes.size(value_of(position))
         return Write(name, argument, None, first, graph.sizes.size(count), *about)
     counter = None if state.life in RINGS else _counter(graph, position, count)
     if counter is not None:
         number = graph.sizes.size(count)
-        return Write(name, argument, None, None, number, *about, counter=counter)
+        return Write(name, argument, None, None, number, *about, counter=counter, end=read)
     tokens = None if same(value_of(position).numel(), count) else graph.sizes.size(count)
-    slides = state.life in RINGS
-    return Write(name, argument, _place(position, positions), None, tokens, *about, slides)
+    slides, place = state.life in RINGS, _place(position, positions)
+    return Write(name, argument, place, None, tokens, *about, slides, end=read)
 
 
 def _counter(graph: Graph, position: fx.Node, count: Any) -> Counter | None:

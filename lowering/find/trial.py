@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from kvq_compile.lowering.find.replay import number
-from kvq_compile.lowering.nodes import order_of, root_of, target_name, value_of, writes_in_place
+from kvq_compile.lowering.nodes import (
+    fixed_number,
+    order_of,
+    root_of,
+    target_name,
+    value_of,
+    writes_in_place,
+)
 from kvq_compile.lowering.sites import Refusal
 
 MIXING = (
@@ -105,6 +112,8 @@ class Trial:
         while stack:
             node = stack.pop()
             if node in needed or node in self.cuts or node in self.ignored:
+                continue
+            if isinstance(value_of(node), torch.SymFloat) and fixed_number(node) is not None:
                 continue
             is_argument = node.op not in ("call_function", "call_method", "get_attr")
             if is_argument and isinstance(value_of(node), (torch.SymInt, int)):
@@ -281,6 +290,8 @@ def blank(node: fx.Node, sizes: Mapping[Any, int]) -> Any:
     if isinstance(value, Tensor):
         shape = [size_of_trial(size, sizes) for size in value.shape]
         return torch.zeros((), dtype=value.dtype, device="cpu").expand(shape)
+    if isinstance(value, torch.SymFloat):
+        return fixed_number(value)
     return size_of_trial(value, sizes)
 
 

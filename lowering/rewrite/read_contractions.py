@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from kvq_compile.lowering.find.attention import as_spelled
+from kvq_compile.lowering.find.chain import is_single
 from kvq_compile.lowering.find.contraction import (
     Contraction,
     Find,
@@ -207,7 +208,11 @@ class _Laid:
         rows = self._joined(found.product, found.product_order, 1, rows=True)
         for factor, divides in found.chain.factors:
             assert rows is not None
-            each = self._apart(self._call("expand", factor, rows), found.product_order, 1)
+            each = factor
+            if shape_of(factor) is not None:
+                if is_single(shape_of(factor) or ()):
+                    factor = self._call("reshape", factor, [])
+                each = self._apart(self._call("expand", factor, rows), found.product_order, 1)
             values = value_of(query), value_of(each)
             made = values[0] / values[1] if divides else values[0] * values[1]
             operation = operator.truediv if divides else operator.mul

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from kvq_compile.lowering.find.trial import plain_name, writers_of
@@ -85,7 +86,7 @@ def _is_scalar(factor: Any) -> bool:
     value = value_of(factor)
     if isinstance(value, Tensor):
         return value.dim() == 0 and value.is_floating_point()
-    return fixed_number(factor) is not None
+    return isinstance(value, torch.SymFloat) or fixed_number(factor) is not None
 
 
 def _product(node: fx.Node) -> fx.Node | None:

@@ -92,12 +92,18 @@ def spell_reads(graph: Graph) -> PassReport:
         if base in returned or is_cache(base):
             continue
         read = find_read(operand, kept)
-        if read is not None:
+        if read is not None and not _is_of_update(graph, read):
             changes.append(f"{operand} is read as {spell(graph.fx, read)}")
             _erase_unread_sizes(graph.fx)
             graph.updates.pop(operand, None)  # the same as the one that is returned
     graph.used |= {node for node in graph.fx.nodes if node.users}
     return PassReport(tuple(changes))
+
+
+def _is_of_update(graph: Graph, read: Read) -> bool:
+    """Return whether a cache is read as it was to make an updated copy of it, which the attention reads."""
+    updates = graph.updates.values()
+    return any(read.cache is x.past and read.result in x.steps for x in updates)
 
 
 def _erase_unread_sizes(graph: fx.Graph) -> None:
