@@ -243,6 +243,12 @@ MENDED |= {
     "a cap of a module whose numbers are symbols": replace(
         PLAIN, attention="mT", mask="soft cap", scale="learned score", dynamic=True
     ),
+    "a head at a time, up to a number": replace(
+        PLAIN, layout="[B, H, D, S] keys", write="one_hot_in_place", attention="head", sliced=True
+    ),
+    "a head at a time, of scaled keys": replace(
+        PLAIN, write="padded", attention="head", scale="key"
+    ),
     "no mask over tokens up to a number": replace(
         PLAIN, write="where_in_place", attention="baddbmm", mask="none", sliced=True
     ),

@@ -33,6 +33,18 @@ def each_head_alone(query, key, value, held, position, mask):
     return torch.stack(outputs, 2), held
 
 
+def each_head_of_scaled_keys(query, key, value, held, position, mask):
+    """Its factor goes to the queries of four products."""
+    held = written(key, value, held, position)
+    keys, values = (held[0] * 0.25).transpose(1, 2), held[1].transpose(1, 2)
+    outputs = []
+    for head in range(H * G):
+        scores = query[:, :, head] @ keys[:, head // G].mT
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        outputs.append(weights @ values[:, head // G])
+    return torch.stack(outputs, 2), held
+
+
 def grown_and_read_twice(query, key, value, held, position, mask):
     if held is not None:
         key, value = torch.cat([held[0], key], 1), torch.cat([held[1], value], 1)
@@ -52,6 +64,7 @@ def scaled_as_it_is_read(query, key, value, held, position, mask):
     [
         (in_two_chunks, buffers),
         (each_head_alone, buffers),
+        (each_head_of_scaled_keys, buffers),
         (grown_and_read_twice, nothing),
         (scaled_as_it_is_read, buffers),
     ],
@@ -85,9 +98,31 @@ def scaled_for_values(query, key, value, held, position, mask):
     return (scores.softmax(-1) @ (values * 0.5)).transpose(1, 2), held
 
 
-@pytest.mark.parametrize(
-    "step", [read_by_a_sum_as_well, written_in_between, channels_scaled, scaled_for_values]
+def scaled_for_keys_and_values(query, key, value, held, position, mask):
+    held = written(key, key, held, position)
+    shared = (held[0] * 0.5).transpose(1, 2)
+    output = sdpa(query.transpose(1, 2), shared, shared, mask, enable_gqa=True)
+    return output.transpose(1, 2), held
+
+
+def heads_added(query, key, value, held, position, mask):
+    """A head reads the keys of another one as well."""
+    held = written(key, value, held, position)
+    outputs = []
+    for head in range(H * G):
+        keys, values = (x[:, :, head // G] for x in held)
+        scores = query[:, :, head] @ (keys + held[0][:, :, 0]).mT * 0.25
+        outputs.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values)
+    return torch.stack(outputs, 2), held
+
+
+ALIKE = (
+    *(read_by_a_sum_as_well, written_in_between, channels_scaled, scaled_for_values),
+    *(scaled_for_keys_and_values, heads_added),
 )
+
+
+@pytest.mark.parametrize("step", ALIKE)
 @pytest.mark.filterwarnings("ignore::kvq_compile.errors.KVQWarning")
 def test_what_only_looks_like_that_gives_the_plain_numbers(step: Step) -> None:
     compared(step, buffers)

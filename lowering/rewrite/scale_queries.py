@@ -44,27 +44,34 @@ def scale_queries(graph: Graph) -> PassReport:
     changes = []
     for node in [node for node in graph.fx.nodes if plain_name(node) in _SCALINGS]:
         found = _factor(node)
-        product = None if found is None else _product(node)
-        if found is None or product is None:
+        products = None if found is None else _products(node)
+        if found is None or not products:
             continue
         keys, factor = found
         if root_of(keys).op == "placeholder" and root_of(keys) not in writers_of(graph.fx):
             continue  # no cache that the call fills
-        (place, name), _ = _OPERANDS[plain_name(product)]
-        query = argument(product, place, name)
         scaling: Any = operator.truediv if "div" in plain_name(node) else operator.mul
-        with graph.fx.inserting_before(product):
-            value = scaling(value_of(query), value_of(factor))
-            scaled = insert_call(graph.fx, scaling, (query, factor), value)
-        if len(product.args) > place:
-            product.update_arg(place, scaled)
-        else:
-            product.update_kwarg(name, scaled)
+        for product in products:
+            query = _scale_query(graph.fx, product, scaling, factor)
+            changes.append(f"{query} is scaled by {factor}, and {keys} is not")
         node.replace_all_uses_with(keys)
         graph.fx.erase_node(node)
-        changes.append(f"{query} is scaled by {factor}, and {keys} is not")
     graph.used |= {node for node in graph.fx.nodes if node.users}
     return PassReport(tuple(changes))
+
+
+def _scale_query(graph: fx.Graph, product: fx.Node, scaling: Any, factor: Any) -> fx.Node:
+    """Scale the query of a product; return it as it was."""
+    (place, name), _ = _OPERANDS[plain_name(product)]
+    query: fx.Node = argument(product, place, name)
+    with graph.inserting_before(product):
+        value = scaling(value_of(query), value_of(factor))
+        scaled = insert_call(graph, scaling, (query, factor), value)
+    if len(product.args) > place:
+        product.update_arg(place, scaled)
+    else:
+        product.update_kwarg(name, scaled)
+    return query
 
 
 def _factor(node: fx.Node) -> tuple[fx.Node, Any] | None:
@@ -89,26 +96,33 @@ def _is_scalar(factor: Any) -> bool:
     return isinstance(value, torch.SymFloat) or fixed_number(factor) is not None
 
 
-def _product(node: fx.Node) -> fx.Node | None:
-    """Return the product that takes a tensor as keys, repeated or not, if nothing else reads it."""
-    for _ in range(_REACH):
-        users = [user for user in node.users if user.users or user.op == "output"]
-        if len(users) != 1:
-            return None
-        (user,) = users
-        if plain_name(user) in _OPERANDS:
-            queries, keys = (argument(user, *about) for about in _OPERANDS[plain_name(user)])
-            return (
-                user if keys is node and queries is not node and not _is_weights(queries) else None
-            )
+def _products(node: fx.Node, steps: int = _REACH) -> dict[fx.Node, None] | None:
+    """Return the products that take a tensor as keys, or parts of it, repeated or not, if nothing else reads it.
+
+    Several do where each head has a product of its own.
+    """
+    found: dict[fx.Node, None] = {}
+    users = [user for user in node.users if user.users or user.op == "output"]
+    for user in users if steps else ():
         name = plain_name(user)
+        if name in _OPERANDS:
+            queries, keys = (argument(user, *about) for about in _OPERANDS[name])
+            taken = sum(given is node for given in (*user.args, *user.kwargs.values()))
+            if keys is not node or taken != 1 or _is_weights(queries):
+                return None
+            found[user] = None
+            continue
         moves = name in (*VIEWS, *_REPEATS, "mT", "swapaxes", "swapdims", "stack", "cat")
-        given = user.args[0]
+        given = user.args[0] if user.args else ()
         moved = given if isinstance(given, (list, tuple)) else [given]
-        if not moves or any(each is not node for each in moved) or shape_of(user) is None:
+        known = shape_of(user) is not None or isinstance(value_of(user), (list, tuple))
+        if not moves or not known or any(each is not node for each in moved):
             return None
-        node = user
-    return None
+        further = _products(user, steps - 1)
+        if not further:
+            return None
+        found |= further
+    return found
 
 
 def _is_weights(node: Any) -> bool:

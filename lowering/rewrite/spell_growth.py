@@ -83,14 +83,17 @@ def _is_as_large(node: fx.Node, other: fx.Node) -> bool:
     return len(mine) == len(theirs) and all(map(same, mine, theirs))
 
 
-def of_other_spellings(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yield what may be the keys and values of products in a spelling that is not known yet, nearest first."""
+def of_other_spellings(graph: fx.Graph, of_a_head: bool = False) -> Iterator[fx.Node]:
+    """Yield what may be the keys and values of products in a spelling that is not known yet, nearest first.
+
+    ``of_a_head``: those without an axis of heads.
+    """
     for operand in operands_of(graph):
         softmax = operand.softmax
         if softmax is None or target_name(softmax) != "softmax" or attention_of(softmax):
             continue
         for node in itertools.islice(above(operand.node), _NEAR):
-            if node.op != "placeholder" and len(shape_of(node) or ()) == 4:
+            if node.op != "placeholder" and len(shape_of(node) or ()) == 4 - of_a_head:
                 yield node
 
 

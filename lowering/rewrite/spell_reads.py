@@ -85,7 +85,8 @@ def spell_reads(graph: Graph) -> PassReport:
     kept = {*returned, *graph.updates}
     found = [x for x in find_attentions(graph.fx, graph.contractions) if isinstance(x, Attention)]
     operands = [x for each in found for x in (each.key, each.value)]
-    for operand in dict.fromkeys((*operands, *of_other_spellings(graph.fx))):
+    operands += [*of_other_spellings(graph.fx), *of_other_spellings(graph.fx, of_a_head=True)]
+    for operand in dict.fromkeys(operands):
         if not operand.users:
             continue  # it went with the spelling of one before it
         base = read_base(operand)
@@ -132,7 +133,7 @@ def is_cache(node: fx.Node) -> bool:
 
 def _caches(operand: fx.Node, kept: Collection[fx.Node]) -> Iterator[fx.Node]:
     """Yield what an operand may be read from, nearest first."""
-    mine = shape_of(operand) or ()
+    mine = _shape_with_heads(operand)
     for node in above(operand):
         theirs = shape_of(node) or ()
         if node is operand or len(mine) != 4 or len(theirs) != 4:
@@ -142,6 +143,12 @@ def _caches(operand: fx.Node, kept: Collection[fx.Node]) -> Iterator[fx.Node]:
         fits = same(mine[0], theirs[0]) and same(mine[3], theirs[3])
         if fits and _times(mine[1], theirs[1]) and value_of(node).dtype == value_of(operand).dtype:
             yield node
+
+
+def _shape_with_heads(operand: fx.Node) -> tuple[Any, ...]:
+    """Return the shape of an operand as ``[B, H, S, D]``, that of a product of one head, ``[B, S, D]``, as well."""
+    shape = shape_of(operand) or ()
+    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
 
 
 def _times(heads: Any, of: Any) -> int:
@@ -209,6 +216,8 @@ def _is_prefix(part: Any) -> bool:
 class Read(Trial):
     """The operations between a cache and an operand of attention, of which other caches are no part.
 
+    An operand ``[B, S, D]`` is one head, and the cache, or the piece of a tensor of several, has just that.
+
     Args:
         operand: Keys or values as attention takes them.
         cache: What may be the cache.
@@ -224,7 +233,8 @@ class Read(Trial):
         super().__init__(operand, [cache], MIXING)
         self.in_turn, self._kept = in_turn, kept
         self.cache, self.given = cache, (root_of(cache),)
-        self.times = _times((shape_of(operand) or ())[1], (shape_of(cache) or ())[1])
+        self.times = _times(_shape_with_heads(operand)[1], (shape_of(cache) or ())[1])
+        self.of_a_head = len(shape_of(operand) or ()) == 3
 
     def is_proved(self) -> bool:
         """Return whether the operand is the first tokens of the cache, or all, with its heads repeated."""
@@ -270,7 +280,7 @@ class Read(Trial):
 
     def end(self) -> tuple[bool, Any]:
         """Return whether the cache positions that are read are known, and how many they are; ``None`` for all."""
-        size, whole = (value_of(node).shape[2] for node in (self.result, self.cache))
+        size, whole = _shape_with_heads(self.result)[2], value_of(self.cache).shape[2]
         if same(size, whole):
             return True, None
         if isinstance(size, int):
@@ -290,6 +300,8 @@ class Read(Trial):
     def _holds(self, sizes: Any) -> bool:
         cache = random_like(value_of(self.cache), sizes)
         found = self.run(sizes, {self.cache: cache.clone()})
+        if self.of_a_head:
+            found = found.unsqueeze(1)
         if not isinstance(found, Tensor) or found.dim() != 4 or found.shape[2] > cache.shape[2]:
             return False
         times, blocks = (self.times, 1) if self.in_turn else (1, self.times)
@@ -303,10 +315,12 @@ def spell(graph: fx.Graph, read: Read) -> fx.Node:
     value = value_of(operand)
     with graph.inserting_before(operand.next if read.copies() else read.first_reader()):
         if end is not None:
-            cut = value_of(node)[:, :, : value.shape[2]]
+            cut = value_of(node)[:, :, : _shape_with_heads(operand)[2]]
             node = insert_call(graph, operator.getitem, (node, (FULL, FULL, slice(None, end))), cut)
         if read.times != 1:
             node = insert_call(graph, torch.repeat_interleave, (node, read.times, 1), value)
+        if read.of_a_head:
+            node = insert_call(graph, torch.squeeze, (node, 1), value)
     operand.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
     erase_unread(graph, read.steps)
     return node
