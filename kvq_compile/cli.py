@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import kvq_compile
-from kvq_compile.commands import bench_models  # noqa: F401  (adds its commands to `bench`)
+from kvq_compile.commands import bench_calls, bench_models  # noqa: F401  (add commands to `bench`)
 from kvq_compile.commands.bench import bench
 from kvq_compile.commands.calibrate import calibrate
 from kvq_compile.commands.demo import demo

@@ -13,6 +13,7 @@ COLD_BYTES = 256 << 20  # read before the first layer is read again: more than c
 LAYERS = {"cuda": 8, "cpu": 1}  # at least, so that the launch of a graph is shared
 ROUNDS = {"cuda": 15, "cpu": 15}
 REPLAYS = 10  # of a CUDA graph, in a round
+LAUNCHED = 15  # calls that take milliseconds
 
 
 def layers_in_turn(bytes_read: int, device: torch.device) -> int:
@@ -40,6 +41,21 @@ def microseconds(
     step()
     seconds = _on_gpu(step) if device.type == "cuda" else _on_cpu(step)
     return 1e6 * statistics.median(seconds) / len(layers)
+
+
+def launched(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of a call that no graph holds, in seconds: launched and waited for, each by itself."""
+    call()
+    seconds = []
+    for _ in range(LAUNCHED):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def _on_gpu(step: Callable[[], object]) -> list[float]:
