@@ -5,7 +5,7 @@ operator first runs on its device, so importing this file does not import Triton
 
 A packed tensor is passed as two lists of tensors, its parts and its calibration constants (`packed`), and a `Layout`.
 New tokens are written to slots ``start, start + 1, ...``. The start is given either as the integer ``start`` or as the
-first element of ``position`` on the device. `append_` takes both: ``start`` is then a bound for which there is room.
+first element of ``position`` on the device. Writes take both: ``start`` is then a bound for which there is room.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from kvq_compile.kernels.packed import (
 )
 from kvq_compile.kernels.score import Score
 
-# A backend is a module with four functions, append_, attend, importance and dequantize; is_available, which says if it
-# can run on this machine; and SCHEMES, the names of the schemes that it implements. In all other cases the
-# specification runs, which is slow and runs everywhere.
+# A backend is a module with five functions, append_, append_both_, attend, importance and dequantize; is_available,
+# which says if it can run on this machine; and SCHEMES, the names of the schemes that it implements. In all other cases
+# the specification runs, which is slow and runs everywhere.
 BACKENDS = {
     "CPU": "kvq_compile.kernels.cpu.backend",
     "CUDA": "kvq_compile.kernels.triton.backend",
@@ -51,6 +51,11 @@ _SCHEMAS = (
     # to copy the whole cache first.
     "append_(Tensor(a!)[] cache, Tensor[] calibrated, Tensor x, Tensor? position, SymInt? start, "
     f"{LAYOUT} layout, Tensor? importance=None, Tensor? query=None, Tensor? after=None) -> ()",
+    # Write keys and values of the same tokens, each as `append_` does. `calibrated` has the constants of the keys, then
+    # those of the values; `query` is for the keys.
+    "append_both_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor[] calibrated, Tensor key, Tensor value, "
+    f"Tensor? position, SymInt? start, {LAYOUT} key_layout, {LAYOUT} value_layout, Tensor? importance=None, "
+    "Tensor? query=None, Tensor? after=None) -> ()",
     # Attend to the tokens before `start` of a cache and to the exact new tokens; writes nothing. `calibrated` has the
     # constants of the keys, then those of the values, then, where the score has sinks, their logits, which broadcast
     # to [B, Hq, T, 1]. Where values take part in the score, as latents do, queries have channels for both.
@@ -114,15 +119,54 @@ def append_on(
 ) -> None:
     """Append with a backend, after `adaptive` has updated older pages if the layout asks for it."""
     del after
-    packed = Packed(*cache[:4])
+    _adapt(cache, x, position, start, layout, importance)
+    relative = Calibrated.of(calibrated, layout)
+    append = backend.find("append_", layout)
+    append(Packed(*cache[:4]), relative, x, position, start, layout, importance, query)
+
+
+def append_both_on(
+    backend: Backend,
+    keys: list[Tensor],
+    values: list[Tensor],
+    calibrated: list[Tensor],
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    start: int | None,
+    key_layout: Layout,
+    value_layout: Layout,
+    importance: Tensor | None = None,
+    query: Tensor | None = None,
+    after: Tensor | None = None,
+) -> None:
+    """Append keys and values of the same tokens with a backend: see `append_on`."""
+    del after
+    _adapt(keys, key, position, start, key_layout, importance)
+    _adapt(values, value, position, start, value_layout, importance)
+    of_keys = key_layout.calibrated_tensors
+    backend.find("append_both_", key_layout, value_layout)(
+        *(Packed(*keys[:4]), Packed(*values[:4])),
+        Calibrated.of(calibrated[:of_keys], key_layout),
+        Calibrated.of(calibrated[of_keys:], value_layout),
+        *(key, value, position, start, key_layout, value_layout, importance, query),
+    )
+
+
+def _adapt(
+    cache: list[Tensor],
+    x: Tensor,
+    position: Tensor | None,
+    start: int | None,
+    layout: Layout,
+    importance: Tensor | None,
+) -> None:
+    """Let `adaptive` update older pages of a cache before it is written, if its layout asks for it."""
     if layout.adaptive is not None:
         from kvq_compile.kernels.adaptive.hook import before_append
 
         first = start if position is None else None  # beside a position it is a bound
-        before_append(packed, cache[4:], x, position, first, layout, importance)
-    relative = Calibrated.of(calibrated, layout)
-    append = backend.find("append_", layout)
-    append(packed, relative, x, position, start, layout, importance, query)
+        before_append(Packed(*cache[:4]), cache[4:], x, position, first, layout, importance)
 
 
 def _attend_on(
@@ -225,7 +269,7 @@ def _below_autocast(name: str) -> Callable[..., object]:
     return run
 
 
-for _name in ("quantize", "append_", "attend", "importance", "dequantize"):
+for _name in ("quantize", "append_", "append_both_", "attend", "importance", "dequantize"):
     for _key in AUTOCAST:
         _library.impl(_name, _below_autocast(_name), _key)
 
@@ -233,6 +277,7 @@ for _device, _module in BACKENDS.items():
     _library.impl("quantize", _quantize, _device)
     _backend = Backend(_module)
     _library.impl("append_", partial(append_on, _backend), _device)
+    _library.impl("append_both_", partial(append_both_on, _backend), _device)
     _library.impl("attend", partial(_attend_on, _backend), _device)
     _library.impl("importance", partial(_importance_on, _backend), _device)
     _library.impl("dequantize", partial(_dequantize_on, _backend), _device)
@@ -247,6 +292,7 @@ def _(
 
 
 @torch.library.register_fake("kvq::append_", lib=_library)
+@torch.library.register_fake("kvq::append_both_", lib=_library)
 def _(*args: object, **kwargs: object) -> None:
     del args, kwargs
 
@@ -282,6 +328,7 @@ def _(cache: list[Tensor], calibrated: list[Tensor], length: int, layout: Layout
 
 quantize = torch.ops.kvq.quantize.default
 append_ = torch.ops.kvq.append_.default
+append_both_ = torch.ops.kvq.append_both_.default
 attend = torch.ops.kvq.attend.default
 dequantize = torch.ops.kvq.dequantize.default
 importance = torch.ops.kvq.importance.default

@@ -17,13 +17,19 @@ from kvq_compile.kernels.cache.trim import first_of
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import MIN_SIZE, PARTS, part_names
 from kvq_compile.kernels.spec import QUERIES
-from kvq_compile.lowering.nodes import insert_call, size_of, value_of
+from kvq_compile.lowering.nodes import insert_call, same, size_of, value_of
 from kvq_compile.lowering.sites import Attention, Quantization
 
 Slots = tuple[Any, Any]  # ``position, start`` as the operators take them: one of the two is None
 # Importance of a cache's tokens and the queries that it is to hold, where its layout asks.
 Seen = tuple[fx.Node | None, fx.Node | None]
 UNSEEN: Seen = (None, None)
+
+
+def same_slots(a: Slots, b: Slots) -> bool:
+    """Return whether tokens go to the same slots, as far as nodes and symbols tell."""
+    (position, start), (other_position, other_start) = a, b
+    return position is other_position and same(value_of(start), value_of(other_start))
 
 
 def slots_from(first: Any) -> Slots:
@@ -87,6 +93,20 @@ class CacheNodes:
         """Write ``new`` ``[B, H, T, D]`` into the cache; ``after`` is what has to read it first."""
         arguments = (self.parts, self.calibrated, new, *slots, self.layout, *seen, after)
         return insert_call(graph, ops.append_, arguments)
+
+    def append_both(
+        self,
+        graph: fx.Graph,
+        values: CacheNodes,
+        new: tuple[fx.Node, fx.Node],
+        slots: Slots,
+        after: fx.Node,
+        seen: Seen,
+    ) -> fx.Node:
+        """Write new keys into this cache and values of the same tokens into ``values``."""
+        constants = *self.calibrated, *values.calibrated
+        arguments = self.parts, values.parts, constants, *new, *slots, self.layout, values.layout
+        return insert_call(graph, ops.append_both_, (*arguments, *seen, after))
 
     def attend(
         self,

@@ -26,7 +26,7 @@ from kvq_compile.lowering.sites import (
 Lane = Literal["query", "keys", "values"]
 MOST = 24  # steps of a picture
 REACH = 6  # steps followed from an attention that was refused to its caches
-_WRITES = ("quantize", "append_")
+_WRITES = ("quantize", "append_", "append_both_")
 _KVQ = (*_WRITES, "attend", "dequantize", "importance")
 
 
@@ -311,9 +311,14 @@ def _taken(node: fx.Node, name: str, state: State, graph: Graph) -> list[fx.Node
         written = node.args[0]
         own = written in (state.base, state.whole, state.returned)
         return [written] if own and isinstance(written, fx.Node) else None
-    parts, _, written = node.args[:3]
     cache = graph.caches.get(state.cache) if state.cache is not None else None
     cache = cache or graph.made.get(state.base)
-    if cache is None or parts[0] is not cache.parts[0]:  # type: ignore[index]
-        return None
-    return [written, *cache.parts[:1]]  # type: ignore[list-item]
+    if name == "append_both_":
+        keys, values, _, key, value = node.args[:5]
+        pairs = [(keys, key), (values, value)]
+    else:
+        pairs = [(node.args[0], node.args[2])]
+    for parts, written in pairs:
+        if cache is not None and parts[0] is cache.parts[0]:  # type: ignore[index]
+            return [written, *cache.parts[:1]]  # type: ignore[list-item]
+    return None

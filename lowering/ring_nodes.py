@@ -31,23 +31,31 @@ def slots_held(graph: fx.Graph, cache: CacheNodes, ring: Ring) -> Slots:
     return vector, None
 
 
-def append(
-    graph: fx.Graph,
-    cache: CacheNodes,
-    ring: Ring,
-    new: fx.Node,
-    after: fx.Node | None = None,
-    seen: Seen = UNSEEN,
-) -> None:
-    """Write ``new`` behind the tokens held, at the graph's insert point; of more than the ring keeps, the last."""
+def placed(
+    graph: fx.Graph, ring: Ring, new: fx.Node, slots: Slots, seen: Seen = UNSEEN
+) -> tuple[fx.Node, Slots, Seen]:
+    """Return what a ring writes of ``new``, of more than it keeps the last, and where, at the graph's insert point.
+
+    Args:
+        graph: The nodes.
+        ring: What the graph writes.
+        new: The new tokens.
+        slots: Where the tokens held end.
+        seen: What comes with the new tokens.
+    """
     if not overwrites(ring):
-        cache.append(graph, new, slots_held(graph, cache, ring), after, seen)
-        return
-    slots = (shape_of(ring.past) or ())[2]
-    if not same((shape_of(new) or ())[2], slots):
-        last = FULL, FULL, slice(-int(slots), None)
-        new = insert_call(graph, operator.getitem, (new, last), value_of(new)[:, :, -int(slots) :])
-    cache.append(graph, new, (None, 0), after, (None, seen[1]))  # bits by range alone
+        return new, slots, seen
+    slots_kept = (shape_of(ring.past) or ())[2]
+    if not same((shape_of(new) or ())[2], slots_kept):
+        last, kept = slice(-int(slots_kept), None), value_of(new)[:, :, -int(slots_kept) :]
+        new = insert_call(graph, operator.getitem, (new, (FULL, FULL, last)), kept)
+    return new, (None, 0), (None, seen[1])  # bits by range alone
+
+
+def append(graph: fx.Graph, cache: CacheNodes, ring: Ring, new: fx.Node) -> None:
+    """Write ``new`` behind the tokens held, at the graph's insert point; of more than the ring keeps, the last."""
+    held = (None, 0) if overwrites(ring) else slots_held(graph, cache, ring)
+    cache.append(graph, *placed(graph, ring, new, held)[:2])
 
 
 def columns_of(graph: fx.Graph, ring: Ring, key: fx.Node) -> Any:

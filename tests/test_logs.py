@@ -51,7 +51,7 @@ def test_graphs_shows_the_nodes_around_a_site_before_and_after(caplog) -> None:
     assert any("scaled_dot_product_attention(" in line for line in gone)
     assert sum("cat(" in line for line in gone) == 2
     assert sum(" = attend" in line for line in made) == 1
-    assert sum(" = append_" in line for line in made) == 2
+    assert sum(" = append_both_" in line for line in made) == 1
 
 
 def test_timing_tells_the_time_of_every_pass(caplog) -> None:

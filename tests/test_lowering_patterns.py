@@ -164,7 +164,7 @@ def test_a_cache_grown_by_cat_is_attended_to_quantized(step) -> None:
     assert_same(grow, step, recorder)
     assert recorder.before[-1]["cat"] == 2
     assert recorder.last["attend"] == 1
-    assert recorder.last["append_"] == 2
+    assert recorder.last["append_both_"] == 1
     assert not recorder.last.keys() & {
         "cat",
         "softmax",
@@ -314,7 +314,7 @@ def test_a_buffer_written_in_place_becomes_quantized_and_is_read_so(step) -> Non
     recorder = Recorder()
     assert_same(fill, step, recorder)
     assert recorder.last["attend"] == 1
-    assert recorder.last["append_"] == 2
+    assert recorder.last["append_both_"] == 1
     written = {"index_copy_", "setitem", "scaled_dot_product_attention", "dequantize", "softmax"}
     assert not recorder.last.keys() & written
     assert len(recorder.after) == 3  # a plain buffer, one token, several tokens

@@ -143,7 +143,7 @@ def test_a_scheme_that_no_backend_knows_runs_as_specified_and_is_told(
     assert torch.equal(loaded.dequantize(), ops.dequantize(cut[0], [], 100, layouts[0]))
 
 
-@pytest.mark.parametrize("name", ["append_", "attend", "importance", "dequantize"])
+@pytest.mark.parametrize("name", ["append_", "append_both_", "attend", "importance", "dequantize"])
 @pytest.mark.parametrize("kind", [scheme.name for scheme in schemes.SCHEMES])
 def test_a_device_without_code_of_its_own_takes_the_specification(name: str, kind: str) -> None:
     backend = ops.Backend(ops.SPECIFICATION)

@@ -20,7 +20,7 @@ from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.testing import DTYPES, lengths, page_layouts
 
-NAMES = ("append_", "attend", "dequantize", "importance", "quantize")
+NAMES = ("append_", "append_both_", "attend", "dequantize", "importance", "quantize")
 SPECS = {
     "int4": CacheSpec(Uniform(4), Uniform(4), 2, 5, 32),
     "int3": CacheSpec(Uniform(3, group_size=16), Uniform(1), 0, 0, 32),
@@ -78,6 +78,9 @@ def test_operators_keep_their_declarations(name: str, dtype: torch.dtype, slot: 
         torch.library.opcheck(ops.append_, (parts, [], at["new"], *where, layout))
         behind = None, None, at["query"]
         torch.library.opcheck(ops.append_, (parts, [], at["new"], *where, layout, *behind))
+    both = (*at["parts"], [], at["new"], at["new"], *where, *at["layouts"])
+    torch.library.opcheck(ops.append_both_, both)
+    torch.library.opcheck(ops.append_both_, (*both, None, None, at["query"]))
 
 
 def test_every_operator_is_registered_once() -> None:
@@ -102,7 +105,7 @@ def test_only_the_operator_with_an_underscore_mutates(name: str) -> None:
     written = [
         a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     ]
-    assert written == (["cache"] if name.endswith("_") else [])
+    assert written == {"append_": ["cache"], "append_both_": ["keys", "values"]}.get(name, [])
     assert schema.is_mutable == name.endswith("_")
 
 
@@ -148,7 +151,7 @@ def value_like(key: Layout, value: Layout) -> Layout:
 # What Inductor makes of them
 
 
-def step(after: bool, position: bool) -> Callable[..., Tensor]:
+def step(after: bool, both: bool) -> Callable[..., Tensor]:
     """Return one layer's step: attend, then append."""
     layouts = case("int4", torch.float32)["layouts"]
 
@@ -158,21 +161,24 @@ def step(after: bool, position: bool) -> Callable[..., Tensor]:
         caches, about = (parts[:4], parts[4:]), (None, where, start, Score(0.125), *layouts)
         output = ops.attend(query, new, new, *caches, [], *about)
         behind = output if after else None
-        for cache, layout in zip(caches, layouts, strict=True):
-            ops.append_(cache, [], new, where, start, layout, None, None, behind)
+        if both:
+            ops.append_both_(*caches, [], new, new, where, start, *layouts, None, None, behind)
+        else:
+            for cache, layout in zip(caches, layouts, strict=True):
+                ops.append_(cache, [], new, where, start, layout, None, None, behind)
         return output * 2
 
     return attend_then_append
 
 
-def copies_of_codes(after: bool, position: bool) -> int:
+def copies_of_codes(after: bool, both: bool, position: bool) -> int:
     """Compile a step and count the buffers of the shape of the codes that its code allocates."""
     at = case("int4", torch.float32)
     where = (torch.tensor([80]), None) if position else (None, 80)
     parts = (*at["parts"][0], *at["parts"][1])
-    expected = step(after, position)(at["query"], at["new"], *where, *[p.clone() for p in parts])
+    expected = step(after, both)(at["query"], at["new"], *where, *[p.clone() for p in parts])
     torch._dynamo.reset()
-    compiled = torch.compile(step(after, position), fullgraph=True, dynamic=False)
+    compiled = torch.compile(step(after, both), fullgraph=True, dynamic=False)
     with torch.no_grad():
         output, code = run_and_get_code(compiled, at["query"], at["new"], *where, *parts)
     torch.testing.assert_close(output, expected)
@@ -182,11 +188,12 @@ def copies_of_codes(after: bool, position: bool) -> int:
 
 
 @pytest.mark.parametrize("position", [True, False])
+@pytest.mark.parametrize("both", [True, False])
 def test_inductor_appends_behind_an_attention_without_copying_the_cache(
-    position: bool, fresh_dynamo: None
+    both: bool, position: bool, fresh_dynamo: None
 ) -> None:
     """`after` orders the write behind the attention. torch 2.13 keeps that order here without it, too."""
-    assert copies_of_codes(True, position) == 0
+    assert copies_of_codes(True, both, position) == 0
 
 
 def test_the_count_of_copies_sees_a_copy(fresh_dynamo: None) -> None:

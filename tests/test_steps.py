@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 OPTIONS: dict[str, Any] = {"method": "int2", "window": 4, "page_size": 32, "inner": "eager"}
 LAYOUTS = [backend.make_config(OPTIONS).spec.layout(role, 32) for role in ("key", "value")]
+WRITES = (ops.append_, ops.append_both_)
 REPLAYED = "are replayed from CUDA graphs"
 
 
@@ -43,7 +44,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         waits = func._schema.is_mutable and memory(given[0]) not in self.own
-        result = (None if func is ops.append_ else args[0]) if waits else func(*args, **kwargs)
+        result = (None if func in WRITES else args[0]) if waits else func(*args, **kwargs)
         made = {memory(x) for x in tree_leaves(result) if isinstance(x, Tensor)}
         self.own |= made - {memory(x) for x in given}
         self.calls.append((func, args, kwargs, result))

@@ -1,4 +1,4 @@
-"""The four functions of the CPU backend, as `ops` calls them."""
+"""The five functions of the CPU backend, as `ops` calls them."""
 
 from __future__ import annotations
 
@@ -44,6 +44,26 @@ def append_(
     """Write new tokens and quantize full pages: see `append.append_`."""
     first = first_slot(position, start)
     writing.append_(cache, calibrated, x, first, layout, importance, query)
+
+
+def append_both_(
+    keys: Packed,
+    values: Packed,
+    key_calibrated: Calibrated,
+    value_calibrated: Calibrated,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    start: int | None,
+    key_layout: Layout,
+    value_layout: Layout,
+    importance: Tensor | None = None,
+    query: Tensor | None = None,
+) -> None:
+    """Write new keys and values, one after the other; ``query`` is for the keys."""
+    first = first_slot(position, start)
+    append_(keys, key_calibrated, key, None, first, key_layout, importance, query)
+    append_(values, value_calibrated, value, None, first, value_layout, importance)
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""The specification as a backend: the four functions in plain torch, for any device.
+"""The specification as a backend: the five functions in plain torch, for any device.
 
 It runs where the backend of a device cannot, as on a machine without a C++ compiler, and for schemes that the backend
 does not implement. It is slow: each call of `attend` dequantizes the whole cache.
@@ -37,6 +37,26 @@ def append_(
     """Write new tokens and quantize full pages: see `cache.append_`."""
     first = _first_slot(position, start)
     reference.append_(*cache.paged(layout), x, first, layout, calibrated, importance, query)
+
+
+def append_both_(
+    keys: Packed,
+    values: Packed,
+    key_calibrated: Calibrated,
+    value_calibrated: Calibrated,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    start: int | None,
+    key_layout: Layout,
+    value_layout: Layout,
+    importance: Tensor | None = None,
+    query: Tensor | None = None,
+) -> None:
+    """Write new keys and values, one after the other; ``query`` is for the keys."""
+    first = _first_slot(position, start)
+    append_(keys, key_calibrated, key, None, first, key_layout, importance, query)
+    append_(values, value_calibrated, value, None, first, value_layout, importance)
 
 
 def attend(

@@ -8,10 +8,11 @@ A page is read twice, first in tiles of groups, then in tiles of packed words. T
 dimension and grouping, and the second read hits the cache. If tokens are transformed before quantization, the
 transformed page is written to fp32 scratch memory first and read from there.
 
-Up to a page of new tokens (decoding) take one launch. Programs then agree on who moves the cursor by counting
-arrivals in the upper bits of the page count, which every program reads through a mask and the last one clears: no
-memory besides the cursor, no order between programs. More tokens take three launches, or four where a cache finds
-something of itself from its first pages, which all of them then need.
+Up to a page of new tokens (decoding) take one launch, for keys and values together. Where no page fills, a program
+does the same whether or not the cursor has moved, and the first one moves it. Else programs agree on who does by
+counting arrivals in the upper bits of the page count, which every program reads through a mask and the last one
+clears: no memory besides the cursor, no order between programs. More tokens take three launches a cache, or four where
+a cache finds something of itself from its first pages, which all of them then need.
 
 Where tokens go follows from lengths on the device (`residual.plan_write`), and the host never waits for them. It
 checks what it knows: the room for pages, when ``start`` is an integer. What it cannot know is guarded: a write that
@@ -57,12 +58,25 @@ MAX_ARRIVALS = (1 << 11) - 1  # in the upper bits of cursor[1]
 TILE = 4096  # elements a program holds at once: 32 fp32 registers of each of 128 threads
 
 
+class Side(NamedTuple):
+    """What is written into one cache: its `CacheBundle` and `Calibration`; new tokens and queries (`Strided`), and how
+    many of the last new tokens have a known query; scratch memory; `Weights` of tokens.
+    """
+
+    cache: Any
+    calibration: Any
+    new: Any
+    query: Any
+    known: Any
+    scratch: Any
+    importance: Any
+
+
 class Shape(NamedTuple):
-    """KV heads, new tokens, and how many of the last new tokens have a known query."""
+    """KV heads, and new tokens."""
 
     heads: Any
     tokens: Any
-    known: Any
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -208,136 +222,151 @@ def _quantize_page(
 
 @triton.jit
 def _find_state(
-    source, query, cursor, scratch, calibration, write, shape, batch, kv_head,
-    CONSTANTS: tl.constexpr, TILE: tl.constexpr,
+    side, source, scratch, calibration, write, tokens, batch, kv_head, CONSTANTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Write queries of a head and then, if a page fills, what the cache finds of itself, which depends on them."""
-    write_queries(
-        query, source.tail, cursor, write, shape.tokens, shape.known, batch, kv_head, CONSTANTS
-    )
+    write_queries(side.query, source.tail, write, tokens, side.known, batch, kv_head, CONSTANTS)
     tl.debug_barrier()
     if write.pages > write.kept:
         last = CONSTANTS.sinks + (write.pages - 1) * CONSTANTS.page_size
         channelwise_write.find_state(source, last, scratch, calibration.tables, CONSTANTS, TILE)
 
 
-# --- kernels --------------------------------------------------------------------------------------
+@triton.jit
+def _move_cursor(cursor, write, tokens):
+    """Move the cursor of a write that all programs of a cache take part in, each once it is done."""
+    if write.repeats:
+        if tl.program_id(0) == 0:
+            tl.store(cursor, write.start + tokens)
+    else:
+        tl.debug_barrier()
+        word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
+        if word // ARRIVAL == tl.num_programs(0) - 1:
+            tl.store(cursor + 1, write.pages)
+            tl.store(cursor, write.start + tokens)
 
 
-@triton.jit(do_not_specialize=["start", "capacity"])
-def append_kernel(
-    cache, calibration, x, query, scratch, importance, position, start, capacity, shape,
-    CONSTANTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+@triton.jit
+def _append(
+    side, position, start, capacity, shape, CONSTANTS: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor too.
-
-    Grid: (B * Hkv, pages that the new tokens can fill).
-    """
+    """Do for one cache what a program of `append_kernel` does."""
     head, number = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
+    cache, importance = side.cache, side.importance
     write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
-    new = at_head(x, batch, kv_head)
+    new = at_head(side.new, batch, kv_head)
     index = write.kept + number
     page = at_page(cache, head.to(tl.int64), index, capacity, CONSTANTS)
     exact = page.exact
-    scratch += (head.to(tl.int64) * tl.num_programs(1) + number) * CONSTANTS.scratch_size
-    tables = calibrated_head(calibration, batch, kv_head, CONSTANTS)
+    size: tl.constexpr = CONSTANTS.scratch_size
+    scratch = side.scratch + (head.to(tl.int64) * tl.num_programs(1) + number) * size
+    tables = calibrated_head(side.calibration, batch, kv_head, CONSTANTS)
     first = CONSTANTS.sinks + index * CONSTANTS.page_size
-    source = Source(new, x.token, exact, tail_of(page, CONSTANTS), first, write.start)
+    source = Source(new, side.new.token, exact, tail_of(page, CONSTANTS), first, write.start)
     if write.ok & write.cut & (number == 0):
         _reopen(source, page, tables, CONSTANTS, ROWS)
     if WHOLE and CONSTANTS.bit_rows > 0 and write.ok:
         _find_state(
-            source, query, cache.cursor, scratch, tables, write, shape, batch, kv_head, CONSTANTS,
-            TILE,
-        )  # fmt: skip
+            side, source, scratch, tables, write, shape.tokens, batch, kv_head, CONSTANTS, TILE
+        )
     if write.ok & (index < write.pages):
         offset = batch * importance.batch + kv_head * importance.head
         weights = HeadWeights(importance.pointer, offset, importance.slots)
         _quantize_page(source, page, scratch, tables, weights, CONSTANTS, TILE)
         tl.debug_barrier()
-    if WHOLE:
-        if write.ok:
-            for row in range(0, shape.tokens, ROWS):
-                write_rows(exact, new, x.token, row, write, shape.tokens, CONSTANTS, ROWS)
-            if CONSTANTS.bit_rows == 0:
-                write_queries(
-                    query, source.tail, cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
-                    CONSTANTS,
-                )  # fmt: skip
-        tl.debug_barrier()
-        word = tl.atomic_add(cache.cursor + 1, ARRIVAL, sem="acq_rel")
-        if word // ARRIVAL == tl.num_programs(0) - 1:
-            tl.store(cache.cursor + 1, tl.where(write.ok, write.pages, word % ARRIVAL))
-            if write.ok:
-                tl.store(cache.cursor, write.start + shape.tokens)
+    if WHOLE and write.ok:
+        for row in range(0, shape.tokens, ROWS):
+            write_rows(exact, new, side.new.token, row, write, shape.tokens, CONSTANTS, ROWS)
+        if CONSTANTS.bit_rows == 0:
+            write_queries(
+                side.query, source.tail, write, shape.tokens, side.known, batch, kv_head, CONSTANTS
+            )
+        _move_cursor(cache.cursor, write, shape.tokens)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["start", "capacity", "other_capacity"])
+def append_kernel(
+    side, other, position, start, capacity, other_capacity, shape, CONSTANTS: tl.constexpr,
+    OTHER: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Pack one full page; with ``WHOLE``, which has one page at most, write exact rows and cursor too.
+
+    Grid: (B * Hkv, pages that the new tokens can fill, caches: one, or two where there is an ``OTHER``).
+    """
+    if OTHER is None or tl.program_id(2) == 0:
+        _append(side, position, start, capacity, shape, CONSTANTS, ROWS, TILE, WHOLE)
+    else:
+        _append(other, position, start, other_capacity, shape, OTHER, ROWS, TILE, WHOLE)
 
 
 @triton.jit(do_not_specialize=["start", "capacity"])
 def state_kernel(
-    cache, calibration, x, query, scratch, position, start, capacity, shape, pages, CONSTANTS: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+    side, position, start, capacity, shape, pages, CONSTANTS: tl.constexpr, TILE: tl.constexpr
+):
     """Write queries and what a cache finds of itself, before `append_kernel` packs up to ``pages`` pages.
 
     Grid: (B * Hkv,).
     """
     head = tl.program_id(0).to(tl.int64)
     batch, kv_head = head // shape.heads, head % shape.heads
+    cache, new = side.cache, side.new
     write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
     page = at_page(cache, head, 0, capacity, CONSTANTS)
     first = CONSTANTS.sinks + write.kept * CONSTANTS.page_size
     source = Source(
-        at_head(x, batch, kv_head),
-        x.token,
-        page.exact,
-        tail_of(page, CONSTANTS),
-        first,
+        at_head(new, batch, kv_head), new.token, page.exact, tail_of(page, CONSTANTS), first,
         write.start,
-    )
-    scratch += head * pages * CONSTANTS.scratch_size
+    )  # fmt: skip
+    scratch = side.scratch + head * pages * CONSTANTS.scratch_size
     if write.ok:
+        tables = calibrated_head(side.calibration, batch, kv_head, CONSTANTS)
         _find_state(
-            source, query, cache.cursor, scratch,
-            calibrated_head(calibration, batch, kv_head, CONSTANTS), write, shape, batch, kv_head,
-            CONSTANTS, TILE,
-        )  # fmt: skip
+            side, source, scratch, tables, write, shape.tokens, batch, kv_head, CONSTANTS, TILE
+        )
 
 
 @triton.jit(do_not_specialize=["start", "capacity"])
 def rows_kernel(
-    cache, x, query, position, start, capacity, shape, CONSTANTS: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
+    side, position, start, capacity, shape, CONSTANTS: tl.constexpr, ROWS: tl.constexpr
+):
     """Write the new tokens that stay exact, and queries, after `append_kernel` has read the rows they replace.
 
     Grid: (B * Hkv, blocks of ``ROWS`` among the tokens that can stay).
     """
     head, block = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
+    cache = side.cache
     write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
     if write.ok:
-        new = at_head(x, batch, kv_head)
+        new = at_head(side.new, batch, kv_head)
         page = at_page(cache, head.to(tl.int64), 0, capacity, CONSTANTS)
-        write_rows(page.exact, new, x.token, block * ROWS, write, shape.tokens, CONSTANTS, ROWS)
+        write_rows(
+            page.exact, new, side.new.token, block * ROWS, write, shape.tokens, CONSTANTS, ROWS
+        )
         if (block == 0) & (CONSTANTS.bit_rows == 0):
+            tail = tail_of(page, CONSTANTS)
             write_queries(
-                query, tail_of(page, CONSTANTS), cache.cursor, write, shape.tokens, shape.known, batch, kv_head,
-                CONSTANTS,
-            )  # fmt: skip
+                side.query, tail, write, shape.tokens, side.known, batch, kv_head, CONSTANTS
+            )
 
 
 @triton.jit(do_not_specialize=["start", "capacity"])
-def cursor_kernel(cache, position, start, capacity, shape, CONSTANTS: tl.constexpr):
+def cursor_kernel(cursor, position, start, capacity, tokens, CONSTANTS: tl.constexpr):
     """Move the cursor behind the new tokens.
 
     Grid: (1,).
     """
-    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
+    write = plan_write(cursor, position, start, tokens, capacity, CONSTANTS)
     tl.debug_barrier()
     if write.ok:
-        tl.store(cache.cursor, write.start + shape.tokens)
-        tl.store(cache.cursor + 1, write.pages)
+        tl.store(cursor, write.start + tokens)
+        tl.store(cursor + 1, write.pages)
 
 
 # --- on the host ----------------------------------------------------------------------------------
@@ -365,6 +394,55 @@ def append_(
         NotImplementedError: The layout is mixed and has tables.
         ValueError: ``start`` is given and the new tokens do not fit.
     """
+    _write((_prepare(cache, calibrated, x, start, layout, importance, query),), position, start)
+
+
+def append_both_(
+    keys: Packed, values: Packed, key_calibrated: Calibrated, value_calibrated: Calibrated,
+    key: Tensor, value: Tensor, position: Tensor | None, start: int | None, key_layout: Layout,
+    value_layout: Layout, importance: Tensor | None = None, query: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write new keys and values as `append_` does, in one launch where they are few; ``query`` is for the keys."""
+    writes = (
+        _prepare(keys, key_calibrated, key, start, key_layout, importance, query),
+        _prepare(values, value_calibrated, value, start, value_layout, importance, None),
+    )
+    if all(write.whole for write in writes) and writes[0].shape == writes[1].shape:
+        _write(writes, position, start)
+    else:
+        for write in writes:
+            _write((write,), position, start)
+
+
+class Write(NamedTuple):
+    """What is launched to write into one cache.
+
+    Attributes:
+        side, constants, shape: What kernels take.
+        capacity: Pages that the cache has room for.
+        heads: KV heads of all sequences.
+        pages: Pages that the new tokens can fill.
+        rows: New tokens that a program copies at once.
+        token_rows: Exact rows of tokens.
+        whole: Whether one launch does all.
+    """
+
+    side: Side
+    constants: WriteConstants
+    shape: Shape
+    capacity: int
+    heads: int
+    pages: int
+    rows: int
+    token_rows: int
+    whole: bool
+
+
+def _prepare(
+    cache: Packed, calibrated: Calibrated, x: Tensor, start: int | None, layout: Layout,
+    importance: Tensor | None, query: Tensor | None,
+) -> Write:  # fmt: skip
+    """Return what is to be launched for `append_`, which says what it is given; check it."""
     B, H, tokens, head_dim = x.shape
     constants = WriteConstants.of(layout)
     mixed = constants.scheme == "mixed"
@@ -375,36 +453,42 @@ def append_(
     capacity = page_room(cache, layout)
     # Slots on the device may be any: a cache that grows takes the first of them as a number.
     check_room(cache, layout.token_rows if start is None else start + tokens, layout)
-    if tokens == 0:
-        return
-    bundle, new, slot = (
-        bundle_cache(cache, layout),
-        bundle_tensor(x),
-        (position, start or 0, capacity),
-    )
+    new = bundle_tensor(x)
     pages = triton.cdiv(tokens, layout.page_size)
-    whole = pages == 1 and B * H <= MAX_ARRIVALS and capacity < MAX_PAGES
     known = 0 if query is None else min(query.shape[2], tokens)
     # Of no queries, none is read.
     queries = new if query is None else bundle_tensor(query[:, :, query.shape[2] - known :])
-    shape = Shape(H, tokens, known)
     rows = min(triton.next_power_of_2(tokens), max(1, TILE // triton.next_power_of_2(head_dim)))
     size = constants.scratch_size
     scratch = x.new_empty(B * H * pages, size, dtype=torch.float32) if size else x
-    relative = bundle_calibration(calibrated)
-    if constants.bit_rows and not whole:
-        state_kernel[(B * H,)](
-            bundle, relative, new, queries, scratch, *slot, shape, pages, CONSTANTS=constants,
-            TILE=TILE, enable_fp_fusion=False,
-        )  # fmt: skip
-    append_kernel[(B * H, pages)](
-        bundle, relative, new, queries, scratch,
-        bundle_importance(importance if mixed and layout.attentive else None), *slot, shape,
-        CONSTANTS=constants, ROWS=rows, TILE=TILE, WHOLE=whole, enable_fp_fusion=False,
+    weights = bundle_importance(importance if mixed and layout.attentive else None)
+    side = Side(
+        bundle_cache(cache, layout), bundle_calibration(calibrated), new, queries, known, scratch,
+        weights,
     )  # fmt: skip
-    if not whole:
-        blocks = triton.cdiv(min(tokens, layout.token_rows), rows)
-        rows_kernel[(B * H, blocks)](
-            bundle, new, queries, *slot, shape, CONSTANTS=constants, ROWS=rows
+    whole = pages == 1 and B * H <= MAX_ARRIVALS and capacity < MAX_PAGES
+    return Write(
+        side, constants, Shape(H, tokens), capacity, B * H, pages, rows, layout.token_rows, whole
+    )
+
+
+def _write(writes: tuple[Write, ...], position: Tensor | None, start: int | None) -> None:
+    """Launch what writes into one cache, or into two caches of which one launch does all."""
+    write, other = writes[0], writes[-1] if len(writes) > 1 else None
+    side, constants, shape = write[:3]
+    if shape.tokens == 0:
+        return
+    slot = position, start or 0, write.capacity
+    if constants.bit_rows and not write.whole:
+        state_kernel[(write.heads,)](
+            side, *slot, shape, write.pages, CONSTANTS=constants, TILE=TILE, enable_fp_fusion=False
         )
-        cursor_kernel[(1,)](bundle, *slot, shape, CONSTANTS=constants)
+    append_kernel[(write.heads, write.pages, len(writes))](
+        side, None if other is None else other.side, *slot, other.capacity if other else 0, shape,
+        CONSTANTS=constants, OTHER=None if other is None else other.constants,
+        ROWS=min(each.rows for each in writes), TILE=TILE, WHOLE=write.whole, enable_fp_fusion=False,
+    )  # fmt: skip
+    if not write.whole:
+        blocks = triton.cdiv(min(shape.tokens, write.token_rows), write.rows)
+        rows_kernel[(write.heads, blocks)](side, *slot, shape, CONSTANTS=constants, ROWS=write.rows)
+        cursor_kernel[(1,)](side.cache.cursor, *slot, shape.tokens, CONSTANTS=constants)

@@ -1,4 +1,4 @@
-"""The four functions of the GPU backend, to which `ops` dispatches.
+"""The five functions of the GPU backend, to which `ops` dispatches.
 
 All of them take parts of caches as `ops` has them, contiguous, and launch without waiting for the device, but for
 attention of many query tokens.
@@ -10,12 +10,20 @@ from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.triton import many_queries
-from kvq_compile.kernels.triton.append import append_
+from kvq_compile.kernels.triton.append import append_, append_both_
 from kvq_compile.kernels.triton.attend import attend as attend_fused
 from kvq_compile.kernels.triton.dequantize import dequantize
 from kvq_compile.kernels.triton.importance import importance
 
-__all__ = ["SCHEMES", "append_", "attend", "dequantize", "importance", "is_available"]
+__all__ = [
+    "SCHEMES",
+    "append_",
+    "append_both_",
+    "attend",
+    "dequantize",
+    "importance",
+    "is_available",
+]
 
 SCHEMES = frozenset(("uniform", "codebook", "mixed", "channelwise"))
 

@@ -28,16 +28,21 @@ class Plan(NamedTuple):
 
     Attributes:
         start: Slot of the first new token.
+        held: Tokens before the write.
         kept, pages: Pages that stay as they are, and pages afterwards.
         cut: Whether the page behind those kept is cut open.
         ok: Whether the write leaves no gap and fits; else nothing is written.
+        repeats: Whether a program that finds the cursor moved already does the same: no page is filled or cut open,
+            and no token is forgotten behind the new ones.
     """
 
     start: Any
+    held: Any
     kept: Any
     pages: Any
     cut: Any
     ok: Any
+    repeats: Any
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -57,7 +62,9 @@ def plan_write(cursor, position, start, tokens, capacity, CONSTANTS: tl.constexp
     filled = tl.maximum(start + tokens - SINKS - CONSTANTS.window, 0) // PAGE
     pages = tl.maximum(kept, filled)
     ok = (start >= 0) & (start <= kv_len) & (pages <= capacity)
-    return Plan(start, kept, pages, kept < packed, ok)
+    # The cursor then is start + tokens with as many pages, of which again all are kept, for none lies behind start.
+    repeats = (pages == packed) & (kept == packed) & (kv_len <= start + tokens)
+    return Plan(start, kv_len, kept, pages, kept < packed, ok, repeats)
 
 
 @triton.jit
@@ -82,12 +89,10 @@ def write_rows(
 
 
 @triton.jit
-def write_queries(
-    query, tail, cursor, plan, tokens, known, batch, kv_head, CONSTANTS: tl.constexpr
-):
+def write_queries(query, tail, plan, tokens, known, batch, kv_head, CONSTANTS: tl.constexpr):
     """Write the queries of the last ``known`` new tokens to their rows, and zeros for queries no longer known.
 
-    Mirrors the specification, for the KV head (int64) whose tail of exact rows is ``tail``, before the cursor moves.
+    Mirrors the specification, for the KV head (int64) whose tail of exact rows is ``tail``.
     Nothing is done unless the layout holds queries.
     """
     if CONSTANTS.queries > 0:
@@ -99,7 +104,7 @@ def write_queries(
         row = tl.arange(0, ROWS)[:, None]
         end = plan.start + tokens
         slot = end - 1 - (end - 1 - row // SHARED_BY + QUERIES) % QUERIES  # the last in this row
-        lost = (slot >= plan.start) | (slot + QUERIES < tl.load(cursor))
+        lost = (slot >= plan.start) | (slot + QUERIES < plan.held)
         exists = (row < QUERIES * SHARED_BY) & (channel < HEAD_DIM)
         query_head = kv_head * SHARED_BY + row % SHARED_BY
         token = (slot - end + known).to(tl.int64)

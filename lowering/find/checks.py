@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvq_compile.kernels.cache.trim import first_of
 from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.lowering.find.positions import same_value
 from kvq_compile.lowering.find.trims import window_of
@@ -77,7 +78,7 @@ def _check_dtypes(attention: Attention, key: State, value: State) -> None:
 
 
 def check_pair(key: State, value: State) -> None:
-    """Make sure that keys and values are two caches that move together; guards on their numbers of tokens if need be.
+    """Make sure that keys and values are two caches that move together; guards on numbers of tokens if need be.
 
     Raises:
         Refusal: They are not.
@@ -92,6 +93,11 @@ def check_pair(key: State, value: State) -> None:
     windows = [None if state.kept is None else window_of(state.kept) for state in (key, value)]
     if (key.kept is None) != (value.kept is None) or windows[0] != windows[1]:
         raise Refusal("keys and values are kept in sliding windows of different lengths")
+    if key.life is Life.GROWN:
+        held = [value_of(state.past) for state in (key, value)]
+        ends = [(cache.shape[2], first_of(cache.trim)) for cache in held]
+        if any(bool(a != b) for a, b in zip(*ends, strict=True)):  # merges their symbols
+            raise Refusal("keys and values hold different numbers of tokens")
     if key.life in RINGS:
         slots = [(shape_of(state.past) or ())[2] for state in (key, value)]
         if not same(*slots) or not same_value(key.position, value.position):

@@ -18,6 +18,7 @@ from kvq_compile.lowering.nodes import shape_of, value_of
 from kvq_compile.lowering.sites import Refusal
 from kvq_compile.lowering.sizes import SizeReader
 
+_NEW = {ops.append_: 2, ops.append_both_: 3}  # where operators take new tokens
 FIXED = "the length of a cache is a number of compile time, as in the first graph that meets it"
 
 
@@ -120,8 +121,8 @@ def _new_tokens(nodes: fx.Graph) -> Any:
     """Return how many tokens a call appends to its caches."""
     found: dict[Any, Any] = {}
     for node in nodes.nodes:
-        if node.target is ops.append_:
-            size = (shape_of(node.args[2]) or (None,) * 3)[2]
+        if node.target in _NEW:
+            size = (shape_of(node.args[_NEW[node.target]]) or (None,) * 3)[2]
             found[expression_of(size)] = size
     if len(found) > 1 or None in found:
         raise Refusal("it is not clear that all caches take equally many tokens")

@@ -21,12 +21,23 @@ from kvq_compile.lowering.find.trial import (
 )
 from kvq_compile.lowering.graph import Graph, PassReport, copy_module
 from kvq_compile.lowering.lengths import ALIGNED
-from kvq_compile.lowering.nodes import changed_roots, root_of, target_name, value_of
+from kvq_compile.lowering.nodes import (
+    changed_roots,
+    root_of,
+    target_name,
+    value_of,
+    writes_in_place,
+)
 from kvq_compile.lowering.outputs import Extended, Given, Plain
 from kvq_compile.lowering.sites import Refusal, unexpected
 
 # Of each operator, its arguments that may have a column a cache position; then where its position and its start are.
-_ARGUMENTS = {ops.attend: ((6,), 7, 8), ops.importance: ((4,), 5, 6), ops.append_: ((6,), 3, 4)}
+_ARGUMENTS = {
+    ops.attend: ((6,), 7, 8),
+    ops.importance: ((4,), 5, 6),
+    ops.append_: ((6,), 3, 4),
+    ops.append_both_: ((9,), 5, 6),
+}
 _ARITHMETIC = (
     *("add", "sub", "mul", "rsub", "add_", "sub_", "iadd", "isub"),
     *("lt", "le", "gt", "ge", "eq", "ne"),
@@ -45,10 +56,10 @@ def fix_lengths(graph: Graph) -> PassReport:
 
     Before:  positions = arange(T) + length; mask = arange(length + T) <= positions[:, None]
              output = kvq.attend(query, key, value, *keys, *values, mask, start=length)
-             kvq.append_(*keys, key, start=length)
+             kvq.append_both_(*keys, *values, key, value, start=length)
     After:   positions = arange(T) + held[0]; mask = arange(length + T) <= positions[:, None]
              output = kvq.attend(query, key, value, *keys, *values, mask, position=held[0])
-             kvq.append_(*keys, key, position=held[0], start=length)
+             kvq.append_both_(*keys, *values, key, value, position=held[0], start=length)
              where ``held`` is a tensor on the device, and ``length`` any bound of what it holds
     Because: the same numbers then serve every step until a cache grows, and a step can be replayed from a CUDA graph.
              Masks get columns for empty cache positions, which attention does not read.
@@ -161,7 +172,7 @@ def _take_values(node: fx.Node, values: _Values) -> bool:
         held = values.position(node.args[start])
         if held is not None:
             node.update_arg(position, held)
-            if node.target is not ops.append_:  # which checks that there is room for the bound
+            if not writes_in_place(node):  # which checks that there is room for the bound
                 node.update_arg(start, None)
         return held is not None
     if not isinstance(value_of(node), Tensor):

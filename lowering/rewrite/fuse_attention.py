@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.cache_nodes import CacheNodes, Slots, slots_from
+from kvq_compile.lowering.cache_nodes import CacheNodes, Seen, Slots, same_slots, slots_from
 from kvq_compile.lowering.find.rings import Ring
 from kvq_compile.lowering.find.sites import HELD
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -22,9 +22,9 @@ from kvq_compile.lowering.rewrite.weigh_tokens import (
     weigh_tokens,
 )
 from kvq_compile.lowering.ring_nodes import (
-    append,
     columns_of,
     mask_of_memory,
+    placed,
     room_for_call,
     slots_held,
 )
@@ -37,7 +37,7 @@ def fuse_attention(graph: Graph) -> PassReport:
     Before:  keys = cat([past_keys, key], 2); values = cat([past_values, value], 2)   # or index_copy_
              output = scaled_dot_product_attention(query, repeat(keys), repeat(values), mask)
     After:   output = kvq.attend(query, key, value, *past_keys, *past_values, mask)
-             kvq.append_(*past_keys, key, after=output); kvq.append_(*past_values, value, after=output)
+             kvq.append_both_(*past_keys, *past_values, key, value, after=output)
     Because: decoding is bound by memory bandwidth: it reads every byte of the cache once a step.
 
     Leaves alone: attention whose keys and values are all of this call (`Life.FRESH`, `Life.GROWN_PLAIN`,
@@ -70,16 +70,40 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
         fused, mask, of_ring = _attend(graph, last, site, keys, values)
         last = replace(last, key=key, value=value)
         weights = weigh_tokens(nodes, last, keys, mask, *of_ring)
-        for state, cache in ((key, keys), (value, values)):
-            seen = seen_by(last, state, weights)
-            if of_ring:
-                append(nodes, cache, graph.rings[state.base], state.new, fused, seen)
-            else:
-                cache.append(nodes, state.new, first_slot(nodes, state, cache), fused, seen)
+        _append(graph, last, (keys, values), fused, weights, of_ring[0] if of_ring else None)
+        for state in (key, value):
             if state.write is not None:
                 erase_write(graph, state)
     _replace(graph, last, fused)
     return fused
+
+
+def _append(
+    graph: Graph,
+    site: AttentionSite,
+    caches: tuple[CacheNodes, CacheNodes],
+    fused: fx.Node,
+    weights: fx.Node | None,
+    behind: Slots | None,
+) -> None:
+    """Write the new tokens of a site, at the insert point: keys and values at once where both go to the same slots.
+
+    ``behind`` says where those of a ring end.
+    """
+    nodes = graph.fx
+    writes: list[tuple[fx.Node, Slots, Seen]] = []
+    for (state, _), cache in zip(site.states(), caches, strict=True):
+        seen = seen_by(site, state, weights)
+        if behind is None:
+            writes.append((state.new, first_slot(nodes, state, cache), seen))
+        else:
+            writes.append(placed(nodes, graph.rings[state.base], state.new, behind, seen))
+    (key, slots, seen), (value, other_slots, _) = writes
+    if same_slots(slots, other_slots):
+        caches[0].append_both(nodes, caches[1], (key, value), slots, fused, seen)
+        return
+    for cache, (new, at, seen) in zip(caches, writes, strict=True):
+        cache.append(nodes, new, at, fused, seen)
 
 
 def _attend(
