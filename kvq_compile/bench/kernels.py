@@ -245,7 +245,8 @@ class Step:
 
     def append(self, slot: int) -> Callable[[], None]:
         """Return the writing of the new token to a slot."""
-        keys = self.caches[0]
+        keys, values = self.caches
+        constants = [*keys.constants, *values.constants]
         position, start = self.slots(slot)
         layout = keys.layout
 
@@ -256,12 +257,10 @@ class Step:
                     *(self.query, self.new[0], keys.parts, keys.constants, None, position, start),
                     *(slot + 1, self.score, True, layout.queries, layout),
                 )
-            for cache, x in zip(self.caches, self.new, strict=True):
-                asked = self.query if cache.layout.queries else None
-                ops.append_(
-                    *(cache.parts, cache.constants, x, position, start, cache.layout),
-                    *(weights if cache.layout.attentive else None, asked),
-                )
+            ops.append_both_(
+                *(keys.parts, values.parts, constants, *self.new, position, start),
+                *(layout, values.layout, weights, self.query if layout.queries else None),
+            )
 
         return write
 
