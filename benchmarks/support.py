@@ -18,8 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 from threading import Timer
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from support_page import CALLS, MODES, PAGE, cell, page
 from transformers import DynamicCache, PretrainedConfig, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
@@ -36,22 +36,12 @@ from kvq_compile import KVQWarning
 from kvq_compile.history import watching
 from kvq_compile.loading import cache_argument
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/support.md"
+ROWS = Path(__file__).resolve().parent / "results/support.jsonl"
 VERSIONS = f"torch {torch.__version__}, transformers {transformers.__version__}"
 OPTIONS = {"method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"}
-CALLS, SLOTS = (48, 1, 1, 3), 85  # tokens of each call; one page is packed in the first
+SLOTS = 85  # more than the tokens of all calls
 # A call gets its tokens; and a cache, which the model does not return; all tokens until then; one token at a time.
 WAYS = ("new", "handed", "all", "single")
-MODES = [("eager", "dynamic"), ("eager", "static"), ("sdpa", "dynamic"), ("sdpa", "static")]
-
-ABOUT = """Causal language models of the installed transformers, each built small from its configuration class with
-random weights, prefilled with {first} tokens and fed {further} further calls under `int8`. Key and value tensors of
-the cache are counted: *packed*, read as they are stored; *dense*, stored quantized and read as an ordinary tensor;
-*16 bit*, left as they are. *Change* is the largest change of a logit, relative to the largest logit; *exact* is that
-of the last call against the model on an ordinary cache of the same contents, in fp32: what the quantizer is not to
-blame for. An empty cell is a mode that the model does not run in without kvq. Made by `make support`; {versions}.
-"""
 
 # What configurations call their sizes, by the size that they are given here.
 SIZES: dict[int, str] = {
@@ -98,22 +88,7 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"hidden_size": 128, "embedding_dim": 128},
 )
 LISTS = ("layer_types", "layers_block_type")  # names of the kinds of layers
-DRAFTS = (
-    "keeps no keys and values: it drafts for another model, and reads the keys and values of that"
-)
-REASONS = {
-    "gemma4_assistant": DRAFTS,
-    "gemma4_unified_assistant": DRAFTS,
-    "blt": "transformers itself cannot make its cache: `BltConfig` has no `num_hidden_layers`",
-    "gemma3n": "`TimmWrapperModel` requires the timm library; its decoder is surveyed as `gemma3n_text`",
-}
-# Why caches of softmax attentions stay in 16 bit, where the reason that a graph gives does not say it all.
-EXCEPTIONS = {
-    "deepseek_v4": "keys and values are one tensor, a window of which is joined to entries that are compressed from "
-    "other tokens; attention reads the two as one",
-    "mpt": "the model cuts its biases at a length that it reads from the device, so that PyTorch compiles the write "
-    "into the cache and the attention that reads it as two graphs, neither of which shows a cache",
-}
+UNFINISHED = "took too long or ended its process"
 ATTENDING = re.compile(r"^(?!linear)\w*attention|hybrid")
 
 
@@ -339,122 +314,11 @@ def survey_all(
             timer.cancel()
             model = left.pop(0)
             about = {"model": model, "attention": mode[0], "cache": mode[1], "versions": VERSIONS}
-            yield (
-                json.loads(line)
-                if line
-                else about | {"untried": "took too long or ended its process"}
-            )
+            yield json.loads(line) if line else about | {"unfinished": UNFINISHED}
             if line is None:
                 break
         worker.kill()
         worker.wait()
-
-
-# The page
-
-
-def page(rows: Sequence[dict[str, Any]]) -> str:
-    """Return ``docs/support.md``."""
-    versions = "; ".join(sorted({row["versions"] for row in rows}))
-    modes = [
-        mode for mode in MODES if any((row["attention"], row["cache"]) == mode for row in rows)
-    ]
-    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        found[row["model"]][row["attention"], row["cache"]] = row
-    tried = {
-        model: each
-        for model, each in found.items()
-        if any("packed" in row for row in each.values())
-    }
-    lines = [
-        "# Which decoders are served",
-        "",
-        ABOUT.format(first=CALLS[0], further=len(CALLS) - 1, versions=versions),
-        *_summary(rows, modes),
-        "",
-        "| model | "
-        + " | ".join(f"{attention}, {cache}" for attention, cache in modes)
-        + " | change | exact |",
-        "|---" * (len(modes) + 3) + "|",
-    ]
-    for model in sorted(tried):
-        cells = [_cell(tried[model].get(mode)) for mode in modes]
-        change = max(row.get("error", 0.0) for row in tried[model].values())
-        exact = [row["exact"] for row in tried[model].values() if "exact" in row]
-        told = f"{max(exact):.0e}" if exact else ""
-        lines.append(f"| `{model}` | {' | '.join(cells)} | {change:.4f} | {told} |")
-    lines += ["", "## What stays in 16 bit", "", *_exceptions(rows)]
-    lines += ["", "## Why caches are read dense or stay in 16 bit", "", *_reasons(rows)]
-    lines += ["", "## Modes that models do not run in without kvq", "", *_modes_left(rows, tried)]
-    left = sorted(set(found) - set(tried))
-    if left:
-        lines += ["", "## Not tried", ""]
-        lines += ["What keeps a model from being built small, or from running without kvq:", ""]
-    for model in left:
-        reason = REASONS.get(model) or next(iter(found[model].values())).get("untried", "")
-        lines.append(f"- `{model}`: {reason}")
-    return "\n".join(lines) + "\n"
-
-
-def _summary(rows: Sequence[dict[str, Any]], modes: Sequence[tuple[str, str]]) -> Iterator[str]:
-    surveyed = len({row["model"] for row in rows})
-    yield f"- {surveyed} of the {len(CLASSES)} model types that transformers knows are in these rows."
-    for mode in modes:
-        of_mode = [
-            row for row in rows if (row["attention"], row["cache"]) == mode and "packed" in row
-        ]
-        packed = sum(not row["dense"] and not row["plain"] for row in of_mode)
-        whole = sum(not row["plain"] for row in of_mode)
-        some = sum(row["plain"] > 0 and row["packed"] + row["dense"] > 0 for row in of_mode)
-        yield (
-            f"- {mode[0]} attention, {mode[1]} cache: of {len(of_mode)} models {whole} are stored quantized whole, "
-            f"{packed} of them read packed alone; {some} in part; {len(of_mode) - whole - some} not at all."
-        )
-    failed = sorted({row["model"] for row in rows if "failed" in row})
-    yield f"- Compiling fails for {len(failed)}: {', '.join(failed) or 'none'}."
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None or "untried" in row:
-        return ""
-    if "failed" in row:
-        return "fails"
-    counts = [(row["packed"], "packed"), (row["dense"], "dense"), (row["plain"], "16 bit")]
-    told = [(count, name) for count, name in counts if count]
-    if len(told) == 1:
-        return told[0][1]
-    return ", ".join(f"{count} {name}" for count, name in told)
-
-
-def _exceptions(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        if row.get("plain"):
-            reason = EXCEPTIONS.get(row["model"]) or "; ".join(row["reasons"])
-            yield f"- `{row['model']}`, {row['attention']}, {row['cache']}: {reason}."
-
-
-def _modes_left(rows: Sequence[dict[str, Any]], tried: Collection[str]) -> Iterator[str]:
-    models: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if row["model"] in tried and "untried" in row:
-            no_sdpa = "does not support an attention implementation through" in row["untried"]
-            reason = "no SDPA" if no_sdpa else row["untried"]
-            models[f"{row['attention']}, {row['cache']}: {reason}"].add(row["model"])
-    for reason in sorted(models):
-        yield f"- {reason} ({', '.join(sorted(models[reason]))})"
-
-
-def _reasons(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    models: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        for reason in row.get("reasons", ()):
-            models[" ".join(reason.split())].add(row["model"])
-    counts = Counter({reason: len(among) for reason, among in models.items()})
-    for reason, count in counts.most_common():
-        names = sorted(models[reason])
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        yield f"- {count}: {reason} ({', '.join(names[:8])}{more})"
 
 
 def main() -> None:
@@ -463,7 +327,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=sorted(CLASSES))
     parser.add_argument("--modes", nargs="*", default=[f"{a}-{c}" for a, c in MODES])
     parser.add_argument("--seconds", type=float, default=120, help="how long a model may take")
-    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks/results/support.jsonl")
+    parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument(
         "--write", action="store_true", help="write the page from the rows that are there"
     )
@@ -490,7 +354,7 @@ def main() -> None:
                 time.strftime("%H:%M:%S"),
                 row["model"],
                 *mode,
-                _cell(row) or row.get("untried"),
+                row.get("unfinished") or row.get("untried") or cell(row),
                 flush=True,
             )
     PAGE.write_text(page([rows[key] for key in sorted(rows)]))

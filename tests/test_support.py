@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings(
@@ -19,16 +20,46 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def support():
-    spec = importlib.util.spec_from_file_location("support", ROOT / "benchmarks/support.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        spec = importlib.util.spec_from_file_location("support", BENCHMARKS / "support.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
 
 
-def test_the_page_of_decoders_is_what_its_rows_say(support) -> None:
-    rows = (ROOT / "benchmarks/results/support.jsonl").read_text(encoding="utf-8")
-    expected = support.page([json.loads(line) for line in rows.splitlines()])
-    assert support.PAGE.read_text(encoding="utf-8") == expected
+@pytest.fixture(scope="module")
+def rows(support) -> list[dict]:
+    return [json.loads(line) for line in support.ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_page_of_decoders_is_what_its_rows_say(support, rows) -> None:
+    assert support.PAGE.read_text(encoding="utf-8") == support.page(rows)
+
+
+def test_every_empty_cell_of_a_mode_has_its_reason(support) -> None:
+    text = support.PAGE.read_text(encoding="utf-8")
+    table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    empty = {
+        (mode.strip(), cells[0].strip(" `"))
+        for cells in table[1:]
+        for mode, cell in zip(table[0][1:5], cells[1:5], strict=True)
+        if not cell.strip()
+    }
+    _, _, left = text.partition("## Modes that models do not run in without kvq")
+    reasons = re.findall(r"^- (\w+, \w+): (?:.+) \((.+)\)$", left, re.MULTILINE)
+    assert {(mode, model) for mode, models in reasons for model in models.split(", ")} == empty
+
+
+@pytest.mark.parametrize("left", [[], [{"unfinished": "took too long or ended its process"}]])
+def test_a_mode_that_was_not_surveyed_to_its_end_is_not_written_as_an_empty_cell(
+    support, rows, left
+) -> None:
+    mode = {"model": "llama", "attention": "sdpa", "cache": "static"}
+    others = [row for row in rows if not mode.items() <= row.items()]
+    versions = {"versions": rows[0]["versions"]}
+    with pytest.raises(ValueError, match="got none of llama sdpa-static; survey these"):
+        support.page([*others, *[mode | versions | more for more in left]])
 
 
 @pytest.mark.parametrize(
