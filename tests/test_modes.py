@@ -14,47 +14,15 @@ from hypothesis import settings
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from kvq_compile import KVQWarning, QuantizedKV
 from kvq_compile.history import watching
+from small_llama import EXACT, PACKED, TOLERANCE, generate, make_model, text
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-# As in test_semantics: no token leaves the window of EXACT, and PACKED packs pages of 32.
-EXACT: dict[str, Any] = {
-    "method": "int8",
-    "sinks": 1,
-    "window": 256,
-    "page_size": 32,
-    "inner": "eager",
-}
-PACKED = EXACT | {"window": 4}
-TOLERANCE = 0.015
 MANY = pytest.mark.skipif(settings().max_examples < 100, reason="many graphs: the thorough profile")
-
-
-def make_model(window: int | None = None, layers: int = 1, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    shape = {
-        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-    }  # fmt: skip
-    config = (
-        LlamaConfig(**shape) if window is None else MistralConfig(**shape, sliding_window=window)
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def text(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def generate(model: Any, prompt: torch.Tensor, **options: Any) -> Any:
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
-    mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, return_dict_in_generate=True, **settings)
 
 
 def both(act: Callable[[Any], Any], options: Any = EXACT, **shape: Any) -> list[Any]:
@@ -62,26 +30,6 @@ def both(act: Callable[[Any], Any], options: Any = EXACT, **shape: Any) -> list[
     plain, compiled = make_model(**shape), make_model(**shape)
     compiled.compile(backend="kvq", options=options)
     return [act(plain), act(compiled)]
-
-
-class Graphs:
-    """A backend that does nothing but count."""
-
-    count = 0
-
-    def __call__(self, gm: Any, inputs: Any) -> Any:
-        self.count += 1
-        return gm.forward
-
-
-def compiled_by_nothing(act: Callable[[Any], Any], **shape: Any) -> int:
-    """Return how many graphs are made for what is done with a model."""
-    torch._dynamo.reset()
-    model, graphs = make_model(**shape), Graphs()
-    model.compile(backend=graphs)
-    act(model)
-    torch._dynamo.reset()
-    return graphs.count
 
 
 # Ways to generate
@@ -247,74 +195,3 @@ def test_a_ring_whose_size_is_a_symbol_is_made_packed() -> None:
     with watching() as graphs, torch.no_grad():
         model(text(80), past_key_values=StaticCache(config=model.config, max_cache_len=128))
     assert [site.outcome for graph in graphs for site in graph.sites] == ["rewritten"]
-
-
-def test_layers_that_are_compiled_one_by_one_take_no_more_graphs_than_plain_ones() -> None:
-    def generations(backend: Any, **more: Any) -> torch.Tensor:
-        torch._dynamo.reset()
-        model = make_model(layers=2)
-        for layer in model.model.layers:
-            layer.compile(backend=backend, **more)
-        return torch.cat([generate(model, text(n)).sequences for n in (11, 11)])
-
-    plain = Graphs()
-    expected = generations(plain)
-    with watching() as graphs:
-        assert torch.equal(generations("kvq", options=EXACT), expected)
-    assert all(site.outcome == "rewritten" for graph in graphs for site in graph.sites)
-    assert len(graphs) <= plain.count
-
-
-# How many graphs
-
-
-def test_no_graph_is_made_for_a_token_for_a_length_after_the_second_or_for_a_cache() -> None:
-    model, counts = make_model(), []
-    model.compile(backend="kvq", options=PACKED)
-    for length, tokens in ((40, 3), (47, 60), (61, 3), (90, 9), (40, 3)):
-        with watching() as graphs:
-            generate(model, text(length), max_new_tokens=tokens)
-        counts.append(len(graphs))
-    assert counts == [2, 1, 0, 0, 0]
-
-
-RUNS: dict[str, tuple[Callable[[Any], Any], int | None]] = {
-    "one generation": (lambda model: generate(model, text(11)), None),
-    "three lengths": (lambda model: [generate(model, text(n)) for n in (40, 43, 50)], None),
-    "beams": (lambda model: generate(model, text(11), num_beams=3), None),
-    "a static cache": (
-        lambda model: generate(model, text(11), cache_implementation="static"),
-        None,
-    ),
-    "a window that fills": (lambda model: generate(model, text(11), max_new_tokens=12), 16),
-    "a window that is full": (lambda model: generate(model, text(90)), 72),
-}
-QUICK = ("one generation", "a window that is full")
-
-
-@pytest.mark.parametrize(
-    "name", [*QUICK, *[pytest.param(name, marks=MANY) for name in RUNS if name not in QUICK]]
-)
-def test_no_more_graphs_are_made_than_by_a_backend_that_does_nothing(name: str) -> None:
-    run, window = RUNS[name]
-    most = compiled_by_nothing(run, window=window)
-    model = make_model(window)
-    model.compile(backend="kvq", options=PACKED)
-    with watching() as graphs:
-        run(model)
-    assert 0 < len(graphs) <= most
-
-
-@MANY
-def test_a_static_window_takes_one_graph_more_when_it_becomes_a_ring() -> None:
-    """Its memory then has room for tokens out of sight: a tensor of another size and kind."""
-
-    def run(model: Any) -> None:
-        generate(model, text(11), max_new_tokens=12, cache_implementation="static")
-
-    most = compiled_by_nothing(run, window=16)
-    model = make_model(window=16)
-    model.compile(backend="kvq", options=PACKED)
-    with watching() as graphs:
-        run(model)
-    assert len(graphs) <= most + 1

@@ -12,39 +12,13 @@ from transformers import DynamicCache, StaticCache
 
 from kvq_compile import QuantizedKV
 from kvq_compile.history import watching
+from small_llama import EXACT, PACKED, TOLERANCE, make_model, text
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-# EXACT keeps every token of these texts in the window: the same tokens must come out. PACKED packs a page of 32
-# tokens as soon as it leaves a window of 4: logits may be off by what 8-bit codes cost.
-EXACT = {"method": "int8", "sinks": 1, "window": 256, "page_size": 32, "inner": "eager"}
-PACKED = EXACT | {"window": 4}
-# 8-bit codes move the logits of this model by half a percent of the largest; a wrong mask or slot by a third of it.
-TOLERANCE = 0.015
 
 
 # QuantizedKV.__getitem__ returns what autograd takes for a view of the longer cache; Dynamo then wants both to be
 # equally long. `crop` subscripts. It must return `read._view(read.shape[2])` where `read._is_view()`.
-
-
-def make_model(
-    heads: int = 4, kv_heads: int = 2, layers: int = 1, seed: int = 0
-) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def twins(options: dict, **shape) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -52,10 +26,6 @@ def twins(options: dict, **shape) -> tuple[torch.nn.Module, torch.nn.Module]:
     plain, compiled = make_model(**shape), make_model(**shape)
     compiled.compile(backend="kvq", options=options)
     return plain, compiled
-
-
-def text(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def positions_for(model, first, count: int) -> dict:
