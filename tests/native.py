@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, settings
 
 from kvq_compile.kernels.packed import Calibrated
+from thorough import THOROUGH
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"
@@ -19,7 +20,8 @@ OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encounte
 
 
 def examples(share: Fraction | int = 1) -> settings:
-    """Return settings with this share of the examples of the profile."""
+    """Return settings with this share of the examples of the profile; of the quick one with two thirds of that."""
+    share = share if THOROUGH else share * Fraction(2, 3)
     # Shrinking a failure natively would compile a kernel for every attempt.
     phases = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
     return settings(max_examples=max(1, int(settings().max_examples * share)), phases=phases)

@@ -1,5 +1,6 @@
 """A small Llama, or a Mistral where it has a window: texts for it, and ways to generate."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -45,3 +46,12 @@ def generate(model: Any, prompt: torch.Tensor, **options: Any) -> Any:
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
     mask = torch.ones_like(prompt)
     return model.generate(prompt, attention_mask=mask, return_dict_in_generate=True, **settings)
+
+
+def positions_for(model: Any, first: int, count: int) -> dict[str, Any]:
+    """Return cache positions where a model takes them, as in transformers 5.0; it would read a static cache for them.
+
+    Later static caches count their tokens, and models know no such argument.
+    """
+    takes = "cache_position" in inspect.signature(getattr(model, "forward", model)).parameters
+    return {"cache_position": torch.arange(count) + first} if takes else {}

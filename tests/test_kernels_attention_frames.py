@@ -31,6 +31,7 @@ from kvq_compile.methods import hadamard_values
 from kvq_compile.testing import changed
 from kvq_compile.testing.small_tables import framed_layouts, random_tables
 from native import CONVERSIONS, examples
+from thorough import spread
 
 pytestmark = CONVERSIONS
 EXAMPLES = examples(Fraction(1, 2))
@@ -101,16 +102,14 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("key", ["rotary", "codebook"])
+@pytest.mark.parametrize(("key", "value"), spread(["rotary", "codebook"], VALUES, 2))
 def test_any_keys_go_with_any_values(key: str, value: str) -> None:
     sides = make_side("key", **KEYS[key]), make_side("value", seed=1, **VALUES[value])
     site = Site(sides, (2, 4), (100, 1, 0), torch.float32)
     site.assert_low_precision_error(site.attend(None), None)
 
 
-@pytest.mark.parametrize("key", ["rotary", "rotary codebook"])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("key", "bits"), spread(["rotary", "rotary codebook"], [2, 4], 2))
 def test_calibrated_keys_go_with_values_after_hadamard(key: str, bits: int) -> None:
     value = Layout("value", 64, Regions(3, 20, 32), hadamard_values(bits))
     sides = make_side("key", **KEYS[key]), (value, UNCALIBRATED)

@@ -1,7 +1,8 @@
 """A model with a quantized cache means what it meant, whatever is done to the cache between two calls."""
 
 import copy
-import inspect
+from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
@@ -12,29 +13,39 @@ from transformers import DynamicCache, StaticCache
 
 from kvq_compile import QuantizedKV
 from kvq_compile.history import watching
-from small_llama import EXACT, PACKED, TOLERANCE, make_model, text
+from small_llama import EXACT, PACKED, TOLERANCE, make_model, positions_for, text
+from thorough import THOROUGH, spread
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_graphs() -> Iterator[None]:
+    """Let tests of one model share its graphs, which caches of other tests then meet."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+    torch._dynamo.reset()
+    kept_twins.cache_clear()
 
 
 # QuantizedKV.__getitem__ returns what autograd takes for a view of the longer cache; Dynamo then wants both to be
 # equally long. `crop` subscripts. It must return `read._view(read.shape[2])` where `read._is_view()`.
 
 
-def twins(options: dict, **shape) -> tuple[torch.nn.Module, torch.nn.Module]:
+def new_twins(options: dict, **shape) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return a model and the same one compiled."""
     plain, compiled = make_model(**shape), make_model(**shape)
     compiled.compile(backend="kvq", options=options)
     return plain, compiled
 
 
-def positions_for(model, first, count: int) -> dict:
-    """Return cache positions where a model takes them, as in transformers 5.0; it would read a static cache for them.
+@lru_cache
+def kept_twins(window: int, **shape) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return new_twins(EXACT | {"window": window}, **shape)
 
-    Later static caches count their tokens, and models know no such argument.
-    """
-    takes = "cache_position" in inspect.signature(type(model).forward).parameters
-    return {"cache_position": torch.arange(count) + first} if takes else {}
+
+def twins(options: dict, **shape) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return a model and the same one compiled, the same ones for all tests."""
+    return kept_twins(options["window"], **shape)
 
 
 @torch.no_grad()
@@ -83,7 +94,7 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(make_cache) -> None:
     assert_quantized(cache)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), *[(4, 2), (1, 1)] * THOROUGH])
 def test_query_heads_share_kv_heads(heads, kv_heads) -> None:
     plain, compiled = twins(PACKED, heads=heads, kv_heads=kv_heads)
     ids, cache = text(50), dynamic(compiled)
@@ -91,6 +102,7 @@ def test_query_heads_share_kv_heads(heads, kv_heads) -> None:
     assert cache.layers[0].keys.shape[1] == kv_heads
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_prompts_of_any_length_share_their_graphs() -> None:
     plain, compiled = twins(PACKED)
     with watching() as graphs:
@@ -111,10 +123,9 @@ def test_a_cache_grows_over_many_pages() -> None:
     assert int(cache.layers[0].keys.cursor[1]) == (400 - 1 - 4) // 32
 
 
-@pytest.mark.parametrize("make_cache", [dynamic, static])
-@pytest.mark.parametrize("options", [EXACT, PACKED])
+@pytest.mark.parametrize(("make_cache", "options"), spread([dynamic, static], [EXACT, PACKED], 2))
 @torch.no_grad()
-def test_a_padded_row_sees_what_it_sees_alone(options, make_cache) -> None:
+def test_a_padded_row_sees_what_it_sees_alone(make_cache, options) -> None:
     plain, compiled = twins(options)
     rows = [text(50, seed=1)[0], text(41, seed=2)[0], text(33, seed=3)[0]]
     pad = [50 - len(row) for row in rows]
@@ -156,6 +167,7 @@ def test_beam_search_finds_the_same_beams(cache_implementation) -> None:
     assert generate(compiled, prompt, **options) == generate(plain, prompt, **options)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_looking_drafts_up_in_the_prompt_changes_no_token() -> None:
     plain, compiled = twins(EXACT)
     prompt, never = text(5).repeat(1, 4), 64  # transformers 5.0 wants some token to end at
@@ -176,13 +188,16 @@ def test_an_assistant_changes_no_token() -> None:
 
 
 WAYS = {
-    "samples": {"do_sample": True, "top_k": 8},
     "sequences of one prompt": {"do_sample": True, "num_return_sequences": 3},
-    "beams, sampled": {"do_sample": True, "num_beams": 2},
     "guidance": {"guidance_scale": 1.5},
     "a prompt in chunks": {"prefill_chunk_size": 4},
-    "no cache": {"use_cache": False},
 }
+if THOROUGH:
+    WAYS |= {
+        "samples": {"do_sample": True, "top_k": 8},
+        "beams, sampled": {"do_sample": True, "num_beams": 2},
+        "no cache": {"use_cache": False},
+    }
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
@@ -218,7 +233,7 @@ def test_a_padded_batch_and_a_batch_of_another_size_take_the_same_tokens(
 
 
 def test_attention_weights_are_returned_for_every_cache_position() -> None:
-    plain, compiled = twins(PACKED)
+    plain, compiled = new_twins(PACKED)
     for model in (plain, compiled):
         model.set_attn_implementation("eager")
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -252,7 +267,7 @@ def test_at_once_one_by_one_and_rolled_back_agree() -> None:
             torch.testing.assert_close(mine.dequantize(), theirs.dequantize(), rtol=0, atol=step)
 
 
-@pytest.mark.parametrize("kept", [50, 20, 3])
+@pytest.mark.parametrize("kept", [20, *[50, 3] * THOROUGH])
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_from_where_it_was_cut(kept) -> None:
     plain, compiled = twins(PACKED)
@@ -267,6 +282,7 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(kept) -> None:
     assert_quantized(mine)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_a_static_cache_that_was_reset_is_a_new_one() -> None:
     plain, compiled = twins(PACKED)
