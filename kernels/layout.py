@@ -96,7 +96,7 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
         codes   int16    [B, H, P, rows, row_words]   keys: rows are tokens; values: rows are channels
         params  float16  [B, H, P, groups, members, 2]   scale and zero point of each group; uint8 for fp8
         exact   model's  [B, H, exact_rows, D]    sinks, a ring of the recent tokens; the tail: queries, state
-        cursor  int32    [2]                      tokens held (kv_len), pages packed
+        cursor  int32    [2]                      tokens held (kv_len), pages packed; [B, 2] of each row: see `rows`
         tables  int32    [H, table_words]         calibration constants; only where the scheme has tables
         originals  model's  [B, H, P, N, D]       exact copies of packed tokens, in host memory; optional
         shift   int32    [B]                      position minus slot of each sequence; only rotary keys

@@ -6,6 +6,7 @@ operator first runs on its device, so importing this file does not import Triton
 A packed tensor is passed as two lists of tensors, its parts and its calibration constants (`packed`), and a `Layout`.
 New tokens are written to slots ``start, start + 1, ...``. The start is given either as the integer ``start`` or as the
 first element of ``position`` on the device. Writes take both: ``start`` is then a bound for which there is room.
+Where rows have lengths of their own (`rows`), ``position`` may be ``[B, T]``, and a row starts at the first of its own.
 """
 
 from __future__ import annotations

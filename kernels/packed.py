@@ -62,6 +62,11 @@ class Packed(NamedTuple):
         exact = like.new_zeros(B, H, rows, layout.head_dim)
         return Packed(codes, params, exact, like.new_zeros(2, dtype=torch.int32))
 
+    @property
+    def by_row(self) -> bool:
+        """Whether rows have lengths of their own: see `rows`."""
+        return self.cursor.dim() == 2
+
     def paged(self, layout: Layout) -> Packed:
         """Return the parts with pages that are not flat: views."""
         return Packed(*paged(self, layout))

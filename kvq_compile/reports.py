@@ -32,7 +32,7 @@ class TensorReport:
     Attributes:
         name: Where it was found.
         shape: ``[B, H, S, D]``.
-        held: Tokens it holds.
+        held: Tokens it holds, in the longest row.
         parts: Bytes of each part; an unquantized tensor has the one part ``"plain"``. Memory that tensors
             share counts for the first of them.
         kept_exact: Tokens among ``held`` that are exact.
@@ -41,6 +41,7 @@ class TensorReport:
         read_bits: Those of them that attention reads, fewer where tokens use fewer than their page has room for.
         note: Why it is in 16 bit or read dense, or what happened to it outside compiled code; empty where there is
             nothing to say.
+        rows: Tokens of each row, where rows have lengths of their own; else empty.
         dense_read: Bytes of the ordinary tensor that its attention reads in each call, where that is not understood.
     """
 
@@ -54,12 +55,14 @@ class TensorReport:
     host_bytes: int = 0
     note: str = ""
     dense_read: int = 0
+    rows: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
         """Elements that the tensor stands for: those of the tokens held."""
         B, H, _, D = self.shape
-        return B * H * self.held * D
+        tokens = sum(self.rows) if self.rows else B * self.held
+        return H * tokens * D
 
 
 @dataclass(frozen=True, repr=False)
@@ -244,8 +247,10 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
     if not isinstance(tensor, QuantizedKV):
         return TensorReport(name, shape, shape[2], {PLAIN: _bytes_once(tensor, counted)}, shape[2])
     held, layout = tensor.held(), tensor.page_layout
-    packed_end = layout.sinks + int(tensor.cursor[1]) * layout.page_size
-    first = tensor.first if tensor.kind == "grown" else int(tensor.cursor[0]) - held
+    cursors = tensor.cursor.view(-1, 2)
+    memory, pages = cursors.amax(0).tolist()
+    packed_end = layout.sinks + pages * layout.page_size
+    first = tensor.first if tensor.kind == "grown" else memory - held
     packed = max(0, min(packed_end, first + held) - max(first, layout.sinks))
     width = layout.bits_per_element
     held_parts = {part: getattr(tensor, part) for part in NAMES}
@@ -254,16 +259,26 @@ def _tensor_report(name: str, tensor: Tensor, counted: set[int]) -> TensorReport
     }
     host = 0 if tensor.originals is None else _bytes_once(tensor.originals, counted)
     read = _read_bits(tensor, width)
-    return TensorReport(name, shape, held, parts, held - packed, width, read, host)
+    rows = tuple(tensor.held_by_row()) if tensor.by_row else ()
+    about = name, shape, held, parts, held - packed, width, read, host
+    return TensorReport(*about, rows=rows)
 
 
 def _read_bits(cache: QuantizedKV, packed_bits: float) -> float:
     """Return the bits per element of packed pages, rows that no token uses left out."""
-    layout, pages = cache.page_layout, int(cache.cursor[1])
-    if not pages:
+    layout, codes = cache.page_layout, cache.paged().codes
+    cursors = cache.cursor.view(-1, 2)
+    packed: list[int] = cursors[:, 1].tolist()
+    if not any(packed):
         return packed_bits
     sizes = layout.head_dim, layout.page_size
-    return packed_bits - layout.scheme.unused_bits(cache.paged().codes[:, :, :pages], *sizes)
+    rows = codes.split(1) if cache.by_row else [codes]
+    unused = [
+        pages * layout.scheme.unused_bits(row[:, :, :pages], *sizes)
+        for row, pages in zip(rows, packed, strict=True)
+        if pages
+    ]
+    return packed_bits - sum(unused) / sum(packed)
 
 
 def _bytes_once(tensor: Tensor, counted: set[int]) -> int:

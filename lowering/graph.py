@@ -66,7 +66,8 @@ class Graph:
         plans: How each value that the captured graph returned is made.
         lengths: What stands for the lengths of growing caches, where steps may be recorded.
         unrecorded: Why they may not; ``None`` if they may, or where the graph is no step.
-        changes_memory: Whether a cache gets other memory in this call, for a ring.
+        changes_memory: Whether a cache gets other memory in this call, for a ring, or to count each of its rows.
+        by_row: Quantized caches that count each row from this call on.
     """
 
     module: GraphModule
@@ -101,6 +102,7 @@ class Graph:
     lengths: Lengths | None = None
     unrecorded: str | None = None
     changes_memory: bool = False
+    by_row: set[Node] = field(default_factory=set)
 
     @classmethod
     def copy_of(

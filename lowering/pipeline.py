@@ -276,6 +276,7 @@ def _lower(graph: Graph, gm: fx.GraphModule, record: bool) -> Lowered:
         lengths=graph.lengths,
         unrecorded=graph.unrecorded,
         changes_memory=graph.changes_memory,
+        by_row=tuple(arguments[node] for node in graph.inputs if node in graph.by_row),
     )
 
 

@@ -22,6 +22,7 @@ from kvq_compile.kernels.cache.become import (
     thaw,
     thaw_arranged,
 )
+from kvq_compile.kernels.cache.rows import count_by_row_
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.cache.together import extended, have_room
 from kvq_compile.kernels.cache.views import alone
@@ -63,11 +64,14 @@ class Conversion:
     is_read_whole: bool = False
     kind: Kind = "static"
 
-    def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int:
-        """Return how many tokens the buffer holds after a call."""
+    def held(self, args: Sequence[Any], outputs: Sequence[Any]) -> int | list[int]:
+        """Return how many tokens the buffer holds after a call, of each row where they differ."""
         if self.end is not None:
             return self.end(args)
         assert self.position is not None
+        if outputs[self.position].dim() == 2:
+            ends: list[int] = (outputs[self.position].amax(1) + 1).tolist()
+            return ends
         end = int(outputs[self.position].max()) + 1
         return min(end, args[self.argument].shape[2]) if self.kind == "ring" else end
 
@@ -97,6 +101,7 @@ class Lowered:
         lengths: What stands for the lengths of growing caches, where the graph takes bounds of them.
         unrecorded: Why a step of this graph is not to be recorded, if it is a step.
         changes_memory: Whether its caches get other memory when it runs, so that it is run once and not compiled.
+        by_row: Places of the quantized caches that count each row from this call on.
         arranged: How the captured graph's caches are laid out, where that is not as ``[B, H, S, D]``: all else here is
             about a graph whose are.
     """
@@ -119,6 +124,7 @@ class Lowered:
     lengths: Lengths | None = None
     unrecorded: str | None = None
     changes_memory: bool = False
+    by_row: tuple[int, ...] = ()
     arranged: Arranged | None = None
 
     @classmethod
@@ -235,6 +241,8 @@ class Lowered:
         for place in self._uncounted:
             lineage = args[place]._lineage
             lineage.counted = lineage.counter = None
+        for place in self.by_row:
+            count_by_row_(args[place])
         results = run(args)
         for write in rings:
             write.note(args)
@@ -392,7 +400,7 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: lis
             check_can_become_quantized(args[conversion.argument])
         if conversion.is_read_whole:
             buffer = args[conversion.argument] if updated is None else outputs[updated]
-            if buffer[:, :, conversion.held(args, outputs) :].any():
+            if not _is_empty_behind(buffer, conversion.held(args, outputs)):
                 raise RuntimeError(NOT_EMPTY)
     for conversion in conversions:
         updated, held = conversion.output, conversion.held(args, outputs)
@@ -413,6 +421,12 @@ def convert(conversions: Sequence[Conversion], args: Sequence[Any], outputs: lis
             become(buffer, quantized)
         else:
             outputs[:] = [quantized if output is buffer else output for output in outputs]
+
+
+def _is_empty_behind(buffer: Tensor, held: int | list[int]) -> bool:
+    if isinstance(held, int):
+        return not buffer[:, :, held:].any()
+    return not any(row[:, end:].any() for row, end in zip(buffer, held, strict=True))
 
 
 def _passed_on(args: Sequence[Any], updated: Mapping[int, tuple[int, int]]) -> Sequence[Any]:

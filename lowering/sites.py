@@ -134,8 +134,17 @@ class State:
         return self.write is not None and self.write is self.base
 
     @property
+    def by_row(self) -> bool:
+        """Whether each row is written at positions of its own, ``[B, T]``."""
+        position = self.position
+        value = position.meta.get("example_value") if isinstance(position, fx.Node) else None
+        return isinstance(value, Tensor) and value.dim() == 2
+
+    @property
     def how(self) -> str:
         """How the cache enters the graph and leaves it, in words."""
+        if self.by_row:
+            return self.life.value + ", each row at positions of its own"
         if not self.is_update:
             return self.life.value + (
                 "" if self.kept is None else ", of which the last tokens are kept"

@@ -30,8 +30,12 @@ FROM_THE_END = "the cache is written at positions counted from its end"
 BEHIND = "tokens are written at positions behind the end of the cache"
 WRAPPED = "cache positions are written of a buffer that keeps the last tokens"
 UNHELD = "attention reads other cache positions than those that hold tokens, and has no mask"
+ENDS_SEEN = "a mask shows what lies behind the end of a row, where other rows go on"
+UPDATES_ROWS = "a cache whose rows have lengths of their own is updated in a copy"
 NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
 
+
+Held = int | tuple[int, ...]  # of all rows, or of each
 
 _known = attrgetter("_lineage.counted", "_lineage.shared")
 _length = attrgetter("_length")
@@ -88,6 +92,8 @@ class Write:
         counter: The number on the device that is the first cache position, where the graph shows that one is.
         end: Up to which cache position attention reads, where it has no mask and the graph does not show that tokens
             are written up to there.
+        rows: How many rows are written at positions of their own, one row's behind another's; 0 where all are written
+            at the same.
     """
 
     name: str
@@ -102,6 +108,7 @@ class Write:
     slides: bool = False
     counter: Counter | None = None
     end: Size | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,13 +119,13 @@ class Look:
         reason: Why the caches cannot take it; ``None`` if they can.
         updated: Tokens held by each cache of which an updated one is returned, and the first position written, by the
             place of its argument.
-        held: Tokens that each quantized cache holds after the call, by the place of its argument.
+        held: Tokens that each quantized cache holds after the call, or each of its rows, by the place of its argument.
         counts: The values of counters before the call, by the places of their arguments.
     """
 
     reason: str | None = None
     updated: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    held: Mapping[int | None, int] = field(default_factory=dict)
+    held: Mapping[int | None, Held] = field(default_factory=dict)
     counts: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -174,6 +181,7 @@ class SlotCheck:
         numbers = self._positions([copies.get(place, x) for place, x in enumerate(args)])
         sizes: dict[int | None, int] = {place: int(x.shape[2]) for place, x in caches.items()}
         updated: dict[int, tuple[int, int]] = {}
+        shown: dict[Any, bool] = {}
         for write in self.writes:
             if write.counter is not None and write.tokens is not None:
                 first, tokens = counts[write.counter.argument], write.tokens(args)
@@ -182,11 +190,24 @@ class SlotCheck:
             else:
                 assert write.position is not None
                 found = numbers[write.position]
+                if write.rows:
+                    size = len(found) // write.rows
+                    rows = [found[at : at + size] for at in range(0, len(found), size)]
+                    reason = _look_at_rows(write, args, rows, held, sizes, shown)
+                    if reason is not None:
+                        return Look(reason)
+                    continue
                 first, tokens = (found or [0])[0], len(found)
                 if found != list(range(first, first + tokens)):
                     return Look(GAPS)
                 if write.tokens is not None and write.tokens(args) != tokens:
                     return Look(SEVERAL)
+            if isinstance(held.get(write.argument), tuple):
+                alike = [list(range(first, first + tokens))] * len(held[write.argument])
+                reason = _look_at_rows(write, args, alike, held, sizes, shown, first)
+                if reason is not None:
+                    return Look(reason)
+                continue
             if first < 0:
                 return Look(FROM_THE_END)
             if write.argument is None and first != 0:
@@ -252,7 +273,7 @@ class SlotCheck:
             return None
         (held, shared), counted = states.pop(), tokens(args)
         slots = min(map(_length, caches))
-        if held is None or shared or not 0 <= held <= held + counted <= slots:
+        if type(held) is not int or shared or not 0 <= held <= held + counted <= slots:
             return None
         for cache, place in zip(caches, self._counters, strict=True):
             known, number = cache._lineage.counter, args[place]
@@ -260,7 +281,7 @@ class SlotCheck:
                 return None
             if known[1] != number._version:
                 return None
-        ends = dict.fromkeys(self._written, held + counted)
+        ends: dict[int | None, Held] = dict.fromkeys(self._written, held + counted)
         return Look(None, {}, ends, dict.fromkeys(self._counters, held))
 
     @cached_property
@@ -269,7 +290,7 @@ class SlotCheck:
 
     def _numbers(
         self, args: Sequence[Any], caches: Mapping[int, Any]
-    ) -> tuple[dict[int | None, int], dict[int, int], dict[Any, Tensor]]:
+    ) -> tuple[dict[int | None, Any], dict[int, int], dict[Any, Tensor]]:
         """Return how many tokens caches hold, the values of counters, and copies of arguments that are read.
 
         Waits for the device if the host does not know the numbers from the last call.
@@ -280,7 +301,7 @@ class SlotCheck:
                 known = write.counter.known(caches.get(write.argument or 0), args)
                 counts[write.counter.argument] = known
         quantized = {place: x for place, x in caches.items() if isinstance(x, QuantizedKV)}
-        held = {
+        held: dict[int, Held | None] = {
             place: None if x._lineage.shared else x._lineage.counted
             for place, x in quantized.items()
         }
@@ -288,12 +309,16 @@ class SlotCheck:
         unknown: dict[Any, Tensor] = {
             place: args[place] for place in places if isinstance(args[place], Tensor)
         }
-        for place, known in held.items():
-            if known is None:
-                unknown["held", place] = quantized[place].cursor[:1]
+        for place, length in held.items():
+            if length is None:
+                cursor = quantized[place].cursor
+                unknown["held", place] = cursor[:, 0] if cursor.dim() == 2 else cursor[0]
         copies = dict(zip(unknown, on_host(list(unknown.values())), strict=True))
         return (
-            {at: int(copies["held", at]) if known is None else known for at, known in held.items()},
+            {
+                at: _held(copies["held", at]) if known is None else known
+                for at, known in held.items()
+            },
             {at: int(copies[at]) if known is None else known for at, known in counts.items()},
             copies,
         )
@@ -314,6 +339,10 @@ class SlotCheck:
                     if number not in counters:
                         counters[number] = counter.after(args, look.counts[number])
                     lineage.counter = counters[number]
+
+
+def _held(length: Tensor) -> Held:
+    return tuple(length.tolist()) if length.dim() else int(length)
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -340,3 +369,64 @@ def _shows(write: Write, args: Sequence[Any], end: int) -> bool | None:
     if behind.dtype != torch.bool:
         return not bool((behind <= HIDES).all())
     return not bool(behind.all()) if write.inverted else bool(behind.any())
+
+
+def _look_at_rows(
+    write: Write,
+    args: Sequence[Any],
+    rows: Sequence[Sequence[int]],
+    held: dict[int | None, Any],
+    sizes: Mapping[int | None, int],
+    shown: dict[Any, bool],
+    first: int | None = None,
+) -> str | None:
+    """Return why a cache cannot take a write at ``rows``, the positions of each; else note what it holds then.
+
+    ``shown`` is what masks are known to show; ``first`` is where all rows are written at the same, which nothing else
+    may tell: of no tokens.
+    """
+    starts = [row[0] if row else first or 0 for row in rows]
+    ends = [start + len(row) for start, row in zip(starts, rows, strict=True)]
+    if any(
+        list(row) != list(range(at, end)) for row, at, end in zip(rows, starts, ends, strict=True)
+    ):
+        return GAPS
+    if min(starts) < 0:
+        return FROM_THE_END
+    if write.tokens is not None and write.rows and write.tokens(args) != len(rows[0]):
+        return SEVERAL
+    if write.is_update:
+        return UPDATES_ROWS
+    if max(ends) > sizes.get(write.argument, max(ends)):
+        return BEHIND
+    if write.end is not None and {*ends} != {write.end(args)}:
+        return UNHELD
+    before = held.get(write.argument)
+    shows = _shows_rows(write, args, tuple(ends), shown)
+    if before is None:
+        return ENDS_SEEN if shows else None
+    lengths = [before] * len(rows) if isinstance(before, int) else before
+    if any(start > length for start, length in zip(starts, lengths, strict=True)):
+        return AHEAD
+    goes_on = starts == list(lengths)
+    if shows or (shows is None and not goes_on):
+        return ENDS_SEEN if goes_on else OVERWRITES
+    held[write.argument] = tuple(ends)
+    return None
+
+
+def _shows_rows(
+    write: Write, args: Sequence[Any], ends: tuple[int, ...], shown: dict[Any, bool]
+) -> bool | None:
+    """Return whether attention sees cache positions of a row behind its end; ``None`` where that is not known."""
+    if write.hides is None or isinstance(write.hides, bool):
+        return None if write.hides is None else not write.hides
+    about = write.hides, write.inverted, ends
+    if about not in shown:  # layers share a mask
+        (mask,) = write.hides(*args)
+        column = torch.arange(mask.shape[-1], device=mask.device)
+        behind = column >= torch.tensor(ends, device=mask.device)[:, None]
+        seen = mask > HIDES if mask.dtype != torch.bool else mask
+        seen = ~seen if write.inverted and mask.dtype == torch.bool else seen
+        shown[about] = bool((seen & behind[:, None, None]).any())
+    return shown[about]

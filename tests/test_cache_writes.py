@@ -162,7 +162,7 @@ def test_positions_that_do_not_follow_one_another_are_refused(position: list[int
         lambda x: torch.add(x.dequantize(), 1, out=x),
         lambda x: torch._foreach_zero_([x]),
         lambda x: x.transpose_(1, 2),
-        lambda x: x.__setitem__((0, slice(None)), 1.0),
+        lambda x: x.__setitem__((0, 1), 1.0),
         lambda x: x.__setitem__((slice(None), 1), 1.0),
         lambda x: x.__setitem__((slice(None), slice(None), slice(None), slice(3)), 1.0),
         lambda x: x.__setitem__((slice(None), slice(None), slice(0, 9, 2)), 1.0),

@@ -68,13 +68,15 @@ def token(heads: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> to
 
 def compile_attend(
     key: Options, value: Options, target: str, score: Score = PLAIN,
-    kernel: str = "attend_kernel", mask: torch.Tensor | None = None,
+    kernel: str = "attend_kernel", mask: torch.Tensor | None = None, by_row: bool = False,
 ) -> Any:  # fmt: skip
-    """Compile what decodes one token in bf16."""
+    """Compile what decodes one token in bf16, of rows of one length or of lengths of their own."""
     (key_layout, key_frame), (value_layout, value_frame) = side("key", key), side("value", value)
     dim, position = key_layout.head_dim, torch.zeros(1, dtype=torch.int64)
     x = token(HEADS, dim)
     parts = [Packed.empty(x, CAPACITY, layout) for layout in (key_layout, value_layout)]
+    if by_row:
+        parts, position = list(map(counting_rows, parts)), position[None]
     with aot.launches(target) as compiled:
         backend.attend(
             token(HEADS * SHARED, dim), x, x, *parts, key_frame, value_frame, mask, position, None,
@@ -103,11 +105,17 @@ def compile_latents(
     return compiled["attend_kernel"]
 
 
-def compile_append(role: str, options: Options, target: str) -> Any:
+def counting_rows(parts: Packed) -> Packed:
+    return parts._replace(cursor=parts.cursor[None])
+
+
+def compile_append(role: str, options: Options, target: str, by_row: bool = False) -> Any:
     """Compile what writes one token in bf16, or what takes bits from older pages when it does."""
     layout, frame = side(role, options)
     x, position = token(HEADS), torch.zeros(1, dtype=torch.int64)
     parts = Packed.empty(x, CAPACITY, layout)
+    if by_row:
+        parts, position = counting_rows(parts), position[None]
     weights = torch.zeros(1, HEADS, 300) if layout.scheme.name == "mixed" else None
     query = token(HEADS * SHARED) if layout.queries else None
     with aot.launches(target) as compiled:
@@ -128,11 +136,12 @@ def compile_reopening(target: str) -> Any:
     return compiled["append_kernel"]
 
 
-def compile_dequantize(role: str, options: Options, target: str) -> Any:
+def compile_dequantize(role: str, options: Options, target: str, by_row: bool = False) -> Any:
     """Compile what reads a whole cache."""
     layout, frame = side(role, options)
+    parts = Packed.empty(token(HEADS), CAPACITY, layout)
     with aot.launches(target) as compiled:
-        backend.dequantize(Packed.empty(token(HEADS), CAPACITY, layout), frame, 300, layout)
+        backend.dequantize(counting_rows(parts) if by_row else parts, frame, 300, layout)
     return compiled["dequantize_kernel"]
 
 
@@ -273,6 +282,11 @@ LATENTS = {
     f"{name}, {shared} heads": partial(compile_latents, name, shared)
     for name, shared in (("tc", 16), ("tc", 128), ("int8", 16), ("kivi", 128))
 }
+BY_ROW = {
+    **{name: partial(compile_attend, *DECODING[name]) for name in ("int4", "tc-3 mean")},
+    "write tc": partial(compile_append, *WRITING["write tc"]),
+    "read tc": partial(compile_dequantize, *READING["read tc"]),
+}
 CASES: dict[str, Callable[[str], Any]] = {
     **{name: partial(compile_attend, *case) for name, case in SIZES.items()},
     **{name: partial(compile_attend, *case) for name, case in DECODING.items()},
@@ -283,6 +297,7 @@ CASES: dict[str, Callable[[str], Any]] = {
     **{name: partial(compile_dequantize, *case) for name, case in READING.items()},
     **{name: partial(compile_weigh, *case) for name, case in WEIGHING.items()},
     "reopen tc": compile_reopening,
+    **{f"{name}, by row": partial(case, by_row=True) for name, case in BY_ROW.items()},
 }
 # Of a thread, on the stack. Attention does not read that way; with values of three bits a third program to an SM is
 # worth more than a few registers; the last has trits, which are slow anyway.
@@ -370,6 +385,15 @@ def test_kernels_compile_for_other_gpus(place: int) -> None:
     written = [name for name in names if name.startswith(("write", "requantize"))]
     assert written
     assert target != "gfx942" or {used[name]["stack"] for name in written} == {0}
+
+
+def test_rows_of_lengths_of_their_own_cost_no_more_than_a_few_registers() -> None:
+    one = usage_of("sm_90", [*BY_ROW])
+    each = usage_of("sm_90", [f"{name}, by row" for name in BY_ROW])
+    for name in BY_ROW:
+        by_row = each[f"{name}, by row"]
+        assert by_row["stack"] <= one[name]["stack"] + 16, name
+        assert by_row["registers"] <= one[name]["registers"] + 16, name
 
 
 if __name__ == "__main__":

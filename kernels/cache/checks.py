@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.cache.rows import why_not_by_row
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import calibrated_names, part_names
 from kvq_compile.kernels.reference.pages import coder_of
@@ -68,19 +69,23 @@ def check_loaded(
         f"the tensors of a saved cache must be [{', '.join(names)}], got {len(given)} tensors",
     )
     tensors = dict(zip(names, given, strict=True))
-    _check_shapes(tensors, layout)
-    pages = _check_cursor(tensors["cursor"], tensors["codes"].shape[2], layout, kind, length)
-    rows, held = tensors["exact"].shape[2], int(tensors["cursor"][0])
+    _check_shapes(tensors, layout, kind)
+    cursors = tensors["cursor"].view(-1, 2)
+    capacity = tensors["codes"].shape[2]
+    packed = [_check_cursor(cursor, capacity, layout, kind, length) for cursor in cursors]
+    rows, held = tensors["exact"].shape[2], int(cursors[:, 0].max())
     check(
         rows == layout.exact_rows
         or (kind == "grown" and held <= rows - layout.tail_rows < layout.token_rows),
         f"exact must have rows for {min(held, layout.exact_rows)} tokens, got {rows}",
     )
-    codes, params = tensors["codes"][:, :, :pages], tensors["params"][:, :, :pages]
-    coder = coder_of(layout)
-    coder.check_pages(codes, params, layout)
-    if layout.scheme.state_rows:
-        coder.check_state(layout.state_of(tensors["exact"]), pages, layout)
+    coder, by_row = coder_of(layout), tensors["cursor"].dim() == 2
+    for number, pages in enumerate(packed):
+        row = slice(number, number + 1) if by_row else slice(None)
+        codes, params = (tensors[name][row, :, :pages] for name in ("codes", "params"))
+        coder.check_pages(codes, params, layout)
+        if layout.scheme.state_rows:
+            coder.check_state(layout.state_of(tensors["exact"][row]), pages, layout)
     if layout.has_tables:
         words = tensors["tables"].cpu()
         tables = checked_tables(
@@ -92,7 +97,7 @@ def check_loaded(
         )
 
 
-def _check_shapes(tensors: dict[str, Tensor], layout: Layout) -> None:
+def _check_shapes(tensors: dict[str, Tensor], layout: Layout, kind: str) -> None:
     for name, x in tensors.items():
         if type(x) is not Tensor:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -105,6 +110,7 @@ def _check_shapes(tensors: dict[str, Tensor], layout: Layout) -> None:
     check(exact.device.type != "meta", "a saved cache must be loaded to a CPU or a GPU, got meta")
     (B, H), P = exact.shape[:2], codes.shape[2]
     page = layout.page_size, layout.head_dim
+    by_row = tensors["cursor"].dim() == 2 and kind == "static" and why_not_by_row(layout) is None
     expected: dict[str, tuple[Any, ...]] = {
         "codes": (torch.int16, B, H, P, layout.rows, layout.row_words),
         "params": (
@@ -112,7 +118,7 @@ def _check_shapes(tensors: dict[str, Tensor], layout: Layout) -> None:
             *(B, H, P, *layout.params_shape, layout.param_elements),
         ),
         "exact": (exact.dtype, B, H, exact.shape[2], layout.head_dim),
-        "cursor": (torch.int32, 2),
+        "cursor": (torch.int32, B, 2) if by_row else (torch.int32, 2),
         "originals": (exact.dtype, B, H, P, *page),
         "tables": (torch.int32, H, *tensors.get("tables", exact).shape[1:]),
         "shift": (torch.int32, B),

@@ -7,7 +7,7 @@ dequantized copy, and so does a call for which its handler returns ``NotImplemen
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache import ring
 from kvq_compile.kernels.cache.batch import EAGER, slice_copy
 from kvq_compile.kernels.cache.read_only import read_only
+from kvq_compile.kernels.cache.rows import caches_of_rows, count_by_row_, why_not_by_row
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
 from kvq_compile.kernels.cache.views import alone
 from kvq_compile.kernels.cache.writes import (
@@ -68,38 +69,6 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
-    """Write tokens: ``cache[index] = x``."""
-    try:
-        _assign(cache, index, x)
-    except NotImplementedError:
-        if not isinstance(
-            cache.cursor, FakeTensor
-        ):  # of Dynamo, whose graph is looked at before it runs
-            raise
-
-
-def _assign(cache: QuantizedKV, index: Any, x: Any) -> None:
-    slots = _token_index(index, cache.shape)
-    if isinstance(slots, slice):
-        if slots.step not in (None, 1):
-            raise NotImplementedError(f"slot slices must have step 1, got {slots}")
-        if isinstance(cache.cursor, FakeTensor):
-            _write(cache, x, None, slots.start or 0, x.shape[2])
-        else:
-            start, stop, _ = slots.indices(cache.shape[2])
-            _write(cache, x, None, start, max(0, stop - start))
-    elif (
-        isinstance(slots, Tensor) and slots.dtype in (torch.int64, torch.int32) and slots.dim() == 1
-    ):
-        _write(cache, x, slots, None, slots.shape[0])
-    elif isinstance(slots, int) and not isinstance(slots, bool):
-        x = x.unsqueeze(-2) if isinstance(x, Tensor) and x.dim() else x
-        _write(cache, x, None, slots % cache.shape[2], 1)
-    else:
-        raise NotImplementedError(f"slots must be a slice or a vector of positions, got {slots!r}")
-
-
 def _is_traced(args: Any) -> bool:
     return any(
         isinstance(x, QuantizedKV) and isinstance(x.cursor, FakeTensor) for x in tree_leaves(args)
@@ -128,27 +97,7 @@ def _writes_into_cache(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return False
 
 
-def _is_whole(part: Any, size: Any) -> bool:
-    if not isinstance(part, slice) or part.step not in (None, 1) or part.start not in (None, 0):
-        return False
-    return bool(part.stop is None or part.stop >= size)
-
-
-def _token_index(index: Any, shape: Sequence[Any]) -> Any:
-    """Return the part of an index into ``[B, H, S, D]`` that selects tokens; it must select all of the rest."""
-    index = index if isinstance(index, tuple) else (index,)
-    dots = [place for place, part in enumerate(index) if part is Ellipsis]
-    place = dots[0] if dots else len(index)
-    rest = index[place + 1 :]
-    index = (*index[:place], *[slice(None)] * (4 - place - len(rest)), *rest)
-    if len(index) != 4 or not all(_is_whole(index[dim], shape[dim]) for dim in (0, 1, 3)):
-        raise NotImplementedError(
-            f"a QuantizedKV can be assigned along its tokens only, as cache[:, :, positions] = x, got {index}"
-        )
-    return index[2]
-
-
-def _write(
+def write(
     cache: QuantizedKV,
     x: Any,
     position: Tensor | None,
@@ -172,6 +121,11 @@ def _write(
                 ops.append_(cache.parts, cache.calibrated, x, None, first, cache.page_layout)
             return
         check_in_sight(cache, int(count))
+        if cache.by_row and first is not None:
+            for b, row in enumerate(caches_of_rows(cache)):
+                write(row, x[b : b + 1], None, first, count)
+            cache._lineage.counted = None
+            return
         held = 0 if first is None else min(ring.count(cache), cache.shape[2])
         if first is not None and first + int(count) < held:
             overwrite_(cache, x, first, held)
@@ -231,7 +185,7 @@ def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
             for name in part_names(first.page_layout)
             if name != "cursor"
         ]
-    parts.insert(PARTS.index("cursor"), first.cursor.clone())
+    parts.insert(PARTS.index("cursor"), _joined_cursor(caches))
     if first.originals is not None:
         parts[4] = held_by_host(parts[4], first.device)
     calibrated = first.calibrated
@@ -239,6 +193,14 @@ def _join_batches(caches: list[QuantizedKV]) -> QuantizedKV:
         calibrated[1] = torch.cat([cache.shift for cache in caches])  # type: ignore[misc]
     about = first.page_layout, first.kind, first.shape[2]
     return QuantizedKV(parts, calibrated, *about, trim=first.trim)
+
+
+def _joined_cursor(caches: list[QuantizedKV]) -> Tensor:
+    """Return one length for all rows where caches are equally long, else one for each."""
+    first = caches[0]
+    if not first.by_row and all(torch.equal(cache.cursor, first.cursor) for cache in caches):
+        return first.cursor.clone()
+    return torch.cat([cache.cursor.expand(cache.shape[0], 2) for cache in caches])
 
 
 def _join(parts: list[Tensor], tail: int) -> Tensor:
@@ -252,8 +214,9 @@ def _aligned(caches: list[Any]) -> bool:
     if any(isinstance(cache.cursor, FakeTensor) for cache in caches):
         return False
     first = caches[0]
+    counts_rows = first.kind == "static" and why_not_by_row(first.page_layout) is None
     return all(
-        torch.equal(cache.cursor, first.cursor)
+        (counts_rows or torch.equal(cache.cursor, first.cursor))
         and (cache.kind, cache.trim is None, cache.first)
         == (first.kind, first.trim is None, first.first)
         for cache in caches
@@ -326,7 +289,7 @@ def _index_select(x: QuantizedKV, dim: int, index: Tensor) -> Any:
 def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:
     if not isinstance(x, QuantizedKV) or _dim(x, dim) != 2:
         return NotImplemented
-    _write(x, source, index.reshape(-1), None, index.numel())
+    write(x, source, index.reshape(-1), None, index.numel())
     return x
 
 
@@ -350,6 +313,8 @@ def _goes_behind(x: Any, index: Tensor | None) -> bool:
         return False
     if index is None or index.dim() > 1 or index.dtype == torch.bool:
         return False
+    if x.by_row:
+        return False
     places, held = index.reshape(-1).tolist(), x.held()
     return places == list(range(held, held + len(places)))
 
@@ -367,7 +332,7 @@ def _index_put(
     position = indices[2]
     if accumulate or position is None or position.dim() != 1 or position.dtype == torch.bool:
         return NotImplemented
-    _write(x, values, position, None, position.shape[0])
+    write(x, values, position, None, position.shape[0])
     return x
 
 
@@ -376,9 +341,11 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
         return NotImplemented
     if not isinstance(x.cursor, FakeTensor):
         check_writable(x)
+        if isinstance(source, QuantizedKV) and source.by_row and x.kind == "static":
+            count_by_row_(x)
     if not _is_alike(x, source):
         if not _rolled(x, source):
-            _write(x, source, None, 0, x.shape[2])
+            write(x, source, None, 0, x.shape[2])
         return x
     for mine, theirs in zip(x.parts, source.parts, strict=True):  # type: ignore[attr-defined]
         mine.copy_(theirs, non_blocking)
@@ -386,7 +353,8 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
         x.shift.copy_(source.shift, non_blocking)  # type: ignore[attr-defined]
     if not isinstance(x.cursor, FakeTensor):
         x._lineage.take(source._lineage)  # type: ignore[attr-defined]
-        x._lineage.counted = source._lineage.counted  # type: ignore[attr-defined]
+        counted = source._lineage.counted  # type: ignore[attr-defined]
+        x._lineage.counted = counted if x.by_row is source.by_row else None  # type: ignore[attr-defined]
     return x
 
 
@@ -396,6 +364,8 @@ def _rolled(x: QuantizedKV, source: Tensor) -> bool:
     So a static cache with a sliding window is written; its tokens are not quantized a second time.
     """
     if x.kind == "grown" or isinstance(x.cursor, FakeTensor) or isinstance(source, QuantizedKV):
+        return False
+    if x.by_row:
         return False
     held = x.held()
     shift = ring.shift_of(x.dequantize(), source, held)
@@ -411,17 +381,18 @@ def _is_alike(x: QuantizedKV, source: Tensor) -> bool:
         isinstance(source, QuantizedKV)
         and (source.page_layout, source.kind, source.first) == (x.page_layout, x.kind, x.first)
         and source.shape == x.shape
-        and [part.shape for part in source.parts] == [part.shape for part in x.parts]
+        and [part.shape for part in source.parts[:3]] == [part.shape for part in x.parts[:3]]
+        and (x.by_row or not source.by_row)
     )
 
 
 def _zero(x: QuantizedKV) -> QuantizedKV:
     if x.kind == "grown" and not isinstance(x.cursor, FakeTensor):
-        _write(x, 0.0, None, 0, x.shape[2])
+        write(x, 0.0, None, 0, x.shape[2])
     else:
         if not isinstance(x.cursor, FakeTensor):
             check_writable(x)
-            x._lineage.counted = 0
+            x._lineage.counted = None if x.by_row else 0
         x.cursor.zero_()
     return x
 

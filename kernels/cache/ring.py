@@ -72,9 +72,11 @@ def last_slots(tokens: Tensor, cursor: Tensor, slots: int) -> Tensor:
 
 def count(cache: QuantizedKV) -> int:
     """Return how many tokens the memory of a static cache holds; waits for the device if that is not known."""
-    if cache._lineage.counted is None:
-        cache._lineage.counted = int(cache.cursor[0])
-    return cache._lineage.counted
+    held = cache._lineage.counted
+    if held is None:
+        held = cache._lineage.counted = int(cache.cursor[0])
+    assert isinstance(held, int)  # rows have no lengths of their own
+    return held
 
 
 def claim_ring(cache: QuantizedKV, tokens: int) -> None:

@@ -37,6 +37,7 @@ from kvq_compile.kernels.cache.checks import check_loaded
 from kvq_compile.kernels.cache.exports import Exports, send_by_copy
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.ring import last_slots, slots_for
+from kvq_compile.kernels.cache.rows import count_by_row_, fill_rows_
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
 from kvq_compile.kernels.cache.trim import TRIM, new_trim
 from kvq_compile.kernels.cache.views import Lineage, Views
@@ -167,22 +168,27 @@ class QuantizedKV(Views, Exports, Tensor):
         layout: Layout,
         *,
         kind: Kind = "grown",
-        length: int | None = None,
+        length: int | Sequence[int] | None = None,
         tables: Tensor | None = None,
         shift: Tensor | None = None,
         query: Tensor | None = None,
     ) -> QuantizedKV:
         """Quantize the first ``length`` (default: all) tokens of ``x`` ``[B, H, S, D]``.
 
-        A static cache or a ring gets as many slots as ``x`` has, a grown one as many as it has tokens. ``tables``
+        A static cache or a ring gets as many slots as ``x`` has, a grown one as many as it has tokens. ``length``
+        may list those of each row of a static cache. ``tables``
         are the words of the layout's `Tables`; ``shift``, ``[B]``, is zero if it is not given. ``query``,
         ``[B, Hq, T, D]``, has the queries of the last of these tokens, where the layout holds queries.
 
         Raises:
-            ValueError: The layout keeps exact copies, and the cache is static.
+            ValueError: The layout keeps exact copies, and the cache is static; or rows have lengths of their own, and
+                it cannot have them: see `rows.count_by_row_`.
         """
         if layout.keep_exact and kind != "grown":
             raise ValueError("keep_exact must go with a cache that grows, got a static one")
+        if isinstance(length, Sequence):
+            empty = cls.from_dense(x, layout, kind=kind, length=0, tables=tables, shift=shift)
+            return fill_rows_(count_by_row_(empty), x, length, query)
         tokens = x.shape[2] if length is None else length
         slots = tokens if kind == "grown" else x.shape[2]
         room = slots_for(slots, 1, layout) if kind == "ring" else slots
@@ -223,10 +229,20 @@ class QuantizedKV(Views, Exports, Tensor):
         held = (getattr(self, name) for name in HELD)
         return [part for part in held if part is not None]
 
+    @property
+    def by_row(self) -> bool:
+        """Whether rows have lengths of their own."""
+        return self.cursor.dim() == 2
+
     def held(self) -> int:
-        """Return how many tokens the cache shows; synchronises with the device if the cache is static."""
+        """Return how many tokens the cache shows, in the longest row; waits for the device if the cache is static."""
         slots = self.shape[2]
-        return slots if self.kind == "grown" else min(int(self.cursor[0]), slots)
+        return slots if self.kind == "grown" else min(max(self.held_by_row()), slots)
+
+    def held_by_row(self) -> list[int]:
+        """Return how many tokens the memory of each row holds; waits for the device."""
+        held: list[int] = self.cursor.view(-1, 2)[:, 0].tolist()
+        return held if self.by_row else held * self.shape[0]
 
     def part_bytes(self) -> dict[str, int]:
         """Return the bytes of each part's storage."""
@@ -252,7 +268,8 @@ class QuantizedKV(Views, Exports, Tensor):
         return QuantizedKV(parts, calibrated, *about)
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
-        return self._map(lambda part: part.clone() if part is self.cursor else change(part))
+        shared = None if self.by_row else self.cursor
+        return self._map(lambda part: part.clone() if part is shared else change(part))
 
     def _view(self, length: int, trim: Tensor | None = None) -> QuantizedKV:
         if isinstance(self.cursor, FakeTensor) or trim is not None:
@@ -320,7 +337,7 @@ class QuantizedKV(Views, Exports, Tensor):
         return read_only(read) if is_view else read
 
     def __setitem__(self, index: Any, x: Any) -> None:
-        from kvq_compile.kernels.cache.dispatch import assign  # which imports this file
+        from kvq_compile.kernels.cache.assign import assign  # which imports this file
 
         assign(self, index, x)
 
@@ -394,7 +411,8 @@ def wrap(
     first: int | None = None,
 ) -> QuantizedKV:
     """Wrap tensors as a cache that knows of no other view of them."""
-    lineage = Lineage(*parts[PARTS.index("cursor")].tolist())
+    cursor = parts[PARTS.index("cursor")]
+    lineage = Lineage(*cursor.view(-1, 2).amax(0).tolist())
     if layout.keep_exact:
         parts[4] = held_by_host(parts[4], parts[0].device)
     trim = None if first is None else new_trim(first, parts[0])

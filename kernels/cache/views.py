@@ -51,7 +51,8 @@ class Lineage:
         compiled: Of them, those up to the last that a compiled call has written; ``None`` where none did.
         memory: A number that no other memory has: as long as it stays, the parts are where they are.
         room: How many tokens that memory has room for; ``None`` until somebody asks.
-        counted: Tokens in the memory of a static cache, as far as the host knows without asking the device: see `ring`.
+        counted: Tokens in the memory of a static cache, or in each row, as far as the host knows without asking the
+            device: see `ring`.
         lock: Held while tokens are appended (`alone`).
         counter: A tensor in which the model counts them, how often it had been written, and its value then, as far as
             the host knows: see `lowering.slots.Counter`.
@@ -63,7 +64,7 @@ class Lineage:
     def __init__(self, held: int, pages: int, reopened: Reopened | None = None) -> None:
         self.held, self.pages, self.reopened = held, pages, reopened
         self.compiled: int | None = None
-        self.counted: int | None = None
+        self.counted: int | tuple[int, ...] | None = None
         self.lock = threading.RLock()
         self.counter: tuple[Tensor, int, int] | None = None
         self.shared = False

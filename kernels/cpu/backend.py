@@ -11,6 +11,7 @@ from kvq_compile.kernels.cpu.library import is_available as is_available
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.rows import append_rows_, attend_rows, check_positions, dequantize_rows
 from kvq_compile.kernels.score import Score
 
 SCHEMES = frozenset(("uniform", "codebook", "mixed", "channelwise"))
@@ -42,6 +43,11 @@ def append_(
     query: Tensor | None = None,
 ) -> None:
     """Write new tokens and quantize full pages: see `append.append_`."""
+    if cache.by_row:
+        about = layout, importance, query
+        append_rows_(append_, cache, calibrated, x, position, start, *about)
+        return
+    check_positions(position, cache.cursor)
     first = first_slot(position, start)
     writing.append_(cache, calibrated, x, first, layout, importance, query)
 
@@ -83,6 +89,12 @@ def attend(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attend to a cache and to the new tokens: see `attend.attend`."""
+    if keys.by_row or values.by_row:
+        return attend_rows(
+            *(attend, query, key, value, keys, values, key_calibrated, value_calibrated, mask),
+            *(position, start, score, key_layout, value_layout, sink_logits),
+        )
+    check_positions(position, keys.cursor)
     return attention.attend(
         *(query, key, value),
         PackedTensor(keys, key_layout, key_calibrated),
@@ -118,4 +130,6 @@ def importance(
 
 def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> Tensor:
     """Read slots: see `append.read`."""
+    if cache.by_row:
+        return dequantize_rows(dequantize, cache, calibrated, length, layout)
     return writing.read(cache, calibrated, length, layout)

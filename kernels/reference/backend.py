@@ -13,6 +13,7 @@ from kvq_compile.kernels import reference
 from kvq_compile.kernels.layout import HIDES, Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.reference.importance import recent_importance
+from kvq_compile.kernels.rows import append_rows_, attend_rows, check_positions, dequantize_rows
 from kvq_compile.kernels.schemes import SCHEMES as KINDS
 from kvq_compile.kernels.score import Score
 
@@ -35,6 +36,11 @@ def append_(
     query: Tensor | None = None,
 ) -> None:
     """Write new tokens and quantize full pages: see `cache.append_`."""
+    if cache.by_row:
+        about = layout, importance, query
+        append_rows_(append_, cache, calibrated, x, position, start, *about)
+        return
+    check_positions(position, cache.cursor)
     first = _first_slot(position, start)
     reference.append_(*cache.paged(layout), x, first, layout, calibrated, importance, query)
 
@@ -80,6 +86,12 @@ def attend(
     Raises:
         ValueError: The cache does not hold ``start`` tokens, or the mask shows a slot never written.
     """
+    if keys.by_row or values.by_row:
+        return attend_rows(
+            *(attend, query, key, value, keys, values, key_calibrated, value_calibrated, mask),
+            *(position, start, score, key_layout, value_layout, sink_logits),
+        )
+    check_positions(position, keys.cursor)
     first = _first_slot(position, start)
     held, end = int(keys.cursor[0]), first + key.shape[2]
     if first > held:
@@ -128,6 +140,8 @@ def importance(
 
 def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> Tensor:
     """Read slots: see `cache.read`."""
+    if cache.by_row:
+        return dequantize_rows(dequantize, cache, calibrated, length, layout)
     return reference.read(*cache.paged(layout), length, layout, calibrated)
 
 

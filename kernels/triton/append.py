@@ -17,7 +17,8 @@ a cache finds something of itself from its first pages, which all of them then n
 Where tokens go follows from lengths on the device (`residual.plan_write`), and the host never waits for them. It
 checks what it knows: the room for pages, when ``start`` is an integer. What it cannot know is guarded: a write that
 would leave a gap or does not fit is left out as a whole, cursor included, so that attention at the next position
-finds tokens missing and gives NaN. Of ``position`` only the first element is read.
+finds tokens missing and gives NaN. Of ``position`` only the first element is read, where rows have lengths of their own
+(`rows`) the first of each: every program then works with the cursor of its row.
 """
 
 from typing import Any, NamedTuple
@@ -39,6 +40,9 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_importance,
     bundle_tensor,
     calibrated_head,
+    cursor_of,
+    first_positions,
+    first_slot,
     tail_of,
 )
 from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
@@ -234,15 +238,19 @@ def _find_state(
 
 
 @triton.jit
-def _move_cursor(cursor, write, tokens):
-    """Move the cursor of a write that all programs of a cache take part in, each once it is done."""
+def _move_cursor(cursor, write, tokens, heads, CONSTANTS: tl.constexpr):
+    """Move the cursor of a write that all programs of a cache take part in, or of its row, each once it is done."""
+    if CONSTANTS.by_row:
+        number, programs = tl.program_id(0) % heads, heads
+    else:
+        number, programs = tl.program_id(0), tl.num_programs(0)
     if write.repeats:
-        if tl.program_id(0) == 0:
+        if number == 0:
             tl.store(cursor, write.start + tokens)
     else:
         tl.debug_barrier()
         word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
-        if word // ARRIVAL == tl.num_programs(0) - 1:
+        if word // ARRIVAL == programs - 1:
             tl.store(cursor + 1, write.pages)
             tl.store(cursor, write.start + tokens)
 
@@ -256,7 +264,9 @@ def _append(
     head, number = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     cache, importance = side.cache, side.importance
-    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
+    cursor = cursor_of(cache, batch, CONSTANTS)
+    slot = first_slot(position, start, batch, CONSTANTS)
+    write = plan_write(cursor, slot, shape.tokens, capacity, CONSTANTS)
     new = at_head(side.new, batch, kv_head)
     index = write.kept + number
     page = at_page(cache, head.to(tl.int64), index, capacity, CONSTANTS)
@@ -284,7 +294,7 @@ def _append(
             write_queries(
                 side.query, source.tail, write, shape.tokens, side.known, batch, kv_head, CONSTANTS
             )
-        _move_cursor(cache.cursor, write, shape.tokens)
+        _move_cursor(cursor, write, shape.tokens, shape.heads, CONSTANTS)
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -316,7 +326,9 @@ def state_kernel(
     head = tl.program_id(0).to(tl.int64)
     batch, kv_head = head // shape.heads, head % shape.heads
     cache, new = side.cache, side.new
-    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
+    cursor = cursor_of(cache, batch, CONSTANTS)
+    slot = first_slot(position, start, batch, CONSTANTS)
+    write = plan_write(cursor, slot, shape.tokens, capacity, CONSTANTS)
     page = at_page(cache, head, 0, capacity, CONSTANTS)
     first = CONSTANTS.sinks + write.kept * CONSTANTS.page_size
     source = Source(
@@ -342,7 +354,9 @@ def rows_kernel(
     head, block = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     cache = side.cache
-    write = plan_write(cache.cursor, position, start, shape.tokens, capacity, CONSTANTS)
+    cursor = cursor_of(cache, batch, CONSTANTS)
+    slot = first_slot(position, start, batch, CONSTANTS)
+    write = plan_write(cursor, slot, shape.tokens, capacity, CONSTANTS)
     if write.ok:
         new = at_head(side.new, batch, kv_head)
         page = at_page(cache, head.to(tl.int64), 0, capacity, CONSTANTS)
@@ -357,12 +371,14 @@ def rows_kernel(
 
 
 @triton.jit(do_not_specialize=["start", "capacity"])
-def cursor_kernel(cursor, position, start, capacity, tokens, CONSTANTS: tl.constexpr):
+def cursor_kernel(cache, position, start, capacity, tokens, CONSTANTS: tl.constexpr):
     """Move the cursor behind the new tokens.
 
-    Grid: (1,).
+    Grid: (1,), or, where rows have lengths of their own, (B,).
     """
-    write = plan_write(cursor, position, start, tokens, capacity, CONSTANTS)
+    cursor = cursor_of(cache, tl.program_id(0), CONSTANTS)
+    slot = first_slot(position, start, tl.program_id(0), CONSTANTS)
+    write = plan_write(cursor, slot, tokens, capacity, CONSTANTS)
     tl.debug_barrier()
     if write.ok:
         tl.store(cursor, write.start + tokens)
@@ -383,7 +399,7 @@ def append_(
         cache: Codes, parameters, exact rows and cursor, as the layout describes them, contiguous.
         calibrated: Calibration constants.
         x: New tokens, ``[B, H, T, D]``.
-        position: Their slots on the device, consecutive; or ``None``.
+        position: Their slots on the device, consecutive, ``[T]`` or ``[B, T]``; or ``None``.
         start: The first slot, or a bound of it where there is ``position``; or ``None``.
         layout: The cache's layout.
         importance: Importance score of each slot, ``[B, H, >= slots held then]``, by which mixed layouts distribute
@@ -407,7 +423,9 @@ def append_both_(
         _prepare(keys, key_calibrated, key, start, key_layout, importance, query),
         _prepare(values, value_calibrated, value, start, value_layout, importance, None),
     )
-    if all(write.whole for write in writes) and writes[0].shape == writes[1].shape:
+    counts_rows = [write.constants.by_row for write in writes]
+    alike = writes[0].shape == writes[1].shape and counts_rows[0] is counts_rows[1]
+    if all(write.whole for write in writes) and alike:
         _write(writes, position, start)
     else:
         for write in writes:
@@ -444,7 +462,7 @@ def _prepare(
 ) -> Write:  # fmt: skip
     """Return what is to be launched for `append_`, which says what it is given; check it."""
     B, H, tokens, head_dim = x.shape
-    constants = WriteConstants.of(layout)
+    constants = WriteConstants.of(layout, cache[3].dim() == 2)
     mixed = constants.scheme == "mixed"
     if mixed and constants.has_tables:
         raise NotImplementedError(
@@ -466,7 +484,8 @@ def _prepare(
         bundle_cache(cache, layout), bundle_calibration(calibrated), new, queries, known, scratch,
         weights,
     )  # fmt: skip
-    whole = pages == 1 and B * H <= MAX_ARRIVALS and capacity < MAX_PAGES
+    programs = H if constants.by_row else B * H  # that move a cursor
+    whole = pages == 1 and programs <= MAX_ARRIVALS and capacity < MAX_PAGES
     return Write(
         side, constants, Shape(H, tokens), capacity, B * H, pages, rows, layout.token_rows, whole
     )
@@ -478,7 +497,8 @@ def _write(writes: tuple[Write, ...], position: Tensor | None, start: int | None
     side, constants, shape = write[:3]
     if shape.tokens == 0:
         return
-    slot = position, start or 0, write.capacity
+    cursor = side.cache.cursor
+    slot = first_positions(position, cursor), start or 0, write.capacity
     if constants.bit_rows and not write.whole:
         state_kernel[(write.heads,)](
             side, *slot, shape, write.pages, CONSTANTS=constants, TILE=TILE, enable_fp_fusion=False
@@ -491,4 +511,5 @@ def _write(writes: tuple[Write, ...], position: Tensor | None, start: int | None
     if not write.whole:
         blocks = triton.cdiv(min(shape.tokens, write.token_rows), write.rows)
         rows_kernel[(write.heads, blocks)](side, *slot, shape, CONSTANTS=constants, ROWS=write.rows)
-        cursor_kernel[(1,)](side.cache.cursor, *slot, shape.tokens, CONSTANTS=constants)
+        moved = cursor.numel() // 2
+        cursor_kernel[(moved,)](side.cache, *slot, shape.tokens, CONSTANTS=constants)

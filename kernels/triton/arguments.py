@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated
+from kvq_compile.kernels.rows import check_positions
 from kvq_compile.kernels.triton.constants import section_start
 
 
@@ -102,6 +103,20 @@ def bundle_cache(cache: Sequence[Tensor], layout: Layout) -> CacheBundle:
     return CacheBundle(codes.view(torch.uint16), params, exact, rows, cursor)
 
 
+def first_positions(position: Tensor | None, cursor: Tensor) -> Tensor | None:
+    """Return the slots that kernels read: the first of all new tokens, or of those of each row, ``[B]``.
+
+    Raises:
+        ValueError: Rows have positions of their own, and no lengths of their own.
+    """
+    if position is None or cursor.dim() == 1:
+        check_positions(position, cursor)
+        return position
+    rows = cursor.shape[0]
+    first = position[:, 0] if position.dim() == 2 else position[:1].expand(rows)
+    return first.contiguous()
+
+
 def bundle_calibration(calibrated: Calibrated) -> Calibration:
     """Bundle what a cache is coded relative to."""
     if calibrated.tables is None:
@@ -146,6 +161,25 @@ def bundle_mask(mask: Tensor | None, shape: torch.Size) -> tuple[Mask, int, Mask
 def at_head(tensor, batch, head):
     """Return a pointer to one head of a `Strided` tensor; ``batch`` and ``head`` are int64."""
     return tensor.pointer + batch * tensor.batch + head * tensor.head
+
+
+@triton.jit
+def cursor_of(packed, batch, CONSTANTS: tl.constexpr):
+    """Return a pointer to the cursor of a sequence."""
+    if CONSTANTS.by_row:
+        return packed.cursor + batch * 2
+    else:
+        return packed.cursor
+
+
+@triton.jit
+def first_slot(position, start, batch, CONSTANTS: tl.constexpr):
+    """Return the slot of a sequence's first new token: ``start``, or what is on the device if there is ``position``."""
+    if position is not None:
+        if CONSTANTS.by_row:
+            position += batch
+        start = tl.load(position).to(tl.int32)
+    return start
 
 
 @triton.jit

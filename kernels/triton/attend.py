@@ -41,7 +41,10 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_mask,
     bundle_tensor,
     calibrated_head,
+    cursor_of,
     exact_rows,
+    first_positions,
+    first_slot,
 )
 from kvq_compile.kernels.triton.channelwise import tile_of
 from kvq_compile.kernels.triton.channelwise_query import expand_query
@@ -153,13 +156,14 @@ def attend_kernel(
     seen = MaskRows(mask_pointer, mask_rows, exists, mask.slot, mask_width)
 
     # What there is to see: slots before `visible`, tokens before `kv_len`, whole `pages`.
-    if position is not None:
-        start = tl.load(position).to(tl.int32)
+    key_cursor = cursor_of(keys.packed, batch, KEY)
+    value_cursor = cursor_of(values.packed, batch, VALUE)
+    start = first_slot(position, start, batch, KEY)
     visible = start + shape.new
     if LAUNCH.mask_kind > 0:
         visible = tl.minimum(visible, mask_width)
     kv_len = tl.minimum(start, visible)
-    pages = tl.minimum(tl.load(keys.packed.cursor + 1), tl.load(values.packed.cursor + 1))
+    pages = tl.minimum(tl.load(key_cursor + 1), tl.load(value_cursor + 1))
     view = View(start, shape.new, kv_len, visible, pages)
     row = head.to(tl.int64) * (SHARED_BY * shape.tokens) + column
     dim = tl.arange(0, VALUE.channels)
@@ -170,7 +174,7 @@ def attend_kernel(
         queries = Queries(query.pointer, rows, exists, group, seen, scale, 0, of_values)
         key_rows = exact_rows(keys.packed, head.to(tl.int64))
         value_rows = exact_rows(values.packed, head.to(tl.int64))
-        least = tl.minimum(tl.load(keys.packed.cursor), tl.load(values.packed.cursor))
+        least = tl.minimum(tl.load(key_cursor), tl.load(value_cursor))
         held = View(start, shape.new, tl.minimum(kv_len, least), visible, pages)
         accumulator, running_sum, running_max = attend_exact(
             queries, Exact(key_rows, at_head(keys.new, batch, kv_head), keys.new.token),
@@ -196,7 +200,7 @@ def attend_kernel(
             stored &= (dim // VALUE.group_size)[:, None] == group[None, :]
 
     # A cache that holds too few tokens shows as NaN in the first split.
-    least = tl.minimum(tl.load(keys.packed.cursor), tl.load(values.packed.cursor))
+    least = tl.minimum(tl.load(key_cursor), tl.load(value_cursor))
     missing = (start > least) & (split == 0)
     store_split(
         partial, lse, row * splits + split, accumulator, running_sum, running_max,
@@ -238,7 +242,7 @@ def attend(
         key_calibrated, value_calibrated: Calibration constants of keys and values.
         mask: ``None``, boolean (True: attend) or additive, broadcasting to ``[B, Hq, T, M]`` with one column
             per slot; slots beyond its ``M`` columns, and slots without a token, are masked.
-        position: Slots of the new tokens on the device, consecutive; or ``None``.
+        position: Slots of the new tokens on the device, consecutive, ``[Tn]`` or ``[B, Tn]``; or ``None``.
         start: The first of them; or ``None``.
         score: Modification of products of queries and keys.
         key_layout, value_layout: Layouts of the two parts.
@@ -261,7 +265,7 @@ def attend(
     mask_bundle, width, kind, mask_shared = bundle_mask(mask, query.shape)
     KEY, VALUE, LAUNCH, options = launch.attend_settings(
         key_layout, value_layout, Hq // H, T, query.dtype, launch.platform_of(query), kind,
-        mask_shared, score.bend, score.of_values,
+        mask_shared, score.bend, score.of_values, (keys[3].dim() == 2, values[3].dim() == 2),
     )  # fmt: skip
     tiles = triton.cdiv(Hq // H * T, LAUNCH.block_q)
     resident = launch.programs_per_sm(KEY, VALUE, options) * launch.sm_count(query.device)
@@ -293,7 +297,7 @@ def attend(
     attend_kernel[(B * H, tiles, exact + paged)](
         queries, of_values, coded, coded_values, Side(bundle_tensor(key), bundle_cache(keys, key_layout), key_tables),
         Side(bundle_tensor(value), bundle_cache(values, value_layout), value_tables), mask_bundle,
-        width, position, start or 0, partial, lse, score.scale * launch.LOG2_E, *rooms,
+        width, first_positions(position, keys[3]), start or 0, partial, lse, score.scale * launch.LOG2_E, *rooms,
         Shape(H, T, new, exact), late, KEY=KEY, VALUE=VALUE, LAUNCH=LAUNCH, **options,
     )  # fmt: skip
     return join(partial, lse, query, value_tables, VALUE, exact, H, sink_logits)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
+from kvq_compile.kernels.rows import attend_rows
 from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.triton import many_queries
 from kvq_compile.kernels.triton.append import append_, append_both_
@@ -41,6 +42,13 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attend as `attend.attend` says: to packed pages, or with many query tokens to dequantized pieces of them."""
     if many_queries.takes(query, key, value, score):
+        if (
+            keys[3].dim() == 2 or values[3].dim() == 2
+        ):  # pieces of rows that end elsewhere are others
+            return attend_rows(
+                attend, query, key, value, keys, values, key_calibrated, value_calibrated, mask,
+                position, start, score, key_layout, value_layout, sink_logits,
+            )  # fmt: skip
         plan = many_queries.find_plan(query, key.shape[2], mask, position, start, key_layout)
         if plan is not None:
             sides = (

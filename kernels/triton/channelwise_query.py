@@ -19,7 +19,13 @@ from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Packed
-from kvq_compile.kernels.triton.arguments import Calibration, Strided, bundle_cache, exact_rows
+from kvq_compile.kernels.triton.arguments import (
+    Calibration,
+    Strided,
+    bundle_cache,
+    cursor_of,
+    exact_rows,
+)
 from kvq_compile.kernels.triton.channelwise import (
     MAX_WIDTH,
     UNIT,
@@ -141,7 +147,7 @@ def _write_constants(
     D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
     page = block * PAGES + tl.arange(0, PAGES)
     channel, column = tl.arange(0, D_PAD), tl.arange(0, LAUNCH.block_q)
-    pages = tl.load(cache.cursor + 1)
+    pages = tl.load(cursor_of(cache, head // kv_heads, KEY) + 1)
     _number, where, exists = _query_columns(query, head, 0, kv_heads, tokens, LAUNCH)
     q, _bias = _load_query(where, channel, exists, tables, KEY)
     width = load_widths(tail_of_head(cache, head, KEY), channel, KEY)

@@ -50,6 +50,7 @@ class ReadConstants:
             words, the words of the last of them, and how many of the first have fields of two channels; else 0.
         takes_mean, mean_pairs, mean_places: Whether keys are coded without their rotated mean; rotation pairs that have
             one, and places for them in a tile.
+        by_row: Whether rows have lengths of their own, and positions.
     """
 
     role: str
@@ -98,12 +99,13 @@ class ReadConstants:
     takes_mean: bool
     mean_pairs: int
     mean_places: int
+    by_row: bool
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def of(layout: Layout) -> "ReadConstants":
+    def of(layout: Layout, by_row: bool = False) -> "ReadConstants":
         """Return what reading kernels for ``layout`` are compiled for."""
-        return _one_object(ReadConstants, **_read_values(layout))
+        return _one_object(ReadConstants, **_read_values(layout), by_row=by_row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +138,10 @@ class WriteConstants(ReadConstants):
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def of(layout: Layout) -> "WriteConstants":
+    def of(layout: Layout, by_row: bool = False) -> "WriteConstants":
         """Return what writing kernels for ``layout`` are compiled for."""
-        return _one_object(WriteConstants, **_read_values(layout), **_write_values(layout))
+        values = _read_values(layout) | {"by_row": by_row} | _write_values(layout)
+        return _one_object(WriteConstants, **values)
 
 
 _objects: dict[object, Any] = {}

@@ -15,6 +15,7 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_cache,
     bundle_calibration,
     calibrated_head,
+    cursor_of,
     exact_rows,
     tail_of,
 )
@@ -89,9 +90,10 @@ def dequantize_kernel(
     if block < SINK_BLOCKS:
         slot = block * ROWS + tl.arange(0, ROWS)[:, None]
         wanted = (slot < last) & (slot < SINKS)
-    kv_len = tl.load(cache.cursor)
+    cursor = cursor_of(cache, head // heads, CONSTANTS)
+    kv_len = tl.load(cursor)
     row = out + (head * (last - first) + slot - first) * HEAD_DIM
-    if (block >= SINK_BLOCKS) & (number < tl.minimum(tl.load(cache.cursor + 1), capacity)):
+    if (block >= SINK_BLOCKS) & (number < tl.minimum(tl.load(cursor + 1), capacity)):
         page = at_page(cache, head, number, capacity, CONSTANTS)
         tables = calibrated_head(calibration, head // heads, head % heads, CONSTANTS)
         held = wanted & (slot < kv_len)
@@ -128,7 +130,7 @@ def read_slots(
     """
     if last == first:
         return
-    constants = ReadConstants.of(layout)
+    constants = ReadConstants.of(layout, cache[3].dim() == 2)
     (B, H), capacity = cache[2].shape[:2], page_room(cache, layout)
     page = constants.page_size
     rows = min(page, max(1, TILE // triton.next_power_of_2(layout.head_dim)))

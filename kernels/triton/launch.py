@@ -172,14 +172,14 @@ def operands(dtype: torch.dtype, platform: Platform, large: bool, bend: Bend) ->
 def attend_settings(
     key_layout: Layout, value_layout: Layout, shared_by: int, tokens: int,
     dtype: torch.dtype, platform: Platform, mask_kind: MaskKind, mask_shared: bool, bend: Bend,
-    of_values: bool = False,
+    of_values: bool = False, by_row: tuple[bool, bool] = (False, False),
 ) -> tuple[ReadConstants, ReadConstants, AttendConstants, dict[str, int]]:  # fmt: skip
     """Return the constants of `attend_kernel` and its launch options.
 
     Raises:
         NotImplementedError: No kernel reads keys and values of these layouts.
     """
-    key, value = ReadConstants.of(key_layout), ReadConstants.of(value_layout)
+    key, value = map(ReadConstants.of, (key_layout, value_layout), by_row)
     mixed = key.scheme == "mixed"
     if "mixed" in (key.scheme, value.scheme) and (key.has_tables or value.has_tables):
         raise NotImplementedError(

@@ -49,14 +49,12 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def plan_write(cursor, position, start, tokens, capacity, CONSTANTS: tl.constexpr):
-    """Return the `Plan` of a write of ``tokens`` tokens at ``start``, or at ``position[0]`` if there is one."""
+def plan_write(cursor, start, tokens, capacity, CONSTANTS: tl.constexpr):
+    """Return the `Plan` of a write of ``tokens`` tokens at ``start`` to what ``cursor`` points to the length of."""
     SINKS: tl.constexpr = CONSTANTS.sinks
     PAGE: tl.constexpr = CONSTANTS.page_size
     kv_len = tl.load(cursor)
     packed = tl.load(cursor + 1) % ARRIVAL
-    if position is not None:
-        start = tl.load(position).to(tl.int32)
     whole = tl.maximum(start - SINKS, 0) // PAGE
     kept = tl.where(start < kv_len, tl.minimum(packed, whole), packed)
     filled = tl.maximum(start + tokens - SINKS - CONSTANTS.window, 0) // PAGE

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvq_compile.kernels.cache.rows import why_not_by_row
+from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.cache.trim import first_of
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.lowering.find.positions import same_value
 from kvq_compile.lowering.find.trims import window_of
@@ -26,6 +29,7 @@ from kvq_compile.lowering.nodes import (
 from kvq_compile.lowering.sites import RINGS, Attention, Life, Refusal, State
 
 UNMASKED = "attention reads cache positions that hold no token: there is no mask"
+BY_ROW = "each row of the cache is written at positions of its own"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
 
@@ -144,6 +148,24 @@ def end_without_mask(attention: Attention, key: State) -> Any:
     first = 0 if key.life is Life.ALLOCATED else value_of(key.position)
     known = not isinstance(first, torch.Tensor) and key.slots is not None
     return None if known and same(value_of(key.slots), first + tokens) else key.slots
+
+
+def check_rows(state: State, layout: Layout) -> None:
+    """Make sure that a cache can count its rows, where each is written at positions of its own.
+
+    Raises:
+        Refusal: It cannot.
+    """
+    if not state.by_row:
+        return
+    held = value_of(state.past)
+    if isinstance(held, QuantizedKV) and held.kind != "static":
+        raise Refusal(f"{BY_ROW}, and it keeps its last tokens, as many of each")
+    if state.life is Life.ALLOCATED:
+        raise Refusal(f"{BY_ROW}, and it is allocated in the same call; allocate it beforehand")
+    reason = why_not_by_row(layout)
+    if reason is not None:
+        raise Refusal(f"{BY_ROW}, and {reason}; take another method")
 
 
 def check_order(attention: Attention, states: Sequence[State], order: Sequence[fx.Node]) -> None:

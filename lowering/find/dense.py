@@ -21,7 +21,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.kernels.schemes import Role
 from kvq_compile.lowering.find.caches import is_feature_map
-from kvq_compile.lowering.find.checks import DTYPES
+from kvq_compile.lowering.find.checks import DTYPES, check_rows
 from kvq_compile.lowering.find.gradients import records_gradients
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
@@ -243,6 +243,7 @@ def _quantization(graph: Graph, found: _Candidate, role: Role) -> Quantization:
     if quantization.layout.keep_exact and state.life not in GROWS:
         raise Refusal(KEEPS_NOT)
     check_window(state, quantization.layout)
+    check_rows(state, quantization.layout)
     check_lengths(graph, state)
     return quantization
 

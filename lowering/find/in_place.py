@@ -54,7 +54,8 @@ def candidates(buffer: fx.Node, writers: list[fx.Node]) -> Iterator[fx.Node]:
     seen: set[fx.Node] = {buffer}
     written = writers_of(buffer.graph)
     front, found = [*writers], 0
-    while front and len(seen) < _REACH and found < TRIES:
+    reach = _REACH + 4 * len(writers)
+    while front and len(seen) < reach and found < TRIES:
         node = front.pop(0)
         memory = root_of(node)
         others = () if memory is buffer else written.get(memory, ())
@@ -89,9 +90,14 @@ class InPlaceTrial(UpdateTrial):
         super().__init__(buffer, buffer, new, position, others)
         self._writers, self._views = writers, views
 
+    @property
+    def reach(self) -> int:
+        """Steps at most."""
+        return _REACH
+
     def collect(self) -> bool:
         """Collect the nodes to run; say whether they alone decide on the buffer, and nothing reads in between."""
-        needed = self._needed(self._writers, ENDS, _REACH)
+        needed = self._needed(self._writers, ENDS, self.reach)
         if needed is None:
             return False
         place, writers = order_of(self.result.graph), writers_of(self.result.graph)

@@ -21,8 +21,8 @@ A_PART_IS_KEPT = (
 SHORT_WINDOW = "its sliding window is no longer than the exact region"  # told, and no warning
 OVERWRITTEN = "the cache is overwritten as a whole, and not with the last of its tokens and new ones behind them"
 SOME_ROWS = (
-    "only some rows of the cache are written, and a quantized cache holds equally many tokens in every row; "
-    "allocate it for the batch at hand"
+    "only some rows of the cache are written, and a compiled call writes tokens of all; allocate it for the batch at "
+    "hand, or write a row outside compiled calls, as cache[row, :, :T] = tokens"
 )
 OFFLOADED = (
     "keys and values are moved to another device once they are attended to (an offloaded cache), and a quantized cache "

@@ -18,6 +18,7 @@ from kvq_compile.lowering.find.checks import (
     check_mask,
     check_order,
     check_pair,
+    check_rows,
     check_tensors,
     end_without_mask,
 )
@@ -130,6 +131,7 @@ def _site(
         if quantization.layout.keep_exact and state.life not in GROWS:
             raise Refusal(KEEPS_NOT)
         check_window(state, quantization.layout)
+        check_rows(state, quantization.layout)
         if attention.sink_logits is not None and quantization.layout.attentive:
             raise Refusal("bits depend on attention, whose softmax has logits of sinks")
         if state.last is not None and state.life not in RINGS and quantization.layout.attentive:

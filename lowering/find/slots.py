@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import fx
 
 from kvq_compile.kernels.cache.become import stays_plain
 from kvq_compile.kernels.cache.ring import takes
+from kvq_compile.kernels.cache.rows import why_not_by_row
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.find.checks import end_without_mask
-from kvq_compile.lowering.find.positions import part_of
+from kvq_compile.lowering.find.checks import BY_ROW, end_without_mask
+from kvq_compile.lowering.find.positions import part_of, same_value
 from kvq_compile.lowering.find.reasons import OVERWRITTEN
 from kvq_compile.lowering.find.sites import left_alone
 from kvq_compile.lowering.find.writes import is_write, read_write, writes_of
@@ -49,6 +51,7 @@ def plan_slot_checks(graph: Graph) -> PassReport:
     """
     positions: list[fx.Node] = []
     writes: dict[fx.Node, Write] = {}
+    masks: dict[fx.Node, fx.GraphModule] = {}
     _refuse_unfinished(graph)
     kept: list[AttentionSite] = []
     for site in graph.sites:
@@ -60,7 +63,7 @@ def plan_slot_checks(graph: Graph) -> PassReport:
                     graph,
                     state,
                     positions,
-                    _hides(graph, state, site),
+                    _hides(graph, state, site, masks),
                     inverted,
                     ends.get(state.write),
                 )
@@ -79,6 +82,7 @@ def plan_slot_checks(graph: Graph) -> PassReport:
         if isinstance(value_of(cache), QuantizedKV):
             try:
                 writes |= _other_writes(graph, cache, positions)
+                _count_rows(graph, cache, writes)
             except Refusal as reason:
                 graph.thaw = f"{source_name(cache)}: {reason}"
                 graph.thawed.add(cache)
@@ -91,6 +95,27 @@ def plan_slot_checks(graph: Graph) -> PassReport:
     rings = _rings(graph)
     graph.check = SlotCheck(part, planned, rings) if planned or rings else None
     return PassReport(tuple(f"cache positions of {write.name} are looked at" for write in planned))
+
+
+def _count_rows(graph: Graph, cache: fx.Node, writes: Mapping[fx.Node, Write]) -> None:
+    """Note that a cache counts its rows from this call on, where each is written at positions of its own.
+
+    Raises:
+        Refusal: It cannot.
+    """
+    held: QuantizedKV = value_of(cache)
+    rings = (ring for ring in graph.rings.values() if ring.past is cache)
+    if held.by_row and any(rings):
+        raise Refusal("the last of its tokens are kept, and its rows have lengths of their own")
+    mine = [node for node, write in writes.items() if write.rows and root_of(node) is cache]
+    if not mine:
+        return
+    reason = why_not_by_row(held.page_layout)
+    if held.kind != "static" or reason is not None:
+        raise Refusal(f"{BY_ROW}, and {reason or 'as many of each are kept'}")
+    if not held.by_row:
+        graph.by_row.add(cache)
+        graph.changes_memory = True
 
 
 def _rings(graph: Graph) -> tuple[RingWrite, ...]:
@@ -178,13 +203,16 @@ def _write(
     if not is_tensor:
         first = graph.sizes.size(value_of(position))
         return Write(name, argument, None, first, graph.sizes.size(count), *about)
-    counter = None if state.life in RINGS else _counter(graph, position, count)
+    others = state.life in RINGS or state.by_row
+    counter = None if others else _counter(graph, position, count)
     if counter is not None:
         number = graph.sizes.size(count)
         return Write(name, argument, None, None, number, *about, counter=counter, end=read)
-    tokens = None if same(value_of(position).numel(), count) else graph.sizes.size(count)
+    rows = _rows(position)
+    alike = same(value_of(position).numel(), count * max(rows, 1))
+    tokens = None if alike else graph.sizes.size(count)
     slides, place = state.life in RINGS, _place(position, positions)
-    return Write(name, argument, place, None, tokens, *about, slides, end=read)
+    return Write(name, argument, place, None, tokens, *about, slides, end=read, rows=rows)
 
 
 def _counter(graph: Graph, position: fx.Node, count: Any) -> Counter | None:
@@ -225,14 +253,22 @@ def _added(graph: Graph, number: fx.Node) -> Size | None:
     return graph.sizes.size(total)
 
 
+def _rows(position: fx.Node) -> int:
+    """Return how many rows are written at positions of their own; 0 where all are written at the same."""
+    shape = shape_of(position) or ()
+    return int(shape[0]) if len(shape) == 2 else 0
+
+
 def _place(position: fx.Node, positions: list[fx.Node]) -> int:
     if position not in positions:
         positions.append(position)
     return positions.index(position)
 
 
-def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | bool | None:
-    """Return what hides the cache positions behind the tokens of a call."""
+def _hides(
+    graph: Graph, state: State, site: AttentionSite, masks: dict[fx.Node, fx.GraphModule]
+) -> fx.GraphModule | bool | None:
+    """Return what hides the cache positions behind the tokens of a call; ``masks`` are the parts that are known."""
     attention = site.attention
     if attention.mask is None and state.life in RINGS:
         return False  # it reads all of the buffer
@@ -242,8 +278,11 @@ def _hides(graph: Graph, state: State, site: AttentionSite) -> fx.GraphModule | 
         tokens = (shape_of(state.new) or ())[2]
         if same(value_of(state.slots), value_of(state.position) + tokens):
             return True
+    alike = next((mask for mask in masks if same_value(mask, attention.mask)), attention.mask)
     try:
-        return part_of([attention.mask], graph.arguments)
+        if alike not in masks:
+            masks[alike] = part_of([alike], graph.arguments)
+        return masks[alike]
     except Refusal:
         return None
 
@@ -288,8 +327,9 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
         position, new = read_write(node)
         if isinstance(value_of(position), torch.Tensor):
             part_of([position], graph.arguments)
-            place = _place(position, positions)
-            found[node] = Write(name, argument, place, is_evaluated=EVALUATED in node.meta)
+            place, rows = _place(position, positions), _rows(position)
+            evaluated = EVALUATED in node.meta
+            found[node] = Write(name, argument, place, is_evaluated=evaluated, rows=rows)
         else:
             first = graph.sizes.size(value_of(position))
             tokens = graph.sizes.size((shape_of(new) or ())[2])

@@ -22,14 +22,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.find.by_row import is_written_by_row
 from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
 from kvq_compile.lowering.find.rings import Ring
 from kvq_compile.lowering.find.trial import data_of
 from kvq_compile.lowering.find.trims import kept_of, suffix_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
-from kvq_compile.lowering.find.writes import BY_ROW, read_write, writes_of
+from kvq_compile.lowering.find.writes import read_write, writes_of
 from kvq_compile.lowering.nodes import (
     argument,
     getitem_index,
@@ -293,10 +292,7 @@ def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> S
     if not writes_of(past):
         raise Refusal(_why_not_written(past, outputs))
     write, others = _own_write(read, attention)
-    try:
-        position, new = read_write(write)
-    except Refusal as reason:
-        raise Refusal(BY_ROW) if is_written_by_row(past) else reason from None
+    position, new = read_write(write)
     quantized = isinstance(value_of(past), QuantizedKV)
     if quantized and value_of(past).kind == "grown":
         raise Refusal("a quantized cache that grows by cat is written in place")
@@ -374,8 +370,6 @@ def _updated(
 
 
 def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:
-    if past.op == "placeholder" and is_written_by_row(past):
-        return BY_ROW
     reason = why_not_kept(past, outputs)
     if reason != NO_CACHE or past.op != "placeholder":
         return reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kvq_compile.lowering.nodes import (
@@ -19,11 +19,17 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Refusal
 
-BY_ROW = (
-    "each row of the cache is written at positions of its own, and a quantized cache holds equally many tokens in "
-    "every row; pad sequences on the left, so that all are written at one position"
-)
-WRITES = ("index_copy_", "setitem", "index_put_")
+WRITES = ("index_copy_", "setitem", "index_put_", "write_rows_")
+
+
+def write_rows_(cache: Tensor, position: Tensor, new: Tensor) -> Tensor:
+    """Write ``new`` ``[B, H, T, D]`` into ``cache`` ``[B, H, S, D]``, each row at its own positions ``[B, T]``.
+
+    By this call graphs know such writes, whatever the model calls.
+    """
+    row = torch.arange(cache.shape[0], device=cache.device)[:, None]
+    cache[row, :, position] = new.transpose(1, 2)
+    return cache
 
 
 def is_write(node: fx.Node) -> bool:
@@ -42,9 +48,13 @@ def writes_of(cache: fx.Node) -> list[fx.Node]:
 def read_write(node: fx.Node) -> tuple[Any, fx.Node]:
     """Return the cache positions (a node of positions, or the first cache position) and the tokens of a cache write.
 
+    Positions are ``[T]``, or ``[B, T]`` where each row has its own.
+
     Raises:
         Refusal: It writes something else than whole tokens, one behind the other.
     """
+    if target_name(node) == "write_rows_":
+        return node.args[1], node.args[2]  # type: ignore[return-value]
     slots, new = _index_copy(node) if target_name(node) == "index_copy_" else _assignment(node)
     shape, cache = shape_of(new), shape_of(node.args[0])
     if cache is None or shape is None or len(cache) != 4 or len(shape) != 4:
@@ -82,8 +92,6 @@ def _assignment(node: fx.Node) -> tuple[Any, Any]:
             raise Refusal("the cache is added to instead of written")
     if len(index) not in (3, 4) or len(index) > len(shape):
         raise Refusal("the cache is written at something else than whole tokens")
-    if isinstance(value_of(index[0]), torch.Tensor):
-        raise Refusal(BY_ROW)
     if not all(is_full(index[i], shape[i]) for i in range(len(index)) if i != 2):
         raise Refusal("the cache is written at something else than whole tokens")
     return index[2], argument(node, 2, "values")

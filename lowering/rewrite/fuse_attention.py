@@ -160,7 +160,10 @@ def check_room(graph: fx.Graph, state: State) -> None:
         return  # a cache that grows has room; a slice was checked against the buffer when it was captured
     assert state.past is not None
     slots = (shape_of(state.past) or ())[2]
-    last = insert_call(graph, operator.getitem, (position, -1))
+    if state.by_row:
+        last = graph.call_method("amax", (position,))
+    else:
+        last = insert_call(graph, operator.getitem, (position, -1))
     inside = graph.call_function(operator.lt, (last, size_of(state.past, 2)))
     graph.call_function(
         torch._assert_async,
