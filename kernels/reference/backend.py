@@ -60,9 +60,10 @@ def append_both_(
     query: Tensor | None = None,
 ) -> None:
     """Write new keys and values, one after the other; ``query`` is for the keys."""
-    first = _first_slot(position, start)
-    append_(keys, key_calibrated, key, None, first, key_layout, importance, query)
-    append_(values, value_calibrated, value, None, first, value_layout, importance)
+    if not (keys.by_row or values.by_row):
+        position, start = None, _first_slot(position, start)
+    append_(keys, key_calibrated, key, position, start, key_layout, importance, query)
+    append_(values, value_calibrated, value, position, start, value_layout, importance)
 
 
 def attend(

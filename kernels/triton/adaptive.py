@@ -20,7 +20,6 @@ from kvq_compile.kernels.triton.arguments import (
     at_page,
     bundle_cache,
     bundle_importance,
-    first_slot,
 )
 from kvq_compile.kernels.triton.constants import WriteConstants
 from kvq_compile.kernels.triton.mixed import HEADER, MAX_BITS, stored_half_range
@@ -97,8 +96,7 @@ def requantize_kernel(
     SINKS: tl.constexpr = CONSTANTS.sinks
     PAGE: tl.constexpr = CONSTANTS.page_size
     head, number = tl.program_id(0), tl.program_id(1)
-    slot = first_slot(position, start, 0, CONSTANTS)
-    write = plan_write(cache.cursor, slot, shape.tokens, capacity, CONSTANTS)
+    write = plan_write(cache.cursor, position, start, 0, shape.tokens, capacity, CONSTANTS)
     if write.ok & (write.pages > write.kept) & (number < write.kept):
         page = at_page(cache, head.to(tl.int64), number, capacity, CONSTANTS)
         batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)

@@ -42,7 +42,6 @@ from kvq_compile.kernels.triton.arguments import (
     calibrated_head,
     cursor_of,
     first_positions,
-    first_slot,
     tail_of,
 )
 from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
@@ -240,17 +239,14 @@ def _find_state(
 @triton.jit
 def _move_cursor(cursor, write, tokens, heads, CONSTANTS: tl.constexpr):
     """Move the cursor of a write that all programs of a cache take part in, or of its row, each once it is done."""
-    if CONSTANTS.by_row:
-        number, programs = tl.program_id(0) % heads, heads
-    else:
-        number, programs = tl.program_id(0), tl.num_programs(0)
+    BY_ROW: tl.constexpr = CONSTANTS.by_row
     if write.repeats:
-        if number == 0:
+        if (tl.program_id(0) % heads if BY_ROW else tl.program_id(0)) == 0:
             tl.store(cursor, write.start + tokens)
     else:
         tl.debug_barrier()
         word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
-        if word // ARRIVAL == programs - 1:
+        if word // ARRIVAL == (heads if BY_ROW else tl.num_programs(0)) - 1:
             tl.store(cursor + 1, write.pages)
             tl.store(cursor, write.start + tokens)
 
@@ -265,8 +261,7 @@ def _append(
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     cache, importance = side.cache, side.importance
     cursor = cursor_of(cache, batch, CONSTANTS)
-    slot = first_slot(position, start, batch, CONSTANTS)
-    write = plan_write(cursor, slot, shape.tokens, capacity, CONSTANTS)
+    write = plan_write(cursor, position, start, batch, shape.tokens, capacity, CONSTANTS)
     new = at_head(side.new, batch, kv_head)
     index = write.kept + number
     page = at_page(cache, head.to(tl.int64), index, capacity, CONSTANTS)
@@ -327,8 +322,7 @@ def state_kernel(
     batch, kv_head = head // shape.heads, head % shape.heads
     cache, new = side.cache, side.new
     cursor = cursor_of(cache, batch, CONSTANTS)
-    slot = first_slot(position, start, batch, CONSTANTS)
-    write = plan_write(cursor, slot, shape.tokens, capacity, CONSTANTS)
+    write = plan_write(cursor, position, start, batch, shape.tokens, capacity, CONSTANTS)
     page = at_page(cache, head, 0, capacity, CONSTANTS)
     first = CONSTANTS.sinks + write.kept * CONSTANTS.page_size
     source = Source(
@@ -355,8 +349,7 @@ def rows_kernel(
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
     cache = side.cache
     cursor = cursor_of(cache, batch, CONSTANTS)
-    slot = first_slot(position, start, batch, CONSTANTS)
-    write = plan_write(cursor, slot, shape.tokens, capacity, CONSTANTS)
+    write = plan_write(cursor, position, start, batch, shape.tokens, capacity, CONSTANTS)
     if write.ok:
         new = at_head(side.new, batch, kv_head)
         page = at_page(cache, head.to(tl.int64), 0, capacity, CONSTANTS)
@@ -377,8 +370,7 @@ def cursor_kernel(cache, position, start, capacity, tokens, CONSTANTS: tl.conste
     Grid: (1,), or, where rows have lengths of their own, (B,).
     """
     cursor = cursor_of(cache, tl.program_id(0), CONSTANTS)
-    slot = first_slot(position, start, tl.program_id(0), CONSTANTS)
-    write = plan_write(cursor, slot, tokens, capacity, CONSTANTS)
+    write = plan_write(cursor, position, start, tl.program_id(0), tokens, capacity, CONSTANTS)
     tl.debug_barrier()
     if write.ok:
         tl.store(cursor, write.start + tokens)

@@ -33,7 +33,6 @@ from kvq_compile.kernels.triton.arguments import (
     bundle_cache,
     bundle_mask,
     bundle_tensor,
-    first_slot,
     tail_of,
 )
 from kvq_compile.kernels.triton.constants import ReadConstants
@@ -247,8 +246,7 @@ def weigh_kernel(
     BLOCK_N: tl.constexpr = LAUNCH.block_n
     QUERIES: tl.constexpr = LAUNCH.tiles * BLOCK_Q
     head, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    slot = first_slot(position, start, 0, KEY)
-    write = plan_write(cache.cursor, slot, shape.new, capacity, KEY)
+    write = plan_write(cache.cursor, position, start, 0, shape.new, capacity, KEY)
     start = write.start
     if write.ok & (write.pages > write.kept):
         batch, kv_head = head // shape.heads, head % shape.heads

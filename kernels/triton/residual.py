@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kvq_compile.kernels.triton.arguments import at_head
+from kvq_compile.kernels.triton.arguments import at_head, first_slot
 from kvq_compile.kernels.triton.constants import pad_channels
 from kvq_compile.kernels.triton.primitives import (
     WEIGHT_BIAS,
@@ -49,12 +49,13 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def plan_write(cursor, start, tokens, capacity, CONSTANTS: tl.constexpr):
-    """Return the `Plan` of a write of ``tokens`` tokens at ``start`` to what ``cursor`` points to the length of."""
+def plan_write(cursor, position, start, batch, tokens, capacity, CONSTANTS: tl.constexpr):
+    """Return the `Plan` of a write of ``tokens`` tokens of a sequence, at the `first_slot` of it."""
     SINKS: tl.constexpr = CONSTANTS.sinks
     PAGE: tl.constexpr = CONSTANTS.page_size
     kv_len = tl.load(cursor)
     packed = tl.load(cursor + 1) % ARRIVAL
+    start = first_slot(position, start, batch, CONSTANTS)
     whole = tl.maximum(start - SINKS, 0) // PAGE
     kept = tl.where(start < kv_len, tl.minimum(packed, whole), packed)
     filled = tl.maximum(start + tokens - SINKS - CONSTANTS.window, 0) // PAGE
