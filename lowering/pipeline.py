@@ -42,6 +42,7 @@ from kvq_compile.lowering.rewrite.hold_slots import hold_slots
 from kvq_compile.lowering.rewrite.name_updates import name_updates
 from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.promote_caches import promote_caches
+from kvq_compile.lowering.rewrite.quantize_early import quantize_early
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.read_contractions import read_contractions
 from kvq_compile.lowering.rewrite.scale_queries import scale_queries
@@ -101,7 +102,8 @@ REWRITING: tuple[Pass, ...] = (
     store_dense,
     quantize_outputs,  # after it: cat nodes have lost a reader
     drop_orphans,
-    dequantize_reads,  # last: what is left are reads that no pass claimed
+    dequantize_reads,  # what is left are reads that no pass claimed
+    quantize_early,
 )
 RECORDING: tuple[Pass, ...] = (fix_lengths,)  # where steps are to be recorded
 PASSES = ANALYSIS + REWRITING + RECORDING
