@@ -49,7 +49,7 @@ from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, check, check_integers
 from kvq_compile.kernels.words import TRITS, WORD_BITS, plane_words
 
-HIDES = -1e4  # an additive mask of at most this gives a token weight 0
+HIDES = -9984.0  # an additive mask of at most this gives a token weight 0: -1e4, as bfloat16 has it
 
 
 class InternedOpaque(Interned, OpaqueBaseMeta):

@@ -190,6 +190,8 @@ def writes_in_place(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
+    if node.target in (operator.and_, operator.or_, operator.not_, operator.is_):
+        return False  # keywords of Python, and no names of methods
     name = getattr(node.target, "__name__", "")
     in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
     return (

@@ -249,6 +249,21 @@ MENDED |= {
     "a head at a time, of scaled keys": replace(
         PLAIN, write="padded", attention="head", scale="key"
     ),
+    "a first call writes all that is read of an argument": replace(
+        PLAIN, layout="[2, B, H, S, D]", write="slice_scatter", sliced=True
+    ),
+    "a first call is added to an argument": replace(
+        PLAIN, layout="[B, H, S, 2*D]", write="one_hot_sum", attention="matmul"
+    ),
+    "weights cast under autocast, hidden by -1e4": replace(
+        PLAIN, write="assign", attention="bmm", softmax="fp32", mask="where", mode="autocast"
+    ),
+    "chunks that read as much as fits a buffer": replace(
+        PLAIN, write="assign", attention="mT", prompt=(24, 17), chunk=16, sliced=True
+    ),
+    "positions of keys and of values in different shapes": replace(
+        PLAIN, layout="[B, H, D, S] keys", write="scatter_in_place"
+    ),
     "no mask over tokens up to a number": replace(
         PLAIN, write="where_in_place", attention="baddbmm", mask="none", sliced=True
     ),

@@ -101,6 +101,7 @@ def propose(graph: fx.Graph) -> dict[fx.Node, Arrangement]:
     try:
         known |= _proposed(graph, known)
         known |= _followed(graph, known)
+        known |= _led_to(graph, known)
     except Exception as error:  # nothing hangs on a proposal
         unexpected(error)
     return {tensor: how for tensor, how in known.items() if not how.is_plain}
@@ -119,6 +120,27 @@ def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
             rest = (same(mine[at], theirs[at]) for at in range(len(mine)) if at != tokens)
             if all(rest) and cache in above(result):
                 found[result] = how
+    return found
+
+
+def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
+    """Return how arguments are laid out that results are updated copies of, though attention reads only new tokens.
+
+    That is so in the first call of a cache, all of which is written or cut off.
+    """
+    found: dict[fx.Node, Arrangement] = {}
+    tracer = _Tracer()
+    for result in graph.output_node().all_input_nodes:
+        theirs = shape_of(result) or ()
+        for taken in (x for x in kept_by(graph) if x.op == "placeholder" and x not in known):
+            mine = shape_of(taken) or ()
+            if result not in known or result is taken or len(mine) != len(theirs):
+                continue
+            if not all(map(same, mine, theirs)) or taken not in above(result):
+                continue
+            moves = tracer.moves(taken, result)
+            if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
+                found[taken] = known[result]
     return found
 
 
@@ -275,8 +297,8 @@ class _Tracer:
 
     def arrangement(self, source: fx.Node, kept: fx.Node, operand: _Operand) -> Arrangement | None:
         """Return where the axes of caches lie in a kept tensor, if an operand tells; both are made of ``source``."""
-        to_operand = self._moves(source, operand.node)
-        to_kept = self._moves(source, kept)
+        to_operand = self.moves(source, operand.node)
+        to_kept = self.moves(source, kept)
         if to_operand is None or to_kept is None:
             return None
         axes: list[tuple[set[int], Any]] = [(set(), size) for size in shape_of(kept) or ()]
@@ -287,7 +309,7 @@ class _Tracer:
                 return None  # an axis that is split or joined on the way
         return _named(axes, operand)
 
-    def _moves(self, source: fx.Node, result: fx.Node) -> list[set[int]] | None:
+    def moves(self, source: fx.Node, result: fx.Node) -> list[set[int]] | None:
         """Return, for each axis of ``source``, the axes of ``result`` along which its coordinate changes."""
         if source is result:
             return [{axis} for axis in range(len(shape_of(source) or ()))]

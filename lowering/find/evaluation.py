@@ -46,11 +46,13 @@ class Steps(Trial):
         watched: Steps whose results are wanted as they were before anything wrote into them.
         seen: These results in the last run.
         sized: Further nodes whose sizes are set.
+        wide: Whether casts to fewer bits than fp32 are left out: then what is computed is all that shows.
     """
 
     watched: tuple[fx.Node, ...] = ()
     sized: tuple[fx.Node, ...] = ()
     seen: Mapping[fx.Node, Tensor] = MappingProxyType({})
+    wide = False
 
     def assignments(self, trials: int, far: bool = True) -> Iterator[Mapping[Any, int]]:
         """Yield sizes to try: symbols that were equal in the call that is compiled are equal, others are not.
@@ -78,7 +80,7 @@ class Steps(Trial):
         known = dict(given)
         seen = {}
         for node in self.steps:
-            known[node] = run_step(node, known, sizes)
+            known[node] = run_step(node, known, sizes, self.wide)
             if node in self.watched:
                 seen[node] = known[node].float().clone()
         self.seen = seen
@@ -141,6 +143,7 @@ class Evaluation:
     def orders(self, whole: Steps, chain: Steps) -> dict[Orders, None]:
         """Return the orders of query, product, scores and output for which it is an attention."""
         output, query, key, value = self._nodes[:4]
+        whole.wide = chain.wide = self._exact
         known = whole.run_all(self._sizes, self._given)
         keys, values = self._given[key].float(), self._given[value].float()
         found: dict[Orders, None] = {}

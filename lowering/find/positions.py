@@ -22,6 +22,7 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Refusal
 
+_RESHAPES = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous")
 _LARGEST_PART = 512  # nodes that positions or a mask are computed by, far more than any model takes
 
 
@@ -52,6 +53,26 @@ def same_value(a: Any, b: Any) -> bool:
     if not all(same_value(a.kwargs[name], b.kwargs[name]) for name in a.kwargs):
         return False
     return same_value(a.args, b.args) and not _changed_between(a, b)
+
+
+def same_positions(a: Any, b: Any) -> bool:
+    """Return whether the cache positions of two writes are equal in every call, in whatever shape each has them."""
+    return same_value(a, b) or (
+        same_value(_flat(a), _flat(b)) and not (_is_tensor(a, b) and _changed_between(a, b))
+    )
+
+
+def _is_tensor(*nodes: Any) -> bool:
+    return all(isinstance(value_of(node), torch.Tensor) for node in nodes)
+
+
+def _flat(position: Any) -> Any:
+    """Return the tensor whose elements cache positions are, in order, walking back along changes of shape."""
+    while target_name(position) in _RESHAPES and position.args and _is_tensor(position.args[0]):
+        if not same(value_of(position).numel(), value_of(position.args[0]).numel()):
+            break
+        position = position.args[0]
+    return position
 
 
 def _is_random(node: fx.Node) -> bool:

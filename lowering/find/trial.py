@@ -33,6 +33,7 @@ _SHAPED = (
 )
 EMPTY = ("empty", "new_empty", "empty_like")
 CANNOT_BE_RUN = (Refusal, RuntimeError, IndexError, TypeError, ValueError, AttributeError)
+_NARROW = (torch.bfloat16, torch.float16)
 _MOST = 64  # steps of a trial, far more than any spelling takes
 _LARGEST = 1 << 26  # elements evaluated at once; 256 MiB in float32
 _SIZES = (5, 3, 7, 4, 11, 6, 13, 9)  # what symbolic sizes are set to
@@ -257,12 +258,16 @@ def size_of_trial(size: Any, sizes: Mapping[Any, int]) -> int:
     return int(expression) if expression.is_number else number(size)
 
 
-def run_step(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, int]) -> Any:
-    """Evaluate one node on the CPU."""
+def run_step(
+    node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, int], wide: bool = False
+) -> Any:
+    """Evaluate one node on the CPU; ``wide``: in fp32 where it would compute in fewer bits."""
 
     def fill(x: Any) -> Any:
         if isinstance(x, fx.Node):
-            return known[x] if x in known else blank(x, sizes)
+            return known[x] if x in known else blank(x, sizes, wide)
+        if isinstance(x, torch.dtype):
+            return torch.float32 if wide and x in _NARROW else x
         if isinstance(x, torch.device) or (isinstance(x, str) and x.startswith("cuda")):
             return torch.device("cpu")
         return size_of_trial(x, sizes) if isinstance(x, torch.SymInt) else x
@@ -271,10 +276,11 @@ def run_step(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, in
     if isinstance(value, torch.SymInt):
         return size_of_trial(value, sizes)
     if node.op == "get_attr":
-        return _constant(node)
+        made = _constant(node)
+        return made.float() if wide and made.dtype in _NARROW else made
     args: Any = fx.node.map_aggregate(node.args, fill)
     kwargs: Any = fx.node.map_aggregate(node.kwargs, fill)
-    target: Any = node.target
+    target: Any = "float" if wide and node.target in ("bfloat16", "half") else node.target
     if node.op == "call_method":
         result = getattr(args[0], target)(*args[1:], **kwargs)
     else:
@@ -284,12 +290,13 @@ def run_step(node: fx.Node, known: Mapping[fx.Node, Any], sizes: Mapping[Any, in
     return result
 
 
-def blank(node: fx.Node, sizes: Mapping[Any, int]) -> Any:
+def blank(node: fx.Node, sizes: Mapping[Any, int], wide: bool = False) -> Any:
     """Return what stands for a node of which only shape, dtype and device count."""
     value = value_of(node)
     if isinstance(value, Tensor):
         shape = [size_of_trial(size, sizes) for size in value.shape]
-        return torch.zeros((), dtype=value.dtype, device="cpu").expand(shape)
+        dtype = torch.float32 if wide and value.dtype in _NARROW else value.dtype
+        return torch.zeros((), dtype=dtype, device="cpu").expand(shape)
     if isinstance(value, torch.SymFloat):
         return fixed_number(value)
     return size_of_trial(value, sizes)

@@ -20,6 +20,7 @@ from kvq_compile.lowering.find.trial import (
     data_of,
     plain_name,
     random_like,
+    size_of_trial,
     writers_of,
 )
 from kvq_compile.lowering.find.updates import ALLOCATIONS
@@ -259,9 +260,15 @@ class Read(Trial):
             return False
         try:
             tried = [self.with_room(sizes, self.cache) for sizes in self.assignments(_TRIALS)]
-            return all(map(self._holds, tried))
+            fitting = [sizes for sizes in tried if self._fits(sizes)]
+            return bool(fitting) and all(map(self._holds, fitting))
         except CANNOT_BE_RUN:
             return False
+
+    def _fits(self, sizes: Any) -> bool:
+        """Return whether the cache has as many tokens as are read: one of fixed size may not, at sizes of a trial."""
+        read, held = _shape_with_heads(self.result)[2], value_of(self.cache).shape[2]
+        return size_of_trial(read, sizes) <= size_of_trial(held, sizes)
 
     def _is_written_between(self, place: dict[fx.Node, int]) -> bool:
         """Return whether a copy of a part of the cache is made, which does not see a write that follows."""
