@@ -126,6 +126,22 @@ def compile_append(role: str, options: Options, target: str, by_row: bool = Fals
     return next(iter(compiled.values()))
 
 
+def compile_append_both(key: Options, value: Options, target: str) -> Any:
+    """Compile what writes the keys and the values of one token in bf16."""
+    (key_layout, key_frame), (value_layout, value_frame) = side("key", key), side("value", value)
+    layouts, frames = (key_layout, value_layout), (key_frame, value_frame)
+    x, position = token(HEADS), torch.zeros(1, dtype=torch.int64)
+    parts = [Packed.empty(x, CAPACITY, layout) for layout in layouts]
+    attentive, asks = layouts[0].attentive, layouts[0].queries
+    with aot.launches(target) as compiled:
+        backend.append_both_(
+            *parts, *frames, x, x, position, None, *layouts,
+            torch.zeros(1, HEADS, 300) if attentive else None,
+            token(HEADS * SHARED) if asks else None,
+        )  # fmt: skip
+    return compiled["append_kernel"]
+
+
 def compile_reopening(target: str) -> Any:
     """Compile what writes ten tokens, which may cut a small page of small heads open."""
     layout = Layout("key", 64, Regions(4, 24, 64), Channelwise(1.0), QUERIES, SHARED)
@@ -247,6 +263,10 @@ WRITING: dict[str, tuple[str, Options]] = {
     "write searched tokens": ("value", {"bits": 2, "group_size": 32, "search": True}),
     "requantize qaq": ("key", mixed(2.75, adaptive=Adaptive(0.1, 9.0, requantize=True))),
 }  # fmt: skip
+WRITING_BOTH = {
+    f"write both {name}": partial(compile_append_both, *DECODING[name])
+    for name in ("int4", "kivi-2", "skvq-2", "tc-3 mean", "qaq-2.3")
+}
 READING: dict[str, tuple[str, Options]] = {
     "read kivi-2": ("key", {"bits": 2, "grouping": "channel", "group_size": 32}),
     "read trits": ("value", {"tables": True, **TRITS}),
@@ -294,14 +314,17 @@ CASES: dict[str, Callable[[str], Any]] = {
     **MASKED,
     **LATENTS,
     **{name: partial(compile_append, *case) for name, case in WRITING.items()},
+    **WRITING_BOTH,
     **{name: partial(compile_dequantize, *case) for name, case in READING.items()},
     **{name: partial(compile_weigh, *case) for name, case in WEIGHING.items()},
     "reopen tc": compile_reopening,
     **{f"{name}, by row": partial(case, by_row=True) for name, case in BY_ROW.items()},
 }
-# Of a thread, on the stack. Attention does not read that way; with values of three bits a third program to an SM is
-# worth more than a few registers; the last has trits, which are slow anyway.
-A_FEW_BYTES = {"read tc": 48, "tc-3": 16, "tc-3 mean": 48, "tc-2.5": 32}
+# Of a thread, on the stack. Attention does not read that way; a page is written once in 128 steps; with values of three
+# bits a third program to an SM is worth more than a few registers; the last has trits, which are slow anyway.
+A_FEW_BYTES = {
+    "read tc": 48, "write fp8-trits": 8, "write both kivi-2": 8, "tc-3": 16, "tc-3 mean": 48, "tc-2.5": 32
+}  # fmt: skip
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
 ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
 ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3 mean", "write fp8-trits", "write rotary-codebook",
@@ -354,7 +377,7 @@ def test_attention_to_latents_fits_an_sm() -> None:
 
 
 def test_writing_and_reading_stay_in_registers() -> None:
-    cases = [*WRITING, *READING]
+    cases = [*WRITING, *WRITING_BOTH, *READING]
     used = usage_of("sm_90", cases)
     assert {name: use["stack"] for name, use in used.items()} == dict.fromkeys(cases, 0) | {
         name: stack for name, stack in A_FEW_BYTES.items() if name in cases

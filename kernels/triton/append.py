@@ -45,9 +45,9 @@ from kvq_compile.kernels.triton.arguments import (
     tail_of,
 )
 from kvq_compile.kernels.triton.coded_form import Source, ring_row, write_coded_form
-from kvq_compile.kernels.triton.constants import WriteConstants, first_word, in_thirds, plane_words
+from kvq_compile.kernels.triton.constants import WriteConstants
 from kvq_compile.kernels.triton.dequantize import store_tokens
-from kvq_compile.kernels.triton.packing import DIGITS, IN_THIRD, THIRD
+from kvq_compile.kernels.triton.pack import pack
 from kvq_compile.kernels.triton.residual import (
     ARRIVAL,
     MAX_PAGES,
@@ -55,7 +55,7 @@ from kvq_compile.kernels.triton.residual import (
     write_queries,
     write_rows,
 )
-from kvq_compile.kernels.triton.schemes import page_codes, write_params
+from kvq_compile.kernels.triton.schemes import write_params
 
 MAX_ARRIVALS = (1 << 11) - 1  # in the upper bits of cursor[1]
 TILE = 4096  # elements a program holds at once: 32 fp32 registers of each of 128 threads
@@ -99,113 +99,6 @@ def _reopen(source, page, calibration, CONSTANTS: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def _row_codes(source, page, scratch, row, index, exists, CONSTANTS: tl.constexpr):
-    """Return the codes (int32) of a page's packed rows: tokens of keys, channels of values."""
-    if CONSTANTS.role == "key":
-        code = page_codes(source, page, scratch, row, index, exists, CONSTANTS)
-    else:
-        code = page_codes(source, page, scratch, index, row, exists, CONSTANTS)
-    return code
-
-
-@triton.jit
-def _pack_plane(
-    source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Write the plane of ``WIDTH`` bits of a page, in tiles in which the fields of a word lie along one axis."""
-    SHIFT: tl.constexpr = CONSTANTS.bits & -(2 * WIDTH)  # bits of the planes before it
-    LENGTH: tl.constexpr = CONSTANTS.row_length
-    FIRST: tl.constexpr = first_word(CONSTANTS, WIDTH)
-    WORDS: tl.constexpr = plane_words(CONSTANTS, WIDTH)
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
-    ROWS: tl.constexpr = CONSTANTS.page_words // CONSTANTS.row_words
-    BLOCK: tl.constexpr = min(
-        triton.next_power_of_2(ROWS), max(1, TILE // triton.next_power_of_2(LENGTH))
-    )
-    field = tl.arange(0, 16 // WIDTH)[None, :, None]
-    word = tl.arange(0, WORDS_PAD)[None, None, :]
-    for block in range(0, ROWS, BLOCK):
-        row = block + tl.arange(0, BLOCK)[:, None, None]
-        index = field * WORDS + word
-        exists = (row < ROWS) & (word < WORDS) & (field >= 0)
-        if WORDS * 16 > LENGTH * WIDTH:  # of what does not exist the code is 0
-            exists &= index < LENGTH
-        code = _row_codes(source, page, scratch, row, index, exists, CONSTANTS)
-        packed = tl.sum(((code >> SHIFT) & ((1 << WIDTH) - 1)) << (field * WIDTH), 1)
-        row = block + tl.arange(0, BLOCK)[:, None]
-        word_2d = tl.arange(0, WORDS_PAD)[None, :]
-        where = page.codes + row * CONSTANTS.row_words + FIRST + word_2d
-        tl.store(where, packed.to(tl.uint16), mask=(row < ROWS) & (word_2d < WORDS))
-
-
-@triton.jit
-def _pack_thirds(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the three thirds of a page's rows, one after the other: five fields of a word, then a bit of the last."""
-    WORDS: tl.constexpr = CONSTANTS.row_places // 16
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
-    ROWS: tl.constexpr = CONSTANTS.page_words // CONSTANTS.row_words
-    BLOCK: tl.constexpr = min(triton.next_power_of_2(ROWS), max(1, TILE // (8 * WORDS_PAD)))
-    field = tl.arange(0, 8)[None, :, None]
-    word = tl.arange(0, WORDS_PAD)[None, None, :]
-    for block in range(0, ROWS, BLOCK):
-        row = block + tl.arange(0, BLOCK)[:, None, None]
-        row_2d = block + tl.arange(0, BLOCK)[:, None]
-        word_2d = tl.arange(0, WORDS_PAD)[None, :]
-        where = page.codes + row_2d * CONSTANTS.row_words + word_2d
-        for third in range(THIRD):
-            index = tl.where(field < IN_THIRD, field + third * IN_THIRD, 15) * WORDS + word
-            exists = (row < ROWS) & (word < WORDS) & (field <= IN_THIRD)
-            exists &= index < CONSTANTS.row_length
-            code = _row_codes(source, page, scratch, row, index, exists, CONSTANTS)
-            part = tl.where(field < IN_THIRD, code << field * 3, (code >> third & 1) << 15)
-            packed = tl.sum(tl.where(exists, part, 0), 1).to(tl.uint16)
-            tl.store(where + third * WORDS, packed, mask=(row_2d < ROWS) & (word_2d < WORDS))
-
-
-@triton.jit
-def _pack_trits(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the trits of a page, whose rows of bytes end in zeros where a word is not full."""
-    BYTES: tl.constexpr = CONSTANTS.row_bytes
-    WORDS: tl.constexpr = CONSTANTS.row_words
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
-    ROWS: tl.constexpr = CONSTANTS.page_words // WORDS
-    BLOCK: tl.constexpr = min(triton.next_power_of_2(ROWS), max(1, TILE // (2 * WORDS_PAD)))
-    byte = tl.arange(0, 2 * WORDS_PAD)[None, :]
-    word = tl.arange(0, WORDS_PAD)[None, :]
-    for block in range(0, ROWS, BLOCK):
-        row = block + tl.arange(0, BLOCK)[:, None]
-        packed, weight = tl.zeros((BLOCK, 2 * WORDS_PAD), tl.int32), 1
-        for digit in range(DIGITS):
-            index = digit * BYTES + byte
-            exists = (row < ROWS) & (byte < BYTES) & (index < CONSTANTS.row_length)
-            code = _row_codes(source, page, scratch, row, index, exists, CONSTANTS)
-            packed += code * weight  # of what does not exist the code is 0
-            weight *= 3
-        low, high = tl.split(tl.reshape(packed, (BLOCK, WORDS_PAD, 2)))
-        where = page.codes + row * WORDS + word
-        exists = (row < ROWS) & (word < WORDS)
-        tl.store(where, (low | (high << 8)).to(tl.uint16), mask=exists)
-
-
-@triton.jit
-def _pack(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the codes of a page: uniform ones at once, others plane by plane."""
-    if CONSTANTS.packing == "trits":
-        _pack_trits(source, page, scratch, CONSTANTS, TILE)
-    elif in_thirds(CONSTANTS):
-        _pack_thirds(source, page, scratch, CONSTANTS, TILE)
-    else:
-        if CONSTANTS.bits & 8:
-            _pack_plane(source, page, scratch, CONSTANTS, TILE, 8)
-        if CONSTANTS.bits & 4:
-            _pack_plane(source, page, scratch, CONSTANTS, TILE, 4)
-        if CONSTANTS.bits & 2:
-            _pack_plane(source, page, scratch, CONSTANTS, TILE, 2)
-        if CONSTANTS.bits & 1:
-            _pack_plane(source, page, scratch, CONSTANTS, TILE, 1)
-
-
-@triton.jit
 def _quantize_page(
     source, page, scratch, calibration, weights, CONSTANTS: tl.constexpr, TILE: tl.constexpr
 ):
@@ -220,7 +113,7 @@ def _quantize_page(
     else:
         write_params(source, page, scratch, calibration, CONSTANTS, TILE)
         tl.debug_barrier()
-        _pack(source, page, scratch, CONSTANTS, TILE)
+        pack(source, page, scratch, CONSTANTS, TILE)
 
 
 @triton.jit
@@ -237,18 +130,57 @@ def _find_state(
 
 
 @triton.jit
-def _move_cursor(cursor, write, tokens, heads, CONSTANTS: tl.constexpr):
-    """Move the cursor of a write that all programs of a cache take part in, or of its row, each once it is done."""
-    BY_ROW: tl.constexpr = CONSTANTS.by_row
-    if write.repeats:
-        if (tl.program_id(0) % heads if BY_ROW else tl.program_id(0)) == 0:
-            tl.store(cursor, write.start + tokens)
-    else:
+def _write_exact(
+    side, page, write, tokens, batch, kv_head, CONSTANTS: tl.constexpr, ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Write the new tokens of a head that stay exact and, with ``QUERIES``, queries."""
+    new, stride = at_head(side.new, batch, kv_head), side.new.token
+    for row in range(0, tokens, ROWS):
+        write_rows(page.exact, new, stride, row, write, tokens, CONSTANTS, ROWS)
+    if QUERIES:
+        tail = tail_of(page, CONSTANTS)
+        write_queries(side.query, tail, write, tokens, side.known, batch, kv_head, CONSTANTS)
+
+
+@triton.jit
+def _fill(
+    side, write, capacity, shape, CONSTANTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Pack the page of a program; with ``WHOLE``, write exact rows too, and the cursor if no other program is left."""
+    head, number = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
+    importance, cursor = side.importance, cursor_of(side.cache, batch, CONSTANTS)
+    index = write.kept + number
+    page = at_page(side.cache, head.to(tl.int64), index, capacity, CONSTANTS)
+    size: tl.constexpr = CONSTANTS.scratch_size
+    scratch = side.scratch + (head.to(tl.int64) * tl.num_programs(1) + number) * size
+    tables = calibrated_head(side.calibration, batch, kv_head, CONSTANTS)
+    first = CONSTANTS.sinks + index * CONSTANTS.page_size
+    new, tail = at_head(side.new, batch, kv_head), tail_of(page, CONSTANTS)
+    source = Source(new, side.new.token, page.exact, tail, first, write.start)
+    if write.cut & (number == 0):
+        _reopen(source, page, tables, CONSTANTS, ROWS)
+    FINDS: tl.constexpr = CONSTANTS.bit_rows > 0
+    if WHOLE and FINDS:
+        _find_state(
+            side, source, scratch, tables, write, shape.tokens, batch, kv_head, CONSTANTS, TILE
+        )
+    if index < write.pages:
+        offset = batch * importance.batch + kv_head * importance.head
+        weights = HeadWeights(importance.pointer, offset, importance.slots)
+        _quantize_page(source, page, scratch, tables, weights, CONSTANTS, TILE)
+        tl.debug_barrier()
+    if WHOLE:
+        _write_exact(
+            side, page, write, shape.tokens, batch, kv_head, CONSTANTS, ROWS, QUERIES=not FINDS
+        )
         tl.debug_barrier()
         word = tl.atomic_add(cursor + 1, ARRIVAL, sem="acq_rel")
-        if word // ARRIVAL == (heads if BY_ROW else tl.num_programs(0)) - 1:
+        if word // ARRIVAL == (shape.heads if CONSTANTS.by_row else tl.num_programs(0)) - 1:
             tl.store(cursor + 1, write.pages)
-            tl.store(cursor, write.start + tokens)
+            tl.store(cursor, write.start + shape.tokens)
 
 
 @triton.jit
@@ -257,39 +189,20 @@ def _append(
     TILE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Do for one cache what a program of `append_kernel` does."""
-    head, number = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(0)
     batch, kv_head = (head // shape.heads).to(tl.int64), (head % shape.heads).to(tl.int64)
-    cache, importance = side.cache, side.importance
-    cursor = cursor_of(cache, batch, CONSTANTS)
+    cursor = cursor_of(side.cache, batch, CONSTANTS)
     write = plan_write(cursor, position, start, batch, shape.tokens, capacity, CONSTANTS)
-    new = at_head(side.new, batch, kv_head)
-    index = write.kept + number
-    page = at_page(cache, head.to(tl.int64), index, capacity, CONSTANTS)
-    exact = page.exact
-    size: tl.constexpr = CONSTANTS.scratch_size
-    scratch = side.scratch + (head.to(tl.int64) * tl.num_programs(1) + number) * size
-    tables = calibrated_head(side.calibration, batch, kv_head, CONSTANTS)
-    first = CONSTANTS.sinks + index * CONSTANTS.page_size
-    source = Source(new, side.new.token, exact, tail_of(page, CONSTANTS), first, write.start)
-    if write.ok & write.cut & (number == 0):
-        _reopen(source, page, tables, CONSTANTS, ROWS)
-    if WHOLE and CONSTANTS.bit_rows > 0 and write.ok:
-        _find_state(
-            side, source, scratch, tables, write, shape.tokens, batch, kv_head, CONSTANTS, TILE
-        )
-    if write.ok & (index < write.pages):
-        offset = batch * importance.batch + kv_head * importance.head
-        weights = HeadWeights(importance.pointer, offset, importance.slots)
-        _quantize_page(source, page, scratch, tables, weights, CONSTANTS, TILE)
-        tl.debug_barrier()
-    if WHOLE and write.ok:
-        for row in range(0, shape.tokens, ROWS):
-            write_rows(exact, new, side.new.token, row, write, shape.tokens, CONSTANTS, ROWS)
-        if CONSTANTS.bit_rows == 0:
-            write_queries(
-                side.query, source.tail, write, shape.tokens, side.known, batch, kv_head, CONSTANTS
+    if write.ok:
+        if WHOLE and write.repeats:
+            page = at_page(side.cache, head.to(tl.int64), 0, capacity, CONSTANTS)
+            _write_exact(
+                side, page, write, shape.tokens, batch, kv_head, CONSTANTS, ROWS, QUERIES=True
             )
-        _move_cursor(cursor, write, shape.tokens, shape.heads, CONSTANTS)
+            if (kv_head if CONSTANTS.by_row else head) == 0:
+                tl.store(cursor, write.start + shape.tokens)
+        else:
+            _fill(side, write, capacity, shape, CONSTANTS, ROWS, TILE, WHOLE)
 
 
 # --- kernels --------------------------------------------------------------------------------------
