@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import QuantizedKV
 from refused_steps import EXACT, compile_, grown, join, tokens
+from thorough import spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -98,9 +99,12 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("made", "used"), list(itertools.permutations(MODES, 2)))
-def test_a_cache_made_in_one_mode_is_used_in_another(made, used, inner) -> None:
+@pytest.mark.parametrize(
+    ("modes", "inner"), spread(itertools.permutations(MODES, 2), ["eager", "aot_eager"], 2)
+)
+def test_a_cache_made_in_one_mode_is_used_in_another(modes, inner) -> None:
+    made, used = modes
+
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)
         return sdpa(query, keys, values), keys, values

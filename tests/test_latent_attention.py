@@ -18,6 +18,7 @@ from kvq_compile.lowering.nodes import target_name
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.sites import DENSE
 from kvq_compile.options import make_config
+from thorough import spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -197,8 +198,7 @@ def assert_attends(decoder: Decoder, **options: object) -> None:
     assert {outcome for outcome, _ in outcomes(graphs)} == {"rewritten"}
 
 
-@pytest.mark.parametrize("grows", [True, False])
-@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize(("kind", "grows"), spread(SERVED, [True, False], 2))
 def test_latents_are_read_packed_however_they_are_projected(kind, grows) -> None:
     assert_attends(kind(grows))
 
@@ -215,8 +215,7 @@ def test_sizes_that_are_equal_by_chance_are_told_apart() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*read their caches dense")
-@pytest.mark.parametrize("grows", [True, False])
-@pytest.mark.parametrize("kind", UNSERVED)
+@pytest.mark.parametrize(("kind", "grows"), spread(UNSERVED, [True, False], 2))
 def test_what_is_no_linear_map_of_single_tokens_is_read_dense(kind, grows) -> None:
     with watching() as graphs:
         for output, expected, _, kept in generate(kind(grows)):
@@ -275,8 +274,7 @@ def plain_twin(cache):
     return twin
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("attention", "kind"), spread(["eager", "sdpa"], ["dynamic", "static"], 2))
 def test_deepseek_reads_its_latents_packed(attention, kind) -> None:
     """Each call says what the plain model says on the dequantized cache."""
     from transformers import DynamicCache, StaticCache

@@ -29,6 +29,7 @@ from layout_steps import (
     tokens,
     with_heads,
 )
+from thorough import spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -53,8 +54,7 @@ def decoder(layout: str, spelling: str, kind: Any) -> Decoder:
     return Decoder(1, kind=kind, layout=layout, spelling=spelling, **about, **rest)
 
 
-@pytest.mark.parametrize("kind", ["grown", "static"])
-@pytest.mark.parametrize("place", range(len(LAYOUTS)))
+@pytest.mark.parametrize(("place", "kind"), spread(range(len(LAYOUTS)), ["grown", "static"], 2))
 def test_every_layout_is_read_packed(place: int, kind: str) -> None:
     spelling = sorted(SPELLINGS)[(place + (kind == "static")) % len(SPELLINGS)]
     with watching() as graphs:

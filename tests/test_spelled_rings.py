@@ -10,6 +10,7 @@ from kvq_compile import KVQWarning, QuantizedKV
 from kvq_compile.history import watching
 from refused_steps import tokens
 from static_rings import LAYOUT, OPTIONS, SLOTS, SPEC, fill
+from thorough import spread
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -59,8 +60,7 @@ def full_caches() -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::kvq_compile.KVQWarning")
-@pytest.mark.parametrize("packed_before", [False, True])
-@pytest.mark.parametrize("rolled", OTHERS)
+@pytest.mark.parametrize(("rolled", "packed_before"), spread(OTHERS, [False, True], 2))
 def test_what_does_not_keep_the_last_tokens_in_order_is_no_ring(rolled, packed_before) -> None:
     """It runs as captured, in 16 bit, and a cache that is packed already becomes an ordinary tensor."""
     step = make_other(rolled)
