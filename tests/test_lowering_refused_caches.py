@@ -247,5 +247,6 @@ def test_keys_and_values_of_different_length_are_an_error() -> None:
     for new in (2, 1, 1):
         compiled(*grown(40 + new, new, quantized=True)())
     query, key, value, keys, _ = grown(quantized=True)()
-    with pytest.raises((ValueError, RuntimeError), match="equally many tokens|must match|Expected"):
+    told = "equally many tokens|must match|Expected|different numbers of tokens"  # Dynamo decides
+    with pytest.raises((ValueError, RuntimeError), match=told):
         compiled(query, key, value, keys, grown(45, quantized=True)()[4])
