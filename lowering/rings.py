@@ -14,6 +14,7 @@ NOT_FULL = "a buffer that keeps the last tokens is rolled before it is full"
 OTHER_LENGTH = (
     "a buffer that keeps the last tokens is written behind another number of tokens than it holds"
 )
+BY_ROW = "the last of its tokens are kept, and its rows have lengths of their own"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class RingWrite:
         cache = args[self.argument]
         if not isinstance(cache, QuantizedKV) or self.slides:
             return None
+        if cache.by_row:
+            return BY_ROW
         count, slots = ring.count(cache), cache.shape[2]
         if self.held is None:
             return None if count >= slots else NOT_FULL

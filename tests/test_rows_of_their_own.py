@@ -385,3 +385,58 @@ def test_a_slice_of_a_row_is_written_as_a_tensor_is() -> None:
     assert cache.held_by_row() == [90, 22, 50]
     with pytest.raises(ValueError, match="must start at or before"):
         cache[1, :, 40:41] = 1.0
+
+
+def rolled(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, _at: Tensor) -> Tensor:
+    for cache, new in ((keys, k), (values, v)):
+        moved = cache.roll(-1, 2)
+        moved[:, :, -1:] = new
+        cache.copy_(moved)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+def written_twice(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor
+) -> Tensor:
+    first = step_of(by_index)(q, k, v, keys, values, at)
+    return first + step_of(by_index)(q, k + 1, v + 1, keys, values, at + 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (rolled, "rows have lengths of their own"),
+        (written_twice, "each once a call at positions of its own"),
+    ],
+)
+@torch.no_grad()
+def test_what_rows_of_different_lengths_cannot_take_is_told(
+    other: Callable[..., Tensor], reason: str
+) -> None:
+    """Regression: a cache that counts its rows and was rolled raised, for it has no length of all."""
+    torch.manual_seed(0)
+    batch, plain = Batch([40, 40, 40], OPTIONS), step_of(by_index)
+    batch.run(compiled(plain, OPTIONS), plain, [40, 40, 40], 1)
+    *_, output, expected = batch.run(compiled(other, OPTIONS), other, [41, 41, 41], 1)
+    torch.testing.assert_close(output, expected, atol=0.03, rtol=0)
+    assert reason in "".join(batch.told)
+    assert all(type(cache) is Tensor for cache in batch.caches)
+
+
+@torch.no_grad()
+def test_keys_may_count_their_rows_where_values_do_not() -> None:
+    torch.manual_seed(0)
+    batch, x = Batch([60, 60, 60], OPTIONS, packed=True), torch.randn(H, 60, D)
+    for caches in (batch.plain, batch.caches):
+        caches[0][1, :, :60] = x
+    new = tokens(4)
+    expected = prefill_behind(*new, *batch.plain)
+    output = compiled(prefill_behind, OPTIONS | {"strict": True})(*new, *batch.caches)
+    torch.testing.assert_close(output, expected, atol=0.03, rtol=0)
+    assert [cache.by_row for cache in batch.caches] == [True, False]
+
+
+def prefill_behind(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    at = torch.arange(60, 60 + k.shape[2])
+    keys[:, :, at], values[:, :, at] = k, v
+    return F.scaled_dot_product_attention(q, keys, values, torch.arange(S) <= at[:, None])

@@ -31,6 +31,7 @@ from kvq_compile.lowering.nodes import (
     writes_in_place,
 )
 from kvq_compile.lowering.ring_nodes import overwrites
+from kvq_compile.lowering.rings import BY_ROW as KEPT_BY_ROW
 from kvq_compile.lowering.rings import RingWrite
 from kvq_compile.lowering.sites import RINGS, AttentionSite, Life, Refusal, State
 from kvq_compile.lowering.sizes import Size
@@ -106,7 +107,7 @@ def _count_rows(graph: Graph, cache: fx.Node, writes: Mapping[fx.Node, Write]) -
     held: QuantizedKV = value_of(cache)
     rings = (ring for ring in graph.rings.values() if ring.past is cache)
     if held.by_row and any(rings):
-        raise Refusal("the last of its tokens are kept, and its rows have lengths of their own")
+        raise Refusal(KEPT_BY_ROW)
     mine = [node for node, write in writes.items() if write.rows and root_of(node) is cache]
     if not mine:
         return

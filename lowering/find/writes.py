@@ -92,6 +92,11 @@ def _assignment(node: fx.Node) -> tuple[Any, Any]:
             raise Refusal("the cache is added to instead of written")
     if len(index) not in (3, 4) or len(index) > len(shape):
         raise Refusal("the cache is written at something else than whole tokens")
+    if isinstance(value_of(index[0]), torch.Tensor):
+        raise Refusal(
+            "the cache is written at rows of an index, which is not understood as all its rows, each once a call at "
+            "positions of its own"
+        )
     if not all(is_full(index[i], shape[i]) for i in range(len(index)) if i != 2):
         raise Refusal("the cache is written at something else than whole tokens")
     return index[2], argument(node, 2, "values")
