@@ -126,7 +126,7 @@ def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
 def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
     """Return how arguments are laid out that results are updated copies of, though attention reads only new tokens.
 
-    That is so in the first call of a cache, all of which is written or cut off.
+    That is so in the first call of a cache, all of which is written or cut off, or which holds nothing yet.
     """
     found: dict[fx.Node, Arrangement] = {}
     tracer = _Tracer()
@@ -136,7 +136,9 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
             mine = shape_of(taken) or ()
             if result not in known or result is taken or len(mine) != len(theirs):
                 continue
-            if not all(map(same, mine, theirs)) or taken not in above(result):
+            tokens = known[result].axis("S")
+            alike = (same(mine[at], theirs[at]) for at in range(len(mine)) if at != tokens)
+            if not all(alike) or taken not in above(result):
                 continue
             moves = tracer.moves(taken, result)
             if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
