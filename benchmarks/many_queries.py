@@ -1,4 +1,4 @@
-"""Where many query tokens begin: times of both ways to attend on a GPU, from which `many_queries.MANY_ROWS` is chosen.
+"""Where many query tokens begin: times of both ways to attend, from which `many_queries.MANY_ROWS` is chosen.
 
 python benchmarks/many_queries.py [--method tc:bits=4] [--context 65536] [--queries 32 64 128 256 512]
 
@@ -15,7 +15,7 @@ import torch
 from kvq_compile.bench.caches import Shape
 from kvq_compile.bench.chunks import BASELINE, Chunk, measure
 from kvq_compile.bench.clock import launched
-from kvq_compile.kernels.triton import many_queries
+from kvq_compile.kernels import many_queries
 
 SIZES = (8, 16, 32, 64, 128)  # MiB
 
@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=65536)
     parser.add_argument("--queries", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     given = parser.parse_args()
-    device, shape = torch.device("cuda"), Shape(1, given.context)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape(1, given.context)
     rows, size = many_queries.MANY_ROWS, many_queries.SCRATCH_BYTES
     for queries in given.queries:
         (flash,) = (
@@ -39,7 +40,8 @@ def main() -> None:
             chunk = Chunk(given.method, shape, queries, torch.bfloat16, device)
             times = {}
             for name, least in (("kernel", 1 << 30), ("pieces", 1)):
-                many_queries.MANY_ROWS = least
+                many_queries.MANY_ROWS = {device.type: least}
+                many_queries.MANY_TOKENS = 1
                 times[name] = 1e3 * launched(chunk.attend, device)
             times["flash"], times["dequantizing"] = flash.ms, 1e3 * launched(chunk.read, device)
             for mib in SIZES:

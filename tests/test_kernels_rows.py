@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvq_compile.kernels import many_queries
 from kvq_compile.kernels.cpu import backend as cpu
 from kvq_compile.kernels.layout import Layout, Regions, exact_row_index
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, Packed
@@ -17,7 +18,6 @@ from kvq_compile.kernels.rows import calibrated_row, rows_of
 from kvq_compile.kernels.schemes import Uniform
 from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.triton import backend as triton
-from kvq_compile.kernels.triton import many_queries
 from kvq_compile.testing import kv_tensors
 from kvq_compile.testing.small_tables import framed_layouts, turning_tables
 from kvq_compile.testing.strategies import changed, channelwise_layouts
@@ -156,7 +156,7 @@ def test_attention_ends_where_each_row_ends(backend: ModuleType, data: st.DataOb
 
 
 def test_a_chunk_of_many_tokens_ends_where_each_row_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many_queries, "MANY_ROWS", 64)
+    monkeypatch.setattr(many_queries, "MANY_ROWS", {"cuda": 64, "cpu": 64})
     torch.manual_seed(0)
     sides = [Layout(role, 64, Regions(3, 20, 32), Uniform(4)) for role in ("key", "value")]
     start, tokens, x = [90, 0, 41], 32, torch.randn(ROWS, HEADS, 90, 64)

@@ -22,14 +22,15 @@ from attention_site import (
     assert_right_under_any_mask,
     causal,
     plain_sides,
+    random_mask,
     starts,
 )
+from kvq_compile.kernels import many_queries, ops
 from kvq_compile.kernels.layout import Layout, Regions
 from kvq_compile.kernels.packed import UNCALIBRATED, Calibrated, flat
 from kvq_compile.kernels.schemes import Channelwise, Mixed, Uniform, scheme_of
 from kvq_compile.kernels.score import Score
 from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.kernels.triton import backend, many_queries
 from kvq_compile.testing.small_tables import random_tables, turning_tables
 from native import CONVERSIONS, examples
 
@@ -41,7 +42,7 @@ LAYOUT = CacheSpec(Uniform(4), Uniform(4), 3, 20, 32).layout("key", 64)
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Call few queries many, and cut what is a piece in a model."""
-    monkeypatch.setattr(many_queries, "MANY_ROWS", 1)
+    monkeypatch.setattr(many_queries, "MANY_ROWS", {"cuda": 1, "cpu": 1})
     monkeypatch.setattr(many_queries, "MANY_TOKENS", 1)
     monkeypatch.setattr(many_queries, "SCRATCH_BYTES", 1 << 16)
 
@@ -243,7 +244,7 @@ def test_what_is_dequantized_at_once_fits_scratch_memory(
 ) -> None:
     monkeypatch.setattr(many_queries, "SCRATCH_BYTES", 1 << 20)
     query, key = torch.zeros(2, 8, 5, 64, dtype=torch.bfloat16), torch.zeros(2, 2, 5, 64)
-    side = many_queries.Side(key, (), UNCALIBRATED, LAYOUT)
+    side = many_queries.Side(key, torch.zeros(2), lambda first, last, out: None, LAYOUT)
     span = many_queries.Span(0, 100_000, view)
     pieces = list(many_queries._pieces(span, query, side))
     assert [piece.first for piece in pieces] == [0, *(piece.last for piece in pieces[:-1])]
@@ -288,7 +289,7 @@ def test_other_calls_are_left_to_the_kernel(
         )
         return many_queries.takes(query, key, value, call["score"])
 
-    monkeypatch.setattr(many_queries, "MANY_ROWS", 64)
+    monkeypatch.setattr(many_queries, "MANY_ROWS", {"cpu": 64})
     monkeypatch.setattr(many_queries, "MANY_TOKENS", 32)
     assert is_taken()
     assert not is_taken(**changed)
@@ -297,7 +298,38 @@ def test_other_calls_are_left_to_the_kernel(
 def test_both_ways_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     site = make_site(20, torch.float32)
     in_pieces = site.attend(causal(site))
-    monkeypatch.setattr(backend.many_queries, "MANY_ROWS", 1 << 20)
+    monkeypatch.setattr(many_queries, "MANY_ROWS", {})
     torch.testing.assert_close(site.attend(causal(site)), in_pieces, rtol=1e-5, atol=1e-5)
     site.score = replace(site.score, cap=20.0)
     site.assert_low_precision_error(site.attend(causal(site)), causal(site))
+
+
+@EXAMPLES
+@given(sites(), st.data())
+def test_a_cpu_attends_in_pieces_of_its_own_as_exactly(site: Site, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["none", "tokens", "batch", "heads", "additive", "lowest"]))
+    end = site.start + site.query.shape[2]
+    mask = random_mask(site, kind, end + data.draw(st.sampled_from((0, 13))))
+    calibrated = [x for _, frame in site.sides for x in frame if x is not None]
+    out = ops.attend(
+        site.query, *site.new, *map(list, site.parts), calibrated, mask, None, site.start,
+        site.score, *(layout for layout, _ in site.sides),
+    )  # fmt: skip
+    site.assert_low_precision_error(out, mask)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_cpu_reads_calibrated_and_shifted_keys_in_pieces(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = calibrated_side("key", 0, **dict(KEYS[key])), calibrated_side("value", 1, bits=4)
+    site = Site(sides, (2, 4), (300, 30, 0), torch.float32)
+    calibrated = [x for _, frame in sides for x in frame if x is not None]
+    given_ = (
+        *(site.query, *site.new, *map(list, site.parts), calibrated, causal(site), None, 300),
+        *(site.score, *(layout for layout, _ in sides)),
+    )
+    in_pieces = ops.attend(*given_)
+    site.assert_low_precision_error(in_pieces, causal(site))
+    monkeypatch.setattr(many_queries, "MANY_ROWS", {})
+    torch.testing.assert_close(ops.attend(*given_), in_pieces, rtol=1e-4, atol=1e-4)

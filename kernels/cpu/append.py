@@ -130,24 +130,34 @@ def read(cache: Packed, calibrated: Calibrated, length: int, layout: Layout) -> 
 
     Slots that hold no token are zero.
     """
-    packed, exact = PackedTensor(cache, layout, calibrated), cache.exact
+    exact = cache.exact
     out = exact.new_empty(*exact.shape[:2], length, exact.shape[3])
-    held = min(length, packed.held)
-    sinks = min(held, layout.sinks)
-    out[:, :, :sinks] = exact[:, :, :sinks]
-    used = min(packed.pages, -(-max(0, held - layout.sinks) // layout.page_size))
-    for block in blocks(packed, slice(0, used)):
-        first = layout.sinks + block.start * layout.page_size
-        last = min(held, layout.sinks + block.stop * layout.page_size)
-        out[:, :, first:last] = _tokens(packed, block)[:, :, : last - first]
-    first = layout.sinks + packed.pages * layout.page_size
-    while first < held:
-        row = layout.exact_row(first)
-        last = min(held, first + layout.token_rows - row)
-        out[:, :, first:last] = exact[:, :, row : row + last - first]
-        first = last
-    out[:, :, held:] = 0
+    read_slots(PackedTensor(cache, layout, calibrated), 0, length, out)
     return out
+
+
+def read_slots(packed: PackedTensor, first: int, last: int, out: Tensor) -> None:
+    """Read slots ``first .. last - 1`` into ``out``, ``[B, H, last - first, D]``, as `read` does.
+
+    ``first`` is 0 or where a page begins: ``layout.sinks`` and whole pages.
+    """
+    layout, exact = packed.layout, packed.parts.exact
+    held = max(first, min(last, packed.held))
+    sinks = max(first, min(held, layout.sinks))
+    out[:, :, : sinks - first] = exact[:, :, first:sinks]
+    skipped = max(0, first - layout.sinks) // layout.page_size
+    used = min(packed.pages, -(-max(0, held - layout.sinks) // layout.page_size))
+    for block in blocks(packed, slice(skipped, used)):
+        begin = layout.sinks + block.start * layout.page_size
+        end = min(held, layout.sinks + block.stop * layout.page_size)
+        out[:, :, begin - first : end - first] = _tokens(packed, block)[:, :, : end - begin]
+    slot = max(first, layout.sinks + packed.pages * layout.page_size)
+    while slot < held:
+        row = layout.exact_row(slot)
+        end = min(held, slot + layout.token_rows - row)
+        out[:, :, slot - first : end - first] = exact[:, :, row : row + end - slot]
+        slot = end
+    out[:, :, held - first :] = 0
 
 
 def _tokens(packed: PackedTensor, pages: slice) -> Tensor:

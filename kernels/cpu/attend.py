@@ -1,21 +1,24 @@
 """Attend to a quantized cache on the CPU.
 
-Few query rows, as in decoding, attend to the whole cache in one call of C++. Many rows, as in a chunk of a prompt, use
-matrix products over blocks of pages unpacked to fp32, so that scratch memory does not depend on kv_len. Both keep the
-softmax state in fp32: a running maximum, a running sum and two accumulators. Packed tokens are transformed (packed.py):
-instead of inverting the transform of every token, the query is transformed once and the accumulator of packed values
-once. Packed and exact tokens therefore have an accumulator each.
+Few query rows, as in decoding, attend to the whole cache in one call of C++. More of them use matrix products over
+blocks of pages unpacked to fp32, so that scratch memory does not depend on kv_len; a chunk of a prompt attends to
+dequantized pieces (`many_queries`). The first two keep the softmax state in fp32: a running maximum, a running sum and
+two accumulators. Packed tokens are transformed (packed.py): instead of inverting the transform of every token, the
+query is transformed once and the accumulator of packed values once. Packed and exact tokens therefore have an
+accumulator each.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels import many_queries
 from kvq_compile.kernels.cpu import native
-from kvq_compile.kernels.cpu.append import blocks
+from kvq_compile.kernels.cpu.append import blocks, read_slots
 from kvq_compile.kernels.cpu.packed import PackedTensor
 from kvq_compile.kernels.layout import HIDES, Layout
 from kvq_compile.kernels.score import Bend, Score, bend_
@@ -143,18 +146,29 @@ def attend(
     shape = (B, Hkv, Hq // Hkv, T)
     visible = start + new if mask is None else min(start + new, mask.shape[-1])
     _check_lengths(keys, values, start, mask, start + new)
+    if many_queries.takes(query, key, value, score):
+        plan = many_queries.find_plan(query, new, mask, None, start, keys.layout)
+        if plan is not None:
+            of_keys, of_values = (
+                many_queries.Side(
+                    x, packed.parts.cursor, partial(read_slots, packed), packed.layout
+                )
+                for x, packed in ((key, keys), (value, values))
+            )
+            join = many_queries.join_parts
+            return many_queries.attend(query, of_keys, of_values, mask, score.scale, plan, join)
     rows = (query.reshape(B, Hkv, -1, query.shape[3]).float() * score.scale).contiguous()
     if sink_logits is not None:
         sink_logits = sink_logits.expand(B, Hq, T, 1).reshape(B, Hkv, -1, 1).float().contiguous()
-    about = start, visible, score.bend, sink_logits
+    rest = start, visible, score.bend, sink_logits
     if rows.shape[2] <= FEW_ROWS and not score.of_values:
         bias = None
         if mask is not None:
             zeros = rows.new_zeros(*rows.shape[:3], visible)
             bias = _apply_mask(zeros, mask, slice(visible), shape)
-        output = _read_at_once(rows, key, value, keys, values, bias, *about)
+        output = _read_at_once(rows, key, value, keys, values, bias, *rest)
     else:
-        output = _read_in_blocks(rows, key, value, keys, values, mask, shape, *about)
+        output = _read_in_blocks(rows, key, value, keys, values, mask, shape, *rest)
     return output.reshape(B, Hq, T, -1).to(query.dtype)
 
 

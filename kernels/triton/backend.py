@@ -4,17 +4,20 @@ All of them take parts of caches as `ops` has them, contiguous, and launch witho
 attention of many query tokens.
 """
 
+from functools import partial
+
 from torch import Tensor
 
+from kvq_compile.kernels import many_queries
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.rows import attend_rows
 from kvq_compile.kernels.score import Score
-from kvq_compile.kernels.triton import many_queries
 from kvq_compile.kernels.triton.append import append_, append_both_
 from kvq_compile.kernels.triton.attend import attend as attend_fused
-from kvq_compile.kernels.triton.dequantize import dequantize
+from kvq_compile.kernels.triton.dequantize import dequantize, read_slots
 from kvq_compile.kernels.triton.importance import importance
+from kvq_compile.kernels.triton.join import join_parts
 
 __all__ = [
     "SCHEMES",
@@ -51,11 +54,18 @@ def attend(
             )  # fmt: skip
         plan = many_queries.find_plan(query, key.shape[2], mask, position, start, key_layout)
         if plan is not None:
-            sides = (
-                many_queries.Side(key, keys, key_calibrated, key_layout),
-                many_queries.Side(value, values, value_calibrated, value_layout),
+            of_keys, of_values = (
+                many_queries.Side(
+                    new, cache[3], partial(read_slots, cache, relative, layout), layout
+                )
+                for new, cache, relative, layout in (
+                    (key, keys, key_calibrated, key_layout),
+                    (value, values, value_calibrated, value_layout),
+                )
             )
-            return many_queries.attend(query, *sides, mask, score.scale, plan)
+            return many_queries.attend(
+                query, of_keys, of_values, mask, score.scale, plan, join_parts
+            )
     return attend_fused(
         query, key, value, keys, values, key_calibrated, value_calibrated, mask, position, start,
         score, key_layout, value_layout, sink_logits,

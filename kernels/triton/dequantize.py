@@ -117,12 +117,12 @@ def dequantize(cache: Packed, calibrated: Calibrated, length: int, layout: Layou
         layout: The cache's layout.
     """
     out = cache[2].new_empty(*cache[2].shape[:2], length, layout.head_dim)
-    read_slots(cache, calibrated, 0, length, layout, out)
+    read_slots(cache, calibrated, layout, 0, length, out)
     return out
 
 
 def read_slots(
-    cache: Packed, calibrated: Calibrated, first: int, last: int, layout: Layout, out: Tensor
+    cache: Packed, calibrated: Calibrated, layout: Layout, first: int, last: int, out: Tensor
 ) -> None:
     """Read slots ``first .. last - 1`` into ``out``, contiguous ``[B, H, last - first, D]``, as `dequantize` does.
 

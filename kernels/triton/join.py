@@ -1,12 +1,18 @@
 """Join the results of attention's splits by their log-sum-exp, in Triton.
 
+Also of two parts of the tokens, as `many_queries` attends to.
+
 The inverse transform, the channel order and the mean of packed values are applied here, once per query.
 """
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvq_compile.kernels.many_queries import Part
 from kvq_compile.kernels.triton.arguments import Calibration, Strided
 from kvq_compile.kernels.triton.constants import ReadConstants
 from kvq_compile.kernels.triton.primitives import HIDDEN, LOG2_E, WEIGHT_BIAS
@@ -104,3 +110,74 @@ def join(
         VALUE=value, SPLITS=triton.next_power_of_2(splits),
     )  # fmt: skip
     return out
+
+
+# --- two parts -------------------------------------------------------------------------------------
+
+JOINED_ROWS = 32
+
+
+class Heads(NamedTuple):
+    """A `Part`'s output and its strides in elements."""
+
+    pointer: Any
+    batch: Any
+    kv_head: Any
+    shared: Any
+    token: Any
+
+
+class Rows(NamedTuple):
+    """Rows of all queries, KV heads, query heads to one of them, and tokens."""
+
+    count: Any
+    kv_heads: Any
+    shared_by: Any
+    tokens: Any
+
+
+@triton.jit
+def _load_part(part, row, rows, channel, exists):
+    token, head = row % rows.tokens, row // rows.tokens
+    shared, head = head % rows.shared_by, head // rows.shared_by
+    batch, kv_head = head // rows.kv_heads, head % rows.kv_heads
+    where = batch * part.batch + kv_head * part.kv_head + shared * part.shared + token * part.token
+    return tl.load(part.pointer + where[:, None] + channel, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def join_two_kernel(
+    one, one_lse, other, other_lse, out, out_lse, rows, DIM: tl.constexpr, ROWS: tl.constexpr
+):
+    """Join two results of ``ROWS`` queries by their log-sum-exp.
+
+    Grid: (rows / ROWS,).
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
+    real = row < rows.count
+    exists = real[:, None] & (channel < DIM)
+    a, b = tl.load(one_lse + row, mask=real, other=0.0), tl.load(other_lse + row, mask=real, other=0.0)  # fmt: skip
+    point = tl.maximum(a, b)
+    a, b = tl.exp(a - point), tl.exp(b - point)
+    total = a + b
+    x = _load_part(one, row, rows, channel, exists) * (a / total)[:, None]
+    x += _load_part(other, row, rows, channel, exists) * (b / total)[:, None]
+    tl.store(out + row[:, None] * DIM + channel, x, mask=exists)
+    tl.store(out_lse + row, point + tl.log(total), mask=real)
+
+
+def join_parts(one: Part, other: Part) -> Part:
+    """Return attention to the tokens of both parts, in fp32."""
+    B, H, shared, T, D = one.output.shape
+    count = B * H * shared * T
+    out = one.output.new_empty(B, H, shared, T, D, dtype=torch.float32)
+    lse = one.lse.new_empty(count, dtype=torch.float32)
+    given = [
+        (Heads(part.output, *part.output.stride()[:4]), part.lse.reshape(count))
+        for part in (one, other)
+    ]
+    join_two_kernel[(triton.cdiv(count, JOINED_ROWS),)](
+        *given[0], *given[1], out, lse, Rows(count, H, shared, T), DIM=D, ROWS=JOINED_ROWS
+    )
+    return Part(out, lse)

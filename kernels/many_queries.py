@@ -1,6 +1,6 @@
 """Attention of many query tokens to a cache, as of a chunk of a prompt: dequantize a piece, attend to it, join.
 
-`attend` unpacks every page once for each tile of 32 queries, which is right for few: reading bytes is what takes time.
+Other kernels unpack every page once for each tile of queries, which is right for few: reading bytes is what takes time.
 Counted for 32 query and 8 KV heads of 128 channels on an H100, over 64k tokens: a tile takes about as long as a
 decoding step, 60 us, of which the products of its 32 queries with all tokens are 20 at the speed of flash attention; a
 chunk of 2,048 tokens has 256 tiles. Dequantizing all tokens once writes and reads 268 MB, which is 0.2 ms at the speed
@@ -9,28 +9,27 @@ tiles on, and cost a tenth.
 
 The history is dequantized a piece at a time into scratch memory of at most `SCRATCH_BYTES`, in the dtype of the
 queries; PyTorch's flash attention attends to it, query heads of a KV head beside one another as rows, and parts are
-joined by log-sum-exp (Dao et al. 2023). New tokens attend to themselves exactly, as a part of their own.
+joined by log-sum-exp (Dao et al. 2023). New tokens attend to themselves exactly, as a part of their own. A backend
+gives what reads slots of its caches, and what joins two parts.
 
 A mask is looked at first, by which the host waits for the device once: pages that it shows to all queries need no mask,
 those that it hides from all are left out, and where it is causal over the new tokens their attention is. What remains,
 as at the edges of a window and of left padding, takes the mask along.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvq_compile.kernels.layout import HIDES, Layout
-from kvq_compile.kernels.packed import Calibrated, Packed
 from kvq_compile.kernels.score import Score
-from kvq_compile.kernels.triton.dequantize import read_slots
 
-MANY_ROWS = 512  # queries of a KV head from which on pieces are faster
+MANY_ROWS = {"cuda": 512, "cpu": 128}  # queries of a KV head from which on pieces are faster
 MANY_TOKENS = 32  # fewer may be a step, which is recorded as a CUDA graph
 SCRATCH_BYTES = 32 << 20  # of dequantized keys and values: 8,192 tokens of 8 heads of 128 channels
 MAX_CHANNELS = 256  # of a head in flash attention
@@ -42,7 +41,6 @@ DTYPES = {
 }
 LOWEST = -1e38  # an additive mask of less hides
 FAR = -1e30  # what hides in its place, which leaves a log-sum-exp of what sees nothing finite
-JOINED_ROWS = 32
 CHECKED_ROWS = 2048  # of a mask at once
 
 View = Literal["shown", "masked", "causal"]
@@ -77,11 +75,19 @@ class Plan(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Keys or values: new ones, and the cache."""
+    """Keys or values of a call.
+
+    Attributes:
+        new: The new ones.
+        cursor: Of the cache, ``[2]``.
+        read: Reads slots from a first to before a last one of the cache, dequantized, into ``[B, Hkv, slots, D]``; the
+            first is 0 or where a page begins.
+        layout: The cache's layout.
+    """
 
     new: Tensor
-    packed: Packed
-    calibrated: Calibrated
+    cursor: Tensor
+    read: Callable[[int, int, Tensor], None]
     layout: Layout
 
 
@@ -90,6 +96,9 @@ class Part(NamedTuple):
 
     output: Tensor
     lse: Tensor
+
+
+Join = Callable[[Part, Part], Part]
 
 
 # --- which calls, and what they see ---------------------------------------------------------------
@@ -102,7 +111,11 @@ def takes(query: Tensor, key: Tensor, value: Tensor, score: Score) -> bool:
     """
     tokens, channels = query.shape[2:]
     rows = query.shape[1] // key.shape[1] * tokens
-    if tokens < MANY_TOKENS or rows < MANY_ROWS or not score.is_plain:
+    if (
+        tokens < MANY_TOKENS
+        or rows < MANY_ROWS.get(query.device.type, rows + 1)
+        or not score.is_plain
+    ):
         return False
     fits = channels == value.shape[3] <= MAX_CHANNELS and channels % CHANNELS_STEP == 0
     if not fits or score.scale <= 0 or query.dtype not in DTYPES.get(query.device.type, ()):
@@ -199,7 +212,7 @@ def _spans(kinds: Tensor, layout: Layout) -> list[Span]:
 
 def _page_from(slot: int, layout: Layout) -> int:
     """Return the first place at or behind a slot where a page begins, or 0."""
-    pages = triton.cdiv(max(0, slot - layout.sinks), layout.page_size)
+    pages = -(-max(0, slot - layout.sinks) // layout.page_size)
     return 0 if slot == 0 else layout.sinks + pages * layout.page_size
 
 
@@ -213,9 +226,9 @@ def _page_before(slot: int, layout: Layout) -> int:
 
 
 def attend(
-    query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: float, plan: Plan
-) -> Tensor:
-    """Attend as planned; see `attend.attend`.
+    query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: float, plan: Plan, join: Join
+) -> Tensor:  # fmt: skip
+    """Attend as planned, and join parts; arguments are as the backends' ``attend`` takes them.
 
     Returns:
         ``[B, Hq, T, D]`` in the dtype of ``query``; NaN if the cache holds fewer tokens than the plan begins with.
@@ -228,13 +241,13 @@ def attend(
     if found is None:
         return query.new_zeros(B, Hq, T, D)
     for part in parts:
-        found = _join(found, part)
+        found = join(found, part)
     out = found.output.to(query.dtype).reshape(B, Hq, T, D)
     if mask is not None and not plan.all_see:
         seen = mask[..., : plan.start + keys.new.shape[2]]
         seen = seen if seen.dtype == torch.bool else seen > LOWEST
         out.masked_fill_(~seen.any(-1, keepdim=True), 0.0)
-    least = torch.minimum(keys.packed[3][0], values.packed[3][0])
+    least = torch.minimum(keys.cursor[0], values.cursor[0])
     return out.masked_fill_(least < plan.start, float("nan"))
 
 
@@ -256,7 +269,7 @@ def _parts(
         shape = B, H, piece.last - piece.first, D
         key, value = (memory[: math.prod(shape)].view(shape) for memory in scratch)
         for side, x in ((keys, key), (values, value)):
-            read_slots(side.packed, side.calibrated, piece.first, piece.last, side.layout, x)
+            side.read(piece.first, piece.last, x)
         if piece.view == "shown":
             output, lse = _flash(rows, key, value, False, scale)
             yield Part(output.unflatten(2, (Hq // H, T)), lse)
@@ -318,7 +331,7 @@ def _biased(
         if mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
     width = mask.shape[3]
-    room = triton.cdiv(width, BIAS_STEP) * BIAS_STEP
+    room = -(-width // BIAS_STEP) * BIAS_STEP
     far = max(FAR, torch.finfo(query.dtype).min)
     bias = query.new_empty(*mask.shape[:3], room)[..., :width]
     if mask.dtype == torch.bool:
@@ -338,70 +351,9 @@ def _biased(
     return output, lse
 
 
-# --- joining --------------------------------------------------------------------------------------
-
-
-class Heads(NamedTuple):
-    """A `Part`'s output and its strides in elements."""
-
-    pointer: Any
-    batch: Any
-    kv_head: Any
-    shared: Any
-    token: Any
-
-
-class Rows(NamedTuple):
-    """Rows of all queries, KV heads, query heads to one of them, and tokens."""
-
-    count: Any
-    kv_heads: Any
-    shared_by: Any
-    tokens: Any
-
-
-@triton.jit
-def _load(part, row, rows, channel, exists):
-    token, head = row % rows.tokens, row // rows.tokens
-    shared, head = head % rows.shared_by, head // rows.shared_by
-    batch, kv_head = head // rows.kv_heads, head % rows.kv_heads
-    where = batch * part.batch + kv_head * part.kv_head + shared * part.shared + token * part.token
-    return tl.load(part.pointer + where[:, None] + channel, mask=exists, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def join_two_kernel(
-    one, one_lse, other, other_lse, out, out_lse, rows, DIM: tl.constexpr, ROWS: tl.constexpr
-):
-    """Join two results of ``ROWS`` queries by their log-sum-exp.
-
-    Grid: (rows / ROWS,).
-    """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
-    real = row < rows.count
-    exists = real[:, None] & (channel < DIM)
-    a, b = tl.load(one_lse + row, mask=real, other=0.0), tl.load(other_lse + row, mask=real, other=0.0)  # fmt: skip
-    point = tl.maximum(a, b)
-    a, b = tl.exp(a - point), tl.exp(b - point)
-    total = a + b
-    x = _load(one, row, rows, channel, exists) * (a / total)[:, None]
-    x += _load(other, row, rows, channel, exists) * (b / total)[:, None]
-    tl.store(out + row[:, None] * DIM + channel, x, mask=exists)
-    tl.store(out_lse + row, point + tl.log(total), mask=real)
-
-
-def _join(one: Part, other: Part) -> Part:
+def join_parts(one: Part, other: Part) -> Part:
     """Return attention to the tokens of both parts, in fp32."""
-    B, H, shared, T, D = one.output.shape
-    count = B * H * shared * T
-    out = one.output.new_empty(B, H, shared, T, D, dtype=torch.float32)
-    lse = one.lse.new_empty(count, dtype=torch.float32)
-    given = [
-        (Heads(part.output, *part.output.stride()[:4]), part.lse.reshape(count))
-        for part in (one, other)
-    ]
-    join_two_kernel[(triton.cdiv(count, JOINED_ROWS),)](
-        *given[0], *given[1], out, lse, Rows(count, H, shared, T), DIM=D, ROWS=JOINED_ROWS
-    )
-    return Part(out, lse)
+    lse = [part.lse.reshape(one.output.shape[:4]) for part in (one, other)]
+    total = torch.logaddexp(*lse)
+    weights = [(each - total).exp()[..., None] for each in lse]
+    return Part(one.output * weights[0] + other.output * weights[1], total)
