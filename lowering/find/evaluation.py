@@ -178,7 +178,7 @@ class Evaluation:
         shape = [size_of_trial(size, self._sizes) for size in value_of(self._nodes[4]).shape]
         found = torch.ones(*shape[:-1], 1, dtype=torch.float32, device="cpu")
         for factor, divides in self._read.factors:
-            value = torch.as_tensor(known[factor], dtype=torch.float32)
+            value = torch.as_tensor(known[factor], dtype=torch.float32, device="cpu")
             value = value.reshape(()) if value.numel() == 1 else value
             found = found / value if divides else found * value
         return self._apart(found, order, 1)
