@@ -11,6 +11,8 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from kvq_compile.lowering.unchanged import once
+
 FULL = slice(None)
 NAME = "kvq_name"  # how the model names an argument that a pass has made
 EVALUATED = "kvq_evaluated"  # a write that stands for other operations, which evaluation has proved within the buffer
@@ -175,11 +177,13 @@ def insert_call(
     return node
 
 
+@once
 def order_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """Return each node's place in the graph."""
     return {node: place for place, node in enumerate(graph.nodes)}
 
 
+@once
 def writes_in_place(node: fx.Node) -> bool:
     """Return whether a node changes something that exists already, so that it has to stay where it is."""
     if node.is_impure():
@@ -216,6 +220,7 @@ def is_weight(node: fx.Node) -> bool:
     )
 
 
+@once
 def root_of(node: Any) -> Any:
     """Return the tensor whose memory ``node`` may share: the start of its chain of views and in-place writes.
 
@@ -235,6 +240,7 @@ def root_of(node: Any) -> Any:
     return node
 
 
+@once
 def _memory(node: fx.Node) -> set[int]:
     """Return the storages of the tensors that a node stands for; empty where they are not known."""
     value = value_of(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.higher_order import register
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.spec import CacheSpec
-from kvq_compile.lowering import logs
+from kvq_compile.lowering import find, logs
 from kvq_compile.lowering.find.arrangements import is_packed, kept_and_read, propose
 from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
@@ -65,6 +66,7 @@ from kvq_compile.lowering.sites import (
     SiteReport,
     unexpected,
 )
+from kvq_compile.lowering.unchanged import unchanged
 
 register()  # before Dynamo traces a call whose caches are quantized
 
@@ -286,7 +288,8 @@ def run(passes: Sequence[Pass], graph: Graph) -> None:
     """Run passes in order; check the graph, tell what changed and how long it took after each."""
     for pass_ in passes:
         start = time.perf_counter()
-        report = pass_(graph)
+        with unchanged(graph.fx) if pass_.__module__.startswith(find.__name__) else nullcontext():
+            report = pass_(graph)
         seconds = time.perf_counter() - start
         graph.fx.lint()
         logs.tell(logs.passes, (f"{pass_.__name__}: {change}" for change in report.changes))

@@ -45,6 +45,7 @@ from kvq_compile.lowering.nodes import (
     value_of,
 )
 from kvq_compile.lowering.sites import unexpected
+from kvq_compile.lowering.unchanged import unchanged
 
 # The second operand has its tokens last in one product, first in the other.
 _TURNED = ("matmul", "bmm", "baddbmm")
@@ -99,9 +100,10 @@ def propose(graph: fx.Graph) -> dict[fx.Node, Arrangement]:
     """Return how the caches among arguments and results are laid out, where that is not as ``[B, H, S, D]``."""
     known = {node: value_of(node).arrangement for node in is_packed(graph)}
     try:
-        known |= _proposed(graph, known)
-        known |= _followed(graph, known)
-        known |= _led_to(graph, known)
+        with unchanged(graph):
+            known |= _proposed(graph, known)
+            known |= _followed(graph, known)
+            known |= _led_to(graph, known)
     except Exception as error:  # nothing hangs on a proposal
         unexpected(error)
     return {tensor: how for tensor, how in known.items() if not how.is_plain}
@@ -147,13 +149,16 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
 
 
 def _proposed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
-    kept = kept_by(graph)
     found: dict[fx.Node, set[Arrangement | None]] = {}
     tracer = _Tracer()
-    for operand in operands_of(graph):
-        behind = dict.fromkeys(above(operand.node))
-        for tensor in dict.fromkeys(kept):
-            if tensor not in known and (source := _source(tensor, behind)) is not None:
+    operands = [(operand, dict.fromkeys(above(operand.node))) for operand in operands_of(graph)]
+    for tensor in dict.fromkeys(kept_by(graph)):
+        if tensor in known:
+            continue
+        # What layers have in common, as angles, is behind all of them: it is looked at where nothing reads the tensor.
+        readers = [each for each in operands if tensor in each[1]] or operands
+        for operand, behind in readers:
+            if (source := _source(tensor, behind)) is not None:
                 told = tracer.arrangement(source, tensor, operand)
                 found.setdefault(tensor, set()).add(told)
     return {
@@ -174,9 +179,10 @@ def kept_by(graph: fx.Graph) -> list[fx.Node]:
 
 def kept_and_read(graph: fx.Graph) -> list[fx.Node]:
     """Return those of the tensors that may be caches which keys or values of an attention are made of."""
-    kept = dict.fromkeys(kept_by(graph))
-    behind = [dict.fromkeys(above(operand.node)) for operand in operands_of(graph)]
-    return [x for x in kept if any(_source(x, each) is not None for each in behind)]
+    with unchanged(graph):
+        kept = dict.fromkeys(kept_by(graph))
+        behind = [dict.fromkeys(above(operand.node)) for operand in operands_of(graph)]
+        return [x for x in kept if any(_source(x, each) is not None for each in behind)]
 
 
 def can_be_allocated(tensor: fx.Node, how: Arrangement) -> bool:

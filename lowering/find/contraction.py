@@ -39,11 +39,21 @@ from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
     MIXING,
     data_of,
+    nodes_by_memory,
     plain_name,
     writers_of,
 )
 from kvq_compile.lowering.find.updates import ALLOCATIONS
-from kvq_compile.lowering.nodes import VIEWS, argument, order_of, root_of, same, shape_of, value_of
+from kvq_compile.lowering.nodes import (
+    VIEWS,
+    argument,
+    order_of,
+    root_of,
+    same,
+    shape_of,
+    value_of,
+    writes_in_place,
+)
 from kvq_compile.lowering.sites import Life, Refusal, State
 
 PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "sum")
@@ -204,11 +214,12 @@ def dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
         found = [] if memory is kept else writers.get(memory, [])
         return [each for each in found if each is not node and place[each] <= place[last]]
 
+    behind = _behind(first, last, kept)
     upward: set[fx.Node] = set()
     stack = [last]
     while stack:
         node = stack.pop()
-        if node not in upward and place[node] >= place[first]:
+        if node not in upward and node in behind:
             upward.add(node)
             stack += [*data_of(node), *written(node)]
     touched = {first}
@@ -216,6 +227,23 @@ def dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
         if touched.intersection((*data_of(node), *written(node))):
             touched.add(node)
     return sorted(touched - {first}, key=place.__getitem__)
+
+
+def _behind(first: fx.Node, last: fx.Node, kept: fx.Node | None) -> set[fx.Node]:
+    """Return the nodes from one to another that its elements may reach, by uses and by writes but into ``kept``."""
+    place, sharing = order_of(last.graph), nodes_by_memory(last.graph)
+    found: set[fx.Node] = set()
+    stack = [first]
+    while stack:
+        node = stack.pop()
+        if node in found or not place[first] <= place[node] <= place[last]:
+            continue
+        found.add(node)
+        stack += [user for user in node.users if node in data_of(user)]
+        if node.op in ("call_function", "call_method") and node.args and writes_in_place(node):
+            memory = root_of(node.args[0])
+            stack += [] if memory is kept else sharing.get(memory, [])
+    return found
 
 
 def _first_cache(

@@ -260,13 +260,13 @@ def _kept(graph: Graph) -> Iterator[tuple[fx.Node, Role]]:
     for state, quantization in graph.states():
         if state.life not in HELD:
             yield state.whole, quantization.layout.role
-    returned = graph.output.all_input_nodes
+    made = [(node, cache_inputs(node)) for node in graph.output.all_input_nodes]
     anew = {ring.past: ring.base for ring in graph.rings.values() if ring.is_filled_anew}
     for node in graph.inputs:
         cache = value_of(node)
         if not isinstance(cache, QuantizedKV):
             continue
-        grown = [n for n in returned if n is not node and node in cache_inputs(n)]
+        grown = [result for result, inputs in made if result is not node and node in inputs]
         if cache.kind != "grown" or all(
             as_spelled(suffix_of(result) or result) for result in grown
         ):

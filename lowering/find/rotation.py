@@ -44,6 +44,7 @@ from kvq_compile.lowering.nodes import (
     value_of,
 )
 from kvq_compile.lowering.sites import Refusal
+from kvq_compile.lowering.unchanged import once
 
 TURN = 1 << 32  # frequencies count parts of a turn
 FARTHEST = 1 << 14  # positions are sampled up to here, or to the end of the model's table
@@ -103,7 +104,7 @@ def find_rotation(
     tokens, width = number(shape[2]), number(shape[3])
     if width % 2:
         raise Refusal(f"{NOT_ROTATED}: it has an odd number of channels, {width}")
-    leaves = _leaves(key, example_inputs)
+    leaves = _leaves(key.graph, example_inputs)
     source, angles = _cut(key, leaves, example_inputs)
     shared = frozenset(_shared(node) for node in angles)
     alike_keys = (shared, width, _operators(key, source, angles))
@@ -157,13 +158,12 @@ def _operators(key: fx.Node, source: fx.Node, angles: Iterable[fx.Node]) -> tupl
     return tuple(str(target_name(node)) for node in key.graph.nodes if node in between)
 
 
-def _leaves(key: fx.Node, inputs: Mapping[fx.Node, Any]) -> dict[fx.Node, frozenset[Origin]]:
-    """Return for each node up to ``key`` what it is computed from, constants left out."""
+@once
+def _leaves(graph: fx.Graph, inputs: Mapping[fx.Node, Any]) -> dict[fx.Node, frozenset[Origin]]:
+    """Return for each node what it is computed from, constants left out."""
     found: dict[fx.Node, frozenset[Origin]] = {}
-    for node in key.graph.nodes:
+    for node in graph.nodes:
         found[node] = _leaves_of(node, found, inputs)
-        if node is key:
-            break
     return found
 
 

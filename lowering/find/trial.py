@@ -20,6 +20,7 @@ from kvq_compile.lowering.nodes import (
     writes_in_place,
 )
 from kvq_compile.lowering.sites import Refusal
+from kvq_compile.lowering.unchanged import once
 
 MIXING = (
     *("matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "einsum", "softmax", "embedding"),
@@ -56,6 +57,7 @@ def data_of(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes
 
 
+@once
 def writers_of(graph: fx.Graph) -> dict[Any, list[fx.Node]]:
     """Return the nodes that write in place, by the tensor whose memory they write into."""
     writers: dict[Any, list[fx.Node]] = {}
@@ -63,6 +65,15 @@ def writers_of(graph: fx.Graph) -> dict[Any, list[fx.Node]]:
         if node.op in ("call_function", "call_method") and node.args and writes_in_place(node):
             writers.setdefault(root_of(node.args[0]), []).append(node)
     return writers
+
+
+@once
+def nodes_by_memory(graph: fx.Graph) -> dict[Any, list[fx.Node]]:
+    """Return the nodes of a graph by the tensor whose memory they may share."""
+    nodes: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        nodes.setdefault(root_of(node), []).append(node)
+    return nodes
 
 
 class Trial:

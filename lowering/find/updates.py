@@ -25,6 +25,7 @@ from kvq_compile.lowering.find.trial import (
     writers_of,
 )
 from kvq_compile.lowering.nodes import order_of, root_of, same, shape_of, target_name, value_of
+from kvq_compile.lowering.unchanged import once
 
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")
 _PRODUCTS = ("matmul", "bmm", "mm", "einsum")  # a one-hot product moves elements
@@ -75,7 +76,7 @@ def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         return
     if result.op not in ("call_function", "call_method"):
         return
-    pasts = {node for node in result.graph.nodes if _is_past(node, result)}
+    pasts = {node for node in _fixed_sized(result.graph) if _is_past(node, result)}
     if not pasts:  # as in most graphs: the search below costs far more
         return
     near = [node for node in made_of(result, ENDS) if node is not result and is_like(node, like)]
@@ -84,10 +85,17 @@ def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         yield from ((past, new) for new in shorter[:TRIES])
 
 
+@once
+def _fixed_sized(graph: fx.Graph) -> list[fx.Node]:
+    """Return what may be a cache: arguments like one, and memory that the call allocates."""
+    nodes = graph.nodes
+    return [node for node in nodes if target_name(node) in ALLOCATIONS or is_cache_like(node)]
+
+
 def _is_past(node: fx.Node, result: fx.Node) -> bool:
-    """Return whether a node may be the fixed-size cache that ``result`` is an update of."""
-    allocated = target_name(node) in ALLOCATIONS and target_name(result) not in ALLOCATIONS
-    if node is result or not (allocated or is_cache_like(node)):
+    """Return whether one of `_fixed_sized` may be the cache that ``result`` is an update of."""
+    both_made = target_name(node) in ALLOCATIONS and target_name(result) in ALLOCATIONS
+    if node is result or both_made:
         return False
     mine, theirs = shape_of(node), shape_of(result)
     if mine is None or theirs is None or len(mine) != 4 or hint_of(node) != hint_of(result):

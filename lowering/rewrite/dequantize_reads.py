@@ -42,11 +42,16 @@ def dequantize_reads(graph: Graph) -> PassReport:
         LostWrite: A write cannot be expressed on the quantized cache.
     """
     changes = []
+    writers = [
+        node
+        for node in graph.fx.nodes
+        if node.op in ("call_function", "call_method") and node.args and writes_in_place(node)
+    ]
     for placeholder, cache in graph.caches.items():
         if placeholder not in graph.arguments:
             continue  # rows of another cache, which nothing reads any more
         _write_ring(graph, placeholder, cache)
-        writes = [node for node in graph.fx.nodes if _writes_into(node, placeholder)]
+        writes = [node for node in writers if _writes_into(node, placeholder)]
         for node in writes:
             _write(graph.fx, node, placeholder, cache)
             changes.append(f"{node.name} writes {placeholder} quantized")
@@ -67,10 +72,7 @@ def dequantize_reads(graph: Graph) -> PassReport:
 
 
 def _writes_into(node: fx.Node, cache: fx.Node) -> bool:
-    """Return whether a node writes into a cache or into a view of it."""
-    called = node.op in ("call_function", "call_method") and bool(node.args)
-    if not called or not writes_in_place(node):
-        return False
+    """Return whether a node that writes in place does so into a cache or into a view of it."""
     return root_of(node.args[0]) is cache or _seen_by_name(node.args[0]) is cache
 
 

@@ -1,0 +1,94 @@
+"""Lowering a graph takes work in proportion to its layers: what is asked of a graph is answered once."""
+
+import cProfile
+import pstats
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx
+
+from kvq_compile.lowering.find.trial import writers_of
+from kvq_compile.lowering.nodes import order_of
+from kvq_compile.lowering.pipeline import lower
+from kvq_compile.lowering.unchanged import once, unchanged
+from kvq_compile.options import make_spec
+
+transformers = pytest.importorskip("transformers")
+
+
+def graphs_of(layers: int, static: bool) -> list[Callable[[], object]]:
+    """Return the lowering of each graph of a prefill and a step."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    kept: list[Callable[[], object]] = []
+
+    def keep(gm: fx.GraphModule, inputs: list[torch.Tensor]) -> fx.GraphModule:
+        spec = make_spec("tc")
+        kept.append(lambda: lower(gm, inputs, spec, record=True))
+        return gm
+
+    if static:
+        cache = transformers.StaticCache(config=config, max_cache_len=300)
+    else:
+        cache = transformers.DynamicCache(config=config)
+    torch._dynamo.reset()
+    call = torch.compile(model, backend=keep)
+    with torch.no_grad():
+        for tokens in (9, 1):
+            call(torch.ones(1, tokens, dtype=torch.int64), past_key_values=cache)
+    return kept
+
+
+def count_calls(run: Callable[[], object], gradients: bool) -> int:
+    """Return how many functions are called."""
+    with cProfile.Profile() as profile, torch.set_grad_enabled(gradients):
+        run()
+    calls: int = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+    return calls
+
+
+@pytest.mark.parametrize(("static", "gradients"), [(False, False), (True, False), (False, True)])
+def test_twice_the_layers_take_about_twice_the_calls(static: bool, gradients: bool) -> None:
+    """Calls that every pair of layers takes would make it four times; where gradients are recorded, caches are left."""
+    few, many = (graphs_of(layers, static) for layers in (6, 12))
+    assert len(few) == len(many) > 1
+    for one, two in zip(few, many, strict=True):
+        count_calls(one, gradients)  # what is imported, and remembered for good
+        assert count_calls(two, gradients) < 3 * count_calls(one, gradients)
+
+
+def small_graph() -> fx.Graph:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_method("add_", (x, 1)))
+    return graph
+
+
+def test_answers_are_remembered_only_while_the_graph_does_not_change() -> None:
+    graph, asked = small_graph(), []
+
+    @once
+    def count(subject: fx.Graph, other: object) -> int:
+        asked.append(other)
+        return len(list(subject.nodes))
+
+    other = object()
+    with unchanged(graph):
+        assert [count(graph, other), count(graph, other), count(graph, "")] == [3, 3, 3]
+        assert asked == [other, ""]
+        assert count(small_graph(), other) == 3  # of a graph that may change nothing is remembered
+        assert writers_of(graph) is writers_of(graph)
+    assert len(asked) == 3
+    graph.placeholder("y")
+    assert count(graph, other) == 4
+    assert order_of(graph) is not order_of(graph)
+
+
+def test_a_pass_that_changes_what_it_should_only_look_at_is_found() -> None:
+    graph = small_graph()
+    with pytest.raises(AssertionError, match="has changed it"), unchanged(graph):
+        graph.placeholder("y")
