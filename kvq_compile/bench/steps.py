@@ -131,8 +131,10 @@ def make_model(shape: str, layers: int, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
-def prepare(model: Any, run: str) -> None:
-    """Compile a model for a run; its shapes share the graphs."""
+def prepare(model: Any, run: str) -> Any:
+    """Compile a model for a run, whose shapes share the graphs; return a layer's cache if it is a quantized one."""
+    grows = not run.startswith("hf-") and not run.endswith("-static")
+    like = _short_cache(model, run).layers[0] if grows else None
     torch._dynamo.reset()
     model._compiled_call_impl = None
     if run == "hf-static":
@@ -142,10 +144,11 @@ def prepare(model: Any, run: str) -> None:
         model.compile()
     elif not run.startswith("hf-"):
         model.compile(backend="kvq", options=options_of(run))
+    return like
 
 
-def filled_cache(model: Any, run: str, batch: int, context: int) -> Any:
-    """Return a cache of random tokens."""
+def filled_cache(model: Any, run: str, batch: int, context: int, like: Any) -> Any:
+    """Return a cache of random tokens; a quantized one that grows is laid out ``like`` the layer of a short cache."""
     from transformers import DynamicCache, QuantizedCache
 
     config, device = model.config, model.device
@@ -163,15 +166,14 @@ def filled_cache(model: Any, run: str, batch: int, context: int) -> Any:
             pair = [tokens().repeat_interleave(batch // few, 0) for _ in range(2)]
             cache.update(*pair, number)
         return cache
-    short = None if run == "hf-dynamic" else _short_cache(model, run).layers[0]
     cache = DynamicCache(config=config)
     for layer in cache.layers:
         for name in ("keys", "values"):
             x: Tensor = tokens()
-            if short is not None:
-                like = getattr(short, name)
+            if like is not None:
+                short = getattr(like, name)
                 x = QuantizedKV.from_dense(
-                    x, like.page_layout, tables=like.tables, shift=like.shift
+                    x, short.page_layout, tables=short.tables, shift=short.shift
                 )
             setattr(layer, name, x if few == batch else x.repeat_interleave(batch // few, 0))
         layer.is_initialized, layer.dtype, layer.device = True, torch.bfloat16, device
@@ -192,6 +194,7 @@ def _static_cache(model: Any, batch: int, context: int) -> Any:
     return cache
 
 
+@torch.no_grad()
 def _short_cache(model: Any, run: str) -> Any:
     """Return a cache of a model of one layer, which shows how those of all layers are laid out."""
     from transformers import DynamicCache, LlamaForCausalLM
@@ -204,7 +207,6 @@ def _short_cache(model: Any, run: str) -> Any:
     small(
         torch.zeros(1, 40, dtype=torch.long, device=model.device), **{cache_argument(small): cache}
     )
-    torch._dynamo.reset()
     return cache
 
 
@@ -275,13 +277,18 @@ Look = Callable[[Iterator[Callable[[], Any]]], object]
 
 
 @torch.no_grad()
-def measure(model: Any, row: Row, recordings: Sequence[float], look: Look | None = None) -> Row:
-    """Measure a run at one shape; ``look`` gets further steps, as a profiler does. What does not run says why."""
+def measure(
+    model: Any, row: Row, like: Any, recordings: Sequence[float], look: Look | None = None
+) -> Row:
+    """Measure a run at one shape; ``look`` gets further steps, as a profiler does. What does not run says why.
+
+    ``like`` is what `prepare` returned.
+    """
     device, before = model.device, len(recordings)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     try:
-        cache = filled_cache(model, row.run, row.batch, row.context)
+        cache = filled_cache(model, row.run, row.batch, row.context, like)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -323,7 +330,6 @@ def run_all(
         for run in runs:
             rows = [Row(name, model.config.num_hidden_layers, run, *shape) for shape in shapes]
             rows = [row for row in rows if not known(row)]
-            if rows:
-                prepare(model, run)
+            like = prepare(model, run) if rows else None
             for row in rows:
-                yield measure(model, row, recordings, look)
+                yield measure(model, row, like, recordings, look)
