@@ -67,12 +67,13 @@ def share_guards(gm: fx.GraphModule, inputs: Sequence[Any]) -> int:
     names = {guard.originating_source: guard.name for guard in guards}
     if any(source not in names for group in groups for source in group):
         return 0
-    if any(_names_twice(guard, caches | parts) for guard in guards):
+    tables = [{AttrSource(source, "tables") for source in group} for group in groups]
+    if any(_names_twice(guard, caches | parts, tables) for guard in guards):
         return 0
     lists = [f"({', '.join(names[source] for source in group)},)" for group in groups]
     ours = Guard(groups[0][0], _check(f"___kvq_are_alike({', '.join(lists)})", len(caches)))
     for guard in list(guards):
-        if _is_shared(guard, caches, parts):
+        if _is_shared(guard, caches, parts) or _twice(guard) & parts:
             guards.inner.discard(guard)
     guards.add(ours, collect_debug_stack=False)
     inside = {part for group in groups for part in _parts(group[0])}  # said of the cache, too
@@ -132,13 +133,24 @@ def _is_shared(guard: Guard, caches: Collection[Any], parts: Collection[Any]) ->
     return (source in caches and name in _OF_CACHE) or (source in parts and name in _OF_PART)
 
 
-def _names_twice(guard: Guard, sources: Collection[Any]) -> bool:
-    """Return whether a guard says that one of some sources is the same object as another one."""
+def _names_twice(
+    guard: Guard, sources: Collection[Any], tables: Iterable[Collection[Any]]
+) -> bool:
+    """Return whether a guard says that one of some sources is the same object as another one.
+
+    Tables of caches that are alike are one object, as `are_alike` finds.
+    """
+    named = _twice(guard)
+    return not named.isdisjoint(sources) and not any(named <= group for group in tables)
+
+
+def _twice(guard: Guard) -> set[Any]:
+    """Return the sources of which a guard says that they are one object."""
     create = guard.create_fn
     if not isinstance(create, partial) or guard.create_fn_name() not in _TWICE:
-        return False
+        return set()
     named = (guard.originating_source, *create.args, *create.keywords.values())
-    return any(x in sources for x in named if isinstance(x, Source))
+    return {x for x in named if isinstance(x, Source)}
 
 
 def _check(code: str, caches: int) -> Callable[[Any, Guard], None]:

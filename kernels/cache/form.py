@@ -18,7 +18,7 @@ from kvq_compile.kernels.cache.tensor import FORM, HELD, QuantizedKV
 
 
 class Form:
-    """Layout and kind of a cache, and what its tensors are; compared by identity."""
+    """Layout, kind and tables of a cache, and what its tensors are; compared by identity."""
 
     __slots__ = ("__weakref__",)
 
@@ -33,7 +33,8 @@ def form_of(cache: QuantizedKV) -> Form:
         return known
     tensors = [getattr(cache, name) for name in HELD]
     layout, shape = cache.page_layout, (*cache.shape[:2], *cache.shape[3:])
-    about = layout, cache.kind, shape, cache.dtype, cache.device, *map(_about, tensors)
+    # Layers that share their tables hold one tensor, which is to Dynamo one input of the graph.
+    about = layout, cache.kind, shape, cache.dtype, cache.device, id(cache.tables), *map(_about, tensors)
     form = cache.__dict__[FORM] = _forms.setdefault(about, Form())
     return form
 
@@ -55,7 +56,7 @@ _cursor = attrgetter("cursor")
 
 
 def are_alike(*groups: Sequence[Any]) -> bool:
-    """Return whether the caches of each group are alike, and no two caches the same tensors.
+    """Return whether the caches of each group are alike, and no two caches the same tensors but for tables.
 
     The first of each group must be known to be a `QuantizedKV`.
     """
