@@ -133,9 +133,7 @@ def _is_shared(guard: Guard, caches: Collection[Any], parts: Collection[Any]) ->
     return (source in caches and name in _OF_CACHE) or (source in parts and name in _OF_PART)
 
 
-def _names_twice(
-    guard: Guard, sources: Collection[Any], tables: Iterable[Collection[Any]]
-) -> bool:
+def _names_twice(guard: Guard, sources: Collection[Any], tables: Iterable[Collection[Any]]) -> bool:
     """Return whether a guard says that one of some sources is the same object as another one.
 
     Tables of caches that are alike are one object, as `are_alike` finds.

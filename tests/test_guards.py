@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import QuantizedKV, make_spec
+from kvq_compile.bench.caches import ROLES, Shape, random_spec
 from kvq_compile.history import watching
 from kvq_compile.kernels.cache.form import are_alike, form_of
 from kvq_compile.lowering import guards
@@ -19,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::kvq_compile.errors.KVQWarning"),
 ]
 
+CPU = torch.device("cpu")
 LAYERS, HELD = 5, 60
 OPTIONS: dict[str, Any] = {
     "method": "int8", "sinks": 1, "window": 4, "page_size": 32, "inner": "eager"
@@ -181,6 +183,38 @@ def test_sizes_of_caches_that_are_alike_are_read_from_one(monkeypatch: pytest.Mo
         read.clear()
         compiled(token(1), caches)
     assert len(read) <= 2
+
+
+def with_tables() -> Caches:
+    """Caches of the default method, whose keys share one tensor of tables."""
+    spec = random_spec("tc", Shape(1, HELD, heads=2, kv_heads=2, head_size=32))
+    tables = {role: spec.tables(role) for role in ROLES}
+    held = {role: None if each is None else each.on(CPU) for role, each in tables.items()}
+    made = [
+        [cache(role, number, layout=spec.layout(role, 32), tables=held[role]) for role in ROLES]
+        for number in range(LAYERS)
+    ]
+    return [(keys, values) for keys, values in made]
+
+
+def test_layers_that_share_their_tables_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    share = guards.share_guards
+    monkeypatch.setattr(
+        "kvq_compile.backend.share_guards", lambda *args: counts.append(share(*args))
+    )
+    compiled = torch.compile(grown, backend="kvq", options={"method": "tc", "inner": "eager"})
+    with torch.no_grad(), watching() as graphs:
+        for _ in range(2):
+            compiled(token(0), with_tables())
+        assert counts == [2 * LAYERS - 2]
+        others, expected = with_tables(), with_tables()
+        keys: Any = others[2][0]
+        keys.tables = keys.tables.clone()  # of its own now: another input, whatever it holds
+        assert not are_alike([keys, others[1][0]])
+        found = compiled(token(1), others)[0]
+        torch.testing.assert_close(found, grown(token(1), expected)[0], **CLOSE)
+    assert len(graphs) == 2
 
 
 def test_a_static_cache_of_another_size_is_noticed() -> None:

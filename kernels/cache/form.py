@@ -34,7 +34,15 @@ def form_of(cache: QuantizedKV) -> Form:
     tensors = [getattr(cache, name) for name in HELD]
     layout, shape = cache.page_layout, (*cache.shape[:2], *cache.shape[3:])
     # Layers that share their tables hold one tensor, which is to Dynamo one input of the graph.
-    about = layout, cache.kind, shape, cache.dtype, cache.device, id(cache.tables), *map(_about, tensors)
+    about = (
+        layout,
+        cache.kind,
+        shape,
+        cache.dtype,
+        cache.device,
+        id(cache.tables),
+        *map(_about, tensors),
+    )
     form = cache.__dict__[FORM] = _forms.setdefault(about, Form())
     return form
 

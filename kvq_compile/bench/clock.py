@@ -11,6 +11,7 @@ import torch
 
 COLD_BYTES = 256 << 20  # read before the first layer is read again: more than caches hold
 LAYERS = {"cuda": 8, "cpu": 1}  # at least, so that the launch of a graph is shared
+MOST_LAYERS = 64  # as many as models have: caches so short may stay in a processor's own there, too
 ROUNDS = {"cuda": 15, "cpu": 15}
 REPLAYS = 10  # of a CUDA graph, in a round
 LAUNCHED = 15  # calls that take milliseconds
@@ -18,7 +19,8 @@ LAUNCHED = 15  # calls that take milliseconds
 
 def layers_in_turn(bytes_read: int, device: torch.device) -> int:
     """Return how many layers have to be read in turn so that none is in a cache when its turn comes again."""
-    return max(LAYERS[device.type], -(-COLD_BYTES // max(1, bytes_read)))
+    cold = -(-COLD_BYTES // max(1, bytes_read))
+    return max(LAYERS[device.type], min(cold, MOST_LAYERS))
 
 
 def microseconds(

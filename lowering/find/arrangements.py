@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product as pairs_of
 from typing import Any
 
 import torch
@@ -131,20 +132,16 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
     That is so in the first call of a cache, all of which is written or cut off, or which holds nothing yet.
     """
     found: dict[fx.Node, Arrangement] = {}
+    results = [x for x in graph.output_node().all_input_nodes if x in known]
+    arguments = [x for x in kept_by(graph) if x.op == "placeholder" and x not in known]
     tracer = _Tracer()
-    for result in graph.output_node().all_input_nodes:
-        theirs = shape_of(result) or ()
-        for taken in (x for x in kept_by(graph) if x.op == "placeholder" and x not in known):
-            mine = shape_of(taken) or ()
-            if result not in known or result is taken or len(mine) != len(theirs):
-                continue
-            tokens = known[result].axis("S")
-            alike = (same(mine[at], theirs[at]) for at in range(len(mine)) if at != tokens)
-            if not all(alike) or taken not in above(result):
-                continue
-            moves = tracer.moves(taken, result)
-            if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
-                found[taken] = known[result]
+    for result, taken in pairs_of(results, arguments):
+        mine, theirs = shape_of(taken) or (), shape_of(result) or ()
+        if result is taken or len(mine) != len(theirs) or not all(map(same, mine, theirs)):
+            continue
+        moves = tracer.moves(taken, result) if taken in above(result) else None
+        if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
+            found[taken] = known[result]
     return found
 
 
