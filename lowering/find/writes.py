@@ -27,7 +27,7 @@ def write_rows_(cache: Tensor, position: Tensor, new: Tensor) -> Tensor:
 
     By this call graphs know such writes, whatever the model calls.
     """
-    row = torch.arange(cache.shape[0], device=cache.device)[:, None]
+    row = torch.arange(cache.shape[0], dtype=torch.int64, device=cache.device)[:, None]
     cache[row, :, position] = new.transpose(1, 2)
     return cache
 
