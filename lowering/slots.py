@@ -424,9 +424,9 @@ def _shows_rows(
     about = write.hides, write.inverted, ends
     if about not in shown:  # layers share a mask
         (mask,) = write.hides(*args)
-        about_slots = {"dtype": torch.int64, "device": mask.device}
-        column = torch.arange(mask.shape[-1], **about_slots)
-        behind = column >= torch.tensor(ends, **about_slots)[:, None]
+        column = torch.arange(mask.shape[-1], dtype=torch.int64, device=mask.device)
+        end = torch.tensor(ends, dtype=torch.int64, device=mask.device)
+        behind = column >= end[:, None]
         seen = mask > HIDES if mask.dtype != torch.bool else mask
         seen = ~seen if write.inverted and mask.dtype == torch.bool else seen
         shown[about] = bool((seen & behind[:, None, None]).any())
