@@ -11,7 +11,7 @@ Dynamo has no interface for this. Where it is not as it was found here, its own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -133,7 +133,7 @@ def _is_shared(guard: Guard, caches: Collection[Any], parts: Collection[Any]) ->
     return (source in caches and name in _OF_CACHE) or (source in parts and name in _OF_PART)
 
 
-def _names_twice(guard: Guard, sources: Collection[Any], tables: Iterable[Collection[Any]]) -> bool:
+def _names_twice(guard: Guard, sources: Collection[Any], tables: Iterable[Set[Any]]) -> bool:
     """Return whether a guard says that one of some sources is the same object as another one.
 
     Tables of caches that are alike are one object, as `are_alike` finds.

@@ -176,7 +176,7 @@ def _first_call(model: Any, row: FirstCall, device: torch.device) -> FirstCall:
     prepare(model, row.run)
     weights = _allocated(device)
     plain = "hf-static" if row.run.endswith("-static") else PLAIN
-    cache = filled_cache(model, plain, row.batch, row.context)
+    cache = filled_cache(model, plain, row.batch, row.context, None)
     held = _allocated(device)
     step = next(steps_of(model, cache, row.batch, row.context))
     seconds: list[float] = []
