@@ -105,6 +105,32 @@ def compile_latents(
     return compiled["attend_kernel"]
 
 
+def compile_small(name: str, dim: int, target: str) -> Any:
+    """Compile what decodes one token of heads of few channels."""
+    layouts = [make_spec(name).layout(role, dim, SHARED) for role in ("key", "value")]
+    x = token(HEADS, dim)
+    parts = [Packed.empty(x, CAPACITY, layout) for layout in layouts]
+    with aot.launches(target) as compiled:
+        backend.attend(
+            token(HEADS * SHARED, dim), x, x, *parts, UNCALIBRATED, UNCALIBRATED, None,
+            torch.zeros(1, dtype=torch.int64), None, PLAIN, *layouts,
+        )  # fmt: skip
+    return compiled["attend_kernel"]
+
+
+def compile_first_token(target: str) -> Any:
+    """Compile what writes the first token of a cache: strides of its importance are 1, which Triton makes constants."""
+    layout, frame = side("key", mixed(2.75))
+    x, start = token(HEADS), torch.zeros(1, dtype=torch.int64)
+    weights = torch.zeros(1, HEADS, 1, dtype=torch.float32)
+    with aot.launches(target) as compiled:
+        backend.append_(
+            Packed.empty(x, CAPACITY, layout), frame, x, start, None, layout, weights,
+            token(HEADS * SHARED) if layout.queries else None,
+        )  # fmt: skip
+    return next(iter(compiled.values()))
+
+
 def counting_rows(parts: Packed) -> Packed:
     return parts._replace(cursor=parts.cursor[None])
 
@@ -302,6 +328,14 @@ LATENTS = {
     f"{name}, {shared} heads": partial(compile_latents, name, shared)
     for name, shared in (("tc", 16), ("tc", 128), ("int8", 16), ("kivi", 128))
 }
+SMALL = {  # a product takes 16 channels at least
+    **{
+        f"{name}, {dim} channels": partial(compile_small, name, dim)
+        for name in ("tc", "kivi")
+        for dim in ((8, 12, 40) if THOROUGH else (8,))
+    },
+    "one token, qaq": compile_first_token,
+}
 BY_ROW = {
     **{name: partial(compile_attend, *DECODING[name]) for name in ("int4", "tc-3 mean")},
     "write tc": partial(compile_append, *WRITING["write tc"]),
@@ -313,6 +347,7 @@ CASES: dict[str, Callable[[str], Any]] = {
     **BENT,
     **MASKED,
     **LATENTS,
+    **SMALL,
     **{name: partial(compile_append, *case) for name, case in WRITING.items()},
     **WRITING_BOTH,
     **{name: partial(compile_dequantize, *case) for name, case in READING.items()},
@@ -374,6 +409,10 @@ def test_attention_to_latents_fits_an_sm() -> None:
     assert {name: use["shared"] <= SM_SHARED for name, use in used.items()} == dict.fromkeys(
         LATENTS, True
     )
+
+
+def test_small_heads_and_single_tokens_compile() -> None:
+    assert set(usage_of("sm_90", [*SMALL])) == set(SMALL)
 
 
 def test_writing_and_reading_stay_in_registers() -> None:

@@ -335,7 +335,9 @@ def test_rows_at_positions_of_their_own_are_told_by_name() -> None:
         seen = torch.arange(SLOTS) <= places[:, None, :, None]
         return attend(query, *(x.transpose(1, 2) for x in held), seen), held
 
-    with pytest.warns(KVQWarning, match="each row of the cache is written at positions of its own"):
+    with pytest.warns(
+        KVQWarning, match="rows of an index, which is not understood as all its rows"
+    ):
         held, *_ = compared(
             step, lambda: [torch.zeros(B, H, SLOTS, D) for _ in range(2)], lengths=(9, 1)
         )

@@ -144,7 +144,7 @@ def _write_constants(
     LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Write what the lowest codes of ``PAGES`` pages of a head add to the scores of each query."""
-    D_PAD: tl.constexpr = triton.next_power_of_2(KEY.head_dim)
+    D_PAD: tl.constexpr = max(16, triton.next_power_of_2(KEY.head_dim))  # what a product takes
     page = block * PAGES + tl.arange(0, PAGES)
     channel, column = tl.arange(0, D_PAD), tl.arange(0, LAUNCH.block_q)
     pages = tl.load(cursor_of(cache, head // kv_heads, KEY) + 1)
