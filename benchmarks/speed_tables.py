@@ -210,7 +210,7 @@ FRONT = {
 }  # fmt: skip
 STEPS = {
     "hf-static": "16 bit, static, compiled", "int4": "`int4`, dynamic", "tc:bits=4": "default (`tc`, 4 bits), dynamic",
-    "int4-static": "`int4`, static",
+    "int4-static": "`int4`, static", "tc:bits=3-static": "`tc`, 3 bits, static",
 }  # fmt: skip
 PAGE, README = "docs/performance.md", "README.md"
 USUAL = ((1, 32768), (1, 131072), (8, 32768))
@@ -222,5 +222,5 @@ SPEED_TABLES = (
     KernelTable(
         "kernels-heads", PAGE, UNIFORM | CODED | OTHERS, ((1, 131072),), (64, 96, 192, 256)
     ),
-    StepTable("steps", PAGE, STEPS, ((1, 4096), (1, 32768), (1, 131072))),
+    StepTable("steps", PAGE, STEPS, ((1, 4096), (1, 32768), (1, 131072), (16, 8192))),
 )
