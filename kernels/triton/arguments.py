@@ -132,9 +132,8 @@ def bundle_importance(importance: Tensor | None) -> Weights:
     if importance is None:
         return NO_WEIGHTS
     importance = importance.float()
-    if (
-        importance.shape[2] == 1
-    ):  # Triton makes a constant of a stride of 1, which no bundle may hold
+    if importance.shape[2] == 1:
+        # Triton makes a constant of a stride of 1, which no bundle may hold.
         importance = torch.nn.functional.pad(importance, (0, 1))
     if importance.stride(2) != 1:
         importance = importance.contiguous()
