@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -34,7 +35,9 @@ def histories() -> int:
     gc.collect()
     found = set()
     for x in gc.get_objects():
-        plain = issubclass(type(x), Tensor) and not isinstance(x, (QuantizedKV, FakeTensor))
+        plain = issubclass(type(x), Tensor) and not isinstance(
+            x, (QuantizedKV, ArrangedKV, FakeTensor)
+        )
         if plain and x.dim() == 4 and x.is_floating_point():
             memory = x.untyped_storage()
             if memory.nbytes() >= HEADS * TOKENS * CHANNELS * x.element_size():

@@ -22,13 +22,13 @@ def told(module, *args, **kwargs):
 
 
 class Folded(nn.Module):
-    """Attention of heads that are folded into the batch, to keys that only some models keep."""
+    """Attention of heads that are folded into the batch, spelled in its own way, to keys that only some models keep."""
 
-    def __init__(self, keeps):
+    def __init__(self, keeps, spelling="scores that change by row"):
         super().__init__()
         self.project = nn.Linear(H * D, 3 * H * D)
         self.register_buffer("held", torch.zeros(1, 64, H, 2 * D))
-        self.keeps = keeps
+        self.keeps, self.spelling = keeps, spelling
 
     def forward(self, x, at):
         query, key, value = self.project(x).unflatten(-1, (-1, D)).chunk(3, 2)
@@ -38,20 +38,51 @@ class Folded(nn.Module):
             self.held = self.held * (1 - hot.sum(0)).view(1, -1, 1, 1) + new
             key, value = self.held.split(D, -1)
         folded = [y.transpose(1, 2).flatten(0, 1) for y in (query, key, value)]
-        scores = torch.bmm(folded[0], folded[1].mT).unflatten(0, (-1, H))
-        weights = torch.softmax(scores - scores.sigmoid().amax(-1, keepdim=True), -1).flatten(0, 1)
-        return torch.bmm(weights, folded[2]), x + 1
+        return SPELLINGS[self.spelling](*folded), x + 1
 
 
-def test_a_cache_whose_attention_is_not_recognized_is_told():
+def scores_that_change(query, key, value):
+    scores = torch.bmm(query, key.mT).unflatten(0, (-1, H))
+    weights = torch.softmax(scores - scores.sigmoid().amax(-1, keepdim=True), -1).flatten(0, 1)
+    return torch.bmm(weights, value)
+
+
+def summed(query, key, value):
+    weights = (query[:, :, None] * key[:, None]).sum(-1).softmax(-1)
+    return (weights[..., None] * value[:, None]).sum(2)
+
+
+def exponentials(query, key, value):
+    scores = torch.bmm(query, key.mT)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return torch.bmm(weights / weights.sum(-1, keepdim=True), value)
+
+
+def without_softmax(query, key, value):
+    weights = torch.bmm(query, key.mT).relu()
+    return torch.bmm(weights / weights.sum(-1, keepdim=True), value)
+
+
+SPELLINGS = {
+    "scores that change by row": scores_that_change,
+    "products as sums": summed,
+    "exponentials": exponentials,
+    "no softmax": without_softmax,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_cache_whose_attention_is_not_recognized_is_told(spelling):
+    """It is named as one that stays in 16 bit, or as one that is read dense."""
     x, at = torch.randn(1, 5, H * D), torch.arange(5)
-    (text,) = told(Folded(keeps=True).eval(), x, at)
-    assert "held" in text or "a result" in text
+    (text,) = told(Folded(True, spelling).eval(), x, at)
+    assert "held" in text or "a result" in text or "stored quantized" in text
 
 
-def test_attention_that_keeps_nothing_is_not_spoken_of():
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_attention_that_keeps_nothing_is_not_spoken_of(spelling):
     x, at = torch.randn(1, 5, H * D), torch.arange(5)
-    assert told(Folded(keeps=False).eval(), x, at) == []
+    assert told(Folded(False, spelling).eval(), x, at) == []
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -20,6 +20,7 @@ from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.arrangement import FOLDED, PIECE, Arrangement
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.contraction import (
+    PRODUCTS,
     dependent,
     product_before,
     product_behind,
@@ -50,6 +51,7 @@ from kvq_compile.lowering.unchanged import unchanged
 
 # The second operand has its tokens last in one product, first in the other.
 _TURNED = ("matmul", "bmm", "baddbmm")
+_WEIGHING = ("softmax", "exp", "exp2", "relu", "sigmoid")  # what makes weights of scores
 _WHOLE = ("scaled_dot_product_attention", "flex_attention")
 _LARGEST = 1 << 26  # elements that are filled with coordinates
 _REACH = 32  # steps between a cache and a product, more than any spelling takes
@@ -137,7 +139,10 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
     tracer = _Tracer()
     for result, taken in pairs_of(results, arguments):
         mine, theirs = shape_of(taken) or (), shape_of(result) or ()
-        if result is taken or len(mine) != len(theirs) or not all(map(same, mine, theirs)):
+        if result is taken or len(mine) != len(theirs):
+            continue
+        tokens = known[result].axis("S")
+        if not all(same(mine[at], theirs[at]) for at in range(len(mine)) if at != tokens):
             continue
         moves = tracer.moves(taken, result) if taken in above(result) else None
         if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
@@ -179,7 +184,23 @@ def kept_and_read(graph: fx.Graph) -> list[fx.Node]:
     with unchanged(graph):
         kept = dict.fromkeys(kept_by(graph))
         behind = [dict.fromkeys(above(operand.node)) for operand in operands_of(graph)]
-        return [x for x in kept if any(_source(x, each) is not None for each in behind)]
+        scores = [dict.fromkeys(_scored(node)) for node in calls(graph, *_WEIGHING)]
+        return [
+            x
+            for x in kept
+            if any(_source(x, each) is not None for each in behind)
+            or (len(shape_of(x) or ()) >= 4 and any(x in each for each in scores))
+        ]
+
+
+def _scored(weights: fx.Node) -> Iterator[fx.Node]:
+    """Yield what scores are made of, through the product of queries and keys, however that is written."""
+    scores = [node for given in weights.all_input_nodes for node in above(given)]
+    yield from scores
+    for product in scores:
+        if plain_name(product) in PRODUCTS:
+            for operand in product.all_input_nodes:
+                yield from above(operand)
 
 
 def can_be_allocated(tensor: fx.Node, how: Arrangement) -> bool:
