@@ -264,9 +264,6 @@ MENDED |= {
     "positions of keys and of values in different shapes": replace(
         PLAIN, layout="[B, H, D, S] keys", write="scatter_in_place"
     ),
-    "keys with tokens last, in a buffer that holds none yet": replace(
-        PLAIN, layout="[B, H, D, S] keys", container="nn.Buffer", attention="einsum"
-    ),
     "no mask over tokens up to a number": replace(
         PLAIN, write="where_in_place", attention="baddbmm", mask="none", sliced=True
     ),

@@ -131,7 +131,7 @@ def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
 def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
     """Return how arguments are laid out that results are updated copies of, though attention reads only new tokens.
 
-    That is so in the first call of a cache, all of which is written or cut off, or which holds nothing yet.
+    That is so in the first call of a cache, all of which is written or cut off.
     """
     found: dict[fx.Node, Arrangement] = {}
     results = [x for x in graph.output_node().all_input_nodes if x in known]
@@ -139,10 +139,7 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
     tracer = _Tracer()
     for result, taken in pairs_of(results, arguments):
         mine, theirs = shape_of(taken) or (), shape_of(result) or ()
-        if result is taken or len(mine) != len(theirs):
-            continue
-        tokens = known[result].axis("S")
-        if not all(same(mine[at], theirs[at]) for at in range(len(mine)) if at != tokens):
+        if result is taken or len(mine) != len(theirs) or not all(map(same, mine, theirs)):
             continue
         moves = tracer.moves(taken, result) if taken in above(result) else None
         if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
