@@ -242,7 +242,7 @@ def attend(
         return query.new_zeros(B, Hq, T, D)
     for part in parts:
         found = join(found, part)
-    out = found.output.to(query.dtype).reshape(B, Hq, T, D)
+    out = found.output.to(query.dtype).reshape(B, Hq, T, D).contiguous()  # as compilers are told
     if mask is not None and not plan.all_see:
         seen = mask[..., : plan.start + keys.new.shape[2]]
         seen = seen if seen.dtype == torch.bool else seen > LOWEST

@@ -101,6 +101,7 @@ def test_a_chunk_attends_causally_to_itself_and_to_all_that_was_before(
             tuple(flat(parts, layout)) for parts, (layout, _) in zip(paged, site.sides, strict=True)
         ]
     out = site.attend(mask, by_position)
+    assert out.is_contiguous()  # what a compiler is told of it
     site.parts = paged
     site.assert_low_precision_error(out, mask)
     assert masked == []
