@@ -85,8 +85,14 @@ def be_one(options: argparse.Namespace) -> None:
         model.compile()
     else:
         model.compile(backend="kvq", options=dict(method.options))
-    told = {context: feed(model, context) for context in options.context}
-    if int(os.environ.get("RANK", "0")) == 0:
+    first = int(os.environ.get("RANK", "0")) == 0
+    told: Told = {}
+    for context in options.context:
+        start = time.perf_counter()
+        told[context] = feed(model, context)
+        if first:
+            print(f"{processes}: 1 x {context} took {time.perf_counter() - start:.0f} s", flush=True)
+    if first:
         told["steps"] = sorted({str(graph.steps) for graph in graphs()})
         print(
             processes,
