@@ -25,7 +25,7 @@ from written_caches import calibrated, unsigned_zeros
 
 pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
 METHODS = ("int8", "int4", "int3", "int2", "kivi", "qaq")
-HEAD_DIMS = (4, 8, 12, 20, 24, 40, 72, 80, 88, 100, 104, 120, 256, 320, 576)
+HEAD_DIMS = (4, 8, 12, 20, 24, 40, 72, 80, 96, 100, 104, 120, 256, 320, 576)
 ROLES: tuple[Role, ...] = ("key", "value")
 HEADS, SHARED, HELD = 2, 2, 43  # the tokens fill a page of 32
 

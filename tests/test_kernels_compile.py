@@ -317,6 +317,10 @@ SIZES = {  # of heads whose rows fill no whole words, or whose tiles are the lea
     for key, value in (DECODING[name],)
     for dim in (8, 120, 320)
 }
+GROUPED = {  # several groups to a token, in rows whose words fill no tile
+    f"{dim} channels, {name}": tuple(side | {"head_dim": dim, "group_size": 32} for side in DECODING[name])
+    for dim, name in ((96, "int2"), (96, "kivi-2"), (192, "int2"))
+}
 # What `generate` gives: one row of a mask for all heads.
 MASKED = {
     f"{name}, masked": partial(
@@ -342,7 +346,7 @@ BY_ROW = {
     "read tc": partial(compile_dequantize, *READING["read tc"]),
 }
 CASES: dict[str, Callable[[str], Any]] = {
-    **{name: partial(compile_attend, *case) for name, case in SIZES.items()},
+    **{name: partial(compile_attend, *case) for name, case in (SIZES | GROUPED).items()},
     **{name: partial(compile_attend, *case) for name, case in DECODING.items()},
     **BENT,
     **MASKED,
@@ -401,6 +405,14 @@ def test_decoding_fits_an_sm_whatever_the_size_of_heads() -> None:
     assert {name: use["shared"] <= SM_SHARED for name, use in used.items()} == dict.fromkeys(
         SIZES, True
     )
+
+
+def test_groups_that_fill_no_tile_are_read_in_registers() -> None:
+    """Regression: parameters loaded for each element, three pages ahead, asked for 276 KiB at 96 channels."""
+    used = usage_of("sm_90", [*GROUPED])
+    for name, use in used.items():
+        assert use["shared"] * 2 <= SM_SHARED, name
+        assert use["stack"] == 0, name
 
 
 def test_attention_to_latents_fits_an_sm() -> None:

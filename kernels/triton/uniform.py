@@ -251,6 +251,22 @@ def load_token_params(params, token, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
+def _choose_params(params, token, group, AXIS: tl.constexpr, CONSTANTS: tl.constexpr):
+    """Return ``scale, zero`` of the elements of a tile of tokens, whose channels lie along ``AXIS`` and belong to
+    ``group``.
+
+    They are chosen in registers: loaded for each element and some pages ahead, they would fill shared memory.
+    """
+    scale, zero = load_token_params(params, token, CONSTANTS)
+    scale, zero = tl.expand_dims(scale, AXIS), tl.expand_dims(zero, AXIS)
+    for other in tl.static_range(1, CONSTANTS.head_dim // CONSTANTS.group_size):
+        s, z = load_token_params(params + other * CONSTANTS.page_size, token, CONSTANTS)
+        scale = tl.where(group == other, tl.expand_dims(s, AXIS), scale)
+        zero = tl.where(group == other, tl.expand_dims(z, AXIS), zero)
+    return scale, zero
+
+
+@triton.jit
 def _split_params(word, CONSTANTS: tl.constexpr):
     """Return ``scale, zero`` of words of parameters."""
     if CONSTANTS.params == "e5m3":
@@ -372,8 +388,7 @@ def dequantize_keys(
         x = _scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
     else:
         token = FIRST + tl.arange(0, ROWS)
-        where = params + (channel // GROUP)[None, :] * KEY.page_size + token[:, None]
-        scale, zero = load_params(where, exists[None, :], KEY)
+        scale, zero = _choose_params(params, token, (channel // GROUP)[None, :], 1, KEY)
         x = _scale_codes(codes, scale, zero, FAST)
     return tl.reshape(x, (ROWS, COLUMNS))
 
@@ -425,14 +440,16 @@ def dequantize_values(params, codes, VALUE: tl.constexpr, FAST: tl.constexpr):
         scale, zero = load_params(where, (channel < VALUE.head_dim)[:, None], VALUE)
         grouped = tl.reshape(codes, (ROWS, PAGE // GROUP, GROUP))
         x = _scale_codes(grouped, scale[:, :, None], zero[:, :, None], FAST)
-    elif VALUE.head_dim == ROWS and (GROUP & (GROUP - 1)) == 0:
-        group = tl.arange(0, VALUE.head_dim // GROUP)
+    elif GROUP <= ROWS and (GROUP & (GROUP - 1)) == 0:
+        group = tl.arange(0, ROWS // GROUP)
         where = params + group[:, None] * PAGE + token[None, :]
-        scale, zero = load_params(where, None, VALUE)
-        grouped = tl.reshape(codes, (VALUE.head_dim // GROUP, GROUP, PAGE))
+        if VALUE.head_dim == ROWS:
+            scale, zero = load_params(where, None, VALUE)
+        else:
+            scale, zero = load_params(where, (group < VALUE.head_dim // GROUP)[:, None], VALUE)
+        grouped = tl.reshape(codes, (ROWS // GROUP, GROUP, PAGE))
         x = _scale_codes(grouped, scale[:, None, :], zero[:, None, :], FAST)
     else:
-        where = params + (channel // GROUP)[:, None] * PAGE + token[None, :]
-        scale, zero = load_params(where, (channel < VALUE.head_dim)[:, None], VALUE)
+        scale, zero = _choose_params(params, token, (channel // GROUP)[:, None], 0, VALUE)
         x = _scale_codes(codes, scale, zero, FAST)
     return tl.reshape(x, (ROWS, PAGE))
