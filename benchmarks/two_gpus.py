@@ -91,7 +91,9 @@ def be_one(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         told[context] = feed(model, context)
         if first:
-            print(f"{processes}: 1 x {context} took {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{processes}: 1 x {context} took {time.perf_counter() - start:.0f} s", flush=True
+            )
     if first:
         told["steps"] = sorted({str(graph.steps) for graph in graphs()})
         print(

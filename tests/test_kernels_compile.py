@@ -318,7 +318,9 @@ SIZES = {  # of heads whose rows fill no whole words, or whose tiles are the lea
     for dim in (8, 120, 320)
 }
 GROUPED = {  # several groups to a token, in rows whose words fill no tile
-    f"{dim} channels, {name}": tuple(side | {"head_dim": dim, "group_size": 32} for side in DECODING[name])
+    f"{dim} channels, {name}": tuple(
+        side | {"head_dim": dim, "group_size": 32} for side in DECODING[name]
+    )
     for dim, name in ((96, "int2"), (96, "kivi-2"), (192, "int2"))
 }
 # What `generate` gives: one row of a mask for all heads.
