@@ -20,7 +20,7 @@ from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
 from kvq_compile.lowering.find.layers import counts_layers
-from kvq_compile.lowering.guards import share_guards, unify
+from kvq_compile.lowering.guards import see_caches, share_guards, unify
 from kvq_compile.lowering.lost_writes import refusing_lost_writes
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled, Lowered
@@ -90,6 +90,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     _tell_of_the_limit(times if lowered.reports else None)
     _tell(lowered.reports, lowered.states, config)
 
+    see_caches(gm, example_inputs)
     form = lowered.arranged
     if form is not None:
         compiled = _compiled(form.module, form.take(example_inputs), lowered, recorder, config)

@@ -1,4 +1,4 @@
-"""Let Dynamo look at one cache of those that are alike, instead of at every part of each.
+"""Let Dynamo look at one cache of those that are alike, and see that a buffer has become a cache.
 
 Dynamo checks before every call what its graph was captured for: of a `QuantizedKV` the type, the layout, and of each
 tensor inside its sizes, strides and marks of dynamic sizes. For the caches of 32 layers that takes longer than all
@@ -6,7 +6,11 @@ else that a step does on the host. Caches that are alike when a graph is capture
 still are (`are_alike`). Dynamo goes on to look at the first of them. What it finds there then holds for all, so that
 the graph runs in the same calls as before.
 
-Dynamo has no interface for this. Where it is not as it was found here, its own checks stay.
+Of a plain tensor in a dictionary, as a module has of its buffers, Dynamo takes for granted that it stays one while the
+dictionary is not written (PyTorch 2.11; later ones where ``use_recursive_dict_tags_for_guards`` is on). A buffer that
+becomes a cache in place is what this overlooks, so there is a check of our own (`see_caches`).
+
+Dynamo has no interface for either. Where it is not as it was found here, its own checks stay.
 """
 
 from __future__ import annotations
@@ -17,16 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.guards import _get_closure_vars
 from torch._dynamo.source import AttrSource, SubclassAttrListSource, TensorPropertySource
 from torch._guards import Guard, Source, TracingContext
 from torch._subclasses import FakeTensor
+from torch.nn import Parameter
 
+from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.form import are_alike, facts_of
 from kvq_compile.kernels.cache.tensor import INNER, QuantizedKV
 from kvq_compile.lowering.nodes import value_of
 
 _OF_CACHE = ("TYPE_MATCH", "TENSOR_MATCH", "TENSOR_SUBCLASS_METADATA_MATCH")
 _OF_PART = (*_OF_CACHE, "EQUALS_MATCH")
+_AXES = 3  # the fewest that a tensor of tokens has: rows, tokens, channels
 _TWICE = ("DUPLICATE_INPUT", "OBJECT_ALIASING")  # of inputs that are one object
 
 
@@ -46,6 +54,47 @@ def unify(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
             for size, other in sizes:
                 if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
                     bool(size == other)  # merges the symbols
+
+
+def see_caches(gm: fx.GraphModule, inputs: Sequence[Any]) -> int:
+    """Let Dynamo look whether tensors that are plain now are caches; return at how many.
+
+    Any plain tensor is looked at that could become one, for another graph may be the one that quantizes it.
+
+    Args:
+        gm: The captured graph, while it is being compiled.
+        inputs: Arguments of the call that is being compiled.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return 0
+    guards = context.guards_context.dynamo_guards
+    names = {guard.originating_source: guard.name for guard in guards}
+    nodes = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    found = {
+        node._dynamo_source: names[node._dynamo_source]
+        for node, given in nodes
+        if _may_become_cache(given) and getattr(node, "_dynamo_source", None) in names
+    }
+    if found:
+        told = f"{len(found)} tensors are no caches"
+        code = f"___kvq_are_plain(({', '.join(found.values())},))"
+        ours = Guard(next(iter(found)), _check(code, told, ___kvq_are_plain=_are_plain))
+        guards.add(ours, collect_debug_stack=False)
+    return len(found)
+
+
+def _may_become_cache(given: Any) -> bool:
+    return (
+        type(given) in (Tensor, Parameter)
+        and not given.requires_grad
+        and given.is_floating_point()
+        and given.dim() >= _AXES
+    )
+
+
+def _are_plain(tensors: Iterable[Any]) -> bool:
+    return not any(isinstance(x, (QuantizedKV, ArrangedKV)) for x in tensors)
 
 
 def share_guards(gm: fx.GraphModule, inputs: Sequence[Any]) -> int:
@@ -71,7 +120,9 @@ def share_guards(gm: fx.GraphModule, inputs: Sequence[Any]) -> int:
     if any(_names_twice(guard, caches | parts, tables) for guard in guards):
         return 0
     lists = [f"({', '.join(names[source] for source in group)},)" for group in groups]
-    ours = Guard(groups[0][0], _check(f"___kvq_are_alike({', '.join(lists)})", len(caches)))
+    told = f"{len(caches)} caches are like the first of their kind"
+    code = f"___kvq_are_alike({', '.join(lists)})"
+    ours = Guard(groups[0][0], _check(code, told, ___kvq_are_alike=are_alike))
     for guard in list(guards):
         if _is_shared(guard, caches, parts) or _twice(guard) & parts:
             guards.inner.discard(guard)
@@ -151,12 +202,13 @@ def _twice(guard: Guard) -> set[Any]:
     return {x for x in named if isinstance(x, Source)}
 
 
-def _check(code: str, caches: int) -> Callable[[Any, Guard], None]:
+def _check(code: str, told: str, **names: Any) -> Callable[[Any, Guard], None]:
     """Return what makes a check of a guard; ``code`` is evaluated when all others have passed."""
 
-    def kvq_are_alike(builder: Any, guard: Guard) -> None:
-        told = f"{caches} caches are like the first of their kind: {code}"
-        names = {"___kvq_are_alike": are_alike}
-        builder.add_python_lambda_leaf_guard_to_root([code], [told], closure_vars=names)
+    def kvq_check(builder: Any, guard: Guard) -> None:
+        known = {**_get_closure_vars(), **names}  # with the functions by which sources are named
+        builder.add_python_lambda_leaf_guard_to_root(
+            [code], [f"{told}: {code}"], closure_vars=known
+        )
 
-    return kvq_are_alike
+    return kvq_check

@@ -1,12 +1,12 @@
 """Of caches that are alike Dynamo looks at one; that one is not like the others any more is noticed all the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import QuantizedKV, make_spec
@@ -276,6 +276,101 @@ def test_views_of_one_memory_are_one_cache() -> None:
     keys = cache("key", 0)
     assert not are_alike((keys, keys.detach()))
     assert not are_alike((keys,), (keys,))
+
+
+def test_caches_of_an_iterator_are_looked_at_by_its_names() -> None:
+    """Regression: Dynamo names what is in an iterator by a function, which the check of our own did not know."""
+
+    def taken(x: Tensor, given: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Caches]:
+        return grown(x, [next(given) for _ in range(LAYERS)])
+
+    with torch.no_grad():
+        compiled = torch.compile(taken, backend="kvq", options=OPTIONS)
+        found, _ = compiled(token(0), iter(tuple(layers())))
+        torch.testing.assert_close(found, grown(token(0), layers())[0], **CLOSE)
+
+
+class Prompted(nn.Module):
+    """A decoder of prompts, whose caches are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 32).requires_grad_(False)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(1, 2, 100, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.project(x)
+        self.keys[:, :, : x.shape[2]] = x
+        self.values[:, :, : x.shape[2]] = x.cos()
+        keys, values = self.keys[:, :, : x.shape[2]], self.values[:, :, : x.shape[2]]
+        return sdpa(query, keys, values, is_causal=True)
+
+    def largest(self, x: Tensor) -> Tensor:
+        return x * self.keys.abs().amax()
+
+
+@pytest.fixture
+def unwritten_dictionaries_are_skipped() -> Iterator[None]:
+    """As in PyTorch 2.11: a tensor in a dictionary that was not written is not looked at."""
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        yield
+
+
+@pytest.mark.usefixtures("unwritten_dictionaries_are_skipped")
+def test_a_graph_of_plain_buffers_is_not_run_on_caches() -> None:
+    """Regression: a second prompt ran as captured, on caches that quantized its tokens before it read them."""
+    model, prompt = Prompted(), torch.cat([token(number) for number in range(40)], 2)
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS)
+    with torch.no_grad(), watching() as graphs:
+        for x in (prompt, prompt.flip(2)):
+            found = compiled(x)
+            expected = sdpa(model.project(x), x, x.cos(), is_causal=True)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert type(model.keys) is type(model.values) is QuantizedKV
+    assert [site.outcome for graph in graphs for site in graph.sites] == ["rewritten"] * 2
+
+
+@pytest.mark.usefixtures("unwritten_dictionaries_are_skipped")
+def test_dynamo_alone_runs_a_graph_of_plain_buffers_on_caches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the test above is one that fails without a check of our own."""
+    monkeypatch.setattr("kvq_compile.backend.see_caches", lambda *args: 0)
+    model, prompt = Prompted(), torch.cat([token(number) for number in range(40)], 2)
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS)
+    with torch.no_grad(), watching() as graphs:
+        compiled(prompt)
+        x = prompt.flip(2)
+        error = compiled(x) - sdpa(model.project(x), x, x.cos(), is_causal=True)
+    told = [site.detail for graph in graphs for site in graph.sites]
+    assert told[-1] == "the buffer must be a plain tensor, got QuantizedKV"
+    assert float(error.abs().max()) > 1e-4
+
+
+@pytest.mark.usefixtures("unwritten_dictionaries_are_skipped")
+def test_a_graph_that_only_reads_a_buffer_sees_that_another_made_it_a_cache() -> None:
+    model, prompt = Prompted(), torch.cat([token(number) for number in range(40)], 2)
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS)
+    largest = torch.compile(model.largest, backend="kvq", options=OPTIONS)
+    with torch.no_grad():
+        largest(prompt)
+        compiled(prompt)
+        with watching() as graphs:
+            found = largest(prompt)
+        torch.testing.assert_close(found, model.largest(prompt))
+    assert len(graphs) == 1
+
+
+def test_weights_are_not_looked_at_for_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name takes Python to read: two buffers and a prompt could be caches, a matrix could not."""
+    counts: list[int] = []
+    see = guards.see_caches
+    monkeypatch.setattr("kvq_compile.backend.see_caches", lambda *args: counts.append(see(*args)))
+    with torch.no_grad():
+        compiled = torch.compile(Prompted(), backend="kvq", options=OPTIONS)
+        compiled(torch.cat([token(number) for number in range(40)], 2))
+    assert counts == [3]
 
 
 def test_guards_stay_where_dynamo_has_no_such_interface(monkeypatch: pytest.MonkeyPatch) -> None:
