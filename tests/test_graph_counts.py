@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import Llama4TextConfig
 
+from kvq_compile import KVQWarning
 from kvq_compile.history import watching
 from small_llama import EXACT, PACKED, generate, make_model, text
 from thorough import THOROUGH
@@ -152,3 +153,27 @@ def test_no_graph_is_made_for_a_token_for_a_length_after_the_second_or_for_a_cac
             generate(model, text(length), max_new_tokens=tokens)
         counts.append(len(graphs))
     assert counts == [2, 1, 0, 0, 0]
+
+
+def test_no_graph_is_made_for_a_token_where_a_cache_of_three_axes_is_left_alone() -> None:
+    """Regression: its tokens were taken for caches beside each other, and their number was guarded on."""
+
+    def step(query, new, held, weight):
+        kept = [torch.cat(pair, 1) for pair in zip(held, new.split((24, 8), 2), strict=True)]
+        made = (kept[0] @ weight).unflatten(2, (4, 32)).transpose(1, 2)
+        shared = kept[1][:, None].expand(-1, 4, -1, -1)
+        keys = torch.cat([made[..., :16], shared], 3)
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, made[..., 16:]), kept
+
+    def steps(compiled: Any) -> None:
+        torch._dynamo.reset()
+        held = [torch.ones(2, 50, 24), torch.ones(2, 50, 8)]
+        for _ in range(6):
+            new = torch.ones(2, 1, 32)
+            _, held = compiled(torch.ones(2, 4, 1, 24), new, held, torch.ones(24, 128))
+
+    plain = Graphs()
+    steps(torch.compile(step, backend=plain))
+    with pytest.warns(KVQWarning), watching() as graphs:
+        steps(torch.compile(step, backend="kvq", options=EXACT))
+    assert len(graphs) == plain.count

@@ -1,5 +1,6 @@
 """A cache is found from its tensor, whatever the order of its axes: it is quantized, and looks as it did."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -402,3 +403,33 @@ def test_a_packed_cache_stays_packed_where_what_reads_it_is_not_understood() -> 
     for cache, wanted in zip(held, plain, strict=True):
         assert isinstance(cache, ArrangedKV)
         torch.testing.assert_close(cache.dequantize(), wanted)
+
+
+def test_tokens_that_are_arguments_join_a_cache_whose_heads_are_read_one_by_one() -> None:
+    """Regression: they were split as a cache is, after the cache they join had cut its heads out of them."""
+
+    def step(query, key, value, held, position, mask):
+        keys, values = (torch.cat(pair, 2) for pair in zip(held, (key, value), strict=True))
+        heads = []
+        for n in range(H):
+            scores = query[:, G * n] @ keys[:, n].mT / 4
+            hidden = ~mask[:, : keys.shape[2]]
+            heads.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ values[:, n])
+        return torch.stack(heads, 1), [keys, values]
+
+    def outside(step):  # the graph begins at the heads
+        def call(*given):
+            new = (x.unflatten(2, (-1, D)).transpose(1, 2) for x in given[:3])
+            return step(*new, *given[3:])
+
+        return call
+
+    empty = [torch.zeros(B, H, 0, D) for _ in range(2)]
+    fed = {"held": empty, "lengths": (40, 9, 1, 5)}
+    compiled = torch.compile(step, backend="kvq", options=EXACT)
+    with watching() as graphs:
+        outputs, held = feed(outside(compiled), **fed)
+    for output, wanted in zip(outputs, feed(outside(step), **fed)[0], strict=True):
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    assert [type(cache) for cache in held] == [ArrangedKV] * 2
+    assert {site.outcome for graph in graphs for site in graph.sites} == {"rewritten"}

@@ -444,7 +444,7 @@ def _named(axes: list[tuple[set[int], Any]], operand: _Operand) -> Arrangement |
             rest.append(place)
         else:
             names.append(PIECE)
-            sizes.append(_guarded(size))
+            sizes.append(size)
     if len(rest) > 2 - bool(heads) or not rest:
         return None
     if len(rest) == 1 and not heads:
@@ -456,12 +456,14 @@ def _named(axes: list[tuple[set[int], Any]], operand: _Operand) -> Arrangement |
         given = given[::-1]
     for name, place in zip(given, rest, strict=True):
         names[place] = name
-    if not all(isinstance(size, int) and size for size in (*sizes, *[heads] * ("(HD)" in names))):
-        return None
     try:
-        return Arrangement("".join(names), tuple(sizes), heads)
+        how = Arrangement("".join(names), (1,) * len(sizes), heads)
     except ValueError:
         return None  # an axis is missing, or there are two
+    known = [_guarded(size) for size in sizes]  # no sooner: what is taken for pieces may be tokens
+    return (
+        replace(how, sizes=tuple(known)) if all(isinstance(x, int) and x for x in known) else None
+    )
 
 
 def _guarded(size: Any) -> Any:

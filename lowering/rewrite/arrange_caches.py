@@ -139,7 +139,10 @@ class _Arranger:
         for node, how in self._arranged.items():
             if node.op == "placeholder":
                 made[node] = self._take(node, how)
-            elif can_be_allocated(node, how) and not self._is_joined(how):
+        for node, pieces in list(self._splitter.split.items()):
+            self._splitter.take(node, pieces)
+        for node, how in self._arranged.items():
+            if can_be_allocated(node, how) and not self._is_joined(how):
                 made[node] = self._allocate(node, how)
         for node, how in self._arranged.items():
             if node not in made:
@@ -184,7 +187,7 @@ class _Arranger:
         if how.sizes:
             made = [partial(self._seen, cache, how.of_one()) for cache in caches]
             pieces = Pieces(how.axes, dict(zip(places(how.sizes), made, strict=True)))
-            self._splitter.take(node, pieces)
+            self._splitter.split[node] = pieces  # known to all before the first reader is looked at
             return caches
         self._show(node, caches[0], how)
         return caches
