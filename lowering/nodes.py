@@ -52,10 +52,10 @@ def value_of(node: Any) -> Any:
 def shape_of(node: Any) -> tuple[Any, ...] | None:
     """Return a node's shape, or ``None`` where it is no tensor."""
     value = value_of(node)
-    return tuple(map(_as_number, value.shape)) if isinstance(value, torch.Tensor) else None
+    return tuple(map(as_number, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
-def _as_number(size: Any) -> Any:
+def as_number(size: Any) -> Any:
     """Return a size as a number where it is one, though Dynamo keeps it as an expression."""
     return int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size
 

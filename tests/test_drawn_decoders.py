@@ -280,6 +280,15 @@ MENDED |= {
     ),
 }
 
+JOINED = replace(PLAIN, layout="[B, S, H, 2*D]", attention="kv_head", dynamic=True, steps=(1, 1))
+# Each crashed once: halves of one tensor were taken for keys in one call and for values in the next.
+MENDED |= {
+    "halves of one tensor, scattered into, a KV head at a time": replace(JOINED, write="scatter"),
+    "halves of one tensor in a new one, a head at a time": replace(
+        JOINED, layout="[B, H, S, 2*D]", write="slice_scatter", attention="head", batch=1
+    ),
+}
+
 
 @pytest.mark.parametrize("name", MENDED)
 def test_what_was_not_served_once_is_read_packed(name: str) -> None:

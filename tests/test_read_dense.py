@@ -217,6 +217,35 @@ def test_what_is_read_dense_is_stored_as_what_is_read_packed(spell) -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine.parts, theirs.parts, strict=True))
 
 
+def from_one_tensor(query, keys, values):
+    both = torch.stack([keys, values]) * 2
+    return capped_by_erf(query, both[0], both[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*read their caches dense")
+@pytest.mark.parametrize("spell", [grown, written, updated])
+def test_halves_of_one_tensor_are_stored_as_what_attention_takes_them_for(spell) -> None:
+    """Regression: both halves lead to both products, and keys were taken for values."""
+    caches, sites = generate(spell(from_one_tensor), none() if spell is grown else empty())
+    assert [cache.page_layout.role for cache in caches] == ["key", "value"]
+    assert sites and {site.outcome for site in sites} == {DENSE}
+
+
+@torch.no_grad()
+def test_a_cache_quantized_as_values_that_holds_keys_is_read_dense() -> None:
+    """Regression: it was an error, and PyTorch runs it."""
+    step = grown(lambda *operands: sdpa(*operands))
+    run = torch.compile(step, backend="kvq", options=OPTIONS)
+    prompt = [draw(2, 2, 40, HEAD, seed=seed) for seed in range(3)]
+    _, keys, values = run(*prompt, *none(), torch.tensor(0))
+    new = [draw(2, 2, 1, HEAD, seed=seed) for seed in range(3)]
+    expected = step(*new, plain(values), plain(keys), torch.tensor(40))
+    with pytest.warns(KVQWarning, match="reads keys from a cache that is quantized as values are"):
+        output, *swapped = run(*new, values, keys, torch.tensor(40))
+    torch.testing.assert_close(output, expected[0], rtol=0, atol=0)
+    assert [cache.page_layout.role for cache in swapped] == ["value", "key"]
+
+
 @pytest.mark.filterwarnings("ignore:.*read their caches dense")
 @torch.no_grad()
 def test_a_first_call_that_makes_the_cache_returns_it_quantized() -> None:

@@ -20,11 +20,10 @@ from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.arrangement import FOLDED, PIECE, Arrangement
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.contraction import (
-    PRODUCTS,
-    dependent,
     product_before,
     product_behind,
 )
+from kvq_compile.lowering.find.dependence import PRODUCTS, dependent
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
     MIXING,
@@ -380,7 +379,10 @@ def _signature(source: fx.Node, steps: Sequence[fx.Node]) -> Any:
 def _run(source: fx.Node, result: fx.Node, steps: Sequence[fx.Node]) -> list[set[int]] | None:
     trial = Trial(result, [source], ())
     trial.steps = list(steps)
-    for sizes in trial.assignments(3):
+    tried = [*trial.assignments(3)]
+    axes = [at for at, size in enumerate(shape_of(source) or ()) if isinstance(size, torch.SymInt)]
+    roomy = (trial.with_room(sizes, source, axis) for axis in axes for sizes in tried)
+    for sizes in (*tried, *roomy):
         try:
             return _changes(source, result, steps, sizes)
         except CANNOT_BE_RUN:

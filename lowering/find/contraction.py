@@ -33,13 +33,13 @@ from kvq_compile.lowering.find.attention import (
     not_hidden,
 )
 from kvq_compile.lowering.find.chain import JOINS, Chain
+from kvq_compile.lowering.find.dependence import PRODUCTS, dependent
 from kvq_compile.lowering.find.evaluation import Evaluation, Order, Orders, Steps, hint_of
 from kvq_compile.lowering.find.hiding import HIDING, hides, hiding, is_constant, is_number
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
     MIXING,
     data_of,
-    nodes_by_memory,
     plain_name,
     writers_of,
 )
@@ -52,11 +52,9 @@ from kvq_compile.lowering.nodes import (
     same,
     shape_of,
     value_of,
-    writes_in_place,
 )
 from kvq_compile.lowering.sites import Life, Refusal, State
 
-PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "sum")
 _MOVES = (*VIEWS, *CASTS, "clone", "swapaxes", "swapdims", "mT", "squeeze_", "unsqueeze_", "chunk")
 _REPEATS = ("repeat_interleave", "repeat", "tile", "stack", "cat", "gather", "index_select")
 # What may lie between an operand and its product; between the scores and the softmax; and behind it. Anything else
@@ -201,51 +199,6 @@ def _above(nodes: Sequence[fx.Node], ends: Collection[str]) -> Iterator[fx.Node]
         front = following
 
 
-def dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """Return the nodes between two whose elements depend on those of the first: in order, the last included.
-
-    Writes into memory of their own count, those into a tensor that something else has made do not.
-    """
-    place, writers = order_of(last.graph), writers_of(last.graph)
-    kept = root_of(first) if plain_name(first) not in PRODUCTS else None
-
-    def written(node: fx.Node) -> list[fx.Node]:
-        memory = root_of(node)
-        found = [] if memory is kept else writers.get(memory, [])
-        return [each for each in found if each is not node and place[each] <= place[last]]
-
-    behind = _behind(first, last, kept)
-    upward: set[fx.Node] = set()
-    stack = [last]
-    while stack:
-        node = stack.pop()
-        if node not in upward and node in behind:
-            upward.add(node)
-            stack += [*data_of(node), *written(node)]
-    touched = {first}
-    for node in sorted(upward, key=place.__getitem__):
-        if touched.intersection((*data_of(node), *written(node))):
-            touched.add(node)
-    return sorted(touched - {first}, key=place.__getitem__)
-
-
-def _behind(first: fx.Node, last: fx.Node, kept: fx.Node | None) -> set[fx.Node]:
-    """Return the nodes from one to another that its elements may reach, by uses and by writes but into ``kept``."""
-    place, sharing = order_of(last.graph), nodes_by_memory(last.graph)
-    found: set[fx.Node] = set()
-    stack = [first]
-    while stack:
-        node = stack.pop()
-        if node in found or not place[first] <= place[node] <= place[last]:
-            continue
-        found.add(node)
-        stack += [user for user in node.users if node in data_of(user)]
-        if node.op in ("call_function", "call_method") and node.args and writes_in_place(node):
-            memory = root_of(node.args[0])
-            stack += [] if memory is kept else sharing.get(memory, [])
-    return found
-
-
 def _first_cache(
     nodes: Iterator[fx.Node] | list[fx.Node], find: Find
 ) -> tuple[fx.Node, State] | None:
@@ -316,10 +269,10 @@ class _Candidate:
         chain = Steps(scores, (base, *sides), ())
         if not whole.collect() or not (scores is base or chain.collect()):
             return None
-        for exact in (True, True, True, False):  # masks are drawn, and may hide all that they see
+        for number in range(4):  # masks are drawn, and may hide all that they see
             try:
                 with torch.autocast("cpu", enabled=False):
-                    found = self._agreed(whole, chain, sides, exact)
+                    found = self._agreed(whole, chain, sides, number < 3, number % 2 == 0)
             except CANNOT_BE_RUN:
                 continue
             if found is not None:
@@ -442,14 +395,14 @@ class _Candidate:
         return list(sides)
 
     def _agreed(
-        self, whole: Steps, chain: Steps, sides: Sequence[fx.Node], exact: bool
+        self, whole: Steps, chain: Steps, sides: Sequence[fx.Node], exact: bool, few: bool
     ) -> tuple[int, Score, bool, Orders] | None:
         """Return groups, score, whether there is a mask, and the orders that hold in all trials."""
         common: dict[Orders, None] | None = None
         scales: list[tuple[float, float]] = []
         groups = 0
         for sizes in whole.assignments(3):
-            trial = Evaluation(self._nodes, self._tokens, sizes, sides, exact, self._read)
+            trial = Evaluation(self._nodes, self._tokens, sizes, sides, exact, few, self._read)
             found = trial.orders(whole, chain)
             common = found if common is None else {o: None for o in common if o in found}
             if not common:

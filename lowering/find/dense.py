@@ -195,7 +195,18 @@ def _writes_into(node: fx.Node, memory: fx.Node) -> bool:
 
 
 def _role(one: _Candidate, candidates: Sequence[_Candidate]) -> Role | None:
-    """Return whether a cache holds keys or values; ``None`` where it is not proved to be a cache."""
+    """Return whether a cache holds keys or values; ``None`` where it is not proved to be a cache.
+
+    One that is quantized already stays what it was quantized as: nothing that reads it dense depends on that.
+    """
+    role = _role_to_readers(one, candidates)
+    if role is None or one.state.life not in HELD:
+        return role
+    held: Role = value_of(one.state.past).page_layout.role
+    return held
+
+
+def _role_to_readers(one: _Candidate, candidates: Sequence[_Candidate]) -> Role | None:
     roles = one.readers.roles
     others = [other for other in candidates if _are_alike(one.state, other.state)]
     is_key = any(are_attended_together(one.readers, other.readers) for other in others)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from kvq_compile.kernels.schemes import Role
+from kvq_compile.lowering.find.dependence import carries
 from kvq_compile.lowering.find.trial import MIXING, data_of, plain_name
 from kvq_compile.lowering.nodes import argument, root_of, writes_in_place
 
@@ -65,6 +66,17 @@ class Attending:
         ends = tuple(name for name in _ENDS if not (projected and name == "linear"))
         found = _reached([cache], ends)
         products = {node: by for node, by in found.items() if _is_product(node)}
+        readers = self._of(products)
+        if len(readers.roles) < 2 and readers.products.keys().isdisjoint(readers.behind):
+            return readers
+        # What is joined with other caches leads wherever they do: the elements tell which of these ways are its own.
+        carried = {
+            node: {each for each in by if carries(cache, each)} for node, by in products.items()
+        }
+        return self._of({node: by for node, by in carried.items() if by})
+
+    def _of(self, products: Reached) -> Readers:
+        """Return what attends to a cache that goes into some products."""
         roles: set[Role] = set()
         attentions: set[fx.Node] = set()
         behind: Reached = {}

@@ -22,7 +22,7 @@ from kvq_compile.lowering.find.checks import (
     check_tensors,
     end_without_mask,
 )
-from kvq_compile.lowering.find.contraction import dependent
+from kvq_compile.lowering.find.dependence import dependent
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
 from kvq_compile.lowering.find.latents import find_expansion
@@ -196,7 +196,7 @@ def quantization_of(
     keys and values has ``widest`` channels.
 
     Raises:
-        Refusal: Their head dimension cannot be packed so.
+        Refusal: Their head dimension cannot be packed so, or keys are held as values are.
         Contradiction: They were calibrated for other shapes, or are held in another way.
     """
     tables = spec.tables(role)
@@ -222,8 +222,14 @@ def _as_held(held: Layout, wanted: Layout) -> Layout:
     rotated where this one does not, or the other way round.
 
     Raises:
+        Refusal: It is laid out for keys, and these are values, or the other way round.
         Contradiction: It is not quantized as this model is compiled.
     """
+    if held.role != wanted.role:
+        raise Refusal(
+            f"it reads {wanted.role}s from a cache that is quantized as {held.role}s are: "
+            "what quantized it could not tell, or reads it in another way"
+        )
     alike = wanted, replace(wanted, queries=0, shared_by=0)
     if held not in alike and _untold(held) not in [_untold(layout) for layout in alike]:
         told = _in_words(wanted), _in_words(held)

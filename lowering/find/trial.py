@@ -162,9 +162,11 @@ class Trial:
             beyond = ({**tried, symbol: tried[symbol] + reach} for symbol in ordered)
             yield from (sizes for sizes in beyond if self._are_sizes(sizes))
 
-    def with_room(self, sizes: Mapping[Any, int], cache: fx.Node) -> Mapping[Any, int]:
-        """Return sizes to try by which a cache has more slots than all the other sizes together."""
-        slots = value_of(cache).shape[2]
+    def with_room(
+        self, sizes: Mapping[Any, int], cache: fx.Node, axis: int = 2
+    ) -> Mapping[Any, int]:
+        """Return sizes to try by which a cache has more slots, along an axis, than all the other sizes together."""
+        slots = value_of(cache).shape[axis]
         own = slots.node.expr.free_symbols if isinstance(slots, torch.SymInt) else ()
         room = sum(sizes.values())
         return {symbol: size + room * (symbol in own) for symbol, size in sizes.items()}

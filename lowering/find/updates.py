@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kvq_compile.lowering.find.dependence import carries
 from kvq_compile.lowering.find.movement import beside, is_cache_like, made_of
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
@@ -25,7 +26,7 @@ from kvq_compile.lowering.find.trial import (
     writers_of,
 )
 from kvq_compile.lowering.nodes import order_of, root_of, same, shape_of, target_name, value_of
-from kvq_compile.lowering.unchanged import once
+from kvq_compile.lowering.unchanged import once, unchanged
 
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")
 _PRODUCTS = ("matmul", "bmm", "mm", "einsum")  # a one-hot product moves elements
@@ -53,8 +54,15 @@ class Update:
 
 def find_update(result: fx.Node) -> Update | None:
     """Return what ``result`` ``[B, H, S, D]`` is made of, if it is a fixed-size cache with new tokens in it."""
+    with unchanged(result.graph):
+        return _find_update(result)
+
+
+def _find_update(result: fx.Node) -> Update | None:
     candidates = [*_candidates(result)]
     for past, new in candidates:
+        if not (carries(past, result) and carries(new, result)):
+            continue  # those of another cache that both are joined with
         others = beside(new, {other for _, other in candidates})
         for position in (*positions_among([result], past, new), None):
             for ignored in ((), others) if others else ((),):

@@ -15,11 +15,11 @@ from kvq_compile.lowering.find.chain import is_single
 from kvq_compile.lowering.find.contraction import (
     Contraction,
     Find,
-    dependent,
     find_contraction,
     product_before,
     product_behind,
 )
+from kvq_compile.lowering.find.dependence import dependent
 from kvq_compile.lowering.find.evaluation import Order
 from kvq_compile.lowering.find.hiding import HIDING, hiding
 from kvq_compile.lowering.find.movement import made_of

@@ -28,6 +28,7 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     FULL,
     argument,
+    as_number,
     erase_unread,
     getitem_index,
     insert_call,
@@ -37,6 +38,7 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     target_name,
     value_of,
+    writes_in_place,
 )
 from kvq_compile.lowering.rewrite.spell_growth import of_other_spellings
 from kvq_compile.lowering.sites import Attention
@@ -82,6 +84,7 @@ def spell_reads(graph: Graph) -> PassReport:
     Leaves alone: what evaluation does not prove to be that.
     """
     changes = []
+    _erase_unread_sizes(graph.fx)  # of what earlier passes have named by another node
     returned = set(graph.output.all_input_nodes)
     kept = {*returned, *graph.updates}
     found = [x for x in find_attentions(graph.fx, graph.contractions) if isinstance(x, Attention)]
@@ -109,10 +112,13 @@ def _is_of_update(graph: Graph, read: Read) -> bool:
 
 
 def _erase_unread_sizes(graph: fx.Graph) -> None:
-    """Erase the sizes that nothing reads any more: they would pass for readers of a cache."""
+    """Erase the sizes that nothing reads any more, and what only these read: they would pass for readers of a cache."""
+    unread: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         is_size = target_name(node) in _SIZES and not isinstance(value_of(node), Tensor)
-        if is_size and not node.users:
+        is_left = node in unread and node.op != "placeholder" and not writes_in_place(node)
+        if (is_size or is_left) and not node.users:
+            unread.update(node.all_input_nodes)
             graph.erase_node(node)
 
 
@@ -202,6 +208,7 @@ def _takes_a_part(step: fx.Node) -> bool:
             continue
         size = next(sizes)
         told = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
+        told = tuple(as_number(value_of(x)) for x in told)
         fixed = isinstance(size, int) and all(x is None or type(x) is int for x in told)
         if isinstance(size, int) and isinstance(value_of(part), Tensor):
             continue  # an index, which is looked at itself
