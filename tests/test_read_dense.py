@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import layer_norm, rms_norm
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvq_compile
@@ -64,6 +65,11 @@ def rotated_at_read(query, keys, values):
     return sdpa(query, keys * angle.cos() + keys.flip(-1) * angle.sin(), values)
 
 
+def normalized_at_read(query, keys, values):
+    """Keys stayed in 16 bit: a norm was taken for what ends the way to an attention."""
+    return sdpa(query, rms_norm(keys, (HEAD,)), layer_norm(values, (HEAD,)))
+
+
 def linear(query, keys, values):
     return (query @ keys.mT) @ values
 
@@ -81,7 +87,7 @@ def _(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 READERS = [
     *(capped_by_erf, spelled_out, with_a_shared_sink, flexible, own_operator),
-    *(in_chunks, rotated_at_read, linear),
+    *(in_chunks, rotated_at_read, normalized_at_read, linear),
 ]
 
 

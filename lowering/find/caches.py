@@ -24,7 +24,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import CASTS
 from kvq_compile.lowering.find.movement import as_spelled, made_of
 from kvq_compile.lowering.find.reasons import NO_CACHE, is_expected
-from kvq_compile.lowering.find.trial import MIXING, writers_of
+from kvq_compile.lowering.find.trial import BY_TOKEN, MIXING, writers_of
 from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.find.updates import updated_cache
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -56,6 +56,7 @@ _OF_IMAGES = (
     ),
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate"),
 )
+_PASSED = (*PRODUCTS[:4], "linear", *BY_TOKEN)
 _REACH = 256  # nodes followed from a cache to what reads it
 _ALLOCATED = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "full")
 
@@ -224,7 +225,7 @@ def _followed(cache: fx.Node) -> Iterator[fx.Node]:
                 continue
             seen.add(user)
             yield user
-            if target_name(user) not in MIXING or target_name(user) in (*PRODUCTS[:4], "linear"):
+            if target_name(user) not in MIXING or target_name(user) in _PASSED:
                 front.append(user)
         if target_name(node) in _BY_SLOT and isinstance(node.args[0], fx.Node):
             memory = root_of(node.args[0])

@@ -1,9 +1,10 @@
 """Follow a cache forward to what attends to it, in whatever spelling.
 
-Between a cache and its attention a model may move, cast, rotate or project the elements, and between the scores and
-the weights it may do anything. Three things stay: keys go into a product, what comes of it goes into another one, and
-values are the other operand there; a softmax stands in between, or something in its place. Operators that take keys and
-values at once (``scaled_dot_product_attention``, ``flex_attention``, a custom operator) are both products in one.
+Between a cache and its attention a model may move, cast, rotate, normalize or project the elements, and between the
+scores and the weights it may do anything. Three things stay: keys go into a product, what comes of it goes into another
+one, and values are the other operand there; a softmax stands in between, or something in its place. Operators that take
+keys and values at once (``scaled_dot_product_attention``, ``flex_attention``, a custom operator) are both products in
+one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx
 
 from kvq_compile.kernels.schemes import Role
 from kvq_compile.lowering.find.dependence import carries
-from kvq_compile.lowering.find.trial import MIXING, data_of, plain_name
+from kvq_compile.lowering.find.trial import BY_TOKEN, MIXING, data_of, plain_name
 from kvq_compile.lowering.nodes import argument, root_of, writes_in_place
 
 PRODUCTS = ("matmul", "bmm", "mm", "mv", "baddbmm", "einsum")
@@ -63,7 +64,8 @@ class Attending:
             cache: What is kept.
             projected: Whether its elements may pass through a linear layer on their way, as latent caches do.
         """
-        ends = tuple(name for name in _ENDS if not (projected and name == "linear"))
+        passed = (*BY_TOKEN, "linear") if projected else BY_TOKEN
+        ends = tuple(name for name in _ENDS if name not in passed)
         found = _reached([cache], ends)
         products = {node: by for node, by in found.items() if _is_product(node)}
         readers = self._of(products)

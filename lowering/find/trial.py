@@ -27,6 +27,8 @@ MIXING = (
     *("scaled_dot_product_attention", "flex_attention", "layer_norm", "rms_norm", "group_norm"),
     *("conv1d", "conv2d", "conv3d", "batch_norm", "multi_head_attention_forward"),
 )
+# Those of them that turn each token into another one, whatever the others are.
+BY_TOKEN = ("rms_norm", "layer_norm")
 # Operations that take nothing but shape, dtype or device of their first argument.
 _SHAPED = (
     *("size", "dim", "new_empty", "new_zeros", "new_ones", "new_full"),
