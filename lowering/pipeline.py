@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvq_compile.kernels.cache.arranged import ArrangedKV
@@ -132,7 +133,15 @@ def lower(
         Contradiction: A cache is quantized to something else than the call asks for.
         LostWrite: A write cannot be expressed on a quantized cache.
     """
-    about = spec, by_order, record
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(
+            0
+        )  # what is evaluated on random numbers is the same in every process
+        return _lower_in_either_way(gm, example_inputs, spec, by_order, record)
+
+
+def _lower_in_either_way(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
+    """Lower a graph as it is; with its caches arranged, where that does not serve all of it."""
     settle_sizes(gm.graph)
     if any(isinstance(x, ArrangedKV) for x in example_inputs):
         return _lower_arranged(gm, example_inputs, *about)

@@ -102,7 +102,7 @@ class State:
         repeats: Query heads for one KV head, as repeated in the graph.
         slots: How many leading cache positions attention reads; ``None`` for all.
         last: How many of the last tokens of a dynamic cache or a ring attention reads; ``None`` for all.
-        others: What else reads a buffer before it is written again: each must belong to another attention.
+        readers: What reads a buffer before it is written again: all of it must lead to attentions alone.
     """
 
     life: Life
@@ -116,7 +116,7 @@ class State:
     source: fx.Node | None = None
     kept: fx.Node | None = None
     last: Any = None
-    others: tuple[fx.Node, ...] = ()
+    readers: tuple[fx.Node, ...] = ()
 
     @property
     def returned(self) -> fx.Node:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kvq_compile import KVQWarning, QuantizedKV
+from kvq_compile import KVQWarning, QuantizedKV, quantize_cache_
 from kvq_compile.history import watching
 from refused_steps import (
     assert_grows_alike,
@@ -143,6 +143,68 @@ def test_a_buffer_that_is_read_elsewhere_is_read_dense() -> None:
         return sdpa(query, keys, values, attn_mask=mask) + keys.mean()
 
     assert_read_dense(step, buffers(), "the cache is read outside attention in the same call")
+
+
+def attend_to_one_head(query, keys, values, mask):
+    return (query @ keys.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ values
+
+
+def write_in_place(keys, values, position, key, value):
+    return keys.index_copy_(2, position, key), values.index_copy_(2, position, value)
+
+
+def write_a_copy(keys, values, position, key, value):
+    return keys.index_copy(2, position, key), values.index_copy(2, position, value)
+
+
+def write_an_allocation(keys, values, position, key, value):
+    return write_in_place(
+        keys.new_zeros(2, 1, 64, 16), values.new_zeros(2, 1, 64, 16), position, key, value
+    )
+
+
+@pytest.mark.parametrize("write", [write_in_place, write_a_copy, write_an_allocation])
+def test_a_view_that_an_attention_shares_with_another_reader_is_read_dense(write) -> None:
+    """Regression: the new tokens are written behind the attention, and the other reader did not see them."""
+
+    def step(query, key, value, keys, values, position, mask):
+        key, value = key[:, :1], value[:, :1]
+        keys, values = write(keys, values, position, key, value)
+        one, other = keys.squeeze(1), values.squeeze(1)
+        output = attend_to_one_head(query[:, 0], one, other, mask)
+        return output + (query[:, 1] @ one.mT).exp().masked_fill(~mask, 0) @ other, keys, values
+
+    first = 0 if write is write_an_allocation else 4
+    reason = "the cache is read outside attention in the same call"
+    assert_read_dense(step, of_one_head(first), reason)
+
+
+def test_a_view_that_only_attentions_share_is_read_packed() -> None:
+    def step(query, key, value, keys, values, position, mask):
+        keys, values = write_in_place(keys, values, position, key[:, :1], value[:, :1])
+        one, other = keys.squeeze(1), values.squeeze(1)
+        outputs = [attend_to_one_head(query[:, head], one, other, mask) for head in (0, 1)]
+        return torch.stack(outputs), one.shape[1]
+
+    given = of_one_head(4)()
+    with torch.no_grad(), watching() as graphs:
+        output, _ = compile_(step)(*given)
+        expected, _ = step(*of_one_head(4)())
+    assert {site.outcome for graph in graphs for site in graph.sites} == {"rewritten"}
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def of_one_head(first: int):
+    """Return what makes the arguments of a step over quantized buffers of one head."""
+
+    def make():
+        query, key, value, *caches, position, mask = buffers(first)()
+        caches = [cache[:, :1].clone() for cache in caches]
+        if first:
+            quantize_cache_(caches, method="int8", sinks=1, window=256, page_size=32, length=first)
+        return [query, key, value, *caches, position, mask]
+
+    return make
 
 
 def test_a_buffer_read_before_it_is_written_is_read_dense() -> None:

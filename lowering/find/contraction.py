@@ -382,7 +382,8 @@ class _Candidate:
         for nodes, _ in self._parts:
             inside |= set(nodes)
         sides: dict[fx.Node, None] = {}
-        stack = [read for node in inside - {query, key, value} for read in data_of(node)]
+        made = sorted(inside - {query, key, value}, key=order_of(output.graph).__getitem__)
+        stack = [read for node in made for read in data_of(node)]
         while stack:
             node = stack.pop()
             if node in inside or node in sides or shape_of(node) is None:

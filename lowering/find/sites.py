@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,8 @@ from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
 from kvq_compile.lowering.find.latents import find_expansion
 from kvq_compile.lowering.find.layers import Place, places_of
 from kvq_compile.lowering.find.reasons import BY_OPTION, SHORT_WINDOW, is_expected
-from kvq_compile.lowering.find.states import READ_ELSEWHERE, find_state
+from kvq_compile.lowering.find.states import READ_ELSEWHERE, find_state, is_dead
+from kvq_compile.lowering.find.trial import data_of
 from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import same, shape_of, value_of
@@ -287,20 +289,22 @@ def _may_share(site: AttentionSite, owner: AttentionSite) -> bool:
 
 
 def refuse_partly_read(graph: Graph) -> None:
-    """Leave alone the attentions over a buffer that something else reads as well."""
+    """Leave alone the attentions over a buffer that something else reads as well: it would miss the call's tokens,
+    which are written behind the attentions.
+    """
     sites = [*graph.sites, *graph.readers]
     for site in sites:
         mine = [site, *(other for other in sites if other is not site and other.shares(site))]
+        ends = {each.attention.output for each in mine}
         for pair in ("key", "value"):
-            others = getattr(site, pair).others
-            read = {node for each in mine for node in _reads(each, getattr(each, pair))}
-            if not set(others) <= read:
+            way = {node for each in mine for node in _way(each, getattr(each, pair))}
+            if _leads_elsewhere(getattr(site, pair).readers, way, ends):
                 _refuse(graph, site, READ_ELSEWHERE)
                 break
 
 
-def _reads(site: AttentionSite, state: State) -> set[fx.Node]:
-    """Return what reads a cache for the keys and values of an attention, and not for anything else of it."""
+def _way(site: AttentionSite, state: State) -> set[fx.Node]:
+    """Return what lies between a cache and an attention of it, and leads to nothing but its keys and values."""
     past, found = state.base if state.is_update else state.past, site.attention
     if past is None:
         return set()
@@ -308,7 +312,22 @@ def _reads(site: AttentionSite, state: State) -> set[fx.Node]:
     for other in (found.query, found.mask, found.sink_logits):
         if isinstance(other, fx.Node):
             way -= {other, *dependent(past, other)}
-    return way & set(past.users)
+    return way
+
+
+def _leads_elsewhere(
+    readers: Iterable[fx.Node], way: Collection[fx.Node], ends: Collection[fx.Node]
+) -> bool:
+    """Return whether one of the readers, or what is made of it before the ``ends``, is not on the way to these."""
+    stack, seen = [*readers], set(ends)
+    while stack:
+        node = stack.pop()
+        if node not in way:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack += [user for user in node.users if node in data_of(user) and not is_dead(user)]
+    return False
 
 
 def _refuse(graph: Graph, site: AttentionSite, reason: str) -> None:

@@ -254,11 +254,11 @@ def _ring(read: _Read, ring: Ring) -> State:
 
 def _is_read_once(ring: Ring) -> bool:
     """Return whether nothing but one reader sees what a buffer holds after a call."""
-    readers = {user for user in ring.base.users if not _is_dead(user)}
+    readers = {user for user in ring.base.users if not is_dead(user)}
     if len(readers) != 1:
         return False
     (kept,) = readers
-    return len([user for user in kept.users if user is not ring.write and not _is_dead(user)]) == 1
+    return len([user for user in kept.users if user is not ring.write and not is_dead(user)]) == 1
 
 
 def _fresh(read: _Read, whole: fx.Node, kept: fx.Node | None = None) -> State:
@@ -291,7 +291,7 @@ def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> S
     past = read.base
     if not writes_of(past):
         raise Refusal(_why_not_written(past, outputs))
-    write, others = _own_write(read, attention)
+    write, readers = _own_write(read, attention)
     position, new = read_write(write)
     quantized = isinstance(value_of(past), QuantizedKV)
     if quantized and value_of(past).kind == "grown":
@@ -305,11 +305,11 @@ def _written(read: _Read, outputs: set[fx.Node], attention: fx.Node | None) -> S
     else:
         life = Life.BUFFER if quantized else Life.BUFFER_PLAIN
     about = position, read.repeats, read.slots
-    return State(life, past, new, past, write, *about, others=others)
+    return State(life, past, new, past, write, *about, readers=readers)
 
 
 def _own_write(read: _Read, attention: fx.Node | None) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """Return the write whose tokens an attention reads, and what reads the cache up to the next write, if several do.
+    """Return the write whose tokens an attention reads, and what reads the cache up to the next write.
 
     Raises:
         Refusal: There is none, or nothing reads the cache in between.
@@ -323,7 +323,7 @@ def _own_write(read: _Read, attention: fx.Node | None) -> tuple[fx.Node, tuple[f
         if user not in writes
         and user.op != "output"
         and past in data_of(user)
-        and not _is_dead(user)
+        and not is_dead(user)
     ]
     reads = [place[user] for user in readers]
     written = [place[write] for write in writes]
@@ -336,7 +336,7 @@ def _own_write(read: _Read, attention: fx.Node | None) -> tuple[fx.Node, tuple[f
     own = tuple(user for user in readers if before[-1] < place[user] < following)
     if not own or (attention is None and len(own) > 1):
         raise Refusal(READ_ELSEWHERE)
-    return writes[len(before) - 1], own if len(own) > 1 else ()
+    return writes[len(before) - 1], own
 
 
 def _updated(
@@ -353,20 +353,19 @@ def _updated(
     value, steps = value_of(past), {*update.steps}
     if isinstance(value, QuantizedKV) and value.kind == "grown":
         raise Refusal("a quantized cache that grows by cat is updated as one of fixed size")
-    before = [user for user in past.users if user not in steps and not _is_dead(user)]
+    before = [user for user in past.users if user not in steps and not is_dead(user)]
     if any(isinstance(value_of(user), Tensor) or user.op == "output" for user in before):
         raise Refusal("the cache is read as it was before the write, too")
-    readers = [user for user in result.users if user not in steps and not _is_dead(user)]
-    others = tuple(user for user in readers if user.op != "output")
-    if len(others) > 1 and attention is None:
+    users = [user for user in result.users if user not in steps and not is_dead(user)]
+    readers = tuple(user for user in users if user.op != "output")
+    if len(readers) > 1 and attention is None:
         raise Refusal(READ_ELSEWHERE)
     if past.op != "placeholder":
         life, base = Life.ALLOCATED, past
     else:
         life, base = Life.BUFFER if isinstance(value, QuantizedKV) else Life.BUFFER_PLAIN, result
     about = update.position, read.repeats, read.slots
-    others = others if len(others) > 1 else ()
-    return State(life, base, update.new, past, result, *about, others=others)
+    return State(life, base, update.new, past, result, *about, readers=readers)
 
 
 def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:
@@ -376,5 +375,6 @@ def _why_not_written(past: fx.Node, outputs: set[fx.Node]) -> str:
     return "attention reads a cache that this call does not write"
 
 
-def _is_dead(node: fx.Node) -> bool:
+def is_dead(node: fx.Node) -> bool:
+    """Return whether nothing reads a node, and it writes nothing."""
     return not node.users and node.op != "output" and not writes_in_place(node)
