@@ -174,7 +174,8 @@ def _lower_arranged(
     gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool, record: bool
 ) -> Lowered:
     """Lower a graph some of whose caches are not laid out as ``[B, H, S, D]``; as captured if none is served."""
-    known, packed = propose(gm.graph), is_packed(gm.graph)
+    proposed, packed = propose(gm.graph), is_packed(gm.graph)
+    known = proposed
     rejoins, told = False, []
     while known:
         try:
@@ -201,7 +202,9 @@ def _lower_arranged(
         if not known.keys() <= served:
             known = {node: how for node, how in known.items() if node in served}
         elif packed or any(_quantized(lowered)):
-            return replace(lowered, arranged=form)
+            untold = not lowered.reports and not proposed.keys() <= known.keys()
+            reports = _untold(gm.graph) if untold else lowered.reports
+            return replace(lowered, arranged=form, reports=reports)
         else:
             break
     return Lowered.as_captured(gm, told, example_inputs)

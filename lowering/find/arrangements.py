@@ -103,8 +103,8 @@ def propose(graph: fx.Graph) -> dict[fx.Node, Arrangement]:
     known = {node: value_of(node).arrangement for node in is_packed(graph)}
     try:
         with unchanged(graph):
-            known |= _proposed(graph, known)
             known |= _followed(graph, known)
+            known |= _proposed(graph, known)
             known |= _led_to(graph, known)
     except Exception as error:  # nothing hangs on a proposal
         unexpected(error)
@@ -115,8 +115,8 @@ def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
     """Return how results are laid out that may be packed arguments with further tokens, whatever reads them."""
     found: dict[fx.Node, Arrangement] = {}
     for cache in is_packed(graph):
-        how, mine = known[cache], shape_of(cache) or ()
-        tokens = how.axis("S")
+        how, held = known[cache], value_of(cache).caches[0]
+        tokens, mine = how.axis("S"), how.shape(held.shape)  # as results are computed from
         for result in graph.output_node().all_input_nodes:
             theirs = shape_of(result) or ()
             if result in known or result.op == "placeholder" or len(theirs) != len(mine):
