@@ -205,6 +205,53 @@ THAWED = replace(
     mask="alibi",
     ending="another batch",
 )
+# A head whose attention was not found did not see the call's own tokens, silently.
+PARTLY = replace(
+    PLAIN,
+    write="scatter",
+    container="dataclass",
+    attention="head",
+    scale="divided",
+    rotation="none",
+    mask="window",
+    dynamic=True,
+    prompt=(2, 38),
+    steps=(1, 1),
+    chunk=16,
+)
+RESIZED = replace(
+    PLAIN,
+    layout="[B*H, D, S] keys",
+    write="padded",
+    container="dataclass",
+    attention="baddbmm",
+    sharing="repeat",
+    scale="learned query",
+    rotation="none",
+    mask="-1e9",
+    mode="inference_mode",
+    dynamic=True,
+    batch=1,
+    prompt=(24, 17),
+    steps=(1, 1),
+    sliced=True,
+    ending="another batch",
+)
+IN_A_DICT = replace(
+    PLAIN,
+    layout="[2, B, S, H, D] by halves",
+    write="index_put_in_place",
+    container="dict",
+    attention="einsum_of_groups",
+    sharing="stack",
+    scale="learned query",
+    rotation="partial",
+    mask="sinks",
+    mode="inference_mode",
+    dynamic=True,
+    batch=1,
+    sliced=True,
+)
 
 
 @settings(
@@ -222,6 +269,9 @@ THAWED = replace(
 @example(drawn=replace(FLAT, write="padded", container="nn.Buffer", attention="head"))
 @example(drawn=THAWED)
 @example(drawn=replace(PLAIN, layout="[L, 2, B, S, H, D]", layers=2))
+@example(drawn=PARTLY)
+@example(drawn=RESIZED)
+@example(drawn=IN_A_DICT)
 def test_a_drawn_decoder_is_right_and_what_is_not_served_is_told(drawn: Drawn) -> None:
     """Regression: a write into a view of a packed `ArrangedKV` was lost (the first example)."""
     outcomes, _, kinds = check(drawn)

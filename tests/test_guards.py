@@ -381,3 +381,52 @@ def test_guards_stay_where_dynamo_has_no_such_interface(monkeypatch: pytest.Monk
         for change in (lambda caches: caches, cropped, roomy):
             found = compiled(token(0), change(layers()))[0]
             torch.testing.assert_close(found, grown(token(0), change(layers()))[0], **CLOSE)
+
+
+class InBuffers(torch.nn.Module):
+    """Static caches that a module registers, which holds them in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(1, 2, 64, 32))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        return written_at(x, position, self.keys, self.values)
+
+
+class InADict(InBuffers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = {"keys": torch.zeros(1, 2, 64, 32), "values": torch.zeros(1, 2, 64, 32)}
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        return written_at(x, position, self.held["keys"], self.held["values"])
+
+
+def written_at(x: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    keys.index_copy_(2, position, x)
+    values.index_copy_(2, position, x.cos())
+    return sdpa(x, keys, values, (torch.arange(64) <= position[:, None])[None, None])
+
+
+@pytest.mark.parametrize("kind", [InBuffers, InADict])
+def test_a_cache_in_a_dict_is_looked_at_once_it_is_quantized(kind: type[InBuffers]) -> None:
+    """Regression: Dynamo looks at a tensor in a dict only if that has changed, and gave the quantized cache to the
+    graph of the ordinary one.
+    """
+    model, plain = kind(), kind()
+    compiled = torch.compile(model.forward, backend="kvq", dynamic=True, options=OPTIONS)
+    first, graphs_by = 0, []
+    for tokens in (40, 3, 3, 3):
+        x = torch.randn(1, 2, tokens, 32, generator=torch.Generator().manual_seed(first))
+        position = torch.arange(first, first + tokens)
+        with torch.no_grad(), watching() as graphs:
+            found, expected = compiled(x, position), plain(x, position)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        graphs_by.append([site.detail for graph in graphs for site in graph.sites])
+        first += tokens
+    converts, reads, *others = graphs_by
+    assert "its buffer is quantized in place" in converts[0]
+    assert "reads the quantized buffer" in reads[0]
+    assert others == [[], []]  # the same dict, and nothing in it has changed
