@@ -30,7 +30,8 @@ class Arranged:
         module: The graph.
         inputs: The arrangement of each argument of the captured graph; ``None`` where it is taken as it is.
         outputs: The same of each result.
-        places: The arguments and the results of the graph that are to be quantized for each cache of the captured one.
+        places: The arguments and the results of the graph that are to be quantized for each cache of the captured one;
+            a result that is an argument becomes what that becomes.
     """
 
     module: fx.GraphModule

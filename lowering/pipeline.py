@@ -35,6 +35,7 @@ from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
 from kvq_compile.lowering.rewrite.attend_to_new_tokens import attend_to_new_tokens
 from kvq_compile.lowering.rewrite.cast_operands import cast_operands
 from kvq_compile.lowering.rewrite.dequantize_reads import dequantize_reads
+from kvq_compile.lowering.rewrite.drop_idle_casts import drop_idle_casts
 from kvq_compile.lowering.rewrite.drop_orphans import drop_orphans
 from kvq_compile.lowering.rewrite.extend_refused import extend_refused
 from kvq_compile.lowering.rewrite.fix_lengths import fix_lengths
@@ -143,6 +144,7 @@ def lower(
 def _lower_in_either_way(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
     """Lower a graph as it is; with its caches arranged, where that does not serve all of it."""
     settle_sizes(gm.graph)
+    gm = drop_idle_casts(gm)
     if any(isinstance(x, ArrangedKV) for x in example_inputs):
         return _lower_arranged(gm, example_inputs, *about)
     lowered = _lower_as_laid_out(gm, example_inputs, *about)

@@ -21,8 +21,8 @@ A_PART_IS_KEPT = (
 SHORT_WINDOW = "its sliding window is no longer than the exact region"  # told, and no warning
 OVERWRITTEN = "the cache is overwritten as a whole, and not with the last of its tokens and new ones behind them"
 SOME_ROWS = (
-    "only some rows of the cache are written, and a compiled call writes tokens of all; allocate it for the batch at "
-    "hand, or write a row outside compiled calls, as cache[row, :, :T] = tokens"
+    "only some rows of the cache are written or read, and a compiled call does that with all; allocate it for the "
+    "batch at hand, or write a row outside compiled calls, as cache[row, :, :T] = tokens"
 )
 OFFLOADED = (
     "keys and values are moved to another device once they are attended to (an offloaded cache), and a quantized cache "
@@ -60,7 +60,10 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
         return SOME_ROWS
     if _overwritten(base):
         return OVERWRITTEN
-    if _reaches_cache(base, outputs):
+    read = _read_of_cache(base, outputs)
+    if read is not None and _takes_rows(read):
+        return SOME_ROWS
+    if read is not None:
         name = target_name(base)
         hint = f"; {_HINTS[name]}" if name in _HINTS else ""
         return f"the cache reaches attention through {name}{hint}"
@@ -116,20 +119,30 @@ def _is_cache(node: fx.Node, outputs: set[fx.Node]) -> bool:
     return node in outputs
 
 
-def _reaches_cache(base: fx.Node, outputs: set[fx.Node]) -> bool:
-    """Return whether a cache lies behind ``base``, moved or changed on its way to attention."""
+def _read_of_cache(base: fx.Node, outputs: set[fx.Node]) -> fx.Node | None:
+    """Return what reads a cache that lies behind ``base``, moved or changed on its way to attention, if one does."""
     seen: set[fx.Node] = set()
     front = [base]
     for _ in range(_REACH):
+        for node in front:
+            if any(_is_cache(given, outputs) for given in _neighbours(node.all_input_nodes)):
+                return node
         front = [
             node
             for node in _neighbours(n for f in front for n in f.all_input_nodes)
             if node not in seen
         ]
-        if any(_is_cache(node, outputs) for node in front):
-            return True
         seen.update(front)
-    return False
+    return None
+
+
+def _takes_rows(read: fx.Node) -> bool:
+    """Return whether a read of a buffer takes a part of it along its first axis, the others whole but for one."""
+    whole, part = shape_of(read.args[0]) or (), shape_of(read) or ()
+    if target_name(read) != "getitem" or not whole or len(whole) != len(part):
+        return False
+    other = [not same(a, b) for a, b in zip(whole, part, strict=True)]
+    return other[0] and sum(other) <= 2
 
 
 def _returned_from(base: fx.Node, outputs: set[fx.Node]) -> fx.Node | None:

@@ -89,7 +89,7 @@ def arrange_caches(
     places = {
         originals[node]: (
             tuple(taken.index(x) for x in own if node in packed),
-            tuple(at for at, x in enumerate(flat) if x in own),
+            tuple(at for at, x in enumerate(flat) if x in own and node not in packed),
         )
         for node, own in caches.items()
     }
