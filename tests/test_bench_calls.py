@@ -9,6 +9,7 @@ import torch
 from kvq_compile.bench import calls, chunks, clock, steps
 from kvq_compile.bench.caches import Shape
 from kvq_compile.commands import bench_calls
+from versions import need_static_layers_that_count
 
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 300, heads=4, kv_heads=2, head_size=64)
@@ -69,7 +70,7 @@ def test_prompts_are_timed_beside_plain_ones(
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("run", ["int4", "int4-static"])
 def test_a_first_call_meets_a_cache_in_16_bit(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
+    need_static_layers_that_count()
     monkeypatch.setattr(steps, "options_of", lambda run: {"method": "int4", "inner": "eager"})
     model = steps.make_model("small", 1, CPU)
     (row,) = calls.measure_first_calls(model, "small", [run], [(1, 300)])

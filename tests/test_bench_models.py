@@ -13,6 +13,7 @@ from kvq_compile.bench import memory
 from kvq_compile.bench.caches import Shape, random_spec
 from kvq_compile.bench.rows import read_rows
 from kvq_compile.kernels.packed import room_for
+from versions import need_static_layers_that_count
 
 CPU = torch.device("cpu")
 SHAPE = Shape(1, 1000, heads=4, kv_heads=2, head_size=64)
@@ -78,7 +79,7 @@ def test_the_memory_command_names_what_is_not_installed_and_goes_on(
 
 
 def test_steps_are_timed_over_caches_of_the_context_that_is_asked_for(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    need_static_layers_that_count()
     runs = ("int4:inner=eager", "int4:inner=eager-static", "hf-quanto")
     arguments = [part for run in runs for part in ("--run", run)]
     code, printed, output = invoke(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvq_compile import KVQWarning
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from versions import no_lists_of_parameters
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -63,7 +64,7 @@ def assert_follows(plain: Layer, compiled: Layer, first: int, counts: tuple[int,
 
 
 @pytest.mark.parametrize("write", [assign, scatter])
-@pytest.mark.parametrize("how", ["attributes", "list"])
+@pytest.mark.parametrize("how", ["attributes", pytest.param("list", marks=no_lists_of_parameters)])
 def test_parameters_hold_quantized_caches(how: str, write) -> None:
     """And parameters that are only read, as a gain is, stay what they are."""
     plain, compiled = (Layer(how, write=write) for _ in range(2))

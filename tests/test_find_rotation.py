@@ -21,6 +21,7 @@ from rotated_keys import (
     rotation_of,
     unrotated,
 )
+from versions import need_static_layers_that_count
 
 transformers = pytest.importorskip("transformers")
 
@@ -351,6 +352,7 @@ def test_prefill_and_decode_graphs_show_one_rotation(name, kind) -> None:
     model, finder = make_model(name), Finder()
     cache = transformers.DynamicCache(config=model.config)
     if kind == "static":
+        need_static_layers_that_count()
         cache = transformers.StaticCache(config=model.config, max_cache_len=64)
     compiled = torch.compile(model.forward, backend=finder)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from transformers import StaticCache
 from kvq_compile import KVQWarning
 from kvq_compile.lowering import slots
 from recorded_steps import OPTIONS, Recorder, llama
+from versions import need_static_layers_that_count
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -22,13 +23,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def static_model(recorder: Recorder, layers: int = 1, **options: Any) -> tuple[Any, StaticCache]:
+    need_static_layers_that_count()
     model = llama(layers)
     model.compile(backend="kvq", options={**OPTIONS, "window": 32, **options})
     cache = StaticCache(config=model.config, max_cache_len=96)
-    if not hasattr(cache.layers[0], "cumulative_length"):
-        pytest.skip(
-            "static caches of this transformers do not count their tokens, but read themselves"
-        )
     return model, cache
 
 

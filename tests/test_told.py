@@ -100,6 +100,7 @@ def test_a_router_is_no_attention():
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
+    config._experts_implementation = "eager"  # the grouped product of PyTorch 2.11 takes bf16 only
     ids = torch.randint(0, 64, (1, 9))
     about = {"output_router_logits": True, "output_hidden_states": True, "use_cache": False}
     assert told(MixtralForCausalLM(config).eval(), ids, **about) == []

@@ -47,7 +47,7 @@ def extended(views: Sequence[QuantizedKV], tokens: int) -> list[QuantizedKV]:
             known = view.__dict__
             form = known.get(FORM) or form_of(view)
             lineage = known["_lineage"]
-            if len(known) != len(OF_EACH) or known["trim"] is not None:
+            if not known.keys() <= OF_EACH or known["trim"] is not None:
                 longer = view.extended(tokens)
                 lineage.compiled = int(longer.end)
                 made.append(longer)

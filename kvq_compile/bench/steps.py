@@ -185,6 +185,10 @@ def _static_cache(model: Any, batch: int, context: int) -> Any:
 
     config = model.config
     cache = StaticCache(config, max_cache_len=context + WARM + SPARE)
+    if not hasattr(cache.layers[0], "cumulative_length"):
+        raise NotImplementedError(
+            "transformers must count the tokens of static caches, got a version that does not; upgrade it"
+        )
     about = torch.bfloat16, model.device
     cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, *about)
     for layer in cache.layers:
