@@ -39,7 +39,7 @@ from thorough import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-EXAMPLES = 2000 if THOROUGH else 10
+EXAMPLES = 2000 if THOROUGH else 6
 ORDINARY = range(60) if THOROUGH else covering(60)
 PACKED = {"QuantizedKV", "ArrangedKV"}
 NOT_CAPTURED = "must be a plain tensor"  # of a buffer that was one when the graph was captured

@@ -13,6 +13,7 @@ from kvq_compile.lowering.nodes import order_of
 from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.unchanged import once, unchanged
 from kvq_compile.options import make_spec
+from thorough import THOROUGH
 
 transformers = pytest.importorskip("transformers")
 
@@ -51,7 +52,9 @@ def count_calls(run: Callable[[], object], gradients: bool) -> int:
     return calls
 
 
-@pytest.mark.parametrize(("static", "gradients"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("static", "gradients"), [*[(False, False)] * THOROUGH, (True, False), (False, True)]
+)
 def test_twice_the_layers_take_about_twice_the_calls(static: bool, gradients: bool) -> None:
     """Calls that every pair of layers takes would make it four times; where gradients are recorded, caches are left."""
     few, many = (graphs_of(layers, static) for layers in (6, 12))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvq_compile import QuantizedKV
 from kvq_compile.history import watching
 from kvq_compile.options import make_config
+from thorough import THOROUGH
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -28,7 +29,9 @@ UNDECLARED = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("attention", [pytest.param("sdpa", marks=UNDECLARED), "flex_attention"])
+@pytest.mark.parametrize(  # Inductor takes half a minute for one flex_attention
+    "attention", [pytest.param("sdpa", marks=UNDECLARED), *["flex_attention"] * THOROUGH]
+)
 def test_a_growing_cache_is_served_under_inductor_as_without(attention: str) -> None:
     """Regression: sizes of alike caches were merged in tracing, and Inductor named one that no input had."""
     torch.manual_seed(0)

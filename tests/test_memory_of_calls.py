@@ -1,7 +1,7 @@
 """While a call quantizes what it made or was given in 16 bit, it holds one layer twice and not all of them."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -46,8 +46,10 @@ def histories() -> int:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Return a list of how many there are whenever a whole history is quantized."""
+    gc.collect()
+    gc.freeze()  # what other tests left is not looked through again and again
     found: list[int] = []
     write: Callable[..., Any] = ops.append_
 
@@ -57,7 +59,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return write(cache, calibrated, x, *rest)
 
     monkeypatch.setattr(ops, "append_", watched)
-    return found
+    yield found
+    gc.unfreeze()
 
 
 def prompt() -> Tensor:
