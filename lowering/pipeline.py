@@ -135,9 +135,8 @@ def lower(
         LostWrite: A write cannot be expressed on a quantized cache.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            0
-        )  # what is evaluated on random numbers is the same in every process
+        # What is evaluated on random numbers is the same in every process.
+        torch.default_generator.manual_seed(0)
         return _lower_in_either_way(gm, example_inputs, spec, by_order, record)
 
 

@@ -11,10 +11,8 @@ from kvq_compile.lowering.graph import copy_module
 from kvq_compile.lowering.nodes import target_name, value_of
 
 _CASTS = ("to", "type_as", "float", "half", "bfloat16", "double")
-_COPYING = (
-    "copy",
-    "memory_format",
-)  # options of a cast that may return another tensor all the same
+# Options of a cast that may return another tensor all the same.
+_COPYING = ("copy", "memory_format")
 
 
 def drop_idle_casts(gm: fx.GraphModule) -> fx.GraphModule:
