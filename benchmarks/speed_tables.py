@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from kvq_compile.bench import cpu, kernels, memory, steps
@@ -23,6 +24,7 @@ SPEED_FILES: dict[str, tuple[str, ...]] = {
 }
 Row = Mapping[str, str]
 Where = tuple[int, int]  # batch and context
+Case = tuple[int, Where, Where]  # head size, query and KV heads, batch and context
 
 
 def readable(context: int) -> str:
@@ -58,6 +60,7 @@ class KernelTable:
         methods: Titles by method.
         shapes: Batch and context of its rows.
         sizes: Head sizes; a row each, if there are several.
+        heads: Query and KV heads; a row each, if there are several.
         writes: Whether times of writing stand under it.
         digits: Behind the point of a time.
     """
@@ -67,29 +70,23 @@ class KernelTable:
     methods: Mapping[str, str]
     shapes: Sequence[Where] = ((1, 32768), (1, 131072), (8, 32768))
     sizes: Sequence[int] = (128,)
+    heads: Sequence[Where] = ((32, 8),)
     writes: bool = False
     digits: int = 1
 
     def lines(self) -> list[str]:
         """Return the table as Markdown, what is slower than 16 bit, and where it was measured."""
         newest = self._newest()
-        shown = [name for name in self.methods if any(name == method for method, *_ in newest)]
+        shown = [name for name in self.methods if any(name == method for method, _ in newest)]
         body, used = [], []
-        for size in self.sizes:
-            for where in self.shapes:
-                found = {
-                    name: newest[name, size, where]
-                    for name in shown
-                    if (name, size, where) in newest
-                }
-                if not found:
-                    continue
-                used += found.values()
-                cells = [self._cell(found.get(name)) for name in shown]
-                plain = float(next(iter(found.values()))["baseline_us"])
-                title = f"{where[0]} x {readable(where[1])}"
-                title += f", heads of {size}" if len(self.sizes) > 1 else ""
-                body.append(f"| {title} | {plain:.{self.digits}f} | {' | '.join(cells)} |")
+        for case in product(self.sizes, self.heads, self.shapes):
+            found = {name: newest[name, case] for name in shown if (name, case) in newest}
+            if not found:
+                continue
+            used += found.values()
+            cells = [self._cell(found.get(name)) for name in shown]
+            plain = float(next(iter(found.values()))["baseline_us"])
+            body.append(f"| {self._title(*case)} | {plain:.{self.digits}f} | {' | '.join(cells)} |")
         if not body:
             return ["Not measured yet."]
         heads = ["batch x context", "16 bit", *(self.methods[name] for name in shown)]
@@ -97,19 +94,25 @@ class KernelTable:
         said = [*self._slower(used), *self._writing(used), places(used)]
         return [f"| {' | '.join(heads)} |", rule, *body, "", *said]
 
-    def _newest(self) -> dict[tuple[str, int, Where], Row]:
+    def _title(self, size: int, heads: Where, where: Where) -> str:
+        title = f"{where[0]} x {readable(where[1])}"
+        title += f", heads of {size}" if len(self.sizes) > 1 else ""
+        return title + (
+            f", {heads[0]} query and {heads[1]} KV heads" if len(self.heads) > 1 else ""
+        )
+
+    def _newest(self) -> dict[tuple[str, Case], Row]:
         wanted = [
-            row for row in read_rows(RESULTS / "kernels.csv")
-            if row["method"] in self.methods and row["us"] and int(row["head_size"]) in self.sizes
-            and (int(row["batch"]), int(row["context"])) in self.shapes
-            and (row["heads"], row["kv_heads"]) == ("32", "8")
-        ]  # fmt: skip
-        if not wanted:
-            return {}
+            (row["method"], case, row)
+            for row in read_rows(RESULTS / "kernels.csv")
+            if row["method"] in self.methods and row["us"]
+            for case in [_case(row)]
+            if case in product(self.sizes, self.heads, self.shapes)
+        ]
         return {
-            (row["method"], int(row["head_size"]), (int(row["batch"]), int(row["context"]))): row
-            for row in wanted
-            if row["hardware"] == wanted[-1]["hardware"]
+            (method, case): row
+            for method, case, row in wanted
+            if row["hardware"] == wanted[-1][2]["hardware"]
         }
 
     def _cell(self, row: Row | None) -> str:
@@ -133,6 +136,13 @@ class KernelTable:
             "that fills a page in every sequence.",
             "",
         ]
+
+
+def _case(row: Row) -> Case:
+    size, *rest = (
+        int(row[name]) for name in ("head_size", "heads", "kv_heads", "batch", "context")
+    )
+    return size, (rest[0], rest[1]), (rest[2], rest[3])
 
 
 def _span(values: Sequence[float]) -> str:
@@ -208,6 +218,19 @@ FRONT = {
     "kivi:bits=2": "`kivi` 2", "skvq:bits=2": "`skvq` 2", "qaq:bits=2.3": "`qaq` 2.3",
     "cq-4c8b": "`cq-4c8b`",
 }  # fmt: skip
+SHARED = {
+    name: (UNIFORM | CODED | OTHERS)[name]
+    for name in (
+        "int8",
+        "int4",
+        "int2",
+        "tc:bits=4",
+        "tc:bits=3",
+        "tc:bits=2",
+        "qaq:bits=2.3",
+        "skvq:bits=2",
+    )
+}
 STEPS = {
     "hf-static": "16 bit, static, compiled", "int4": "`int4`, dynamic", "tc:bits=4": "default (`tc`, 4 bits), dynamic",
     "int4-static": "`int4`, static", "tc:bits=3-static": "`tc`, 3 bits, static",
@@ -222,5 +245,6 @@ SPEED_TABLES = (
     KernelTable(
         "kernels-heads", PAGE, UNIFORM | CODED | OTHERS, ((1, 131072),), (64, 96, 192, 256)
     ),
+    KernelTable("kernels-shared", PAGE, SHARED, ((8, 32768),), heads=((32, 32), (32, 1))),
     StepTable("steps", PAGE, STEPS, ((1, 4096), (1, 32768), (1, 131072), (16, 8192))),
 )
