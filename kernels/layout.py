@@ -47,7 +47,7 @@ from kvq_compile.kernels.schemes import (
 )
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.kernels.values import Interned, check, check_integers
-from kvq_compile.kernels.words import TRITS, WORD_BITS, plane_words
+from kvq_compile.kernels.words import WORD_BITS, plane_words
 
 HIDES = -9984.0  # an additive mask of at most this gives a token weight 0: -1e4, as bfloat16 has it
 
@@ -118,8 +118,10 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     The bits of an index of a codebook are split into planes, powers of two bits wide, the widest and lowest first; the
     planes follow one another in the row, each padded by itself. So are those of mixed tokens.
 
-    Trits, three-level codes, are packed into bytes: digit ``f`` in base 3 of byte ``u`` is code ``f * bytes + u``; a
-    word holds two bytes, the first in its low half.
+    Trits, three-level codes, are packed into bytes, two to a word, the first in its low half. The words of a row are
+    split into planes of four words, then two and one (`trit_planes`), and a page holds the first plane of all rows,
+    then the second. A plane of ``w`` words holds the next ``10 w`` codes of a row: digit ``f`` in base 3 of byte ``u``
+    is code ``2 w f + u`` of these.
 
     Args:
         role: Whether the tensor holds keys or values.
@@ -352,11 +354,6 @@ class Layout(OpaqueBase, metaclass=InternedOpaque):
     def row_places(self) -> int:
         """Codes in a row that its planes have room for; zeros follow the last of ``row_length``."""
         return self.scheme.row_places(self.row_length)
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """Bytes of a row that hold trits."""
-        return -(-self.row_length // TRITS)
 
     @cached_property
     def params_shape(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 WORD_BITS = 16  # the packed word: the operand type of a tensor core is 16 bits wide, so fields unpack in place
 TRITS = 5  # three-level codes in a byte: 3 ** 5 = 243
+TRIT_WORDS = 4  # of a plane of trits: a lane of the matrix instruction has one of them
 THIRDS = 3  # words that hold 16 codes of 3 bits
 THIRD_FIELDS = (
     WORD_BITS // THIRDS
@@ -18,6 +19,17 @@ def planes_of(bits: int) -> tuple[int, ...]:
 def plane_words(places: int, width: int) -> int:
     """Return the words of a plane of ``width`` bits in a row with room for ``places`` codes."""
     return -(-places * width // WORD_BITS)
+
+
+def trit_planes(words: int) -> tuple[tuple[int, int], ...]:
+    """Return of a row of ``words`` words of trits the first word and the width of each plane: 4 words, then 2 and 1."""
+    whole = words // TRIT_WORDS * TRIT_WORDS
+    planes = [(first, TRIT_WORDS) for first in range(0, whole, TRIT_WORDS)]
+    for width in (2, 1):
+        if words & width:
+            planes.append((whole, width))
+            whole += width
+    return tuple(planes)
 
 
 def padded_length(length: int, width: int) -> int:

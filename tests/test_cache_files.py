@@ -306,7 +306,8 @@ def test_a_file_of_a_format_before_is_loaded_where_its_pages_are_packed_as_today
 
 
 @pytest.mark.parametrize(
-    ("scheme", "version"), [(Channelwise(2), 2), (Uniform(3), 3), (Uniform(3), 2)]
+    ("scheme", "version"),
+    [(Channelwise(2), 2), (Uniform(3), 3), (Uniform(3), 2), (Uniform(1.5, packing="trits"), 4)],
 )
 def test_a_file_whose_pages_were_packed_otherwise_is_refused_with_what_to_do(
     scheme: Any, version: int

@@ -321,7 +321,7 @@ GROUPED = {  # several groups to a token, in rows whose words fill no tile
     f"{dim} channels, {name}": tuple(
         side | {"head_dim": dim, "group_size": 32} for side in DECODING[name]
     )
-    for dim, name in ((96, "int2"), (96, "kivi-2"), (192, "int2"))
+    for dim, name in ((96, "int2"), (96, "kivi-2"), (192, "int2"), (128, "skvq-2-trits"))
 }
 # What `generate` gives: one row of a mask for all heads.
 MASKED = {
@@ -362,15 +362,13 @@ CASES: dict[str, Callable[[str], Any]] = {
     **{f"{name}, by row": partial(case, by_row=True) for name, case in BY_ROW.items()},
 }
 # Of a thread, on the stack. Attention does not read that way; a page is written once in 128 steps; with values of three
-# bits a third program to an SM is worth more than a few registers; the last has trits, which are slow anyway.
-A_FEW_BYTES = {
-    "read tc": 48, "write fp8-trits": 8, "write both kivi-2": 8, "tc-3": 16, "tc-3 mean": 48, "tc-2.5": 32
-}  # fmt: skip
+# bits a third program to an SM is worth more than a few registers.
+A_FEW_BYTES = {"read tc": 48, "write both kivi-2": 8, "tc-3": 16, "tc-3 mean": 48}
 SPILLING = {"weigh large", "weigh fp32", "weigh fp32, large"}
-ALONE = {"skvq-2", "skvq-3", "skvq-2-trits", *(name for name in DECODING if name.startswith("cq"))}
+ALONE = {"skvq-2", "skvq-3", *(name for name in DECODING if name.startswith("cq"))}
 ELSEWHERE = ["int4", "kivi-2", "skvq-2", "cq-8c8b", "qaq-2.3", "tc-3 mean", "write fp8-trits", "write rotary-codebook",
              "write searched channels", "write qaq", "write tc", "requantize qaq", "read rotary", "read tc",
-             "read qaq-outliers", "weigh decode"]  # fmt: skip
+             "read qaq-outliers", "weigh decode", "skvq-2-trits"]  # fmt: skip
 TARGETS = ["sm_80", "sm_100", "gfx942"]
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
     from kvq_compile.kernels.layout import Layout
 
-FORMAT = 4
-OLDER_FORMATS = (2, 3)  # and 1, whose files name `rebuild_old` and no version
+FORMAT = 5
+OLDER_FORMATS = (2, 3, 4)  # and 1, whose files name `rebuild_old` and no version
 # Fields of a layout in files of format 1, a comma-separated text.
 OLD_FIELDS = (
     *("role", "bits", "grouping", "group_size", "clip", "transform", "sinks", "window"),
@@ -133,6 +133,8 @@ def check_pages(version: int, layout: Layout) -> None:
         changed = 3  # fields of two bits
     elif layout.scheme.name == "uniform" and layout.scheme.bits == 3:
         changed = 4  # thirds
+    elif layout.scheme.name == "uniform" and layout.scheme.packing == "trits":
+        changed = 5  # planes of four words
     if version < changed:
         raise _of_another_format(version)
 

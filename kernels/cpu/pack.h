@@ -230,14 +230,20 @@ void pack_whole_planes(const LayoutWords& t, const uint16_t* codes, uint16_t* wo
   pack_plane_maybe<1>(t, codes, below, words);
 }
 
-// Byte u holds the codes at digit * bytes + u as digits in base 3, the first the lowest; a word holds two bytes.
-void pack_trits(const LayoutWords& t, const uint16_t* codes, uint16_t* words) {
-  const int64_t count = t.row_length, bytes = (count + kTrits - 1) / kTrits;
-  for (int64_t u = 0; u < t.row_words; ++u) words[u] = 0;
-  for (int64_t u = 0; u < bytes; ++u) {
-    int byte = 0;
-    for (int digit = kTrits - 1; digit >= 0; --digit) byte = 3 * byte + (digit * bytes + u < count ? codes[digit * bytes + u] : 0);
-    words[u / 2] = static_cast<uint16_t>(words[u / 2] | byte << (u % 2 * 8));
+// The way back of unpack_trits: the first digit of a byte is the lowest.
+void pack_trits(const LayoutWords& t, const uint16_t* codes, int64_t row, uint16_t* page) {
+  for (int64_t first = 0; first < t.row_words;) {
+    const int width = trit_plane(t.row_words - first);
+    uint16_t* words = page + first * t.rows + row * width;
+    for (int u = 0; u < 2 * width; ++u) {
+      int byte = 0;
+      for (int digit = kTrits - 1; digit >= 0; --digit) {
+        const int64_t place = 2 * (kTrits * first + digit * width) + u;
+        byte = 3 * byte + (place < t.row_length ? codes[place] : 0);
+      }
+      words[u / 2] = static_cast<uint16_t>(u % 2 ? words[u / 2] | byte << 8 : byte);
+    }
+    first += width;
   }
 }
 
@@ -263,7 +269,11 @@ void pack_rows(PageWriter& w) {
     codes = w.transposed.data();
   }
   uint16_t* words = w.codes;
-  const auto pack_row = t.trits ? pack_trits : t.bits == kThirds && !t.codebook ? pack_thirds : pack_whole_planes;
+  if (t.trits) {
+    for (int64_t row = 0; row < t.rows; ++row, codes += t.row_length) pack_trits(t, codes, row, w.codes);
+    return;
+  }
+  const auto pack_row = t.bits == kThirds && !t.codebook ? pack_thirds : pack_whole_planes;
   for (int64_t row = 0; row < t.rows; ++row, codes += t.row_length, words += t.row_words) pack_row(t, codes, words);
 }
 

@@ -37,7 +37,7 @@ struct Packed {
   int32_t rotary, takes_mean, mean_pairs;  // the mean is in the row behind
 };
 
-constexpr int kTrits = 5;
+constexpr int kTrits = 5, kTritWords = 4;  // digits of a byte, words of a plane
 constexpr int kPlanes = 8;  // counted in the header of a mixed page
 constexpr float kRadians = static_cast<float>(6.283185307179586 / 4294967296.0);  // per unit of an angle
 constexpr float kMiddle = 128.0f, kMiddleSteps = 127.0f;  // the byte of a range about zero, and steps to either side
@@ -91,24 +91,45 @@ void unpack_plane_maybe(const Packed& t, const uint16_t*& words, T* out) {
   words += count;
 }
 
-// Digit f in base 3 of byte u goes to place f * bytes + u. Dividing by 3 is exact for a byte.
+// Words of the plane of trits that comes next in a row, of which `left` words follow.
+inline int trit_plane(int64_t left) { return left >= kTritWords ? kTritWords : left >= 2 ? 2 : 1; }
+
+// Unpack a row of a page of trits. Planes of all rows follow one another; in one, digit f in base 3 of byte u is code
+// f * bytes + u. Dividing by 3 is exact for a byte.
 template <typename T>
-void unpack_trits(const uint16_t* words, int count, T* out) {
-  constexpr int kPiece = 64;
-  const int bytes = (count + kTrits - 1) / kTrits;
-  uint16_t left[kPiece];
-  for (int first = 0; first < bytes; first += kPiece) {
-    const int n = bytes - first < kPiece ? bytes - first : kPiece;
-    for (int u = 0; u < n; u += 2) left[u] = words[(first + u) / 2] & 0xFF, left[u + 1] = words[(first + u) / 2] >> 8;
+void unpack_trits(const Packed& t, const uint16_t* page, int row, T* out) {
+  constexpr int kPiece = 8 * kTritWords;  // bytes of four planes
+  uint16_t left[kPiece] = {};
+  T digits[kTrits][kPiece];
+  for (int first = 0; first < t.row_words;) {
+    int end = first;
+    for (int u = 0; end < t.row_words && u + 2 * kTritWords <= kPiece;) {
+      const int width = trit_plane(t.row_words - end);
+      const uint16_t* words = page + static_cast<int64_t>(end) * t.rows + static_cast<int64_t>(row) * width;
+      if (width == kTritWords)
+        for (int i = 0; i < kTritWords; ++i, u += 2) left[u] = words[i] & 0xFF, left[u + 1] = words[i] >> 8;
+      else
+        for (int i = 0; i < width; ++i, u += 2) left[u] = words[i] & 0xFF, left[u + 1] = words[i] >> 8;
+      end += width;
+    }
     for (int digit = 0; digit < kTrits; ++digit) {
-      const int place = digit * bytes + first, rest = count - place < n ? count - place : n;
-      T* run = out + place;
 #pragma omp simd
-      for (int u = 0; u < rest; ++u) {
+      for (int u = 0; u < kPiece; ++u) {
         const uint16_t third = static_cast<uint16_t>(left[u] * 171) >> 9;
-        run[u] = static_cast<T>(left[u] - 3 * third);
+        digits[digit][u] = static_cast<T>(left[u] - 3 * third);
         left[u] = third;
       }
+    }
+    for (int u = 0; first < end;) {
+      const int width = trit_plane(t.row_words - first);
+      for (int digit = 0; digit < kTrits; ++digit) {
+        const int place = 2 * (kTrits * first + digit * width), rest = t.row_length - place, n = rest < 2 * width ? rest : 2 * width;
+        if (n == 2 * kTritWords)
+          std::memcpy(out + place, digits[digit] + u, sizeof(T) * 2 * kTritWords);
+        else
+          for (int i = 0; i < n; ++i) out[place + i] = digits[digit][u + i];
+      }
+      u += 2 * width, first += width;
     }
   }
 }
@@ -130,8 +151,9 @@ void unpack_thirds(const uint16_t* words, int count, int length, T* out) {
 }
 
 template <typename T>
-void unpack_codes(const Packed& t, const uint16_t* words, T* out) {
-  if (t.trits) return unpack_trits(words, t.row_length, out);
+void unpack_row(const Packed& t, const uint16_t* page, int row, T* out) {
+  if (t.trits) return unpack_trits(t, page, row, out);
+  const uint16_t* words = page + static_cast<int64_t>(row) * t.row_words;
   if (t.thirds) return unpack_thirds(words, t.row_places / kWordBits, t.row_length, out);
   unpack_plane_maybe<8>(t, words, out);
   unpack_plane_maybe<4>(t, words, out);
@@ -196,8 +218,8 @@ template <int kCouple>
 void unpack_coupled_page(const Packed& t, const uint16_t* codes, int64_t h, float* tile, Scratch& s) {
   const uint16_t* book = t.book + 2 * h * t.tables_stride;
   const int64_t out_stride = static_cast<int64_t>(t.row_length) * t.couple;
-  for (int row = 0; row < t.rows; ++row, codes += t.row_words, tile += out_stride) {
-    unpack_codes(t, codes, s.index.data());
+  for (int row = 0; row < t.rows; ++row, tile += out_stride) {
+    unpack_row(t, codes, row, s.index.data());
     if (t.is_key)
       copy_centroids<kCouple>(t, book, s.index.data(), tile);
     else
@@ -299,7 +321,7 @@ void unpack_page(const Packed& t, int64_t b, int64_t h, int64_t page, float* til
   }
   for (int row = 0; row < t.rows; ++row) {
     float* out = tile + static_cast<int64_t>(row) * t.row_length;
-    unpack_codes(t, codes + static_cast<int64_t>(row) * t.row_words, out);
+    unpack_row(t, codes, row, out);
     if (t.along_rows) {
       int64_t at = row;
       for (int first = 0; first < t.row_length; first += t.group_size, at += t.rows) {

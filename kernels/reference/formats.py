@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.words import THIRD_FIELDS, THIRDS, TRITS, WORD_BITS, plane_words
+from kvq_compile.kernels.words import (
+    THIRD_FIELDS,
+    THIRDS,
+    TRITS,
+    WORD_BITS,
+    plane_words,
+    trit_planes,
+)
 
 FP16_MAX = 65504.0
 E4M3_MAX = 448.0
@@ -169,16 +176,24 @@ def _unpack_thirds(units: Tensor, layout: Layout) -> Tensor:
 
 
 def _pack_trits(rows: Tensor, layout: Layout) -> Tensor:
-    padding = (0, TRITS * layout.row_bytes - layout.row_length)
-    digits = F.pad(rows, padding).unflatten(-1, (TRITS, -1))
+    rows = F.pad(rows, (0, 2 * TRITS * layout.row_words - layout.row_length))
     weights = 3 ** torch.arange(TRITS, device=rows.device, dtype=torch.int64)[:, None]
-    packed = F.pad((digits * weights).sum(-2), (0, 2 * layout.row_words - layout.row_bytes))
-    low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
-    return _to_int16(low + (high << 8))
+    planes = []
+    for first, width in trit_planes(layout.row_words):
+        codes = rows[..., 2 * TRITS * first : 2 * TRITS * (first + width)]
+        packed = (codes.unflatten(-1, (TRITS, -1)) * weights).sum(-2)
+        low, high = packed.unflatten(-1, (-1, 2)).unbind(-1)
+        planes.append((low + (high << 8)).flatten(-2))
+    return _to_int16(torch.cat(planes, -1)).unflatten(-1, (layout.rows, layout.row_words))
 
 
 def _unpack_trits(units: Tensor, layout: Layout) -> Tensor:
-    words = units.int() & 0xFFFF
-    packed = torch.stack([words & 0xFF, words >> 8], -1).flatten(-2)[..., None, : layout.row_bytes]
+    page = units.flatten(-2).int() & 0xFFFF
     weights = 3 ** torch.arange(TRITS, device=units.device, dtype=torch.int32)[:, None]
-    return (packed // weights % 3).flatten(-2)[..., : layout.row_length]
+    planes = []
+    for first, width in trit_planes(layout.row_words):
+        words = page[..., layout.rows * first : layout.rows * (first + width)]
+        words = words.unflatten(-1, (layout.rows, width))
+        packed = torch.stack([words & 0xFF, words >> 8], -1).flatten(-2)
+        planes.append((packed[..., None, :] // weights % 3).flatten(-2))
+    return torch.cat(planes, -1)[..., : layout.row_length]

@@ -36,8 +36,7 @@ class ReadConstants:
         levels: Steps between the lowest and the highest code.
         packing, grouping, group_size, params, transform, couple, rotary, has_tables: As the layout has them.
         code_channels: Codes of a token.
-        row_length, row_places, row_bytes, row_words: Of a row: its codes, what its planes have room for, its bytes of
-            trits, its 16-bit words.
+        row_length, row_places, row_words: Of a row: its codes, what its planes have room for, its 16-bit words.
         page_words, page_params: Of a page: its words; its pairs of scale and zero point, or bytes of metadata.
         in_fields, gathers: How elements are read: from bit fields in registers, or a vector for each code.
         channels: Of a tile of tokens, padded.
@@ -78,7 +77,6 @@ class ReadConstants:
     code_channels: int
     row_length: int
     row_places: int
-    row_bytes: int
     row_words: int
     page_words: int
     page_params: int
@@ -196,7 +194,6 @@ def _read_values(layout: Layout) -> dict[str, object]:
         "code_channels": layout.code_channels,
         "row_length": layout.row_length,
         "row_places": layout.row_places,
-        "row_bytes": layout.row_bytes,
         "row_words": layout.row_words,
         "page_words": layout.rows * layout.row_words,
         "page_params": groups * members,

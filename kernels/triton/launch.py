@@ -199,7 +199,7 @@ def attend_settings(
     even = D & (D - 1) == 0 and Dv & (Dv - 1) == 0
     large = page * triton.next_power_of_2(max(D, Dv)) > 128 * 128
     # Loads of single codes are many, and what they return would be kept in shared memory.
-    loads = not (mixed or (key.in_fields and value.in_fields))
+    loads = not (mixed or (key.in_fields and (value.in_fields or value.packing == "trits")))
     one_stage = full or page * max(D, Dv) > 256 * 128 or (large and not even)  # shared memory
     stages = 1 if one_stage or loads else 2
     small = key.scheme == value.scheme == "uniform" and max(key.bits, value.bits) <= 4

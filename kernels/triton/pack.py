@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kvq_compile.kernels.triton.constants import first_word, in_thirds, plane_words
-from kvq_compile.kernels.triton.packing import DIGITS, IN_THIRD, THIRD
+from kvq_compile.kernels.triton.packing import DIGITS, IN_THIRD, PLANE, THIRD
 from kvq_compile.kernels.triton.schemes import page_codes
 
 
@@ -73,28 +73,39 @@ def _pack_thirds(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def _pack_trits(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the trits of a page, whose rows of bytes end in zeros where a word is not full."""
-    BYTES: tl.constexpr = CONSTANTS.row_bytes
-    WORDS: tl.constexpr = CONSTANTS.row_words
-    WORDS_PAD: tl.constexpr = triton.next_power_of_2(WORDS)
-    ROWS: tl.constexpr = CONSTANTS.page_words // WORDS
-    BLOCK: tl.constexpr = min(triton.next_power_of_2(ROWS), max(1, TILE // (2 * WORDS_PAD)))
-    byte = tl.arange(0, 2 * WORDS_PAD)[None, :]
-    word = tl.arange(0, WORDS_PAD)[None, :]
+def _pack_trit_plane(
+    source, page, scratch, first, CONSTANTS: tl.constexpr, TILE: tl.constexpr, WORDS: tl.constexpr
+):
+    """Write the plane of ``WORDS`` words of a page's rows of trits that begins with word ``first`` of them."""
+    ROWS: tl.constexpr = CONSTANTS.page_words // CONSTANTS.row_words
+    BLOCK: tl.constexpr = min(triton.next_power_of_2(ROWS), max(1, TILE // (2 * WORDS)))
+    byte = tl.arange(0, 2 * WORDS)[None, :]
+    word = tl.arange(0, WORDS)[None, :]
     for block in range(0, ROWS, BLOCK):
         row = block + tl.arange(0, BLOCK)[:, None]
-        packed, weight = tl.zeros((BLOCK, 2 * WORDS_PAD), tl.int32), 1
+        packed, weight = tl.zeros((BLOCK, 2 * WORDS), tl.int32), 1
         for digit in range(DIGITS):
-            index = digit * BYTES + byte
-            exists = (row < ROWS) & (byte < BYTES) & (index < CONSTANTS.row_length)
+            index = 2 * (DIGITS * first + digit * WORDS) + byte
+            exists = (row < ROWS) & (index < CONSTANTS.row_length)
             code = _row_codes(source, page, scratch, row, index, exists, CONSTANTS)
             packed += code * weight  # of what does not exist the code is 0
             weight *= 3
-        low, high = tl.split(tl.reshape(packed, (BLOCK, WORDS_PAD, 2)))
-        where = page.codes + row * WORDS + word
-        exists = (row < ROWS) & (word < WORDS)
-        tl.store(where, (low | (high << 8)).to(tl.uint16), mask=exists)
+        low, high = tl.split(tl.reshape(packed, (BLOCK, WORDS, 2)))
+        where = page.codes + ROWS * first + row * WORDS + word
+        tl.store(where, (low | (high << 8)).to(tl.uint16), mask=(row < ROWS) & (word < WORDS))
+
+
+@triton.jit
+def _pack_trits(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the trits of a page, plane by plane."""
+    WORDS: tl.constexpr = CONSTANTS.row_words
+    WHOLE: tl.constexpr = WORDS // PLANE * PLANE
+    for first in range(0, WHOLE, PLANE):
+        _pack_trit_plane(source, page, scratch, first, CONSTANTS, TILE, PLANE)
+    if WORDS & 2:
+        _pack_trit_plane(source, page, scratch, WHOLE, CONSTANTS, TILE, 2)
+    if WORDS & 1:
+        _pack_trit_plane(source, page, scratch, WORDS - 1, CONSTANTS, TILE, 1)
 
 
 @triton.jit

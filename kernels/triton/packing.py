@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from kvq_compile.kernels.triton.constants import first_word, in_thirds, plane_words
-from kvq_compile.kernels.words import THIRD_FIELDS, THIRDS, TRITS
+from kvq_compile.kernels.words import THIRD_FIELDS, THIRDS, TRIT_WORDS, TRITS
 
-DIGITS = tl.constexpr(TRITS)
+DIGITS, PLANE = tl.constexpr(TRITS), tl.constexpr(TRIT_WORDS)
 THIRD, IN_THIRD = tl.constexpr(THIRDS), tl.constexpr(THIRD_FIELDS)
 
 
@@ -48,14 +48,41 @@ def _thirds(codes, row, column, exists, CONSTANTS: tl.constexpr):
 
 
 @triton.jit
-def _trits(codes, row, column, exists, CONSTANTS: tl.constexpr):
-    """Return three-level codes: digit ``f`` of a byte is the first one behind the point of ``byte / 3 ** (f + 1)``."""
-    byte, digit = column % CONSTANTS.row_bytes, column // CONSTANTS.row_bytes
-    word = tl.load(codes + (row * CONSTANTS.row_words + byte // 2), mask=exists, other=0)
-    packed = (word.to(tl.int32) >> (byte % 2 * 8)) & 0xFF
+def trit_place(row, column, CONSTANTS: tl.constexpr):
+    """Return where codes of rows of trits lie: word of the page, byte of the word, digit of the byte."""
+    ROWS: tl.constexpr = CONSTANTS.page_words // CONSTANTS.row_words
+    WHOLE: tl.constexpr = CONSTANTS.row_words // PLANE * PLANE
+    OF_WORD: tl.constexpr = 2 * DIGITS
+    # Planes of four words, then one of two, then one of one.
+    first, width = column // (OF_WORD * PLANE) * PLANE, PLANE + column * 0
+    if CONSTANTS.row_words > WHOLE:
+        rest = column >= OF_WORD * WHOLE
+        first = tl.where(rest, WHOLE, first)
+        width = tl.where(rest, 2 if CONSTANTS.row_words & 2 else 1, width)
+    if CONSTANTS.row_words & 3 == 3:
+        rest = column >= OF_WORD * (WHOLE + 2)
+        first, width = tl.where(rest, WHOLE + 2, first), tl.where(rest, 1, width)
+    inside = column - OF_WORD * first
+    byte, digit = inside % (2 * width), inside // (2 * width)
+    return ROWS * first + row * width + byte // 2, byte % 2, digit
+
+
+@triton.jit
+def trit(byte, digit):
+    """Return a digit of bytes: the first one behind the point of ``byte / 3 ** (digit + 1)``."""
     third = tl.where(digit == 0, 21846, tl.where(digit == 1, 7282, 2428))
-    third = tl.where(digit == 3, 810, tl.where(digit == 4, 270, third))  # 2 ** 16 / 3 ** (f + 1)
-    return (((packed * third) & 0xFFFF) * 3) >> 16
+    third = tl.where(
+        digit == 3, 810, tl.where(digit == 4, 270, third)
+    )  # 2 ** 16 / 3 ** (digit + 1)
+    return (((byte * third) & 0xFFFF) * 3) >> 16
+
+
+@triton.jit
+def _trits(codes, row, column, exists, CONSTANTS: tl.constexpr):
+    """Return three-level codes."""
+    word, byte, digit = trit_place(row, column, CONSTANTS)
+    word = tl.load(codes + word, mask=exists, other=0)
+    return trit((word.to(tl.int32) >> (byte * 8)) & 0xFF, digit)
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from kvq_compile.kernels.triton.primitives import (
 )
 from kvq_compile.kernels.triton.schemes import read_key_halves, read_keys, read_values
 from kvq_compile.kernels.triton.transforms import cosine_and_sine, load_table, rotate_back
+from kvq_compile.kernels.triton.trits import hold_places
 
 
 class Queries(NamedTuple):
@@ -263,8 +264,11 @@ def _folded_update(
     codes of a token have where they lie.
     """
     v_scale, v_zero = _group_vector(params, group, VALUE, COPIES)
-    v_scale = tl.log2(tl.maximum(v_scale, 2.0**-24))
-    if IN_PLACE:
+    v_scale = tl.maximum(v_scale, 2.0**-24)
+    if uniform.is_balanced(VALUE):
+        v_zero += v_scale
+    v_scale = tl.log2(v_scale)
+    if IN_PLACE and not uniform.is_balanced(VALUE):  # those lie in place 0
         v_scale -= uniform.token_place(VALUE)[:, None]
     scaled, decay, running_max = softmax_update(scores + v_scale, running_max, WEIGHT_BIAS)
     weights = tl.exp2(scores - (tl.maximum(running_max, HIDDEN) - WEIGHT_BIAS)[None, :])
@@ -304,6 +308,7 @@ def attend_pages(
         q_sum = tl.sum(q.to(tl.float32), 0)
     if OF_VALUES:
         q_values = _load_value_query(queries, VALUE).to(LAUNCH.dtype)
+    held_places = hold_places(values.codes, VALUE, LAUNCH.fast)
     running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     running_sum = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
     running_zero = tl.zeros([PAGE if DEFER else 1, BLOCK_Q], tl.float32)
@@ -318,19 +323,19 @@ def attend_pages(
             scores, q_a, q_b = _rotary_page_scores(
                 k_codes, k_params, book, q_a, q_b, mean, angle, step, KEY, LAUNCH
             )
-            v = read_values(v_codes, values.book, VALUE, FOLD, LAUNCH)
+            v = read_values(v_codes, held_places, values.book, VALUE, FOLD, LAUNCH)
         elif KEY.scheme == "channelwise":
             scores, turning = channelwise.page_scores(
                 page, k_codes, k_params, keys.fields, held, turning, KEY, LAUNCH
             )
-            v = read_values(v_codes, values.book, VALUE, FOLD, LAUNCH)
+            v = read_values(v_codes, held_places, values.book, VALUE, FOLD, LAUNCH)
         else:
             k = read_keys(k_codes, book, channel, channel_ok, KEY, LAUNCH)
-            v = read_values(v_codes, values.book, VALUE, FOLD, LAUNCH)
+            v = read_values(v_codes, held_places, values.book, VALUE, FOLD, LAUNCH)
             scores = _page_scores(k, k_params, q, q_sum, channel, channel_ok, KEY, LAUNCH)
         if OF_VALUES:
             if VALUE.scheme == "uniform":
-                v = uniform.dequantize_values(v_params, v, VALUE, LAUNCH.fast)
+                v = uniform.dequantize_values(v_params, v, VALUE, LAUNCH)
             scores = tl.dot(tl.trans(v), q_values, scores, input_precision=LAUNCH.precision)
         scores = bend_packed(scores, queries, KEY, LAUNCH)
         slot = KEY.sinks + page * PAGE + tl.arange(0, PAGE)
@@ -345,14 +350,14 @@ def attend_pages(
             scaled, decay, running_max = softmax_update(scores, running_max, WEIGHT_BIAS)
             weights, offset = scaled, scaled
             if VALUE.scheme == "uniform" and not OF_VALUES:
-                v = uniform.dequantize_values(v_params, v, VALUE, LAUNCH.fast)
+                v = uniform.dequantize_values(v_params, v, VALUE, LAUNCH)
         if not DEFER:
             weights, offset = tl.sum(weights, 0)[None, :], tl.sum(offset, 0)[None, :]
         running_sum = running_sum * decay[None, :] + weights
         if FOLD:
             running_zero = running_zero * decay[None, :] + offset
         scaled = scaled.to(LAUNCH.dtype)
-        if FOLD and uniform.pairs_values(VALUE):
+        if uniform.pairs_values(VALUE, FOLD, LAUNCH):
             scaled = pair_fields(scaled)
         accumulator = tl.dot(
             v, scaled, accumulator * decay[None, :],

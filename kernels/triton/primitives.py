@@ -66,13 +66,19 @@ def words_pad(length, bits):
 
 
 @triton.jit
+def paired(column):
+    """Return the columns in the order of fields that those of paired tiles are."""
+    return column // 16 * 16 + column // 2 % 2 * 8 + column // 4 % 4 * 2 + column % 2
+
+
+@triton.jit
 def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr):
     """Return the code that a tile's column stands for, and whether it exists, in rows with room for
     ``LENGTH``."""
     WORDS: tl.constexpr = LENGTH // row_fields(BITS)
     WORDS_PAD: tl.constexpr = words_pad(LENGTH, BITS)
     if PAIRED:
-        column = column // 16 * 16 + column // 2 % 2 * 8 + column // 4 % 4 * 2 + column % 2
+        column = paired(column)
     word = column % WORDS_PAD
     return (column // WORDS_PAD) * WORDS + word, word < WORDS
 

@@ -73,9 +73,9 @@ def read_key_halves(
 
 
 @triton.jit
-def read_values(codes, book, VALUE: tl.constexpr, FOLD: tl.constexpr, LAUNCH: tl.constexpr):
+def read_values(codes, held, book, VALUE: tl.constexpr, FOLD: tl.constexpr, LAUNCH: tl.constexpr):
     """Return a page of values: codes, which lack their parameters (``FOLD``: in any order and place), or centroids."""
     if VALUE.scheme == "codebook":
         return codebook.read_values(codes, book, VALUE, LAUNCH)
     else:
-        return uniform.read_values(codes, VALUE, FOLD, LAUNCH)
+        return uniform.read_values(codes, held, VALUE, FOLD, LAUNCH)

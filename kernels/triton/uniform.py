@@ -5,8 +5,8 @@ for any head dimension and grouping.
 
 Reading for attention brings a page into registers as it lies, keys ``[page_size, columns]`` and values ``[channels,
 page_size]``, as codes that still lack scale and zero point: where these can be folded into scores and weights, `pages`
-does so, elsewhere codes are dequantized in registers. Codes in bit fields are unpacked there (`primitives`); trits take
-a load for each element, which is slow and always right.
+does so, elsewhere codes are dequantized in registers. Codes in bit fields are unpacked there (`primitives`), and so are
+values in trits (`trits`); keys in trits take a load for each element, which is slow and always right.
 """
 
 import triton
@@ -34,6 +34,7 @@ from kvq_compile.kernels.triton.formats import (
 from kvq_compile.kernels.triton.packing import load_codes, load_words
 from kvq_compile.kernels.triton.primitives import (
     load_rows,
+    paired,
     place_of,
     row_fields,
     row_index,
@@ -42,6 +43,7 @@ from kvq_compile.kernels.triton.primitives import (
     words_pad,
 )
 from kvq_compile.kernels.triton.transforms import load_table
+from kvq_compile.kernels.triton.trits import unpack_trits
 
 CLIPS, TRIALS = tl.constexpr(ALL_CLIPS), tl.constexpr(len(ALL_CLIPS))
 
@@ -311,9 +313,11 @@ def pairs_keys(key):
 
 
 @triton.constexpr_function
-def pairs_values(value):
-    """Return whether tiles of values whose parameters are folded into weights are paired."""
-    return value.in_fields and words_pad(value.page_size, value.bits) == 8
+def pairs_values(value, fold, launch):
+    """Return whether tiles of values are paired; ``fold``: their parameters are folded into weights."""
+    if value.packing == "trits":  # groups of tokens that columns change places in stay together
+        return not launch.of_values and (value.grouping == "token" or value.group_size % 16 == 0)
+    return fold and value.in_fields and words_pad(value.page_size, value.bits) == 8
 
 
 @triton.jit
@@ -398,7 +402,13 @@ def lies_in_place(value, launch):
     """Return whether codes of values whose parameters are folded into weights are read where they lie in a word: as
     numbers of which weights take a power of two.
     """
-    return launch.fast and value.in_fields and value.bits > 1
+    return launch.fast and (value.packing == "trits" or (value.in_fields and value.bits > 1))
+
+
+@triton.constexpr_function
+def is_balanced(value):
+    """Return whether codes of values whose parameters are folded into weights are read less 1."""
+    return value.packing == "trits"
 
 
 @triton.jit
@@ -409,17 +419,20 @@ def token_place(VALUE: tl.constexpr):
 
 
 @triton.jit
-def read_values(codes, VALUE: tl.constexpr, FOLD: tl.constexpr, LAUNCH: tl.constexpr):
+def read_values(codes, held, VALUE: tl.constexpr, FOLD: tl.constexpr, LAUNCH: tl.constexpr):
     """Return the codes ``[channels, page_size]`` of values, as numbers of the dtype of operands.
 
+    ``held``: from `trits.hold_places`.
     ``FOLD``: their parameters are folded into weights, so that codes may be as and where they lie.
     """
     channel = tl.arange(0, VALUE.channels)
+    PAIRED: tl.constexpr = pairs_values(VALUE, FOLD, LAUNCH)
     if VALUE.in_fields:
         words = load_rows(codes, channel, VALUE.page_size, VALUE.head_dim, VALUE.bits)
-        PAIRED: tl.constexpr = FOLD and pairs_values(VALUE)
         IN_PLACE: tl.constexpr = FOLD and lies_in_place(VALUE, LAUNCH)
         v = unpack_rows(words, VALUE.bits, PAIRED, LAUNCH.fast, IN_PLACE, LAUNCH.dtype)
+    elif VALUE.packing == "trits":
+        v = unpack_trits(codes, channel, held, VALUE, PAIRED, FOLD, LAUNCH.fast)
     else:
         token, exists = tl.arange(0, VALUE.page_size), (channel < VALUE.head_dim)[:, None]
         v = load_codes(codes, token[None, :], channel[:, None], exists, VALUE)
@@ -427,13 +440,16 @@ def read_values(codes, VALUE: tl.constexpr, FOLD: tl.constexpr, LAUNCH: tl.const
 
 
 @triton.jit
-def dequantize_values(params, codes, VALUE: tl.constexpr, FAST: tl.constexpr):
+def dequantize_values(params, codes, VALUE: tl.constexpr, LAUNCH: tl.constexpr):
     """Return ``codes * scale + zero`` for codes ``[channels, page_size]``."""
+    FAST: tl.constexpr = LAUNCH.fast
     ROWS: tl.constexpr = codes.shape[0]
     PAGE: tl.constexpr = VALUE.page_size
     GROUP: tl.constexpr = VALUE.group_size
     channel = tl.arange(0, ROWS)
     token = tl.arange(0, PAGE)
+    if pairs_values(VALUE, False, LAUNCH):
+        token = paired(token)
     if VALUE.grouping == "channel":
         group = tl.arange(0, PAGE // GROUP)
         where = params + group[None, :] * VALUE.head_dim + channel[:, None]
