@@ -4,8 +4,8 @@ Mirrors the specification bit by bit. Each fp32 sum is the same tree of pairs. T
 by bisection on the bit patterns of non-negative fp32 values, which have the order of the values; of bits of that worth
 the first are given. So the result is exactly the one that sorting would find.
 
-A page is read twice, in tiles of whole channels for parameters, then in tiles of words. The second time codes are
-found again, once for each of their bits: these lie in other tiles than the elements of their channel do.
+A page is read in tiles of whole channels, for parameters and then for codes. Codes go through scratch memory: their
+bits lie in other tiles than the elements of their channel do.
 """
 
 import triton
@@ -20,7 +20,6 @@ from kvq_compile.kernels.triton.channelwise import (
     block_words,
     first_fields,
     half_levels_of,
-    load_center,
     load_widths,
     lowest_value,
 )
@@ -254,7 +253,7 @@ def _channel_params(x, width):
 
 @triton.jit
 def _write_params(source, params, scratch, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the parameters of a page, in tiles of whole channels."""
+    """Write the parameters of a page, and its codes to scratch in place of its tokens, in tiles of whole channels."""
     DIM: tl.constexpr = CONSTANTS.head_dim
     D_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     TILES: tl.constexpr = (
@@ -266,6 +265,11 @@ def _write_params(source, params, scratch, CONSTANTS: tl.constexpr, TILE: tl.con
         width = load_widths(source.tail, channel, CONSTANTS)
         x = _load_page(source, scratch, channel, CONSTANTS)
         step, center = _channel_params(x, width)
+        size, middle = e5m3_value(step)[:, None], center.to(tl.float32)[:, None]
+        code = _nearest(bounded(x), size, middle, half_levels_of(width)[:, None])
+        token = tl.arange(0, CONSTANTS.page_size)[None, :]
+        where = scratch + token * DIM + channel[:, None]
+        tl.store(where, code, mask=(channel < DIM)[:, None] & (token >= 0))
         word = center.to(tl.uint16, bitcast=True).to(tl.int32)
         exists = channel < DIM
         tl.store(params + channel, step.to(tl.uint8), mask=exists)
@@ -292,8 +296,8 @@ def _tile_tokens(page, tile):
 
 
 @triton.jit
-def _pack(source, page, scratch, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the fields of a page, in tiles of words."""
+def _pack(codes, scratch, places, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the fields of a page whose codes are in scratch, in tiles of words."""
     PAGE: tl.constexpr = CONSTANTS.page_size
     TOKENS: tl.constexpr = _tile_tokens(PAGE, TILE)
     PARTS: tl.constexpr = PAGE // TOKENS
@@ -307,14 +311,11 @@ def _pack(source, page, scratch, places, CONSTANTS: tl.constexpr, TILE: tl.const
         number = 2 * (block * UNIT + bit // 2 * words + word) + bit % 2
         place = tl.load(places + number, mask=exists, other=0.0).to(tl.int32)
         channel, of_code = place // MAX_WIDTH, place % MAX_WIDTH
-        size = e5m3_value(tl.load(page.params + channel).to(tl.int32))
-        center = load_center(page.params, channel, channel >= 0, CONSTANTS)
-        half_levels = half_levels_of(load_widths(source.tail, channel, CONSTANTS))
         there = exists & (token >= 0)[:, None, None]
-        x = load_coded(source, scratch, token[:, None, None], channel, there, CONSTANTS)
-        code = _nearest(bounded(x), size, center, half_levels).to(tl.int32)
-        packed = tl.sum(tl.where(there, ((code >> of_code) & 1) << bit, 0), 1)
-        where = page.codes + block * (BLOCK_WORDS * PAGE) + token[:, None] * words
+        where = scratch + token[:, None, None] * CONSTANTS.head_dim + channel
+        code = tl.load(where, mask=there, other=0.0).to(tl.int32)
+        packed = tl.sum(((code >> of_code) & 1) << bit, 1)
+        where = codes + block * (BLOCK_WORDS * PAGE) + token[:, None] * words
         word_2d = tl.arange(0, BLOCK_WORDS)[None, :]
         tl.store(where + word_2d, packed.to(tl.uint16), mask=word_2d < words)
 
@@ -326,4 +327,4 @@ def quantize_page(source, page, scratch, CONSTANTS: tl.constexpr, TILE: tl.const
     _write_params(source, page.params, scratch, CONSTANTS, TILE)
     _write_places(source.tail, places, CONSTANTS)
     tl.debug_barrier()
-    _pack(source, page, scratch, places, CONSTANTS, TILE)
+    _pack(page.codes, scratch, places, CONSTANTS, TILE)

@@ -116,8 +116,8 @@ class WriteConstants(ReadConstants):
         in_coded_form: Whether a page goes to scratch first, for tokens are coded as something other than what they
             are, or read in more than one shape.
         scratch_size: Elements of scratch for a page: its coded form and, behind it, the entries of a codebook, or
-            of each mixed token its span, bits and rank; where channels differ in bits, the worth of each and the
-            place of each bit.
+            of each mixed token its span, bits and rank; where channels differ in bits, the codes, the worth of each
+            channel and the place of each bit.
         min_bits, code_rows, bounds, fit, soften: Of mixed pages: least bits of a token, rows of all bit planes,
             bounds on the weighted error, how codes are placed, how importance counts.
         pairs: Which channels the rotary embedding mixes, where they differ in bits.
@@ -220,9 +220,9 @@ def _read_values(layout: Layout) -> dict[str, object]:
 def _write_values(layout: Layout) -> dict[str, object]:
     mixed = layout.mixed if layout.scheme.name == "mixed" else None
     in_coded_form = mixed is not None or layout.has_tables or layout.transform != "none"
-    rows = layout.head_dim if in_coded_form else 0
-    rows += {"codebook": layout.code_channels, "mixed": 4}.get(layout.scheme.name, 0)
     channelwise = layout.scheme.name == "channelwise"
+    rows = layout.head_dim if in_coded_form or channelwise else 0
+    rows += {"codebook": layout.code_channels, "mixed": 4}.get(layout.scheme.name, 0)
     more = layout.head_dim + layout.bit_rows if channelwise else 0
     return {
         "clip": layout.clip,
