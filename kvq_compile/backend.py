@@ -91,12 +91,17 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     _tell(lowered.reports, lowered.states, config)
 
     see_caches(gm, example_inputs)
-    form = lowered.arranged
-    if form is not None:
-        compiled = _compiled(form.module, form.take(example_inputs), lowered, recorder, config)
-        return refusing_lost_writes(gm, form.around(compiled))
-    compiled = refusing_lost_writes(gm, _compiled(gm, example_inputs, lowered, recorder, config))
-    share_guards(gm, example_inputs)
+    module, inputs = gm, example_inputs
+    if lowered.rows is not None:
+        module, inputs = lowered.rows.module, lowered.rows.examples(inputs)
+    if lowered.arranged is not None:
+        module, inputs = lowered.arranged.module, lowered.arranged.take(inputs)
+    compiled = _compiled(module, inputs, lowered, recorder, config)
+    for form in (lowered.arranged, lowered.rows):
+        compiled = compiled if form is None else form.around(compiled)
+    compiled = refusing_lost_writes(gm, compiled)
+    if lowered.arranged is None:
+        share_guards(gm, example_inputs)
     return compiled
 
 

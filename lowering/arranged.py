@@ -81,6 +81,12 @@ class Arranged:
             if set(taken) <= set(arguments) and set(given) <= set(results)
         }
 
+    def caches_of(self, place: int) -> range:
+        """Return the places of the graph's arguments that one of the captured graph's is taken as."""
+        counts = [1 if how is None else how.pieces for how in self.inputs]
+        first = sum(counts[:place])
+        return range(first, first + counts[place])
+
     def around(self, compiled: Compiled) -> Compiled:
         """Return a callable like the captured graph from one like ``module``."""
 

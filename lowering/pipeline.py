@@ -14,6 +14,7 @@ from torch import fx
 
 from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.higher_order import register
+from kvq_compile.kernels.cache.some_rows import counts_rows
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering import find, logs
@@ -23,6 +24,7 @@ from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.reasons import NO_CACHE, NOT_UNDERSTOOD
+from kvq_compile.lowering.find.row_ranges import row_ranges
 from kvq_compile.lowering.find.settled import settle_sizes
 from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
@@ -43,6 +45,7 @@ from kvq_compile.lowering.rewrite.fuse_attention import fuse_attention
 from kvq_compile.lowering.rewrite.gather_rows import gather_rows
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
 from kvq_compile.lowering.rewrite.name_updates import name_updates
+from kvq_compile.lowering.rewrite.narrow_rows import narrow_rows
 from kvq_compile.lowering.rewrite.plan_conversions import plan_conversions
 from kvq_compile.lowering.rewrite.promote_caches import promote_caches
 from kvq_compile.lowering.rewrite.quantize_early import quantize_early
@@ -137,13 +140,48 @@ def lower(
     with torch.random.fork_rng(devices=[]):
         # What is evaluated on random numbers is the same in every process.
         torch.default_generator.manual_seed(0)
-        return _lower_in_either_way(gm, example_inputs, spec, by_order, record)
+        return _lower_rows_or_all(gm, example_inputs, spec, by_order, record)
+
+
+def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
+    """Lower a graph on the rows of its caches that it takes, where these are made for more; else on all of them."""
+    settle_sizes(gm.graph)
+    gm = drop_idle_casts(gm)
+    try:
+        known = row_ranges(gm.graph)
+    except Exception as error:
+        return _after_fault(gm, example_inputs, error)
+    told: list[Lowered] = []
+    while known:
+        form = narrow_rows(gm, known)
+        lowered = _lower_in_either_way(form.module, form.examples(example_inputs), *about)
+        place_of = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        reasons = {node: lowered.why_not_rows(place_of[node]) for node in known}
+        served = {
+            node for node in known if lowered.serves(place_of[node]) and reasons[node] is None
+        }
+        if served == known.keys():
+            alike = all(counts_rows(example_inputs[place_of[node]]) for node in known)
+            return replace(lowered, rows=form, changes_memory=lowered.changes_memory or not alike)
+        told.append(_left_alone(lowered, next(filter(None, reasons.values()), None)))
+        known = {node: rows for node, rows in known.items() if node in served}
+    lowered = _lower_in_either_way(gm, example_inputs, *about)
+    if not told or lowered.rewritten or lowered.conversions or lowered.thaw is not None:
+        return lowered
+    return replace(lowered, reports=told[0].reports, states=told[0].states)
+
+
+def _left_alone(lowered: Lowered, reason: str | None) -> Lowered:
+    """Return what is told of a graph where rows of caches cannot be taken for ``reason``, if there is one."""
+    if reason is None:
+        return lowered
+    reports = [replace(x, outcome="left alone", detail=reason) for x in lowered.reports]
+    states = tuple(replace(x, outcome="left alone", detail=reason) for x in lowered.states)
+    return replace(lowered, reports=reports, states=states)
 
 
 def _lower_in_either_way(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
     """Lower a graph as it is; with its caches arranged, where that does not serve all of it."""
-    settle_sizes(gm.graph)
-    gm = drop_idle_casts(gm)
     if any(isinstance(x, ArrangedKV) for x in example_inputs):
         return _lower_arranged(gm, example_inputs, *about)
     lowered = _lower_as_laid_out(gm, example_inputs, *about)

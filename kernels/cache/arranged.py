@@ -201,15 +201,18 @@ def _axis_of_caches(x: Any, dim: int) -> int | None:
 
 
 def _assign(cache: ArrangedKV, index: Any, x: Any) -> None:
-    """Write whole tokens: ``cache[..., slots, ...] = x``, at the axis of the tokens."""
+    """Write whole tokens: ``cache[..., slots, ...] = x``, at the axis of the tokens; of some rows, if that is asked."""
     index = index if isinstance(index, tuple) else (index,)
     places = [at for at, part in enumerate(index) if part is Ellipsis]
     at = places[0] if places else len(index)
     rest = index[at + 1 :]
     full = [slice(None)] * (cache.dim() - len(index[:at]) - len(rest))
     index, tokens = (*index[:at], *full, *rest), cache.arrangement.axis("S")
-    whole = (part == slice(None) for dim, part in enumerate(index) if dim != tokens)
     slots = index[tokens] if len(index) == cache.dim() else None
+    batch = cache.arrangement.axis("B")
+    rows = index[batch] if slots is not None and cache.arrangement.groups[batch] == "B" else None
+    apart = (tokens, batch) if isinstance(rows, slice) and rows.step in (None, 1) else (tokens,)
+    whole = (part == slice(None) for dim, part in enumerate(index) if dim not in apart)
     if not all(isinstance(part, bool) and part for part in whole) or slots is None:
         raise _lost("an assignment", cache)
     if isinstance(slots, Tensor) and slots.dim() == 0 and slots.dtype != torch.bool:
@@ -219,14 +222,22 @@ def _assign(cache: ArrangedKV, index: Any, x: Any) -> None:
     if isinstance(slots, int):
         slots %= cache.shape[tokens]
         slots = slice(slots, slots + 1)
-    _write(cache, x, lambda each, new: each.__setitem__((slice(None), slice(None), slots), new))
+    taken: slice = rows if isinstance(rows, slice) else slice(None)
+    shape = list(cache.shape)
+    shape[batch] = len(range(shape[batch])[taken])
+    _write(cache, x, lambda each, new: each.__setitem__((taken, slice(None), slots), new), shape)
 
 
-def _write(cache: ArrangedKV, x: Any, write: Callable[[QuantizedKV, Any], None]) -> None:
-    """Write ``x`` into each of the caches; nothing is written unless each can take it."""
+def _write(
+    cache: ArrangedKV,
+    x: Any,
+    write: Callable[[QuantizedKV, Any], None],
+    shape: list[int] | None = None,
+) -> None:
+    """Write ``x`` into each of the caches, or into that ``shape`` of it; nothing is written unless each can take it."""
     if not isinstance(x, Tensor):
         x = cache.caches[0].exact.new_full((1,) * cache.dim(), x)
-    shape = list(cache.shape)
+    shape = list(cache.shape) if shape is None else shape
     tokens = cache.arrangement.axis("S")
     shape[tokens] = x.shape[tokens] if x.dim() == cache.dim() else 1
     for each, new in zip(cache.caches, cache.arrangement.split(x.expand(shape)), strict=True):

@@ -30,10 +30,11 @@ def check_can_become_quantized(tensor: Tensor) -> None:
 
 
 def lend(owner: Tensor, views: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Note that views are all of a tensor, and may be converted in its place: `become_arranged` follows."""
+    """Note that views may be converted in the place of a tensor: `become_arranged` or `become_whole` follows."""
     reason = stays_plain(owner)
+    whole, others = _owner(owner)
     for view in views:
-        view._kvq_owner = (owner, len(views))  # type: ignore[attr-defined]
+        view._kvq_owner = (whole, others + len(views))  # type: ignore[attr-defined]
         if reason is not None:
             keep_plain(view, reason)
     return views
@@ -56,14 +57,19 @@ def become(tensor: Tensor, quantized: QuantizedKV) -> None:
         RuntimeError: See `check_can_become_quantized`. Nothing has changed then.
     """
     check_can_become_quantized(tensor)
-    _swap(tensor, quantized)
-    assert isinstance(tensor, QuantizedKV)
-    tensor._lineage.add(tensor)
+    become_whole(tensor, quantized)
 
 
 def become_arranged(tensor: Tensor, arranged: ArrangedKV) -> None:
     """Make ``tensor``, whose views have become caches, what stands for them in its layout."""
     _swap(tensor, arranged)
+
+
+def become_whole(tensor: Tensor, quantized: QuantizedKV) -> None:
+    """Make ``tensor``, some of whose rows have become a cache, the cache of all of them."""
+    _swap(tensor, quantized)
+    assert isinstance(tensor, QuantizedKV)
+    tensor._lineage.add(tensor)
 
 
 def _swap(tensor: Tensor, other: Tensor) -> None:

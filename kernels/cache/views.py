@@ -57,6 +57,8 @@ class Lineage:
         counter: A tensor in which the model counts them, how often it had been written, and its value then, as far as
             the host knows: see `lowering.slots.Counter`.
         shared: Whether other processes may write the memory, so that the host knows neither.
+        lent: Some rows of it as caches of their own, with the parts that these are views of; and ``before``, how many
+            tokens each row held when rows were lent last (`some_rows`).
     """
 
     _numbers = itertools.count()
@@ -68,6 +70,8 @@ class Lineage:
         self.lock = threading.RLock()
         self.counter: tuple[Tensor, int, int] | None = None
         self.shared = False
+        self.lent: dict[range, tuple[Sequence[Tensor], QuantizedKV]] = {}
+        self.before: tuple[int, ...] = ()
         self.moved()
         self._views: list[weakref.ref[QuantizedKV]] = []
 
