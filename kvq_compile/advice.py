@@ -23,7 +23,8 @@ _ADVICE: dict[str, str] = {
     "branch": "Compile the branches as functions of their own.",
     "rotation|rotated|angle|RoPE": "Take a method that codes keys as attention sees them, or pre_rope=False.",
     "mask": "Pass a boolean or an additive mask, [B, 1 or H, T, S], over all cache positions.",
-    "some rows|every sequence|every row": "Allocate the cache for the batch at hand.",
+    "some rows|every sequence|every row": "Take the same rows wherever a call uses the cache, as cache[:batch], or "
+    "allocate it for the batch at hand.",
     "windows of different|rings of different": "Give keys and values the same window.",
     "too large to be evaluated": "Compile with a short prompt first; the graph serves longer ones.",
     "reaches attention through": "Let attention read the cache as it is; change tokens before they are written.",

@@ -24,7 +24,7 @@ from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.reasons import NO_CACHE, NOT_UNDERSTOOD
-from kvq_compile.lowering.find.row_ranges import row_ranges
+from kvq_compile.lowering.find.row_ranges import OTHER_AXIS, row_ranges, why_not_lent
 from kvq_compile.lowering.find.settled import settle_sizes
 from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
@@ -151,17 +151,17 @@ def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about
         known = row_ranges(gm.graph)
     except Exception as error:
         return _after_fault(gm, example_inputs, error)
+    place_of = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     told: list[Lowered] = []
     while known:
         form = narrow_rows(gm, known)
         lowered = _lower_in_either_way(form.module, form.examples(example_inputs), *about)
-        place_of = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        reasons = {node: lowered.why_not_rows(place_of[node]) for node in known}
+        reasons = {node: _why_not_rows(lowered, place_of[node]) for node in known}
         served = {
             node for node in known if lowered.serves(place_of[node]) and reasons[node] is None
         }
         if served == known.keys():
-            alike = all(counts_rows(example_inputs[place_of[node]]) for node in known)
+            alike = all(counts_rows(example_inputs[place]) for place in form.rows)
             return replace(lowered, rows=form, changes_memory=lowered.changes_memory or not alike)
         told.append(_left_alone(lowered, next(filter(None, reasons.values()), None)))
         known = {node: rows for node, rows in known.items() if node in served}
@@ -169,6 +169,15 @@ def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about
     if not told or lowered.rewritten or lowered.conversions or lowered.thaw is not None:
         return lowered
     return replace(lowered, reports=told[0].reports, states=told[0].states)
+
+
+def _why_not_rows(lowered: Lowered, place: int) -> str | None:
+    """Return why an argument that stands for some rows of a cache cannot be quantized as that."""
+    how = None if lowered.arranged is None else lowered.arranged.inputs[place]
+    if how is not None and how.groups[0] != "B":
+        return OTHER_AXIS
+    about = ((x.quantization.layout, x.kind) for x in lowered.converted(place))
+    return next(filter(None, (why_not_lent(*of) for of in about)), None)
 
 
 def _left_alone(lowered: Lowered, reason: str | None) -> Lowered:
@@ -251,7 +260,7 @@ def _lower_arranged(
 
 def _after_fault(gm: fx.GraphModule, example_inputs: Sequence[Any], error: Exception) -> Lowered:
     """Return a captured graph, run on ordinary tensors: a fault of ours costs memory, and no answer."""
-    reason = str(unexpected(error))
+    reason = str(error if isinstance(error, Refusal) else unexpected(error))
     reports = [SiteReport(0, "", "", "left alone", reason)]
     packed = [isinstance(x, (QuantizedKV, ArrangedKV)) for x in example_inputs]
     if not any(packed):

@@ -22,7 +22,7 @@ from kvq_compile.kernels.cache.become import (
     thaw,
     thaw_arranged,
 )
-from kvq_compile.kernels.cache.rows import count_by_row_, why_not_by_row
+from kvq_compile.kernels.cache.rows import count_by_row_
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.cache.together import extended, have_room
 from kvq_compile.kernels.cache.views import alone
@@ -34,9 +34,6 @@ from kvq_compile.lowering.sizes import Size
 from kvq_compile.lowering.slots import Look, SlotCheck
 from kvq_compile.lowering.some_rows import SomeRows
 
-SOME_ROWS_READ = "a call takes some rows of the cache"
-OTHER_AXIS = f"{SOME_ROWS_READ}, along an axis that numbers more than these"
-LAST_KEPT = f"{SOME_ROWS_READ}, and its last tokens are kept, as many of each row"
 NOT_EMPTY = "the buffer holds something behind its tokens, which its attention may read"
 
 Compiled = Callable[..., Any]
@@ -162,25 +159,17 @@ class Lowered:
 
     def serves(self, place: int) -> bool:
         """Return whether an argument is packed, is so after the call, or becomes an ordinary tensor for it."""
-        taken = (place,) if self.arranged is None else self.arranged.caches_of(place)
-        kept = {c.argument for c in self.conversions if c.output is None}
+        kept = {conversion.argument for conversion in self.converted(place)}
+        taken = self._taken_as(place)
         return self.thaw is not None or all(at in self.unwrapped or at in kept for at in taken)
 
-    def why_not_rows(self, place: int) -> str | None:
-        """Return why an argument that is served cannot be some rows of a cache; ``None`` if it can."""
-        taken = (place,) if self.arranged is None else self.arranged.caches_of(place)
-        how = None if self.arranged is None else self.arranged.inputs[place]
-        if how is not None and how.groups[0] != "B":
-            return OTHER_AXIS
-        for conversion in self.conversions:
-            if conversion.argument not in taken:
-                continue
-            if conversion.kind != "static":
-                return LAST_KEPT
-            reason = why_not_by_row(conversion.quantization.layout)
-            if reason is not None:
-                return f"{SOME_ROWS_READ}, and {reason}; take another method"
-        return None
+    def converted(self, place: int) -> list[Conversion]:
+        """Return how an argument becomes quantized in place after the call, cache by cache."""
+        taken = self._taken_as(place)
+        return [x for x in self.conversions if x.output is None and x.argument in taken]
+
+    def _taken_as(self, place: int) -> Sequence[int]:
+        return (place,) if self.arranged is None else self.arranged.caches_of(place)
 
     def around(self, inner: Compiled, tell: Tell, run: Run | None = None) -> Compiled:
         """Return a callable like the captured graph from one like ``module``.

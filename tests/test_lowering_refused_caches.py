@@ -61,13 +61,14 @@ def test_keys_and_values_in_one_tensor_are_read_dense() -> None:
     )
 
 
-def test_a_buffer_with_rows_that_a_call_does_not_write_is_left_alone_for_that_reason() -> None:
+def test_a_buffer_of_which_other_rows_are_read_than_written_is_left_alone_for_that_reason() -> None:
     """Regression: the attention was said to keep nothing, and the cache to be written within tokens."""
 
     def step(query, key, value, keys, values, position, mask):
+        others = keys[1:].sum() + values[1:].sum()
         keys = keys[:1].index_copy_(2, position, key[:1])
         values = values[:1].index_copy_(2, position, value[:1])
-        return sdpa(query[:1], keys, values, attn_mask=mask)
+        return sdpa(query[:1], keys, values, attn_mask=mask) + others
 
     reason = "only some rows of the cache are written or read"
     with watching() as graphs:

@@ -21,8 +21,8 @@ A_PART_IS_KEPT = (
 SHORT_WINDOW = "its sliding window is no longer than the exact region"  # told, and no warning
 OVERWRITTEN = "the cache is overwritten as a whole, and not with the last of its tokens and new ones behind them"
 SOME_ROWS = (
-    "only some rows of the cache are written or read, and a compiled call does that with all; allocate it for the "
-    "batch at hand, or write a row outside compiled calls, as cache[row, :, :T] = tokens"
+    "only some rows of the cache are written or read, which must be the same wherever a call takes them, as those of "
+    "cache[:batch]; write other rows outside compiled calls, as cache[row, :, :T] = tokens"
 )
 OFFLOADED = (
     "keys and values are moved to another device once they are attended to (an offloaded cache), and a quantized cache "

@@ -10,18 +10,24 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.rows import why_not_by_row
-from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
+from kvq_compile.kernels.layout import Layout
 from kvq_compile.lowering.find.trial import writers_of
 from kvq_compile.lowering.nodes import (
     argument,
     getitem_index,
+    is_full,
     root_of,
     same,
     shape_of,
     target_name,
     value_of,
 )
+from kvq_compile.lowering.sites import Refusal
 
+SOME_ROWS_TAKEN = "a call takes some rows of the cache"
+LAST_KEPT = f"{SOME_ROWS_TAKEN}, and its last tokens are kept, as many of each row"
+OTHER_AXIS = f"{SOME_ROWS_TAKEN}, along an axis that numbers more than these"
 _AXES = 3  # the fewest that a tensor of tokens has
 Writers = Mapping[Any, list[fx.Node]]
 
@@ -45,7 +51,11 @@ class Rows(NamedTuple):
 
 
 def row_ranges(graph: fx.Graph) -> dict[fx.Node, range]:
-    """Return the arguments of which a graph takes the same rows wherever it reads or writes them, with these rows."""
+    """Return the arguments of which a graph takes the same rows wherever it reads or writes them, with these rows.
+
+    Raises:
+        Refusal: One of them is a quantized cache that cannot count its rows.
+    """
     written = writers_of(graph)
     found: dict[fx.Node, range] = {}
     for node in graph.find_nodes(op="placeholder"):
@@ -55,7 +65,10 @@ def row_ranges(graph: fx.Graph) -> dict[fx.Node, range]:
         rows = [part for part in taken if part is not None]
         if len(rows) == len(taken) and rows and _are_one(rows) and not rows[0].are_all:
             _settle(value_of(node))
-            among = rows[0].among(int(value_of(node).shape[0]))
+            size = int(value_of(node).shape[0])
+            among = rows[0].among(size)
+            if len(among) < size:
+                _check_can_be_lent(value_of(node))
             found |= {node: among} if len(among) > 0 else {}
     return found
 
@@ -113,9 +126,9 @@ def _may_be_lent(node: fx.Node, written: Writers) -> bool:
     """Return whether an argument is a static cache that can count its rows, or a tensor that may become one."""
     value = value_of(node)
     if isinstance(value, ArrangedKV):
-        return value.arrangement.groups[0] == "B" and all(map(_can_be_lent, value.caches))
+        return value.arrangement.groups[0] == "B" and value.caches[0].kind != "grown"
     if isinstance(value, QuantizedKV):
-        return _can_be_lent(value)
+        return value.kind != "grown"
     is_tensor = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= _AXES
     if not is_tensor or value.requires_grad:
         return False
@@ -132,13 +145,29 @@ def _is_returned(node: fx.Node) -> bool:
     )
 
 
-def _can_be_lent(cache: QuantizedKV) -> bool:
-    return cache.kind == "static" and why_not_by_row(cache.page_layout) is None
+def _check_can_be_lent(value: Any) -> None:
+    for cache in value.caches if isinstance(value, ArrangedKV) else (value,):
+        if isinstance(cache, QuantizedKV):
+            reason = why_not_lent(cache.page_layout, cache.kind)
+            if reason is not None:
+                raise Refusal(reason)
+
+
+def why_not_lent(layout: Layout, kind: Kind) -> str | None:
+    """Return why some rows of a cache cannot be taken as a cache of their own; ``None`` if they can."""
+    if kind != "static":
+        return LAST_KEPT
+    reason = why_not_by_row(layout)
+    return None if reason is None else f"{SOME_ROWS_TAKEN}, and {reason}; take another method"
 
 
 def _writes_part(write: fx.Node, node: fx.Node) -> bool:
-    """Return whether a write gives a tensor fewer elements along some axis behind the first: tokens of the rows."""
+    """Return whether a write takes a part of a tensor along some axis behind the first: tokens of the rows."""
     whole = shape_of(node) or ()
+    if target_name(write) == "setitem" and isinstance(write.args[1], tuple):
+        apart = [part for part in write.args[1][1:] if not isinstance(part, int)]
+        if not all(map(is_full, apart)):
+            return True
     sources = (shape_of(x) or () for x in write.all_input_nodes if x is not write.args[0])
     return any(
         len(shape) == len(whole)

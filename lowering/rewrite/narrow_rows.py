@@ -33,13 +33,15 @@ def narrow_rows(gm: fx.GraphModule, known: Mapping[fx.Node, range]) -> SomeRows:
     copies = dict(zip(gm.graph.nodes, graph.nodes, strict=True))
     places = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
     results: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    taken = {copies[node]: rows for node, rows in known.items()}
-    returned = {at: places[x] for at, x in enumerate(results) if x in taken}
-    graph.output_node().args = (tuple(x for x in results if x not in taken),)
+    for node in known:
+        for user in list(copies[node].users):
+            _take_all(user, copies[node])
+    some = {node: rows for node, rows in known.items() if len(rows) < value_of(node).shape[0]}
+    taken = {copies[node]: rows for node, rows in some.items()}
     for node, rows in taken.items():
         node.meta["example_value"] = like_rows(value_of(node), rows)
-        for user in list(node.users):
-            _take_all(user, node)
+    returned = {at: places[x] for at, x in enumerate(results) if x in taken}
+    graph.output_node().args = (tuple(x for x in results if x not in taken),)
     graph.lint()
     module.recompile()
     return SomeRows(module, {places[node]: rows for node, rows in taken.items()}, returned)
@@ -47,6 +49,8 @@ def narrow_rows(gm: fx.GraphModule, known: Mapping[fx.Node, range]) -> SomeRows:
 
 def _take_all(user: fx.Node, node: fx.Node) -> None:
     """Let what takes some rows of a tensor take all."""
+    if user.op == "output":
+        return
     if target_name(user) == "setitem":
         index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
         rest = index if index[0] is Ellipsis else (FULL, *index[1:])
