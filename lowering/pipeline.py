@@ -24,7 +24,7 @@ from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
 from kvq_compile.lowering.find.reasons import NO_CACHE, NOT_UNDERSTOOD
-from kvq_compile.lowering.find.row_ranges import OTHER_AXIS, row_ranges, why_not_lent
+from kvq_compile.lowering.find.row_ranges import OTHER_AXIS, UPDATED_ROWS, row_ranges, why_not_lent
 from kvq_compile.lowering.find.settled import settle_sizes
 from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone, source_line
 from kvq_compile.lowering.find.slots import plan_slot_checks
@@ -176,6 +176,8 @@ def _why_not_rows(lowered: Lowered, place: int) -> str | None:
     how = None if lowered.arranged is None else lowered.arranged.inputs[place]
     if how is not None and how.groups[0] != "B":
         return OTHER_AXIS
+    if lowered.updates(place):
+        return UPDATED_ROWS
     about = ((x.quantization.layout, x.kind) for x in lowered.converted(place))
     return next(filter(None, (why_not_lent(*of) for of in about)), None)
 

@@ -168,6 +168,10 @@ class Lowered:
         taken = self._taken_as(place)
         return [x for x in self.conversions if x.output is None and x.argument in taken]
 
+    def updates(self, place: int) -> bool:
+        """Return whether the call leaves an argument as it was, and returns an updated cache made of it."""
+        return not self.updated.keys().isdisjoint(self._taken_as(place))
+
     def _taken_as(self, place: int) -> Sequence[int]:
         return (place,) if self.arranged is None else self.arranged.caches_of(place)
 

@@ -48,7 +48,10 @@ ENDINGS = ("none", "none", "none", "again", "again, emptied", "another batch")
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is drawn of a decoder: names of the functions that make it, and sizes."""
+    """What is drawn of a decoder: names of the functions that make it, and sizes.
+
+    ``spare``: sequences that its tensors have room for besides those of a call.
+    """
 
     layout: str
     write: str
@@ -68,6 +71,7 @@ class Drawn:
     chunk: int
     sliced: bool
     ending: str
+    spare: int = 0
 
     @property
     def grows(self) -> bool:
@@ -135,30 +139,39 @@ class Decoder(nn.Module):
         """Return what is kept once tokens are written, and the keys and values of the layer, as they are laid out."""
         layout, container = self.layout, self.container
         new = [KEEP[layout.axes(number)](x) for number, x in enumerate(new)]
+        lead = {"layers": 2, "stack": 1, "apart": 1}.get(layout.joined, 0)
         if layout.joined == "layers":
-            whole = container.read(kept, 0, self)
+            whole = self.taken(container.read(kept, 0, self), 0, new[0], lead)
             pair = (None, None) if whole is None else (whole[layer, 0], whole[layer, 1])
             return kept, [
                 self.write(*of, position, first) for of in zip(pair, (0, 1), new, strict=True)
             ]
         if layout.joined:
-            held = container.read(kept, layer, self)
+            held = self.taken(container.read(kept, layer, self), 0, new[0], lead)
             if layout.joined == "apart" and self.drawn.write in IN_PLACE:
                 for number, x in enumerate(new):
                     self.write(held[number], number, x, position, first)
             else:
-                lead = 0 if layout.joined == "last" else 1
                 held = self.write(held, 0, layout.join(new), position, first, lead)
-                kept = container.store(kept, layer, held, self)
+                if not self.drawn.spare:
+                    kept = container.store(kept, layer, held, self)
             return kept, layout.part(held)
         pair = []
         for number, x in enumerate(new):
-            held = container.read(kept, 2 * layer + number, self)
+            held = self.taken(container.read(kept, 2 * layer + number, self), number, x)
             held = self.write(held, number, x, position, first)
             if self.drawn.write not in IN_PLACE:
                 kept = container.store(kept, 2 * layer + number, held, self)
             pair.append(held)
         return kept, pair
+
+    def taken(self, held: Any, number: int, new: Tensor, lead: int = 0) -> Any:
+        """Return those rows of a tensor that a call has tokens for."""
+        if not self.drawn.spare:
+            return held
+        axes = self.layout.axes(number)
+        batch = axes.index("F" if "F" in axes else "B")
+        return held.narrow(batch + lead, 0, new.shape[batch])
 
     def write(
         self, held: Any, number: int, new: Tensor, position: Tensor, first: int, lead: int = 0
@@ -192,7 +205,7 @@ class Decoder(nn.Module):
         is_module = "uffer" in drawn.container
         if drawn.grows and not is_module:
             return None
-        sizes = {"B": batch, "H": H, "S": 0 if drawn.grows else SLOTS, "D": D}
+        sizes = {"B": batch + drawn.spare, "H": H, "S": 0 if drawn.grows else SLOTS, "D": D}
         shape = shape_of_kept(layout, number % 2 * (layout.tensors == 2), sizes, drawn.layers)
         return torch.zeros(shape, dtype=drawn.kept_dtype)
 
@@ -258,9 +271,10 @@ def drawn_by(choose: Callable[[Sequence[Any]], Any]) -> Drawn:
 
     layout, attention = of(LAYOUTS), of(ATTENTIONS)
     mask = of(BY_SDPA if "sdpa" in attention else MASKS)
+    write = of(of((GROWING, IN_PLACE, IN_PLACE, FUNCTIONAL)))
     return Drawn(
         layout=layout,
-        write=of(of((GROWING, IN_PLACE, IN_PLACE, FUNCTIONAL))),
+        write=write,
         container=of(CONTAINERS),
         attention=attention,
         sharing=of(SHARING),
@@ -277,6 +291,7 @@ def drawn_by(choose: Callable[[Sequence[Any]], Any]) -> Drawn:
         chunk=of((99, 99, 99, 16)),
         sliced=mask == "none" or of((False, True)),
         ending=of(ENDINGS),
+        spare=of((0, 0, 0, 2)) if write in IN_PLACE else 0,
     )
 
 
@@ -302,7 +317,9 @@ PLAIN = Drawn(
 )
 
 
-AXES = tuple(field.name for field in fields(Drawn) if field.name not in ("layers", "batch"))
+AXES = tuple(
+    field.name for field in fields(Drawn) if field.name not in ("layers", "batch", "spare")
+)
 
 
 def ordinary_but_for(number: int, parts: int = 4) -> Drawn:

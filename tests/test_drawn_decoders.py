@@ -272,6 +272,8 @@ IN_A_DICT = replace(
 @example(drawn=PARTLY)
 @example(drawn=RESIZED)
 @example(drawn=IN_A_DICT)
+@example(drawn=replace(PLAIN, layout="[B, S, H, 2*D]", write="copy_into_slice", spare=2))
+@example(drawn=replace(PLAIN, layout="[S, B, H, D]", write="assign", spare=2))
 def test_a_drawn_decoder_is_right_and_what_is_not_served_is_told(drawn: Drawn) -> None:
     """Regression: a write into a view of a packed `ArrangedKV` was lost (the first example)."""
     outcomes, _, kinds = check(drawn)

@@ -375,8 +375,38 @@ def test_other_rows_in_one_graph_stay_in_16_bit(written: Callable[..., Tensor]) 
         torch.testing.assert_close(cache, getattr(pair.plain, name), atol=1e-5, rtol=0)
 
 
-def test_methods_that_cannot_count_rows_stay_in_16_bit_by_name() -> None:
-    pair = Pair(LitGPT, method="qaq")
-    pair.generate(2, (60, 1))
+class Updated(nn.Module):
+    """A call that returns updated copies of its caches, of as many rows as it has."""
+
+    def forward(self, new: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        held = (x[: new.shape[0]].index_copy(2, at, new) for x in (keys, values))
+        keys, values = held
+        mask = torch.arange(S) <= at[:, None]
+        return F.scaled_dot_product_attention(new, keys, values, mask), keys, values
+
+
+def test_an_updated_copy_of_some_rows_leaves_the_cache_as_it_was() -> None:
+    """Negative twin: what is returned must not be the memory of the rows that were taken."""
+    pair = Pair(LitGPT)
+    pair.generate(4, (40, 1))
+    before = [cache.dequantize() for cache in pair.caches]
+    call, at, new = Updated(), torch.arange(41, 44), torch.randn(2, H, 3, D)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", KVQWarning)
+        found = torch.compile(call, backend="kvq", options=OPTIONS)(new, *pair.caches, at)
+        expected = call(new, *before, at)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x + 0, y, atol=0.03, rtol=0)
+    for cache, x in zip(pair.caches, before, strict=True):
+        assert torch.equal(cache + 0, x)
+
+
+@pytest.mark.parametrize("kind", [Llama, LitGPT])
+def test_methods_that_cannot_count_rows_stay_in_16_bit_by_name(kind: type[nn.Module]) -> None:
+    """So does a cache that calls with all rows have quantized."""
+    pair = Pair(kind, method="qaq")
+    pair.call(4, 60, 0)
+    assert pair.told == []
+    pair.call(2, 1, 60, atol=0.3)  # of codes of few bits
     assert "bits depend on the attention that tokens get" in "".join(pair.told)
     assert all(type(x) is Tensor for x in pair.caches)

@@ -7,6 +7,7 @@ lent such rows of a cache writes tokens into them as into any; `settle_rows` let
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -92,25 +93,27 @@ def _lent(owner: QuantizedKV, rows: range) -> QuantizedKV:
     """
     if isinstance(owner.cursor, FakeTensor):
         return _rows_of(owner, rows)
-    lineage = count_by_row_(owner)._lineage
+    lineage = owner._lineage
     known = lineage.lent.get(rows)
-    parts = owner.parts
-    if known is None or not _are_same(known[0], parts) or type(known[1]) is not QuantizedKV:
+    if known is None or not _are_same(known[0], owner.parts) or type(known[1]) is not QuantizedKV:
+        parts = count_by_row_(owner).parts
         known = lineage.lent[rows] = parts, _rows_of(owner, rows)
     lent = known[1]
+    mine = lent._lineage
     if lineage.shared:
-        lent._lineage.share()
+        mine.share()
         return lent
-    counted = owner.held_by_row() if lineage.counted is None else lineage.counted
-    assert not isinstance(counted, int)
-    lineage.before, lineage.counted, lineage.counter = tuple(counted), None, None
-    mine = lineage.before[rows.start : rows.stop]
-    lent._lineage.counted = mine[0] if len(set(mine)) == 1 else mine
+    before = lineage.counted
+    if not isinstance(before, tuple):
+        before = tuple(owner.held_by_row())
+    lineage.before, lineage.counted, lineage.counter = before, None, None
+    held = before[rows.start : rows.stop]
+    mine.counted = held[0] if held.count(held[0]) == len(held) else held
     return lent
 
 
 def _are_same(parts: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(part is other for part, other in zip(parts, others, strict=True))
+    return len(parts) == len(others) and all(map(is_, parts, others))
 
 
 def _caches_of(x: QuantizedKV | ArrangedKV) -> Sequence[QuantizedKV]:

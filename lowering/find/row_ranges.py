@@ -28,6 +28,7 @@ from kvq_compile.lowering.sites import Refusal
 SOME_ROWS_TAKEN = "a call takes some rows of the cache"
 LAST_KEPT = f"{SOME_ROWS_TAKEN}, and its last tokens are kept, as many of each row"
 OTHER_AXIS = f"{SOME_ROWS_TAKEN}, along an axis that numbers more than these"
+UPDATED_ROWS = f"{SOME_ROWS_TAKEN}, and updates them in a copy"
 _AXES = 3  # the fewest that a tensor of tokens has
 Writers = Mapping[Any, list[fx.Node]]
 
