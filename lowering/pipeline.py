@@ -23,7 +23,7 @@ from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
 from kvq_compile.lowering.find.gradients import refuse_gradients
-from kvq_compile.lowering.find.reasons import NO_CACHE, NOT_UNDERSTOOD
+from kvq_compile.lowering.find.reasons import CHANGES_DTYPE, NO_CACHE, NOT_UNDERSTOOD
 from kvq_compile.lowering.find.row_ranges import OTHER_AXIS, UPDATED_ROWS, row_ranges, why_not_lent
 from kvq_compile.lowering.find.settled import settle_sizes
 from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone, source_line
@@ -37,7 +37,7 @@ from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
 from kvq_compile.lowering.rewrite.attend_to_new_tokens import attend_to_new_tokens
 from kvq_compile.lowering.rewrite.cast_operands import cast_operands
 from kvq_compile.lowering.rewrite.dequantize_reads import dequantize_reads
-from kvq_compile.lowering.rewrite.drop_idle_casts import drop_idle_casts
+from kvq_compile.lowering.rewrite.drop_idle_casts import cast_caches, drop_idle_casts
 from kvq_compile.lowering.rewrite.drop_orphans import drop_orphans
 from kvq_compile.lowering.rewrite.extend_refused import extend_refused
 from kvq_compile.lowering.rewrite.fix_lengths import fix_lengths
@@ -63,6 +63,7 @@ from kvq_compile.lowering.rewrite.unwrap_caches import unwrap_caches
 from kvq_compile.lowering.rewrite.weigh_tokens import weigh_fresh_tokens
 from kvq_compile.lowering.runtime import Lowered
 from kvq_compile.lowering.sites import (
+    DENSE,
     AttentionSite,
     Contradiction,
     Life,
@@ -147,6 +148,10 @@ def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about
     """Lower a graph on the rows of its caches that it takes, where these are made for more; else on all of them."""
     settle_sizes(gm.graph)
     gm = drop_idle_casts(gm)
+    if cast := cast_caches(gm.graph):
+        reason = f"{CHANGES_DTYPE}: {', '.join(cast)}"
+        reports = [SiteReport(0, "", "", DENSE, reason)]
+        return Lowered.as_captured(gm, reports, example_inputs)
     try:
         known = row_ranges(gm.graph)
     except Exception as error:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from kvq_compile.history import watching
 from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.reasons import CHANGES_DTYPE
+from kvq_compile.lowering.sites import DENSE
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"method": "int8", "sinks": 2, "window": 8, "page_size": 32}
@@ -43,13 +45,21 @@ class Attention(nn.Module):
         return (weights @ values).transpose(1, 2).reshape(2, -1, 32)
 
 
-def outputs(model: nn.Module, forward: nn.Module) -> Tensor:
+def outputs(model: Attention, forward: nn.Module, then: torch.dtype | None = None) -> Tensor:
+    """Return the outputs of four calls in fp32; before the third the model is cast to ``then``."""
     drawn, start, found = torch.Generator().manual_seed(0), 0, []
     with torch.no_grad():
-        for tokens in (60, 1, 1, 9):
-            found.append(forward(torch.randn(2, tokens, 32, generator=drawn), start))
+        for number, tokens in enumerate((60, 1, 1, 9)):
+            if number == 2 and then is not None:
+                model.project.to(then)
+            x = torch.randn(2, tokens, 32, generator=drawn).to(model.project.weight.dtype)
+            found.append(forward(x, start).float())
             start += tokens
     return torch.cat(found, 1)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
@@ -64,26 +74,109 @@ def test_a_cache_that_is_cast_to_what_it_is_becomes_quantized(
     with watching() as graphs:
         found = outputs(model, compiled)
     expected = outputs(plain, plain)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+    assert_close(found, expected)
     kind = ArrangedKV if tokens_first else QuantizedKV
     assert isinstance(model.keys, kind)
     assert isinstance(model.values, kind)
     assert {site.outcome for graph in graphs for site in graph.sites} == {"rewritten"}
 
 
-def test_a_cast_that_makes_another_tensor_is_none_of_these() -> None:
-    """Negative twin: the first call makes new buffers of fp16 ones and leaves these as they are; what it returns is
-    taken for caches that grow, which is told where they are written.
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_a_buffer_that_is_cast_to_another_dtype_is_quantized_in_that(
+    tokens_first: bool, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Regression: what the first call makes of the buffer was taken for a cache that grows, which nothing writes in
+    place, so that it left quantization with the second call. The buffer itself stays as it is.
     """
     torch.manual_seed(0)
-    model = Attention(False, torch.float16)
+    model = Attention(tokens_first, dtypes[0])
+    model.project.to(dtypes[1])
     before, plain = model.keys, copy.deepcopy(model)
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS | {"inner": "eager"})
+    with watching() as graphs:
+        found = outputs(model, compiled)
+    assert_close(found, outputs(plain, plain))
+    assert type(before) is Tensor
+    assert not before.any()
+    assert isinstance(model.keys, ArrangedKV if tokens_first else QuantizedKV)
+    assert model.keys.dtype == dtypes[1]
+    assert {site.outcome for graph in graphs for site in graph.sites} == {"rewritten"}
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_a_quantized_cache_follows_its_model_to_another_dtype(tokens_first: bool) -> None:
+    torch.manual_seed(0)
+    model = Attention(tokens_first, torch.float32)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS | {"inner": "eager"})
+    with warnings.catch_warnings(record=True) as caught, watching() as graphs:
+        warnings.simplefilter("always")
+        found = outputs(model, compiled, then=torch.bfloat16)
+    assert_close(found, outputs(plain, plain, then=torch.bfloat16))
+    assert isinstance(model.keys, ArrangedKV if tokens_first else QuantizedKV)
+    assert model.keys.dtype == model.values.dtype == torch.bfloat16
+    assert [site.outcome for graph in graphs for site in graph.sites] == [
+        "rewritten",
+        "rewritten",
+        DENSE,
+        "rewritten",
+    ]
+    (told,) = (str(each.message) for each in caught if "another dtype" in str(each.message))
+    assert CHANGES_DTYPE in told
+
+
+class OtherRows(Attention):
+    """What is made of the buffer holds other elements: a cast and a factor."""
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        if self.keys.dtype != x.dtype:
+            self.keys = self.keys * 2
+        return super().forward(x, start)
+
+
+def test_what_is_more_than_a_cast_is_no_update() -> None:
+    """Negative twin: the tokens that the buffer held leave the call as others."""
+    torch.manual_seed(0)
+    model = OtherRows(False, torch.float16)
+    model.keys[:, :, 100] = 1.0
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS | {"inner": "eager"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = compiled_call(compiled)
+    assert_close(found, compiled_call(plain))
+    assert type(model.keys) is Tensor
+    torch.testing.assert_close(model.keys[:, :, 60:], plain.keys[:, :, 60:])
+    assert any("not understood" in str(told.message) for told in caught)
+
+
+def compiled_call(forward: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = forward(torch.ones(2, 60, 32), 0)
+    return out
+
+
+class Showing(Attention):
+    """A cast of what the cache was leaves the call beside the cache."""
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        out = super().forward(x, start)
+        self.shown = self.keys[:, :, :8].to(torch.float16), self.keys.to(torch.float16)
+        return out
+
+
+def test_a_cast_of_a_cache_that_is_only_shown_leaves_attention_as_it_is() -> None:
+    """Negative twin: the cache keeps its dtype, and so its calls are compiled."""
+    torch.manual_seed(0)
+    model = Showing(False, torch.float32)
+    plain = copy.deepcopy(model)
     compiled = torch.compile(model, backend="kvq", options=OPTIONS | {"inner": "eager"})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = outputs(model, compiled)
-    expected = outputs(plain, plain)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
-    assert type(before) is Tensor
-    assert not before.any()
-    assert any("a cache that grows is written in place" in str(told.message) for told in caught)
+    assert_close(found, outputs(plain, plain))
+    assert model.keys.dtype == torch.float32
+    assert not any("another dtype" in str(told.message) for told in caught)

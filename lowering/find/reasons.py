@@ -24,6 +24,7 @@ SOME_ROWS = (
     "only some rows of the cache are written or read, which must be the same wherever a call takes them, as those of "
     "cache[:batch]; write other rows outside compiled calls, as cache[row, :, :T] = tokens"
 )
+CHANGES_DTYPE = "the quantized cache is cast to another dtype in this call, which runs uncompiled; later ones do not"
 OFFLOADED = (
     "keys and values are moved to another device once they are attended to (an offloaded cache), and a quantized cache "
     "stays where it is attended to; take a cache that is not offloaded"

@@ -87,9 +87,10 @@ def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     pasts = {node for node in _fixed_sized(result.graph) if _is_past(node, result)}
     if not pasts:  # as in most graphs: the search below costs far more
         return
-    near = [node for node in made_of(result, ENDS) if node is not result and is_like(node, like)]
-    for past in filter(pasts.__contains__, near):
-        shorter = [node for node in near if 0 < hint_of(node) < hint_of(result)]
+    made = [node for node in made_of(result, ENDS) if node is not result]
+    near = [node for node in made if is_like(node, like)]
+    shorter = [node for node in near if 0 < hint_of(node) < hint_of(result)]
+    for past in filter(pasts.__contains__, made):  # which may be cast to another dtype
         yield from ((past, new) for new in shorter[:TRIES])
 
 
@@ -103,7 +104,8 @@ def _fixed_sized(graph: fx.Graph) -> list[fx.Node]:
 def _is_past(node: fx.Node, result: fx.Node) -> bool:
     """Return whether one of `_fixed_sized` may be the cache that ``result`` is an update of."""
     both_made = target_name(node) in ALLOCATIONS and target_name(result) in ALLOCATIONS
-    if node is result or both_made:
+    is_cast = value_of(node).dtype != value_of(result).dtype
+    if node is result or both_made or (is_cast and node.op != "placeholder"):
         return False
     mine, theirs = shape_of(node), shape_of(result)
     if mine is None or theirs is None or len(mine) != 4 or hint_of(node) != hint_of(result):
@@ -243,7 +245,8 @@ class UpdateTrial(Trial):
             places = self._places(first, new.shape[2], past.shape[2])
             given[self._position] = places.to(like.dtype).reshape(shape)
         result = self.run(sizes, given)
-        if result.dtype != past.dtype or result.shape != past.shape:
+        past = past.to(result.dtype)
+        if result.dtype != value_of(self.result).dtype or result.shape != past.shape:
             return None
         if self._position is None:
             first = int((result != past).any(3).any(1).any(0).int().argmax())
