@@ -8,6 +8,7 @@ import torch
 
 from kvq_compile import KVQWarning, QuantizedKV, quantize_cache_
 from kvq_compile.history import watching
+from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.lowering.sites import DENSE
 
 EXACT = {"method": "int8", "sinks": 1, "window": 256, "page_size": 32, "inner": "eager"}
@@ -41,7 +42,7 @@ def assert_read_dense(step, arguments, reason: str) -> list:
     assert all(site.outcome == DENSE for site in sites)
     assert any(reason in site.detail for site in sites)
     results = outputs if isinstance(outputs, tuple) else ()
-    assert any(isinstance(x, QuantizedKV) for x in (*results, *given))
+    assert any(isinstance(x, (QuantizedKV, ArrangedKV)) for x in (*results, *given))
     return given
 
 
@@ -60,7 +61,7 @@ def _compared(step, arguments, warning):
 def dense(x):
     if isinstance(x, (tuple, list)):
         return [dense(item) for item in x]
-    return x.dequantize() if isinstance(x, QuantizedKV) else x
+    return x.dequantize() if isinstance(x, (QuantizedKV, ArrangedKV)) else x
 
 
 def grown(

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvq_compile import make_spec
 from kvq_compile.history import watching
+from kvq_compile.lowering.find.reasons import NO_CACHE
 from kvq_compile.lowering.pipeline import lower
 from refused_steps import assert_left_alone, assert_read_dense, compile_, grown, join, tokens
 
@@ -145,3 +146,69 @@ def test_double_precision_is_left_alone() -> None:
         return sdpa(query, keys, values), keys, values
 
     assert_left_alone(step, grown(dtype=torch.float64), "dtype torch.float64 is not supported")
+
+
+def head_by_head(attend):
+    """Return a step that attends with one head after the other, ``[B, T, D]`` each."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        heads = [attend(query[:, h], keys[:, h], values[:, h]) for h in range(keys.shape[1])]
+        return torch.stack(heads, 1), keys, values
+
+    return step
+
+
+def over_queries(query, keys, values):
+    return torch.softmax(query @ keys.mT, 1) @ values
+
+
+def of_used_weights(query, keys, values):
+    weights = torch.softmax(query @ keys.mT, -1)
+    return weights @ values + weights.sum(-1, keepdim=True)
+
+
+def of_other_weights(query, keys, values):
+    weights = torch.softmax(query @ keys.mT, -1)
+    return (weights * weights) @ values
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (over_queries, "softmax runs over dimension 1, not over the last"),
+        (of_used_weights, "the attention weights are used outside attention"),
+        (of_other_weights, "the weights pass through mul before the product"),
+    ],
+)
+def test_what_is_refused_of_heads_one_by_one_is_told_by_its_reason(attend, reason) -> None:
+    """Regression: all were told to be written over four axes, which is no condition."""
+    assert_read_dense(head_by_head(attend), grown(), reason)
+
+
+def test_heads_one_by_one_are_served() -> None:
+    """Negative twin."""
+
+    def attend(query, keys, values):
+        return torch.softmax(query @ keys.mT, -1) @ values
+
+    with watching() as graphs:
+        compile_(head_by_head(attend))(*grown()())
+    assert {site.outcome for graph in graphs for site in graph.sites} == {"rewritten"}
+
+
+def test_a_softmax_over_experts_is_no_attention_over_a_cache() -> None:
+    """Regression: it was told that it should have four axes, with a warning."""
+    experts = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        out = sdpa(query, keys, values)
+        rows = query.reshape(-1, 16)
+        return out + (torch.softmax(rows @ experts.mT, -1) @ experts).view_as(out), keys, values
+
+    with watching() as graphs:
+        compile_(step)(*grown()())
+    attention, router = (site for graph in graphs for site in graph.sites)
+    assert attention.outcome == "rewritten"
+    assert (router.outcome, router.detail, router.expected) == ("left alone", NO_CACHE, True)

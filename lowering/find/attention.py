@@ -87,6 +87,15 @@ def as_spelled(softmax: fx.Node) -> Attention | None:
         return None
 
 
+def is_unreadable(softmax: fx.Node) -> bool:
+    """Return whether a softmax stands before a product, over other axes than ``[B, H, T, S]``."""
+    try:
+        output, *_ = _follow_to_product(softmax)
+    except Refusal:
+        return False  # told as it is
+    return output is not None and len(shape_of(softmax) or ()) != 4
+
+
 def _read_sdpa(node: fx.Node) -> Attention:
     query, key, value = (
         argument(node, i, name) for i, name in enumerate(("query", "key", "value"))

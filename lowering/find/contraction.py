@@ -36,6 +36,7 @@ from kvq_compile.lowering.find.chain import JOINS, Chain
 from kvq_compile.lowering.find.dependence import PRODUCTS, dependent
 from kvq_compile.lowering.find.evaluation import Evaluation, Order, Orders, Steps, hint_of
 from kvq_compile.lowering.find.hiding import HIDING, hides, hiding, is_constant, is_number
+from kvq_compile.lowering.find.reasons import NO_CACHE, is_kept
 from kvq_compile.lowering.find.trial import (
     CANNOT_BE_RUN,
     MIXING,
@@ -71,6 +72,7 @@ _PARTS = {
     "queries": "product", "keys": "product", "scores": "softmax", "weights": "product", "values": "product",
 }  # fmt: skip
 _REACH = 24  # steps followed from a softmax to a cache, more than any spelling takes
+NOT_BORNE_OUT = "what is computed around its softmax is not softmax(scale * query . key + mask) . value, by evaluation"
 Find = Callable[[fx.Node], State]
 
 
@@ -156,6 +158,24 @@ def find_contraction(softmax: fx.Node, find: Find) -> Contraction | None:
     return None
 
 
+def why_none(softmax: fx.Node, find: Find) -> str:
+    """Return why a softmax between two products is none that `find_contraction` returns."""
+    shape, dim = shape_of(softmax) or (), argument(softmax, 1, "dim")
+    if dim not in (-1, len(shape) - 1):
+        return f"softmax runs over dimension {dim}, not over the last"
+    product, output = product_before(softmax), product_behind(softmax)
+    if product is None or output is None:
+        return "what enters the softmax is no product of queries and keys"
+    behind = set(dependent(softmax, output))
+    values = [n for n in _above(output.all_input_nodes, MIXING) if n not in behind]
+    for nodes in (_above(product.all_input_nodes, MIXING), values):
+        reasons: list[str] = []
+        if _first_cache(nodes, find, reasons) is None:
+            told = [reason for reason in reasons if reason != NO_CACHE]
+            return (told or [NO_CACHE])[-1]  # the farthest is what the others are made of
+    return NOT_BORNE_OUT
+
+
 def product_before(softmax: fx.Node) -> fx.Node | None:
     """Return the product nearest to a softmax of those that its scores are made of."""
     scores = argument(softmax, 0, "input")
@@ -176,11 +196,21 @@ def product_behind(softmax: fx.Node) -> fx.Node | None:
     front = [softmax]
     for _ in range(_REACH):
         users = [user for node in front for user in node.users]
-        product = next((user for user in users if plain_name(user) in PRODUCTS), None)
+        product = next((user for user in users if _is_product(user)), None)
         if product is not None:
             return product
         front = users
     return None
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Return whether a node is a product; a sum is one only of factors."""
+    if plain_name(node) != "sum":
+        return plain_name(node) in PRODUCTS
+    factors: Any = node.args[0]
+    while plain_name(factors) in CASTS:
+        factors = factors.args[0]
+    return plain_name(factors) in SCALINGS
 
 
 def _above(nodes: Sequence[fx.Node], ends: Collection[str]) -> Iterator[fx.Node]:
@@ -200,16 +230,17 @@ def _above(nodes: Sequence[fx.Node], ends: Collection[str]) -> Iterator[fx.Node]
 
 
 def _first_cache(
-    nodes: Iterator[fx.Node] | list[fx.Node], find: Find
+    nodes: Iterator[fx.Node] | list[fx.Node], find: Find, reasons: list[str] | None = None
 ) -> tuple[fx.Node, State] | None:
-    """Return the nearest node that is a cache."""
+    """Return the nearest node that is a cache; ``reasons`` takes why others, which are kept, are none."""
     for node in nodes:
         if len(shape_of(node) or ()) != 4:
             continue
         try:
             return node, find(node)
-        except Refusal:
-            continue
+        except Refusal as reason:
+            if reasons is not None and is_kept(node, set(node.graph.output_node().all_input_nodes)):
+                reasons.append(str(reason))
     return None
 
 

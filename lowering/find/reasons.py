@@ -112,7 +112,8 @@ def _overwritten(node: fx.Node) -> bool:
     return any(target_name(user) == "copy_" and user.args[0] is node for user in node.users)
 
 
-def _is_cache(node: fx.Node, outputs: set[fx.Node]) -> bool:
+def is_kept(node: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Return whether a node is a tensor that lives on after the call: returned, quantized, or written in place."""
     if node.op == "placeholder":
         return (
             isinstance(value_of(node), QuantizedKV) or bool(writes_of(node)) or _overwritten(node)
@@ -126,7 +127,7 @@ def _read_of_cache(base: fx.Node, outputs: set[fx.Node]) -> fx.Node | None:
     front = [base]
     for _ in range(_REACH):
         for node in front:
-            if any(_is_cache(given, outputs) for given in _neighbours(node.all_input_nodes)):
+            if any(is_kept(given, outputs) for given in _neighbours(node.all_input_nodes)):
                 return node
         front = [
             node

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.find.attention import as_spelled
+from kvq_compile.lowering.find.attention import as_spelled, is_unreadable
 from kvq_compile.lowering.find.chain import is_single
 from kvq_compile.lowering.find.contraction import (
     Contraction,
@@ -18,6 +18,7 @@ from kvq_compile.lowering.find.contraction import (
     find_contraction,
     product_before,
     product_behind,
+    why_none,
 )
 from kvq_compile.lowering.find.dependence import dependent
 from kvq_compile.lowering.find.evaluation import Order
@@ -81,6 +82,8 @@ def read_contractions(graph: Graph) -> PassReport:
             graph.used.add(contraction.scores)
             graph.contractions[softmax] = attention
             changes.append(f"{softmax} is the softmax of an attention, by evaluation")
+        elif contraction is None and is_unreadable(softmax):
+            graph.contractions[softmax] = Refusal(why_none(softmax, find))
     graph.used |= set(graph.fx.nodes) - before  # what no pass needs is erased again
     return PassReport(tuple(changes))
 
