@@ -397,6 +397,8 @@ def _rewritten(site: AttentionSite) -> SiteReport:
         bits += ", keys before RoPE"
     if site.expansion is not None:
         bits += ", values are latents, of which keys are made as well"
+    if key.is_read_elsewhere or site.value.is_read_elsewhere:
+        bits += ", which something else reads dense"
     detail = f"{how} ({bits})"
     return SiteReport(
         site.layer, output.name, source_line(output), "rewritten", detail, where=site.where

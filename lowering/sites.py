@@ -102,7 +102,8 @@ class State:
         repeats: Query heads for one KV head, as repeated in the graph.
         slots: How many leading cache positions attention reads; ``None`` for all.
         last: How many of the last tokens of a dynamic cache or a ring attention reads; ``None`` for all.
-        readers: What reads a buffer before it is written again: all of it must lead to attentions alone.
+        readers: What reads a buffer before it is written again.
+        is_read_elsewhere: Whether some of these lead to something else than attentions.
     """
 
     life: Life
@@ -117,6 +118,7 @@ class State:
     kept: fx.Node | None = None
     last: Any = None
     readers: tuple[fx.Node, ...] = ()
+    is_read_elsewhere: bool = False
 
     @property
     def returned(self) -> fx.Node:

@@ -46,6 +46,13 @@ def assert_read_dense(step, arguments, reason: str) -> list:
     return given
 
 
+def assert_rewritten(step, arguments) -> list:
+    """The same for a step that is not refused."""
+    given, _, sites = _compared(step, arguments, nullcontext())
+    assert all(site.outcome == "rewritten" for site in sites)
+    return given
+
+
 def _compared(step, arguments, warning):
     given = arguments()
     with torch.no_grad(), watching() as graphs:

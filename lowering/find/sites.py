@@ -32,8 +32,9 @@ from kvq_compile.lowering.find.reasons import BY_OPTION, SHORT_WINDOW, is_expect
 from kvq_compile.lowering.find.states import READ_ELSEWHERE, find_state, is_dead
 from kvq_compile.lowering.find.trial import data_of
 from kvq_compile.lowering.find.trims import window_of
+from kvq_compile.lowering.find.writes import writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import same, shape_of, value_of
+from kvq_compile.lowering.nodes import root_of, same, shape_of, value_of, writes_in_place
 from kvq_compile.lowering.sites import (
     RINGS,
     Attention,
@@ -87,7 +88,7 @@ def find_sites(graph: Graph) -> PassReport:
             graph.reports.append(left_alone(place.layer, place.where, node, str(reason)))
         else:
             (graph.readers if is_reader else graph.sites).append(site)
-    refuse_partly_read(graph)
+    find_other_readers(graph)
     return PassReport(tuple(f"{site.attention.output} is a site" for site in graph.sites))
 
 
@@ -288,19 +289,42 @@ def _may_share(site: AttentionSite, owner: AttentionSite) -> bool:
     return alike and site.shares(owner) and site.key.kept is owner.key.kept
 
 
-def refuse_partly_read(graph: Graph) -> None:
-    """Leave alone the attentions over a buffer that something else reads as well: it would miss the call's tokens,
-    which are written behind the attentions.
+def find_other_readers(graph: Graph) -> None:
+    """Note which buffers something else than attentions reads as well: it takes an ordinary tensor of the tokens.
+
+    Leaves alone the attentions over latents, and over a buffer that is returned updated: what else reads that would
+    miss the call's tokens, which are written behind the attentions.
     """
     sites = [*graph.sites, *graph.readers]
     for site in sites:
         mine = [site, *(other for other in sites if other is not site and other.shares(site))]
         ends = {each.attention.output for each in mine}
-        for pair in ("key", "value"):
-            way = {node for each in mine for node in _way(each, getattr(each, pair))}
-            if _leads_elsewhere(getattr(site, pair).readers, way, ends):
-                _refuse(graph, site, READ_ELSEWHERE)
-                break
+        states: dict[Role, State] = {"key": site.key, "value": site.value}
+        for role, state in states.items():
+            way = {node for each in mine for node in _way(each, getattr(each, role))}
+            if _leads_elsewhere(state.readers, way, ends):
+                states[role] = replace(state, is_read_elsewhere=True)
+        if states["key"] is site.key and states["value"] is site.value:
+            continue
+        if site.expansion is None and all(
+            _may_be_read_elsewhere(graph, state) for state in states.values()
+        ):
+            changed = replace(site, key=states["key"], value=states["value"])
+            graph.sites = [changed if each is site else each for each in graph.sites]
+            graph.readers = [changed if each is site else each for each in graph.readers]
+        else:
+            _refuse(graph, site, READ_ELSEWHERE)
+
+
+def _may_be_read_elsewhere(graph: Graph, state: State) -> bool:
+    """Return whether what else reads a cache may have a copy of it: nothing but tokens is written there."""
+    slotted = (Life.ALLOCATED, Life.BUFFER_PLAIN, Life.BUFFER)
+    if state.life not in slotted or state.is_update:
+        return False
+    tokens = writes_of(state.past) if state.past is not None else []
+    others = (node for node in graph.fx.nodes if writes_in_place(node) and node not in tokens)
+    written = (node.kwargs.get("out") or next(iter(node.args), None) for node in others)
+    return not any(root_of(x) is state.past for x in written)
 
 
 def _way(site: AttentionSite, state: State) -> set[fx.Node]:

@@ -271,6 +271,8 @@ def _hides(
 ) -> fx.GraphModule | bool | None:
     """Return what hides the cache positions behind the tokens of a call; ``masks`` are the parts that are known."""
     attention = site.attention
+    if state.is_read_elsewhere:
+        return None
     if attention.mask is None and state.life in RINGS:
         return False  # it reads all of the buffer
     if attention.mask is None:

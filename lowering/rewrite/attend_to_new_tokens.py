@@ -60,7 +60,8 @@ def _attend(graph: Graph, site: AttentionSite) -> None:
             assert state.past is not None
             seen = seen_by(site, state, weights)
             graph.made[state.past] = _filled(graph, state, made, seen, exact)
-            erase_write(graph, state)
+            if not state.is_read_elsewhere:  # else the allocation stays, for this call
+                erase_write(graph, state)
     graph.replace(attention.output, exact)
 
 

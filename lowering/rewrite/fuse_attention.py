@@ -40,6 +40,8 @@ def fuse_attention(graph: Graph) -> PassReport:
              kvq.append_both_(*past_keys, *past_values, key, value, after=output)
     Because: decoding is bound by memory bandwidth: it reads every byte of the cache once a step.
 
+    What else reads a buffer reads ``kvq.dequantize(*past_keys)``, into which the write goes.
+
     Leaves alone: attention whose keys and values are all of this call (`Life.FRESH`, `Life.GROWN_PLAIN`,
     `Life.BUFFER_PLAIN`): nothing is quantized yet, and it runs as captured.
     """
@@ -71,8 +73,10 @@ def _fuse(graph: Graph, site: AttentionSite) -> fx.Node:
         last = replace(last, key=key, value=value)
         weights = weigh_tokens(nodes, last, keys, mask, *of_ring)
         _append(graph, last, (keys, values), fused, weights, of_ring[0] if of_ring else None)
-        for state in (key, value):
-            if state.write is not None:
+        for state, cache in ((key, keys), (value, values)):
+            if state.is_read_elsewhere:
+                read_elsewhere(graph, state, cache)
+            elif state.write is not None:
                 erase_write(graph, state)
     _replace(graph, last, fused)
     return fused
@@ -181,6 +185,17 @@ def erase_write(graph: Graph, state: State) -> None:
         graph.fx.erase_node(state.write)
     else:
         erase_unread(graph.fx, steps)
+
+
+def read_elsewhere(graph: Graph, state: State, cache: CacheNodes) -> None:
+    """Let what else reads a buffer read an ordinary tensor of its tokens, those of the call written into it."""
+    write, past = state.write, state.past
+    assert write is not None and past is not None
+    with graph.fx.inserting_before(write):
+        dense = cache.dequantize(graph.fx, past)
+    for node in (write, *state.readers):
+        if node in past.users:  # no attention that is replaced already
+            node.replace_input_with(past, dense)
 
 
 def _mask(graph: fx.Graph, site: AttentionSite, keys: CacheNodes) -> Any:

@@ -48,7 +48,8 @@ def plan_conversions(graph: Graph) -> PassReport:
         else:
             end = value_of(state.position) + (shape_of(state.new) or ())[2]
             slots, held = None, graph.sizes.size(end)
-        about = argument, slots, held, quantization, query, output, state in dense
+        is_read_whole = state.is_read_elsewhere or state in dense
+        about = argument, slots, held, quantization, query, output, is_read_whole
         graph.conversions.append(Conversion(*about))
         changes.append(f"{state.base} is quantized after the call")
     return PassReport(tuple(changes))
