@@ -1,5 +1,7 @@
 """Caches that are kept in another way are left alone; quantized ones stay right and quantized all the same."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -308,3 +310,33 @@ def test_keys_and_values_of_different_length_are_an_error() -> None:
     told = "equally many tokens|must match|Expected|different numbers of tokens"  # Dynamo decides
     with pytest.raises((ValueError, RuntimeError), match=told):
         compiled(query, key, value, keys, grown(45, quantized=True)()[4])
+
+
+@pytest.mark.parametrize(
+    ("heads", "reason"),
+    [
+        (4, "the cache reaches attention through repeat; repeat heads next to one another"),
+        (2, "keys have 2 KV heads and values 1"),
+    ],
+)
+def test_values_whose_heads_are_paired_with_others_are_told_as_such(heads, reason) -> None:
+    """Regression: behind ``chunk``, whose result is a tuple, a cache was taken for something computed anew; and keys of
+    two heads were read beside values of one, which the kernel refused when it ran.
+    """
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        halves = torch.chunk(values, 2, dim=1)
+        outputs = [sdpa(query, keys, half.repeat(1, 2, 1, 1)) for half in halves]
+        return torch.cat(outputs, -1), keys, values
+
+    given = [tokens(count, heads, seed) for seed, count in enumerate((1, 1, 1, 40, 40))]
+    plain, compiled = [*given], compile_(step)
+    for _ in range(2):
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            output, *given[3:] = compiled(*given)
+            expected, *plain[3:] = step(*plain)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        assert any(reason in str(told.message) for told in caught)
+    assert all(type(cache) is not torch.Tensor for cache in given[3:])

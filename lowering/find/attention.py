@@ -50,6 +50,7 @@ BENDS = (*TANH, *CLAMPS, "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")
 CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
 SINKS = "what is joined to the scores is not understood as logits whose weights are left out again"
 SCALE_IN_GRAPH = "the scale of the scores is computed in the graph"
+WHO_USES = "(output_attentions? a graph break behind attention that they outlive?)"
 DROPS = "attention drops weights at random; call model.eval() first"
 _STEPS = ("dropout", "getitem")
 _HIDING = ("masked_fill", "masked_fill_", "where")
@@ -154,7 +155,7 @@ def _read_softmax(node: fx.Node) -> Attention | None:
     if _is_used_outside(between, end) or own & between:
         raise Refusal("the scores are used outside attention")
     if len(node.users) > 1 or _is_used_outside(_between(node, weights), weights):
-        raise Refusal("the attention weights are used outside attention (output_attentions?)")
+        raise Refusal(f"the attention weights are used outside attention {WHO_USES}")
     score = replace(score, has_sinks=sinks is not None)
     return Attention(output, query, key, value, mask, score, False, False, hides, sinks)
 

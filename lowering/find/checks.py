@@ -92,6 +92,9 @@ def check_pair(key: State, value: State) -> None:
     tokens = [(shape_of(state.new) or ())[2] for state in (key, value)]
     if bool(tokens[0] != tokens[1]):  # Dynamo may know them by symbols of their own
         raise Refusal("keys and values are different numbers of tokens")
+    heads = [(shape_of(state.base) or (0, 0))[1] for state in (key, value)]
+    if not same(*heads):
+        raise Refusal(f"keys have {heads[0]} KV heads and values {heads[1]}")
     if key.base is value.base or (key.past is not None and key.past is value.past):
         raise Refusal("keys and values are one tensor")
     windows = [None if state.kept is None else window_of(state.kept) for state in (key, value)]

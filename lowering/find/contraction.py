@@ -29,6 +29,7 @@ from kvq_compile.lowering.find.attention import (
     DROPS,
     SCALE_IN_GRAPH,
     SCALINGS,
+    WHO_USES,
     drops,
     not_hidden,
 )
@@ -331,7 +332,7 @@ class _Candidate:
         for name, nodes in (("scores", scores), ("attention weights", weights)):
             readers = {user for node in nodes for user in node.users if node in data_of(user)}
             if readers - scores - weights - {output}:
-                hint = " (output_attentions?)" if nodes is weights else ""
+                hint = f" {WHO_USES}" if nodes is weights else ""
                 raise Refusal(f"the {name} are used outside attention{hint}")
         for (name, end), (between, known) in zip(_PARTS.items(), self._parts, strict=True):
             for node in between:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
@@ -127,15 +127,22 @@ def _read_of_cache(base: fx.Node, outputs: set[fx.Node]) -> fx.Node | None:
     front = [base]
     for _ in range(_REACH):
         for node in front:
-            if any(is_kept(given, outputs) for given in _neighbours(node.all_input_nodes)):
+            if any(is_kept(given, outputs) for given in _neighbours(_inputs(node))):
                 return node
         front = [
-            node
-            for node in _neighbours(n for f in front for n in f.all_input_nodes)
-            if node not in seen
+            node for node in _neighbours(n for f in front for n in _inputs(f)) if node not in seen
         ]
         seen.update(front)
     return None
+
+
+def _inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes that a node takes; of one of several tensors (chunk, unbind), what they are parts of."""
+    for given in node.all_input_nodes:
+        if isinstance(value_of(given), (tuple, list)):
+            yield from given.all_input_nodes
+        else:
+            yield given
 
 
 def _takes_rows(read: fx.Node) -> bool:
