@@ -52,6 +52,7 @@ from kvq_compile.lowering.rewrite.quantize_early import quantize_early
 from kvq_compile.lowering.rewrite.quantize_outputs import quantize_outputs
 from kvq_compile.lowering.rewrite.read_contractions import read_contractions
 from kvq_compile.lowering.rewrite.scale_queries import scale_queries
+from kvq_compile.lowering.rewrite.spell_attributes import spell_attributes
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.spell_heads import spell_heads
 from kvq_compile.lowering.rewrite.spell_reads import spell_reads
@@ -147,7 +148,7 @@ def lower(
 def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
     """Lower a graph on the rows of its caches that it takes, where these are made for more; else on all of them."""
     settle_sizes(gm.graph)
-    gm = drop_idle_casts(gm)
+    gm = spell_attributes(drop_idle_casts(gm))
     if cast := cast_caches(gm.graph):
         reason = f"{CHANGES_DTYPE}: {', '.join(cast)}"
         reports = [SiteReport(0, "", "", DENSE, reason)]

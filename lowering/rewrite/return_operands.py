@@ -17,6 +17,7 @@ from kvq_compile.lowering.nodes import changed_roots, insert_call, value_of
 from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
 from kvq_compile.lowering.rewrite.hold_slots import hold_slots
 from kvq_compile.lowering.rewrite.name_updates import name_updates
+from kvq_compile.lowering.rewrite.spell_attributes import spell_attributes
 from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.spell_reads import spell_reads
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
@@ -90,6 +91,7 @@ def watch_attentions(gm: fx.GraphModule, spec: CacheSpec, gradients: bool) -> Wa
     Raises:
         ValueError: The graph reads a quantized cache.
     """
+    gm = spell_attributes(gm)
     watched = _watched(gm, spec, gradients)
     known = propose(gm.graph) if len(watched.sites) < len(watched.reports) else {}
     if not known:
