@@ -25,7 +25,13 @@ from kvq_compile.kernels import channelwise_scheme
 from kvq_compile.kernels.triton.arguments import tail_of
 from kvq_compile.kernels.triton.channelwise_mean import mean_scores, turn_mean
 from kvq_compile.kernels.triton.formats import e5m3_half, e5m3_value
-from kvq_compile.kernels.triton.primitives import cut_bit, fields_2, join_8, place_of
+from kvq_compile.kernels.triton.primitives import (
+    cut_bit,
+    fields_2,
+    flat_tile,
+    join_8,
+    place_of,
+)
 
 MAX_WIDTH = tl.constexpr(channelwise_scheme.MAX_WIDTH)
 BLOCK_WORDS = tl.constexpr(channelwise_scheme.BLOCK_WORDS)
@@ -279,7 +285,7 @@ def _read_unit(w, PART: tl.constexpr, KEY: tl.constexpr, LAUNCH: tl.constexpr):
     else:
         fields = (w.to(tl.int32)[:, None, :] >> (2 * tl.arange(0, FIELDS))[None, :, None]) & PART
     fields = tl.reshape(fields, (PAGE, FIELDS // 2, 2, BLOCK_WORDS // 2, 2))
-    return tl.reshape(tl.permute(fields, (0, 1, 3, 2, 4)), (PAGE, UNIT)).to(LAUNCH.dtype)
+    return flat_tile(tl.permute(fields, (0, 1, 3, 2, 4)), PAGE, UNIT).to(LAUNCH.dtype)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from kvq_compile.kernels.triton.primitives import (
     HIDDEN,
     WEIGHT_BIAS,
     bend_scores,
+    flat_tile,
     hide_scores,
     join_8,
     softmax_update,
@@ -219,7 +220,7 @@ def _unpack_planes(planes, KEYS: tl.constexpr, CONSTANTS: tl.constexpr, LAUNCH: 
     if KEYS and COLUMNS > 16:  # as `tile_channels` says
         codes = tl.reshape(codes, (PAGE, 8, 2, COLUMNS // 32, 2))
         codes = tl.permute(codes, (0, 1, 3, 2, 4))
-    return tl.reshape(codes, (PAGE, COLUMNS)).to(LAUNCH.dtype)
+    return flat_tile(codes, PAGE, COLUMNS).to(LAUNCH.dtype)
 
 
 # --- metadata of tokens ---------------------------------------------------------------------------

@@ -84,6 +84,20 @@ def row_index(column, LENGTH: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.const
 
 
 @triton.jit
+def flat_tile(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return codes of several axes as a tile ``[rows, columns]``.
+
+    Fields of fp16 are reshaped as integers. Triton 3.8 reads an operand that is nothing but a reshaped tensor from
+    shared memory in that tensor's own layout, and for Blackwell has none where the last axis is of two columns.
+    """
+    if codes.dtype == tl.float16:
+        whole = tl.reshape(codes.to(tl.int16, bitcast=True), (ROWS, COLUMNS))
+        return whole.to(tl.float16, bitcast=True)
+    else:
+        return tl.reshape(codes, (ROWS, COLUMNS))
+
+
+@triton.jit
 def pair_fields(rows):
     """Return rows ``[16 n, columns]``, one for each column of a tile, in the order of paired tiles."""
     ROWS: tl.constexpr = rows.shape[0]
@@ -144,7 +158,7 @@ def unpack_rows(
         codes = _shift_out(words, 0, FIELDS, BITS)
     if PAIRED:
         codes = tl.permute(tl.reshape(codes, (ROWS, FIELDS // 2, 2, 4, 2)), (0, 1, 3, 2, 4))
-    return tl.reshape(codes, (ROWS, COLUMNS)).to(DTYPE)
+    return flat_tile(codes, ROWS, COLUMNS).to(DTYPE)
 
 
 @triton.jit
