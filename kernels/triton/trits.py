@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from kvq_compile.kernels.triton.packing import DIGITS, PLANE, trit, trit_place
+from kvq_compile.kernels.triton.primitives import flat_tile
 from kvq_compile.kernels.words import TRITS
 
 MIDDLE = (3**TRITS - 1) // 2
@@ -212,7 +213,7 @@ def _join_groups(groups, PAIRED: tl.constexpr):
         tile = tl.permute(tile, (0, 3, 1, 4, 2))
     else:
         tile = tl.permute(tl.reshape(groups[0], (ROWS, 4, 2, COUNT)), (0, 3, 1, 2))
-    return tl.reshape(tile, (ROWS, 8 * COUNT))
+    return flat_tile(tile, ROWS, 8 * COUNT)
 
 
 @triton.jit
