@@ -189,8 +189,8 @@ def test_a_write_that_cannot_be_quantized_is_an_error(
         lambda x: x.narrow(2, 0, 4).zero_(),
         lambda x: x[:, :, :4].zero_(),
         lambda x: x[0].mul_(2),
-        lambda x: x[0:1].zero_(),
-        lambda x: x[1:].copy_(torch.zeros(1)),
+        lambda x: x[0:2:2].zero_(),
+        lambda x: x[0:1].transpose(1, 2).zero_(),
         lambda x: x.transpose(1, 2)[:, 3].fill_(1),
         lambda x: x.unbind(0)[0].add_(1),
         lambda x: torch.add(torch.ones(H, x.shape[2], D), 1, out=x[1]),
@@ -209,6 +209,16 @@ def test_a_write_into_a_view_is_an_error(
     with pytest.raises(NotImplementedError, match=r"clone\(\)"):
         write(cache)
     assert_same_bytes(cache, before)
+
+
+@pytest.mark.parametrize("write", [lambda x: x[0:1].zero_(), lambda x: x[1:].copy_(torch.zeros(1))])
+def test_a_slice_of_the_batch_of_a_dynamic_cache_is_not_written(
+    write: Callable[[Any], Any],
+) -> None:
+    cache = grown(90)
+    with pytest.raises(NotImplementedError, match=r"clone\(\)"):
+        write(cache)
+    assert_same_bytes(cache, grown(90))
 
 
 def test_what_is_computed_from_a_view_can_be_written_to() -> None:

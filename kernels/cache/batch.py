@@ -1,7 +1,7 @@
 """Operations along the batch of a `QuantizedKV`, outside graphs: the result stays packed.
 
-A slice of a batch is a view of an ordinary tensor, but a copy of a packed cache. A write into such a copy would be
-lost and is refused (`slice_copy`).
+A slice of a batch is a view of an ordinary tensor. Of a static cache that can count each row it shares the memory
+(`slices`); of others it is a copy, in which a write would be lost and is refused (`slice_copy`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from kvq_compile.kernels.cache.rows import why_not_by_row
+from kvq_compile.kernels.cache.slices import slice_rows
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 
 aten = torch.ops.aten
@@ -25,6 +28,16 @@ def slice_copy(x: QuantizedKV, rows: Callable[[Tensor], Tensor]) -> QuantizedKV:
     return copy
 
 
+def sliced(x: QuantizedKV, first: Any, last: Any) -> QuantizedKV:
+    """Return the rows from ``first`` up to ``last``."""
+    is_traced = isinstance(x.cursor, FakeTensor)
+    is_copy = x._is_slice_copy and x._part_of is None
+    counts_rows = x.kind == "static" and why_not_by_row(x.page_layout) is None
+    if counts_rows and not is_traced and not is_copy:
+        return slice_rows(x, range(x.shape[0])[first:last])
+    return slice_copy(x, lambda part: part[first:last].clone())
+
+
 def _split(x: QuantizedKV, size: int | Sequence[int], dim: int = 0) -> Any:
     """Split along the batch into pieces of ``size``, or of the sizes that it lists."""
     if dim % 4 != 0 or size == 0:
@@ -34,11 +47,7 @@ def _split(x: QuantizedKV, size: int | Sequence[int], dim: int = 0) -> Any:
     if not isinstance(size, int) and sum(lengths) != B:
         return NotImplemented  # torch raises the error
     ends = list(accumulate(lengths))
-    return [slice_copy(x, _rows(end - n, end)) for n, end in zip(lengths, ends, strict=True)]
-
-
-def _rows(first: int, last: int) -> Callable[[Tensor], Tensor]:
-    return lambda part: part[first:last].clone()
+    return [sliced(x, end - n, end) for n, end in zip(lengths, ends, strict=True)]
 
 
 def _expand(x: QuantizedKV, size: Sequence[int], *, implicit: bool = False) -> Any:

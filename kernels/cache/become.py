@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kvq_compile.kernels.cache.arranged import ArrangedKV
+from kvq_compile.kernels.cache.read_only import ReadOnlyTokens
+from kvq_compile.kernels.cache.slices import drop_parts
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 
 
@@ -95,13 +97,16 @@ def _shares_storage(tensor: Tensor, views: int) -> bool:
 def thaw(cache: QuantizedKV, reason: str) -> None:
     """Convert a quantized cache back to an ordinary tensor, in place; slots without a token are zero.
 
-    Every reference to the object sees it. It stays in 16 bit from then on: `stays_plain` has the reason.
+    Every reference to the object sees it. It stays in 16 bit from then on: `stays_plain` has the reason. A slice of
+    another cache's batch can be read, and no more written, for that cache would not see it.
     """
     with torch.inference_mode(False), torch.no_grad():
         dense: Tensor = cache.dequantize().clone()
+    drop_parts(cache._lineage, is_gone=True)
     torch._C._swap_tensor_impl(cache, dense)
     tensor: Tensor = cache
-    tensor.__class__, dense.__class__ = Tensor, QuantizedKV
+    thawed = ReadOnlyTokens if cache._is_slice_copy else Tensor
+    tensor.__class__, dense.__class__ = thawed, QuantizedKV
     tensor.__dict__.clear()
     keep_plain(tensor, reason)
 
@@ -113,6 +118,9 @@ def thaw_arranged(arranged: ArrangedKV, reason: str) -> None:
     """
     with torch.inference_mode(False), torch.no_grad():
         caches = [x.dequantize() if isinstance(x, QuantizedKV) else x for x in arranged.caches]
+        for cache in arranged.caches:
+            if isinstance(cache, QuantizedKV):
+                drop_parts(cache._lineage, is_gone=True)
         dense: Tensor = arranged.arrangement.join(caches)
         dense = dense.clone(memory_format=torch.contiguous_format)
     torch._C._swap_tensor_impl(arranged, dense)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache import ring
-from kvq_compile.kernels.cache.batch import EAGER, slice_copy
+from kvq_compile.kernels.cache.batch import EAGER, sliced
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.rows import caches_of_rows, count_by_row_, why_not_by_row
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
@@ -234,7 +234,7 @@ def _slice(x: QuantizedKV, dim: int = 0, start: Any = None, end: Any = None, ste
     if _same(start, 0) and _same(end, size):
         return x._view(x.shape[2])
     if _dim(x, dim) == 0:
-        return slice_copy(x, lambda part: part[start:end].clone())
+        return sliced(x, start, end)
     if _dim(x, dim) != 2 or x.kind != "grown":
         return NotImplemented
     if _same(start, 0):
@@ -354,7 +354,8 @@ def _copy(x: Any, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(x.cursor, FakeTensor):
         x._lineage.take(source._lineage)  # type: ignore[attr-defined]
         counted = source._lineage.counted  # type: ignore[attr-defined]
-        x._lineage.counted = counted if x.by_row is source.by_row else None  # type: ignore[attr-defined]
+        known = x.by_row is source.by_row and not x._lineage.shared  # type: ignore[attr-defined]
+        x._lineage.counted = counted if known else None
     return x
 
 

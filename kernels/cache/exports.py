@@ -115,9 +115,11 @@ class Exports(Tensor):
         own, so that no process overwrites what another one holds.
         """
         for part in self._held():
-            part.share_memory_()
-        self._lineage.share()
-        self._lineage.moved()
+            part.share_memory_()  # so are all others of their storage
+        owner = getattr(self.__dict__.get("_part_of"), "owner", None)
+        for cache in (self,) if owner is None else (self, owner):
+            cache._lineage.share()
+            cache._lineage.moved()
         return self
 
     def is_shared(self) -> bool:
@@ -131,7 +133,8 @@ class Exports(Tensor):
 
 def send_by_copy(cache: QuantizedKV) -> tuple[Any, ...]:
     """Pickle a cache for another process: a dynamic one as a copy, independent of later tokens of the sender."""
-    sent = cache.clone_packed() if cache.kind == "grown" else cache
+    is_copied = cache.kind == "grown" or cache._part_of is not None
+    sent = cache.clone_packed() if is_copied else cache
     sent._lineage.share()
     first = None if cache.trim is None else int(cache.first)
     about = cache.page_layout, cache.kind, int(cache.shape[2]), first

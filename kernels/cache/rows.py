@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from kvq_compile.kernels import ops
+from kvq_compile.kernels.cache.slices import drop_parts
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import Calibrated, Packed, writable
 from kvq_compile.kernels.rows import calibrated_row, rows_of
@@ -38,6 +39,9 @@ def count_by_row_(cache: QuantizedKV) -> QuantizedKV:
     """
     if cache.by_row:
         return cache
+    if cache._part_of is not None and cache._part_of.owner is not None:
+        count_by_row_(cache._part_of.owner)  # which leaves none to its slices but its own
+        return cache
     reason = why_not_by_row(cache.page_layout)
     if cache.kind != "static" or reason is not None:
         raise ValueError(
@@ -47,6 +51,7 @@ def count_by_row_(cache: QuantizedKV) -> QuantizedKV:
         cursor = cache.cursor.repeat(cache.shape[0], 1)
     for view in (cache, *cache._lineage.others(cache)):
         view.cursor = cursor
+    drop_parts(cache._lineage)
     lineage = cache._lineage
     lineage.counter = None
     if isinstance(lineage.counted, int):

@@ -39,6 +39,7 @@ from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.ring import last_slots, slots_for
 from kvq_compile.kernels.cache.rows import count_by_row_, fill_rows_
 from kvq_compile.kernels.cache.saved import FORMAT, plain_layout, rebuild
+from kvq_compile.kernels.cache.slices import PartOf
 from kvq_compile.kernels.cache.trim import TRIM, new_trim
 from kvq_compile.kernels.cache.views import Lineage, Views
 from kvq_compile.kernels.layout import Layout
@@ -66,7 +67,7 @@ OF_EACH = {
     *(*INNER, "page_layout", "kind", "_lineage", "_length", FORM),
     *("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"),  # of `maybe_mark_dynamic`
 }  # what every dynamic cache has, once its form was asked for
-ATTRIBUTES = {*OF_EACH, "_is_slice_copy"}
+ATTRIBUTES = {*OF_EACH, "_is_slice_copy", "_part_of"}
 
 
 class QuantizedKV(Views, Exports, Tensor):
@@ -97,7 +98,8 @@ class QuantizedKV(Views, Exports, Tensor):
     kind: Kind
     _lineage: Lineage
     _length: int  # its slots, as a number that is read faster than a size; not while it is traced
-    _is_slice_copy = False  # stands for a view along the batch, which packed memory cannot give
+    _is_slice_copy = False  # stands for a view along the batch, which compiled calls cannot write
+    _part_of: PartOf | None = None  # of a static cache, whose memory it shares
 
     @staticmethod
     def __new__(
@@ -320,7 +322,8 @@ class QuantizedKV(Views, Exports, Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Loaded views would not know of each other, so that each takes memory of its own.
-        owner = self.clone_packed() if self._lineage.others(self) else self
+        is_alone = self._part_of is None and not self._lineage.others(self)
+        owner = self if is_alone else self.clone_packed()
         about = FORMAT, plain_layout(self.page_layout), self.kind, int(self.shape[2])
         parts = paged(owner.parts, self.page_layout)
         first = () if self.trim is None else (int(self.first),)

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.reopened import Reopened
+from kvq_compile.kernels.cache.slices import PartOf, drop_parts, take_parts_
 from kvq_compile.kernels.cache.trim import drop_pages_, droppable, first_of, new_trim
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.packed import ORIGINALS, Packed, part_names, room_of, with_room, writable
@@ -59,6 +60,7 @@ class Lineage:
         shared: Whether other processes may write the memory, so that the host knows neither.
         lent: Some rows of it as caches of their own, with the parts that these are views of; and ``before``, how many
             tokens each row held when rows were lent last (`some_rows`).
+        slices: The lineages of its slices along the batch (`slices`).
     """
 
     _numbers = itertools.count()
@@ -72,6 +74,7 @@ class Lineage:
         self.shared = False
         self.lent: dict[range, tuple[Sequence[Tensor], QuantizedKV]] = {}
         self.before: tuple[int, ...] = ()
+        self.slices: weakref.WeakSet[Lineage] | None = None
         self.moved()
         self._views: list[weakref.ref[QuantizedKV]] = []
 
@@ -189,6 +192,7 @@ class Views(Tensor):
     trim: Tensor | None
     page_layout: Layout
     _lineage: Lineage
+    _part_of: PartOf | None
 
     @property
     def parts(self) -> list[Tensor]:
@@ -291,8 +295,11 @@ class Views(Tensor):
     def pass_on(self, held: int) -> QuantizedKV:
         """Return a static cache that takes over this one's memory, in which ``held`` tokens are written.
 
-        This one copies what it holds when it is used again.
+        This one copies what it holds when it is used again. The memory of a slice stays its owner's.
         """
+        if self._part_of is not None:
+            return self.clone_packed()
+        drop_parts(self._lineage)
         heir = self._heir()
         for view in (self, *self._lineage.others(self)):
             view.__dict__["_passed_on"] = (tuple(view.parts), held)
@@ -304,6 +311,9 @@ class Views(Tensor):
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
+        if "_part_of" in self.__dict__ and name in part_names(self.page_layout):
+            take_parts_(self)  # type: ignore[arg-type]
+            return getattr(self, name)
         if "_passed_on" not in self.__dict__ or name not in part_names(self.page_layout):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         parts, held = self.__dict__.pop("_passed_on")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.cache import ring
+from kvq_compile.kernels.cache.rows import count_by_row_
 from kvq_compile.kernels.layout import exact_row_index
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ GROWS_BY_CAT = (
 
 
 def check_writable(cache: QuantizedKV) -> None:
-    """Make sure that a write is not lost and changes no other cache.
+    """Make sure that a write is not lost and changes no other cache; a slice lets its owner know of it.
 
     Raises:
         NotImplementedError: It is, or it does.
     """
-    if cache._is_slice_copy:
+    if cache._part_of is not None:
+        _let_owner_know(cache)
+    elif cache._is_slice_copy:
         raise NotImplementedError(
             "a QuantizedKV sliced along its batch is a copy, in which a write would be lost; "
             "write to the whole cache, or clone() the slice first"
@@ -42,6 +45,14 @@ def check_writable(cache: QuantizedKV) -> None:
             "a grown QuantizedKV that shares its memory with other views cannot be overwritten; "
             "clone() it first"
         )
+
+
+def _let_owner_know(part: QuantizedKV) -> None:
+    """Note that a slice is written: each row of its owner has a length of its own, which the host does not know."""
+    owner = count_by_row_(part)._part_of.owner  # type: ignore[union-attr]
+    assert owner is not None
+    owner._lineage.counted = owner._lineage.counter = None
+    torch.autograd.graph.increment_version(owner)
 
 
 def check_in_sight(cache: QuantizedKV, count: int) -> None:
