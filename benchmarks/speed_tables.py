@@ -245,6 +245,6 @@ SPEED_TABLES = (
     KernelTable(
         "kernels-heads", PAGE, UNIFORM | CODED | OTHERS, ((1, 131072),), (64, 96, 192, 256)
     ),
-    KernelTable("kernels-shared", PAGE, SHARED, ((8, 32768),), heads=((32, 32), (32, 1))),
+    KernelTable("kernels-shared", PAGE, SHARED, ((1, 65536),), heads=((32, 32), (32, 1))),
     StepTable("steps", PAGE, STEPS, ((1, 4096), (1, 32768), (1, 131072), (16, 8192))),
 )
