@@ -153,7 +153,7 @@ def _packed_as(like: QuantizedKV, x: Tensor) -> QuantizedKV | None:
     """Return rows packed as others are, each up to its last token that is not zero; ``None`` of no rows."""
     if x.shape[0] == 0:
         return None
-    place = torch.arange(1, x.shape[2] + 1, device=x.device)
+    place = torch.arange(1, x.shape[2] + 1, dtype=torch.int64, device=x.device)
     lengths: list[int] = ((x != 0).any(3).any(1) * place).amax(1).tolist()
     about = {"kind": like.kind, "length": lengths, "tables": like.tables}
     return QuantizedKV.from_dense(x, like.page_layout, **about)  # type: ignore[arg-type]
