@@ -206,7 +206,7 @@ def test_slots_that_the_model_moves_on_itself_are_served() -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 4])
-def test_a_buffer_written_through_its_first_rows_is_served_where_these_are_all(rows: int) -> None:
+def test_a_buffer_written_through_its_first_rows_is_served(rows: int) -> None:
     def step(query, key, value, keys, values, first: int):
         count = query.shape[2]
         keys[: query.shape[0], :, first : first + count] = key
@@ -226,4 +226,4 @@ def test_a_buffer_written_through_its_first_rows_is_served_where_these_are_all(r
             expected = step(*tokens, *caches[0], first)
             actual = run(*tokens, *caches[1], first)
             torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
-    assert isinstance(caches[1][0], QuantizedKV) == (rows == 2)
+    assert isinstance(caches[1][0], QuantizedKV)
