@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-# Files or -k of `make test-matrix`, which runs all tests twice without.
+# Files or -k of `make test-matrix`, which runs all tests twice without, the long ones, too.
 SELECT ?=
 # Where a pretrained model is made, 270 MB; any folder of a causal language model that is there already will do.
 REAL ?= .models/smollm2
@@ -29,7 +29,7 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real quality support tables test test-thorough test-matrix test-sanitize lint types bench-cpu clean
+.PHONY: help demo demo-real quality support tables test test-long test-thorough test-matrix test-sanitize lint types bench-cpu clean
 
 help:
 	@echo "make demo           generate with a plain and a quantized cache, side by side"
@@ -37,9 +37,10 @@ help:
 	@echo "make quality        measure every table of docs/quality.md anew and write it; TEXTS=... says on what"
 	@echo "make support        survey the decoders of transformers and write docs/support.md; an hour or two"
 	@echo "make tables         write the tables and the plot from the rows that are there"
-	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
-	@echo "make test-thorough  the same with many more random examples"
-	@echo "make test-matrix    the same on the oldest torch and transformers, and on the newest; SELECT=... for some tests"
+	@echo "make test           the test suite, quick profile, $(WORKERS) workers: a quarter of an hour on two cores"
+	@echo "make test-long      the tests that it leaves out: further cases of what it has one case of"
+	@echo "make test-thorough  both with many more random examples"
+	@echo "make test-matrix    both on the oldest torch and transformers, and on the newest; SELECT=... for some tests"
 	@echo "make test-sanitize  tests of the CPU backend with its C++ under AddressSanitizer and UBSan (g++)"
 	@echo "make lint types     ruff and mypy as CI runs them"
 	@echo "make bench-cpu      decoding speed on this CPU, into benchmarks/results/cpu.csv"
@@ -74,7 +75,10 @@ demo-real: $(REAL)/config.json
 	$(BIN)/kvq demo --model $(REAL)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not long"
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long
 
 test-thorough: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=thorough --timeout=3600

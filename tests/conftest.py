@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# What PyTorch remembers of fake tensors pays where a graph is traced twice; tests trace thousands once.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # read when torch is imported
 import kvq_compile  # noqa: F401  (a checkout named by PYTHONPATH is tested, not the one that is installed)
 
 # Keeps `import kernels` meaning Hugging Face's package: transformers looks for it by that name.
@@ -37,10 +39,29 @@ _COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("dev", max_examples=20, **_COMMON)
-settings.register_profile("ci", max_examples=20, derandomize=True, database=None, **_COMMON)
+settings.register_profile("dev", max_examples=15, **_COMMON)
+settings.register_profile("ci", max_examples=15, derandomize=True, database=None, **_COMMON)
 settings.register_profile("thorough", max_examples=500, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take the mark `long` from the cases that it names in ``but``; a name that no case has is an error."""
+    named, found = set(), set()
+    for item in items:
+        mark = item.get_closest_marker("long")
+        if mark is None or "but" not in mark.kwargs:
+            continue
+        name = f"{item.location[0]}::{getattr(item, 'originalname', item.name)}"
+        case = item.name.partition("[")[2][:-1]
+        named |= {(name, each) for each in mark.kwargs["but"]}
+        found.add((name, case))
+        if case in mark.kwargs["but"]:
+            item.own_markers[:] = [each for each in item.own_markers if each.name != "long"]
+    quick = config.option.markexpr and not torch.cuda.is_available()  # others have other cases
+    if quick and not any("::" in argument for argument in config.args) and named - found:
+        raise pytest.UsageError(f"long(but=...) must name cases, got {sorted(named - found)}")
 
 
 @pytest.fixture

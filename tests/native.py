@@ -20,8 +20,8 @@ OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encounte
 
 
 def examples(share: Fraction | int = 1) -> settings:
-    """Return settings with this share of the examples of the profile; of the quick one with two thirds of that."""
-    share = share if THOROUGH else share * Fraction(2, 3)
+    """Return settings with this share of the examples of the profile; of the quick one with three fifths of that."""
+    share = share if THOROUGH else share * Fraction(3, 5)
     # Shrinking a failure natively would compile a kernel for every attempt.
     phases = (Phase.explicit, Phase.reuse, Phase.generate) + (Phase.shrink,) * (not NATIVE)
     return settings(max_examples=max(1, int(settings().max_examples * share)), phases=phases)

@@ -27,7 +27,7 @@ from uncalibrated import plain_layouts
 pytestmark = [CONVERSIONS, OVERFLOWS, pytest.mark.usefixtures("wide_tiles")]
 ROWS, HEADS, PAGES = 3, 2, 4
 BACKENDS = [cpu, triton] if DEVICE == "cpu" else [triton]
-EXAMPLES = examples(Fraction(1, 2))
+EXAMPLES = examples(Fraction(1, 3))
 
 
 def layouts() -> st.SearchStrategy[tuple[Layout, Calibrated]]:

@@ -182,7 +182,9 @@ def test_the_peak_of_a_long_generation_is_below_that_of_the_plain_cache() -> Non
     What the allocator happens to keep only adds to a peak: the least of two is nearer to what is needed.
     """
     history = 4 * (1155 - 257) * 3 * 2 * 8 * 128 * 4
-    plain, quantized = peak_growth("plain"), min(peak_growth("kvq") for _ in range(2))
+    plain, quantized = peak_growth("plain"), peak_growth("kvq")
+    if quantized > 0.6 * plain:
+        quantized = min(quantized, peak_growth("kvq"))
     print(f"plain {plain / history:.2f}, quantized {quantized / history:.2f} of the history")
     assert plain >= 0.5 * history
     assert quantized <= 0.6 * plain
