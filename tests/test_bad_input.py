@@ -305,6 +305,7 @@ def test_no_sequences_and_no_heads_are_refused_by_name_and_run(method, batch, he
 # Buffers of fixed size
 
 
+@pytest.mark.long(but=["1-eager", "8-eager", "8-inductor"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("too_many", [1, 8])
 @torch.no_grad()

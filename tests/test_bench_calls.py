@@ -50,6 +50,7 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert row.refused != ""
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_prompts_are_timed_beside_plain_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

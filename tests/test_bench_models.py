@@ -100,6 +100,7 @@ def test_steps_are_timed_over_caches_of_the_context_that_is_asked_for(tmp_path: 
     ]
 
 
+@pytest.mark.long
 def test_a_method_decodes_the_text_that_the_plain_cache_decodes(
     monkeypatch, tmp_path: Path
 ) -> None:

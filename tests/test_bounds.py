@@ -377,6 +377,7 @@ def test_a_rewritten_graph_attends_to_the_dequantized_tokens_within_the_bound(
     check(decoder, inner="eager")
 
 
+@pytest.mark.long(but=["static"])
 @pytest.mark.parametrize("kind", ["grown", "static"])
 def test_so_does_what_inductor_makes_of_it(kind: Any, fresh_dynamo: None) -> None:
     options = {"method": "kivi", "sinks": 2, "window": 7, "page_size": 32, "group_size": 16}

@@ -73,6 +73,7 @@ def dense(cache: Any) -> Any:
     return copy
 
 
+@pytest.mark.long(but=["cq-4c4b"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_model_reads_what_its_cache_stands_for(method: str) -> None:
     model, text = make_model(), ids(120, 5)
@@ -88,6 +89,7 @@ def test_a_compiled_model_reads_what_its_cache_stands_for(method: str) -> None:
         assert layout.rotary == (method not in ("tc", "auto"))  # which code keys after RoPE
 
 
+@pytest.mark.long(but=["skvq"])
 @pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
 def test_keys_are_coded_after_rope_where_the_option_says_so(method: str) -> None:
     model = make_model(layers=1)
@@ -103,6 +105,7 @@ def test_keys_are_coded_after_rope_where_the_option_says_so(method: str) -> None
         make_spec(calibration=calibration, pre_rope=True)
 
 
+@pytest.mark.long(but=["cq-2c8b-4-options1"])
 @pytest.mark.parametrize(
     ("method", "bits", "options"), [("skvq", 3, {"bits": 3}), ("cq-2c8b", 4, {"balance": True})]
 )
@@ -126,6 +129,7 @@ def test_values_after_hadamard_need_no_tables(
         assert (found.bits, found.transform, found.params) == (bits, "hadamard", "e5m3")
 
 
+@pytest.mark.long(but=["skvq"])
 @pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
 def test_a_static_cache_is_calibrated_too(method: str) -> None:
     model, text = make_model(), ids(90, 6)
@@ -333,6 +337,7 @@ def test_skvq_needs_no_gradients() -> None:
     assert seen == {False}
 
 
+@pytest.mark.long(but=["tc-options0"])
 @pytest.mark.parametrize(("method", "options"), LOOKS_FAR)
 def test_texts_whose_mask_hides_nothing_are_whole_texts(method: str, options: Any) -> None:
     plain = [ids(270, seed) for seed in range(2)]
@@ -349,6 +354,7 @@ def test_texts_whose_mask_hides_nothing_are_whole_texts(method: str, options: An
         assert method != "skvq" or ours == theirs
 
 
+@pytest.mark.long(but=["tc-options0", "skvq-options2"])
 @pytest.mark.parametrize(("method", "options"), LOOKS_FAR)
 def test_texts_that_no_query_outgrows_are_too_short(method: str, options: Any) -> None:
     most = 133 if method == "skvq" else 260  # by then no page is full

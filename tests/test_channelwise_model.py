@@ -35,6 +35,7 @@ def known_queries(cache: QuantizedKV) -> int:
     return int(layout.queries_of(cache.exact)[0, 0].any(-1).sum())
 
 
+@pytest.mark.long(but=["eager-2-cuts0"])
 @pytest.mark.parametrize(
     ("inner", "layers", "cuts"),
     [("eager", 2, (60, 61, 62, 100, 120)), ("inductor", 1, (60, 100, 120))],
@@ -50,6 +51,7 @@ def test_a_compiled_model_attends_to_what_its_cache_stands_for(
         assert (widths(layer.keys).sum(-1) == 3 * 64).all()
 
 
+@pytest.mark.long(but=["False"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_rotation_that_one_graph_shows_and_the_next_does_not_keeps_the_cache_as_it_is(
     first: bool, monkeypatch: pytest.MonkeyPatch

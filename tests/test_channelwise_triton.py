@@ -307,6 +307,7 @@ def plain_site(dtype: torch.dtype, dim: int = 128, bits: float = 2.5, tokens: in
 SIZES = [(65504.0, 1e-3), (65504.0, 64.0), (1e-6, 1.0), (1e-3, 3e4)]
 
 
+@pytest.mark.long(but=["size6-True", "size3-False", "size0-False"])
 @pytest.mark.parametrize(
     ("size", "takes_mean"),
     [*((s, False) for s in SIZES), *((s, True) for s in SIZES[:1] + SIZES[2:])],

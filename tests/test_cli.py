@@ -199,6 +199,7 @@ def test_the_demo_shows_both_caches(run, shallow, fresh_dynamo) -> None:
     assert "Perplexity on the text" in output
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error:`past_key_values` is deprecated")
 def test_the_demo_generates_what_it_was_asked_for(fresh_dynamo) -> None:
     model, tokenizer = load_one_layer()
@@ -244,6 +245,7 @@ def test_eval_writes_its_table(run, shallow, tmp_path: Path, fresh_dynamo) -> No
     assert not (tmp_path / "eval.part.jsonl").exists()
 
 
+@pytest.mark.long
 def test_eval_runs_every_task_on_every_text(run, shallow, tmp_path: Path, fresh_dynamo) -> None:
     other = tmp_path / "other.txt"
     other.write_text(DEMO_TEXT.read_text()[4000:])

@@ -192,6 +192,18 @@ SCORED = (
 )  # fmt: skip
 
 
+@pytest.mark.long(
+    but=[
+        "capped_groups",
+        "shifted_sinks_of_the_query",
+        "one_more",
+        "clamped_in_folded_heads",
+        "temperature_below_a_cap",
+        "one_factor_behind_a_view",
+        "scaled_by_the_length",
+        "scaled_by_head",
+    ]
+)
 @pytest.mark.parametrize("attend", SCORED, ids=lambda attend: attend.__name__)
 def test_caps_clamps_sinks_and_factors_of_rows_are_fused_in_any_spelling(attend: Attend) -> None:
     assert_fused(watch(attend))

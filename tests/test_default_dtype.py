@@ -70,6 +70,14 @@ def expected_outputs(method: str, kind: str) -> list[Tensor]:
     return outputs(decoder(method, kind, torch.float32))
 
 
+@pytest.mark.long(
+    but=[
+        "torch.float64-int3-grown",
+        "torch.float64-qaq-grown",
+        "torch.bfloat16-int8-static",
+        "torch.float16-int2-grown",
+    ]
+)
 @pytest.mark.parametrize(
     ("method", "kind"), [*((method, "grown") for method in METHODS), ("int8", "static")]
 )
@@ -85,6 +93,7 @@ def test_generation_does_not_depend_on_the_default_dtype(
         assert torch.equal(one, other)
 
 
+@pytest.mark.long(but=["torch.float64"])
 def test_many_rows_and_few_read_what_they_read_under_another_default(default: torch.dtype) -> None:
     """Chunks of a prompt go another way than single tokens; models may be in half precision."""
     options = {"method": "int4", "sinks": 1, "window": 4, "page_size": 32}
@@ -131,6 +140,7 @@ def test_a_cache_made_cropped_and_read_does_not_depend_on_the_default_dtype(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.long(but=["cq-4c4b"])
 @pytest.mark.parametrize("method", ["skvq", "cq-4c4b"])
 def test_calibration_does_not_depend_on_the_default_dtype(method: str) -> None:
     transformers = pytest.importorskip("transformers")

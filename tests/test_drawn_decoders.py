@@ -39,7 +39,7 @@ from thorough import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-EXAMPLES = 2000 if THOROUGH else 6
+EXAMPLES = 2000 if THOROUGH else 3
 ORDINARY = range(60) if THOROUGH else covering(60)
 PACKED = {"QuantizedKV", "ArrangedKV"}
 NOT_CAPTURED = "must be a plain tensor"  # of a buffer that was one when the graph was captured
@@ -342,6 +342,19 @@ MENDED |= {
 }
 
 
+@pytest.mark.long(
+    but=[
+        "layers, keys and values and heads are one symbol",
+        "channels are a product of symbols",
+        "joined heads, filled",
+        "folded heads of one sequence, queries in groups",
+        "a cap of a module whose numbers are symbols",
+        "a head at a time, of scaled keys",
+        "a first call is added to an argument",
+        "weights cast under autocast, hidden by -1e4",
+        "halves of one tensor, scattered into, a KV head at a time",
+    ]
+)
 @pytest.mark.parametrize("name", MENDED)
 def test_what_was_not_served_once_is_read_packed(name: str) -> None:
     outcomes, reasons, kinds = check(MENDED[name])
@@ -353,6 +366,8 @@ def test_what_was_not_served_once_is_read_packed(name: str) -> None:
 REFUSED: dict[int, str] = {}
 
 
+# Those that have most of the kinds of all.
+@pytest.mark.long(but=["0", "1", "3", "7", "11", "19", "30", "37", "43", "49"])
 @pytest.mark.parametrize("number", [n for n in ORDINARY if n not in REFUSED])
 def test_a_decoder_that_is_ordinary_but_for_four_parts_is_read_packed(number: int) -> None:
     outcomes, reasons, kinds = check(ordinary_but_for(number))

@@ -52,6 +52,7 @@ def count_calls(run: Callable[[], object], gradients: bool) -> int:
     return calls
 
 
+@pytest.mark.long(but=["False-True"])
 @pytest.mark.parametrize(
     ("static", "gradients"), [*[(False, False)] * THOROUGH, (True, False), (False, True)]
 )

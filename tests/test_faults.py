@@ -40,6 +40,7 @@ def faults_after(number, form, monkeypatch):
     return kinds, {type(x).__name__ for x in pair.decoder.held(pair.kept)}, texts
 
 
+@pytest.mark.long(but=["dynamic-1", "static, arranged-0"])
 @pytest.mark.parametrize(
     ("name", "number"),
     [("static", 1), ("dynamic", 1), ("static, arranged", 0), ("static, arranged", 1)],

@@ -346,6 +346,7 @@ def test_unrotated_keys_of_a_model_are_what_its_projection_gave(name) -> None:
         assert_close(unrotated(seen.key, seen.rotation, torch.arange(24)), plain * scaling)
 
 
+@pytest.mark.long(but=["GPT-J-static"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["Llama", "GPT-J"])
 def test_prefill_and_decode_graphs_show_one_rotation(name, kind) -> None:

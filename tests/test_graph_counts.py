@@ -117,6 +117,9 @@ RUNS: dict[str, Run] = {
 }
 
 
+@pytest.mark.long(
+    but=["one generation", "a static cache, twice", "rows padded on the left, static"]
+)
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.quick or THOROUGH])
 def test_no_more_graphs_are_made_than_by_a_backend_that_does_nothing(name: str) -> None:
     run = RUNS[name]

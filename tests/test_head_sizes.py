@@ -83,6 +83,7 @@ def assert_served(layouts: list[Layout], frames: list[Calibrated]) -> None:
         torch.testing.assert_close(out, exact, rtol=1e-4, atol=error)
 
 
+@pytest.mark.long(but=["qaq-320", "int3-24", "int8-4", "int4-120", "int2-20"])
 @pytest.mark.parametrize(("method", "head_dim"), spread(METHODS, HEAD_DIMS, 6))
 def test_every_method_serves_heads_of_every_size_on_every_device(
     method: str, head_dim: int
@@ -99,6 +100,7 @@ SCHEMES: list[Scheme] = [
 ]
 
 
+@pytest.mark.long(but=["scheme2-100", "scheme0-12", "scheme3-72"])
 @pytest.mark.parametrize(("scheme", "head_dim"), spread(SCHEMES, [12, 20, 72, 100, 576], 5))
 def test_every_scheme_serves_rows_that_fill_no_whole_words(scheme: Scheme, head_dim: int) -> None:
     layouts = [Layout(role, head_dim, Regions(3, 4, 32), scheme) for role in ROLES]
@@ -108,6 +110,7 @@ def test_every_scheme_serves_rows_that_fill_no_whole_words(scheme: Scheme, head_
 CALIBRATED = [{"bits": 3}, {"bits": 2, "couple": 2}, {"bits": 9, "couple": 4}]
 
 
+@pytest.mark.long(but=["options0-8", "options1-72", "options2-40"])
 @pytest.mark.parametrize(("options", "head_dim"), spread(CALIBRATED, [8, 24, 40, 72, 120], 3))
 def test_calibrated_rotary_keys_of_every_size_are_served(
     options: dict[str, int], head_dim: int

@@ -62,6 +62,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
 
 
+@pytest.mark.long(but=["True-eager", "False-inductor"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("tokens_first", [True, False])
 def test_a_cache_that_is_cast_to_what_it_is_becomes_quantized(

@@ -175,6 +175,7 @@ def test_the_number_of_shares_does_not_matter(shares: int, monkeypatch: pytest.M
     Call(layout_of(), 3 + 9 + 95, 3 + 9 + 95, 1, 1).assert_right()
 
 
+@pytest.mark.long(but=["32"])
 @pytest.mark.parametrize("columns", [32, 64])
 def test_queries_taken_in_tiles_weigh_the_same(
     columns: int, monkeypatch: pytest.MonkeyPatch

@@ -274,6 +274,7 @@ def test_what_cannot_be_served_is_named() -> None:
 # In a model
 
 
+@pytest.mark.long(but=["options1"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_compiled_model_reads_what_its_cache_stands_for(options: dict[str, Any]) -> None:
     model = make_model(layers=1)

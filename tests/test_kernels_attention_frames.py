@@ -117,6 +117,7 @@ def test_calibrated_keys_go_with_values_after_hadamard(key: str, bits: int) -> N
     site.assert_low_precision_error(site.attend(None), None)
 
 
+@pytest.mark.long(but=["rotary trits", "rotary by channel", "odd codebook"])
 @pytest.mark.parametrize("key", KEYS)
 def test_a_page_in_two_halves_and_a_chunk_of_queries_are_right(key: str) -> None:
     sides = make_side("key", page=64, **KEYS[key]), make_side("value", page=64, bits=4)

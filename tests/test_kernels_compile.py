@@ -388,6 +388,24 @@ def budgeted(names: list[str]) -> dict[str, aot.Usage]:
     return used
 
 
+def test_one_kernel_of_each_kind_stays_in_registers() -> None:
+    """The quick part of the long tests below."""
+    names = [
+        next(iter(kind))
+        for kind in (DECODING, BENT, MASKED, GROUPED, WRITING, WRITING_BOTH, READING)
+    ]
+    for name, used in budgeted(names).items():
+        assert used["stack"] <= (48 if name in MASKED else 0), name
+
+
+def test_one_kernel_of_each_size_fits_an_sm() -> None:
+    for name, used in usage_of(
+        "sm_90", [next(iter(kind)) for kind in (SIZES, LATENTS, WEIGHING)]
+    ).items():
+        assert used["shared"] <= SM_SHARED, name
+
+
+@pytest.mark.long
 def test_decoding_keeps_its_state_in_registers_and_two_programs_share_an_sm() -> None:
     for name, used in budgeted([*DECODING]).items():
         assert used["shared"] * 2 <= SM_SHARED, name
@@ -395,12 +413,14 @@ def test_decoding_keeps_its_state_in_registers_and_two_programs_share_an_sm() ->
         assert name in ALONE or used["registers"] * 128 * 2 <= SM_REGISTERS, name
 
 
+@pytest.mark.long
 def test_scores_are_bent_in_registers() -> None:
     for name, used in budgeted([*BENT]).items():
         assert used["shared"] * 2 <= SM_SHARED, name
         assert used["stack"] <= A_FEW_BYTES.get(name, 0), name
 
 
+@pytest.mark.long
 def test_under_a_mask_as_many_programs_share_an_sm() -> None:
     """Regression: a mask took registers of which three programs to an SM were to have a share, so that two ran."""
     for name, used in budgeted([*MASKED]).items():
@@ -410,6 +430,7 @@ def test_under_a_mask_as_many_programs_share_an_sm() -> None:
         assert used["registers"] * 128 * share <= SM_REGISTERS, name
 
 
+@pytest.mark.long
 def test_decoding_fits_an_sm_whatever_the_size_of_heads() -> None:
     used = usage_of("sm_90", [*SIZES])
     assert {name: use["shared"] <= SM_SHARED for name, use in used.items()} == dict.fromkeys(
@@ -417,6 +438,7 @@ def test_decoding_fits_an_sm_whatever_the_size_of_heads() -> None:
     )
 
 
+@pytest.mark.long
 def test_groups_that_fill_no_tile_are_read_in_registers() -> None:
     """Regression: parameters loaded for each element, three pages ahead, asked for 276 KiB at 96 channels."""
     used = usage_of("sm_90", [*GROUPED])
@@ -425,6 +447,7 @@ def test_groups_that_fill_no_tile_are_read_in_registers() -> None:
         assert use["stack"] == 0, name
 
 
+@pytest.mark.long
 def test_attention_to_latents_fits_an_sm() -> None:
     """A key and a latent of 576 channels, and the queries of all heads, leave room for one program."""
     used = usage_of("sm_90", [*LATENTS])
@@ -433,10 +456,12 @@ def test_attention_to_latents_fits_an_sm() -> None:
     )
 
 
+@pytest.mark.long
 def test_small_heads_and_single_tokens_compile() -> None:
     assert set(usage_of("sm_90", [*SMALL])) == set(SMALL)
 
 
+@pytest.mark.long
 def test_writing_and_reading_stay_in_registers() -> None:
     cases = [*WRITING, *WRITING_BOTH, *READING]
     used = budgeted(cases)
@@ -451,12 +476,14 @@ def test_small_pages_that_are_cut_open_are_written() -> None:
     assert used["shared"] <= SM_SHARED
 
 
+@pytest.mark.long
 def test_weighing_fits_an_sm() -> None:
     for name, used in usage_of("sm_90", [*WEIGHING]).items():
         assert used["shared"] <= SM_SHARED, name
         assert name in SPILLING or used["stack"] == 0, name
 
 
+@pytest.mark.long(but=["gfx942"])
 @pytest.mark.parametrize("place", range(len(TARGETS)), ids=TARGETS)
 def test_kernels_compile_for_other_gpus(place: int) -> None:
     """On AMD hardware those that write do not spill either; of others the tiles are chosen for Hopper.
@@ -477,6 +504,7 @@ def test_tiles_of_pairs_of_fields_compile_for_blackwell() -> None:
     assert set(usage_of("sm_100", names)) == set(names)
 
 
+@pytest.mark.long
 def test_rows_of_lengths_of_their_own_cost_no_more_than_a_few_registers() -> None:
     one = usage_of("sm_90", [*BY_ROW])
     each = usage_of("sm_90", [f"{name}, by row" for name in BY_ROW])

@@ -97,6 +97,7 @@ def test_tokens_leave_the_bytes_of_the_reference_in_whatever_pieces_they_come(
     caches.assert_equal()
 
 
+@pytest.mark.long(but=["1", "2"])
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_a_growing_cache_without_parameters_is_written_for_any_number_of_heads(heads: int) -> None:
     tables = random_tables(heads, 64, group_size=64, rotary=False, codebook=(4, 8), seed=0)

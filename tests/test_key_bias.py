@@ -54,6 +54,7 @@ def divergence(found: Tensor, exact: Tensor) -> float:
 METHODS: tuple[dict[str, object], ...] = ({}, {"method": "int4"}, {"method": "kivi", "bits": 4})
 
 
+@pytest.mark.long(but=["600.0"])
 @pytest.mark.parametrize("bias", [20.0, 600.0])
 def test_no_method_breaks_on_a_huge_key_bias(bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of the error is a small part of that of keys coded per token as they are. The default takes the

@@ -278,6 +278,7 @@ def plain_twin(cache):
     return twin
 
 
+@pytest.mark.long(but=["sdpa-static"])
 @pytest.mark.parametrize(("attention", "kind"), spread(["eager", "sdpa"], ["dynamic", "static"], 2))
 def test_deepseek_reads_its_latents_packed(attention, kind) -> None:
     """Each call says what the plain model says on the dequantized cache."""

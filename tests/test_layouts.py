@@ -55,6 +55,7 @@ def decoder(layout: str, spelling: str, kind: Any) -> Decoder:
     return Decoder(1, kind=kind, layout=layout, spelling=spelling, **about, **rest)
 
 
+@pytest.mark.long(but=["0-grown", "1-static", "4-grown", "7-static", "9-static"])
 @pytest.mark.parametrize(("place", "kind"), spread(range(len(LAYOUTS)), ["grown", "static"], 2))
 def test_every_layout_is_read_packed(place: int, kind: str) -> None:
     spelling = sorted(SPELLINGS)[(place + (kind == "static")) % len(SPELLINGS)]

@@ -62,6 +62,7 @@ def few_recompiles():
         yield
 
 
+@pytest.mark.long(but=["Layer-inductor", "Deep-eager"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("kind", [Layer, Deep])
 def test_every_layer_of_a_model_compiled_layer_by_layer_is_quantized(

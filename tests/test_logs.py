@@ -77,6 +77,7 @@ def test_an_unknown_name_is_an_error() -> None:
         logs.turn_on("sites, nodes")
 
 
+@pytest.mark.long(but=["KVQ_LOGS-passes"])
 @pytest.mark.parametrize(
     ("variable", "value"), [("KVQ_LOGS", "passes"), ("TORCH_LOGS", "+kvq_compile")]
 )

@@ -88,6 +88,16 @@ def test_attention_has_the_error_of_the_same_computation_in_low_precision(
     assert_right_under_any_mask(site, data)
 
 
+@pytest.mark.long(
+    but=[
+        "257-dtype0-True",
+        "257-dtype0-False",
+        "257-dtype1-False",
+        "257-dtype1-True",
+        "64-dtype0-True",
+        "64-dtype1-False",
+    ]
+)
 @pytest.mark.parametrize("by_position", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [64, 257, 2048])
@@ -107,6 +117,7 @@ def test_a_chunk_attends_causally_to_itself_and_to_all_that_was_before(
     assert masked == []
 
 
+@pytest.mark.long(but=["dtype1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_edges_of_padding_and_windows_are_masked(
     dtype: torch.dtype, masked: list[int]
@@ -142,6 +153,7 @@ def calibrated_side(role: Any, seed: int, **options: Any) -> tuple[Layout, Calib
     return layout, Calibrated(tables.words, shift)
 
 
+@pytest.mark.long(but=["rotary codebook", "trits"])
 @pytest.mark.parametrize("key", KEYS)
 def test_calibrated_and_shifted_keys_are_attended_to_in_pieces(key: str) -> None:
     sides = calibrated_side("key", 0, **dict(KEYS[key])), calibrated_side("value", 1, bits=4)

@@ -100,6 +100,7 @@ def assert_all_rewritten(graphs, layers: int) -> None:
 WAYS = [("sdpa", "dynamic"), ("sdpa", "static"), ("eager", "static"), ("eager", "dynamic")]
 
 
+@pytest.mark.long(but=["Qwen2-way2", "Mistral-way6", "GPT2-way9", "Qwen3-way5"])
 @pytest.mark.parametrize(("name", "way"), spread(CONFIGS, WAYS, 2))
 def test_every_attention_of_a_transformers_model_is_rewritten(name, way) -> None:
     """Of each with both attentions and both caches."""
@@ -116,6 +117,7 @@ def test_every_attention_of_a_transformers_model_is_rewritten(name, way) -> None
     assert all(int(tensor.cursor[1]) == 1 for tensor in cache_tensors(cache))  # one page is packed
 
 
+@pytest.mark.long(but=["sdpa"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_models_of_one_class_may_scale_their_scores_differently(attention) -> None:
     """From the second on Dynamo keeps the scale symbolic; another one than was compiled for compiles anew."""
@@ -168,6 +170,7 @@ SLIDING = {
 FAR = {"Mistral", "Gemma3", "Llama4", "GptOss"} | (set(SLIDING) | {"Gemma2"} if THOROUGH else set())
 
 
+@pytest.mark.long(but=["Llama4", "Starcoder2", "Phi3"])
 @pytest.mark.parametrize("name", SLIDING)
 def test_layers_with_sliding_and_chunked_windows_are_served(name) -> None:
     torch.manual_seed(0)
@@ -206,6 +209,7 @@ def make_scored(name: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.long(but=["GptOss"])
 @pytest.mark.parametrize("name", SCORED)
 def test_scores_that_are_capped_or_share_weight_with_sinks_are_read_packed(name) -> None:
     model = make_scored(name)
@@ -219,6 +223,7 @@ def test_scores_that_are_capped_or_share_weight_with_sinks_are_read_packed(name)
     assert all(isinstance(tensor, QuantizedKV) for tensor in cache_tensors(cache))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCORED)
 def test_a_static_layer_without_a_window_is_capped_and_has_sinks(name) -> None:
     """Its prompt is attended to through the empty cache: torch's attention knows neither."""
@@ -251,6 +256,7 @@ def test_a_cache_that_the_model_makes_itself_comes_back_quantized() -> None:
     assert_close_to(torch.cat([first.logits, second.logits], 1), expected)
 
 
+@pytest.mark.long
 def test_half_precision_and_inductor_change_nothing() -> None:
     model = make_model("Llama").to(torch.bfloat16)
     expected = feed(model, make_cache("dynamic", model), (40, 1))

@@ -94,6 +94,7 @@ def test_contrastive_search_finds_the_same_tokens() -> None:
     assert plain == ours
 
 
+@pytest.mark.long
 def test_a_model_that_drafts_for_itself_takes_its_own_tokens() -> None:
     def draft(model: Any) -> torch.Tensor:
         return generate(model, text(9), assistant_early_exit=1).sequences

@@ -58,6 +58,7 @@ def attend_args(
 # Declarations
 
 
+@pytest.mark.long(but=["position-rotated-dtype3", "start-int3-dtype1", "start-kivi-dtype2"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

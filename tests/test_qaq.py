@@ -128,6 +128,7 @@ def test_the_compiled_call_weighs_tokens_by_its_own_queries() -> None:
     assert not torch.equal(with_attention, without)
 
 
+@pytest.mark.long(but=["options0"])
 @pytest.mark.parametrize("options", [{}, {"requantize": True, "value_target": 0.02, "bits": 4}])
 def test_a_static_cache_holds_the_bytes_of_a_grown_one(options: dict[str, Any]) -> None:
     """Its pages are weighed alike, where it is filled in a compiled call; of the first layer, so that no rounding

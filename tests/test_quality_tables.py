@@ -75,6 +75,7 @@ def test_a_change_keeps_its_sign_and_its_size_to_half_a_percent_of_it_or_of_a_hu
     assert "-0.00" not in shown
 
 
+@pytest.mark.long(but=["perplexity", "greedy"])
 @pytest.mark.parametrize("task", ["perplexity", "passkey", "greedy"])
 def test_a_model_is_measured_into_rows_with_where_and_on_what(
     tables, task: str, tmp_path: Path, monkeypatch

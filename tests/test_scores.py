@@ -272,6 +272,15 @@ BENDS: dict[str, tuple[Scored, Score]] = {
 }
 
 
+@pytest.mark.long(
+    but=[
+        "Gemma 2-none",
+        "Grok-added",
+        "clamp-filled",
+        "clamped above-added",
+        "clamped, capped-none",
+    ]
+)
 @pytest.mark.parametrize(("name", "mask"), spread(BENDS, ["none", "added", "filled"], 2))
 def test_scores_that_are_capped_or_clamped_are_read_packed(name: str, mask: str) -> None:
     bent, wanted = BENDS[name]
@@ -284,6 +293,16 @@ SINKS = ("learned", "in front", "off by one", "three")
 WAYS = [(mask, shifts) for shifts in (False, True) for mask in ("none", "added", "filled")]
 
 
+@pytest.mark.long(
+    but=[
+        "three-way9",
+        "learned-way2",
+        "learned-way0",
+        "in front-way4",
+        "off by one-way7",
+        "three-way11",
+    ]
+)
 @pytest.mark.parametrize(("sinks", "way"), spread(SINKS, WAYS, 2))
 def test_logits_of_sinks_are_read_packed(sinks: str, way: tuple[str, bool]) -> None:
     mask, shifts = way

@@ -83,6 +83,7 @@ def assert_quantized(cache) -> None:
 # Lengths and shapes
 
 
+@pytest.mark.long(but=["static"])
 @pytest.mark.parametrize("make_cache", [dynamic, static])
 def test_a_prompt_in_chunks_is_a_prompt_at_once(make_cache) -> None:
     plain, compiled = twins(PACKED)
@@ -94,6 +95,7 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(make_cache) -> None:
     assert_quantized(cache)
 
 
+@pytest.mark.long(but=["4-1"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), *[(4, 2), (1, 1)] * THOROUGH])
 def test_query_heads_share_kv_heads(heads, kv_heads) -> None:
     plain, compiled = twins(PACKED, heads=heads, kv_heads=kv_heads)
@@ -123,6 +125,7 @@ def test_a_cache_grows_over_many_pages() -> None:
     assert int(cache.layers[0].keys.cursor[1]) == (400 - 1 - 4) // 32
 
 
+@pytest.mark.long(but=["dynamic-options0"])
 @pytest.mark.parametrize(("make_cache", "options"), spread([dynamic, static], [EXACT, PACKED], 2))
 @torch.no_grad()
 def test_a_padded_row_sees_what_it_sees_alone(make_cache, options) -> None:
@@ -200,6 +203,7 @@ if THOROUGH:
     }
 
 
+@pytest.mark.long(but=["a prompt in chunks", "sequences of one prompt"])
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_a_way_to_generate_takes_the_same_tokens(options: dict) -> None:
     plain, compiled = twins(EXACT)
@@ -214,6 +218,7 @@ def test_a_way_to_generate_takes_the_same_tokens(options: dict) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.long(but=["static"])
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
 def test_a_padded_batch_and_a_batch_of_another_size_take_the_same_tokens(
     cache_implementation,

@@ -59,6 +59,14 @@ def scaled_as_it_is_read(query, key, value, held, position, mask):
     return attend(query, held[0] * 0.5, held[1], mask), held
 
 
+@pytest.mark.long(
+    but=[
+        "each_head_alone-buffers",
+        "in_two_chunks-buffers",
+        "grown_and_read_twice-nothing",
+        "scaled_as_it_is_read-buffers",
+    ]
+)
 @pytest.mark.parametrize(
     ("step", "make"),
     [

@@ -85,6 +85,18 @@ def run(step: Any, held: int, positions: Any) -> list[Tensor]:
     return [cache for _, cache in pairs]
 
 
+@pytest.mark.long(
+    but=[
+        "by_index-40",
+        "by_index-96",
+        "by_sum-95",
+        "by_sum-103",
+        "by_where-96",
+        "by_where-40",
+        "by_choice-103",
+        "by_choice-95",
+    ]
+)
 @pytest.mark.parametrize("held", [40, S - 1, S, S + 7])
 @pytest.mark.parametrize("write", [by_index, by_sum, by_where, by_choice])
 def test_a_buffer_that_slides_once_it_is_full_is_read_packed(write: Write, held: int) -> None:

@@ -267,6 +267,7 @@ def test_a_decoder_with_a_sliding_window_attends_to_its_own_cache(
     assert all(site.outcome == "rewritten" for graph in graphs for site in graph.sites)
 
 
+@pytest.mark.long(but=["tc-eager", "int4-eager", "qaq-eager", "kivi-eager", "int4-inductor"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("method", ["tc", "kivi", "qaq", "int4"])
 def test_every_method_serves_a_sliding_window(method, inner) -> None:

@@ -136,6 +136,7 @@ if (
     KERNELS.remove(("triton", "int4"))
 
 
+@pytest.mark.long(but=["triton-int3", "cpu-kivi", "cpu-int4", "cpu-int3"])
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 @pytest.mark.parametrize(("module", "method"), KERNELS)
 def test_kernels_read_and_write_few_rows_and_flat_pages_as_all(module: str, method: str) -> None:

@@ -152,6 +152,7 @@ def test_a_ring_that_is_read_packed_is_not_dequantized(new, monkeypatch) -> None
     assert "kvq.dequantize.default" not in called
 
 
+@pytest.mark.long(but=["tc-eager", "int4-eager", "kivi-eager", "qaq-eager", "int4-inductor"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("method", ["tc", "kivi", "qaq", "int4"])
 def test_every_method_serves_a_ring(method, inner) -> None:

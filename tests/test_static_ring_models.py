@@ -63,6 +63,7 @@ def assert_near(logits: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((logits - expected).abs().max() / expected.abs().max()) <= TOLERANCE
 
 
+@pytest.mark.long(but=["GptOss-eager-chunks10", "Gemma3-sdpa-chunks11", "Starcoder2-eager-chunks5"])
 @pytest.mark.parametrize(("name", "attention", "chunks"), CASES)
 def test_a_model_attends_to_its_own_static_rings(name, attention, chunks) -> None:
     """Each call says what the plain model says on the dequantized cache, and nearly what that says on its own."""
@@ -85,6 +86,7 @@ def test_a_model_attends_to_its_own_static_rings(name, attention, chunks) -> Non
     assert cache.layers[0].keys.shape[2] == 64
 
 
+@pytest.mark.long(but=["100-45"])
 @pytest.mark.parametrize(("prompt", "steps"), [(20, 100), (100, 45)])
 def test_rotated_keys_of_a_ring_are_coded_without_their_mean(prompt, steps) -> None:
     """Where pages are dropped the mean is turned, and the codes of the others stand for the same keys."""
@@ -133,6 +135,7 @@ def logits_of(model, sequences: torch.Tensor, prompt: int) -> torch.Tensor:
     return whole[:, prompt - 1 :]
 
 
+@pytest.mark.long(but=["Mistral-20", "Gemma3-100"])
 @pytest.mark.parametrize(
     ("name", "prompt"), spread(["Mistral", "Gemma2", "Gemma3", "Cohere2"], [20, 64, 100], 2)
 )

@@ -92,6 +92,7 @@ def shared(cache: Any) -> None:
         layer.values.share_memory_()
 
 
+@pytest.mark.long(but=["rewound", "written_before", "deepcopy"])
 @pytest.mark.parametrize(
     "change", [rewound, emptied, written_before, counted_elsewhere, shared, copy.deepcopy]
 )

@@ -76,6 +76,7 @@ def generated(model: Any, batch: int, options: dict[str, Any], **more: Any) -> T
     return model.generate(ids, **about, **more)
 
 
+@pytest.mark.long(but=["1-int2", "3-tc"])
 @pytest.mark.parametrize("method", ["int2", "tc"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_generate_without_arguments_replays_its_steps(
@@ -94,6 +95,7 @@ def test_generate_without_arguments_replays_its_steps(
     assert recorder.replays >= 39 - 2 * len(recorder.tapes)
 
 
+@pytest.mark.long
 def test_assisted_decoding_replays_its_steps(recorder: Recorder) -> None:
     """The cache is cropped where a draft is rejected, and drafts have several lengths."""
     model, options = llama(), OPTIONS
@@ -103,6 +105,7 @@ def test_assisted_decoding_replays_its_steps(recorder: Recorder) -> None:
     assert recorder.replays > 10
 
 
+@pytest.mark.long
 def test_beams_run_as_they_did(recorder: Recorder) -> None:
     """Caches of beams are gathered anew at every step: what is recorded holds for memory that was used before."""
     model = llama()

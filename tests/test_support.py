@@ -65,6 +65,7 @@ def test_a_mode_that_was_not_surveyed_to_its_end_is_not_written_as_an_empty_cell
         support.page([*others, *[mode | versions | more for more in left]])
 
 
+@pytest.mark.long(but=["diffllama-dense"])
 @pytest.mark.parametrize(
     ("model", "kind"), [("llama", "packed"), ("deepseek_v2", "packed"), ("diffllama", "dense")]
 )

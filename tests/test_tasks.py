@@ -130,6 +130,7 @@ def test_the_plain_cache_continues_as_generate_does(tiny, ids) -> None:
     assert continue_prompts(runner, prompts, 12) == expected[:, 90:].tolist()
 
 
+@pytest.mark.long
 def test_a_window_over_everything_changes_no_continuation(shallow, ids) -> None:
     method = parse_method("int8:window=512,inner=eager")
     protocol = Continuations(prompts=3, prompt=70, tokens=8, batch=2)

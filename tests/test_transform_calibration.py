@@ -212,6 +212,7 @@ def test_one_calibration_serves_any_bits(bits: float) -> None:
 # Models
 
 
+@pytest.mark.long(but=["2"])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_a_calibrated_model_attends_to_what_its_cache_stands_for(bits: float) -> None:
     model, calibration = make_model(), calibrated()

@@ -79,6 +79,7 @@ def test_values_are_written_and_read_as_specified(head_dim: int, page: int) -> N
     assert torch.equal(found, expected)
 
 
+@pytest.mark.long(but=["1-64-64", "5-128-128", "5-80-64", "1-128-32"])
 @pytest.mark.parametrize(("head_dim", "page"), SIZES)
 @pytest.mark.parametrize("new", [1, 5])
 def test_values_take_part_in_attention(head_dim: int, page: int, new: int) -> None:
