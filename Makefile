@@ -37,7 +37,7 @@ help:
 	@echo "make quality        measure every table of docs/quality.md anew and write it; TEXTS=... says on what"
 	@echo "make support        survey the decoders of transformers and write docs/support.md; an hour or two"
 	@echo "make tables         write the tables and the plot from the rows that are there"
-	@echo "make test           the test suite, quick profile, $(WORKERS) workers: a quarter of an hour on two cores"
+	@echo "make test           the test suite, quick profile, $(WORKERS) workers"
 	@echo "make test-long      the tests that it leaves out: further cases of what it has one case of"
 	@echo "make test-thorough  both with many more random examples"
 	@echo "make test-matrix    both on the oldest torch and transformers, and on the newest; SELECT=... for some tests"
