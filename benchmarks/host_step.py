@@ -5,9 +5,9 @@ left is Dynamo's checks, the runtime around the graph, and transformers. The flo
 that does nothing either. Times are milliseconds of processor time of one thread a step: the median and the least,
 since others may use the machine. The parts of a step, each its least: what runs before Dynamo has chosen a graph
 (transformers, and Dynamo's checks), gathering the graph's arguments, the backend's call, and what is done with its
-results.
+results. Static caches are filled by a prompt that is not compiled, so that the first step quantizes them.
 
-    python benchmarks/host_step.py [--layers 32] [--runs hf-static,int4,int4-static] [--profile] [--out FILE]
+    python benchmarks/host_step.py [--layers 32] [--runs hf-static,int4,tc:bits=3-static] [--profile] [--out FILE]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch._dynamo import utils
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from kvq_compile import backend
+from kvq_compile.evaluation.runner import parse_method
 
 CONTEXT, SPARE = 1920, 100  # the caches do not grow meanwhile
 WARM, TIMED = 6, 60
@@ -139,16 +140,18 @@ def measure(run: str, layers: int, profile: bool) -> dict[str, Any]:
     model, recorder = llama(layers), Recorder()
     backend.RECORDERS["cpu"] = recorder
     torch._dynamo.reset()
-    if run.startswith("hf-"):
-        model.compile(backend=lambda *about: CLOCK.around(idle(*about)))
-    else:
-        method = run.removesuffix("-static")
-        model.compile(backend="kvq", options={"method": method, "inner": "eager"})
     static = run.endswith("-static")
     slots = CONTEXT + SPARE + WARM + TIMED
     config = model.config
     cache = StaticCache(config, max_cache_len=slots) if static else DynamicCache(config=config)
     steps = decode(model, cache)
+    if static:
+        next(steps)()
+    if run.startswith("hf-"):
+        model.compile(backend=lambda *about: CLOCK.around(idle(*about)))
+    else:
+        method = parse_method(run.removesuffix("-static")).options or {}
+        model.compile(backend="kvq", options={**method, "inner": "eager"})
     for _ in range(WARM):
         next(steps)()
     *parts, times = zip(*(CLOCK.step(next(steps)) for _ in range(TIMED)), strict=True)

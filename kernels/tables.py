@@ -26,6 +26,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from torch import Tensor
 NO_TABLES = "-"  # digest of no tables
 CHANNEL_SECTIONS = ("order", "mean", "scale", "inverse", "margin")
 INTEGERS = ("order", "frequency")
+_words: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()  # of all tables
 
 
 def section(name: str, head_dim: int, rotary: bool) -> tuple[int, int | None]:
@@ -118,10 +120,19 @@ class Tables:
         return Tables(torch.cat(words, 1).contiguous(), D)
 
     def on(self, device: torch.device) -> Tensor:
-        """Return the words on a device; the copy is made once."""
+        """Return the words on a device: one tensor for all tables that are equal, which Dynamo looks at once."""
         if device not in self._copies:
-            self._copies[device] = self.words.to(device)
+            self._copies[device] = self._shared(device)
         return self._copies[device]
+
+    def _shared(self, device: torch.device) -> Tensor:
+        about = self.digest, tuple(self.words.shape), device
+        known = _words.get(about)
+        if known is None:
+            known = self.words.to(device)
+            if type(known) is Tensor and not known.is_inference():
+                known = _words.setdefault(about, known)
+        return known
 
     @property
     def heads(self) -> int:

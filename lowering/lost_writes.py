@@ -8,6 +8,7 @@ graphs are guarded by, so each call looks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx
@@ -30,6 +31,8 @@ def refusing_lost_writes(gm: fx.GraphModule, call: Callable[..., Any]) -> Callab
         return call
 
     def checked(*args: Any) -> Any:
+        if _are_whole([args[place] for place in written]):
+            return call(*args)  # as nearly always
         for place, name in written.items():
             if _is_part(args[place]):
                 raise NotImplementedError(
@@ -50,6 +53,16 @@ def written_arguments(graph: fx.Graph) -> dict[int, str]:
             roots = map(root_of, tree_leaves((node.args[:1], node.kwargs.get("out"))))
             found |= {takes[root]: source_name(root) for root in roots if root in takes}
     return found
+
+
+_stands_for_a_view = attrgetter("_is_slice_copy")
+
+
+def _are_whole(tensors: list[Any]) -> bool:
+    """Return whether it is seen at a glance that none of some tensors is a part of a quantized cache."""
+    if not {*map(type, tensors)} <= {Tensor, QuantizedKV}:
+        return False
+    return not any(map(_stands_for_a_view, [x for x in tensors if type(x) is QuantizedKV]))
 
 
 def _is_part(x: Any) -> bool:

@@ -121,12 +121,14 @@ class Look:
             place of its argument.
         held: Tokens that each quantized cache holds after the call, or each of its rows, by the place of its argument.
         counts: The values of counters before the call, by the places of their arguments.
+        end: Tokens that all caches hold after a call of which all is seen at a glance; else ``None``.
     """
 
     reason: str | None = None
     updated: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     held: Mapping[int | None, Held] = field(default_factory=dict)
     counts: Mapping[int, int] = field(default_factory=dict)
+    end: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -275,14 +277,33 @@ class SlotCheck:
         slots = min(map(_length, caches))
         if type(held) is not int or shared or not 0 <= held <= held + counted <= slots:
             return None
-        for cache, place in zip(caches, self._counters, strict=True):
-            known, number = cache._lineage.counter, args[place]
-            if known is None or known[0] is not number or known[2] != held:
-                return None
-            if known[1] != number._version:
-                return None
+        for place, arguments in self._counted_by:
+            number = args[place]
+            version = number._version
+            for argument in arguments:
+                known = args[argument]._lineage.counter
+                if known is None or known[0] is not number or known[2] != held:
+                    return None
+                if known[1] != version:
+                    return None
         ends: dict[int | None, Held] = dict.fromkeys(self._written, held + counted)
-        return Look(None, {}, ends, dict.fromkeys(self._counters, held))
+        return Look(None, {}, ends, dict.fromkeys(self._counters, held), held + counted)
+
+    @cached_property
+    def _counted_by(self) -> list[tuple[int, list[int]]]:
+        """Places of the counters, each with those of the caches that it counts for."""
+        found: dict[int, list[int]] = {}
+        for write, place in zip(self.writes, self._counters, strict=True):
+            found.setdefault(place, []).append(write.argument)  # type: ignore[arg-type]
+        return list(found.items())
+
+    @cached_property
+    def _count_alike(self) -> bool:
+        """Whether the call adds to each counter what it writes into the caches that go by it."""
+        return all(
+            write.counter is not None and write.counter.added is write.tokens
+            for write in self.writes
+        )
 
     @cached_property
     def _written(self) -> list[int]:
@@ -325,6 +346,8 @@ class SlotCheck:
 
     def note(self, args: Sequence[Any], look: Look) -> None:
         """Note what the host knows of caches after a call that it has looked at."""
+        if look.end is not None and self._count_alike:
+            return self._note_end(args, look.end)
         counters: dict[int, tuple[Tensor, int, int] | None] = {}  # by place
         for write in self.writes:
             place, counter = write.argument, write.counter
@@ -339,6 +362,18 @@ class SlotCheck:
                     if number not in counters:
                         counters[number] = counter.after(args, look.counts[number])
                     lineage.counter = counters[number]
+        return None
+
+    def _note_end(self, args: Sequence[Any], end: int) -> None:
+        """Note that all caches and all counters have come to one number: `note`, after what was seen at a glance."""
+        for place, arguments in self._counted_by:
+            number = args[place]
+            known = None if number.is_inference() else (number, number._version, end)
+            for argument in arguments:
+                cache = args[argument]
+                if isinstance(cache, QuantizedKV) and not cache._lineage.shared:
+                    lineage = cache._lineage
+                    lineage.counted, lineage.counter = end, known
 
 
 def _held(length: Tensor) -> Held:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ _MODE: dict[str, Any] = {
     "capture_error_mode": "thread_local"
 }  # other threads may use the GPU meanwhile
 _memory = attrgetter("_lineage.memory")
+_address = Tensor.data_ptr
 UNSTEADY = "caches stand elsewhere in memory at every step"
 
 
@@ -93,7 +94,7 @@ class Steps:
     def _sort_arguments(self) -> None:
         """Sort the captured graph's arguments, by place, into those that are looked at alike at every step."""
         lowered, lengths = self._lowered, self._lengths
-        self._caches = tuple(lowered.unwrapped)
+        self._take_caches = _taker(lowered.unwrapped)
         self._steady: list[int] = []  # those that are used where they are, and have one shape
         self._given: list[int] = []  # other tensors
         self._numbers: list[
@@ -117,6 +118,8 @@ class Steps:
                     self._written.add(place)
                 stays = is_static(node) or (node.name in written and _has_one_shape(value_of(node)))
                 (self._steady if stays else self._given).append(place)
+        self._take_steady, self._take_numbers = _taker(self._steady), _taker(self._numbers)
+        self._take_written = _taker(self._written)
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
         """Run the graph with the arguments of the captured one."""
@@ -146,7 +149,7 @@ class Steps:
         self._misses = 0
         results = _copies(found.replay())
         if self._written:  # counts as written, as by operators that are launched
-            torch.autograd.graph.increment_version([args[place] for place in self._written])
+            torch.autograd.graph.increment_version(self._take_written(args))
         return results
 
     def _key(self, args: Sequence[Any], held: list[int], tokens: int) -> Key | None:
@@ -172,10 +175,10 @@ class Steps:
         apart = len(set(held)) > 1
         return (
             tokens,
-            tuple(map(_memory, [args[place] for place in self._caches])),
-            tuple([args[place].data_ptr() for place in self._steady]),
+            tuple(map(_memory, self._take_caches(args))),
+            tuple(map(_address, self._take_steady(args))),
             tuple(given),
-            tuple([args[place] for place in self._numbers]),
+            self._take_numbers(args),
             tuple(self._lengths.bounds(args, held)) if apart else (),
         )
 
@@ -241,6 +244,14 @@ class Steps:
             else:
                 flat.append(recording.own.get(place, arg))
         return flat + lowered.tables + recording.held
+
+
+def _taker(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what takes the arguments at some places."""
+    known = tuple(places)
+    if len(known) < 2:  # of one, `itemgetter` returns no tuple
+        return lambda args: tuple([args[place] for place in known])
+    return itemgetter(*known)
 
 
 def _has_one_shape(x: Tensor) -> bool:

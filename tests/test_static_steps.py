@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from kvq_compile import KVQWarning
-from kvq_compile.lowering import slots
+from kvq_compile.lowering import guards, slots
 from recorded_steps import OPTIONS, Recorder, llama
 from versions import need_static_layers_that_count
 
@@ -133,6 +134,63 @@ def test_what_is_seen_of_a_step_at_a_glance_is_what_looking_at_its_writes_finds(
     stepped(*static_model(recorder), 8)
     assert all(seen in (None, looked) for seen, looked in found)
     assert sum(seen is not None for seen, _ in found) >= 7
+
+
+def test_what_is_noted_after_such_a_step_is_what_is_noted_after_one_that_was_looked_at(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, noted = slots.SlotCheck.note, []
+
+    def known(check: slots.SlotCheck, args: Any) -> list[Any]:
+        lineages = [args[write.argument]._lineage for write in check.writes]  # type: ignore[index]
+        return [(lineage.counted, lineage.counter) for lineage in lineages]
+
+    def compared(check: slots.SlotCheck, args: Any, look: slots.Look) -> None:
+        if look.end is None:
+            return note(check, args, look)
+        note(check, args, replace(look, end=None))
+        expected = known(check, args)
+        for write in check.writes:
+            lineage = args[write.argument]._lineage  # type: ignore[index]
+            lineage.counted = lineage.counter = None
+        note(check, args, look)
+        assert known(check, args) == expected
+        return noted.append(look.end)
+
+    monkeypatch.setattr(slots.SlotCheck, "note", compared)
+    stepped(*static_model(recorder, layers=2), 8)
+    assert noted == list(range(22, 29))
+
+
+def test_a_counter_that_goes_otherwise_than_the_caches_is_read_after_the_call() -> None:
+    write = slots.Write("keys", 0, tokens=lambda args: 1, counter=slots.Counter(1, lambda args: 2))
+    assert not slots.SlotCheck(None, (write,))._count_alike
+    alike = replace(write, counter=slots.Counter(1, write.tokens))
+    assert slots.SlotCheck(None, (alike,))._count_alike
+
+
+def test_static_layers_of_the_default_method_are_looked_at_once(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: each layer had a copy of equal tables, so that Dynamo looked at the keys of every layer."""
+    counts: list[int] = []
+    share = guards.share_guards
+    monkeypatch.setattr(
+        "kvq_compile.backend.share_guards", lambda *args: counts.append(share(*args))
+    )
+    need_static_layers_that_count()
+    model = llama(3)
+    model.compile(backend="kvq", options={"method": "tc", "inner": "eager"})
+    cache = StaticCache(config=model.config, max_cache_len=96)
+    cache.early_initialization(1, 2, 32, torch.float32, torch.device("cpu"))
+    for (
+        layer
+    ) in cache.layers:  # as an uncompiled prompt does: the buffers are quantized by the first step
+        layer.update(torch.ones(1, 2, 20, 32), torch.ones(1, 2, 20, 32))
+    stepped(model, cache, 4)
+    assert counts[-1] == 2 * 3 - 2
+    assert len({id(layer.keys.tables) for layer in cache.layers}) == 1
+    assert recorder.replays
 
 
 def test_a_counter_of_one_layer_that_goes_back_is_noticed(recorder: Recorder) -> None:

@@ -33,12 +33,21 @@ from kvq_compile.kernels.cache.reopened import Reopened
 from kvq_compile.kernels.cache.slices import PartOf, drop_parts, take_parts_
 from kvq_compile.kernels.cache.trim import drop_pages_, droppable, first_of, new_trim
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.kernels.packed import ORIGINALS, Packed, part_names, room_of, with_room, writable
+from kvq_compile.kernels.packed import (
+    ORIGINALS,
+    PARTS,
+    Packed,
+    part_names,
+    room_of,
+    with_room,
+    writable,
+)
 
 if TYPE_CHECKING:
     from kvq_compile.kernels.cache.tensor import QuantizedKV
 
 
+_MAY_BE_AWAY = frozenset((*PARTS, ORIGINALS))
 MANY = 8  # views of a memory, of which some may be gone: they are not counted anew at every step
 
 
@@ -311,6 +320,8 @@ class Views(Tensor):
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
+        if name not in _MAY_BE_AWAY:  # Dynamo asks for marks at every step
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if "_part_of" in self.__dict__ and name in part_names(self.page_layout):
             take_parts_(self)  # type: ignore[arg-type]
             return getattr(self, name)
