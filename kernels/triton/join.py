@@ -19,6 +19,9 @@ from kvq_compile.kernels.triton.primitives import HIDDEN, LOG2_E, WEIGHT_BIAS
 from kvq_compile.kernels.triton.transforms import hadamard, load_table
 
 
+JOINED_SPLITS = tl.constexpr(64)  # at once: more rows do not fit the registers
+
+
 @triton.jit
 def store_split(
     partial, lse, where, accumulator, running_sum, running_max, bias, stored, first_copy,
@@ -46,37 +49,40 @@ def join_kernel(
     DIM: tl.constexpr = VALUE.head_dim
     BLOCK_V: tl.constexpr = triton.next_power_of_2(DIM)
     query = tl.program_id(0).to(tl.int64)
-    split, dim = tl.arange(0, SPLITS), tl.arange(0, BLOCK_V)
-    is_exact = split < exact_splits
+    dim, every = tl.arange(0, BLOCK_V), tl.arange(0, SPLITS)
     channel, inside, tables = dim, dim < DIM, calibration.tables
     if VALUE.has_tables:
         tables += query // queries % kv_heads * calibration.words
         channel = load_table(tables, dim, inside, "order", VALUE)
-    weight = tl.load(lse + query * splits + split, mask=split < splits, other=float("-inf"))
-    point = tl.maximum(tl.max(weight, 0), HIDDEN)
+    points = lse + query * splits
+    point = tl.max(tl.load(points + every, mask=every < splits, other=float("-inf")), 0)
+    point = tl.maximum(point, HIDDEN)
     if sinks is not None:
         row, heads = query // tokens, kv_heads * (queries // tokens)
         where = row // heads * sinks.batch + row % heads * sinks.head + query % tokens * sinks.token
         sink = tl.load(sinks.pointer + where).to(tl.float32) * LOG2_E
         point = tl.where(sink > point, sink, point)
-    weight = tl.exp2(weight - point)
-    ok = (weight != 0)[:, None] & inside[None, :]
-    where = tl.where(is_exact[:, None], channel[None, :], dim[None, :])
-    part = tl.load(partial + (query * splits + split)[:, None] * DIM + where, mask=ok, other=0.0)
-    part *= weight[:, None]
-    if VALUE.transform == "hadamard" or VALUE.has_tables:
-        packed = tl.sum(tl.where(is_exact[:, None], 0.0, part), 0)
-        exact = tl.sum(tl.where(is_exact[:, None], part, 0.0), 0)
-        if VALUE.transform == "hadamard":
-            packed = tl.reshape(hadamard(tl.reshape(packed, (1, BLOCK_V)), DIM), (BLOCK_V,))
-        if VALUE.has_tables:
-            mean = load_table(tables, dim, inside, "mean", VALUE)
-            packed = packed * load_table(tables, dim, inside, "scale", VALUE)
-            packed += mean * tl.sum(tl.where(is_exact, 0.0, weight), 0)
-        total = packed + exact
-    else:
-        total = tl.sum(part, 0)
-    weight = tl.sum(weight, 0)
+    exact, packed = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
+    exact_weight, packed_weight = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    for first in tl.static_range(0, SPLITS, JOINED_SPLITS):
+        split = first + tl.arange(0, min(SPLITS, JOINED_SPLITS))
+        is_exact = split < exact_splits
+        weight = tl.load(points + split, mask=split < splits, other=float("-inf"))
+        weight = tl.exp2(weight - point)
+        ok = (weight != 0)[:, None] & inside[None, :]
+        where = tl.where(is_exact[:, None], channel[None, :], dim[None, :])
+        where += (query * splits + split)[:, None] * DIM
+        part = tl.load(partial + where, mask=ok, other=0.0) * weight[:, None]
+        exact += tl.sum(tl.where(is_exact[:, None], part, 0.0), 0)
+        packed += tl.sum(tl.where(is_exact[:, None], 0.0, part), 0)
+        exact_weight += tl.sum(tl.where(is_exact, weight, 0.0), 0)
+        packed_weight += tl.sum(tl.where(is_exact, 0.0, weight), 0)
+    if VALUE.transform == "hadamard":
+        packed = tl.reshape(hadamard(tl.reshape(packed, (1, BLOCK_V)), DIM), (BLOCK_V,))
+    if VALUE.has_tables:
+        packed = packed * load_table(tables, dim, inside, "scale", VALUE)
+        packed += load_table(tables, dim, inside, "mean", VALUE) * packed_weight
+    total, weight = packed + exact, packed_weight + exact_weight
     if sinks is not None:
         weight += tl.exp2(sink - point)
     total = total / tl.where(weight == 0, 1.0, weight)

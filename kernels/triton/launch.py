@@ -22,7 +22,7 @@ EXACT_BYTES = 1 << 16  # of exact keys at once, and as many of values
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
 MAX_QUERIES = 32  # more of them at once spill
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
-MAX_SPLITS = 64
+MAX_SPLITS = 512  # one KV head then keeps a GPU busy
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
 THREE_SHARE = {
     "maxnreg": 168
