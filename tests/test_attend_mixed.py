@@ -200,7 +200,7 @@ def test_merged_planes_are_the_codes_in_fp16(bits: int) -> None:
 def test_rotary_keys_and_codebooks_take_two_programs_an_sm_and_others_three() -> None:
     def programs(key: Scheme, value: Scheme) -> int:
         layouts = Layout("key", 64, Regions(), key), Layout("value", 64, Regions(), value)
-        return launch.programs_per_sm(*(ReadConstants.of(x) for x in layouts), {})
+        return launch.programs_per_sm(*(ReadConstants.of(x) for x in layouts), 8, {})
 
     def tables(rotary: bool, codebook: tuple[int, int] | None = None) -> str:
         made = random_tables(2, 64, group_size=64, rotary=rotary, codebook=codebook, seed=0)

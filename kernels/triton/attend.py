@@ -268,7 +268,9 @@ def attend(
         mask_shared, score.bend, score.of_values, (keys[3].dim() == 2, values[3].dim() == 2),
     )  # fmt: skip
     tiles = triton.cdiv(Hq // H * T, LAUNCH.block_q)
-    resident = launch.programs_per_sm(KEY, VALUE, options) * launch.sm_count(query.device)
+    resident = launch.programs_per_sm(KEY, VALUE, LAUNCH.block_q, options) * launch.sm_count(
+        query.device
+    )
     exact, paged = launch.count_splits(B * H * tiles, rooms[0], KEY.token_rows + new, resident)
     late = launch.count_late(B * H * tiles, exact, paged, resident)
     queries, key_tables = bundle_tensor(query), bundle_calibration(key_calibrated)

@@ -19,7 +19,7 @@ from kvq_compile.kernels.triton.primitives import HIDDEN, LOG2_E, WEIGHT_BIAS
 from kvq_compile.kernels.triton.transforms import hadamard, load_table
 
 
-JOINED_SPLITS = tl.constexpr(64)  # at once: more rows do not fit the registers
+JOINED = tl.constexpr(1 << 13)  # elements at once: more do not fit the registers
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def join_kernel(
     """
     DIM: tl.constexpr = VALUE.head_dim
     BLOCK_V: tl.constexpr = triton.next_power_of_2(DIM)
+    AT_ONCE: tl.constexpr = min(SPLITS, JOINED // BLOCK_V)
     query = tl.program_id(0).to(tl.int64)
     dim, every = tl.arange(0, BLOCK_V), tl.arange(0, SPLITS)
     channel, inside, tables = dim, dim < DIM, calibration.tables
@@ -64,8 +65,8 @@ def join_kernel(
         point = tl.where(sink > point, sink, point)
     exact, packed = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
     exact_weight, packed_weight = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
-    for first in tl.static_range(0, SPLITS, JOINED_SPLITS):
-        split = first + tl.arange(0, min(SPLITS, JOINED_SPLITS))
+    for first in range(0, splits, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
         is_exact = split < exact_splits
         weight = tl.load(points + split, mask=split < splits, other=float("-inf"))
         weight = tl.exp2(weight - point)

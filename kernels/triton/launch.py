@@ -21,6 +21,7 @@ LOG2_E = 1.4426950408889634
 EXACT_BYTES = 1 << 16  # of exact keys at once, and as many of values
 BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of this size busy
 MAX_QUERIES = 32  # more of them at once spill
+FEW_QUERIES = 16  # at once; more take twice the warps
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
 MAX_SPLITS = 512  # one KV head then keeps a GPU busy
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
@@ -90,8 +91,10 @@ def platform_of(query: Tensor) -> Platform:
     return "hip" if torch.version.hip else "cuda"
 
 
-def programs_per_sm(key: ReadConstants, value: ReadConstants, options: dict[str, int]) -> int:
-    """Return how many programs at a time are best for an SM.
+def programs_per_sm(
+    key: ReadConstants, value: ReadConstants, queries: int, options: dict[str, int]
+) -> int:
+    """Return how many programs at a time are best for an SM; of 32 queries, which take all registers, one.
 
     Measured on an H100 at one sequence of 128k tokens, at 2, 3, 4 and 6 programs; the second numbers are
     for blocks of 32 exact tokens in place of 64::
@@ -102,6 +105,8 @@ def programs_per_sm(key: ReadConstants, value: ReadConstants, options: dict[str,
     """
     if PROGRAMS_PER_SM is not None:
         return PROGRAMS_PER_SM
+    if queries > FEW_QUERIES:
+        return 1
     if key.scheme == "channelwise":
         return 3 if "maxnreg" in options else 2
     return 2 if key.rotary or "codebook" in (key.scheme, value.scheme) else 3
@@ -210,7 +215,10 @@ def attend_settings(
         block_n=exact_tokens_at_once(max(D, Dv), full), stages=stages, mask_kind=mask_kind,
         mask_shared=mask_shared, of_values=of_values,
     )  # fmt: skip
-    options = {"num_warps": 8 if full or block_q > 16 or large else 4, "num_stages": stages}
+    options = {
+        "num_warps": 8 if full or block_q > FEW_QUERIES or large else 4,
+        "num_stages": stages,
+    }
     plain = key.scheme == value.scheme == "uniform" and not key.rotary
     units = key.bit_blocks + key.twice_read
     few = mixed or 0 < units <= THREE_SHARE_UNITS
