@@ -394,7 +394,7 @@ def test_one_kernel_of_each_kind_stays_in_registers() -> None:
         next(iter(kind))
         for kind in (DECODING, BENT, MASKED, GROUPED, WRITING, WRITING_BOTH, READING)
     ]
-    for name, used in budgeted(names).items():
+    for name, used in budgeted([*names, "join sinks"]).items():
         assert used["stack"] <= (48 if name in MASKED else 0), name
 
 

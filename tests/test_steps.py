@@ -1,6 +1,5 @@
 """Steps that are replayed give what steps give that are launched, whatever the length."""
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from kvq_compile import QuantizedKV, backend
 from kvq_compile.history import watching
 from kvq_compile.kernels.packed import check_room, room_of
-from kvq_compile.lowering.rewrite.fix_lengths import fix_lengths
 from kvq_compile.testing.small_decoder import Decoder
 from recorded_steps import OPTIONS, Recorder, llama
 from thorough import few
@@ -257,21 +255,13 @@ def group() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_step_is_recorded_if_its_collectives_can_be(
-    recorded: bool, group: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of gloo cannot: the host takes part in them. On a CPU it takes part in everything."""
-    if recorded:
-        monkeypatch.setattr(sys.modules[fix_lengths.__module__], "RECORDED", ("gloo",))
-
+def test_a_step_that_waits_for_other_processes_is_launched(group: Any, recorder: Recorder) -> None:
     def reduced(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
         output, past = attended(query, key, value, past)
         return all_reduce(output, "sum", group), past
 
-    told = compared(reduced, recorder)
-    assert ("waits for other processes" in told) != recorded
-    assert bool(recorder.tapes) == recorded
+    assert "waits for other processes" in compared(reduced, recorder)
+    assert not recorder.tapes
 
 
 @pytest.mark.parametrize(

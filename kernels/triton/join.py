@@ -18,7 +18,6 @@ from kvq_compile.kernels.triton.constants import ReadConstants
 from kvq_compile.kernels.triton.primitives import HIDDEN, LOG2_E, WEIGHT_BIAS
 from kvq_compile.kernels.triton.transforms import hadamard, load_table
 
-
 JOINED = tl.constexpr(1 << 13)  # elements at once: more do not fit the registers
 
 
@@ -60,8 +59,8 @@ def join_kernel(
     point = tl.maximum(point, HIDDEN)
     if sinks is not None:
         row, heads = query // tokens, kv_heads * (queries // tokens)
-        where = row // heads * sinks.batch + row % heads * sinks.head + query % tokens * sinks.token
-        sink = tl.load(sinks.pointer + where).to(tl.float32) * LOG2_E
+        at = row // heads * sinks.batch + row % heads * sinks.head + query % tokens * sinks.token
+        sink = tl.load(sinks.pointer + at).to(tl.float32) * LOG2_E
         point = tl.where(sink > point, sink, point)
     exact, packed = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
     exact_weight, packed_weight = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)

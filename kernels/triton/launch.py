@@ -23,7 +23,8 @@ BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of
 MAX_QUERIES = 32  # more of them at once spill
 FEW_QUERIES = 16  # at once; more take twice the warps
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
-MAX_SPLITS = 512  # one KV head then keeps a GPU busy
+MAX_SPLITS = 64  # more only where programs would otherwise be too few to keep a GPU busy, and of some pages each
+LEAST_PAGES = 3
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
 THREE_SHARE = {
     "maxnreg": 168
@@ -118,9 +119,8 @@ def count_splits(programs: int, pages: int, exact_tokens: int, resident: int) ->
 
     Pages are split no more than it takes to keep the ``resident`` programs evenly busy.
     """
-    waves = [
-        programs * splits / resident for splits in range(1, max(1, min(pages, MAX_SPLITS)) + 1)
-    ]
+    most = max(MAX_SPLITS, min(resident // programs, pages // LEAST_PAGES))
+    waves = [programs * splits / resident for splits in range(1, max(1, min(pages, most)) + 1)]
     busy = [wave / math.ceil(wave) for wave in waves]
     page_splits = 1 + next(i for i, part in enumerate(busy) if part >= 0.97 * max(busy))
     most = max(1, 2 * resident // programs)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
-from torch.fx import Node
 
 from kvq_compile.kernels import ops
 from kvq_compile.lowering.find.lengths import Counting, find_counting
@@ -48,8 +47,7 @@ MADE = "the call makes its caches anew"
 HOST = "exact copies of packed tokens are kept in host memory"
 FORGETS = "a cache forgets its first tokens, and how many is a number of the graph"
 DEVICES = "its tensors are on several devices"
-OTHERS = "it waits for other processes through the host"
-RECORDED = ("nccl",)  # whose collectives a CUDA graph records
+OTHERS = "it waits for other processes"
 MASK = "what a mask shows of cache positions depends on how many columns it has"
 
 
@@ -97,22 +95,9 @@ def _check_graph(graph: Graph) -> torch.device:
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1:
         raise Refusal(f"{DEVICES}: {', '.join(sorted(map(str, devices)))}")
-    device = devices.pop()
-    if any(_waits(node, device) for node in graph.fx.nodes):
+    if any("c10d" in str(node.target) for node in graph.fx.nodes):
         raise Refusal(OTHERS)
-    return device
-
-
-def _waits(node: Node, device: torch.device) -> bool:
-    """Return whether the host takes part in what a node does, as in collectives of other libraries than NCCL."""
-    if "c10d" not in str(node.target) or target_name(node) == "wait_tensor":
-        return False
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    group = node.args[-1]
-    if isinstance(group, str):
-        group = _resolve_process_group(group)
-    return group._get_backend(device).name() not in RECORDED
+    return devices.pop()
 
 
 def _check_writes(graph: Graph, counting: Counting) -> None:
