@@ -245,6 +245,7 @@ SPEED_TABLES = (
     KernelTable(
         "kernels-heads", PAGE, UNIFORM | CODED | OTHERS, ((1, 131072),), (64, 96, 192, 256)
     ),
-    KernelTable("kernels-shared", PAGE, SHARED, ((1, 65536),), heads=((32, 32), (32, 1))),
+    KernelTable("kernels-apart", PAGE, SHARED, ((1, 65536),), heads=((32, 32),)),
+    KernelTable("kernels-one", PAGE, SHARED, ((1, 65536),), heads=((32, 1),)),
     StepTable("steps", PAGE, STEPS, ((1, 4096), (1, 32768), (1, 131072), (16, 8192))),
 )
