@@ -57,6 +57,7 @@ from kvq_compile.lowering.rewrite.spell_growth import spell_growth
 from kvq_compile.lowering.rewrite.spell_heads import spell_heads
 from kvq_compile.lowering.rewrite.spell_reads import spell_reads
 from kvq_compile.lowering.rewrite.spell_rings import spell_rings
+from kvq_compile.lowering.rewrite.spell_sizes import spell_sizes
 from kvq_compile.lowering.rewrite.spell_writes import spell_writes
 from kvq_compile.lowering.rewrite.store_dense import store_dense
 from kvq_compile.lowering.rewrite.unchain_writes import unchain_writes
@@ -148,7 +149,7 @@ def lower(
 def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
     """Lower a graph on the rows of its caches that it takes, where these are made for more; else on all of them."""
     settle_sizes(gm.graph)
-    gm = spell_attributes(drop_idle_casts(gm))
+    gm = spell_sizes(spell_attributes(drop_idle_casts(gm)))
     if cast := cast_caches(gm.graph):
         reason = f"{CHANGES_DTYPE}: {', '.join(cast)}"
         reports = [SiteReport(0, "", "", DENSE, reason)]

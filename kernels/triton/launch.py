@@ -23,8 +23,8 @@ BLOCK_EXACT = 64  # exact tokens at once; a window of 128 keeps five programs of
 MAX_QUERIES = 32  # more of them at once spill
 FEW_QUERIES = 16  # at once; more take twice the warps
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
-MAX_SPLITS = 64  # more only where programs would otherwise be too few to keep a GPU busy, and of some pages each
-LEAST_PAGES = 3
+MAX_SPLITS = 64  # of a head's pages, unless it takes more of them to keep a GPU busy
+LEAST_PAGES = 3  # of a split, where there are more splits than that
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
 THREE_SHARE = {
     "maxnreg": 168
