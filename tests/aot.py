@@ -1,8 +1,8 @@
 """Kernels compiled ahead of time, for GPUs that are not there.
 
 A launcher is called on CPU tensors, and what it would launch is compiled instead. A process that runs kernels in
-Triton's interpreter, as tests do without a GPU, cannot compile them. So `test_kernels_compile` is a program as well:
-its tests start it with `run`, and it answers with `report`.
+Triton's interpreter, as tests do without a GPU, cannot compile them. So `compiled_kernels` is a program: tests start
+it with `run`, and it answers with `report`.
 """
 
 import json
@@ -83,7 +83,7 @@ def usage(kernel: Any) -> Usage:
 
 
 def run(program: Path, target: str, names: Iterable[str]) -> dict[str, Usage]:
-    """Start a test file as a program and return what it reports of the kernels of its cases ``names``."""
+    """Start a program that ends in `report` and return what it reports of the kernels of its cases ``names``."""
     if not cuobjdump().exists():
         pytest.skip("this build of triton brings no cuobjdump")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
