@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,12 @@ from kvq_compile.commands.shared import (
     make_folder,
 )
 from kvq_compile.console import note, readable_bytes, refusals, show_grid, stages
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from kvq_compile.bench.steps import Row
 
 ShapesOption = Annotated[
     list[str] | None, typer.Option("--shape", help="BATCHxCONTEXT, as 8x32k; may be repeated.")
@@ -65,16 +71,10 @@ def decode(
     """
     from kvq_compile.bench import steps
     from kvq_compile.bench.place import place
-    from kvq_compile.bench.rows import PLACE, add_rows, key_of, read_rows
     from kvq_compile.loading import pick_device
 
     where = pick_device(device)
-    if model not in steps.SHAPES:
-        raise ValueError(f"model must be one of {', '.join(steps.SHAPES)}, got {model!r}")
-    if where.type != "cuda" and model != "small":
-        raise ValueError(
-            f"device must be a GPU for --model {model}, got {where.type}; take --model small, or kvq bench cpu"
-        )
+    check_model(model, where)
     usual = ("1x4k", "1x32k", "1x128k") if where.type == "cuda" else ("1x1k", "1x2k")
     shapes = [read_shape(text) for text in shape or usual]
     runs = list(dict.fromkeys(run or steps.RUNS))
@@ -82,11 +82,49 @@ def decode(
         steps.check_run(each)
     make_folder(out)
     about, path = place(where, commit), out / "decode.csv"
+    network = steps.make_model(model, layers or steps.SHAPES[model]["num_hidden_layers"], where)
+    rows = time_steps(network, model, runs, shapes, about, path, resume)
+    if as_json:
+        print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2))
+    else:
+        show_steps(model, rows)
+    drawn = [
+        ("decode-time", "time [ms]", [(f"batch {r.batch}", r.run, r.context, r.waited) for r in rows]),
+        ("decode-speedup", f"times faster than {steps.BASELINE}",
+         [(f"batch {r.batch}", r.run, r.context, _ratio(plain_of(rows, r, steps.BASELINE), r.waited)) for r in rows]),
+    ]  # fmt: skip
+    _finish(path, out, drawn)
+
+
+def check_model(name: str, device: torch.device) -> None:
+    """Check that there is a model of this name, and a GPU for it where it is large."""
+    from kvq_compile.bench import steps
+
+    if name not in steps.SHAPES:
+        raise ValueError(f"model must be one of {', '.join(steps.SHAPES)}, got {name!r}")
+    if device.type != "cuda" and name != "small":
+        raise ValueError(
+            f"device must be a GPU for --model {name}, got {device.type}; take --model small, or kvq bench cpu"
+        )
+
+
+def time_steps(
+    network: PreTrainedModel,
+    model: str,
+    runs: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    about: dict[str, str],
+    path: Path,
+    resume: bool,
+) -> list[Row]:
+    """Time runs, add each row to the file as it is measured, and return the rows that were not there before."""
+    from kvq_compile.bench import steps
+    from kvq_compile.bench.rows import PLACE, add_rows, key_of, read_rows
+
     same = (*PLACE, *steps.CASE)
     before = {key_of(line, same) for line in read_rows(path) if resume and line.get("waited")}
-    network = steps.make_model(model, layers or steps.SHAPES[model]["num_hidden_layers"], where)
 
-    def known(row: steps.Row) -> bool:
+    def known(row: Row) -> bool:
         return key_of(asdict(row) | about, same) in before
 
     rows = []
@@ -95,27 +133,19 @@ def decode(
             add_rows(path, [asdict(row) | about], same, _cell)
             rows.append(row)
             advance("measuring", len(rows), len(runs) * len(shapes))
-    if as_json:
-        print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2))
-    else:
-        plain = {(row.batch, row.context): row.waited for row in rows if row.run == steps.BASELINE}
-        cells = {
-            (row.run, (row.batch, row.context)): _time(
-                row.waited, plain.get((row.batch, row.context))
-            )
-            for row in rows
-        }
-        show_grid(
-            f"{model}: ms a token (times faster than {steps.BASELINE})",
-            cells,
-            refusals(rows, "run"),
-        )
-    drawn = [
-        ("decode-time", "time [ms]", [(f"batch {r.batch}", r.run, r.context, r.waited) for r in rows]),
-        ("decode-speedup", f"times faster than {steps.BASELINE}",
-         [(f"batch {r.batch}", r.run, r.context, _ratio(plain_of(rows, r, steps.BASELINE), r.waited)) for r in rows]),
-    ]  # fmt: skip
-    _finish(path, out, drawn)
+    return rows
+
+
+def show_steps(model: str, rows: Sequence[Row]) -> None:
+    """Print a table of the times of steps, against those of the baseline at the same shape."""
+    from kvq_compile.bench.steps import BASELINE
+
+    cells = {
+        (row.run, (row.batch, row.context)): _time(row.waited, plain_of(rows, row, BASELINE))
+        for row in rows
+    }
+    title = f"{model}: ms a token (times faster than {BASELINE})"
+    show_grid(title, cells, refusals(rows, "run"))
 
 
 def plain_of(rows: Sequence[Any], row: Any, baseline: str) -> float | None:

@@ -8,11 +8,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 import kvq_compile
+from kvq_compile.commands.eval_options import (
+    TASKS,
+    BatchOption,
+    CalibrateOnOption,
+    ChunkOption,
+    DepthsOption,
+    ExamsOption,
+    LengthsOption,
+    MethodsOption,
+    OutOption,
+    PrefillOption,
+    PromptOption,
+    PromptsOption,
+    RecallOption,
+    SamplesOption,
+    SweepOption,
+    TasksOption,
+    TextsOption,
+    TokensOption,
+    WindowOption,
+    WindowsOption,
+)
 from kvq_compile.commands.shared import (
     DeviceOption,
     DtypeOption,
@@ -36,79 +56,28 @@ if TYPE_CHECKING:
     from kvq_compile.evaluation.runner import Method
     from kvq_compile.evaluation.tasks import Measurement, Task
 
-TASKS = ("perplexity", "passkey", "greedy")
-RETRIEVAL, CONTINUATION, PERPLEXITY = "Passkey", "Greedy", "Perplexity"  # panels of the help
-
 
 def evaluate_(
     model: ModelOption,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="NAME or NAME:OPTION=VALUE,...; may be repeated."),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--text", help="A UTF-8 text file; may be repeated. [default: the demo's own]"
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help=f"{', '.join(TASKS)}; may be repeated. [default: perplexity]"),
-    ] = None,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Also run all methods at many widths and draw a plot.")
-    ] = False,
-    calibrate_on: Annotated[
-        Path | None, typer.Option(help="Text on which --sweep calibrates methods that learn.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences fed at once.", min=1)] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for the results, CSV and JSON.")] = Path(
-        "kvq-eval"
-    ),
-    windows: Annotated[
-        int, typer.Option(help="Windows of a text.", min=1, rich_help_panel=PERPLEXITY)
-    ] = 4,
-    window: Annotated[
-        int, typer.Option(help="Tokens in a window.", rich_help_panel=PERPLEXITY)
-    ] = 2048,
-    prefill: Annotated[
-        int, typer.Option(help="Tokens fed at once, not scored.", rich_help_panel=PERPLEXITY)
-    ] = 512,
-    chunk: Annotated[
-        int, typer.Option(help="Tokens fed at a time after that.", rich_help_panel=PERPLEXITY)
-    ] = 64,
-    recall: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Also measure recall of six facts in a context of so many tokens; may be repeated.",
-            rich_help_panel=PERPLEXITY,
-        ),
-    ] = None,
-    exams: Annotated[
-        int,
-        typer.Option(help="Contexts for each recall length.", min=1, rich_help_panel=PERPLEXITY),
-    ] = 4,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Tokens of a context; may be repeated. 2048, 4096 and 8192, as the model has them, if none is named.",
-            rich_help_panel=RETRIEVAL,
-        ),
-    ] = None,
-    depths: Annotated[
-        int, typer.Option(help="Places of the passkey.", rich_help_panel=RETRIEVAL)
-    ] = 5,
-    samples: Annotated[
-        int, typer.Option(help="Contexts for each length and place.", rich_help_panel=RETRIEVAL)
-    ] = 4,
-    prompts: Annotated[int, typer.Option(help="Prompts.", rich_help_panel=CONTINUATION)] = 50,
-    prompt: Annotated[
-        int, typer.Option(help="Tokens of a prompt.", rich_help_panel=CONTINUATION)
-    ] = 1024,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens to generate.", rich_help_panel=CONTINUATION)
-    ] = 200,
+    method: MethodsOption = None,
+    text: TextsOption = None,
+    task: TasksOption = None,
+    sweep: SweepOption = False,
+    calibrate_on: CalibrateOnOption = None,
+    batch: BatchOption = 1,
+    out: OutOption = Path("kvq-eval"),
+    windows: WindowsOption = 4,
+    window: WindowOption = 2048,
+    prefill: PrefillOption = 512,
+    chunk: ChunkOption = 64,
+    recall: RecallOption = None,
+    exams: ExamsOption = 4,
+    length: LengthsOption = None,
+    depths: DepthsOption = 5,
+    samples: SamplesOption = 4,
+    prompts: PromptsOption = 50,
+    prompt: PromptOption = 1024,
+    tokens: TokensOption = 200,
     plain: PlainOption = "eager",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -120,11 +89,9 @@ def evaluate_(
     the same command goes on where one was cut short.
     """
     from kvq_compile.evaluation.greedy import Continuations
-    from kvq_compile.evaluation.kept import Kept
     from kvq_compile.evaluation.passkey import Passkeys
     from kvq_compile.evaluation.perplexity import Protocol
-    from kvq_compile.evaluation.tasks import Measurement, check_text, usual_lengths
-    from kvq_compile.loading import longest_context
+    from kvq_compile.evaluation.tasks import Measurement
 
     if not method and not sweep:
         raise ValueError("--method must be given, got none; give --sweep to run all methods")
@@ -140,44 +107,24 @@ def evaluate_(
     check_places(dtype, device, *files, calibrate_on)
     check_names(files)
     if sweep:
-        from kvq_compile.evaluation.plot import check_plot
-
-        check_plot("perplexity" in wanted)
+        check_sweep(wanted)
     make_folder(out)
+
     network, tokenizer = load(model, dtype, device)
     texts = encode(tokenizer, files)
-    context = longest_context(network)
-    if not length:
-        protocols["passkey"] = Passkeys(usual_lengths(context), depths, samples, batch)
-    for name in wanted:
-        for ids in texts.values():  # what is too short is told before methods are calibrated
-            check_text(protocols[name], ids, context)
+    tasks = fit_tasks({name: protocols[name] for name in wanted}, network, texts, bool(length))
     about = describe(network, model, list(texts), plain)
-    about |= {name: asdict(protocols[name]) for name in wanted} | {"recall contexts": exams}
-    kept = Kept(
-        out / "eval.part.jsonl",
-        {**about, "calibrated on": str(calibrate_on)},
-        network,
-        [token for ids in texts.values() for token in ids],
-    )
+    about |= {name: asdict(fitted) for name, fitted in tasks.items()} | {"recall contexts": exams}
+    kept = keep(out, {**about, "calibrated on": str(calibrate_on)}, network, texts)
     if sweep:
         found = sweep_methods(network, tokenizer, calibrate_on, out, kept)
         choices += [uncompiled(item) for item in found]
     measurement = Measurement(
         network, tokenizer, texts, choices, compile_plain, kept, recall or [], exams
     )
-    rows, written = run_tasks(measurement, [protocols[name] for name in wanted], out, about)
+    rows, written = run_tasks(measurement, list(tasks.values()), out, about)
     kept.remove()
-    if as_json:
-        print(written[-1].read_text(), end="")
-    else:
-        show_results(rows)
-    if sweep:
-        from kvq_compile.evaluation.plot import draw, points_of
-
-        written += draw(points_of(rows), out)
-    for path in written:
-        note(f"wrote {path}")
+    show(rows, written, out, sweep, as_json)
 
 
 def read_tasks(names: Sequence[str] | None) -> list[str]:
@@ -214,6 +161,51 @@ def check_names(files: Sequence[Path]) -> None:
             raise ValueError(f"text must have a file name of its own, got {name} twice; rename one")
 
 
+def check_sweep(tasks: Sequence[str]) -> None:
+    """Make sure that a sweep can draw its plot, which shows perplexity."""
+    from kvq_compile.evaluation.plot import check_plot
+
+    check_plot("perplexity" in tasks)
+
+
+def fit_tasks(
+    tasks: Mapping[str, Task],
+    network: PreTrainedModel,
+    texts: Mapping[str, Sequence[int]],
+    keep_lengths: bool,
+) -> dict[str, Task]:
+    """Return tasks as the model can run them: without ``keep_lengths``, passkeys in the contexts that it has.
+
+    Raises:
+        ValueError: A text is too short, or a context longer than the model's.
+    """
+    from kvq_compile.evaluation.passkey import Passkeys
+    from kvq_compile.evaluation.tasks import check_text, usual_lengths
+    from kvq_compile.loading import longest_context
+
+    context = longest_context(network)
+    fitted = dict(tasks)
+    for name, task in tasks.items():
+        if isinstance(task, Passkeys) and not keep_lengths:
+            fitted[name] = replace(task, lengths=usual_lengths(context))
+        for ids in texts.values():  # what is too short is told before methods are calibrated
+            check_text(fitted[name], ids, context)
+    return fitted
+
+
+def keep(
+    out: Path,
+    about: Mapping[str, object],
+    network: PreTrainedModel,
+    texts: Mapping[str, Sequence[int]],
+) -> Kept:
+    """Return what the same measurement has found before it was cut short, and where the rest goes."""
+    from kvq_compile.evaluation.kept import Kept
+
+    ids = [token for text in texts.values() for token in text]
+    return Kept(out / "eval.part.jsonl", about, network, ids)
+
+
 def sweep_methods(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -245,6 +237,22 @@ def run_tasks(
     for task in tasks:
         rows += measurement.run(task, after(rows, lambda found: write_results(found, out, about)))
     return rows, write_results(rows, out, about)
+
+
+def show(
+    rows: Sequence[Row], written: Sequence[Path], out: Path, sweep: bool, as_json: bool
+) -> None:
+    """Print rows as a table or as JSON, draw the plot of a sweep, and name the files that were written."""
+    if as_json:
+        print(written[-1].read_text(), end="")
+    else:
+        show_results(rows)
+    if sweep:
+        from kvq_compile.evaluation.plot import draw, points_of
+
+        written = [*written, *draw(points_of(rows), out)]
+    for path in written:
+        note(f"wrote {path}")
 
 
 def describe(
