@@ -71,6 +71,13 @@ def test_help_has_a_short_and_a_long_name(run, arguments) -> None:
     assert "Usage" in output
 
 
+def test_help_says_what_is_taken_where_nothing_is_given(run) -> None:
+    """Regression: ``[default: our own]`` was taken for markup, and left out."""
+    _, output = run("demo", "--help")
+    for default in ("our own", "the demo's own", "the backend's"):
+        assert f"[default: ({default})]" in " ".join(output.replace("│", " ").split())
+
+
 def test_the_version_is_that_of_the_package(run) -> None:
     assert run("--version") == (0, f"kvq-compile {kvq_compile.__version__}\n")
 

@@ -16,11 +16,13 @@ MethodsOption = Annotated[
 ]
 TextsOption = Annotated[
     list[Path] | None,
-    typer.Option("--text", help="A UTF-8 text file; may be repeated. [default: the demo's own]"),
+    typer.Option(
+        "--text", help="A UTF-8 text file; may be repeated.", show_default="the demo's own"
+    ),
 ]
 TasksOption = Annotated[
     list[str] | None,
-    typer.Option("--task", help=f"{', '.join(TASKS)}; may be repeated. [default: perplexity]"),
+    typer.Option("--task", help=f"{', '.join(TASKS)}; may be repeated.", show_default="perplexity"),
 ]
 SweepOption = Annotated[
     bool, typer.Option("--sweep", help="Also run all methods at many widths and draw a plot.")

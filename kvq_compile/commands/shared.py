@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder or a Hugging Face id.")]
 DemoModelOption = Annotated[
-    str | None, typer.Option("--model", help="A folder or a Hugging Face id. [default: our own]")
+    str | None,
+    typer.Option("--model", help="A folder or a Hugging Face id.", show_default="our own"),
 ]
 TextOption = Annotated[
-    Path | None, typer.Option("--text", help="A UTF-8 text file. [default: the demo's own]")
+    Path | None, typer.Option("--text", help="A UTF-8 text file.", show_default="the demo's own")
 ]
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", help="NAME or NAME:OPTION=VALUE,... [default: the backend's]"),
+    typer.Option("--method", help="NAME or NAME:OPTION=VALUE,...", show_default="the backend's"),
 ]
 DtypeOption = Annotated[
     str,
