@@ -181,9 +181,7 @@ class SlotCheck:
         caches = {place: args[place] for place in self._written}
         held, counts, copies = self._numbers(args, caches)
         numbers = self._positions([copies.get(place, x) for place, x in enumerate(args)])
-        sizes: dict[int | None, int] = {place: int(x.shape[2]) for place, x in caches.items()}
-        updated: dict[int, tuple[int, int]] = {}
-        shown: dict[Any, bool] = {}
+        call = _Call(args, held, {place: int(x.shape[2]) for place, x in caches.items()})
         for write in self.writes:
             if write.counter is not None and write.tokens is not None:
                 first, tokens = counts[write.counter.argument], write.tokens(args)
@@ -195,7 +193,7 @@ class SlotCheck:
                 if write.rows:
                     size = len(found) // write.rows
                     rows = [found[at : at + size] for at in range(0, len(found), size)]
-                    reason = _look_at_rows(write, args, rows, held, sizes, shown)
+                    reason = _look_at_rows(write, call, rows)
                     if reason is not None:
                         return Look(reason)
                     continue
@@ -206,45 +204,14 @@ class SlotCheck:
                     return Look(SEVERAL)
             if isinstance(held.get(write.argument), tuple):
                 alike = [list(range(first, first + tokens))] * len(held[write.argument])
-                reason = _look_at_rows(write, args, alike, held, sizes, shown, first)
+                reason = _look_at_rows(write, call, alike, first)
                 if reason is not None:
                     return Look(reason)
                 continue
-            if first < 0:
-                return Look(FROM_THE_END)
-            if write.argument is None and first != 0:
-                return Look(NOT_FIRST)
-            if write.end is not None and write.end(args) != first + tokens:
-                return Look(UNHELD)
-            if write.slides:
-                assert write.argument is not None
-                slots = sizes[write.argument]
-                first = min(first, slots)
-                if write.argument in held and first != min(held[write.argument], slots):
-                    return Look(OTHER_LENGTH)
-                end = min(first + tokens, slots)
-                if end < slots and _shows(write, args, end) is not False:
-                    return Look(OVERWRITES)
-                held[write.argument] = end
-                continue
-            if write.is_evaluated and first + tokens > sizes.get(write.argument, first + tokens):
-                return Look(BEHIND)
-            if write.argument in held:
-                if write.is_update and write.argument is not None:
-                    updated[write.argument] = held[write.argument], first
-                if first > held[write.argument]:
-                    return Look(AHEAD)
-                if first > 0 and held[write.argument] > sizes[write.argument]:
-                    return Look(WRAPPED)
-                if (
-                    first < held[write.argument]
-                    and _shows(write, args, first + tokens) is not False
-                ):
-                    return Look(OVERWRITES)
-                held[write.argument] = first + tokens
-            elif write.argument is not None and _shows(write, args, first + tokens):
-                return Look(OVERWRITES)
-        return Look(None, updated, held, counts)
+            reason = _look_at_range(write, call, first, tokens)
+            if reason is not None:
+                return Look(reason)
+        return Look(None, call.updated, held, counts)
 
     @cached_property
     def _counters(self) -> list[int]:
@@ -406,20 +373,76 @@ def _shows(write: Write, args: Sequence[Any], end: int) -> bool | None:
     return not bool(behind.all()) if write.inverted else bool(behind.any())
 
 
+@dataclass
+class _Call:
+    """A call whose writes are looked at one after the other.
+
+    Attributes:
+        args: Its arguments.
+        held: Tokens that each quantized cache holds after the writes so far, or each of its rows, by the place of its
+            argument.
+        sizes: Cache positions of each cache.
+        updated: As `Look.updated`.
+        shown: What masks are known to show, which layers share.
+    """
+
+    args: Sequence[Any]
+    held: dict[int | None, Any]
+    sizes: Mapping[int | None, int]
+    updated: dict[int, tuple[int, int]] = field(default_factory=dict)
+    shown: dict[Any, bool] = field(default_factory=dict)
+
+
+def _look_at_range(write: Write, call: _Call, first: int, tokens: int) -> str | None:
+    """Return why a cache cannot take a write at ``first``, the same in all rows; else note what it holds then."""
+    args, held, sizes = call.args, call.held, call.sizes
+    place, end = write.argument, first + tokens
+    if first < 0:
+        return FROM_THE_END
+    if place is None and first != 0:
+        return NOT_FIRST
+    if write.end is not None and write.end(args) != end:
+        return UNHELD
+    if write.slides:
+        return _look_at_slide(write, call, first, tokens)
+    if write.is_evaluated and end > sizes.get(place, end):
+        return BEHIND
+    if place not in held:
+        return OVERWRITES if place is not None and _shows(write, args, end) else None
+    if write.is_update and place is not None:
+        call.updated[place] = held[place], first
+    if first > held[place]:
+        return AHEAD
+    if first > 0 and held[place] > sizes[place]:
+        return WRAPPED
+    if first < held[place] and _shows(write, args, end) is not False:
+        return OVERWRITES
+    held[place] = end
+    return None
+
+
+def _look_at_slide(write: Write, call: _Call, first: int, tokens: int) -> str | None:
+    """Do the same for a cache that is rolled once it is full: a position behind its end stands for that."""
+    place, held = write.argument, call.held
+    slots = call.sizes[place]
+    first = min(first, slots)
+    if place in held and first != min(held[place], slots):
+        return OTHER_LENGTH
+    end = min(first + tokens, slots)
+    if end < slots and _shows(write, call.args, end) is not False:
+        return OVERWRITES
+    held[place] = end
+    return None
+
+
 def _look_at_rows(
-    write: Write,
-    args: Sequence[Any],
-    rows: Sequence[Sequence[int]],
-    held: dict[int | None, Any],
-    sizes: Mapping[int | None, int],
-    shown: dict[Any, bool],
-    first: int | None = None,
+    write: Write, call: _Call, rows: Sequence[Sequence[int]], first: int | None = None
 ) -> str | None:
     """Return why a cache cannot take a write at ``rows``, the positions of each; else note what it holds then.
 
-    ``shown`` is what masks are known to show; ``first`` is where all rows are written at the same, which nothing else
-    may tell: of no tokens.
+    ``first`` is where all rows are written at the same, which nothing else may tell: of no tokens.
     """
+    args, held, sizes = call.args, call.held, call.sizes
     starts = [row[0] if row else first or 0 for row in rows]
     ends = [start + len(row) for start, row in zip(starts, rows, strict=True)]
     if any(
@@ -437,7 +460,7 @@ def _look_at_rows(
     if write.end is not None and {*ends} != {write.end(args)}:
         return UNHELD
     before = held.get(write.argument)
-    shows = _shows_rows(write, args, tuple(ends), shown)
+    shows = _shows_rows(write, call, tuple(ends))
     if before is None:
         return ENDS_SEEN if shows else None
     lengths = [before] * len(rows) if isinstance(before, int) else before
@@ -450,19 +473,17 @@ def _look_at_rows(
     return None
 
 
-def _shows_rows(
-    write: Write, args: Sequence[Any], ends: tuple[int, ...], shown: dict[Any, bool]
-) -> bool | None:
+def _shows_rows(write: Write, call: _Call, ends: tuple[int, ...]) -> bool | None:
     """Return whether attention sees cache positions of a row behind its end; ``None`` where that is not known."""
     if write.hides is None or isinstance(write.hides, bool):
         return None if write.hides is None else not write.hides
     about = write.hides, write.inverted, ends
-    if about not in shown:  # layers share a mask
-        (mask,) = write.hides(*args)
+    if about not in call.shown:  # layers share a mask
+        (mask,) = write.hides(*call.args)
         column = torch.arange(mask.shape[-1], dtype=torch.int64, device=mask.device)
         end = torch.tensor(ends, dtype=torch.int64, device=mask.device)
         behind = column >= end[:, None]
         seen = mask > HIDES if mask.dtype != torch.bool else mask
         seen = ~seen if write.inverted and mask.dtype == torch.bool else seen
-        shown[about] = bool((seen & behind[:, None, None]).any())
-    return shown[about]
+        call.shown[about] = bool((seen & behind[:, None, None]).any())
+    return call.shown[about]
