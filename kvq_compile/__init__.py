@@ -26,6 +26,7 @@ __all__ = [
     "ArrangedKV",
     "CacheSpec",
     "Calibration",
+    "Channelwise",
     "Codebook",
     "Explanation",
     "KVQError",
@@ -55,7 +56,7 @@ _HOMES = {
     "kernels.cache.arranged": ("ArrangedKV",),
     "kernels.cache.tensor": ("QuantizedKV",),
     "kernels.spec": ("CacheSpec",),
-    "kernels.schemes": ("Codebook", "Mixed", "Uniform"),
+    "kernels.schemes": ("Channelwise", "Codebook", "Mixed", "Uniform"),
     "options": ("make_spec",),
     "reports": ("Report", "report"),
 }

@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 TOP = ("examples", "kvq_compile", "lowering", "kernels")
 LINKED = ("kernels", "lowering")  # parts of kvq_compile that lie beside it
@@ -81,3 +83,12 @@ def test_every_folder_of_the_picture_exists() -> None:
     for indent, name in names:
         above = above if indent else name
         assert (ROOT / (above if indent else "") / name).is_dir(), name
+
+
+@pytest.mark.parametrize("top", LINKED)
+def test_every_file_is_told_of_in_the_readme_of_its_folder(top: str) -> None:
+    words = set(re.findall(r"\w+", (ROOT / top / "README.md").read_text()))
+    own = [path for path in (ROOT / top).rglob("*.py") if path.resolve().is_relative_to(ROOT / top)]
+    assert own
+    untold = [path.name for path in own if path.stem.strip("_") not in {"init", "main", *words}]
+    assert not untold

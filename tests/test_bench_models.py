@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvq_compile import QuantizedKV, cli
-from kvq_compile.bench import memory
+from kvq_compile.bench import memory, steps
 from kvq_compile.bench.caches import Shape, random_spec
 from kvq_compile.bench.rows import read_rows
 from kvq_compile.kernels.packed import room_for
@@ -76,6 +76,20 @@ def test_the_memory_command_names_what_is_not_installed_and_goes_on(
     assert rows["16 bit"]["bytes"] == str(4 * 2 * 300 * 64)
     assert rows["hf-nothing"]["bytes"] == ""
     assert rows["int8"]["commit"] == "abc"
+
+
+@pytest.mark.parametrize("run", ["int4", "tc:bits=3-static", "int4-unrecorded"])
+def test_a_tuned_run_is_the_same_run_under_inductor_that_tries_tiles(run: str) -> None:
+    tuned = {"inductor": {"coordinate_descent_tuning": True}}
+    assert steps.method_of(run + steps.TUNED) == steps.method_of(run)
+    assert steps.options_of(run + steps.TUNED) == {**steps.options_of(run), **tuned}
+    steps.check_run(run + steps.TUNED)
+
+
+def test_transformers_own_caches_are_tuned_where_they_compile() -> None:
+    steps.check_run("hf-static-tuned")
+    with pytest.raises(ValueError, match="run must be a method or one of"):
+        steps.check_run("hf-quanto-tuned")
 
 
 def test_steps_are_timed_over_caches_of_the_context_that_is_asked_for(tmp_path: Path) -> None:

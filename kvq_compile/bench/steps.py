@@ -5,7 +5,8 @@ until a call returns; *ahead* is the mean from one step to the next without wait
 
 A run is named by what its cache is: a method, ``int4`` or ``tc:bits=3``, with a dynamic cache, or with a static one as
 ``int4-static``; ``int4-unrecorded`` launches its steps one by one; ``hf-static`` and ``hf-dynamic`` are transformers'
-caches in 16 bit, compiled; ``hf-quanto``, ``hf-hqq`` its quantized cache, which does not compile.
+caches in 16 bit, compiled; ``hf-quanto``, ``hf-hqq`` its quantized cache, which does not compile. Behind any that is
+compiled ``-tuned`` has Inductor try tiles for the model's own products (``coordinate_descent_tuning``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kvq_compile.lowering import steps as stepping
 from kvq_compile.reports import report
 
 BASELINE = "hf-static"
+TUNED = "-tuned"
 QUANTIZED_PEERS = ("hf-quanto", "hf-hqq")
 PEERS = (BASELINE, "hf-dynamic", *QUANTIZED_PEERS)
 RUNS = (BASELINE, "int4", "tc:bits=4", "int4-static", *QUANTIZED_PEERS)
@@ -91,7 +93,7 @@ def check_run(run: str) -> None:
         ValueError: There is none.
     """
     if run.startswith("hf-"):
-        if run not in PEERS:
+        if run not in (*PEERS, BASELINE + TUNED, "hf-dynamic" + TUNED):
             raise ValueError(f"run must be a method or one of {', '.join(PEERS)}, got {run!r}")
     else:
         parse_method(method_of(run))
@@ -99,13 +101,19 @@ def check_run(run: str) -> None:
 
 def method_of(run: str) -> str:
     """Return the method of a run."""
-    return run.removesuffix("-static").removesuffix("-unrecorded")
+    return run.removesuffix(TUNED).removesuffix("-static").removesuffix("-unrecorded")
 
 
 def options_of(run: str) -> dict[str, Any]:
     """Return the options of a run of a method."""
-    mode = {"mode": "default"} if run.endswith("-unrecorded") else {}
-    return {**(parse_method(method_of(run)).options or {}), **mode}
+    mode = {"mode": "default"} if run.removesuffix(TUNED).endswith("-unrecorded") else {}
+    tuning = {"inductor": _tuning(run)} if run.endswith(TUNED) else {}
+    return {**(parse_method(method_of(run)).options or {}), **mode, **tuning}
+
+
+def _tuning(run: str) -> dict[str, Any]:
+    """Return Inductor's settings for a run."""
+    return {"coordinate_descent_tuning": True} if run.endswith(TUNED) else {}
 
 
 def make_model(shape: str, layers: int, device: torch.device) -> Any:
@@ -133,15 +141,15 @@ def make_model(shape: str, layers: int, device: torch.device) -> Any:
 
 def prepare(model: Any, run: str) -> Any:
     """Compile a model for a run, whose shapes share the graphs; return a layer's cache if it is a quantized one."""
-    grows = not run.startswith("hf-") and not run.endswith("-static")
+    grows = not run.startswith("hf-") and not _is_static(run)
     like = _short_cache(model, run).layers[0] if grows else None
     torch._dynamo.reset()
     model._compiled_call_impl = None
-    if run == "hf-static":
-        graphs = {"mode": "reduce-overhead"} if model.device.type == "cuda" else {}
-        model.compile(fullgraph=True, **graphs)
-    elif run == "hf-dynamic":
-        model.compile()
+    if run.startswith(BASELINE):
+        graphs = {"triton.cudagraphs": model.device.type == "cuda"}
+        model.compile(fullgraph=True, options={**graphs, **_tuning(run)})
+    elif run.startswith("hf-dynamic"):
+        model.compile(options=_tuning(run))
     elif not run.startswith("hf-"):
         model.compile(backend="kvq", options=options_of(run))
     return like
@@ -153,7 +161,7 @@ def filled_cache(model: Any, run: str, batch: int, context: int, like: Any) -> A
 
     config, device = model.config, model.device
     heads, size = config.num_key_value_heads, config.head_dim
-    if run.endswith("-static"):
+    if _is_static(run):
         return _static_cache(model, batch, context)
     few = math.gcd(batch, FEW)
 
@@ -178,6 +186,10 @@ def filled_cache(model: Any, run: str, batch: int, context: int, like: Any) -> A
             setattr(layer, name, x if few == batch else x.repeat_interleave(batch // few, 0))
         layer.is_initialized, layer.dtype, layer.device = True, torch.bfloat16, device
     return cache
+
+
+def _is_static(run: str) -> bool:
+    return run.removesuffix(TUNED).endswith("-static")
 
 
 def _static_cache(model: Any, batch: int, context: int) -> Any:

@@ -67,7 +67,8 @@ def decode(
     """Time whole decoding steps of a model of a known shape, against transformers' own caches in the same run.
 
     Caches hold random tokens. hf-static is a 16-bit static cache, compiled; hf-quanto and hf-hqq are transformers'
-    quantized cache, as far as its backends are installed. A GPU is needed but for --model small.
+    quantized cache, as far as its backends are installed. With -tuned behind a run Inductor tries tiles for the model's
+    own products (coordinate_descent_tuning). A GPU is needed but for --model small.
     """
     from kvq_compile.bench import steps
     from kvq_compile.bench.place import place
