@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import fx
 
 from kvq_compile.lowering.graph import Graph
-from kvq_compile.lowering.nodes import shape_of, source_name, target_name, value_of
+from kvq_compile.lowering.nodes import order_of, shape_of, source_name, target_name, value_of
 from kvq_compile.lowering.sites import (
     DENSE,
     Attention,
@@ -22,6 +22,7 @@ from kvq_compile.lowering.sites import (
     Step,
     unexpected,
 )
+from kvq_compile.lowering.unchanged import once, unchanged
 
 Lane = Literal["query", "keys", "values"]
 MOST = 24  # steps of a picture
@@ -52,8 +53,9 @@ class Anchor:
 def tell_captured(graph: Graph) -> dict[str, Anchor]:
     """Add to each report what is known of its attention and the graph around it; return where to look again."""
     try:
-        found = _anchors(graph)
-        graph.reports = [_captured(report, found.get(report.node)) for report in graph.reports]
+        with unchanged(graph.fx):
+            found = _anchors(graph)
+            graph.reports = [_captured(report, found.get(report.node)) for report in graph.reports]
     except Exception as error:  # a picture that fails must not cost the rewriting
         unexpected(error)
         return {}
@@ -68,9 +70,10 @@ def tell_rewritten(graph: Graph, found: Mapping[str, Anchor]) -> None:
         for anchor in found.values():
             anchor.output = moved.get(anchor.output, anchor.output)
             anchor.leaves = {moved.get(node, node): leaf for node, leaf in anchor.leaves.items()}
-        graph.reports = [
-            _rewritten(report, found.get(report.node), graph) for report in graph.reports
-        ]
+        with unchanged(graph.fx):
+            graph.reports = [
+                _rewritten(report, found.get(report.node), graph) for report in graph.reports
+            ]
     except Exception as error:
         unexpected(error)
 
@@ -90,9 +93,10 @@ def _anchors(graph: Graph) -> dict[str, Anchor]:
             anchors[name] = Anchor(found.output, found, _stored(graph, found))
         else:
             anchors[name] = Anchor(found)
+    outputs = {anchor.output for anchor in anchors.values()}
+    ends = {node: _leaf(node, "other attention", "query", "input") for node in outputs}
     for anchor in anchors.values():
-        others = (each.output for each in anchors.values() if each is not anchor)
-        anchor.leaves = {node: _leaf(node, "other attention", "query", "input") for node in others}
+        anchor.leaves = {node: leaf for node, leaf in ends.items() if node is not anchor.output}
         anchor.leaves |= dict(_leaves(anchor))
     return anchors
 
@@ -223,7 +227,7 @@ def _flow(anchor: Anchor, leaves: Mapping[fx.Node, Step]) -> Flow:
         front = [each for node in open_ for each in node.all_input_nodes if _is_shown(each, leaves)]
         if not front or len(steps) >= MOST:
             break
-    order = {node: place for place, node in enumerate(anchor.output.graph.nodes)}
+    order = order_of(anchor.output.graph)
     return _unique(steps[node] for node in sorted(steps, key=lambda node: order.get(node, -1)))
 
 
@@ -292,9 +296,8 @@ def _rewritten(report: SiteReport, anchor: Anchor | None, graph: Graph) -> SiteR
 
 def _writes(anchor: Anchor, graph: Graph, leaves: Mapping[fx.Node, Step]) -> Iterable[Step]:
     """Yield the steps that put an attention's tokens into its packed caches."""
-    for node in graph.fx.nodes:
-        name = _kvq(node)
-        for lane, (state, quantization) in anchor.states.items() if name in _WRITES else ():
+    for node, name in _calls_of_writes(graph.fx):
+        for lane, (state, quantization) in anchor.states.items():
             into = _taken(node, name, state, graph)
             if into is None:
                 continue
@@ -303,6 +306,12 @@ def _writes(anchor: Anchor, graph: Graph, leaves: Mapping[fx.Node, Step]) -> Ite
             about = f"{layout.about} [{layout.bits_per_element:.3g} bits]"
             names = tuple(dict.fromkeys(inputs))
             yield Step(node.name, f"kvq.{name}", about, lane, "write", names)
+
+
+@once
+def _calls_of_writes(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
+    """Return the calls that put tokens into packed caches, each with the name of its operator."""
+    return [(node, name) for node in graph.nodes if (name := _kvq(node)) in _WRITES]
 
 
 def _taken(node: fx.Node, name: str, state: State, graph: Graph) -> list[fx.Node] | None:

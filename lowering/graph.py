@@ -184,12 +184,22 @@ def _renamed(x: Any, old: Node, new: Node) -> Any:
 
 def copy_module(gm: GraphModule) -> GraphModule:
     """Copy a captured graph with all that AOTAutograd looks for; Dynamo still needs the original."""
+    return module_of(gm, copy_graph(gm))
+
+
+def copy_graph(gm: GraphModule) -> torch.fx.Graph:
+    """Copy the graph of a module, to be changed and made a module by `module_of`."""
     graph = torch.fx.Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     for node, copy in copies.items():
         if hasattr(node, "_dynamo_source"):
             copy._dynamo_source = node._dynamo_source
+    return graph
+
+
+def module_of(gm: GraphModule, graph: torch.fx.Graph) -> GraphModule:
+    """Return a module that runs a changed copy of the graph of ``gm``; code is made of it here."""
     module = GraphModule(gm, graph)
     module.meta = gm.meta
     for name in ("_param_name_to_source", "_source_to_user_stacks"):

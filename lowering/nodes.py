@@ -82,6 +82,8 @@ def same(a: Any, b: Any) -> bool:
     """Return whether two sizes are equal for every input that the graph serves; tensors only if they are the same."""
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return a is b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr:
+        return True  # as what follows says, which takes a while
     return bool(statically_known_true(a == b))
 
 
@@ -211,13 +213,7 @@ def is_weight(node: fx.Node) -> bool:
     value = value_of(node)
     if not isinstance(value, torch.nn.Parameter):
         return False
-    return (value.requires_grad or value.dim() < 3) or not any(
-        n.op in ("call_function", "call_method")
-        and n.args
-        and writes_in_place(n)
-        and root_of(n.args[0]) is node
-        for n in node.graph.nodes
-    )
+    return value.requires_grad or value.dim() < 3 or node not in writers_of(node.graph)
 
 
 @once
@@ -273,6 +269,25 @@ def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         for root in (root_of(node.args[0]),)
         if isinstance(root, fx.Node)
     }
+
+
+@once
+def writers_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return the nodes that write in place, in order, by the tensor whose memory they write into."""
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and node.args and writes_in_place(node):
+            root = root_of(node.args[0])
+            if isinstance(root, fx.Node):
+                writers.setdefault(root, []).append(node)
+    return writers
+
+
+def changes(graph: fx.Graph, roots: Iterable[Any], first: int, last: int) -> bool:
+    """Return whether memory of one of ``roots`` may be written into by a node from place ``first`` up to ``last``."""
+    place, writers = order_of(graph), writers_of(graph)
+    written = (node for root in roots for node in writers.get(root, ()))
+    return any(first <= place[node] < last for node in written)
 
 
 def is_static(placeholder: fx.Node) -> bool:

@@ -74,7 +74,7 @@ from kvq_compile.lowering.sites import (
     SiteReport,
     unexpected,
 )
-from kvq_compile.lowering.unchanged import unchanged
+from kvq_compile.lowering.unchanged import remembering, unchanged
 
 register()  # before Dynamo traces a call whose caches are quantized
 
@@ -140,7 +140,7 @@ def lower(
         Contradiction: A cache is quantized to something else than the call asks for.
         LostWrite: A write cannot be expressed on a quantized cache.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), remembering():
         # What is evaluated on random numbers is the same in every process.
         torch.default_generator.manual_seed(0)
         return _lower_rows_or_all(gm, example_inputs, spec, by_order, record)
@@ -357,10 +357,12 @@ def run(passes: Sequence[Pass], graph: Graph) -> None:
     """Run passes in order; check the graph, tell what changed and how long it took after each."""
     for pass_ in passes:
         start = time.perf_counter()
-        with unchanged(graph.fx) if pass_.__module__.startswith(find.__name__) else nullcontext():
+        looks = pass_.__module__.startswith(find.__name__)
+        with unchanged(graph.fx) if looks else nullcontext():
             report = pass_(graph)
         seconds = time.perf_counter() - start
-        graph.fx.lint()
+        if not looks:
+            graph.fx.lint()
         logs.tell(logs.passes, (f"{pass_.__name__}: {change}" for change in report.changes))
         logs.tell(logs.timing, [f"{pass_.__name__}: {1e3 * seconds:.2f} ms"])
 

@@ -32,7 +32,6 @@ from kvq_compile.lowering.find.trial import (
     plain_name,
     run_step,
     size_of_trial,
-    writers_of,
 )
 from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.nodes import (
@@ -44,9 +43,10 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     target_name,
     value_of,
+    writers_of,
 )
 from kvq_compile.lowering.sites import unexpected
-from kvq_compile.lowering.unchanged import unchanged
+from kvq_compile.lowering.unchanged import once, unchanged
 
 # The second operand has its tokens last in one product, first in the other.
 _TURNED = ("matmul", "bmm", "baddbmm")
@@ -73,6 +73,12 @@ class _Operand:
     channels: int
     lead: tuple[Any, ...] = ()
     softmax: fx.Node | None = None
+
+
+@once
+def behind(last: fx.Node) -> dict[fx.Node, None]:
+    """Return what `above` yields."""
+    return dict.fromkeys(above(last))
 
 
 def above(last: fx.Node) -> Iterator[fx.Node]:
@@ -122,7 +128,7 @@ def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
             if result in known or result.op == "placeholder" or len(theirs) != len(mine):
                 continue
             rest = (same(mine[at], theirs[at]) for at in range(len(mine)) if at != tokens)
-            if all(rest) and cache in above(result):
+            if all(rest) and cache in behind(result):
                 found[result] = how
     return found
 
@@ -140,7 +146,7 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
         mine, theirs = shape_of(taken) or (), shape_of(result) or ()
         if result is taken or len(mine) != len(theirs) or not all(map(same, mine, theirs)):
             continue
-        moves = tracer.moves(taken, result) if taken in above(result) else None
+        moves = tracer.moves(taken, result) if taken in behind(result) else None
         if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
             found[taken] = known[result]
     return found
@@ -149,14 +155,14 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
 def _proposed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
     found: dict[fx.Node, set[Arrangement | None]] = {}
     tracer = _Tracer()
-    operands = [(operand, dict.fromkeys(above(operand.node))) for operand in operands_of(graph)]
+    operands = [(operand, behind(operand.node)) for operand in operands_of(graph)]
     for tensor in dict.fromkeys(kept_by(graph)):
         if tensor in known:
             continue
         # What layers have in common, as angles, is behind all of them: it is looked at where nothing reads the tensor.
         readers = [each for each in operands if tensor in each[1]] or operands
-        for operand, behind in readers:
-            if (source := _source(tensor, behind)) is not None:
+        for operand, made_of in readers:
+            if (source := _source(tensor, made_of)) is not None:
                 told = tracer.arrangement(source, tensor, operand)
                 found.setdefault(tensor, set()).add(told)
     return {
@@ -179,12 +185,12 @@ def kept_and_read(graph: fx.Graph) -> list[fx.Node]:
     """Return those of the tensors that may be caches which keys or values of an attention are made of."""
     with unchanged(graph):
         kept = dict.fromkeys(kept_by(graph))
-        behind = [dict.fromkeys(above(operand.node)) for operand in operands_of(graph)]
+        made_of = [behind(operand.node) for operand in operands_of(graph)]
         scores = [dict.fromkeys(_scored(node)) for node in calls(graph, *_WEIGHING)]
         return [
             x
             for x in kept
-            if any(_source(x, each) is not None for each in behind)
+            if any(_source(x, each) is not None for each in made_of)
             or (len(shape_of(x) or ()) >= 4 and any(x in each for each in scores))
         ]
 
@@ -220,20 +226,20 @@ def _is_kept(tensor: fx.Node, results: Sequence[fx.Node]) -> bool:
         theirs = shape_of(result) or ()
         if result is tensor:
             return True
-        if len(theirs) != len(mine) or tensor not in above(result):
+        if len(theirs) != len(mine) or tensor not in behind(result):
             continue
         if sum(not same(a, b) for a, b in zip(mine, theirs, strict=True)) <= 1:
             return True
     return False
 
 
-def _source(tensor: fx.Node, behind: Mapping[fx.Node, None]) -> fx.Node | None:
-    """Return the nearest tensor that a kept one and an operand are made of; the operand is of those ``behind`` it."""
-    if tensor in behind:
+def _source(tensor: fx.Node, made_of: Mapping[fx.Node, None]) -> fx.Node | None:
+    """Return the nearest tensor that a kept one and an operand are made of; that is ``made_of`` these."""
+    if tensor in made_of:
         return tensor
     if tensor.op == "placeholder":
         return None
-    return next((node for node in above(tensor) if node in behind), None)
+    return next((node for node in behind(tensor) if node in made_of), None)
 
 
 def operands_of(graph: fx.Graph) -> Iterator[_Operand]:
@@ -316,6 +322,7 @@ class _Tracer:
 
     def __init__(self) -> None:
         self._known: dict[Any, list[set[int]] | None] = {}
+        self._between: dict[tuple[fx.Node, fx.Node], list[set[int]] | None] = {}
 
     def arrangement(self, source: fx.Node, kept: fx.Node, operand: _Operand) -> Arrangement | None:
         """Return where the axes of caches lie in a kept tensor, if an operand tells; both are made of ``source``."""
@@ -335,12 +342,14 @@ class _Tracer:
         """Return, for each axis of ``source``, the axes of ``result`` along which its coordinate changes."""
         if source is result:
             return [{axis} for axis in range(len(shape_of(source) or ()))]
-        steps = dependent(source, result)
-        steps = [*_indices(steps), *steps]
-        key = _signature(source, steps)
-        if key not in self._known:
-            self._known[key] = _run(source, result, steps)
-        return self._known[key]
+        if (source, result) not in self._between:
+            steps = dependent(source, result, MIXING)  # nothing is a coordinate behind these
+            steps = [*_indices(steps), *steps]
+            key = _signature(source, steps)
+            if key not in self._known:
+                self._known[key] = _run(source, result, steps)
+            self._between[source, result] = self._known[key]
+        return self._between[source, result]
 
 
 def _indices(steps: Sequence[fx.Node]) -> list[fx.Node]:

@@ -20,10 +20,9 @@ from kvq_compile.lowering.find.trial import (
     data_of,
     random_like,
     size_of_trial,
-    writers_of,
 )
 from kvq_compile.lowering.find.updates import TRIES, Update
-from kvq_compile.lowering.nodes import order_of, root_of, same, shape_of, value_of
+from kvq_compile.lowering.nodes import order_of, root_of, same, shape_of, value_of, writers_of
 
 _REACH = 64  # nodes looked at behind the writes, besides some for each of them
 _MORE = 4

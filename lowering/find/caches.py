@@ -24,7 +24,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import CASTS
 from kvq_compile.lowering.find.movement import as_spelled, made_of
 from kvq_compile.lowering.find.reasons import NO_CACHE, is_expected
-from kvq_compile.lowering.find.trial import BY_TOKEN, MIXING, writers_of
+from kvq_compile.lowering.find.trial import BY_TOKEN, MIXING
 from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.find.updates import updated_cache
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -38,6 +38,7 @@ from kvq_compile.lowering.nodes import (
     source_name,
     target_name,
     value_of,
+    writers_of,
     writes_in_place,
 )
 from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport

@@ -20,7 +20,8 @@ from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.lowering.find.positions import same_positions, same_value
 from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.nodes import (
-    changed_roots,
+    changes,
+    order_of,
     root_of,
     same,
     shape_of,
@@ -171,27 +172,26 @@ def check_rows(state: State, layout: Layout) -> None:
         raise Refusal(f"{BY_ROW}, and {reason}; take another method")
 
 
-def check_order(attention: Attention, states: Sequence[State], order: Sequence[fx.Node]) -> None:
+def check_order(attention: Attention, states: Sequence[State]) -> None:
     """Make sure that a write can move behind the attention.
 
     Args:
         attention: The attention.
         states: Its keys and values.
-        order: The nodes of the graph in the order in which they run.
 
     Raises:
         Refusal: What is written changes in between.
     """
-    place = {node: number for number, node in enumerate(order)}
+    graph = attention.output.graph
+    place = order_of(graph)
     for state in states:
         if state.life not in (*_SLOTTED, *RINGS, Life.GROWN):
             continue
         write = state.base if state.write is None else state.write
-        between = order[place[write] + 1 : place[attention.output]]
         needed = {
             root_of(node) for node in (state.new, state.position) if isinstance(node, fx.Node)
         }
-        if needed & changed_roots(between):
+        if changes(graph, needed, place[write] + 1, place[attention.output]):
             raise Refusal("what is written changes between the write and the attention")
         if state.life in RINGS and state.base is not state.past:  # else it runs as captured
             _check_readers(state)

@@ -43,7 +43,6 @@ from kvq_compile.lowering.find.trial import (
     MIXING,
     data_of,
     plain_name,
-    writers_of,
 )
 from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.nodes import (
@@ -54,6 +53,7 @@ from kvq_compile.lowering.nodes import (
     same,
     shape_of,
     value_of,
+    writers_of,
 )
 from kvq_compile.lowering.sites import Life, Refusal, State
 

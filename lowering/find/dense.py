@@ -46,12 +46,11 @@ from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     is_weight,
-    root_of,
     same,
     shape_of,
     target_name,
     value_of,
-    writes_in_place,
+    writers_of,
 )
 from kvq_compile.lowering.sites import (
     DENSE,
@@ -178,7 +177,7 @@ def _state(graph: Graph, node: fx.Node, outputs: set[fx.Node]) -> State | None:
     if node.op != "placeholder" and target_name(node) not in ALLOCATIONS:
         state = find_state(node, outputs, graph.updates)
         return state if state.life in (Life.FRESH, Life.GROWN_PLAIN) else None
-    writes = [n for n in graph.fx.nodes if _writes_into(n, node)]
+    writes = writers_of(graph.fx).get(node, [])
     if not writes or not all(is_write(write) and write.args[0] is node for write in writes):
         return None
     *earlier, write = writes
@@ -187,11 +186,6 @@ def _state(graph: Graph, node: fx.Node, outputs: set[fx.Node]) -> State | None:
     (position, new), _ = read_write(write), [read_write(other) for other in earlier]
     life = Life.BUFFER_PLAIN if node.op == "placeholder" else Life.ALLOCATED
     return State(life, node, new, node, write, position)
-
-
-def _writes_into(node: fx.Node, memory: fx.Node) -> bool:
-    called = node.op in ("call_function", "call_method") and bool(node.args)
-    return called and writes_in_place(node) and root_of(node.args[0]) is memory
 
 
 def _role(one: _Candidate, candidates: Sequence[_Candidate]) -> Role | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from kvq_compile.lowering.find.trial import (
     random_like,
     run_step,
     size_of_trial,
-    writers_of,
 )
-from kvq_compile.lowering.nodes import order_of, root_of, value_of, writes_in_place
+from kvq_compile.lowering.nodes import order_of, root_of, value_of, writers_of, writes_in_place
 from kvq_compile.lowering.unchanged import once
 
 PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "sum")
@@ -28,10 +27,11 @@ _TRIALS = 3
 _MOST = 128  # steps of a trial, far more than stand between a cache and a product
 
 
-def dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+def dependent(first: fx.Node, last: fx.Node, ends: Collection[str] = ()) -> list[fx.Node]:
     """Return the nodes between two whose elements depend on those of the first: in order, the last included.
 
-    Writes into memory of their own count, those into a tensor that something else has made do not.
+    Writes into memory of their own count, those into a tensor that something else has made do not. Nodes between them
+    that call something of ``ends`` depend on nothing.
     """
     place, writers = order_of(last.graph), writers_of(last.graph)
     kept = root_of(first) if plain_name(first) not in PRODUCTS else None
@@ -41,7 +41,7 @@ def dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
         found = [] if memory is kept else writers.get(memory, [])
         return [each for each in found if each is not node and place[each] <= place[last]]
 
-    behind = _behind(first, last, kept)
+    behind = _behind(first, last, kept, ends)
     upward: set[fx.Node] = set()
     stack = [last]
     while stack:
@@ -56,7 +56,9 @@ def dependent(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return sorted(touched - {first}, key=place.__getitem__)
 
 
-def _behind(first: fx.Node, last: fx.Node, kept: fx.Node | None) -> set[fx.Node]:
+def _behind(
+    first: fx.Node, last: fx.Node, kept: fx.Node | None, ends: Collection[str]
+) -> set[fx.Node]:
     """Return the nodes from one to another that its elements may reach, by uses and by writes but into ``kept``."""
     place, sharing = order_of(last.graph), nodes_by_memory(last.graph)
     found: set[fx.Node] = set()
@@ -64,6 +66,8 @@ def _behind(first: fx.Node, last: fx.Node, kept: fx.Node | None) -> set[fx.Node]
     while stack:
         node = stack.pop()
         if node in found or not place[first] <= place[node] <= place[last]:
+            continue
+        if node is not first and node is not last and plain_name(node) in ends:
             continue
         found.add(node)
         stack += [user for user in node.users if node in data_of(user)]

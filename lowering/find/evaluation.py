@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from kvq_compile.kernels.layout import HIDES
 from kvq_compile.kernels.score import bend_
 from kvq_compile.lowering.find.chain import Chain
-from kvq_compile.lowering.find.trial import Trial, run_step, size_of_trial, writers_of
-from kvq_compile.lowering.nodes import order_of, root_of, value_of
+from kvq_compile.lowering.find.trial import Trial, run_step, size_of_trial
+from kvq_compile.lowering.nodes import order_of, root_of, value_of, writers_of
 from kvq_compile.lowering.sites import Refusal
 
 # What symbolic sizes are set to: of fewer than 4 keys a mask that hides some would leave one, whose weight is 1.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from kvq_compile.lowering.find.movement import beside
-from kvq_compile.lowering.find.trial import data_of, plain_name, writers_of
+from kvq_compile.lowering.find.trial import data_of, plain_name
 from kvq_compile.lowering.find.updates import (
     ENDS,
     TRIES,
@@ -24,7 +24,7 @@ from kvq_compile.lowering.find.updates import (
     positions_among,
 )
 from kvq_compile.lowering.find.writes import is_write, read_write
-from kvq_compile.lowering.nodes import order_of, root_of, value_of
+from kvq_compile.lowering.nodes import order_of, root_of, value_of, writers_of
 from kvq_compile.lowering.sites import Refusal
 
 _REACH = 64  # nodes looked at behind the writes

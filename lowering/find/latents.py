@@ -33,12 +33,19 @@ from kvq_compile.lowering.find.trial import (
     data_of,
     plain_name,
     size_of_trial,
-    writers_of,
 )
 from kvq_compile.lowering.find.trims import kept_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.graph import Graph
-from kvq_compile.lowering.nodes import is_weight, root_of, same, shape_of, target_name, value_of
+from kvq_compile.lowering.nodes import (
+    is_weight,
+    root_of,
+    same,
+    shape_of,
+    target_name,
+    value_of,
+    writers_of,
+)
 from kvq_compile.lowering.sites import Attention, Expansion, Projection, Refusal, State
 
 NOT_LINEAR = "its keys and values are no linear maps, token by token, of two tensors that are kept"

@@ -23,7 +23,6 @@ from kvq_compile.lowering.find.trial import (
     data_of,
     plain_name,
     random_like,
-    writers_of,
 )
 from kvq_compile.lowering.nodes import (
     VIEWS,
@@ -36,6 +35,7 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     target_name,
     value_of,
+    writers_of,
     writes_in_place,
 )
 

@@ -12,7 +12,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.movement import moved_from
 from kvq_compile.lowering.find.trial import MIXING
 from kvq_compile.lowering.nodes import (
-    changed_roots,
+    changes,
     order_of,
     root_of,
     same,
@@ -83,9 +83,8 @@ def _is_random(node: fx.Node) -> bool:
 def _changed_between(a: fx.Node, b: fx.Node) -> bool:
     place = order_of(a.graph)
     first, last = sorted((place[a], place[b]))
-    between = [node for node in a.graph.nodes if first < place[node] < last]
     roots = {root_of(node) for node in (a, b, moved_from(a), moved_from(b))}
-    return bool(roots & changed_roots(between))
+    return changes(a.graph, roots, first + 1, last)
 
 
 def part_of(
@@ -101,13 +100,11 @@ def part_of(
     place = order_of(nodes[0].graph)
     needed: set[fx.Node] = set()
     for node in nodes:
-        needed |= _needed_by(node, arguments, place)
+        needed |= needed_by(node, arguments)
     return _extract(sorted(needed, key=place.__getitem__), nodes, arguments, on_host)
 
 
-def _needed_by(
-    result: fx.Node, arguments: Mapping[fx.Node, int], place: Mapping[fx.Node, int]
-) -> set[fx.Node]:
+def needed_by(result: fx.Node, arguments: Mapping[fx.Node, int]) -> set[fx.Node]:
     """Return the nodes that compute ``result`` from the arguments of a call as they are before it.
 
     Raises:
@@ -131,8 +128,8 @@ def _needed_by(
         if node.op != "get_attr" and (writes_in_place(node) or node.is_impure()):
             raise Refusal(f"the cache positions written pass through {target_name(node)}")
         stack.extend(node.all_input_nodes)
-    before = (node for node in result.graph.nodes if place[node] <= place[result])
-    if {root_of(node) for node in needed} & changed_roots(before):
+    until = order_of(result.graph)[result] + 1
+    if changes(result.graph, {root_of(node) for node in needed}, 0, until):
         raise Refusal("the cache positions written change within the call before they are used")
     return needed
 

@@ -12,7 +12,6 @@ from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.rows import why_not_by_row
 from kvq_compile.kernels.cache.tensor import Kind, QuantizedKV
 from kvq_compile.kernels.layout import Layout
-from kvq_compile.lowering.find.trial import writers_of
 from kvq_compile.lowering.nodes import (
     argument,
     getitem_index,
@@ -22,6 +21,7 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     target_name,
     value_of,
+    writers_of,
 )
 from kvq_compile.lowering.sites import Refusal
 

@@ -275,7 +275,7 @@ def _check_graph(site: AttentionSite, graph: Graph) -> bool:
             *map(value_of, ends)
         ):  # else that of the owner is looked at
             raise Refusal(UNMASKED)
-    check_order(site.attention, states, list(graph.fx.nodes))
+    check_order(site.attention, states)
     for state in states:
         check_lengths(graph, state)
     return is_reader

@@ -13,14 +13,14 @@ from kvq_compile.kernels.cache.ring import takes
 from kvq_compile.kernels.cache.rows import why_not_by_row
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.checks import BY_ROW, end_without_mask
-from kvq_compile.lowering.find.positions import part_of, same_value
+from kvq_compile.lowering.find.positions import needed_by, part_of, same_value
 from kvq_compile.lowering.find.reasons import OVERWRITTEN
 from kvq_compile.lowering.find.sites import left_alone
+from kvq_compile.lowering.find.trial import nodes_by_memory
 from kvq_compile.lowering.find.writes import is_write, read_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     EVALUATED,
-    changed_roots,
     order_of,
     root_of,
     same,
@@ -28,6 +28,7 @@ from kvq_compile.lowering.nodes import (
     source_name,
     target_name,
     value_of,
+    writers_of,
     writes_in_place,
 )
 from kvq_compile.lowering.ring_nodes import overwrites
@@ -194,7 +195,7 @@ def _write(
     if state.life in RINGS and not is_tensor:
         return None  # `_rings` plans the look at it
     if is_tensor:
-        part_of([position], graph.arguments)  # raises where it cannot be known
+        needed_by(position, graph.arguments)  # raises where it cannot be known
     name = source_name(state.past)
     argument = graph.arguments.get(state.past)
     evaluated = state.is_update or (state.write is not None and EVALUATED in state.write.meta)
@@ -242,9 +243,7 @@ def _counter(graph: Graph, position: fx.Node, count: Any) -> Counter | None:
 def _added(graph: Graph, number: fx.Node) -> Size | None:
     """Return what a call adds to an argument; ``None`` where it changes it in another way."""
     total: Any = 0
-    for node in graph.fx.nodes:
-        if number not in changed_roots([node]):
-            continue
+    for node in writers_of(graph.fx).get(number, ()):
         if target_name(node) not in ("add_", "iadd") or node.args[0] is not number or node.kwargs:
             return None
         added = value_of(node.args[1])
@@ -297,14 +296,7 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
         Refusal: A quantized cache cannot take one of them.
     """
     owned = {state.write for state, _ in graph.states()}
-    writers = [
-        node
-        for node in graph.fx.nodes
-        if node.op in ("call_function", "call_method")
-        and node.args
-        and writes_in_place(node)
-        and root_of(node.args[0]) is cache
-    ]
+    writers = writers_of(graph.fx).get(cache, [])
     others = [node for node in writers if node not in owned]
     if others and value_of(cache).kind == "grown":
         raise Refusal(f"a cache that grows is written in place by {target_name(others[0])}")
@@ -329,7 +321,7 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
             raise Refusal(f"{target_name(node)} writes something else than whole tokens")
         position, new = read_write(node)
         if isinstance(value_of(position), torch.Tensor):
-            part_of([position], graph.arguments)
+            needed_by(position, graph.arguments)
             place, rows = _place(position, positions), _rows(position)
             evaluated = EVALUATED in node.meta
             found[node] = Write(name, argument, place, is_evaluated=evaluated, rows=rows)
@@ -347,8 +339,8 @@ def _check_views(graph: Graph, cache: fx.Node, writers: list[fx.Node]) -> None:
         Refusal: One is.
     """
     place = order_of(graph.fx)
-    for node in graph.fx.nodes:
-        if node is cache or root_of(node) is not cache or writes_in_place(node):
+    for node in nodes_by_memory(graph.fx).get(cache, ()):
+        if node is cache or writes_in_place(node):
             continue
         for write in writers:
             if place[node] < place[write] and any(

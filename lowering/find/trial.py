@@ -17,6 +17,7 @@ from kvq_compile.lowering.nodes import (
     root_of,
     target_name,
     value_of,
+    writers_of,
     writes_in_place,
 )
 from kvq_compile.lowering.sites import Refusal
@@ -57,16 +58,6 @@ def data_of(node: fx.Node) -> list[fx.Node]:
         first = node.args[0]
         return [first] if isinstance(first, fx.Node) else []
     return node.all_input_nodes
-
-
-@once
-def writers_of(graph: fx.Graph) -> dict[Any, list[fx.Node]]:
-    """Return the nodes that write in place, by the tensor whose memory they write into."""
-    writers: dict[Any, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and node.args and writes_in_place(node):
-            writers.setdefault(root_of(node.args[0]), []).append(node)
-    return writers
 
 
 @once

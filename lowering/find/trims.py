@@ -46,7 +46,8 @@ def kept_of(base: fx.Node, outputs: Collection[fx.Node]) -> fx.Node | None:
         moved = moved_from(
             node
         )  # a cut that takes all, as long as the window is not full, is but a move
-        if moved is base or suffix_of(moved) is base:
+        is_of_it = isinstance(moved, fx.Node) and moved.args[:1] == (base,)
+        if moved is base or (is_of_it and suffix_of(moved) is base):
             kept.append(node)
     return kept[0] if len(kept) == 1 else None
 

@@ -23,9 +23,16 @@ from kvq_compile.lowering.find.trial import (
     Trial,
     random_like,
     size_of_trial,
+)
+from kvq_compile.lowering.nodes import (
+    order_of,
+    root_of,
+    same,
+    shape_of,
+    target_name,
+    value_of,
     writers_of,
 )
-from kvq_compile.lowering.nodes import order_of, root_of, same, shape_of, target_name, value_of
 from kvq_compile.lowering.unchanged import once, unchanged
 
 ALLOCATIONS = ("zeros", "new_zeros", "zeros_like", "empty", "new_empty")

@@ -15,7 +15,7 @@ from kvq_compile.kernels.cache.arranged import PREFIX, ArrangedKV
 from kvq_compile.kernels.cache.arrangement import AXES, PIECE, Arrangement, walk
 from kvq_compile.lowering.arranged import Arranged
 from kvq_compile.lowering.find.arrangements import above, can_be_allocated, sizes_of_allocation
-from kvq_compile.lowering.find.trial import MIXING, data_of, plain_name, writers_of
+from kvq_compile.lowering.find.trial import MIXING, data_of, plain_name
 from kvq_compile.lowering.graph import copy_module
 from kvq_compile.lowering.nodes import (
     FULL,
@@ -33,6 +33,7 @@ from kvq_compile.lowering.nodes import (
     source_name,
     target_name,
     value_of,
+    writers_of,
     writes_in_place,
 )
 from kvq_compile.lowering.rewrite.rejoin_pieces import joined, rejoin, revalue
@@ -83,7 +84,8 @@ def arrange_caches(
     now: Any = graph.output_node().args[0]
     for before, after in zip(results, now, strict=True):
         flat.extend(caches.get(before, [after]) if isinstance(before, fx.Node) else [after])
-    packed = {node for node in arguments if _is_packed(node, writers_of(gm.graph), originals)}
+    writers = writers_of(gm.graph)
+    packed = {node for node in arguments if _is_packed(node, writers, originals)}
     graph.output_node().args = (tuple(flat),)
     taken = [cache for cache in graph.find_nodes(op="placeholder") if cache not in arguments]
     places = {

@@ -9,7 +9,7 @@ from torch import fx
 
 from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.graph import copy_module
+from kvq_compile.lowering.graph import copy_graph, module_of
 from kvq_compile.lowering.nodes import VIEWS, source_name, target_name, value_of, writes_in_place
 
 _CASTS = ("to", "type_as", "float", "half", "bfloat16", "double")
@@ -29,15 +29,14 @@ def drop_idle_casts(gm: fx.GraphModule) -> fx.GraphModule:
     """
     if not any(_is_idle(node) or _is_after_another(node) for node in gm.graph.nodes):
         return gm
-    gm = copy_module(gm)
-    for node in list(gm.graph.nodes):
+    graph = copy_graph(gm)
+    for node in list(graph.nodes):
         if _is_idle(node):
             node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
         elif _is_after_another(node):
             node.target, node.args = "to", (node.args[0], value_of(node).dtype)
-    gm.recompile()
-    return gm
+    return module_of(gm, graph)
 
 
 def cast_caches(graph: fx.Graph) -> list[str]:

@@ -9,8 +9,9 @@ from torch import fx
 
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import changed_roots, order_of, root_of, value_of
+from kvq_compile.lowering.nodes import changes, input_of, order_of, root_of, value_of
 from kvq_compile.lowering.sites import Refusal
+from kvq_compile.lowering.unchanged import unchanged
 
 
 def hold_slots(graph: Graph) -> PassReport:
@@ -20,20 +21,26 @@ def hold_slots(graph: Graph) -> PassReport:
     After:   written = slot.clone(); cache[:, :, written] = key; slot.add_(1); attend(query, cache)
     Because: `fuse_attention` moves the write behind the attention, where ``slot`` has changed already.
     """
-    changes = []
-    nodes, place = list(graph.fx.nodes), order_of(graph.fx)
-    for write in filter(is_write, nodes):
-        slots = _slots(write)
-        if not isinstance(value_of(slots), torch.Tensor):
-            continue
-        last = max(place[user] for user in write.args[0].users)
-        if root_of(slots) in changed_roots(nodes[place[write] + 1 : last]):
-            with graph.fx.inserting_before(write):
-                held = graph.fx.call_method("clone", (slots,))
-            held.meta["example_value"] = value_of(slots).clone()  # memory of its own
-            write.replace_input_with(slots, held)
-            changes.append(f"{write.name} writes at {held}, a copy of {slots}")
-    return PassReport(tuple(changes))
+    told = []
+    with unchanged(graph.fx):  # clones of slots write into nothing
+        changed = [(write, _slots(write)) for write in graph.fx.nodes if _changes_slots(write)]
+    for write, slots in changed:
+        with graph.fx.inserting_before(write):
+            held = graph.fx.call_method("clone", (slots,))
+        held.meta["example_value"] = value_of(slots).clone()  # memory of its own
+        write.replace_input_with(slots, held)
+        told.append(f"{write.name} writes at {held}, a copy of {slots}")
+    return PassReport(tuple(told))
+
+
+def _changes_slots(write: fx.Node) -> bool:
+    """Return whether the cache positions of a write change before the last use of what it writes into."""
+    slots = _slots(write) if is_write(write) else None
+    if not isinstance(value_of(slots), torch.Tensor):
+        return False
+    place = order_of(write.graph)
+    last = max(place[user] for user in input_of(write).users)
+    return changes(write.graph, (root_of(slots),), place[write] + 1, last)
 
 
 def _slots(write: fx.Node) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvq_compile.lowering.find.updates import find_update
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import changed_roots, erase_unread, order_of, root_of, value_of
 from kvq_compile.lowering.sites import Attention
+from kvq_compile.lowering.unchanged import unchanged
 
 
 def name_updates(graph: Graph) -> PassReport:
@@ -26,12 +28,16 @@ def name_updates(graph: Graph) -> PassReport:
     Leaves alone: the steps of the update, which run as captured while the cache is in 16 bit.
     """
     place = order_of(graph.fx)
-    attentions = [found for found in find_attentions(graph.fx) if isinstance(found, Attention)]
+    with unchanged(graph.fx):
+        attentions = [each for each in find_attentions(graph.fx) if isinstance(each, Attention)]
     bases = {read_base(operand) for found in attentions for operand in (found.key, found.value)}
     returned = set(graph.output.all_input_nodes)
     bases |= returned  # whatever reads them
     known: dict[tuple[Any, ...], fx.Node] = {}
-    for base in sorted(bases, key=place.__getitem__):
+    ordered = sorted(bases, key=place.__getitem__)
+    with unchanged(graph.fx):  # as most graphs stay, which have none
+        ordered = [*itertools.dropwhile(lambda base: find_update(base) is None, ordered)]
+    for base in ordered:
         update = find_update(base)
         if update is None:
             continue

@@ -40,6 +40,7 @@ from kvq_compile.lowering.nodes import (
     value_of,
 )
 from kvq_compile.lowering.sites import Attention, Refusal, State, unexpected
+from kvq_compile.lowering.unchanged import unchanged
 
 
 def read_contractions(graph: Graph) -> PassReport:
@@ -64,12 +65,14 @@ def read_contractions(graph: Graph) -> PassReport:
         def find(node: fx.Node, softmax: fx.Node = softmax) -> State:
             return find_state(node, outputs, graph.updates, softmax, graph.rings)
 
-        spelled = as_spelled(softmax)
-        if spelled is not None and _is_held(spelled, find):
-            continue
+        with unchanged(graph.fx):
+            spelled = as_spelled(softmax)
+            if spelled is not None and _is_held(spelled, find):
+                continue
         try:
             changes += _join_masks(softmax)
-            contraction = find_contraction(softmax, find)
+            with unchanged(graph.fx):
+                contraction = find_contraction(softmax, find)
             attention = None if contraction is None else _Laid(graph.fx, contraction).attention()
         except Exception as error:
             refusal = error if isinstance(error, Refusal) else unexpected(error)
@@ -83,7 +86,8 @@ def read_contractions(graph: Graph) -> PassReport:
             graph.contractions[softmax] = attention
             changes.append(f"{softmax} is the softmax of an attention, by evaluation")
         elif contraction is None and is_unreadable(softmax):
-            graph.contractions[softmax] = Refusal(why_none(softmax, find))
+            with unchanged(graph.fx):
+                graph.contractions[softmax] = Refusal(why_none(softmax, find))
     graph.used |= set(graph.fx.nodes) - before  # what no pass needs is erased again
     return PassReport(tuple(changes))
 
@@ -100,6 +104,15 @@ def _is_held(spelled: Attention, find: Find) -> bool:
 
 def _join_masks(softmax: fx.Node) -> Iterator[str]:
     """Hide weights by the mask that hides their scores where that is the same, computed once more."""
+    with unchanged(softmax.graph):
+        joined = [*_masks_alike(softmax)]
+    for node, mask, known in joined:
+        node.replace_input_with(mask, known)
+        yield f"{node} hides weights by {known}"
+
+
+def _masks_alike(softmax: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Any]]:
+    """Yield the nodes that hide weights, by which mask, and the mask of scores that is the same."""
     output, scores = product_behind(softmax), argument(softmax, 0, "input")
     product = product_before(softmax)
     if output is None or product is None:
@@ -109,8 +122,7 @@ def _join_masks(softmax: fx.Node) -> Iterator[str]:
         mask = hiding(node)[0] if plain_name(node) in HIDING else None
         for known in masks:
             if isinstance(mask, fx.Node) and mask is not known and same_value(mask, known):
-                node.replace_input_with(mask, known)
-                yield f"{node} hides weights by {known}"
+                yield node, mask, known
                 break
 
 

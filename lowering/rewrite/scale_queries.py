@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvq_compile.lowering.find.trial import plain_name, writers_of
+from kvq_compile.lowering.find.trial import plain_name
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     VIEWS,
@@ -19,6 +19,7 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     target_name,
     value_of,
+    writers_of,
 )
 
 _SCALINGS = ("mul", "multiply", "div", "truediv", "divide")

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from kvq_compile.lowering.find.trial import plain_name
-from kvq_compile.lowering.graph import copy_module
+from kvq_compile.lowering.graph import copy_graph, module_of
 
 _ATTRIBUTES = {
     "mT": "mT",
@@ -28,13 +28,12 @@ def spell_attributes(gm: fx.GraphModule) -> fx.GraphModule:
     """
     if not any(_attribute(node) for node in gm.graph.nodes):
         return gm
-    gm = copy_module(gm)
-    for node in gm.graph.nodes:
+    graph = copy_graph(gm)
+    for node in graph.nodes:
         name = _attribute(node)
         if name:
             node.target, node.args = getattr, (node.args[0], name)
-    gm.recompile()
-    return gm
+    return module_of(gm, graph)
 
 
 def _attribute(node: fx.Node) -> str:

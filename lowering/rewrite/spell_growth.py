@@ -19,7 +19,7 @@ from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     argument,
-    changed_roots,
+    changes,
     erase_unread,
     insert_call,
     order_of,
@@ -30,6 +30,7 @@ from kvq_compile.lowering.nodes import (
     value_of,
 )
 from kvq_compile.lowering.sites import Attention
+from kvq_compile.lowering.unchanged import unchanged
 
 _NEAR = 8  # tensors before a product, of which one may be a cache
 
@@ -43,7 +44,7 @@ def spell_growth(graph: Graph) -> PassReport:
 
     Leaves alone: a tensor that evaluation does not prove to be the cache followed by the call's tokens.
     """
-    nodes, changes = graph.fx, []
+    nodes, told = graph.fx, []
     place = order_of(nodes)
     for node in [n for n in nodes.nodes if target_name(n) == "cat"]:
         _flatten(nodes, node)
@@ -51,11 +52,14 @@ def spell_growth(graph: Graph) -> PassReport:
     candidates = {read_base(operand) for operand in _operands(nodes)} | set(
         graph.output.all_input_nodes
     )
-    for node in sorted(candidates, key=place.__getitem__):
+    ordered = sorted(candidates, key=place.__getitem__)
+    with unchanged(nodes):  # as first calls stay, whose caches are new
+        ordered = [*itertools.dropwhile(_stays, ordered)]
+    for node in ordered:
         if suffix_of(node) is not None:
             continue  # it may be as long as what it is cut from now, and not in the next call
         _flatten(nodes, node)  # again: what it joins may be spelled as a growth by now
-        growth = as_spelled(node) or find_growth(node)
+        growth = as_spelled(node) or _found(node)
         if growth is None:
             continue
         key = (growth.past, growth.index, growth.rows, growth.new)
@@ -63,19 +67,29 @@ def spell_growth(graph: Graph) -> PassReport:
         if cat is None or _changed(nodes, cat, node, (growth.past, growth.new)):
             cat = known[key] = _spell(nodes, node, growth) if growth.steps else node
         if cat is not node:
-            changes.append(f"{node} is spelled as {cat}")
+            told.append(f"{node} is spelled as {cat}")
             _replace(nodes, node, cat, growth)
     for node in [*of_other_spellings(nodes)] if known else ():
         alike = any(_is_as_large(node, cat) for cat in known.values())
-        growth = find_growth(node) if alike and node not in known.values() else None
+        growth = _found(node) if alike and node not in known.values() else None
         if growth is None:
             continue
         cat = known.get((growth.past, growth.index, growth.rows, growth.new))
         if cat is not None and not _changed(nodes, cat, node, (growth.past, growth.new)):
-            changes.append(f"{node} is spelled as {cat}")
+            told.append(f"{node} is spelled as {cat}")
             _replace(nodes, node, cat, growth)
     graph.used |= {node for node in nodes.nodes if node.users}
-    return PassReport(tuple(changes))
+    return PassReport(tuple(told))
+
+
+def _stays(node: fx.Node) -> bool:
+    """Return whether nothing is done to a node that may be a cache."""
+    return suffix_of(node) is not None or not (_joins_tokens(node) or find_growth(node))
+
+
+def _found(node: fx.Node) -> Growth | None:
+    with unchanged(node.graph):
+        return find_growth(node)
 
 
 def _is_as_large(node: fx.Node, other: fx.Node) -> bool:
@@ -98,7 +112,8 @@ def of_other_spellings(graph: fx.Graph, of_a_head: bool = False) -> Iterator[fx.
 
 
 def _operands(graph: fx.Graph) -> list[fx.Node]:
-    found = [attention for attention in find_attentions(graph) if isinstance(attention, Attention)]
+    with unchanged(graph):
+        found = [each for each in find_attentions(graph) if isinstance(each, Attention)]
     return [operand for attention in found for operand in (attention.key, attention.value)]
 
 
@@ -131,9 +146,9 @@ def _joins_tokens(node: Any) -> bool:
 
 def _changed(graph: fx.Graph, first: fx.Node, last: fx.Node, read: Sequence[fx.Node]) -> bool:
     """Return whether what ``first`` has read changes before ``last``."""
-    place = order_of(graph)
-    between = [other for other in graph.nodes if place[first] < place[other] < place[last]]
-    return bool({root_of(node) for node in read} & changed_roots(between))
+    with unchanged(graph):
+        place = order_of(graph)
+        return changes(graph, {root_of(node) for node in read}, place[first] + 1, place[last])
 
 
 def _spell(graph: fx.Graph, node: fx.Node, growth: Growth) -> fx.Node:

@@ -21,7 +21,6 @@ from kvq_compile.lowering.find.trial import (
     plain_name,
     random_like,
     size_of_trial,
-    writers_of,
 )
 from kvq_compile.lowering.find.updates import ALLOCATIONS
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -38,10 +37,12 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     target_name,
     value_of,
+    writers_of,
     writes_in_place,
 )
 from kvq_compile.lowering.rewrite.spell_growth import of_other_spellings
 from kvq_compile.lowering.sites import Attention
+from kvq_compile.lowering.unchanged import unchanged
 
 _MOVES = (
     *(
@@ -87,16 +88,19 @@ def spell_reads(graph: Graph) -> PassReport:
     _erase_unread_sizes(graph.fx)  # of what earlier passes have named by another node
     returned = set(graph.output.all_input_nodes)
     kept = {*returned, *graph.updates}
-    found = [x for x in find_attentions(graph.fx, graph.contractions) if isinstance(x, Attention)]
-    operands = [x for each in found for x in (each.key, each.value)]
-    operands += [*of_other_spellings(graph.fx), *of_other_spellings(graph.fx, of_a_head=True)]
+    with unchanged(graph.fx):
+        attentions = find_attentions(graph.fx, graph.contractions)
+        found = [each for each in attentions if isinstance(each, Attention)]
+        operands = [x for each in found for x in (each.key, each.value)]
+        operands += [*of_other_spellings(graph.fx), *of_other_spellings(graph.fx, of_a_head=True)]
     for operand in dict.fromkeys(operands):
         if not operand.users:
             continue  # it went with the spelling of one before it
         base = read_base(operand)
         if base in returned or is_cache(base):
             continue
-        read = find_read(operand, kept)
+        with unchanged(graph.fx):
+            read = find_read(operand, kept)
         if read is not None and not _is_of_update(graph, read):
             changes.append(f"{operand} is read as {spell(graph.fx, read)}")
             _erase_unread_sizes(graph.fx)

@@ -13,7 +13,6 @@ from kvq_compile.lowering.find.in_place import is_spelled
 from kvq_compile.lowering.find.movement import is_cache_like
 from kvq_compile.lowering.find.rings import Ring, RolledBuffer, base_of, copied_by, find_ring
 from kvq_compile.lowering.find.sliding import SlidingBuffer, find_sliding
-from kvq_compile.lowering.find.trial import writers_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     FULL,
@@ -24,6 +23,7 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     size_of,
     value_of,
+    writers_of,
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvq_compile.lowering.graph import copy_module
+from kvq_compile.lowering.graph import copy_graph, module_of
 from kvq_compile.lowering.nodes import target_name, value_of
 
 
@@ -23,15 +23,14 @@ def spell_sizes(gm: fx.GraphModule) -> fx.GraphModule:
     """
     if not any(_settled(node) is not None for node in gm.graph.nodes):
         return gm
-    gm = copy_module(gm)
-    for node in reversed(gm.graph.nodes):
+    graph = copy_graph(gm)
+    for node in reversed(graph.nodes):
         number = _settled(node)
         if number is not None:
             _replace(node, number)
         if not node.users and (number is not None or target_name(node) == "size"):
-            gm.graph.erase_node(node)
-    gm.recompile()
-    return gm
+            graph.erase_node(node)
+    return module_of(gm, graph)
 
 
 def _settled(node: fx.Node) -> int | None:

@@ -12,7 +12,6 @@ from kvq_compile.lowering.find.by_row import find_rows_write
 from kvq_compile.lowering.find.in_place import find_write, is_spelled
 from kvq_compile.lowering.find.movement import is_cache_like
 from kvq_compile.lowering.find.sliding import slides_at
-from kvq_compile.lowering.find.trial import writers_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS, Update
 from kvq_compile.lowering.find.writes import write_rows_
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -28,7 +27,9 @@ from kvq_compile.lowering.nodes import (
     size_of,
     target_name,
     value_of,
+    writers_of,
 )
+from kvq_compile.lowering.unchanged import unchanged
 
 
 def spell_writes(graph: Graph) -> PassReport:
@@ -45,12 +46,14 @@ def spell_writes(graph: Graph) -> PassReport:
     for buffer, writers in writers_of(graph.fx).items():
         if not _may_be_cache(buffer) or all(is_spelled(writer, buffer) for writer in writers):
             continue
-        found = find_write(buffer, writers)
-        by_row = None if found is not None else find_rows_write(buffer, writers)
+        with unchanged(graph.fx):
+            found = find_write(buffer, writers)
+            by_row = None if found is not None else find_rows_write(buffer, writers)
+            slides = found is not None and _slides(buffer, writers, found)
         if by_row is not None:
             _spell(graph.fx, buffer, writers, by_row, write_rows_)
             changes.append(f"{buffer} is written by row at {by_row.position} with {by_row.new}")
-        elif found is not None and not _slides(buffer, writers, found):
+        elif found is not None and not slides:
             _spell(graph.fx, buffer, writers, found)
             changes.append(f"{buffer} is written at {found.position} with {found.new}")
     graph.used |= {node for node in graph.fx.nodes if node.users}

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.arrangement import PIECE
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.find.trial import plain_name, writers_of
+from kvq_compile.lowering.find.trial import plain_name
 from kvq_compile.lowering.nodes import (
     FULL,
     argument,
@@ -23,6 +23,7 @@ from kvq_compile.lowering.nodes import (
     shape_of,
     sizes_argument,
     value_of,
+    writers_of,
 )
 from kvq_compile.lowering.sites import Refusal
 
