@@ -1,5 +1,6 @@
 """Settings that must hold before any test module is imported."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     quick = config.option.markexpr and not torch.cuda.is_available()  # others have other cases
     if quick and not any("::" in argument for argument in config.args) and named - found:
         raise pytest.UsageError(f"long(but=...) must name cases, got {sorted(named - found)}")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of every later collection of garbage, where it takes most of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 Kernels run natively where there is a GPU and in Triton's interpreter, in fp32, elsewhere; the CPU backend always.
 """
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
@@ -71,7 +73,7 @@ def sites(draw: st.DrawFn, kind: type[Site]) -> Site:
     return site
 
 
-@examples()
+@examples(Fraction(1, 2))
 @given(sites(Site), st.data())
 def test_a_gpu_has_the_error_of_the_same_computation_in_low_precision(
     site: Site, data: st.DataObject

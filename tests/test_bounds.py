@@ -166,6 +166,7 @@ def test_more_bits_bound_the_error_more_closely(values: list[float], which: str)
     st.floats(1, 1e3),
     st.data(),
 )
+@FEWER
 def test_the_bound_grows_with_everything_it_depends_on(
     values: list[float], which: int, factor: float, data: st.DataObject
 ) -> None:

@@ -57,7 +57,7 @@ def by_row(like: Tensor, layout: Layout) -> Packed:
 def writes(data: st.DataObject, layout: Layout) -> list[tuple[list[int], int]]:
     """Draw where the rows of a cache are written, and how many tokens: behind their ends, before them, from slot 0."""
     room, held, drawn = layout.sinks + layout.window + PAGES * layout.page_size, [0] * ROWS, []
-    for _ in range(data.draw(st.integers(1, 4))):
+    for _ in range(data.draw(st.integers(1, 3))):
         tokens = data.draw(st.sampled_from([1, 1, 2, layout.page_size, layout.token_rows + 9]))
         tokens = min(tokens, room)
         first = []

@@ -22,7 +22,7 @@ def make_model(bias: float) -> Any:
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         hidden_size=128, num_attention_heads=2, num_key_value_heads=2, vocab_size=64,
-        num_hidden_layers=2, intermediate_size=128, initializer_range=0.1,
+        num_hidden_layers=1, intermediate_size=128, initializer_range=0.1,
     )  # fmt: skip
     model = transformers.Qwen2ForCausalLM(config).eval()
     for layer in model.model.layers:

@@ -1,5 +1,6 @@
 """A model whose heads are split over two processes generates what it generates in one."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -46,12 +47,23 @@ if plan:
 """
 
 
-def run(folder: Path, plan: str, *launcher: str) -> None:
+def run(folder: Path, plan: str, count: int) -> None:
+    """Run the program in so many processes, as torchrun starts them."""
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, *launcher, str(program), str(folder), plan]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, str(program), str(folder), plan]
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    told = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0] * count, "\n".join(told)
 
 
 def free_port() -> int:
@@ -60,7 +72,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_two_processes_generate_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_generate_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
+) -> None:
     """Each of them packs the keys and values of its own heads; sums over heads are off by their rounding."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -68,9 +82,9 @@ def test_two_processes_generate_what_one_does(tmp_path: Path) -> None:
         num_key_value_heads=2, initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    run(tmp_path, "")
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
-    run(tmp_path, "auto", *torchrun)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), ""])
+    exec(PROGRAM, {})
+    run(tmp_path, "auto", 2)
     one, *two = (torch.load(tmp_path / name) for name in ("0.pt", "auto0.pt", "auto1.pt"))
     assert one["heads"] == 2
     for told in two:
