@@ -154,7 +154,6 @@ def test_positions_that_do_not_follow_one_another_are_refused(position: list[int
     "write",
     [
         lambda x: x.add_(1),
-        lambda x: x.fill_(0),
         lambda x: x.index_copy_(3, torch.arange(D), x.dequantize()),
         lambda x: aten.index_put_(x, (None, None, torch.tensor([0])), torch.ones(1), True),
         lambda x: x.masked_fill_(torch.ones(1, dtype=torch.bool), 0),
@@ -244,6 +243,23 @@ def test_zeroing_a_static_cache_empties_it() -> None:
     assert not cache.dequantize().any()
     cache[:, :, :90] = tokens(100)[:, :, :90]
     assert_same_bytes(cache, static(100, 90))
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0)])
+def test_filling_a_static_cache_with_zero_empties_it(zero: Any) -> None:
+    """Regression: it was refused, as a write of something else than tokens, and ``zero_()`` was not."""
+    cache = static(100, 90)
+    cache.fill_(zero)
+    assert cache.held() == 0
+    assert not cache.dequantize().any()
+
+
+@pytest.mark.parametrize("make", [lambda: grown(90), lambda: static(100, 90)])
+def test_filling_a_cache_with_another_number_writes_all_of_its_tokens(make: Any) -> None:
+    cache = make()
+    cache.fill_(0.5)
+    assert cache.held() == cache.shape[2]
+    torch.testing.assert_close(cache.dequantize(), torch.full(cache.shape, 0.5), rtol=0, atol=1e-3)
 
 
 def test_zeroing_a_grown_cache_leaves_tokens_that_are_zero() -> None:

@@ -352,6 +352,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.clone.default: lambda func, x, *, memory_format=None: x.map(QuantizedKV.clone_packed),
     aten._to_copy.default: _each,
     aten.zero_.default: _in_place,
+    aten.fill_.Scalar: _in_place,
+    aten.fill_.Tensor: _in_place,
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.index.Tensor: _index,

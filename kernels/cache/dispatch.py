@@ -398,6 +398,16 @@ def _zero(x: QuantizedKV) -> QuantizedKV:
     return x
 
 
+def _fill(x: QuantizedKV, value: Any) -> Any:
+    if isinstance(x.cursor, FakeTensor):
+        return NotImplemented
+    number = float(value)
+    if number == 0:
+        return _zero(x)
+    write(x, number, None, 0, x.shape[2])
+    return x
+
+
 def _clone(x: QuantizedKV, *, memory_format: Any = None) -> QuantizedKV:
     return x.clone_packed()
 
@@ -435,6 +445,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.index_put.default: _index_written,
     aten.copy_.default: _copy,
     aten.zero_.default: _zero,
+    aten.fill_.Scalar: _fill,
+    aten.fill_.Tensor: _fill,
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
 }
