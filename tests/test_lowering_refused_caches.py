@@ -140,6 +140,23 @@ def test_a_write_of_something_else_than_whole_tokens_is_left_alone(write, reason
     assert type(given[3]) is torch.Tensor
 
 
+def test_rows_that_an_index_chooses_are_left_alone_for_that_reason() -> None:
+    """Regression: the analysis failed where what is read does not follow from the write by uses alone."""
+
+    def step(query, key, value, keys, values, rows, position):
+        keys[rows, :, position] = key[:, :, 0]
+        values[rows, :, position] = value[:, :, 0]
+        seen = torch.arange(keys.shape[2]) <= position[:, None]
+        return sdpa(query, keys[rows], values[rows], attn_mask=seen[:, None, None])
+
+    def given():
+        cache = [torch.zeros(4, 2, 40, 16) for _ in range(2)]
+        return *[tokens(1, seed=seed) for seed in range(3)], *cache, torch.tensor([3, 1]), position
+
+    position = torch.tensor([0, 5])
+    assert_left_alone(step, given, "only some rows of the cache are written or read")
+
+
 def attend_to_one_head(query, keys, values, mask):
     return (query @ keys.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ values
 

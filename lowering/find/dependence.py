@@ -87,8 +87,8 @@ def carries(cache: fx.Node, result: fx.Node) -> bool:
     if cache is result:
         return True
     steps = _with_indices(dependent(cache, result))
-    if not steps or len(steps) > _MOST:
-        return True
+    if result not in steps or len(steps) > _MOST:
+        return True  # by way of writes that are no steps between the two
     trial = Trial(result, [cache], ())
     trial.steps = steps
     trial.ignored = {node for step in steps for node in data_of(step)} - {cache, *steps}
