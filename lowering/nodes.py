@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 from kvq_compile.lowering.unchanged import once
 
@@ -257,18 +258,17 @@ def _returns_its_input(node: fx.Node) -> bool:
 
 def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the tensors whose memory some of ``nodes`` may write into."""
-    writers = [
-        node
-        for node in nodes
-        if node.op in ("call_function", "call_method") and writes_in_place(node)
-    ]
-    return {
-        root
-        for node in writers
-        if node.args
-        for root in (root_of(node.args[0]),)
-        if isinstance(root, fx.Node)
-    }
+    return {root for node in nodes for root in written_by(node)}
+
+
+@once
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors whose memory a node may write into: its first argument, or what ``out`` names."""
+    if node.op not in ("call_function", "call_method") or not writes_in_place(node):
+        return []
+    given = node.kwargs["out"] if "out" in node.kwargs else node.args[:1]
+    roots = map(root_of, tree_leaves(given))
+    return [root for root in roots if isinstance(root, fx.Node)]
 
 
 @once
@@ -276,10 +276,8 @@ def writers_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Return the nodes that write in place, in order, by the tensor whose memory they write into."""
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and node.args and writes_in_place(node):
-            root = root_of(node.args[0])
-            if isinstance(root, fx.Node):
-                writers.setdefault(root, []).append(node)
+        for memory in written_by(node):
+            writers.setdefault(memory, []).append(node)
     return writers
 
 

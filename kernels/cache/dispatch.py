@@ -53,8 +53,12 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if result is not NotImplemented:
             return result
     if func._schema.is_mutable and _writes_into_cache(func, args, kwargs):
-        if _is_traced(args) and args and isinstance(args[0], QuantizedKV):
-            return args[0]  # to Dynamo, whose graph is looked at before it runs
+        given = kwargs.get("out", args[0] if args else None)
+        if _is_traced((args, kwargs)):  # by Dynamo, whose graph is looked at before it runs
+            if not func._schema.returns:
+                return None
+            if isinstance(given, QuantizedKV):
+                return given
         cache = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, QuantizedKV))
         raise NotImplementedError(
             f"{func} must write whole slots, one behind the other, got {cache!r}; assign new tokens as "

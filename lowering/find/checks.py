@@ -17,7 +17,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.cache.trim import first_of
 from kvq_compile.kernels.layout import Layout
 from kvq_compile.kernels.ops import BACKENDS
-from kvq_compile.lowering.find.positions import same_positions, same_value
+from kvq_compile.lowering.find.positions import change_between, same_positions, same_value
 from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.nodes import (
     changes,
@@ -114,7 +114,8 @@ def check_pair(key: State, value: State) -> None:
             raise Refusal("keys and values are read from different cache positions on")
     if key.life not in _SLOTTED:
         return
-    if not same_positions(key.position, value.position):
+    positions, writes = (key.position, value.position), (key.write, value.write)
+    if not same_positions(*positions) or change_between(positions, writes):
         raise Refusal("keys and values are written at different cache positions")
     if not same_value(key.slots, value.slots):
         raise Refusal("keys and values are read up to different cache positions")

@@ -21,6 +21,7 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.kernels.schemes import Role
 from kvq_compile.lowering.find.caches import is_feature_map
+from kvq_compile.lowering.find.changes import check_joined
 from kvq_compile.lowering.find.checks import DTYPES, check_rows
 from kvq_compile.lowering.find.gradients import records_gradients
 from kvq_compile.lowering.find.key_bias import without_bias
@@ -227,6 +228,7 @@ def _quantization(graph: Graph, found: _Candidate, role: Role) -> Quantization:
         Refusal: It cannot be.
     """
     state = found.state
+    check_joined(state)
     value, names = value_of(state.base), _names(graph, found.readers)
     if value.dtype not in DTYPES or value.device.type.upper() not in BACKENDS:
         raise Refusal(f"dtype {value.dtype} on {value.device.type} is not supported")

@@ -18,6 +18,7 @@ from kvq_compile.lowering.nodes import (
     same,
     target_name,
     value_of,
+    writers_of,
     writes_in_place,
 )
 from kvq_compile.lowering.sites import Refusal
@@ -62,6 +63,20 @@ def same_positions(a: Any, b: Any) -> bool:
     )
 
 
+def change_between(positions: Sequence[Any], readers: Sequence[fx.Node | None]) -> bool:
+    """Return whether tensors that are equal but for changes in place change between those who read them."""
+    nodes = [x for x in positions if isinstance(x, fx.Node) and _is_tensor(x)]
+    ends = [reader for reader in readers if reader is not None]
+    if not nodes or not ends:
+        return False
+    place = order_of(nodes[0].graph)
+    if any(node is not nodes[0] for node in nodes):
+        ends += nodes  # of one node it does not matter how it came to be
+    first, *_, last = sorted(place[node] for node in ends)
+    roots = {root_of(x) for node in nodes for x in (node, moved_from(node))}
+    return changes(nodes[0].graph, roots, first + 1, last)
+
+
 def _is_tensor(*nodes: Any) -> bool:
     return all(isinstance(value_of(node), torch.Tensor) for node in nodes)
 
@@ -88,50 +103,76 @@ def _changed_between(a: fx.Node, b: fx.Node) -> bool:
 
 
 def part_of(
-    nodes: Sequence[fx.Node], arguments: Mapping[fx.Node, int], on_host: bool = False
+    nodes: Mapping[fx.Node, fx.Node], arguments: Mapping[fx.Node, int], on_host: bool = False
 ) -> fx.GraphModule:
-    """Return the part of a graph that computes ``nodes``, as a function of the arguments of a call.
+    """Return the part of a graph that computes some nodes, as a function of the arguments of a call.
 
     It runs before the call, on the arguments as they are then; ``on_host``: on copies of them in host memory.
+
+    Args:
+        nodes: What is computed, each with the node that reads it: what has been written into it by then counts.
+        arguments: Place of each placeholder among the arguments of a call.
+        on_host: Whether the arguments will be copies in host memory.
 
     Raises:
         Refusal: They depend on something that is known only when the graph runs.
     """
-    place = order_of(nodes[0].graph)
-    needed: set[fx.Node] = set()
-    for node in nodes:
-        needed |= needed_by(node, arguments)
-    return _extract(sorted(needed, key=place.__getitem__), nodes, arguments, on_host)
+    place = order_of(next(iter(nodes)).graph)
+    needed = needed_by(nodes, arguments)
+    return _extract(sorted(needed, key=place.__getitem__), [*nodes], arguments, on_host)
 
 
-def needed_by(result: fx.Node, arguments: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """Return the nodes that compute ``result`` from the arguments of a call as they are before it.
+def needed_by(results: Mapping[fx.Node, fx.Node], arguments: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """Return the nodes that compute ``results``, each with its reader, from the arguments of a call as they are before.
+
+    Writes into memory of their own are among them, up to where it is read.
 
     Raises:
         Refusal: There are others.
     """
-    needed: set[fx.Node] = set()
-    stack = [result]
+    graph = next(iter(results)).graph
+    place, writers = order_of(graph), writers_of(graph)
+    read_at: dict[fx.Node, int] = {}  # the last place where a node, or a view of it, is read
+    stack = [(node, place[reader]) for node, reader in results.items()]
     while stack:
-        node = stack.pop()
-        if node in needed:
+        node, end = stack.pop()
+        if read_at.get(node, -1) >= end:
             continue
-        needed.add(node)
-        if node.op == "placeholder":
-            if isinstance(value_of(node), QuantizedKV) or node not in arguments:
-                raise Refusal("the cache positions written depend on the contents of a cache")
-            continue
-        if node.op not in ("call_function", "call_method", "get_attr"):
-            raise Refusal(f"the cache positions written depend on a {node.op}")
-        if target_name(node) in MIXING or len(needed) > _LARGEST_PART:
-            raise Refusal(f"the cache positions written depend on {target_name(node)}")
-        if node.op != "get_attr" and (writes_in_place(node) or node.is_impure()):
-            raise Refusal(f"the cache positions written pass through {target_name(node)}")
-        stack.extend(node.all_input_nodes)
-    until = order_of(result.graph)[result] + 1
-    if changes(result.graph, {root_of(node) for node in needed}, 0, until):
-        raise Refusal("the cache positions written change within the call before they are used")
-    return needed
+        read_at[node] = end
+        if len(read_at) > _LARGEST_PART:
+            raise Refusal("the cache positions written take too many steps to compute beforehand")
+        memory = root_of(node)
+        _check_step(node, memory, arguments)
+        earlier = [writer for writer in writers.get(memory, []) if place[writer] < end]
+        if earlier and memory.op not in ("call_function", "call_method"):
+            raise Refusal("the cache positions written change within the call before they are used")
+        stack += [(writer, place[writer]) for writer in earlier]
+        stack += [
+            (source, end if root_of(source) is memory else place[node])
+            for source in node.all_input_nodes
+        ]
+    return {*read_at}
+
+
+def _check_step(node: fx.Node, memory: fx.Node, arguments: Mapping[fx.Node, int]) -> None:
+    """Make sure that a node can run before the call.
+
+    Raises:
+        Refusal: It cannot.
+    """
+    if node.op == "placeholder":
+        if isinstance(value_of(node), QuantizedKV) or node not in arguments:
+            raise Refusal("the cache positions written depend on the contents of a cache")
+        return
+    if node.op not in ("call_function", "call_method", "get_attr"):
+        raise Refusal(f"the cache positions written depend on a {node.op}")
+    if target_name(node) in MIXING:
+        raise Refusal(f"the cache positions written depend on {target_name(node)}")
+    if node.op == "get_attr" or not writes_in_place(node):
+        return
+    has_effects = node.is_impure() and target_name(node) != "setitem"
+    if has_effects or memory.op not in ("call_function", "call_method"):
+        raise Refusal(f"the cache positions written pass through {target_name(node)}")
 
 
 def _extract(

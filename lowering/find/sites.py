@@ -14,6 +14,7 @@ from kvq_compile.kernels.schemes import Channelwise, Role
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.lowering.find.attention import find_attentions
+from kvq_compile.lowering.find.changes import check_operands
 from kvq_compile.lowering.find.checks import (
     UNMASKED,
     check_mask,
@@ -276,6 +277,7 @@ def _check_graph(site: AttentionSite, graph: Graph) -> bool:
         ):  # else that of the owner is looked at
             raise Refusal(UNMASKED)
     check_order(site.attention, states)
+    check_operands(site.attention, states, site.expansion is not None)
     for state in states:
         check_lengths(graph, state)
     return is_reader
@@ -333,7 +335,7 @@ def _way(site: AttentionSite, state: State) -> set[fx.Node]:
     if past is None:
         return set()
     way = {found.output, *dependent(past, found.output)}
-    for other in (found.query, found.mask, found.sink_logits):
+    for other in (found.query, found.mask, found.sink_logits, site.key.new, site.value.new):
         if isinstance(other, fx.Node):
             way -= {other, *dependent(past, other)}
     return way

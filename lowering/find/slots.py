@@ -12,8 +12,9 @@ from kvq_compile.kernels.cache.become import stays_plain
 from kvq_compile.kernels.cache.ring import takes
 from kvq_compile.kernels.cache.rows import why_not_by_row
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.changes import check_growth
 from kvq_compile.lowering.find.checks import BY_ROW, end_without_mask
-from kvq_compile.lowering.find.positions import needed_by, part_of, same_value
+from kvq_compile.lowering.find.positions import change_between, needed_by, part_of, same_value
 from kvq_compile.lowering.find.reasons import OVERWRITTEN
 from kvq_compile.lowering.find.sites import left_alone
 from kvq_compile.lowering.find.trial import nodes_by_memory
@@ -51,9 +52,9 @@ def plan_slot_checks(graph: Graph) -> PassReport:
     Because: a quantized cache takes tokens one behind another, and a model may write otherwise: where it does the
              call has to run as it was captured, and that must be known before anything is written.
     """
-    positions: list[fx.Node] = []
+    positions: dict[fx.Node, fx.Node] = {}  # each with the write that reads it
     writes: dict[fx.Node, Write] = {}
-    masks: dict[fx.Node, fx.GraphModule] = {}
+    masks: dict[fx.Node, tuple[fx.Node, fx.GraphModule]] = {}  # each with the attention
     _refuse_unfinished(graph)
     kept: list[AttentionSite] = []
     for site in graph.sites:
@@ -160,7 +161,7 @@ def _is_finished(site: AttentionSite, owned: set[fx.Node | None]) -> bool:
 
 
 def _is_looked_at(
-    graph: Graph, state: State, positions: list[fx.Node], writes: dict[fx.Node, Write]
+    graph: Graph, state: State, positions: dict[fx.Node, fx.Node], writes: dict[fx.Node, Write]
 ) -> bool:
     """Plan the look at the write of a cache that is read dense; say whether it can be known before the call."""
     if state.life not in SLOTTED or state.write is None:
@@ -176,7 +177,7 @@ def _is_looked_at(
 def _write(
     graph: Graph,
     state: State,
-    positions: list[fx.Node],
+    positions: dict[fx.Node, fx.Node],
     hides: fx.GraphModule | bool | None,
     inverted: bool,
     end: Any = None,
@@ -190,12 +191,12 @@ def _write(
     reason = stays_plain(graph.inputs.get(state.past))
     if reason is not None:
         raise Refusal(reason)
-    position = state.position
+    position, reader = state.position, state.write or state.base
     is_tensor = isinstance(value_of(position), torch.Tensor)
     if state.life in RINGS and not is_tensor:
         return None  # `_rings` plans the look at it
     if is_tensor:
-        needed_by(position, graph.arguments)  # raises where it cannot be known
+        needed_by({position: reader}, graph.arguments)  # raises where it cannot be known
     name = source_name(state.past)
     argument = graph.arguments.get(state.past)
     evaluated = state.is_update or (state.write is not None and EVALUATED in state.write.meta)
@@ -213,7 +214,7 @@ def _write(
     rows = _rows(position)
     alike = same(value_of(position).numel(), count * max(rows, 1))
     tokens = None if alike else graph.sizes.size(count)
-    slides, place = state.life in RINGS, _place(position, positions)
+    slides, place = state.life in RINGS, _place(position, positions, reader)
     return Write(name, argument, place, None, tokens, *about, slides, end=read, rows=rows)
 
 
@@ -259,14 +260,17 @@ def _rows(position: fx.Node) -> int:
     return int(shape[0]) if len(shape) == 2 else 0
 
 
-def _place(position: fx.Node, positions: list[fx.Node]) -> int:
-    if position not in positions:
-        positions.append(position)
-    return positions.index(position)
+def _place(position: fx.Node, positions: dict[fx.Node, fx.Node], write: fx.Node) -> int:
+    """Return the place of cache positions among those that are looked at, which ``write`` reads."""
+    positions.setdefault(position, write)
+    return [*positions].index(position)
 
 
 def _hides(
-    graph: Graph, state: State, site: AttentionSite, masks: dict[fx.Node, fx.GraphModule]
+    graph: Graph,
+    state: State,
+    site: AttentionSite,
+    masks: dict[fx.Node, tuple[fx.Node, fx.GraphModule]],
 ) -> fx.GraphModule | bool | None:
     """Return what hides the cache positions behind the tokens of a call; ``masks`` are the parts that are known."""
     attention = site.attention
@@ -280,21 +284,28 @@ def _hides(
         tokens = (shape_of(state.new) or ())[2]
         if same(value_of(state.slots), value_of(state.position) + tokens):
             return True
-    alike = next((mask for mask in masks if same_value(mask, attention.mask)), attention.mask)
+    mask, reader = attention.mask, attention.output
+    for other, (its_reader, part) in masks.items():
+        if same_value(other, mask) and not change_between((other, mask), (its_reader, reader)):
+            return part
     try:
-        if alike not in masks:
-            masks[alike] = part_of([alike], graph.arguments)
-        return masks[alike]
+        part = part_of({mask: reader}, graph.arguments)
     except Refusal:
         return None
+    masks[mask] = reader, part
+    return part
 
 
-def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dict[fx.Node, Write]:
+def _other_writes(
+    graph: Graph, cache: fx.Node, positions: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, Write]:
     """Plan the look at writes into a quantized cache that belong to no site.
 
     Raises:
         Refusal: A quantized cache cannot take one of them.
     """
+    if value_of(cache).kind == "grown":
+        check_growth(cache, graph.output.all_input_nodes)
     owned = {state.write for state, _ in graph.states()}
     writers = writers_of(graph.fx).get(cache, [])
     others = [node for node in writers if node not in owned]
@@ -321,8 +332,8 @@ def _other_writes(graph: Graph, cache: fx.Node, positions: list[fx.Node]) -> dic
             raise Refusal(f"{target_name(node)} writes something else than whole tokens")
         position, new = read_write(node)
         if isinstance(value_of(position), torch.Tensor):
-            needed_by(position, graph.arguments)
-            place, rows = _place(position, positions), _rows(position)
+            needed_by({position: node}, graph.arguments)
+            place, rows = _place(position, positions, node), _rows(position)
             evaluated = EVALUATED in node.meta
             found[node] = Write(name, argument, place, is_evaluated=evaluated, rows=rows)
         else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvq_compile.lowering.find.positions import change_between
 from kvq_compile.lowering.find.writes import is_write, read_write
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import changes, input_of, order_of, root_of, value_of
@@ -24,10 +25,13 @@ def hold_slots(graph: Graph) -> PassReport:
     told = []
     with unchanged(graph.fx):  # clones of slots write into nothing
         changed = [(write, _slots(write)) for write in graph.fx.nodes if _changes_slots(write)]
+    copies: dict[fx.Node, fx.Node] = {}
     for write, slots in changed:
-        with graph.fx.inserting_before(write):
-            held = graph.fx.call_method("clone", (slots,))
-        held.meta["example_value"] = value_of(slots).clone()  # memory of its own
+        held = copies.get(slots)
+        if held is None or change_between([slots], [held, write]):
+            with graph.fx.inserting_before(write):
+                held = copies[slots] = graph.fx.call_method("clone", (slots,))
+            held.meta["example_value"] = value_of(slots).clone()  # memory of its own
         write.replace_input_with(slots, held)
         told.append(f"{write.name} writes at {held}, a copy of {slots}")
     return PassReport(tuple(told))
