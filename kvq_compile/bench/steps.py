@@ -139,10 +139,8 @@ def make_model(shape: str, layers: int, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
-def prepare(model: Any, run: str) -> Any:
-    """Compile a model for a run, whose shapes share the graphs; return a layer's cache if it is a quantized one."""
-    grows = not run.startswith("hf-") and not _is_static(run)
-    like = _short_cache(model, run).layers[0] if grows else None
+def prepare(model: Any, run: str) -> None:
+    """Compile a model for a run, whose shapes share the graphs."""
     torch._dynamo.reset()
     model._compiled_call_impl = None
     if run.startswith(BASELINE):
@@ -152,7 +150,6 @@ def prepare(model: Any, run: str) -> Any:
         model.compile(options=_tuning(run))
     elif not run.startswith("hf-"):
         model.compile(backend="kvq", options=options_of(run))
-    return like
 
 
 def filled_cache(model: Any, run: str, batch: int, context: int, like: Any) -> Any:
@@ -211,8 +208,10 @@ def _static_cache(model: Any, batch: int, context: int) -> Any:
 
 
 @torch.no_grad()
-def _short_cache(model: Any, run: str) -> Any:
-    """Return a cache of a model of one layer, which shows how those of all layers are laid out."""
+def layout_of(model: Any, run: str) -> Any:
+    """Return a layer's cache of a run that grows a quantized one, as all layers are laid out; ``None`` of others."""
+    if run.startswith("hf-") or _is_static(run):
+        return None
     from transformers import DynamicCache, LlamaForCausalLM
 
     config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 1})
@@ -223,7 +222,7 @@ def _short_cache(model: Any, run: str) -> Any:
     small(
         torch.zeros(1, 40, dtype=torch.long, device=model.device), **{cache_argument(small): cache}
     )
-    return cache
+    return cache.layers[0]
 
 
 def steps_of(model: Any, cache: Any, batch: int, context: int) -> Iterator[Callable[[], Tensor]]:
@@ -298,7 +297,7 @@ def measure(
 ) -> Row:
     """Measure a run at one shape; ``look`` gets further steps, as a profiler does. What does not run says why.
 
-    ``like`` is what `prepare` returned.
+    ``like`` is what `layout_of` returned.
     """
     device, before = model.device, len(recordings)
     if device.type == "cuda":
@@ -346,6 +345,9 @@ def run_all(
         for run in runs:
             rows = [Row(name, model.config.num_hidden_layers, run, *shape) for shape in shapes]
             rows = [row for row in rows if not known(row)]
-            like = prepare(model, run) if rows else None
+            like = None
+            if rows:
+                like = layout_of(model, run)
+                prepare(model, run)
             for row in rows:
                 yield measure(model, row, like, recordings, look)
