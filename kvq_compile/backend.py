@@ -14,7 +14,7 @@ from kvq_compile import measured
 from kvq_compile.compiling import compiling
 from kvq_compile.entry import watch_export, watch_generate, watch_peft
 from kvq_compile.errors import KVQError, KVQWarning
-from kvq_compile.history import GraphReport, graphs, record, unmet_layers
+from kvq_compile.history import GraphReport, amend, graphs, record, unmet_layers
 from kvq_compile.kernels.packed import PARTS_FORM
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
@@ -81,7 +81,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         config.calibration.check(example_inputs, len(lowered.reports))
     layers = () if config.calibration else tuple(index for index, _ in config.spec.layers)
     steps = _about_steps(lowered) if records else ""
-    record(GraphReport(tuple(lowered.reports), config.spec, layers, lowered.states, steps))
+    report = GraphReport(tuple(lowered.reports), config.spec, layers, lowered.states, steps)
+    record(report)
     if config.strict and _ends_the_model(gm, lowered.reports):
         text = unmet_layers(graphs())
         if text:
@@ -96,7 +97,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         module, inputs = lowered.rows.module, lowered.rows.examples(inputs)
     if lowered.arranged is not None:
         module, inputs = lowered.arranged.module, lowered.arranged.take(inputs)
-    compiled = _compiled(module, inputs, lowered, recorder, config)
+    compiled = _compiled(module, inputs, lowered, recorder, config, report)
     for form in (lowered.arranged, lowered.rows):
         compiled = compiled if form is None else form.around(compiled)
     compiled = refusing_lost_writes(gm, compiled)
@@ -111,8 +112,9 @@ def _compiled(
     lowered: Lowered,
     recorder: Record | None,
     config: Config,
+    report: GraphReport,
 ) -> Compiled:
-    """Return the callable for a graph that was lowered."""
+    """Return the callable for a graph that was lowered, and of which ``report`` tells."""
 
     def compile_inner(args: Sequence[Any]) -> Compiled:
         return _compile_inner(
@@ -127,6 +129,10 @@ def _compiled(
             raise KVQError(text)
         warnings.warn(text, KVQWarning, stacklevel=3)
 
+    def stops(reason: str) -> None:
+        logs.sites.info("steps are not recorded any more: %s", reason)
+        amend(report, f"are not recorded any more: {reason}")
+
     if lowered.thaw is not None:
         return lowered.around(gm.forward, stays_plain)
     if not lowered.compiles:
@@ -135,7 +141,7 @@ def _compiled(
         return lowered.run_once_then_convert(compile_inner, stays_plain)
     inner, run = compile_inner(example_inputs), None
     if recorder is not None and lowered.lengths is not None:
-        run = Steps(lowered, inner, recorder, _tell_of_steps)
+        run = Steps(lowered, inner, recorder, stops)
     return lowered.around(inner, stays_plain, run)
 
 
@@ -150,10 +156,6 @@ def _about_steps(lowered: Lowered) -> str:
     if lowered.unrecorded is not None:
         return f"are not recorded: {lowered.unrecorded}"
     return "" if lowered.lengths is None else "are replayed from CUDA graphs"
-
-
-def _tell_of_steps(reason: str) -> None:
-    logs.sites.info("steps are not recorded any more: %s", reason)
 
 
 def _patches(lowered: Lowered, config: Config) -> dict[str, Any]:

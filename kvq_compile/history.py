@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.lowering.find.layers import COUNTED
@@ -37,6 +37,13 @@ _recent: deque[GraphReport] = deque(maxlen=256)
 def record(report: GraphReport) -> None:
     """Remember a graph."""
     _recent.append(report)
+
+
+def amend(report: GraphReport, steps: str) -> None:
+    """Say otherwise of a graph that is remembered whether its calls are replayed."""
+    for place, known in enumerate(_recent):
+        if known is report:
+            _recent[place] = replace(report, steps=steps)
 
 
 def graphs() -> tuple[GraphReport, ...]:

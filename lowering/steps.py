@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvq_compile.kernels.cache.gathered import gather
 from kvq_compile.kernels.packed import writable
 from kvq_compile.lowering.lengths import ALIGNED, Lengths
 from kvq_compile.lowering.nodes import changed_roots, is_static, value_of
@@ -173,9 +174,14 @@ class Steps:
             else:
                 given.append((tuple(x.shape), x.stride(), self._address(place, x)))
         apart = len(set(held)) > 1
+        caches = self._take_caches(args)
+        memories = tuple(map(_memory, caches))
+        if None in memories:
+            gather(caches)
+            memories = tuple(map(_memory, caches))
         return (
             tokens,
-            tuple(map(_memory, self._take_caches(args))),
+            memories,
             tuple(map(_address, self._take_steady(args))),
             tuple(given),
             self._take_numbers(args),

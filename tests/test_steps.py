@@ -1,5 +1,6 @@
 """Steps that are replayed give what steps give that are launched, whatever the length."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from kvq_compile import QuantizedKV, backend
 from kvq_compile.history import watching
 from kvq_compile.kernels.packed import check_room, room_of
+from kvq_compile.lowering.steps import UNSTEADY
 from kvq_compile.testing.small_decoder import Decoder
 from recorded_steps import OPTIONS, Recorder, llama
 from thorough import few
@@ -105,12 +107,25 @@ def test_assisted_decoding_replays_its_steps(recorder: Recorder) -> None:
     assert recorder.replays > 10
 
 
-@pytest.mark.long
-def test_beams_run_as_they_did(recorder: Recorder) -> None:
-    """Caches of beams are gathered anew at every step: what is recorded holds for memory that was used before."""
-    model = llama()
+def test_beams_replay_their_steps(recorder: Recorder) -> None:
+    """Caches of beams are gathered in place at every step."""
+    model = llama(layers=1)
     launched = generated(model, 2, OPTIONS | {"mode": "default"}, num_beams=2)
     assert torch.equal(launched, generated(model, 2, OPTIONS, num_beams=2))
+    assert recorder.replays >= 39 - 2 * len(recorder.tapes)
+    assert len(recorder.tapes) <= 6
+
+
+def test_a_graph_whose_steps_are_not_replayed_any_more_says_so(recorder: Recorder) -> None:
+    """Each step is given another cache."""
+    model = llama(layers=1)
+    model.compile(backend="kvq", options=OPTIONS)
+    ids = torch.arange(1, 41)[None]
+    with watching() as graphs, torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        for _ in range(66):
+            model(ids[:, :1], past_key_values=copy.deepcopy(cache))
+    assert [graph.steps for graph in graphs] == ["", f"are not recorded any more: {UNSTEADY}"]
 
 
 def test_two_generations_in_turn_have_their_own_steps(recorder: Recorder) -> None:

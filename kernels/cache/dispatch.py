@@ -19,6 +19,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache import ring
 from kvq_compile.kernels.cache.batch import EAGER, sliced
+from kvq_compile.kernels.cache.gathered import gather_later
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.rows import caches_of_rows, count_by_row_, why_not_by_row
 from kvq_compile.kernels.cache.tensor import QuantizedKV, on
@@ -281,13 +282,18 @@ def _index(x: QuantizedKV, indices: list[Tensor | None]) -> Any:
         return NotImplemented
     if indices[0].dim() != 1:  # type: ignore[union-attr]
         return NotImplemented
-    return x._map_batch(lambda part: part[on(indices[0], part)])
+    return _gathered(x, lambda part: part[on(indices[0], part)])
 
 
 def _index_select(x: QuantizedKV, dim: int, index: Tensor) -> Any:
     if not isinstance(x, QuantizedKV) or _dim(x, dim) != 0:
         return NotImplemented
-    return x._map_batch(lambda part: part.index_select(0, on(index, part)))
+    return _gathered(x, lambda part: part.index_select(0, on(index, part)))
+
+
+def _gathered(x: QuantizedKV, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
+    later = None if isinstance(x.cursor, FakeTensor) else gather_later(x, change)
+    return x._map_batch(change) if later is None else later
 
 
 def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:

@@ -4,7 +4,7 @@ Model code, cache classes and Dynamo see the key or value tensor of a layer. Ins
 The operations of a KV cache act on the packed form:
 
 - writes (``cat`` of new tokens, ``index_copy_``, slice and index assignment, ``zero_``) quantize;
-- operations along the batch (``index_select``, indexing, ``repeat_interleave``: beam search) gather parts;
+- operations along the batch (``index_select``, indexing, ``repeat_interleave``: beam search) gather parts (`gathered`);
 - truncation, ``clone``, ``deepcopy``, ``to``, pickling keep the packed form;
 - everything else reads: the tokens are dequantized into an ordinary tensor, which is correct and slow.
   A write that is not listed raises, since it would be lost in such a copy; so does a write into a view,

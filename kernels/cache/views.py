@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.cache.gathered import WAITS
 from kvq_compile.kernels.cache.reopened import Reopened
 from kvq_compile.kernels.cache.slices import PartOf, drop_parts, take_parts_
 from kvq_compile.kernels.cache.trim import drop_pages_, droppable, first_of, new_trim
@@ -59,7 +60,8 @@ class Lineage:
         pages: Pages that are packed.
         reopened: The first page that is not full, where it was cut open.
         compiled: Of them, those up to the last that a compiled call has written; ``None`` where none did.
-        memory: A number that no other memory has: as long as it stays, the parts are where they are.
+        memory: A number that no other memory has: as long as it stays, the parts are where they are. ``None`` while
+            they wait for being gathered (`gathered`).
         room: How many tokens that memory has room for; ``None`` until somebody asks.
         counted: Tokens in the memory of a static cache, or in each row, as far as the host knows without asking the
             device: see `ring`.
@@ -89,7 +91,7 @@ class Lineage:
 
     def moved(self) -> None:
         """Note that the parts are elsewhere now, with other room."""
-        self.memory = next(self._numbers)
+        self.memory: int | None = next(self._numbers)
         self.room: int | None = None
 
     def share(self) -> None:
@@ -324,6 +326,9 @@ class Views(Tensor):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if "_part_of" in self.__dict__ and name in part_names(self.page_layout):
             take_parts_(self)  # type: ignore[arg-type]
+            return getattr(self, name)
+        if WAITS in self.__dict__ and name in part_names(self.page_layout):
+            self.__dict__[WAITS].settle()
             return getattr(self, name)
         if "_passed_on" not in self.__dict__ or name not in part_names(self.page_layout):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -1,0 +1,122 @@
+"""Rows of a dynamic cache that are gathered when they are used first, as those of beams are at every step.
+
+By then the cache they come from is gone, nearly always: its place was given to them. Then each part is gathered in
+place, so that beams need no second cache, and what a step was recorded for still holds. If it lives on, the rows get
+memory of their own. Until then neither of both has its parts: whoever uses one, to read or to write, has them gathered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvq_compile.kernels.adaptive.originals import held_by_host
+from kvq_compile.kernels.packed import ORIGINALS, part_names, writable
+
+if TYPE_CHECKING:
+    from kvq_compile.kernels.cache.tensor import QuantizedKV
+    from kvq_compile.kernels.cache.views import Lineage
+
+WAITS = "_gathered"  # the attribute of a cache whose parts wait
+CURSOR = "cursor"  # which rows share
+
+
+class Gathered:
+    """Parts that wait for being gathered.
+
+    Attributes:
+        parts: Those of the cache that rows are taken from, by name.
+        rows: Which of its rows each one is, ``[B]``.
+        taken_from, made: The views of that cache, and those of the rows.
+    """
+
+    def __init__(self, source: QuantizedKV, rows: Tensor, made: Lineage) -> None:
+        self.parts = {name: getattr(source, name) for name in part_names(source.page_layout)}
+        self.rows, self.taken_from, self.made = rows, source._lineage, made
+        self._place = source._lineage.memory, source._lineage.room
+        self._lock = threading.Lock()
+
+    def settle(self) -> None:
+        """Gather the rows, and give all views that are alive their parts."""
+        with self._lock, writable(), torch.no_grad():
+            before, after = _waiting(self.taken_from), _waiting(self.made)
+            if before:
+                if after:
+                    _give(after, {name: self._copy(name) for name in self.parts})
+                    self.made.moved()
+                self._keep(before, self.taken_from)
+            elif after:
+                for name, part in self.parts.items():
+                    if name != CURSOR:
+                        part.copy_(self._row(part))
+                self._keep(after, self.made)
+
+    def _keep(self, views: list[QuantizedKV], lineage: Lineage) -> None:
+        _give(views, self.parts)
+        lineage.memory, lineage.room = self._place
+
+    def _row(self, part: Tensor) -> Tensor:
+        return part.index_select(0, self.rows.to(part.device))
+
+    def _copy(self, name: str) -> Tensor:
+        part = self.parts[name]
+        if name == CURSOR:
+            return part.clone()
+        rows = self._row(part)
+        rows = held_by_host(rows, self.rows.device) if name == ORIGINALS else rows
+        torch._dynamo.maybe_mark_dynamic(rows, 2)
+        return rows
+
+
+def gather_later(cache: QuantizedKV, change: Callable[[Tensor], Tensor]) -> QuantizedKV | None:
+    """Return the rows of a dynamic cache that ``change`` takes of a tensor, to be gathered when they are used.
+
+    ``None`` where that is not for later: there are more of them, or fewer, or others use the cache's memory too.
+    """
+    if cache.kind != "grown" or cache.codes.untyped_storage().is_shared():
+        return None
+    with writable():
+        # Who changes the index later on does not change the rows, and one out of range raises here.
+        rows = change(torch.arange(cache.shape[0], device=cache.device))
+        if len(rows) != cache.shape[0]:
+            return None
+        lineage = cache._lineage.copied(change)
+        gathered = Gathered(cache, rows, lineage)
+        made: QuantizedKV = Tensor._make_wrapper_subclass(
+            type(cache), cache.shape, dtype=cache.dtype, device=cache.device
+        )
+        known = {name: x for name, x in cache.__dict__.items() if name not in gathered.parts}
+        made.__dict__.update(known, _lineage=lineage, _is_slice_copy=False)
+        if cache.shift is not None:
+            made.shift = change(cache.shift)
+    lineage.add(made)
+    for waits in (cache._lineage, lineage):
+        waits.memory = waits.room = None
+        for view in waits.others(None):
+            for name in gathered.parts:
+                if name in view.__dict__:
+                    delattr(view, name)
+            view.__dict__[WAITS] = gathered
+    return made
+
+
+def gather(caches: Iterable[QuantizedKV]) -> None:
+    """Gather those of some caches that wait for it."""
+    for cache in caches:
+        if WAITS in cache.__dict__:
+            cache.__dict__[WAITS].settle()
+
+
+def _waiting(lineage: Lineage) -> list[QuantizedKV]:
+    return [view for view in lineage.others(None) if WAITS in view.__dict__]
+
+
+def _give(views: Iterable[QuantizedKV], parts: Mapping[str, Tensor]) -> None:
+    for view in views:
+        del view.__dict__[WAITS]
+        for name, part in parts.items():
+            setattr(view, name, part)
