@@ -1,6 +1,7 @@
 """Settings that must hold before any test module is imported."""
 
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -66,9 +67,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of every later collection of garbage, where it takes most of the time."""
+    """Set what costs much time and says nothing about what is tested; the thorough profile leaves all as it is."""
+    from thorough import THOROUGH  # once the profile is loaded
+
+    if not THOROUGH:
+        _leave_out_what_pays_where_code_is_called_often()
+        if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+            import quick_interpreter
+
+            quick_interpreter.install()
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # what is imported by now is left out of every later collection, where it takes most of the time
+    gc.set_threshold(20_000, 20, 20)
+
+
+def _leave_out_what_pays_where_code_is_called_often() -> None:
+    """Let Dynamo's guards be the conditions as they are: common parts are not looked for, time is not measured.
+
+    That is a sixth of the time of a model that is compiled and called a few times. What a version of PyTorch does not
+    have is left alone.
+    """
+    from torch._dynamo import guards
+
+    if hasattr(guards, "PyExprCSEPass"):
+        guards.PyExprCSEPass.count = lambda self, exprs: None
+        guards.PyExprCSEPass.replace = lambda self, expr: ([], expr)
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *args: 0.0
+    if hasattr(torch._dynamo.config, "run_gc_after_compile"):
+        torch._dynamo.config.run_gc_after_compile = False
 
 
 @pytest.fixture
