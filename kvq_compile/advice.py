@@ -22,7 +22,9 @@ _ADVICE: dict[str, str] = {
     "head_dim|group|calibrat|couple": "Choose another group_size, or a method that takes this head size, as int4.",
     "branch": "Compile the branches as functions of their own.",
     "rotation|rotated|angle|RoPE": "Take a method that codes keys as attention sees them, or pre_rope=False.",
-    "mask": "Pass a boolean or an additive mask, [B, 1 or H, T, S], over all cache positions.",
+    "adds to what": "Write tokens over what the cache holds, as cache.index_copy_(2, positions, tokens) does.",
+    "behind the new tokens": "Let the mask hide all cache positions behind the new tokens, as a causal one does.",
+    r"\bmasks?\b": "Pass a boolean or an additive mask, [B, 1 or H, T, S], over all cache positions.",
     "some rows|every sequence|every row": "Take the same rows wherever a call uses the cache, as cache[:batch], or "
     "allocate it for the batch at hand.",
     "windows of different|rings of different": "Give keys and values the same window.",

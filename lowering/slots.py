@@ -18,19 +18,24 @@ import torch
 from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.kernels.layout import HIDES
 from kvq_compile.lowering.rings import OTHER_LENGTH, RingWrite
+from kvq_compile.lowering.shown import (
+    ENDS_SEEN,
+    OVERWRITES,
+    UNHELD,
+    shows,
+    shows_rows,
+    why_row_seen,
+    why_seen,
+)
 from kvq_compile.lowering.sizes import Size
 
 GAPS = "the cache positions written are not consecutive"
 SEVERAL = "one token is written to several cache positions"
 AHEAD = "tokens are written behind empty cache positions"
-OVERWRITES = "cache positions are overwritten that attention goes on to read behind the new tokens"
 FROM_THE_END = "the cache is written at positions counted from its end"
 BEHIND = "tokens are written at positions behind the end of the cache"
 WRAPPED = "cache positions are written of a buffer that keeps the last tokens"
-UNHELD = "attention reads other cache positions than those that hold tokens, and has no mask"
-ENDS_SEEN = "a mask shows what lies behind the end of a row, where other rows go on"
 UPDATES_ROWS = "a cache whose rows have lengths of their own is updated in a copy"
 NOT_FIRST = "the first tokens of a new cache are not written at its first cache positions"
 
@@ -362,17 +367,6 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _shows(write: Write, args: Sequence[Any], end: int) -> bool | None:
-    """Return whether the attention that follows a write sees positions from ``end`` on; ``None`` where unknown."""
-    if write.hides is None or isinstance(write.hides, bool):
-        return None if write.hides is None else not write.hides
-    (mask,) = write.hides(*args)
-    behind = mask[..., end:]
-    if behind.dtype != torch.bool:
-        return not bool((behind <= HIDES).all())
-    return not bool(behind.all()) if write.inverted else bool(behind.any())
-
-
 @dataclass
 class _Call:
     """A call whose writes are looked at one after the other.
@@ -408,15 +402,16 @@ def _look_at_range(write: Write, call: _Call, first: int, tokens: int) -> str | 
     if write.is_evaluated and end > sizes.get(place, end):
         return BEHIND
     if place not in held:
-        return OVERWRITES if place is not None and _shows(write, args, end) else None
+        seen = place is not None and shows(write, args, end)
+        return why_seen(write, args, end, 0) if seen else None
     if write.is_update and place is not None:
         call.updated[place] = held[place], first
     if first > held[place]:
         return AHEAD
     if first > 0 and held[place] > sizes[place]:
         return WRAPPED
-    if first < held[place] and _shows(write, args, end) is not False:
-        return OVERWRITES
+    if first < held[place] and shows(write, args, end) is not False:
+        return why_seen(write, args, end, held[place])
     held[place] = end
     return None
 
@@ -429,8 +424,8 @@ def _look_at_slide(write: Write, call: _Call, first: int, tokens: int) -> str | 
     if place in held and first != min(held[place], slots):
         return OTHER_LENGTH
     end = min(first + tokens, slots)
-    if end < slots and _shows(write, call.args, end) is not False:
-        return OVERWRITES
+    if end < slots and shows(write, call.args, end) is not False:
+        return why_seen(write, call.args, end, 0)
     held[place] = end
     return None
 
@@ -460,15 +455,16 @@ def _look_at_rows(
     if write.end is not None and {*ends} != {write.end(args)}:
         return UNHELD
     before = held.get(write.argument)
-    shows = _shows_rows(write, call, tuple(ends))
+    seen = _shows_rows(write, call, tuple(ends))
     if before is None:
-        return ENDS_SEEN if shows else None
+        return why_row_seen(write, args, max(ends), ENDS_SEEN) if seen else None
     lengths = [before] * len(rows) if isinstance(before, int) else before
     if any(start > length for start, length in zip(starts, lengths, strict=True)):
         return AHEAD
     goes_on = starts == list(lengths)
-    if shows or (shows is None and not goes_on):
-        return ENDS_SEEN if goes_on else OVERWRITES
+    if seen or (seen is None and not goes_on):
+        why = ENDS_SEEN if goes_on else OVERWRITES
+        return why_row_seen(write, args, max(*ends, *lengths), why)
     held[write.argument] = tuple(ends)
     return None
 
@@ -479,11 +475,5 @@ def _shows_rows(write: Write, call: _Call, ends: tuple[int, ...]) -> bool | None
         return None if write.hides is None else not write.hides
     about = write.hides, write.inverted, ends
     if about not in call.shown:  # layers share a mask
-        (mask,) = write.hides(*call.args)
-        column = torch.arange(mask.shape[-1], dtype=torch.int64, device=mask.device)
-        end = torch.tensor(ends, dtype=torch.int64, device=mask.device)
-        behind = column >= end[:, None]
-        seen = mask > HIDES if mask.dtype != torch.bool else mask
-        seen = ~seen if write.inverted and mask.dtype == torch.bool else seen
-        call.shown[about] = bool((seen & behind[:, None, None]).any())
+        call.shown[about] = shows_rows(write, call.args, ends)
     return call.shown[about]

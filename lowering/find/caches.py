@@ -44,7 +44,10 @@ from kvq_compile.lowering.nodes import (
 from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "flex_attention")
-_BY_SLOT = ("index_copy_", "setitem", "index_put_", "copy_", "scatter_", "masked_scatter_")
+_BY_SLOT = (
+    *("index_copy_", "setitem", "index_put_", "copy_", "scatter_", "masked_scatter_"),
+    *("index_add_", "scatter_add_"),
+)
 _OF_IMAGES = (
     *(
         "conv1d",
@@ -202,6 +205,8 @@ def _source(write: fx.Node) -> Any:
         "index_copy_": (3, "source"),
         "copy_": (1, "src"),
         "scatter_": (3, "src"),
+        "index_add_": (3, "source"),
+        "scatter_add_": (3, "src"),
     }.get(target_name(write), (2, "values"))
     return argument(write, place, name)
 

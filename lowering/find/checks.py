@@ -30,6 +30,7 @@ from kvq_compile.lowering.nodes import (
 from kvq_compile.lowering.sites import RINGS, Attention, Life, Refusal, State
 
 UNMASKED = "attention reads cache positions that hold no token: there is no mask"
+ELSEWHERE = "keys and values are written at different cache positions, or at such as are not understood to be the same"
 BY_ROW = "each row of the cache is written at positions of its own"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SLOTTED = (Life.ALLOCATED, Life.BUFFER, Life.BUFFER_PLAIN)
@@ -116,7 +117,7 @@ def check_pair(key: State, value: State) -> None:
         return
     positions, writes = (key.position, value.position), (key.write, value.write)
     if not same_positions(*positions) or change_between(positions, writes):
-        raise Refusal("keys and values are written at different cache positions")
+        raise Refusal(ELSEWHERE)
     if not same_value(key.slots, value.slots):
         raise Refusal("keys and values are read up to different cache positions")
 

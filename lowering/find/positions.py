@@ -23,7 +23,11 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.sites import Refusal
 
-_RESHAPES = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous")
+# What keeps the elements and their order, if it keeps their number.
+_RESHAPES = (
+    *("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "ravel"),
+    *("expand", "expand_as", "view_as", "reshape_as", "select", "narrow"),
+)
 _LARGEST_PART = 512  # nodes that positions or a mask are computed by, far more than any model takes
 
 
@@ -83,11 +87,25 @@ def _is_tensor(*nodes: Any) -> bool:
 
 def _flat(position: Any) -> Any:
     """Return the tensor whose elements cache positions are, in order, walking back along changes of shape."""
-    while target_name(position) in _RESHAPES and position.args and _is_tensor(position.args[0]):
+    while _may_reshape(position) and position.args and _is_tensor(position.args[0]):
         if not same(value_of(position).numel(), value_of(position.args[0]).numel()):
             break
         position = position.args[0]
     return position
+
+
+def _may_reshape(node: Any) -> bool:
+    """Return whether a node keeps elements and their order, if as many are left: a cast of integers, too."""
+    name = target_name(node)
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        basic = (type(None), type(Ellipsis), int, slice)
+        return all(isinstance(part, basic) and not isinstance(part, bool) for part in index)
+    if name in ("to", "type", "int", "long"):
+        return _is_tensor(node.args[0]) and all(
+            value_of(x).dtype in (torch.int32, torch.int64) for x in (node, node.args[0])
+        )
+    return name in _RESHAPES
 
 
 def _is_random(node: fx.Node) -> bool:

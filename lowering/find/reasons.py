@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.movement import is_cache_like
 from kvq_compile.lowering.find.trial import MIXING, plain_name
-from kvq_compile.lowering.find.writes import writes_of
+from kvq_compile.lowering.find.writes import other_write, writes_of
 from kvq_compile.lowering.nodes import VIEWS, root_of, same, shape_of, target_name, value_of
 
 NO_CACHE = "keys and values are not kept after the call"
@@ -61,6 +62,11 @@ def why_not_kept(base: fx.Node, outputs: set[fx.Node]) -> str:
         return SOME_ROWS
     if _overwritten(base):
         return OVERWRITTEN
+    memory = root_of(base)
+    lives_on = is_cache_like(memory) or any(root_of(node) is memory for node in outputs)
+    written = other_write(memory) if lives_on else None
+    if written is not None:
+        return written
     read = _read_of_cache(base, outputs)
     if read is not None and _takes_rows(read):
         return SOME_ROWS

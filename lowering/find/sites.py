@@ -33,7 +33,7 @@ from kvq_compile.lowering.find.reasons import BY_OPTION, SHORT_WINDOW, is_expect
 from kvq_compile.lowering.find.states import READ_ELSEWHERE, find_state, is_dead
 from kvq_compile.lowering.find.trial import data_of
 from kvq_compile.lowering.find.trims import window_of
-from kvq_compile.lowering.find.writes import writes_of
+from kvq_compile.lowering.find.writes import other_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import root_of, same, shape_of, value_of, writes_in_place
 from kvq_compile.lowering.sites import (
@@ -315,7 +315,9 @@ def find_other_readers(graph: Graph) -> None:
             graph.sites = [changed if each is site else each for each in graph.sites]
             graph.readers = [changed if each is site else each for each in graph.readers]
         else:
-            _refuse(graph, site, READ_ELSEWHERE)
+            pasts = (state.past for state in states.values() if state.past is not None)
+            written = next(filter(None, map(other_write, pasts)), None)
+            _refuse(graph, site, written or READ_ELSEWHERE)
 
 
 def _may_be_read_elsewhere(graph: Graph, state: State) -> bool:

@@ -22,13 +22,20 @@ from typing import Any
 from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, moved_from
+from kvq_compile.lowering.find.movement import cache_inputs, gathered_from, made_of, moved_from
 from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
 from kvq_compile.lowering.find.rings import Ring
-from kvq_compile.lowering.find.trial import data_of
+from kvq_compile.lowering.find.trial import data_of, plain_name
 from kvq_compile.lowering.find.trims import kept_of, suffix_of
 from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
-from kvq_compile.lowering.find.writes import read_write, writes_of
+from kvq_compile.lowering.find.writes import (
+    ADDING,
+    ADDS,
+    NO_WRITE,
+    other_write,
+    read_write,
+    writes_of,
+)
 from kvq_compile.lowering.nodes import (
     argument,
     getitem_index,
@@ -46,9 +53,6 @@ from kvq_compile.lowering.nodes import (
 from kvq_compile.lowering.sites import Life, Refusal, State
 
 READ_ELSEWHERE = "the cache is read outside attention in the same call"
-NOT_UNDERSTOOD = (
-    "is updated in a way that is not understood as tokens written at some cache positions"
-)
 
 
 @dataclass(frozen=True)
@@ -269,17 +273,31 @@ def _fresh(read: _Read, whole: fx.Node, kept: fx.Node | None = None) -> State:
     """
     updated = updated_cache(read.base)
     if updated is not None and updated.op == "placeholder":
-        raise Refusal(f"the cache {source_name(updated)} {NOT_UNDERSTOOD}")
+        raise Refusal(_why_no_update(read.base, updated))
     length = (shape_of(whole) or ())[2]
     for cache in cache_inputs(whole):
         value = value_of(cache)
         if isinstance(value, QuantizedKV) or not same(value.shape[2], length):
             raise Refusal(
-                f"the cache {source_name(cache)} reaches attention through {target_name(read.base)}, "
+                _adding(whole)
+                or f"the cache {source_name(cache)} reaches attention through {target_name(read.base)}, "
                 "which is not understood as new tokens behind those held"
             )
     about = {"repeats": read.repeats, "slots": read.slots, "last": read.last}
     return State(Life.FRESH, kept or whole, read.base, kept=kept, **about)
+
+
+def _why_no_update(result: fx.Node, cache: fx.Node) -> str:
+    """Return what is wrong with a copy of a cache of fixed size that holds something of the call."""
+    by = f" by {plain_name(result)}" if cache in result.all_input_nodes else ""
+    return _adding(result) or f"the cache {source_name(cache)} is updated{by} {NO_WRITE}"
+
+
+def _adding(result: fx.Node) -> str | None:
+    """Return what is wrong with a tensor that elements of the call are added to, not written over others."""
+    steps = map(plain_name, (result, *made_of(result)))
+    adding = next((name for name in steps if name.rstrip("_") in ADDING), None)
+    return None if adding is None else f"{adding} {ADDS}"
 
 
 def _is_empty(node: Any) -> bool:
@@ -329,7 +347,7 @@ def _own_write(read: _Read, attention: fx.Node | None) -> tuple[fx.Node, tuple[f
     written = [place[write] for write in writes]
     before = [at for at in written if at < (end if read.first is None else place[read.first])]
     if not before or min(reads, default=end) < written[0]:
-        raise Refusal("the cache is read before it is written")
+        raise Refusal(other_write(past) or "the cache is read before it is written")
     following = next((at for at in written if at > before[-1]), len(place))
     if following < end:
         raise Refusal("the cache is written between its read and the attention")

@@ -14,12 +14,18 @@ from kvq_compile.lowering.nodes import (
     order_of,
     same,
     shape_of,
+    source_name,
     target_name,
     value_of,
+    writers_of,
 )
 from kvq_compile.lowering.sites import Refusal
 
 WRITES = ("index_copy_", "setitem", "index_put_", "write_rows_")
+RESETS = ("zero_", "fill_")
+ADDING = ("index_add", "scatter_add")
+ADDS = "adds to what the cache holds, where tokens are to be written over it"
+NO_WRITE = "in a way that is not understood as tokens written at some cache positions"
 
 
 def write_rows_(cache: Tensor, position: Tensor, new: Tensor) -> Tensor:
@@ -43,6 +49,18 @@ def writes_of(cache: fx.Node) -> list[fx.Node]:
     if len(writes) < 2:
         return writes
     return sorted(writes, key=order_of(cache.graph).__getitem__)
+
+
+def other_write(memory: fx.Node) -> str | None:
+    """Return what is wrong with the first write in place into a cache that is in no known spelling, if there is one."""
+    for writer in writers_of(memory.graph).get(memory, ()):
+        name = target_name(writer).partition(".")[0]
+        if name in RESETS or (is_write(writer) and writer.args[0] is memory):
+            continue
+        if name.rstrip("_") in ADDING:
+            return f"{name} {ADDS}"
+        return f"{name} writes {source_name(memory)} {NO_WRITE}"
+    return None
 
 
 def read_write(node: fx.Node) -> tuple[Any, fx.Node]:
@@ -89,7 +107,7 @@ def _assignment(node: fx.Node) -> tuple[Any, Any]:
     if target_name(node) == "index_put_":
         index = tuple(slice(None) if i is None else i for i in index)
         if argument(node, 3, "accumulate", False):
-            raise Refusal("the cache is added to instead of written")
+            raise Refusal(f"{target_name(node)} {ADDS}")
     if len(index) not in (3, 4) or len(index) > len(shape):
         raise Refusal("the cache is written at something else than whole tokens")
     if isinstance(value_of(index[0]), torch.Tensor):
