@@ -22,6 +22,7 @@ _ADVICE: dict[str, str] = {
     "head_dim|group|calibrat|couple": "Choose another group_size, or a method that takes this head size, as int4.",
     "branch": "Compile the branches as functions of their own.",
     "rotation|rotated|angle|RoPE": "Take a method that codes keys as attention sees them, or pre_rope=False.",
+    "higher-order operator": "Attend outside of it; a checkpoint saves nothing where no gradients are recorded.",
     "adds to what": "Write tokens over what the cache holds, as cache.index_copy_(2, positions, tokens) does.",
     "behind the new tokens": "Let the mask hide all cache positions behind the new tokens, as a causal one does.",
     r"\bmasks?\b": "Pass a boolean or an additive mask, [B, 1 or H, T, S], over all cache positions.",

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.read_only import ReadOnlyTokens
 from kvq_compile.kernels.cache.tensor import QuantizedKV
-from kvq_compile.lowering.nodes import root_of, source_name, writes_in_place
+from kvq_compile.lowering.nodes import root_of, source_name, writes_in_place, written_by
 
 
 def refusing_lost_writes(gm: fx.GraphModule, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,8 @@ def written_arguments(graph: fx.Graph) -> dict[int, str]:
     found: dict[int, str] = {}
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and writes_in_place(node):
-            roots = map(root_of, tree_leaves((node.args[:1], node.kwargs.get("out"))))
+            given = tree_leaves((node.args[:1], node.kwargs.get("out")))
+            roots = [*map(root_of, given), *written_by(node)]
             found |= {takes[root]: source_name(root) for root in roots if root in takes}
     return found
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
@@ -191,6 +193,8 @@ def writes_in_place(node: fx.Node) -> bool:
     """Return whether a node changes something that exists already, so that it has to stay where it is."""
     if node.is_impure():
         return True
+    if bodies_of(node):
+        return bool(_written_operands(node))
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
@@ -253,7 +257,31 @@ def _returns_its_input(node: fx.Node) -> bool:
         node.op in ("call_function", "call_method")
         and writes_in_place(node)
         and not node.is_impure()
+        and not bodies_of(node)
     )
+
+
+@once
+def bodies_of(node: fx.Node) -> list[fx.Graph]:
+    """Return the graphs that a higher-order operator runs, as ``torch.cond`` does; none of any other node."""
+    owner = node.graph.owning_module
+    if not isinstance(node.target, HigherOrderOperator) or owner is None:
+        return []
+    given = [x for x in node.all_input_nodes if x.op == "get_attr"]
+    found = [attrgetter(str(x.target))(owner) for x in given]
+    return [body.graph for body in found if isinstance(body, fx.GraphModule)]
+
+
+def _written_operands(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments of a higher-order operator that its bodies write: these take the last ones of it."""
+    operands = tree_leaves(node.args)
+    found: list[fx.Node] = []
+    for body in bodies_of(node):
+        takes = body.find_nodes(op="placeholder")
+        places = {taken: at - len(takes) for at, taken in enumerate(takes)}
+        written = {root for inner in body.nodes for root in written_by(inner) if root in places}
+        found += [operands[places[root]] for root in written if len(takes) <= len(operands)]
+    return [x for x in found if isinstance(x, fx.Node)]
 
 
 def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -263,9 +291,11 @@ def changed_roots(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 @once
 def written_by(node: fx.Node) -> list[fx.Node]:
-    """Return the tensors whose memory a node may write into: its first argument, or what ``out`` names."""
+    """Return the tensors whose memory a node may write into: its first argument, what ``out`` or a body says."""
     if node.op not in ("call_function", "call_method") or not writes_in_place(node):
         return []
+    if bodies_of(node):
+        return [root_of(operand) for operand in _written_operands(node)]
     given = node.kwargs["out"] if "out" in node.kwargs else node.args[:1]
     roots = map(root_of, tree_leaves(given))
     return [root for root in roots if isinstance(root, fx.Node)]

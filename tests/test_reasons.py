@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention as attend
+from torch.utils.checkpoint import checkpoint
 
 from kvq_compile import KVQError, KVQWarning, QuantizedKV
 from kvq_compile.advice import advice
 from kvq_compile.history import watching
+from kvq_compile.lowering.sites import DENSE
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -272,3 +274,149 @@ def test_positions_that_are_not_shown_to_be_the_same_are_refused_for_that(change
     _, reasons, told = run(spelled(lambda position: position[None, None], changed), GOES_ON[:1])
     assert "or at such as are not understood to be the same" in told
     assert any("written at different cache positions" in each for each in reasons)
+
+
+# Bodies of higher-order operators
+
+
+def plain_attention(q, keys, values):
+    return attend(q, keys, values)
+
+
+def by_matmul(q, keys, values):
+    return (q @ keys.mT * 0.2).softmax(-1) @ values
+
+
+def checkpointed(attention):
+    return lambda *given: checkpoint(attention, *given, use_reentrant=False)
+
+
+def in_a_branch(q, keys, values):
+    return torch.cond(
+        q.sum() > 0, plain_attention, lambda q, k, v: by_matmul(q, k, v), (q, keys, values)
+    )
+
+
+def mapped(q, keys, values):
+    return torch._higher_order_ops.map(plain_attention, q, keys, values)
+
+
+BODIES = [
+    (checkpointed(plain_attention), "torch.utils.checkpoint"),
+    (checkpointed(by_matmul), "torch.utils.checkpoint"),
+    (checkpointed(checkpointed(plain_attention)), "torch.utils.checkpoint"),
+    (in_a_branch, "torch.cond"),
+    (mapped, "map"),
+]
+
+
+def grow(q, k, v, keys, values, body):
+    keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    return body(q, keys, values), keys, values
+
+
+def lengthen(step, plan=GOES_ON):
+    caches, results = [torch.zeros(B, H, 0, D) for _ in range(2)], []
+    for first, last in plan:
+        result, *caches = step(*tokens(first, last), *caches)
+        results.append(result)
+    return results, caches
+
+
+def assert_grown(step):
+    """Compare with the plain model; return the caches, what became of the attentions, and what was told."""
+    with torch.no_grad(), watching() as graphs, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wanted, _ = lengthen(step)
+        got, caches = lengthen(torch.compile(step, backend="kvq", options=OPTIONS))
+    for mine, plain in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+    told = " ".join(str(w.message) for w in said if issubclass(w.category, KVQWarning))
+    return caches, [site for graph in graphs for site in graph.sites], told
+
+
+@pytest.mark.parametrize(("body", "name"), BODIES)
+def test_an_attention_in_a_body_is_refused_for_that(body, name):
+    """Regression: a graph break was suspected where there was none, and no attention was reported."""
+    caches, sites, told = assert_grown(lambda *given: grow(*given, body))
+    reason = f"in the body of a higher-order operator, which is not looked into: {name}"
+    assert type(caches[0]) is torch.Tensor
+    assert sites and all(site.detail.endswith(reason) for site in sites)
+    assert reason in told
+    assert "graph break" not in told
+    torch._dynamo.reset()
+    strict = torch.compile(
+        lambda *given: grow(*given, body), backend="kvq", options={**OPTIONS, "strict": True}
+    )
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=name):
+        lengthen(strict)
+
+
+def test_a_cache_that_grows_in_a_body_is_refused_for_that():
+    def step(q, k, v, keys, values):
+        return checkpoint(grow, q, k, v, keys, values, plain_attention, use_reentrant=False)
+
+    _, sites, told = assert_grown(step)
+    assert sites and all("torch.utils.checkpoint" in site.detail for site in sites)
+    assert "graph break" not in told
+
+
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
+def test_a_quantized_cache_that_a_body_attends_to_is_told_to_be_read_dense(layout):
+    def step(q, k, v, keys, values):
+        if layout == "BSHD":
+            keys = torch.cat([keys.transpose(1, 2), k.transpose(1, 2)], 1).transpose(1, 2)
+            values = torch.cat([values.transpose(1, 2), v.transpose(1, 2)], 1).transpose(1, 2)
+        else:
+            keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        attention = attend if q.shape[2] > 1 else checkpointed(plain_attention)
+        return attention(q, keys, values), keys, values
+
+    caches, sites, told = assert_grown(step)
+    assert isinstance(caches[0], QuantizedKV)
+    assert sites[-1].outcome == DENSE
+    assert "torch.utils.checkpoint" in sites[-1].detail
+    assert "read their caches dense" in told
+
+
+def test_a_body_that_keeps_nothing_is_left_without_a_word():
+    def step(q, k, v, keys, values):
+        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        encoded = checkpointed(plain_attention)(q * 2, q, q)
+        return attend(q, keys, values) + encoded, keys, values
+
+    caches, _, told = assert_grown(step)
+    assert isinstance(caches[0], QuantizedKV)
+    assert not told
+
+
+def test_a_body_without_an_attention_leaves_caches_quantized():
+    def step(q, k, v, keys, values):
+        feed = checkpointed(lambda x: torch.nn.functional.gelu(x).softmax(-1) * 2)
+        return grow(q, k, v, keys, values, lambda *given: feed(attend(*given)))
+
+    caches, sites, told = assert_grown(step)
+    assert isinstance(caches[0], QuantizedKV)
+    assert sites[-1].detail.startswith("reads the quantized cache")
+    assert not told
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_body_that_writes_a_static_cache_leaves_quantization(late):
+    """Regression: it wrote into a dense copy of a quantized cache, and the tokens were lost; nothing was told."""
+
+    def write(q, k, v, keys, values, position):
+        keys[:, :, position] = k
+        values[:, :, position] = v
+        return attend(q, keys, values, causal(position))
+
+    def step(*given):
+        return write(*given) if late and given[0].shape[2] > 1 else checkpointed(write)(*given)
+
+    quantized, reasons, told = run(step)
+    assert not quantized
+    reason = (
+        "in the body of a higher-order operator, which is not looked into: torch.utils.checkpoint"
+    )
+    assert any(each.endswith(reason) for each in reasons)
+    assert reason in told

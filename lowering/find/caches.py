@@ -22,8 +22,9 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.attention import CASTS
+from kvq_compile.lowering.find.bodies import attends_inside
 from kvq_compile.lowering.find.movement import as_spelled, made_of
-from kvq_compile.lowering.find.reasons import NO_CACHE, is_expected
+from kvq_compile.lowering.find.reasons import NO_CACHE, in_a_body, is_expected
 from kvq_compile.lowering.find.trial import BY_TOKEN, MIXING
 from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.find.updates import updated_cache
@@ -284,6 +285,9 @@ def _why_not(graph: Graph, cache: fx.Node, axis: int | None) -> str:
         if axis is None:
             return "it is written at something else than whole tokens"
         return f"it grows along dimension {axis}, which is not understood as the tokens of [B, H, S, D] in any order"
+    inside = next(filter(attends_inside, _followed(cache)), None)
+    if inside is not None:
+        return in_a_body(inside)
     if not _is_multiplied(cache):
         return "no attention reads it in the graph that writes it (a graph break between the two?)"
     return "what reads it is no softmax attention that is rewritten"

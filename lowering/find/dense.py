@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.kernels.ops import BACKENDS
 from kvq_compile.kernels.schemes import Role
+from kvq_compile.lowering.find.bodies import bodies_that_read, is_of_a_body
 from kvq_compile.lowering.find.caches import is_feature_map
 from kvq_compile.lowering.find.changes import check_joined
 from kvq_compile.lowering.find.checks import DTYPES, check_rows
@@ -128,6 +129,7 @@ def tell_dense(graph: Graph) -> PassReport:
         assert attending is not None
         readers = attending.readers(cache, True)
         names = _names(graph, readers)
+        names |= {node.name for node in bodies_that_read(graph.fx, cache)}
         told = names & {*fused, *(report.node for report in graph.reports)}
         if role == "key" and readers.products and not told:
             graph.reports.append(_told(graph, cache, readers))
@@ -267,7 +269,8 @@ def _kept(graph: Graph) -> Iterator[tuple[fx.Node, Role]]:
     for state, quantization in graph.states():
         if state.life not in HELD:
             yield state.whole, quantization.layout.role
-    made = [(node, cache_inputs(node)) for node in graph.output.all_input_nodes]
+    results = (node for node in graph.output.all_input_nodes if not is_of_a_body(node))
+    made = [(node, cache_inputs(node)) for node in results]
     anew = {ring.past: ring.base for ring in graph.rings.values() if ring.is_filled_anew}
     for node in graph.inputs:
         cache = value_of(node)

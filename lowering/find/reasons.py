@@ -26,6 +26,7 @@ SOME_ROWS = (
     "cache[:batch]; write other rows outside compiled calls, as cache[row, :, :T] = tokens"
 )
 CHANGES_DTYPE = "the quantized cache is cast to another dtype in this call, which runs uncompiled; later ones do not"
+IN_A_BODY = "it is attended to in the body of a higher-order operator, which is not looked into:"
 OFFLOADED = (
     "keys and values are moved to another device once they are attended to (an offloaded cache), and a quantized cache "
     "stays where it is attended to; take a cache that is not offloaded"
@@ -39,6 +40,18 @@ _HINTS = {
     "repeat": "repeat heads next to one another, as repeat_interleave does",
     "getitem": "attention reads a part of it (sliding window?)",
 }
+
+
+_OPERATORS = {
+    "tag_activation_checkpoint": "torch.utils.checkpoint",
+    "cond": "torch.cond",
+    "map_impl": "map",
+}
+
+
+def in_a_body(node: fx.Node) -> str:
+    """Return the reason why what a higher-order operator attends to stays as it is."""
+    return f"{IN_A_BODY} {_OPERATORS.get(target_name(node), target_name(node))}"
 
 
 def is_expected(reason: str) -> bool:

@@ -14,6 +14,7 @@ from kvq_compile.kernels.schemes import Channelwise, Role
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.kernels.tables import NO_TABLES
 from kvq_compile.lowering.find.attention import find_attentions
+from kvq_compile.lowering.find.bodies import attentions_in_bodies
 from kvq_compile.lowering.find.changes import check_operands
 from kvq_compile.lowering.find.checks import (
     UNMASKED,
@@ -35,7 +36,7 @@ from kvq_compile.lowering.find.trial import data_of
 from kvq_compile.lowering.find.trims import window_of
 from kvq_compile.lowering.find.writes import other_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
-from kvq_compile.lowering.nodes import root_of, same, shape_of, value_of, writes_in_place
+from kvq_compile.lowering.nodes import order_of, root_of, same, shape_of, value_of, writes_in_place
 from kvq_compile.lowering.sites import (
     RINGS,
     Attention,
@@ -73,9 +74,14 @@ def find_sites(graph: Graph) -> PassReport:
         Contradiction: A cache is quantized to something else than the call asks for.
     """
     outputs = set(graph.output.all_input_nodes)
-    attentions = find_attentions(graph.fx, graph.contractions)
+    place_of_node = order_of(graph.fx)
+    attentions = [
+        *find_attentions(graph.fx, graph.contractions),
+        *attentions_in_bodies(graph.fx, outputs),
+    ]
+    attentions.sort(key=lambda found: place_of_node[_node_of(found)])
     for order, (found, place) in enumerate(zip(attentions, places_of(attentions), strict=True)):
-        node = found.output if isinstance(found, Attention) else found[0]
+        node = _node_of(found)
         graph.attentions[node.name] = found if isinstance(found, Attention) else node
         try:
             if not isinstance(found, Attention):
@@ -91,6 +97,10 @@ def find_sites(graph: Graph) -> PassReport:
             (graph.readers if is_reader else graph.sites).append(site)
     find_other_readers(graph)
     return PassReport(tuple(f"{site.attention.output} is a site" for site in graph.sites))
+
+
+def _node_of(found: Attention | tuple[fx.Node, Refusal]) -> fx.Node:
+    return found.output if isinstance(found, Attention) else found[0]
 
 
 def left_alone(layer: int, where: str, node: fx.Node, reason: str) -> SiteReport:

@@ -15,13 +15,14 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.changes import check_growth
 from kvq_compile.lowering.find.checks import BY_ROW, end_without_mask
 from kvq_compile.lowering.find.positions import change_between, needed_by, part_of, same_value
-from kvq_compile.lowering.find.reasons import OVERWRITTEN
+from kvq_compile.lowering.find.reasons import OVERWRITTEN, in_a_body
 from kvq_compile.lowering.find.sites import left_alone
 from kvq_compile.lowering.find.trial import nodes_by_memory
 from kvq_compile.lowering.find.writes import is_write, read_write, writes_of
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     EVALUATED,
+    bodies_of,
     order_of,
     root_of,
     same,
@@ -328,6 +329,8 @@ def _other_writes(
             continue  # `_rings` plans the look at it
         if target_name(node) == "copy_" and node.args[0] is cache:
             raise Refusal(OVERWRITTEN)
+        if bodies_of(node):
+            raise Refusal(in_a_body(node))
         if not is_write(node) or node.args[0] is not cache:
             raise Refusal(f"{target_name(node)} writes something else than whole tokens")
         position, new = read_write(node)

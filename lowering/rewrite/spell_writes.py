@@ -18,6 +18,7 @@ from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     EVALUATED,
     FULL,
+    bodies_of,
     erase_unread,
     input_of,
     insert_call,
@@ -46,6 +47,8 @@ def spell_writes(graph: Graph) -> PassReport:
     for buffer, writers in writers_of(graph.fx).items():
         if not _may_be_cache(buffer) or all(is_spelled(writer, buffer) for writer in writers):
             continue
+        if any(map(bodies_of, writers)):
+            continue  # whose other results are needed
         with unchanged(graph.fx):
             found = find_write(buffer, writers)
             by_row = None if found is not None else find_rows_write(buffer, writers)
