@@ -26,6 +26,7 @@ from kvq_compile.lowering.pipeline import lower
 from kvq_compile.lowering.runtime import Compiled, Lowered
 from kvq_compile.lowering.sites import DENSE, SiteReport, StateReport
 from kvq_compile.lowering.steps import Record, Steps, record_on_gpu
+from kvq_compile.lowering.tangents import refusing_tangents
 from kvq_compile.options import Config, make_config
 
 RECORDERS: dict[str, Record] = {"cuda": record_on_gpu}  # by the type of the device
@@ -101,6 +102,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     for form in (lowered.arranged, lowered.rows):
         compiled = compiled if form is None else form.around(compiled)
     compiled = refusing_lost_writes(gm, compiled)
+    if lowered.quantizes:
+        compiled = refusing_tangents(gm, compiled)
     if lowered.arranged is None:
         share_guards(gm, example_inputs)
     return compiled

@@ -22,7 +22,7 @@ from kvq_compile.lowering.find.arrangements import is_packed, kept_and_read, pro
 from kvq_compile.lowering.find.branches import refuse_branches
 from kvq_compile.lowering.find.caches import find_states
 from kvq_compile.lowering.find.dense import find_dense, tell_dense
-from kvq_compile.lowering.find.gradients import refuse_gradients
+from kvq_compile.lowering.find.gradients import TRANSFORMED, is_transformed, refuse_gradients
 from kvq_compile.lowering.find.reasons import CHANGES_DTYPE, NO_CACHE, NOT_UNDERSTOOD
 from kvq_compile.lowering.find.row_ranges import OTHER_AXIS, UPDATED_ROWS, row_ranges, why_not_lent
 from kvq_compile.lowering.find.settled import settle_sizes
@@ -30,7 +30,7 @@ from kvq_compile.lowering.find.sites import drop_readers, find_sites, left_alone
 from kvq_compile.lowering.find.slots import plan_slot_checks
 from kvq_compile.lowering.flows import tell_captured, tell_rewritten
 from kvq_compile.lowering.graph import Graph, Pass
-from kvq_compile.lowering.nodes import source_name
+from kvq_compile.lowering.nodes import source_name, writers_of
 from kvq_compile.lowering.outputs import Plain
 from kvq_compile.lowering.rewrite.add_tables import add_tables
 from kvq_compile.lowering.rewrite.arrange_caches import arrange_caches
@@ -154,6 +154,8 @@ def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about
         reason = f"{CHANGES_DTYPE}: {', '.join(cast)}"
         reports = [SiteReport(0, "", "", DENSE, reason)]
         return Lowered.as_captured(gm, reports, example_inputs)
+    if is_transformed(gm.graph):
+        return _as_captured(gm, example_inputs)
     try:
         known = row_ranges(gm.graph)
     except Exception as error:
@@ -176,6 +178,21 @@ def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about
     if not told or lowered.rewritten or lowered.conversions or lowered.thaw is not None:
         return lowered
     return replace(lowered, reports=told[0].reports, states=told[0].states)
+
+
+def _as_captured(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Lowered:
+    """Return a captured graph with transforms, which runs on packed caches as it does outside of compiled code.
+
+    Those that it writes become ordinary tensors: what is packed has no derivatives, and is none of several results.
+    """
+    packed = [isinstance(x, (QuantizedKV, ArrangedKV)) for x in example_inputs]
+    takes, written = gm.graph.find_nodes(op="placeholder"), writers_of(gm.graph)
+    places = frozenset(at for at, node in enumerate(takes) if packed[at] and node in written)
+    outcome = DENSE if any(packed) and not places else "left alone"
+    told = [SiteReport(0, "", "", outcome, TRANSFORMED)]
+    if places:
+        return Lowered.thawed(gm, told, TRANSFORMED, places, None)
+    return Lowered.as_captured(gm, told if any(packed) or _untold(gm.graph) else [], example_inputs)
 
 
 def _why_not_rows(lowered: Lowered, place: int) -> str | None:

@@ -157,6 +157,11 @@ class Lowered:
         """Whether ``module`` takes and returns something else than the captured graph."""
         return bool(self.unwrapped) or not all(isinstance(plan, Plain) for plan in self.outputs)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether a call reads or makes packed caches by operators of their own."""
+        return self.rewritten or bool(self.conversions)
+
     def serves(self, place: int) -> bool:
         """Return whether an argument is packed, is so after the call, or becomes an ordinary tensor for it."""
         kept = {conversion.argument for conversion in self.converted(place)}

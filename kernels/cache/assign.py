@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from kvq_compile.kernels.cache.dispatch import write
 from kvq_compile.kernels.cache.rows import (
@@ -21,14 +23,39 @@ from kvq_compile.kernels.cache.writes import check_writable
 
 
 def assign(cache: QuantizedKV, index: Any, x: Any) -> None:
-    """Write tokens: ``cache[index] = x``."""
+    """Write tokens: ``cache[index] = x``.
+
+    Raises:
+        NotImplementedError: The index is not understood, or packed tokens could not be differentiated or batched.
+    """
     try:
+        _check_is_plain(x, "tokens written into a quantized cache")
+        _check_is_plain(cache, "the slots of a quantized cache that are written")
         _assign(cache, index, x)
     except NotImplementedError:
         if not isinstance(
             cache.cursor, FakeTensor
         ):  # of Dynamo, whose graph is looked at before it runs
             raise
+
+
+def _check_is_plain(x: Any, what: str) -> None:
+    """Make sure that a tensor is none of a transform of ``torch.func``, and carries no tangent.
+
+    Raises:
+        NotImplementedError: It is, or does: what is packed would lose its derivatives.
+    """
+    if not isinstance(x, Tensor):
+        return
+    if is_functorch_wrapped_tensor(x):
+        got = "a tensor of a transform of torch.func (grad, jvp, vmap)"
+    elif forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        got = "a tangent of forward-mode differentiation"
+    else:
+        return
+    raise NotImplementedError(
+        f"{what} must be ordinary tensors, got {got}; write to cache.dequantize(), which is a copy, or detach() them"
+    )
 
 
 def _assign(cache: QuantizedKV, index: Any, x: Any) -> None:

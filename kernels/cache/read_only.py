@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map
 
 
@@ -62,6 +63,8 @@ def _plain(x: Any) -> Any:
 
 
 def _memory(x: Any) -> int | None:
+    if isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        return _memory(get_unwrapped(x))  # a tensor of a transform has no storage of its own
     return int(x.untyped_storage()._cdata) if isinstance(x, Tensor) and x.numel() else None
 
 

@@ -339,6 +339,7 @@ class QuantizedKV(Views, Exports, Tensor):
         is_view = all(i is None or isinstance(i, (int, slice, EllipsisType)) for i in places)
         return read_only(read) if is_view else read
 
+    @torch.compiler.disable
     def __setitem__(self, index: Any, x: Any) -> None:
         from kvq_compile.kernels.cache.assign import assign  # which imports this file
 
@@ -360,7 +361,8 @@ class QuantizedKV(Views, Exports, Tensor):
         return QuantizedKV(parts, calibrated, layout, kind, outer_size[2], trim=inner.get(TRIM))
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    @torch.compiler.disable  # code that Dynamo has given up on calls this, and it would trace what is in here
+    def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         from kvq_compile.kernels.cache.dispatch import dispatch  # which imports this file
