@@ -91,6 +91,11 @@ ACTIONS = ("gather", "replace", "index", "append", "crop", "copy", "read", "drop
 @example(
     "int2", 70, [("crop", 0, [0] * 3, 30), ("gather", 1, [1, 1, 0], 1), ("drop", 0, [0] * 3, 1)]
 )
+@example(  # a view that has gone to memory of its own is none of the cache any more
+    "int2",
+    24,
+    [("append", 0, [0] * 3, 1), ("append", 0, [0] * 3, 17), ("gather", 1, [0] * 3, 1)],
+)
 def test_caches_gathered_later_are_those_gathered_at_once(
     method: str, tokens: int, actions: list[Any]
 ) -> None:

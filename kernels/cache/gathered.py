@@ -77,7 +77,8 @@ def gather_later(cache: QuantizedKV, change: Callable[[Tensor], Tensor]) -> Quan
 
     ``None`` where that is not for later: there are more of them, or fewer, or others use the cache's memory too.
     """
-    if cache.kind != "grown" or cache.codes.untyped_storage().is_shared():
+    on_cpu = cache.device.type == "cpu"  # elsewhere storages always say that they are shared
+    if cache.kind != "grown" or (on_cpu and cache.codes.untyped_storage().is_shared()):
         return None
     with writable():
         # Who changes the index later on does not change the rows, and one out of range raises here.

@@ -161,9 +161,13 @@ class Lineage:
         self._views.append(weakref.ref(view))
 
     def others(self, view: Any) -> list[QuantizedKV]:
-        """Return the views that are alive, save the one given."""
+        """Return the views that are alive and have not gone to other memory, save the one given."""
         alive = (ref() for ref in self._views)
-        return [other for other in alive if other is not None and other is not view]
+        return [
+            other
+            for other in alive
+            if other is not None and other is not view and other._lineage is self
+        ]
 
 
 _lock = attrgetter("_lineage.lock")
