@@ -82,7 +82,7 @@ def gather_later(cache: QuantizedKV, change: Callable[[Tensor], Tensor]) -> Quan
         return None
     with writable():
         # Who changes the index later on does not change the rows, and one out of range raises here.
-        rows = change(torch.arange(cache.shape[0], device=cache.device))
+        rows = change(torch.arange(cache.shape[0], dtype=torch.int64, device=cache.device))
         if len(rows) != cache.shape[0]:
             return None
         lineage = cache._lineage.copied(change)
