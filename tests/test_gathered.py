@@ -1,6 +1,10 @@
 """Rows of a dynamic cache that are gathered later are those that were gathered at once, whatever happens meanwhile."""
 
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvq_compile import QuantizedKV, backend
-from kvq_compile.kernels.cache.gathered import WAITS
+from kvq_compile.kernels.cache.gathered import WAITS, Gathered
 
 METHODS: dict[str, dict[str, Any]] = {
     "int2": {"window": 4, "page_size": 32},
@@ -169,3 +173,82 @@ def test_a_copy_and_a_file_of_rows_that_wait_hold_them() -> None:
         rows = cache.index_select(0, torch.tensor([2, 0, 0]))
         assert torch.equal(copied(rows).dequantize(), expected)
         assert torch.equal(rows.dequantize(), expected)
+
+
+@pytest.mark.parametrize("lives_on", [False, True])
+def test_gathering_that_fails_is_done_again(
+    lives_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: what was gathered in place by then was gathered once more."""
+    cache = cache_of("int2", 200)
+    dense, source = cache.dequantize(), cache if lives_on else None
+    cache = cache.index_select(0, torch.tensor([2, 0, 0]))
+    row, left = Gathered._row, [1]
+
+    def fails(self: Gathered, part: Tensor) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("no room")
+        return row(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gathered, "_row", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.dequantize()
+    assert torch.equal(cache.dequantize(), dense[[2, 0, 0]])
+    assert source is None or torch.equal(source.dequantize(), dense)
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Let threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def gathers(rows: list[int]) -> Callable[[QuantizedKV, Tensor], bool]:
+    return lambda cache, dense: torch.equal(
+        cache.index_select(0, torch.tensor(rows)).dequantize(), dense[rows]
+    )
+
+
+def appends(cache: QuantizedKV, dense: Tensor) -> bool:
+    longer = torch.cat([cache, torch.ones(B, H, 1, D)], 2).dequantize()
+    return torch.equal(longer[:, :, :30], dense[:, :, :30])  # packed by then
+
+
+def views(cache: QuantizedKV, dense: Tensor) -> bool:
+    return torch.equal(cache[:, :, :30].dequantize(), dense[:, :, :30])
+
+
+@pytest.mark.usefixtures("switching")
+def test_threads_gather_and_use_one_cache_at_once() -> None:
+    """Regression: two threads had rows of one cache wait, and gathered those of one in place although it lives on."""
+    jobs = [gathers([2, 0, 0]), gathers([1, 1, 2]), appends, views]
+    together = Barrier(len(jobs))
+
+    def work(job: Callable[[QuantizedKV, Tensor], bool]) -> bool:
+        together.wait()
+        return job(cache, dense)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for _ in range(100):
+            cache = cache_of("int2", 70)
+            dense = cache.dequantize()
+            assert all(pool.map(work, jobs))
+            assert torch.equal(cache.dequantize(), dense)
+
+
+def test_rows_that_were_settled_before_leave_those_taken_next() -> None:
+    """Regression: a thread that came second gave the source its parts, and the next rows were gathered in them."""
+    cache = cache_of("int2", 70)
+    dense = cache.dequantize()
+    first = cache.index_select(0, torch.tensor([2, 0, 0]))
+    late = first.__dict__[WAITS]
+    second = cache.index_select(0, torch.tensor([1, 1, 2]))
+    late.settle()
+    assert torch.equal(second.dequantize(), dense[[1, 1, 2]])
+    assert torch.equal(first.dequantize(), dense[[2, 0, 0]])
+    assert torch.equal(cache.dequantize(), dense)

@@ -292,8 +292,11 @@ def _index_select(x: QuantizedKV, dim: int, index: Tensor) -> Any:
 
 
 def _gathered(x: QuantizedKV, change: Callable[[Tensor], Tensor]) -> QuantizedKV:
-    later = None if isinstance(x.cursor, FakeTensor) else gather_later(x, change)
-    return x._map_batch(change) if later is None else later
+    if isinstance(x.cursor, FakeTensor):
+        return x._map_batch(change)
+    with alone([x]):
+        later = gather_later(x, change)
+        return x._map_batch(change) if later is None else later
 
 
 def _index_copy(x: QuantizedKV, dim: int, index: Tensor, source: Tensor) -> Any:

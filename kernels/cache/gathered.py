@@ -3,6 +3,9 @@
 By then the cache they come from is gone, nearly always: its place was given to them. Then each part is gathered in
 place, so that beams need no second cache, and what a step was recorded for still holds. If it lives on, the rows get
 memory of their own. Until then neither of both has its parts: whoever uses one, to read or to write, has them gathered.
+
+Threads may do so at once, and take rows or views of one cache meanwhile. Whether a view is alive decides about its
+memory, so that it is not made while that is asked (`SETTLING`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 WAITS = "_gathered"  # the attribute of a cache whose parts wait
 CURSOR = "cursor"  # which rows share
+SETTLING = (
+    threading.RLock()
+)  # of all caches: it is taken last, and nothing waits for another lock while it is held
 
 
 class Gathered:
@@ -38,12 +44,12 @@ class Gathered:
         self.parts = {name: getattr(source, name) for name in part_names(source.page_layout)}
         self.rows, self.taken_from, self.made = rows, source._lineage, made
         self._place = source._lineage.memory, source._lineage.room
-        self._lock = threading.Lock()
+        self._in_place: set[str] = set()  # parts that are gathered where they are
 
     def settle(self) -> None:
-        """Gather the rows, and give all views that are alive their parts."""
-        with self._lock, writable(), torch.no_grad():
-            before, after = _waiting(self.taken_from), _waiting(self.made)
+        """Gather the rows, and give all views that are alive their parts; what fails can be done again."""
+        with SETTLING, writable(), torch.no_grad():
+            before, after = self._waiting(self.taken_from), self._waiting(self.made)
             if before:
                 if after:
                     _give(after, {name: self._copy(name) for name in self.parts})
@@ -51,9 +57,14 @@ class Gathered:
                 self._keep(before, self.taken_from)
             elif after:
                 for name, part in self.parts.items():
-                    if name != CURSOR:
+                    if name != CURSOR and name not in self._in_place:
                         part.copy_(self._row(part))
+                        self._in_place.add(name)
                 self._keep(after, self.made)
+
+    def _waiting(self, lineage: Lineage) -> list[QuantizedKV]:
+        """Return the views that wait for this one: those that another thread has settled may wait for the next."""
+        return [view for view in lineage.others(None) if view.__dict__.get(WAITS) is self]
 
     def _keep(self, views: list[QuantizedKV], lineage: Lineage) -> None:
         _give(views, self.parts)
@@ -80,7 +91,7 @@ def gather_later(cache: QuantizedKV, change: Callable[[Tensor], Tensor]) -> Quan
     on_cpu = cache.device.type == "cpu"  # elsewhere storages always say that they are shared
     if cache.kind != "grown" or (on_cpu and cache.codes.untyped_storage().is_shared()):
         return None
-    with writable():
+    with SETTLING, writable():
         # Who changes the index later on does not change the rows, and one out of range raises here.
         rows = change(torch.arange(cache.shape[0], dtype=torch.int64, device=cache.device))
         if len(rows) != cache.shape[0]:
@@ -94,30 +105,29 @@ def gather_later(cache: QuantizedKV, change: Callable[[Tensor], Tensor]) -> Quan
         made.__dict__.update(known, _lineage=lineage, _is_slice_copy=False)
         if cache.shift is not None:
             made.shift = change(cache.shift)
-    lineage.add(made)
-    for waits in (cache._lineage, lineage):
-        waits.memory = waits.room = None
-        for view in waits.others(None):
-            for name in gathered.parts:
-                if name in view.__dict__:
-                    delattr(view, name)
-            view.__dict__[WAITS] = gathered
+        lineage.add(made)
+        for waits in (cache._lineage, lineage):
+            waits.memory = waits.room = None
+            for view in waits.others(None):
+                view.__dict__[WAITS] = (
+                    gathered  # before its parts go: whoever misses one looks here
+                )
+                for name in gathered.parts:
+                    if name in view.__dict__:
+                        delattr(view, name)
     return made
 
 
 def gather(caches: Iterable[QuantizedKV]) -> None:
     """Gather those of some caches that wait for it."""
     for cache in caches:
-        if WAITS in cache.__dict__:
-            cache.__dict__[WAITS].settle()
-
-
-def _waiting(lineage: Lineage) -> list[QuantizedKV]:
-    return [view for view in lineage.others(None) if WAITS in view.__dict__]
+        waits = cache.__dict__.get(WAITS)
+        if waits is not None:
+            waits.settle()
 
 
 def _give(views: Iterable[QuantizedKV], parts: Mapping[str, Tensor]) -> None:
     for view in views:
-        del view.__dict__[WAITS]
         for name, part in parts.items():
             setattr(view, name, part)
+        del view.__dict__[WAITS]

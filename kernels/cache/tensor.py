@@ -35,6 +35,7 @@ from kvq_compile.kernels import ops
 from kvq_compile.kernels.adaptive.originals import held_by_host
 from kvq_compile.kernels.cache.checks import check_loaded
 from kvq_compile.kernels.cache.exports import Exports, send_by_copy
+from kvq_compile.kernels.cache.gathered import SETTLING, gather
 from kvq_compile.kernels.cache.read_only import read_only
 from kvq_compile.kernels.cache.ring import last_slots, slots_for
 from kvq_compile.kernels.cache.rows import count_by_row_, fill_rows_
@@ -278,7 +279,8 @@ class QuantizedKV(Views, Exports, Tensor):
             lineage = None if isinstance(self.cursor, FakeTensor) else self._lineage
             about = self.page_layout, self.kind, length, lineage
             trim = self.trim if trim is None else trim
-            part = QuantizedKV(self.parts, self.calibrated, *about, trim)
+            with SETTLING:
+                part = QuantizedKV(self.parts, self.calibrated, *about, trim)
             part._is_slice_copy = self._is_slice_copy
             return part
         B, H, _, D = self.shape
@@ -286,11 +288,13 @@ class QuantizedKV(Views, Exports, Tensor):
             view: QuantizedKV = Tensor._make_wrapper_subclass(
                 QuantizedKV, (B, H, length, D), dtype=self.dtype, device=self.device
             )
-        known = self.__dict__
-        if not known.keys() <= ATTRIBUTES:
-            known = {name: known[name] for name in ATTRIBUTES if name in known}
-        view.__dict__.update(known, _length=length)
-        view._lineage.add(view)
+        with SETTLING:
+            gather((self,))
+            known = self.__dict__
+            if not known.keys() <= ATTRIBUTES:
+                known = {name: known[name] for name in ATTRIBUTES if name in known}
+            view.__dict__.update(known, _length=length)
+            view._lineage.add(view)
         return view
 
     def _heir(self) -> QuantizedKV:

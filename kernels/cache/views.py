@@ -331,9 +331,11 @@ class Views(Tensor):
         if "_part_of" in self.__dict__ and name in part_names(self.page_layout):
             take_parts_(self)  # type: ignore[arg-type]
             return getattr(self, name)
-        if WAITS in self.__dict__ and name in part_names(self.page_layout):
-            self.__dict__[WAITS].settle()
-            return getattr(self, name)
+        while name not in self.__dict__ and (waits := self.__dict__.get(WAITS)) is not None:
+            waits.settle()  # or another thread does, which may have rows taken once more
+        found = self.__dict__.get(name)
+        if found is not None:
+            return found
         if "_passed_on" not in self.__dict__ or name not in part_names(self.page_layout):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         parts, held = self.__dict__.pop("_passed_on")
