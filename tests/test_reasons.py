@@ -276,6 +276,32 @@ def test_positions_that_are_not_shown_to_be_the_same_are_refused_for_that(change
     assert any("written at different cache positions" in each for each in reasons)
 
 
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda position: position + 0,
+        lambda position: position.to(torch.int32),
+        lambda position: position.int().reshape(-1),
+        lambda position: (position + 0).view(-1),
+    ],
+)
+def test_positions_of_the_same_steps_are_others_once_what_they_are_made_of_changes(again):
+    """Regression: values were written where keys were, though the model had gone on by then."""
+
+    def step(q, k, v, keys, values, position):
+        own = position.clone()
+        at = again(own)
+        own.add_(1)
+        behind = again(own)
+        keys[:, :, at] = k
+        values[:, :, behind] = v
+        return attend(q, keys, values, causal(position))
+
+    _, reasons, told = run(step, GOES_ON[:1])
+    assert "or at such as are not understood to be the same" in told
+    assert any("written at different cache positions" in each for each in reasons)
+
+
 # Bodies of higher-order operators
 
 

@@ -57,14 +57,22 @@ def same_value(a: Any, b: Any) -> bool:
         return False
     if not all(same_value(a.kwargs[name], b.kwargs[name]) for name in a.kwargs):
         return False
-    return same_value(a.args, b.args) and not _changed_between(a, b)
+    return same_value(a.args, b.args) and not _read_apart(a, b)
 
 
 def same_positions(a: Any, b: Any) -> bool:
     """Return whether the cache positions of two writes are equal in every call, in whatever shape each has them."""
-    return same_value(a, b) or (
-        same_value(_flat(a), _flat(b)) and not (_is_tensor(a, b) and _changed_between(a, b))
-    )
+    if same_value(a, b):
+        return True
+    mine, theirs = _reshaped(a), _reshaped(b)
+    if not same_value(mine[-1], theirs[-1]):
+        return False
+    if not _is_tensor(a, b):
+        return True
+    steps = {*mine, *theirs}
+    if mine[-1] is theirs[-1]:  # read by both, whenever it came to be
+        return not _change_among({a, b, *mine[:-1], *theirs[:-1]}, steps)
+    return not _change_among(steps, steps)
 
 
 def change_between(positions: Sequence[Any], readers: Sequence[fx.Node | None]) -> bool:
@@ -85,13 +93,15 @@ def _is_tensor(*nodes: Any) -> bool:
     return all(isinstance(value_of(node), torch.Tensor) for node in nodes)
 
 
-def _flat(position: Any) -> Any:
-    """Return the tensor whose elements cache positions are, in order, walking back along changes of shape."""
+def _reshaped(position: Any) -> list[Any]:
+    """Return cache positions, and what they are in other shapes, walking back to the tensor whose elements they are."""
+    steps = [position]
     while _may_reshape(position) and position.args and _is_tensor(position.args[0]):
         if not same(value_of(position).numel(), value_of(position.args[0]).numel()):
             break
         position = position.args[0]
-    return position
+        steps.append(position)
+    return steps
 
 
 def _may_reshape(node: Any) -> bool:
@@ -114,10 +124,21 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _changed_between(a: fx.Node, b: fx.Node) -> bool:
-    place = order_of(a.graph)
-    first, last = sorted((place[a], place[b]))
-    roots = {root_of(node) for node in (a, b, moved_from(a), moved_from(b))}
-    return changes(a.graph, roots, first + 1, last)
+    return _change_among({a, b}, {a, b})
+
+
+def _read_apart(a: fx.Node, b: fx.Node) -> bool:
+    """Return whether what two like steps read, or one of them made, may change before the other."""
+    mine, theirs = {*a.all_input_nodes}, {*b.all_input_nodes}
+    return _change_among({a, b} | (mine ^ theirs), {a, b} | mine | theirs)
+
+
+def _change_among(nodes: set[fx.Node], read: set[fx.Node]) -> bool:
+    """Return whether memory of what is ``read`` changes between the first and the last of some nodes."""
+    graph = next(iter(nodes)).graph
+    places = [*map(order_of(graph).__getitem__, nodes)]
+    roots = {root_of(x) for node in read for x in (node, moved_from(node))}
+    return changes(graph, roots, min(places) + 1, max(places))
 
 
 def part_of(
