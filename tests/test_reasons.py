@@ -446,3 +446,38 @@ def test_a_body_that_writes_a_static_cache_leaves_quantization(late):
     )
     assert any(each.endswith(reason) for each in reasons)
     assert reason in told
+
+
+def test_a_body_that_writes_and_attends_to_nothing_is_told_to_write():
+    def step(q, k, v, keys, values, position):
+        keys[:, :, position], values[:, :, position] = k, v
+
+        def double(keys, position):
+            keys[:, :, position] = keys[:, :, position] * 2
+            return position.sum()
+
+        count = checkpoint(double, keys, position, use_reentrant=False)
+        return attend(q, keys, values, causal(position)) + count * 0
+
+    _, _, told = run(step)
+    assert "the body of tag_activation_checkpoint writes it" in told
+    assert "in the body of" not in told
+
+
+def test_values_that_a_branch_changes_are_told_though_keys_stay_quantized():
+    """Regression: values went back to 16 bit without a word, since both were taken for updates of the keys."""
+
+    def write(keys, values, k, v, position):
+        return keys.index_copy(2, position, k), values.index_copy(2, position, v)
+
+    def write_other_values(keys, values, k, v, position):
+        return keys.index_copy(2, position, k), values.index_copy(2, position, v * 2)
+
+    def step(q, k, v, keys, values, position):
+        given = keys, values, k, v, position
+        keys, values = torch.cond(position[0] < 41, write, write_other_values, given)
+        return attend(q, keys, values, causal(position)), keys, values
+
+    quantized, _, told = run(step)
+    assert quantized
+    assert "1 of 2 caches are not served: L['values']" in told

@@ -200,3 +200,14 @@ def test_a_model_that_keeps_nothing_is_differentiated_without_a_word():
         warnings.simplefilter("error", KVQWarning)
         got = torch.compile(model, backend="kvq", options=OPTIONS)(*given)
     torch.testing.assert_close(got, model(*given))
+
+
+def test_a_transform_of_what_is_no_attention_leaves_caches_quantized():
+    def step(q, k, v, keys, values):
+        return grown(torch.func.vmap(lambda x: x.softmax(-1))(q), k, v, keys, values)
+
+    compiled = torch.compile(step, backend="kvq", options=OPTIONS)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", KVQWarning)
+        _, keys, values = compiled(*tokens(0, PROMPT), *(torch.zeros(B, H, 0, D) for _ in range(2)))
+    assert isinstance(keys, QuantizedKV) and isinstance(values, QuantizedKV)

@@ -57,12 +57,12 @@ def _attends(body: fx.Graph) -> bool:
     """Return whether a body, or one within it, has an attention."""
     if any(calls(body, "scaled_dot_product_attention", "flex_attention")):
         return True
-    if any(next(_products_of(softmax), None) is not None for softmax in calls(body, "softmax")):
+    if any(next(products_of(softmax), None) is not None for softmax in calls(body, "softmax")):
         return True
     return any(map(attends_inside, body.nodes))
 
 
-def _products_of(softmax: fx.Node) -> Iterator[fx.Node]:
+def products_of(softmax: fx.Node) -> Iterator[fx.Node]:
     """Yield the products that take the weights of a softmax."""
     users = [*softmax.users]
     while users:

@@ -27,7 +27,7 @@ from kvq_compile.lowering.find.movement import as_spelled, made_of
 from kvq_compile.lowering.find.reasons import NO_CACHE, in_a_body, is_expected
 from kvq_compile.lowering.find.trial import BY_TOKEN, MIXING
 from kvq_compile.lowering.find.trims import suffix_of
-from kvq_compile.lowering.find.updates import updated_cache
+from kvq_compile.lowering.find.updates import updated_caches
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import (
     LAYOUT,
@@ -75,8 +75,10 @@ def find_states(graph: Graph) -> PassReport:
     """
     served = {state.cache or state.base: state for state, _ in graph.states()}
     dense = {state.base for state, _ in graph.dense}
+    updates = _updates(graph)
+    lost = {past for node, past in updates.items() if node not in graph.updates}
     graph.state_reports = []
-    for node, axis in _caches(graph):
+    for node, axis in _caches(graph, updates):
         shape = tuple(str(size) for size in shape_of(node) or ())
         name, state = source_name(node), served.get(node)
         if state is not None and state.base not in dense:
@@ -85,7 +87,7 @@ def find_states(graph: Graph) -> PassReport:
             continue
         told = graph.reasons.get(node if state is None else state.whole)
         reason = graph.thaw or told or _why_not(graph, node, axis)
-        stored = state is not None or isinstance(value_of(node), QuantizedKV)
+        stored = state is not None or (isinstance(value_of(node), QuantizedKV) and node not in lost)
         if stored and graph.thaw is None:
             graph.state_reports.append(StateReport(name, shape, DENSE, reason))
             continue
@@ -94,11 +96,23 @@ def find_states(graph: Graph) -> PassReport:
     return PassReport(tuple(f"{report.name} {report.outcome}" for report in graph.state_reports))
 
 
-def _caches(graph: Graph) -> Iterator[tuple[fx.Node, int | None]]:
+def _updates(graph: Graph) -> dict[fx.Node, fx.Node]:
+    """Return the caches of which the call returns what may be an update, by that: each once, if possible."""
+    returned = graph.output.all_input_nodes
+    found = {node: graph.updates[node].past for node in returned if node in graph.updates}
+    for node in returned:
+        pasts = [] if node in found else updated_caches(node)
+        if pasts:
+            found[node] = next((past for past in pasts if past not in found.values()), pasts[0])
+    return found
+
+
+def _caches(
+    graph: Graph, updates: Mapping[fx.Node, fx.Node]
+) -> Iterator[tuple[fx.Node, int | None]]:
     """Yield the caches of a graph, each with the axis along which it grows or is written, where that is known."""
     written = _written(graph)
     returned = graph.output.all_input_nodes
-    updates = {node: past for node in returned if (past := updated_cache(node)) is not None}
     grown = _grown(graph, written, updates)
     rings = (ring.past for ring in graph.rings.values())
     written = {**dict.fromkeys(updates.values(), 2), **written, **dict.fromkeys(rings, 2)}

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from kvq_compile.kernels.cache.arranged import ArrangedKV
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.bodies import products_of
 from kvq_compile.lowering.find.sites import left_alone
 from kvq_compile.lowering.graph import Graph, PassReport
 from kvq_compile.lowering.nodes import target_name, value_of
@@ -22,7 +23,7 @@ TRANSFORMED = (
 )
 _OPENS = ("_increment_nesting", "_enter_dual_level")
 _CLOSES = ("_decrement_nesting", "_exit_dual_level")
-_ATTENDS = ("softmax", "scaled_dot_product_attention", "flex_attention")
+_ATTENDS = ("scaled_dot_product_attention", "flex_attention")
 
 
 def is_transformed(graph: fx.Graph) -> bool:
@@ -31,9 +32,14 @@ def is_transformed(graph: fx.Graph) -> bool:
     for node in graph.nodes:
         name = target_name(node)
         depth += name.endswith(_OPENS) - name.endswith(_CLOSES)
-        if depth and (name in _ATTENDS or any(map(_is_packed, node.all_input_nodes))):
+        if depth and (_attends(node) or any(map(_is_packed, node.all_input_nodes))):
             return True
     return False
+
+
+def _attends(node: fx.Node) -> bool:
+    name = target_name(node)
+    return name in _ATTENDS or (name == "softmax" and any(products_of(node)))
 
 
 def _is_packed(node: fx.Node) -> bool:

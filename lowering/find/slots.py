@@ -12,6 +12,7 @@ from kvq_compile.kernels.cache.become import stays_plain
 from kvq_compile.kernels.cache.ring import takes
 from kvq_compile.kernels.cache.rows import why_not_by_row
 from kvq_compile.kernels.cache.tensor import QuantizedKV
+from kvq_compile.lowering.find.bodies import attends_inside
 from kvq_compile.lowering.find.changes import check_growth
 from kvq_compile.lowering.find.checks import BY_ROW, end_without_mask
 from kvq_compile.lowering.find.positions import change_between, needed_by, part_of, same_value
@@ -330,7 +331,10 @@ def _other_writes(
         if target_name(node) == "copy_" and node.args[0] is cache:
             raise Refusal(OVERWRITTEN)
         if bodies_of(node):
-            raise Refusal(in_a_body(node))
+            inside = attends_inside(node)
+            raise Refusal(
+                in_a_body(node) if inside else f"the body of {target_name(node)} writes it"
+            )
         if not is_write(node) or node.args[0] is not cache:
             raise Refusal(f"{target_name(node)} writes something else than whole tokens")
         position, new = read_write(node)

@@ -15,7 +15,7 @@ keeps is reached. How that tensor enters and leaves the graph is its `Life`::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from kvq_compile.lowering.find.reasons import NO_CACHE, why_not_kept
 from kvq_compile.lowering.find.rings import Ring
 from kvq_compile.lowering.find.trial import data_of, plain_name
 from kvq_compile.lowering.find.trims import kept_of, suffix_of
-from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_cache
+from kvq_compile.lowering.find.updates import ALLOCATIONS, Update, updated_caches
 from kvq_compile.lowering.find.writes import (
     ADDING,
     ADDS,
@@ -271,8 +271,8 @@ def _fresh(read: _Read, whole: fx.Node, kept: fx.Node | None = None) -> State:
     Raises:
         Refusal: They are not: a cache that entered the call is among what they are made of.
     """
-    updated = updated_cache(read.base)
-    if updated is not None and updated.op == "placeholder":
+    updated = [cache for cache in updated_caches(read.base) if cache.op == "placeholder"]
+    if updated:
         raise Refusal(_why_no_update(read.base, updated))
     length = (shape_of(whole) or ())[2]
     for cache in cache_inputs(whole):
@@ -287,10 +287,11 @@ def _fresh(read: _Read, whole: fx.Node, kept: fx.Node | None = None) -> State:
     return State(Life.FRESH, kept or whole, read.base, kept=kept, **about)
 
 
-def _why_no_update(result: fx.Node, cache: fx.Node) -> str:
-    """Return what is wrong with a copy of a cache of fixed size that holds something of the call."""
-    by = f" by {plain_name(result)}" if cache in result.all_input_nodes else ""
-    return _adding(result) or f"the cache {source_name(cache)} is updated{by} {NO_WRITE}"
+def _why_no_update(result: fx.Node, caches: Sequence[fx.Node]) -> str:
+    """Return what is wrong with a copy of one of some caches of fixed size that holds something of the call."""
+    by = f" by {plain_name(result)}" if set(caches) & {*result.all_input_nodes} else ""
+    names = " or ".join(map(source_name, caches))
+    return _adding(result) or f"the cache {names} is updated{by} {NO_WRITE}"
 
 
 def _adding(result: fx.Node) -> str | None:

@@ -79,9 +79,9 @@ def _find_update(result: fx.Node) -> Update | None:
     return None
 
 
-def updated_cache(result: fx.Node) -> fx.Node | None:
-    """Return the cache that ``result`` may be an update of: it is as large, and shorter tensors are among its parts."""
-    return next((past for past, _ in _candidates(result)), None)
+def updated_caches(result: fx.Node) -> list[fx.Node]:
+    """Return the caches that ``result`` may be an update of: as large, and shorter tensors are among its parts too."""
+    return list(dict.fromkeys(past for past, _ in _candidates(result)))
 
 
 def _candidates(result: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
