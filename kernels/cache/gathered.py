@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 WAITS = "_gathered"  # the attribute of a cache whose parts wait
 CURSOR = "cursor"  # which rows share
-SETTLING = (
-    threading.RLock()
-)  # of all caches: it is taken last, and nothing waits for another lock while it is held
+# Of all caches. It is taken last: nothing waits for another lock while it is held.
+SETTLING = threading.RLock()
 
 
 class Gathered:
