@@ -108,9 +108,8 @@ def gather_later(cache: QuantizedKV, change: Callable[[Tensor], Tensor]) -> Quan
         for waits in (cache._lineage, lineage):
             waits.memory = waits.room = None
             for view in waits.others(None):
-                view.__dict__[WAITS] = (
-                    gathered  # before its parts go: whoever misses one looks here
-                )
+                # Before its parts go: whoever misses one looks here.
+                view.__dict__[WAITS] = gathered
                 for name in gathered.parts:
                     if name in view.__dict__:
                         delattr(view, name)
