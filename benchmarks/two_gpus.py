@@ -63,6 +63,7 @@ def read_options() -> argparse.Namespace:
         "--context", type=int, action="append", help="tokens of a prompt; may be repeated [4096]"
     )
     parser.add_argument("--method", default="int4", help="or plain, a 16-bit cache under Inductor")
+    parser.add_argument("--launched", action="store_true", help="record no steps as CUDA graphs")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.context = options.context or [4096]
@@ -84,7 +85,8 @@ def be_one(options: argparse.Namespace) -> None:
     if method.options is None:
         model.compile()
     else:
-        model.compile(backend="kvq", options=dict(method.options))
+        mode = "default" if options.launched else "reduce-overhead"
+        model.compile(backend="kvq", options={**method.options, "mode": mode})
     first = int(os.environ.get("RANK", "0")) == 0
     told: Told = {}
     for context in options.context:

@@ -19,6 +19,7 @@ from kvq_compile.kernels.packed import PARTS_FORM
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
+from kvq_compile.lowering.collectives import watch_groups, why_not_recorded
 from kvq_compile.lowering.find.layers import counts_layers
 from kvq_compile.lowering.guards import see_caches, share_guards, unify
 from kvq_compile.lowering.lost_writes import refusing_lost_writes
@@ -34,6 +35,7 @@ RECORDERS: dict[str, Record] = {"cuda": record_on_gpu}  # by the type of the dev
 watch_generate()
 watch_peft()
 watch_export()
+watch_groups()
 
 
 def kvq(
@@ -74,14 +76,14 @@ def tell_of_cost(spec: CacheSpec) -> None:
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
     """Lower one graph, report on it and return the callable that Dynamo will run."""
-    recorder = _recorder(example_inputs) if config.records else None
+    recorder, others = _recorder(gm, example_inputs, config)
     by_order, records = config.calibration is not None, recorder is not None
     unify(gm, example_inputs)
     lowered = lower(gm, example_inputs, config.spec, by_order=by_order, record=records)
     if config.calibration is not None and lowered.reports:
         config.calibration.check(example_inputs, len(lowered.reports))
     layers = () if config.calibration else tuple(index for index, _ in config.spec.layers)
-    steps = _about_steps(lowered) if records else ""
+    steps = _about_steps(lowered, others)
     report = GraphReport(tuple(lowered.reports), config.spec, layers, lowered.states, steps)
     record(report)
     if config.strict and _ends_the_model(gm, lowered.reports):
@@ -148,16 +150,24 @@ def _compiled(
     return lowered.around(inner, stays_plain, run)
 
 
-def _recorder(inputs: Sequence[Any]) -> Record | None:
-    """Return what records steps on the device of a call's tensors, if anything does."""
-    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
-    return RECORDERS.get(devices.pop()) if len(devices) == 1 else None
+def _recorder(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config
+) -> tuple[Record | None, str | None]:
+    """Return what records steps on the device of a call's tensors, if anything does, or why other processes forbid it."""
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    kinds = {device.type for device in devices}
+    if not config.records or len(kinds) != 1 or not kinds <= RECORDERS.keys():
+        return None, None
+    reason = why_not_recorded(gm.graph, devices.pop(), config.records_collectives)
+    return (RECORDERS[kinds.pop()], None) if reason is None else (None, reason)
 
 
-def _about_steps(lowered: Lowered) -> str:
-    """Return whether steps are replayed, or why not; empty where a graph is no step."""
-    if lowered.unrecorded is not None:
-        return f"are not recorded: {lowered.unrecorded}"
+def _about_steps(lowered: Lowered, others: str | None) -> str:
+    """Return whether steps are replayed, or why not, be it for ``others``; empty where a graph is no step."""
+    is_step = bool(lowered.unwrapped) and not lowered.conversions
+    reason = lowered.unrecorded or (others if is_step else None)
+    if reason is not None:
+        return f"are not recorded: {reason}"
     return "" if lowered.lengths is None else "are replayed from CUDA graphs"
 
 
@@ -223,7 +233,11 @@ def _compile_inner(
 
         return aot_eager(module, inputs)
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
+    # Otherwise Inductor chooses this assembler only where it compiles kernels itself: not in a process that finds them
+    # on disk, whose keys for our kernels would then name another version than those they were stored under.
+    _set_triton_ptxas_path()
     tag = torch.compiler.config.cache_key_tag
     form = {"cache_key_tag": f"{tag} kvq {PARTS_FORM}"}
     with torch.compiler.config.patch(form):  # type: ignore[attr-defined]

@@ -52,6 +52,11 @@ class Config:
         """Whether steps of a decoding loop are recorded as CUDA graphs where that is possible."""
         return self.mode not in LAUNCHED and bool(self.inductor.get("triton.cudagraphs", True))
 
+    @property
+    def records_collectives(self) -> bool:
+        """Whether those are, too, that wait for other processes."""
+        return self.records and self.mode is not None
+
 
 def make_config(options: Mapping[str, Any] | None = None) -> Config:
     """Return the `Config` of ``options``.

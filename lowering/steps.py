@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ class Steps:
         self._kept: OrderedDict[Key, Recording] = OrderedDict()
         self._stopped = False
         self._in_vain = self._misses = 0
+        _all.add(self)
         self._sort_arguments()
 
     def _sort_arguments(self) -> None:
@@ -229,9 +231,13 @@ class Steps:
         made.take(args, held)
         return _copies(self._inner(*self._flatten(args, made, bounds)))
 
+    def forget(self) -> None:
+        """Give up what is recorded."""
+        self._kept.clear()
+
     def _stop(self, reason: str) -> None:
         self._stopped = True
-        self._kept.clear()
+        self.forget()
         self._tell(reason)
 
     def _flatten(self, args: Sequence[Any], recording: Recording, bounds: list[int]) -> list[Any]:
@@ -250,6 +256,15 @@ class Steps:
             else:
                 flat.append(recording.own.get(place, arg))
         return flat + lowered.tables + recording.held
+
+
+_all: weakref.WeakSet[Steps] = weakref.WeakSet()
+
+
+def forget_recordings() -> None:
+    """Give up all recordings; steps that follow are recorded anew."""
+    for steps in list(_all):
+        steps.forget()
 
 
 def _taker(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -343,6 +343,13 @@ def test_many_queries_are_attended_in_tiles() -> None:
     site.assert_low_precision_error(site.attend(None), None)
 
 
+def test_pages_are_split_no_more_than_it_takes_to_keep_a_gpu_busy() -> None:
+    """Regression: two programs to each of 132 SMs were 33 splits of 64 heads, where four keep them as busy."""
+    assert launch.count_splits(64, 256, 128, 2 * 132)[1] == 4
+    assert launch.count_splits(64, 256, 128, 3 * 132)[1] == 6
+    assert launch.count_splits(8, 1024, 128, 2 * 132)[1] == 32
+
+
 @pytest.mark.parametrize("late", [0, 1, 2])
 def test_splits_that_start_late_leave_no_page_out(
     late: int, monkeypatch: pytest.MonkeyPatch

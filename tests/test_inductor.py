@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor import compile_fx
+from torch._inductor.runtime import compile_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq_compile import QuantizedKV
@@ -48,6 +50,25 @@ def test_a_growing_cache_is_served_under_inductor_as_without(attention: str) -> 
         model.compile(backend="kvq", options={"method": "int8", "inner": inner})
         found.append(model.generate(ids, max_new_tokens=3, do_sample=False))
     assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_triton_is_given_its_assembler_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor gives it one when it first compiles a kernel, which it does not where it finds them on disk."""
+    done = []
+    compile_whole = compile_fx.compile_fx
+    monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", lambda: done.append("assembler"))
+
+    def compile_graph(*args: Any, **kwargs: Any) -> Any:
+        done.append("graph")
+        return compile_whole(*args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compile_graph)
+    tokens = torch.zeros(1, 2, 4, 32)
+    torch.compile(lambda x: (F.scaled_dot_product_attention(x, x, x), x), backend="kvq")(tokens)
+    assert done == ["assembler", "graph"]
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])

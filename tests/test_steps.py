@@ -1,6 +1,7 @@
 """Steps that are replayed give what steps give that are launched, whatever the length."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from kvq_compile import QuantizedKV, backend
 from kvq_compile.history import watching
 from kvq_compile.kernels.packed import check_room, room_of
+from kvq_compile.lowering import collectives
+from kvq_compile.lowering.collectives import ASK, OTHERS
 from kvq_compile.lowering.steps import UNSTEADY
 from kvq_compile.testing.small_decoder import Decoder
 from recorded_steps import OPTIONS, Recorder, llama
@@ -212,10 +215,10 @@ def with_positions(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
     return attended(query * angle.cos(), key * angle.cos(), value, past, mask)
 
 
-def compared(function: Callable[..., Any], recorder: Recorder) -> str:
+def compared(function: Callable[..., Any], recorder: Recorder, recorded: str | None = None) -> str:
     """Check that steps are what they are unrecorded; return what is told of them."""
     results = []
-    for mode in ("default", None):
+    for mode in ("default", recorded):
         torch._dynamo.reset()
         generator = torch.Generator().manual_seed(0)
         compiled = torch.compile(function, backend="kvq", options={**OPTIONS, "mode": mode})
@@ -270,13 +273,49 @@ def group() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-def test_a_step_that_waits_for_other_processes_is_launched(group: Any, recorder: Recorder) -> None:
-    def reduced(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
-        output, past = attended(query, key, value, past)
-        return all_reduce(output, "sum", group), past
+def reduced(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, past = attended(query, key, value, past)
+    return all_reduce(output, "sum", distributed.group.WORLD), past
 
-    assert "waits for other processes" in compared(reduced, recorder)
-    assert not recorder.tapes
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("backends", "mode", "told"),
+    [
+        (("nccl",), None, f"are not recorded: {OTHERS}"),
+        (("nccl",), "reduce-overhead", f"are not recorded: {OTHERS}"),
+        (("gloo",), None, f"are not recorded: {ASK}"),
+        (("gloo",), "reduce-overhead", REPLAYED),
+    ],
+)
+def test_steps_with_collectives_are_recorded_where_they_can_be_and_a_mode_asks_for_it(
+    backends: tuple[str, ...],
+    mode: str | None,
+    told: str,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host takes part in those of gloo. On a CPU it takes part in everything."""
+    monkeypatch.setattr(collectives, "RECORDED", backends)
+    assert compared(reduced, recorder, mode) == told
+    assert bool(recorder.tapes) == (told == REPLAYED)
+
+
+def test_recordings_go_before_the_group_that_they_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL would wait for them for ever; compiled code with collectives stays where it is."""
+    monkeypatch.setattr(collectives, "RECORDED", ("gloo",))
+    recorder = Recorder.on_cpu(monkeypatch)
+    for _ in range(2):  # steps with the next group are recorded anew
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        assert compared(reduced, recorder, "reduce-overhead") == REPLAYED
+        tapes = [weakref.ref(tape) for tape in recorder.tapes]
+        recorder.tapes.clear()
+        torch._dynamo.reset()
+        assert tapes
+        distributed.destroy_process_group()
+        assert not any(tape() for tape in tapes)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ FEW_QUERIES = 16  # at once; more take twice the warps
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
 MAX_SPLITS = 64  # of a head's pages, unless it takes more of them to keep a GPU busy
 LEAST_PAGES = 3  # of a split, where there are more splits than that
+BUSY = 0.96  # part of the most busy programs at which no more splits are made
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
 THREE_SHARE = {
     "maxnreg": 168
@@ -122,7 +123,7 @@ def count_splits(programs: int, pages: int, exact_tokens: int, resident: int) ->
     most = max(MAX_SPLITS, min(resident // programs, pages // LEAST_PAGES))
     waves = [programs * splits / resident for splits in range(1, max(1, min(pages, most)) + 1)]
     busy = [wave / math.ceil(wave) for wave in waves]
-    page_splits = 1 + next(i for i, part in enumerate(busy) if part >= 0.97 * max(busy))
+    page_splits = 1 + next(i for i, part in enumerate(busy) if part >= BUSY * max(busy))
     most = max(1, 2 * resident // programs)
     return min(triton.cdiv(exact_tokens, BLOCK_EXACT), most), page_splits
 

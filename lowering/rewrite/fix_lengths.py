@@ -47,7 +47,6 @@ MADE = "the call makes its caches anew"
 HOST = "exact copies of packed tokens are kept in host memory"
 FORGETS = "a cache forgets its first tokens, and how many is a number of the graph"
 DEVICES = "its tensors are on several devices"
-OTHERS = "it waits for other processes"
 MASK = "what a mask shows of cache positions depends on how many columns it has"
 
 
@@ -95,8 +94,6 @@ def _check_graph(graph: Graph) -> torch.device:
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1:
         raise Refusal(f"{DEVICES}: {', '.join(sorted(map(str, devices)))}")
-    if any("c10d" in str(node.target) for node in graph.fx.nodes):
-        raise Refusal(OTHERS)
     return devices.pop()
 
 
