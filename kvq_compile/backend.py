@@ -153,7 +153,7 @@ def _compiled(
 def _recorder(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config
 ) -> tuple[Record | None, str | None]:
-    """Return what records steps on the device of a call's tensors, if anything does, or why other processes forbid it."""
+    """Return what records steps on the device of a call's tensors, if anything does, or why not because of others."""
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     kinds = {device.type for device in devices}
     if not config.records or len(kinds) != 1 or not kinds <= RECORDERS.keys():
