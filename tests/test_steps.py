@@ -307,15 +307,19 @@ def test_recordings_go_before_the_group_that_they_wait_for(
     """NCCL would wait for them for ever; compiled code with collectives stays where it is."""
     monkeypatch.setattr(collectives, "RECORDED", ("gloo",))
     recorder = Recorder.on_cpu(monkeypatch)
+    gone: list[bool] = []  # whether there was a group, then
     for _ in range(2):  # steps with the next group are recorded anew
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         assert compared(reduced, recorder, "reduce-overhead") == REPLAYED
-        tapes = [weakref.ref(tape) for tape in recorder.tapes]
+        for tape in recorder.tapes:
+            weakref.finalize(tape, lambda: gone.append(distributed.is_initialized()))
         recorder.tapes.clear()
         torch._dynamo.reset()
-        assert tapes
+        assert not gone
         distributed.destroy_process_group()
-        assert not any(tape() for tape in tapes)
+        assert gone
+        assert all(gone)
+        gone.clear()
 
 
 @pytest.mark.parametrize(
