@@ -311,9 +311,10 @@ def test_recordings_go_before_the_group_that_they_wait_for(
     for _ in range(2):  # steps with the next group are recorded anew
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         assert compared(reduced, recorder, "reduce-overhead") == REPLAYED
-        for tape in recorder.tapes:
-            weakref.finalize(tape, lambda: gone.append(distributed.is_initialized()))
-        recorder.tapes.clear()
+        while recorder.tapes:
+            weakref.finalize(
+                recorder.tapes.pop(), lambda: gone.append(distributed.is_initialized())
+            )
         torch._dynamo.reset()
         assert not gone
         distributed.destroy_process_group()

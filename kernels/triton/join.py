@@ -37,19 +37,25 @@ def store_split(
 
 @triton.jit
 def _sum_splits(
-    partial, points, first, end, point, channel, inside, DIM: tl.constexpr, AT_ONCE: tl.constexpr
-):
-    """Return the results of splits of one query, weighed and added, and the sum of the weights."""
-    total, weights = tl.zeros(channel.shape, tl.float32), tl.zeros((1,), tl.float32)
+    partial, points, first, end, exact_splits, point, channel, inside,
+    DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Return the results of some splits of a query, weighed and added, of exact tokens and of pages, and the weights."""
+    exact, packed = tl.zeros(channel.shape, tl.float32), tl.zeros(channel.shape, tl.float32)
+    exact_weight, packed_weight = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     for block in range(first, end, AT_ONCE):
         split = block + tl.arange(0, AT_ONCE)
+        is_exact = split < exact_splits
         weight = tl.load(points + split, mask=split < end, other=float("-inf"))
         weight = tl.exp2(weight - point)
         ok = (weight != 0)[:, None] & inside[None, :]
-        part = tl.load(partial + split[:, None] * DIM + channel[None, :], mask=ok, other=0.0)
-        total += tl.sum(part * weight[:, None], 0)
-        weights += tl.sum(weight, 0)
-    return total, weights
+        where = split[:, None] * DIM + channel[None, :]
+        part = tl.load(partial + where, mask=ok, other=0.0) * weight[:, None]
+        exact += tl.sum(tl.where(is_exact[:, None], part, 0.0), 0)
+        packed += tl.sum(tl.where(is_exact[:, None], 0.0, part), 0)
+        exact_weight += tl.sum(tl.where(is_exact, weight, 0.0), 0)
+        packed_weight += tl.sum(tl.where(is_exact, 0.0, weight), 0)
+    return exact, packed, exact_weight, packed_weight
 
 
 @triton.jit
@@ -80,12 +86,19 @@ def join_kernel(
         sink = tl.load(sinks.pointer + at).to(tl.float32) * LOG2_E
         point = tl.where(sink > point, sink, point)
     partial += query * splits * DIM
-    exact, exact_weight = _sum_splits(
-        partial, points, 0, exact_splits, point, channel, inside, DIM, AT_ONCE
-    )
-    packed, packed_weight = _sum_splits(
-        partial, points, exact_splits, splits, point, dim, inside, DIM, AT_ONCE
-    )
+    if (
+        VALUE.has_tables
+    ):  # exact rows are read in another order: one access for both would read all rows that way
+        exact, _none, exact_weight, _no_weight = _sum_splits(
+            partial, points, 0, exact_splits, exact_splits, point, channel, inside, DIM, AT_ONCE
+        )
+        _none, packed, _no_weight, packed_weight = _sum_splits(
+            partial, points, exact_splits, splits, exact_splits, point, dim, inside, DIM, AT_ONCE
+        )
+    else:
+        exact, packed, exact_weight, packed_weight = _sum_splits(
+            partial, points, 0, splits, exact_splits, point, dim, inside, DIM, AT_ONCE
+        )
     if VALUE.transform == "hadamard":
         packed = tl.reshape(hadamard(tl.reshape(packed, (1, BLOCK_V)), DIM), (BLOCK_V,))
     if VALUE.has_tables:
