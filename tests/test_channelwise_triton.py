@@ -343,11 +343,22 @@ def test_many_queries_are_attended_in_tiles() -> None:
     site.assert_low_precision_error(site.attend(None), None)
 
 
-def test_pages_are_split_no_more_than_it_takes_to_keep_a_gpu_busy() -> None:
-    """Regression: two programs to each of 132 SMs were 33 splits of 64 heads, where four keep them as busy."""
-    assert launch.count_splits(64, 256, 128, 2 * 132)[1] == 4
-    assert launch.count_splits(64, 256, 128, 3 * 132)[1] == 6
-    assert launch.count_splits(8, 1024, 128, 2 * 132)[1] == 32
+@pytest.mark.parametrize(
+    ("heads", "pages", "to_an_sm", "splits"),
+    [
+        (64, 255, 2, 4),
+        (64, 255, 3, 6),
+        (8, 1023, 2, 33),
+        (8, 255, 2, 32),
+        (1, 511, 1, 128),
+        (8, 31, 3, 31),
+    ],
+)
+def test_pages_are_split_as_was_fastest_on_a_gpu(
+    heads: int, pages: int, to_an_sm: int, splits: int
+) -> None:
+    """One of 132 SMs. Regression: 64 heads, two programs to an SM, were split 33 times, where four are faster."""
+    assert launch.count_splits(heads, pages, 128, to_an_sm * 132)[1] == splits
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])

@@ -40,7 +40,7 @@ def _sum_splits(
     partial, points, first, end, exact_splits, point, channel, inside,
     DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Return the results of some splits of a query, weighed and added, of exact tokens and of pages, and the weights."""
+    """Return the results of some splits of a query, weighed and added, those of exact tokens apart, and the weights."""
     exact, packed = tl.zeros(channel.shape, tl.float32), tl.zeros(channel.shape, tl.float32)
     exact_weight, packed_weight = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     for block in range(first, end, AT_ONCE):

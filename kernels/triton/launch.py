@@ -25,7 +25,7 @@ FEW_QUERIES = 16  # at once; more take twice the warps
 MAX_COPIED_QUERIES = 8  # the narrow side of the matrix instruction
 MAX_SPLITS = 64  # of a head's pages, unless it takes more of them to keep a GPU busy
 LEAST_PAGES = 3  # of a split, where there are more splits than that
-BUSY = 0.96  # part of the most busy programs at which no more splits are made
+OVERHEAD = 1  # pages that a program could read while it begins and ends
 PROGRAMS_PER_SM: int | None = None  # in place of what `programs_per_sm` says
 THREE_SHARE = {
     "maxnreg": 168
@@ -118,12 +118,16 @@ def programs_per_sm(
 def count_splits(programs: int, pages: int, exact_tokens: int, resident: int) -> tuple[int, int]:
     """Return into how many splits exact tokens and pages go, ``programs`` programs being needed for each.
 
-    Pages are split no more than it takes to keep the ``resident`` programs evenly busy.
+    Pages are split so that a GPU that runs ``resident`` programs at a time is done with them soonest; of several such
+    splits the fewest are made.
     """
     most = max(MAX_SPLITS, min(resident // programs, pages // LEAST_PAGES))
-    waves = [programs * splits / resident for splits in range(1, max(1, min(pages, most)) + 1)]
-    busy = [wave / math.ceil(wave) for wave in waves]
-    page_splits = 1 + next(i for i, part in enumerate(busy) if part >= BUSY * max(busy))
+
+    def pages_in_turn(splits: int) -> int:
+        waves = math.ceil(programs * splits / resident)
+        return waves * (math.ceil(pages / splits) + OVERHEAD)
+
+    page_splits = min(range(1, max(1, min(pages, most)) + 1), key=pages_in_turn)
     most = max(1, 2 * resident // programs)
     return min(triton.cdiv(exact_tokens, BLOCK_EXACT), most), page_splits
 
