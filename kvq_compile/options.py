@@ -37,7 +37,8 @@ class Config:
         inductor: Settings handed on to Inductor.
         calibration: What the spec was made from, if it was.
         mode: As for ``torch.compile``, which refuses it beside ``options``. ``None``, where it is not given, replays
-            steps on a GPU as ``"reduce-overhead"`` does, and leaves all other graphs as they are.
+            steps on a GPU as ``"reduce-overhead"`` does, but for those that wait for other processes, and leaves all
+            other graphs as they are.
     """
 
     spec: CacheSpec
@@ -54,7 +55,7 @@ class Config:
 
     @property
     def records_collectives(self) -> bool:
-        """Whether those are, too, that wait for other processes."""
+        """Whether those steps are, too, that wait for other processes."""
         return self.records and self.mode is not None
 
 
