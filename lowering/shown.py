@@ -17,7 +17,7 @@ SHOWN = (
     "the mask shows cache positions behind the new tokens, which hold no token in a quantized cache"
 )
 UNKNOWN = "whether anything reads what lies behind the new tokens is not known before the call"
-UNHELD = "attention reads other cache positions than those that hold tokens, and has no mask"
+UNHELD = "attention reads other cache positions than those up to the new tokens, and has no mask"
 ENDS_SEEN = "a mask shows what lies behind the end of a row, where other rows go on"
 
 

@@ -207,7 +207,7 @@ def _write(
     read = None if end is None else graph.sizes.size(value_of(end))
     if not is_tensor:
         first = graph.sizes.size(value_of(position))
-        return Write(name, argument, None, first, graph.sizes.size(count), *about)
+        return Write(name, argument, None, first, graph.sizes.size(count), *about, end=read)
     others = state.life in RINGS or state.by_row
     counter = None if others else _counter(graph, position, count)
     if counter is not None:
