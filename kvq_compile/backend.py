@@ -19,7 +19,7 @@ from kvq_compile.kernels.packed import PARTS_FORM
 from kvq_compile.kernels.spec import CacheSpec
 from kvq_compile.limits import make_room
 from kvq_compile.lowering import logs
-from kvq_compile.lowering.collectives import watch_groups, why_not_recorded
+from kvq_compile.lowering.collectives import watch, watch_groups, why_not_recorded
 from kvq_compile.lowering.find.layers import counts_layers
 from kvq_compile.lowering.guards import see_caches, share_guards, unify
 from kvq_compile.lowering.lost_writes import refusing_lost_writes
@@ -79,11 +79,11 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     recorder, others = _recorder(gm, example_inputs, config)
     by_order, records = config.calibration is not None, recorder is not None
     unify(gm, example_inputs)
-    lowered = lower(gm, example_inputs, config.spec, by_order=by_order, record=records)
+    lowered = lower(gm, example_inputs, config.spec, by_order, records, others)
     if config.calibration is not None and lowered.reports:
         config.calibration.check(example_inputs, len(lowered.reports))
     layers = () if config.calibration else tuple(index for index, _ in config.spec.layers)
-    steps = _about_steps(lowered, others)
+    steps = _about_steps(lowered)
     report = GraphReport(tuple(lowered.reports), config.spec, layers, lowered.states, steps)
     record(report)
     if config.strict and _ends_the_model(gm, lowered.reports):
@@ -147,27 +147,26 @@ def _compiled(
     inner, run = compile_inner(example_inputs), None
     if recorder is not None and lowered.lengths is not None:
         run = Steps(lowered, inner, recorder, stops)
+        watch(run, gm.graph)
     return lowered.around(inner, stays_plain, run)
 
 
 def _recorder(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config
 ) -> tuple[Record | None, str | None]:
-    """Return what records steps on the device of a call's tensors, if anything does, or why not because of others."""
+    """Return what records steps on the device of a call's tensors, if anything does, and why it is not to."""
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     kinds = {device.type for device in devices}
     if not config.records or len(kinds) != 1 or not kinds <= RECORDERS.keys():
         return None, None
-    reason = why_not_recorded(gm.graph, devices.pop(), config.records_collectives)
-    return (RECORDERS[kinds.pop()], None) if reason is None else (None, reason)
+    others = why_not_recorded(gm.graph, devices.pop(), config.records_collectives)
+    return RECORDERS[kinds.pop()], others
 
 
-def _about_steps(lowered: Lowered, others: str | None) -> str:
-    """Return whether steps are replayed, or why not, be it for ``others``; empty where a graph is no step."""
-    is_step = bool(lowered.unwrapped) and not lowered.conversions
-    reason = lowered.unrecorded or (others if is_step else None)
-    if reason is not None:
-        return f"are not recorded: {reason}"
+def _about_steps(lowered: Lowered) -> str:
+    """Return whether steps are replayed, or why not; empty where a graph is no step."""
+    if lowered.unrecorded is not None:
+        return f"are not recorded: {lowered.unrecorded}"
     return "" if lowered.lengths is None else "are replayed from CUDA graphs"
 
 

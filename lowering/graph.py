@@ -65,6 +65,7 @@ class Graph:
         thawed: The quantized caches that become ordinary tensors for that reason.
         plans: How each value that the captured graph returned is made.
         lengths: What stands for the lengths of growing caches, where steps may be recorded.
+        hindrance: Why they are not to be, if so, though nothing in the graph is in the way.
         unrecorded: Why they may not; ``None`` if they may, or where the graph is no step.
         changes_memory: Whether a cache gets other memory in this call, for a ring, or to count each of its rows.
         by_row: Quantized caches that count each row from this call on.
@@ -100,6 +101,7 @@ class Graph:
     thawed: set[Node] = field(default_factory=set)
     plans: list[Output] = field(default_factory=list)
     lengths: Lengths | None = None
+    hindrance: str | None = None
     unrecorded: str | None = None
     changes_memory: bool = False
     by_row: set[Node] = field(default_factory=set)

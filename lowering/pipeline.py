@@ -125,6 +125,7 @@ def lower(
     spec: CacheSpec,
     by_order: bool = False,
     record: bool = False,
+    hindrance: str | None = None,
 ) -> Lowered:
     """Rewrite what can be rewritten in a copy of a captured graph; report on every attention.
 
@@ -135,6 +136,7 @@ def lower(
         by_order: Whether ``spec`` numbers layers in the order in which the graph runs its attentions, as
             calibrations do, and not as the model does.
         record: Whether steps are to be recorded, so that nothing but memory may differ from one to the next.
+        hindrance: Why those that could be are not, if so.
 
     Raises:
         Contradiction: A cache is quantized to something else than the call asks for.
@@ -143,7 +145,7 @@ def lower(
     with torch.random.fork_rng(devices=[]), remembering():
         # What is evaluated on random numbers is the same in every process.
         torch.default_generator.manual_seed(0)
-        return _lower_rows_or_all(gm, example_inputs, spec, by_order, record)
+        return _lower_rows_or_all(gm, example_inputs, spec, by_order, record, hindrance)
 
 
 def _lower_rows_or_all(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
@@ -244,9 +246,7 @@ def _untold(graph: fx.Graph) -> list[SiteReport]:
     return [SiteReport(0, "", "", "left alone", reason)] if names else []
 
 
-def _lower_arranged(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool, record: bool
-) -> Lowered:
+def _lower_arranged(gm: fx.GraphModule, example_inputs: Sequence[Any], *about: Any) -> Lowered:
     """Lower a graph some of whose caches are not laid out as ``[B, H, S, D]``; as captured if none is served."""
     proposed, packed = propose(gm.graph), is_packed(gm.graph)
     known = proposed
@@ -265,7 +265,7 @@ def _lower_arranged(
             continue
         except Exception as error:
             return _after_fault(gm, example_inputs, error)
-        lowered = _lower_as_laid_out(form.module, form.take(example_inputs), spec, by_order, record)
+        lowered = _lower_as_laid_out(form.module, form.take(example_inputs), *about)
         told = [report for report in lowered.reports if report.outcome == "left alone"]
         if not lowered.compiles:
             return Lowered.as_captured(gm, lowered.reports, example_inputs)
@@ -304,11 +304,13 @@ def _quantized(lowered: Lowered) -> tuple[set[int], set[int]]:
 
 
 def _lower_as_laid_out(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool, record: bool
-) -> Lowered:
+    gm: fx.GraphModule, example_inputs: Sequence[Any], spec: CacheSpec, by_order: bool, record: bool,
+    hindrance: str | None,
+) -> Lowered:  # fmt: skip
     """Lower a graph whose caches are ``[B, H, S, D]``."""
     try:
         graph = Graph.copy_of(gm, spec, example_inputs, by_order)
+        graph.hindrance = hindrance
         return replace(_lower(graph, gm, record), states=tuple(graph.state_reports))
     except (Contradiction, LostWrite):
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +90,6 @@ class Steps:
         self._kept: OrderedDict[Key, Recording] = OrderedDict()
         self._stopped = False
         self._in_vain = self._misses = 0
-        _all.add(self)
         self._sort_arguments()
 
     def _sort_arguments(self) -> None:
@@ -134,9 +132,10 @@ class Steps:
         key = self._key(args, held, tokens)
         if key is None:
             return self._run(args)
-        found = self._kept.get(key)
+        kept = self._kept  # which another thread may give up meanwhile
+        found = kept.get(key)
         if found is None:
-            return self._first(key, args, held)
+            return self._first(kept, key, args, held)
         found.take(args, held)
         if found.replay is None:
             try:
@@ -145,7 +144,7 @@ class Steps:
             except RuntimeError as error:
                 self._stop(f"recording failed: {str(error).splitlines()[0]}")
                 return self._run(args)
-        self._kept.move_to_end(key)
+        kept.move_to_end(key)
         found.replays += 1
         if found.replays == PAID:
             self._in_vain = 0
@@ -202,7 +201,9 @@ class Steps:
         results: Sequence[Any] = self._inner(*self._lowered.flatten(args))
         return results
 
-    def _first(self, key: Key, args: Sequence[Any], held: list[int]) -> Sequence[Any]:
+    def _first(
+        self, kept: OrderedDict[Key, Recording], key: Key, args: Sequence[Any], held: list[int]
+    ) -> Sequence[Any]:
         """Run a call that no recording fits, and make ready for recording the next one like it."""
         lengths = self._lengths
         tokens, bounds = lengths.tokens(args), lengths.bounds(args, held)
@@ -221,10 +222,10 @@ class Steps:
                     )
             rows = len(held), ALIGNED
             values = [torch.zeros(rows, dtype=torch.int64, device=lengths.device)] if held else []
-        self._kept[key] = made = Recording(own, values)
+        kept[key] = made = Recording(own, values)
         self._misses += 1
-        while len(self._kept) > KEPT:
-            _, old = self._kept.popitem(last=False)
+        while len(kept) > KEPT:
+            _, old = kept.popitem(last=False)
             self._in_vain += old.replay is not None and old.replays < PAID
         if self._in_vain >= IN_VAIN or self._misses >= MISSES:
             self._stop(UNSTEADY)
@@ -232,8 +233,8 @@ class Steps:
         return _copies(self._inner(*self._flatten(args, made, bounds)))
 
     def forget(self) -> None:
-        """Give up what is recorded."""
-        self._kept.clear()
+        """Give up what is recorded, as soon as no step of another thread uses it."""
+        self._kept = OrderedDict()
 
     def _stop(self, reason: str) -> None:
         self._stopped = True
@@ -256,15 +257,6 @@ class Steps:
             else:
                 flat.append(recording.own.get(place, arg))
         return flat + lowered.tables + recording.held
-
-
-_all: weakref.WeakSet[Steps] = weakref.WeakSet()
-
-
-def forget_recordings() -> None:
-    """Give up all recordings; steps that follow are recorded anew."""
-    for steps in list(_all):
-        steps.forget()
 
 
 def _taker(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -1,33 +1,24 @@
 """Steps that are replayed give what steps give that are launched, whatever the length."""
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, distributed
-from torch.distributed._functional_collectives import all_reduce
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from kvq_compile import QuantizedKV, backend
 from kvq_compile.history import watching
 from kvq_compile.kernels.packed import check_room, room_of
-from kvq_compile.lowering import collectives
-from kvq_compile.lowering.collectives import ASK, OTHERS
 from kvq_compile.lowering.steps import UNSTEADY
 from kvq_compile.testing.small_decoder import Decoder
-from recorded_steps import OPTIONS, Recorder, llama
+from recorded_steps import LAYOUTS, OPTIONS, REPLAYED, Recorder, attended, compared, llama
 from thorough import few
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-LAYOUTS = [backend.make_config(OPTIONS).spec.layout(role, 32) for role in ("key", "value")]
-REPLAYED = "are replayed from CUDA graphs"
 
 
 @pytest.fixture
@@ -161,11 +152,6 @@ def test_results_outlive_the_next_step(recorder: Recorder) -> None:
     assert all(map(torch.equal, logits, copies))
 
 
-def attended(query: Tensor, key: Tensor, value: Tensor, past: Any, mask: Any = None) -> Any:
-    keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-    return sdpa(query, keys, values, mask), (keys, values)
-
-
 def divided(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
     output, caches = attended(query, key, value, past)
     return output / past[0].shape[2], caches
@@ -215,29 +201,6 @@ def with_positions(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
     return attended(query * angle.cos(), key * angle.cos(), value, past, mask)
 
 
-def compared(function: Callable[..., Any], recorder: Recorder, recorded: str | None = None) -> str:
-    """Check that steps are what they are unrecorded; return what is told of them."""
-    results = []
-    for mode in ("default", recorded):
-        torch._dynamo.reset()
-        generator = torch.Generator().manual_seed(0)
-        compiled = torch.compile(function, backend="kvq", options={**OPTIONS, "mode": mode})
-        x = torch.randn(3, 1, 2, 70, 32, generator=generator)
-        past: Any = tuple(
-            QuantizedKV.from_dense(part, layout)
-            for part, layout in zip(x[1:], LAYOUTS, strict=True)
-        )
-        with torch.no_grad(), watching() as graphs:
-            for _ in range(12):
-                step = torch.randn(3, 1, 2, 1, 32, generator=generator)
-                output, past = compiled(*step, past)
-                results.append(output)
-    ours, theirs = results[:12], results[12:]
-    for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-    return graphs[-1].steps
-
-
 @pytest.mark.parametrize("function", [attended, added, with_positions])
 def test_a_length_that_is_understood_comes_from_the_device(
     function: Callable[..., Any], recorder: Recorder
@@ -263,64 +226,6 @@ def test_a_length_that_is_not_understood_leaves_steps_unrecorded(
 ) -> None:
     assert reason in compared(function, recorder)
     assert not recorder.tapes
-
-
-@pytest.fixture
-def group() -> Iterator[Any]:
-    about = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
-    distributed.init_process_group("gloo", **about)
-    yield distributed.group.WORLD
-    distributed.destroy_process_group()
-
-
-def reduced(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
-    output, past = attended(query, key, value, past)
-    return all_reduce(output, "sum", distributed.group.WORLD), past
-
-
-@pytest.mark.usefixtures("group")
-@pytest.mark.parametrize(
-    ("backends", "mode", "told"),
-    [
-        (("nccl",), None, f"are not recorded: {OTHERS}"),
-        (("nccl",), "reduce-overhead", f"are not recorded: {OTHERS}"),
-        (("gloo",), None, f"are not recorded: {ASK}"),
-        (("gloo",), "reduce-overhead", REPLAYED),
-    ],
-)
-def test_steps_with_collectives_are_recorded_where_they_can_be_and_a_mode_asks_for_it(
-    backends: tuple[str, ...],
-    mode: str | None,
-    told: str,
-    recorder: Recorder,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The host takes part in those of gloo. On a CPU it takes part in everything."""
-    monkeypatch.setattr(collectives, "RECORDED", backends)
-    assert compared(reduced, recorder, mode) == told
-    assert bool(recorder.tapes) == (told == REPLAYED)
-
-
-def test_recordings_go_before_the_group_that_they_wait_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """NCCL would wait for them for ever; compiled code with collectives stays where it is."""
-    monkeypatch.setattr(collectives, "RECORDED", ("gloo",))
-    recorder = Recorder.on_cpu(monkeypatch)
-    gone: list[bool] = []  # whether there was a group, then
-    for _ in range(2):  # steps with the next group are recorded anew
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        assert compared(reduced, recorder, "reduce-overhead") == REPLAYED
-        while recorder.tapes:
-            weakref.finalize(
-                recorder.tapes.pop(), lambda: gone.append(distributed.is_initialized())
-            )
-        torch._dynamo.reset()
-        assert not gone
-        distributed.destroy_process_group()
-        assert gone
-        assert all(gone)
-        gone.clear()
 
 
 @pytest.mark.parametrize(

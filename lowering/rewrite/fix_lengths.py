@@ -75,6 +75,8 @@ def fix_lengths(graph: Graph) -> PassReport:
         module = copy_module(graph.module)
         changes = _rewrite(module.graph, counting)
         _try_masks(module.graph, counting)
+        if graph.hindrance is not None:  # told where nothing else is in the way
+            raise Refusal(graph.hindrance)
     except Exception as error:  # steps that are not recorded are as right as others
         graph.unrecorded = str(error if isinstance(error, Refusal) else unexpected(error))
         return PassReport((f"steps are not recorded: {graph.unrecorded}",))
