@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvq_compile.kernels.cache.gathered import gather
 from kvq_compile.kernels.packed import writable
@@ -97,6 +98,7 @@ class Steps:
         lowered, lengths = self._lowered, self._lengths
         self._take_caches = _taker(lowered.unwrapped)
         self._steady: list[int] = []  # those that are used where they are, and have one shape
+        self._composed: list[int] = []  # of those, the ones that are made of other tensors
         self._given: list[int] = []  # other tensors
         self._numbers: list[
             int
@@ -119,6 +121,8 @@ class Steps:
                     self._written.add(place)
                 stays = is_static(node) or (node.name in written and _has_one_shape(value_of(node)))
                 (self._steady if stays else self._given).append(place)
+                if is_traceable_wrapper_subclass(value_of(node)):
+                    self._composed.append(place)
         self._take_steady, self._take_numbers = _taker(self._steady), _taker(self._numbers)
         self._take_written = _taker(self._written)
 
@@ -184,6 +188,7 @@ class Steps:
             tokens,
             memories,
             tuple(map(_address, self._take_steady(args))),
+            tuple([_addresses(args[place]) for place in self._composed]),
             tuple(given),
             self._take_numbers(args),
             tuple(self._lengths.bounds(args, held)) if apart else (),
@@ -265,6 +270,14 @@ def _taker(places: Iterable[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     if len(known) < 2:  # of one, `itemgetter` returns no tuple
         return lambda args: tuple([args[place] for place in known])
     return itemgetter(*known)
+
+
+def _addresses(x: Any) -> Any:
+    """Return where a tensor stands in memory; of one that is made of others, which has no address, where those do."""
+    if not is_traceable_wrapper_subclass(x):
+        return x.data_ptr()
+    parts = (getattr(x, name) for name in x.__tensor_flatten__()[0])
+    return tuple([_addresses(part) for part in parts if isinstance(part, Tensor)])
 
 
 def _has_one_shape(x: Tensor) -> bool:

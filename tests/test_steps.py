@@ -9,10 +9,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from kvq_compile import QuantizedKV, backend
 from kvq_compile.history import watching
 from kvq_compile.kernels.packed import check_room, room_of
+from kvq_compile.lowering.rewrite.fix_lengths import PARTS
 from kvq_compile.lowering.steps import UNSTEADY
 from kvq_compile.testing.small_decoder import Decoder
 from recorded_steps import LAYOUTS, OPTIONS, REPLAYED, Recorder, attended, compared, llama
@@ -226,6 +228,48 @@ def test_a_length_that_is_not_understood_leaves_steps_unrecorded(
 ) -> None:
     assert reason in compared(function, recorder)
     assert not recorder.tapes
+
+
+class Scaled(torch.nn.Module):
+    """What a model multiplies with is made of two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.load(1.0)
+
+    def load(self, scale: float) -> None:
+        parts = TwoTensor(torch.full((32,), scale), torch.ones(32))
+        self.scale = torch.nn.Parameter(parts, requires_grad=False)
+
+    def forward(self, *about: Any, scale: Any = None) -> Any:
+        output, past = attended(*about)
+        return output * (self.scale if scale is None else scale), past
+
+
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_tensors_that_are_made_of_others_are_those_of_the_call(
+    given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: their address is 0 wherever they stand, and memory of their own was an ordinary tensor."""
+    model = Scaled()
+    compiled = torch.compile(model, backend="kvq", options=OPTIONS)
+    monkeypatch.setitem(backend.RECORDERS, "cpu", lambda run: run)  # tapes do not know them
+    x = torch.ones(3, 1, 2, 70, 32)
+    past: Any = tuple(
+        QuantizedKV.from_dense(part, layout) for part, layout in zip(x[1:], LAYOUTS, strict=True)
+    )
+    with watching() as graphs:
+        for scale in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0):
+            if given:
+                more = {"scale": TwoTensor(torch.full((32,), scale), torch.ones(32))}
+            else:
+                more = {}
+                model.load(scale)
+            output, past = compiled(*torch.ones(3, 1, 2, 1, 32), past, **more)
+            torch.testing.assert_close(output.a, torch.full_like(output.a, scale))
+    assert (graphs[-1].steps == REPLAYED) != given
+    assert (PARTS in graphs[-1].steps) == given
 
 
 @pytest.mark.parametrize(

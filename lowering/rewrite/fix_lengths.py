@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvq_compile.kernels import ops
 from kvq_compile.lowering.find.lengths import Counting, find_counting
@@ -23,7 +24,9 @@ from kvq_compile.lowering.graph import Graph, PassReport, copy_module
 from kvq_compile.lowering.lengths import ALIGNED
 from kvq_compile.lowering.nodes import (
     changed_roots,
+    is_static,
     root_of,
+    source_name,
     target_name,
     value_of,
     writes_in_place,
@@ -47,6 +50,7 @@ MADE = "the call makes its caches anew"
 HOST = "exact copies of packed tokens are kept in host memory"
 FORGETS = "a cache forgets its first tokens, and how many is a number of the graph"
 DEVICES = "its tensors are on several devices"
+PARTS = "arguments that are made of other tensors stand elsewhere in memory at every step"
 MASK = "what a mask shows of cache positions depends on how many columns it has"
 
 
@@ -92,6 +96,9 @@ def _check_graph(graph: Graph) -> torch.device:
         raise Refusal(HOST)
     if any(cache.trim is not None for cache in graph.caches.values()):
         raise Refusal(FORGETS)
+    for node in graph.arguments.keys() - graph.caches.keys():
+        if is_traceable_wrapper_subclass(value_of(node)) and not is_static(node):
+            raise Refusal(f"{PARTS}: {source_name(node)}")
     values = (value_of(node) for node in graph.fx.nodes)
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1:
