@@ -86,9 +86,8 @@ def join_kernel(
         sink = tl.load(sinks.pointer + at).to(tl.float32) * LOG2_E
         point = tl.where(sink > point, sink, point)
     partial += query * splits * DIM
-    if (
-        VALUE.has_tables
-    ):  # exact rows are read in another order: one access for both would read all rows that way
+    # Exact rows are read in another order: one access for both would read all rows that way.
+    if VALUE.has_tables:
         exact, _none, exact_weight, _no_weight = _sum_splits(
             partial, points, 0, exact_splits, exact_splits, point, channel, inside, DIM, AT_ONCE
         )
