@@ -21,6 +21,7 @@ _ADVICE: dict[str, str] = {
     "on a CPU or an NVIDIA GPU.",
     "head_dim|group|calibrat|couple": "Choose another group_size, or a method that takes this head size, as int4.",
     "branch": "Compile the branches as functions of their own.",
+    "single heads": "Read the heads of a cache alike in all of its calls: one by one, or all at once.",
     "rotation|rotated|angle|RoPE": "Take a method that codes keys as attention sees them, or pre_rope=False.",
     "higher-order operator": "Attend outside of it; a checkpoint saves nothing where no gradients are recorded.",
     "adds to what": "Write tokens over what the cache holds, as cache.index_copy_(2, positions, tokens) does.",
@@ -30,6 +31,7 @@ _ADVICE: dict[str, str] = {
     "allocate it for the batch at hand.",
     "windows of different|rings of different": "Give keys and values the same window.",
     "too large to be evaluated": "Compile with a short prompt first; the graph serves longer ones.",
+    "reads a part of it": "Let attention read the cache as it is; leave tokens out by a mask, or by cutting what is kept.",
     "reaches attention through": "Let attention read the cache as it is; change tokens before they are written.",
     "are returned through": "Return the keys and values that attention reads, as they are.",
     "quantized cache|quantized buffer|dynamic cache|outside attention|view taken|read before|written":

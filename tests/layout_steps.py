@@ -36,7 +36,7 @@ def feed(
     step: Step, held: Caches | None, lengths: Sequence[int] = (40, 1, 1, 3), first: int = 0
 ) -> tuple[list[Tensor], Caches]:
     """Feed tokens ``[B, T, H * D]``, their positions and a mask to a step that returns its output and its caches."""
-    outputs, is_static = [], held is not None
+    outputs, is_static = [], held is not None and held[0].numel() > 0
     for count in lengths:
         columns = SLOTS if is_static else first + count
         position = torch.arange(first, first + count)
@@ -79,6 +79,10 @@ def nothing() -> None:
 
 def buffers() -> Caches:
     return [torch.zeros(B, SLOTS, H, D) for _ in range(2)]
+
+
+def empty() -> Caches:
+    return [torch.zeros(B, 0, H, D) for _ in range(2)]
 
 
 def grown(query, key, value, held, position, mask):

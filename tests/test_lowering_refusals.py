@@ -84,6 +84,50 @@ def test_a_function_of_the_scores_is_named_behind_the_mask_and_the_factor() -> N
     assert_read_dense(step, grown(), "the scores pass through erf before the softmax")
 
 
+@pytest.mark.parametrize("fill", [-1e4, -1e9, -torch.inf])
+def test_what_a_mask_sets_is_no_reason_where_it_hides(fill: float) -> None:
+    """Regression: where something else kept an attention from being read, a fill of -1e9 was the reason."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        scores = torch.erf(query @ keys.transpose(2, 3))
+        scores = scores.masked_fill(torch.arange(scores.shape[-1]) < 2, fill)
+        return torch.softmax(scores, -1) @ values, keys, values
+
+    assert_read_dense(step, grown(), "the scores pass through erf before the softmax")
+
+
+def by_index(x, head):
+    return x[:, head, None]
+
+
+def by_slice(x, head):
+    return x[:, head : head + 1]
+
+
+def by_chunk(x, head):
+    return x.chunk(x.shape[1], 1)[head]
+
+
+@pytest.mark.parametrize("attend", ["sdpa", "softmax"])
+@pytest.mark.parametrize("take", [by_index, by_slice, by_chunk])
+def test_single_heads_of_a_cache_that_is_kept_whole_are_told(take, attend) -> None:
+    """Regression: the reason was a sliding window, or keys and values that are computed anew."""
+
+    def step(query, key, value, keys, values):
+        keys, values = join(keys, values, key, value)
+        outputs = []
+        for head in range(query.shape[1]):
+            q, k, v = (take(x, head) for x in (query, keys, values))
+            if attend == "sdpa":
+                outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+            else:
+                outputs.append(torch.softmax(q @ k.mT * 0.25, -1) @ v)
+        return torch.cat(outputs, 1), keys, values
+
+    assert_read_dense(step, grown(quantized=True), "attention takes single heads")
+
+
 def test_a_scale_for_each_token_is_read_dense() -> None:
     def step(query, key, value, keys, values):
         keys, values = join(keys, values, key, value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from layout_steps import D, G, H, Step, attend, buffers, compared, nothing
+from layout_steps import D, G, H, Step, attend, buffers, compared, empty, nothing
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -80,6 +80,62 @@ def scaled_as_it_is_read(query, key, value, held, position, mask):
 def test_every_attention_over_a_cache_reads_it_packed(step: Step, make: Any) -> None:
     _, outcomes, _ = compared(step, make)
     assert {*outcomes} == {"rewritten"}
+
+
+def longer(key, value, held):
+    return [torch.cat([past, new], 1) for past, new in zip(held, (key, value), strict=True)]
+
+
+def heads_that_grow(query, key, value, held, position, mask):
+    held = longer(key, value, held)
+    keys, values = (x.repeat_interleave(G, 2).unbind(2) for x in held)
+    outputs = []
+    for head in range(H * G):
+        scores = (query[:, :, head] @ keys[head].mT * 0.25).masked_fill(~mask, -1e9)
+        outputs.append(scores.softmax(-1) @ values[head])
+    return torch.stack(outputs, 2), held
+
+
+def kv_heads_that_grow(query, key, value, held, position, mask):
+    held = longer(key, value, held)
+    outputs = []
+    for head, own in enumerate(query.split(G, 2)):
+        turn = slice(head, head + 1)
+        outputs.append(attend(own, held[0][:, :, turn], held[1][:, :, turn], mask))
+    return torch.cat(outputs, 2), held
+
+
+def chunks_of_heads_that_grow(query, key, value, held, position, mask):
+    held = longer(key, value, held)
+    outputs = []
+    for q, k, v in zip(*(x.transpose(1, 2).chunk(H, 1) for x in (query, *held)), strict=True):
+        outputs.append((q @ k.mT * 0.25).masked_fill(~mask, -1e9).softmax(-1) @ v)
+    return torch.cat(outputs, 1).transpose(1, 2), held
+
+
+@pytest.mark.parametrize(
+    "step",
+    [heads_that_grow, kv_heads_that_grow, chunks_of_heads_that_grow],
+    ids=lambda f: f.__name__,
+)
+def test_heads_of_a_cache_that_begins_empty_are_read_packed(step: Step) -> None:
+    """Regression: an argument without tokens told nothing of its layout, so that the first call kept the cache as a
+    whole, and all later ones read it dense. Which of the empty heads new tokens stand behind was guessed, too.
+    """
+    _, outcomes, _ = compared(step, empty)
+    assert {*outcomes} == {"rewritten"}
+
+
+def one_tensor_for_both(query, key, value, held, position, mask):
+    """Keys and values grow by the same tokens, each behind a cache of its own."""
+    held = longer(key, key, held)
+    output = sdpa(query.transpose(1, 2), *(x.transpose(1, 2) for x in held), mask, enable_gqa=True)
+    return output.transpose(1, 2), held
+
+
+def test_empty_caches_that_take_the_same_tokens_stay_two() -> None:
+    held, _, _ = compared(one_tensor_for_both, empty)
+    assert held[0] is not held[1]
 
 
 def read_by_a_sum_as_well(query, key, value, held, position, mask):

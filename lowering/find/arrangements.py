@@ -136,7 +136,8 @@ def _followed(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.
 def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.Node, Arrangement]:
     """Return how arguments are laid out that results are updated copies of, though attention reads only new tokens.
 
-    That is so in the first call of a cache, all of which is written or cut off.
+    That is so in the first call of a cache, all of which is written or cut off; or which holds no token yet, and so
+    nothing that could be followed to an attention.
     """
     found: dict[fx.Node, Arrangement] = {}
     results = [x for x in graph.output_node().all_input_nodes if x in known]
@@ -144,9 +145,14 @@ def _led_to(graph: fx.Graph, known: Mapping[fx.Node, Arrangement]) -> dict[fx.No
     tracer = _Tracer()
     for result, taken in pairs_of(results, arguments):
         mine, theirs = shape_of(taken) or (), shape_of(result) or ()
-        if result is taken or len(mine) != len(theirs) or not all(map(same, mine, theirs)):
+        if result is taken or len(mine) != len(theirs) or taken not in behind(result):
             continue
-        moves = tracer.moves(taken, result) if taken in behind(result) else None
+        others = [at for at in range(len(mine)) if not same(mine[at], theirs[at])]
+        if others:
+            if others == [known[result].axis("S")] and same(mine[others[0]], 0):
+                found[taken] = known[result]
+            continue
+        moves = tracer.moves(taken, result)
         if moves is not None and all(axes <= {at} for at, axes in enumerate(moves)):
             found[taken] = known[result]
     return found

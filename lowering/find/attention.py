@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvq_compile.kernels.layout import HIDES
 from kvq_compile.kernels.score import Score
 from kvq_compile.lowering.find.trial import plain_name
 from kvq_compile.lowering.nodes import (
@@ -378,18 +379,17 @@ def _split_mask(scores: Any) -> tuple[Any, fx.Node | None, bool]:
                     raise Refusal("a mask that is not floating is added to the scores")
                 return scores.args[this], scores.args[other], False
     if name in _HIDING[:2]:
-        _check_fill(argument(scores, 2, "value"), scores)
+        _check_fill(argument(scores, 2, "value"))
         return scores.args[0], argument(scores, 1, "mask"), True
     if name == "where" and _is_scores(scores.args[1]):
-        _check_fill(scores.args[2], scores)
+        _check_fill(scores.args[2])
         return scores.args[1], scores.args[0], False
     return scores, None, False
 
 
-def _check_fill(fill: Any, scores: fx.Node) -> None:
-    lowest = torch.finfo(value_of(scores).dtype).min
+def _check_fill(fill: Any) -> None:
     number = fixed_number(fill)
-    if number is None or number > lowest:
+    if number is None or number > HIDES:
         raise not_hidden(fill)
 
 

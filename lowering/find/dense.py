@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import Tensor, fx
 
@@ -24,13 +25,15 @@ from kvq_compile.lowering.find.bodies import bodies_that_read, is_of_a_body
 from kvq_compile.lowering.find.caches import is_feature_map
 from kvq_compile.lowering.find.changes import check_joined
 from kvq_compile.lowering.find.checks import DTYPES, check_rows
+from kvq_compile.lowering.find.contraction import NOT_BORNE_OUT
+from kvq_compile.lowering.find.evaluation import hint_of
 from kvq_compile.lowering.find.gradients import records_gradients
 from kvq_compile.lowering.find.key_bias import without_bias
 from kvq_compile.lowering.find.key_rotation import with_rotation, without_mean
 from kvq_compile.lowering.find.layers import place_of
 from kvq_compile.lowering.find.movement import as_spelled, cache_inputs
 from kvq_compile.lowering.find.readers import Attending, Readers, are_attended_together
-from kvq_compile.lowering.find.reasons import BY_OPTION, NO_CACHE
+from kvq_compile.lowering.find.reasons import A_PART_IS_READ, BY_OPTION, NO_CACHE
 from kvq_compile.lowering.find.sites import (
     GROWS,
     HELD,
@@ -67,6 +70,9 @@ from kvq_compile.lowering.sites import (
 OWN = (Life.FRESH, Life.RING_FRESH)  # all of this call's tokens
 NO_SOFTMAX = "what stands between its keys and its values is no softmax"
 PROJECTED = "its keys and values are computed anew from what is kept"
+SINGLE_HEADS = (
+    "attention takes single heads, or parts of them, of a cache that is kept with all its heads"
+)
 NO_PRODUCT = "what becomes of its softmax before it meets the values is not understood"
 
 
@@ -137,11 +143,27 @@ def tell_dense(graph: Graph) -> PassReport:
             if report.node not in names:
                 continue
             if report.outcome == "left alone":
-                detail = PROJECTED if report.detail == NO_CACHE else report.detail
+                detail = _detail(report.detail, cache, readers)
                 report = replace(report, outcome=DENSE, detail=detail, expected=False)
                 graph.reports[number] = report
             graph.reasons.setdefault(cache, report.detail)
     return PassReport(tuple(f"{cache} is read dense" for cache in graph.reasons))
+
+
+def _detail(detail: str, cache: fx.Node, readers: Readers) -> str:
+    """Return why a cache is read dense, from why its attention was refused."""
+    vague = detail in (NO_CACHE, NOT_BORNE_OUT) or detail.endswith(A_PART_IS_READ)
+    if vague and _takes_single_heads(cache, readers):
+        return SINGLE_HEADS
+    return PROJECTED if detail == NO_CACHE else detail
+
+
+def _takes_single_heads(cache: fx.Node, readers: Readers) -> bool:
+    """Return whether a product takes all tokens of a cache, and fewer elements than it holds."""
+    whole = [hint_of(size) for size in shape_of(cache) or ()]
+    taken = [shape_of(node) or () for by in readers.products.values() for node in by]
+    sizes = [[hint_of(size) for size in shape] for shape in taken]
+    return any(max(own) >= whole[2] and prod(own) < prod(whole) for own in sizes if own)
 
 
 def _states(graph: Graph) -> Iterator[State]:

@@ -71,6 +71,11 @@ def is_cache_like(node: Any) -> bool:
     return held and value.dim() == 4 and value.is_floating_point()
 
 
+def is_empty(node: Any) -> bool:
+    """Return whether a node is a cache-like argument that holds no token."""
+    return is_cache_like(node) and same((shape_of(node) or ())[2], 0)
+
+
 def as_spelled(node: fx.Node) -> Growth | None:
     """Return the growth that a node spells as one ``cat`` of a cache and the call's tokens."""
     if target_name(node) != "cat" or argument(node, 1, "dim", 0) not in (2, -2):
@@ -178,7 +183,7 @@ def find_growth(grown: fx.Node) -> Growth | None:
         size = shape[0], shape[1], shape[2] - before[2], shape[3]
         fitting = [new for new in near if new is not past and _fits(new, past, size)]
         for new in fitting[:_TRIES]:
-            if past in _reached(new):
+            if any(other is past or is_empty(other) for other in _reached(new)):
                 continue  # joined to a cache that is empty
             found = _Trial(grown, past, new).growth()
             others = beside(new, fitting) if found is None else ()

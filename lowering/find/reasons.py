@@ -34,11 +34,12 @@ OFFLOADED = (
 _REACH = (
     32  # steps followed from an attention's operand to a cache, far more than any spelling takes
 )
+A_PART_IS_READ = "attention reads a part of it (sliding window?)"
 _HINTS = {
     "transpose": "it is not understood as tokens in some order of the axes [B, H, S, D]",
     "permute": "it is not understood as tokens in some order of the axes [B, H, S, D]",
     "repeat": "repeat heads next to one another, as repeat_interleave does",
-    "getitem": "attention reads a part of it (sliding window?)",
+    "getitem": A_PART_IS_READ,
 }
 
 

@@ -13,7 +13,13 @@ from kvq_compile.kernels.cache.tensor import QuantizedKV
 from kvq_compile.lowering.find.arrangements import above, operands_of
 from kvq_compile.lowering.find.attention import as_spelled as attention_of
 from kvq_compile.lowering.find.attention import find_attentions
-from kvq_compile.lowering.find.movement import Growth, as_spelled, find_growth, is_cache_like
+from kvq_compile.lowering.find.movement import (
+    Growth,
+    as_spelled,
+    find_growth,
+    is_cache_like,
+    is_empty,
+)
 from kvq_compile.lowering.find.states import read_base
 from kvq_compile.lowering.find.trims import suffix_of
 from kvq_compile.lowering.graph import Graph, PassReport
@@ -49,9 +55,8 @@ def spell_growth(graph: Graph) -> PassReport:
     for node in [n for n in nodes.nodes if target_name(n) == "cat"]:
         _flatten(nodes, node)
     known: dict[tuple[object, ...], fx.Node] = {}
-    candidates = {read_base(operand) for operand in _operands(nodes)} | set(
-        graph.output.all_input_nodes
-    )
+    outputs = set(graph.output.all_input_nodes)
+    candidates = {read_base(operand) for operand in _operands(nodes)} | outputs
     ordered = sorted(candidates, key=place.__getitem__)
     with unchanged(nodes):  # as first calls stay, whose caches are new
         ordered = [*itertools.dropwhile(_stays, ordered)]
@@ -63,9 +68,11 @@ def spell_growth(graph: Graph) -> PassReport:
         if growth is None:
             continue
         key = (growth.past, growth.index, growth.rows, growth.new)
-        cat = known.get(key)
+        cat = known.get(key, None if node in outputs else known.get(_of_no_cache(growth)))
         if cat is None or _changed(nodes, cat, node, (growth.past, growth.new)):
             cat = known[key] = _spell(nodes, node, growth) if growth.steps else node
+            if is_empty(growth.past):
+                known[_of_no_cache(growth)] = cat
         if cat is not node:
             told.append(f"{node} is spelled as {cat}")
             _replace(nodes, node, cat, growth)
@@ -74,12 +81,18 @@ def spell_growth(graph: Graph) -> PassReport:
         growth = _found(node) if alike and node not in known.values() else None
         if growth is None:
             continue
-        cat = known.get((growth.past, growth.index, growth.rows, growth.new))
+        key = (growth.past, growth.index, growth.rows, growth.new)
+        cat = known.get(key, known.get(_of_no_cache(growth)))
         if cat is not None and not _changed(nodes, cat, node, (growth.past, growth.new)):
             told.append(f"{node} is spelled as {cat}")
             _replace(nodes, node, cat, growth)
     graph.used |= {node for node in nodes.nodes if node.users}
     return PassReport(tuple(told))
+
+
+def _of_no_cache(growth: Growth) -> tuple[object, ...]:
+    """Return what new tokens are by themselves: evaluation cannot tell which of several empty caches is before them."""
+    return None, growth.index, growth.rows, growth.new
 
 
 def _stays(node: fx.Node) -> bool:
