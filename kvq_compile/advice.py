@@ -31,7 +31,9 @@ _ADVICE: dict[str, str] = {
     "allocate it for the batch at hand.",
     "windows of different|rings of different": "Give keys and values the same window.",
     "too large to be evaluated": "Compile with a short prompt first; the graph serves longer ones.",
-    "reads a part of it": "Let attention read the cache as it is; leave tokens out by a mask, or by cutting what is kept.",
+    "reads a part of it": "Let attention read the cache as it is; a mask, or what is kept, leaves tokens out.",
+    "behind those held": "Join new tokens to all that is held; drop tokens between the calls, as cache[:, :, :n].",
+    "this call does not write": "Write the cache and attend to it in one graph, without a graph break between the two.",
     "reaches attention through": "Let attention read the cache as it is; change tokens before they are written.",
     "are returned through": "Return the keys and values that attention reads, as they are.",
     "quantized cache|quantized buffer|dynamic cache|outside attention|view taken|read before|written":
