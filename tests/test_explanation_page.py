@@ -167,6 +167,25 @@ def test_a_reason_that_has_a_name_has_an_advice_of_its_own(reason: str) -> None:
     assert advice(reason).endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("attention reads a cache that this call does not write", "in one graph"),
+        (
+            "the cache reaches attention through cat, which is not understood as new tokens behind those held",
+            "drop tokens between the calls",
+        ),
+        (
+            "the cache reaches attention through getitem; attention reads a part of it (sliding window?)",
+            "a mask, or what is kept, leaves tokens out",
+        ),
+    ],
+)
+def test_advice_is_about_what_the_reason_says(reason: str, words: str) -> None:
+    """Regression: the advice was to change tokens before they are written, or to report the line of source."""
+    assert words in advice(reason)
+
+
 class Text(HTMLParser):
     """Reads the text of a page, and what it loads."""
 
