@@ -30,6 +30,9 @@ from kvq_compile.lowering.steps import Record, Steps, record_on_gpu
 from kvq_compile.lowering.tangents import refusing_tangents
 from kvq_compile.options import Config, make_config
 
+SIZES_FORM = (
+    2  # how sizes are given to Inductor, whose keys of what it keeps on disk do not show that
+)
 RECORDERS: dict[str, Record] = {"cuda": record_on_gpu}  # by the type of the device
 
 watch_generate()
@@ -238,9 +241,21 @@ def _compile_inner(
     # on disk, whose keys for our kernels would then name another version than those they were stored under.
     _set_triton_ptxas_path()
     tag = torch.compiler.config.cache_key_tag
-    form = {"cache_key_tag": f"{tag} kvq {PARTS_FORM}"}
+    form = {"cache_key_tag": f"{tag} kvq {PARTS_FORM} {SIZES_FORM}"}
     with torch.compiler.config.patch(form):  # type: ignore[attr-defined]
-        return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value]
+        given = [_settled(x) for x in inputs]
+        return compile_fx(module, given, config_patches=patches)  # type: ignore[return-value]
+
+
+def _settled(x: Any) -> Any:
+    """Return a size as the symbol that the graph has for it, anything else as it is.
+
+    Two sizes that have to be equal are one symbol in the graph, and Inductor binds the one with which an input was
+    made, which need not be the same: the other cache's size is no input any more.
+    """
+    if not isinstance(x, torch.SymInt) or not x.node.expr.is_Symbol:
+        return x
+    return x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
 
 
 def _ends_the_model(gm: fx.GraphModule, reports: Sequence[SiteReport]) -> bool:

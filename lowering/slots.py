@@ -32,7 +32,7 @@ from kvq_compile.lowering.sizes import Size
 
 GAPS = "the cache positions written are not consecutive"
 SEVERAL = "one token is written to several cache positions"
-AHEAD = "tokens are written behind empty cache positions"
+AHEAD = "tokens are written behind empty cache positions, as those behind an earlier write are"
 FROM_THE_END = "the cache is written at positions counted from its end"
 BEHIND = "tokens are written at positions behind the end of the cache"
 WRAPPED = "cache positions are written of a buffer that keeps the last tokens"

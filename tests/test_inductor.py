@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._inductor import compile_fx
 from torch._inductor.runtime import compile_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,6 +51,38 @@ def test_a_growing_cache_is_served_under_inductor_as_without(attention: str) -> 
         model.compile(backend="kvq", options={"method": "int8", "inner": inner})
         found.append(model.generate(ids, max_new_tokens=3, do_sample=False))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@torch.no_grad()
+def test_sizes_go_by_the_symbol_that_the_graph_has_for_them(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: a size that had another name than in the graph was not defined in Inductor's code.
+
+    Of two sizes that are equal PyTorch takes either name; the size of the cache that is met first stays an input.
+    """
+    given: list[Any] = []
+
+    def compile_graph(module: Any, inputs: Any, **_: Any) -> Any:
+        given.append(inputs)
+        return module.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", compile_graph)
+
+    def read_dense(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+        one = torch.cat([past[first], key], 2)
+        other = torch.cat([past[1 - first], value], 2)
+        return (query @ one.mT).cos() @ other, ((one, other), (other, one))[first]
+
+    compiled = torch.compile(read_dense, backend="kvq", options={"method": "int8"})
+    past: Any = tuple(torch.zeros(1, 2, 200, 32) for _ in range(2))
+    for _ in range(2):
+        _output, past = compiled(*torch.zeros(3, 1, 2, 1, 32), past)
+    sizes = [x.node for x in given[1] if isinstance(x, torch.SymInt)]
+    assert sizes
+    for size in sizes:
+        assert size._expr == size.expr
 
 
 @torch.no_grad()
