@@ -203,7 +203,12 @@ def with_positions(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
     return attended(query * angle.cos(), key * angle.cos(), value, past, mask)
 
 
-@pytest.mark.parametrize("function", [attended, added, with_positions])
+def with_strides(query: Tensor, key: Tensor, value: Tensor, past: Any) -> Any:
+    output, past = attended(query, key, value, past)
+    return output * torch.empty(output.shape, device="meta").stride(-1), past
+
+
+@pytest.mark.parametrize("function", [attended, added, with_positions, with_strides])
 def test_a_length_that_is_understood_comes_from_the_device(
     function: Callable[..., Any], recorder: Recorder
 ) -> None:

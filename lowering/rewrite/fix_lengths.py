@@ -100,7 +100,8 @@ def _check_graph(graph: Graph) -> torch.device:
         if is_traceable_wrapper_subclass(value_of(node)) and not is_static(node):
             raise Refusal(f"{PARTS}: {source_name(node)}")
     values = (value_of(node) for node in graph.fx.nodes)
-    devices = {value.device for value in values if isinstance(value, Tensor)}
+    # Nothing is launched for meta tensors, whose strides transformers asks for where heads are split over processes.
+    devices = {x.device for x in values if isinstance(x, Tensor) and not x.is_meta}
     if len(devices) != 1:
         raise Refusal(f"{DEVICES}: {', '.join(sorted(map(str, devices)))}")
     return devices.pop()
