@@ -33,6 +33,7 @@ from kvq_compile.lowering.nodes import (
 )
 from kvq_compile.lowering.outputs import Extended, Given, Plain
 from kvq_compile.lowering.sites import Refusal, unexpected
+from kvq_compile.lowering.unchanged import unchanged
 
 # Of each operator, its arguments that may have a column a cache position; then where its position and its start are.
 _ARGUMENTS = {
@@ -78,7 +79,8 @@ def fix_lengths(graph: Graph) -> PassReport:
         _check_writes(graph, counting)
         module = copy_module(graph.module)
         changes = _rewrite(module.graph, counting)
-        _try_masks(module.graph, counting)
+        with unchanged(module.graph):
+            _try_masks(module.graph, counting)
         if graph.hindrance is not None:  # told where nothing else is in the way
             raise Refusal(graph.hindrance)
     except Exception as error:  # steps that are not recorded are as right as others
