@@ -30,9 +30,8 @@ from kvq_compile.lowering.steps import Record, Steps, record_on_gpu
 from kvq_compile.lowering.tangents import refusing_tangents
 from kvq_compile.options import Config, make_config
 
-SIZES_FORM = (
-    2  # how sizes are given to Inductor, whose keys of what it keeps on disk do not show that
-)
+# How sizes are given to Inductor, whose keys of what it keeps on disk do not show that.
+SIZES_FORM = 2
 RECORDERS: dict[str, Record] = {"cuda": record_on_gpu}  # by the type of the device
 
 watch_generate()

@@ -19,9 +19,8 @@ OTHERS = "it waits for other processes"
 DISTRIBUTED = "its tensors are distributed over processes"
 ASK = '; options={"mode": "reduce-overhead"} records such steps, too'  # behind either
 APART = f"{OTHERS}, and begins that or ends it in another graph"
-RECORDED = (
-    "nccl",
-)  # backends whose collectives a CUDA graph records: the host takes no part in them
+# Backends whose collectives a CUDA graph records: the host takes no part in them.
+RECORDED = ("nccl",)
 _names: weakref.WeakKeyDictionary[Steps, frozenset[str]] = weakref.WeakKeyDictionary()
 _taking_turns = threading.RLock()  # groups are shut down in other threads than graphs are compiled
 

@@ -354,10 +354,10 @@ def test_many_queries_are_attended_in_tiles() -> None:
         (8, 31, 3, 31),
     ],
 )
-def test_pages_are_split_as_was_fastest_on_a_gpu(
+def test_pages_are_split_so_that_few_are_read_in_turn(
     heads: int, pages: int, to_an_sm: int, splits: int
 ) -> None:
-    """One of 132 SMs. Regression: 64 heads, two programs to an SM, were split 33 times, where four are faster."""
+    """On 132 SMs. Regression: 64 heads, two programs to an SM, were split 33 times, where four were timed faster."""
     assert launch.count_splits(heads, pages, 128, to_an_sm * 132)[1] == splits
 
 
